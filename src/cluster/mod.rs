@@ -1,0 +1,1 @@
+//! The Kubernetes API server: the own Node, its labels, events on it.

@@ -1,0 +1,277 @@
+//! Label keys and values that the API server accepts, as types.
+//!
+//! The rules are Kubernetes' own (`apimachinery/pkg/util/validation`: `IsQualifiedName`,
+//! `IsValidLabelValue`): a key is `prefix/name`, the prefix a DNS-1123 subdomain of at most 253
+//! characters, the name and a value at most 63 characters of `[A-Za-z0-9._-]` that begin and end
+//! with a letter or digit. A value may be empty, a name may not.
+
+use std::fmt;
+use std::str::FromStr;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+const NAME_MAX: usize = 63;
+const PREFIX_MAX: usize = 253;
+
+/// Why a text is no label key or value. `code()` is the bounded word for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+pub enum Invalid {
+    /// The part after the slash is empty.
+    #[error("the name is empty")]
+    EmptyName,
+    /// The part after the slash is longer than 63 characters.
+    #[error("the name is longer than 63 characters")]
+    NameTooLong,
+    /// The part after the slash has characters that are not allowed, or allowed ones at its ends.
+    #[error(
+        "the name may only hold letters, digits, '-', '_' and '.', and must begin and end with a letter or digit"
+    )]
+    NameSyntax,
+    /// The part before the slash is missing or is no DNS subdomain of at most 253 characters.
+    #[error("the prefix is no DNS subdomain of at most 253 characters")]
+    Prefix,
+    /// The value is longer than 63 characters.
+    #[error("the value is longer than 63 characters")]
+    ValueTooLong,
+    /// The value has characters that are not allowed, or allowed ones at its ends.
+    #[error(
+        "the value may only hold letters, digits, '-', '_' and '.', and must begin and end with a letter or digit"
+    )]
+    ValueSyntax,
+}
+
+impl Invalid {
+    /// Every reason there is, for metrics that begin at zero.
+    pub const ALL: [Self; 6] = [
+        Self::EmptyName,
+        Self::NameTooLong,
+        Self::NameSyntax,
+        Self::Prefix,
+        Self::ValueTooLong,
+        Self::ValueSyntax,
+    ];
+
+    /// The bounded word for metrics and JSON.
+    pub fn code(self) -> &'static str {
+        match self {
+            Self::EmptyName => "empty-name",
+            Self::NameTooLong => "name-too-long",
+            Self::NameSyntax => "invalid-name",
+            Self::Prefix => "invalid-prefix",
+            Self::ValueTooLong => "value-too-long",
+            Self::ValueSyntax => "invalid-value",
+        }
+    }
+}
+
+/// A label key with a prefix: `machine.virtnode.io/pc-q35-10.0`.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct LabelKey(Arc<str>);
+
+impl LabelKey {
+    /// Joins a prefix and a name.
+    ///
+    /// # Errors
+    /// The first rule that the two break.
+    pub fn new(prefix: &str, name: &str) -> Result<Self, Invalid> {
+        check_prefix(prefix)?;
+        match name {
+            "" => Err(Invalid::EmptyName),
+            name if name.len() > NAME_MAX => Err(Invalid::NameTooLong),
+            name if !is_name(name) => Err(Invalid::NameSyntax),
+            name => {
+                let mut key = String::with_capacity(prefix.len() + 1 + name.len());
+                key.push_str(prefix);
+                key.push('/');
+                key.push_str(name);
+                Ok(Self(key.into()))
+            }
+        }
+    }
+
+    /// The whole key.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// The part before the slash.
+    pub fn prefix(&self) -> &str {
+        self.0.split_once('/').map_or("", |(prefix, _)| prefix)
+    }
+
+    /// The part after the slash.
+    pub fn name(&self) -> &str {
+        self.0.split_once('/').map_or("", |(_, name)| name)
+    }
+}
+
+impl FromStr for LabelKey {
+    type Err = Invalid;
+
+    fn from_str(text: &str) -> Result<Self, Invalid> {
+        let (prefix, name) = text.split_once('/').ok_or(Invalid::Prefix)?;
+        Self::new(prefix, name)
+    }
+}
+
+impl TryFrom<String> for LabelKey {
+    type Error = Invalid;
+
+    fn try_from(text: String) -> Result<Self, Invalid> {
+        text.parse()
+    }
+}
+
+impl From<LabelKey> for String {
+    fn from(key: LabelKey) -> Self {
+        key.0.as_ref().to_owned()
+    }
+}
+
+impl fmt::Display for LabelKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// A label value.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct LabelValue(Arc<str>);
+
+impl LabelValue {
+    /// Checks a value.
+    ///
+    /// # Errors
+    /// The rule that the text breaks.
+    pub fn new(text: &str) -> Result<Self, Invalid> {
+        match text {
+            "" => Ok(Self("".into())),
+            text if text.len() > NAME_MAX => Err(Invalid::ValueTooLong),
+            text if !is_name(text) => Err(Invalid::ValueSyntax),
+            text => Ok(Self(text.into())),
+        }
+    }
+
+    /// The value itself.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl FromStr for LabelValue {
+    type Err = Invalid;
+
+    fn from_str(text: &str) -> Result<Self, Invalid> {
+        Self::new(text)
+    }
+}
+
+impl TryFrom<String> for LabelValue {
+    type Error = Invalid;
+
+    fn try_from(text: String) -> Result<Self, Invalid> {
+        Self::new(&text)
+    }
+}
+
+impl From<LabelValue> for String {
+    fn from(value: LabelValue) -> Self {
+        value.0.as_ref().to_owned()
+    }
+}
+
+impl fmt::Display for LabelValue {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+fn is_name(text: &str) -> bool {
+    let bytes = text.as_bytes();
+    let ends = |byte: Option<&u8>| byte.is_some_and(u8::is_ascii_alphanumeric);
+    ends(bytes.first())
+        && ends(bytes.last())
+        && bytes
+            .iter()
+            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
+}
+
+fn check_prefix(prefix: &str) -> Result<(), Invalid> {
+    let part = |part: &str| {
+        let bytes = part.as_bytes();
+        let alnum = |b: &u8| b.is_ascii_lowercase() || b.is_ascii_digit();
+        bytes.first().is_some_and(alnum)
+            && bytes.last().is_some_and(alnum)
+            && bytes.iter().all(|b| alnum(b) || *b == b'-')
+    };
+    if prefix.len() <= PREFIX_MAX && prefix.split('.').all(part) {
+        Ok(())
+    } else {
+        Err(Invalid::Prefix)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_follow_the_rules_of_the_api_server() {
+        let name = |name: &str| LabelKey::new("machine.virtnode.io", name);
+        assert!(name("pc-q35-10.0").is_ok());
+        assert!(name("sse4.2").is_ok());
+        assert!(name("tsc_adjust").is_ok());
+        assert!(name(&"x".repeat(63)).is_ok());
+        assert_eq!(name(""), Err(Invalid::EmptyName));
+        assert_eq!(name(&"x".repeat(64)), Err(Invalid::NameTooLong));
+        for bad in [
+            "Zhaoxin CentaurHauls",
+            "a+b",
+            "-a",
+            "a-",
+            ".a",
+            "a/b",
+            "ä",
+            "a\n",
+        ] {
+            assert_eq!(name(bad), Err(Invalid::NameSyntax), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn prefixes_are_dns_subdomains() {
+        for bad in [
+            "",
+            "A.io",
+            "a..io",
+            "-a.io",
+            "a_b.io",
+            "a.io-",
+            &"a".repeat(254),
+        ] {
+            assert_eq!(LabelKey::new(bad, "x"), Err(Invalid::Prefix), "{bad:?}");
+        }
+        assert_eq!("no-slash".parse::<LabelKey>(), Err(Invalid::Prefix));
+        assert_eq!("a.io/b/c".parse::<LabelKey>(), Err(Invalid::NameSyntax));
+    }
+
+    #[test]
+    fn a_value_may_be_empty_but_not_blank() {
+        assert_eq!(LabelValue::new("").map(String::from), Ok(String::new()));
+        assert_eq!(LabelValue::new(" "), Err(Invalid::ValueSyntax));
+        assert_eq!(LabelValue::new(&"1".repeat(64)), Err(Invalid::ValueTooLong));
+    }
+
+    #[test]
+    fn a_key_comes_apart_again() {
+        let key: LabelKey = "machine.virtnode.io/pc-q35-10.0".parse().unwrap();
+        assert_eq!(
+            (key.prefix(), key.name()),
+            ("machine.virtnode.io", "pc-q35-10.0")
+        );
+    }
+}

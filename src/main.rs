@@ -1,0 +1,3 @@
+//! The `virtnode` command.
+
+fn main() {}

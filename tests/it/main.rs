@@ -1,0 +1,1 @@
+//! The one integration test binary: what needs more than one module, or a real part.
