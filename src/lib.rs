@@ -13,3 +13,4 @@ pub mod cluster;
 pub mod hypervisor;
 pub mod label;
 pub mod telemetry;
+pub mod xml;
