@@ -10,7 +10,9 @@
 
 pub mod capability;
 pub mod cluster;
+pub mod config;
 pub mod hypervisor;
 pub mod label;
+pub mod publish;
 pub mod telemetry;
 pub mod xml;

@@ -43,6 +43,34 @@ impl Source {
     }
 }
 
+/// KubeVirt's prefixes that its labeller's keys have (node_labeller.go:52).
+const KUBEVIRT_PREFIXES: [&str; 9] = [
+    "cpu-feature.node.kubevirt.io",
+    "cpu-model.node.kubevirt.io",
+    "cpu-model-migration.node.kubevirt.io",
+    "cpu-timer.node.kubevirt.io",
+    "cpu-vendor.node.kubevirt.io",
+    "host-model-cpu.node.kubevirt.io",
+    "host-model-required-features.node.kubevirt.io",
+    "hyperv.node.kubevirt.io",
+    "machine-type.node.kubevirt.io",
+];
+
+/// KubeVirt's keys under its plain prefix that its labeller writes. Others there are not ours:
+/// `kubevirt.io/schedulable`, say.
+const KUBEVIRT_NAMES: [&str; 6] = ["realtime", "sev", "sev-es", "sev-snp", "s390-pv", "tdx"];
+
+/// Whether a key is one that this program writes, in either schema.
+pub fn is_ours(key: &LabelKey) -> bool {
+    let prefix = key.prefix();
+    match prefix {
+        "kubevirt.io" => KUBEVIRT_NAMES.contains(&key.name()),
+        "node-labeller.kubevirt.io" => key.name() == "obsolete-host-model",
+        "virtnode.io" => true,
+        _ => prefix.ends_with(".virtnode.io") || KUBEVIRT_PREFIXES.contains(&prefix),
+    }
+}
+
 /// The families of labels, as in the metrics' label `family`.
 pub const FAMILIES: [&str; 10] = [
     "machine",
@@ -122,6 +150,20 @@ mod tests {
             let key: LabelKey = key.parse().unwrap();
             assert_eq!(family(&key), expected, "{key}");
             assert!(FAMILIES.contains(&family(&key)));
+            assert!(is_ours(&key));
+        }
+    }
+
+    #[test]
+    fn what_others_write_is_not_ours() {
+        for key in [
+            "kubevirt.io/schedulable",
+            "node-labeller.kubevirt.io/skip-node",
+            "notvirtnode.io/eim",
+            "node.kubevirt.io/x",
+            "scheduling.node.kubevirt.io/tsc-frequency-1",
+        ] {
+            assert!(!is_ours(&key.parse().unwrap()), "{key}");
         }
     }
 }

@@ -1,0 +1,3 @@
+//! Where label sets go.
+
+pub mod file;
