@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use quick_xml::events::BytesText;
 use serde::Serialize;
 
 use super::domain::read_values;
@@ -102,6 +103,34 @@ pub struct CpuDefinition {
     pub vendor: Option<String>,
     /// The features with their policies.
     pub features: Vec<PolicyFeature>,
+}
+
+impl HostModel {
+    /// The host model as the `<cpu>` definition that hypervisor-cpu-baseline takes, as virsh makes
+    /// it of the domain capabilities (`vshExtractCPUDefXMLs`). `None` without a model.
+    pub fn to_cpu_xml(&self) -> Option<String> {
+        let model = self.model.as_deref().filter(|_| self.supported)?;
+        let mut writer = quick_xml::Writer::new(Vec::new());
+        writer
+            .create_element("cpu")
+            .write_inner_content(|writer| {
+                writer.create_element("model").write_text_content(BytesText::new(model))?;
+                if let Some(vendor) = &self.vendor {
+                    writer.create_element("vendor").write_text_content(BytesText::new(vendor))?;
+                }
+                for feature in &self.features {
+                    let policy = feature.policy.as_deref().unwrap_or("require");
+                    let attributes = [("policy", policy), ("name", feature.name.as_str())];
+                    writer
+                        .create_element("feature")
+                        .with_attributes(attributes)
+                        .write_empty()?;
+                }
+                Ok(())
+            })
+            .ok()?;
+        String::from_utf8(writer.into_inner()).ok()
+    }
 }
 
 impl CpuDefinition {
