@@ -1,6 +1,7 @@
 //! Facts and policy as labels. Pure.
 
 mod key;
+pub mod ownership;
 
 use std::collections::BTreeMap;
 
