@@ -12,4 +12,5 @@ pub mod capability;
 pub mod cluster;
 pub mod hypervisor;
 pub mod label;
+pub mod publish;
 pub mod telemetry;

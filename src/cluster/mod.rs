@@ -3,6 +3,7 @@
 //! Thin: what is written and why is decided in [`crate::label::ownership`]. Every call has a
 //! deadline and is made once; who calls decides when to try again.
 
+mod config;
 mod error;
 mod events;
 mod managed_fields;
@@ -10,55 +11,25 @@ mod watch;
 
 use std::collections::BTreeMap;
 use std::future::Future;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::Node;
+use kube::Client;
 use kube::api::{Api, Patch, PatchParams};
-use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::core::{ObjectMeta, PartialObjectMeta, PartialObjectMetaExt};
-use kube::{Client, Config};
 use tower::Layer;
 use tower::timeout::TimeoutLayer;
 
 use crate::label::LabelSet;
 use crate::label::ownership::Shown;
 
+pub use config::ClusterConfig;
 pub use error::{ClusterError, Refusal};
 pub use events::{NodeEvent, NodeEvents};
 pub use watch::Seen;
 
 /// The name under which the API server keeps account of what is ours.
 pub const FIELD_MANAGER: &str = "virtnode";
-
-/// Which cluster and which Node.
-#[derive(Debug, Clone)]
-pub struct ClusterConfig {
-    /// A kubeconfig file. Without one: `$KUBECONFIG`, `~/.kube/config`, and in a pod its service
-    /// account.
-    pub kubeconfig: Option<PathBuf>,
-    /// A context of the kubeconfig other than its current one.
-    pub context: Option<String>,
-    /// The name of the Node that this daemon runs on.
-    pub node_name: String,
-    /// How long one call may take.
-    pub call_deadline: Duration,
-}
-
-impl ClusterConfig {
-    /// The default of [`Self::call_deadline`].
-    pub const CALL_DEADLINE: Duration = Duration::from_secs(10);
-
-    /// The Node `node_name` of the cluster that is found without being named.
-    pub fn new(node_name: impl Into<String>) -> Self {
-        Self {
-            kubeconfig: None,
-            context: None,
-            node_name: node_name.into(),
-            call_deadline: Self::CALL_DEADLINE,
-        }
-    }
-}
 
 /// The Node at one moment.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -104,22 +75,6 @@ pub struct Cluster {
 }
 
 impl Cluster {
-    /// Reads the configuration of the client. Nothing is sent yet.
-    ///
-    /// # Errors
-    /// [`ClusterError::Configuration`] if there is none or it is of no use.
-    pub async fn connect(config: ClusterConfig) -> Result<Self, ClusterError> {
-        let mut client = client_config(&config)
-            .await
-            .map_err(ClusterError::Configuration)?;
-        // 15 times by default, with delays of up to 1000 s.
-        client.default_retry = false;
-        client.connect_timeout = Some(config.call_deadline);
-        let client =
-            Client::try_from(client).map_err(|error| ClusterError::Configuration(error.into()))?;
-        Self::with_client(client, config.node_name, config.call_deadline)
-    }
-
     /// The Node `node` through a client that does not try again by itself.
     ///
     /// # Errors
@@ -130,13 +85,17 @@ impl Cluster {
         deadline: Duration,
     ) -> Result<Self, ClusterError> {
         let node = node.into();
-        if !is_node_name(&node) {
+        if !config::is_node_name(&node) {
             return Err(ClusterError::NodeName(node));
         }
         // Until the answer begins; the end of it is awaited for `deadline` in `call`, and of a
         // watch for ever.
         let namespace = client.default_namespace().to_owned();
-        let client = Client::new(TimeoutLayer::new(deadline).layer(client), namespace);
+        let send = tower::service_fn(move |request| {
+            let client = client.clone();
+            async move { client.send(request).await }
+        });
+        let client = Client::new(TimeoutLayer::new(deadline).layer(send), namespace);
         Ok(Self {
             nodes: Api::all(client.clone()),
             client,
@@ -245,25 +204,4 @@ impl Cluster {
     fn error(&self, verb: &'static str, error: kube::Error) -> ClusterError {
         ClusterError::from_call(verb, &self.node, self.deadline, error)
     }
-}
-
-async fn client_config(
-    config: &ClusterConfig,
-) -> Result<Config, Box<dyn std::error::Error + Send + Sync>> {
-    let options = KubeConfigOptions {
-        context: config.context.clone(),
-        ..Default::default()
-    };
-    Ok(match (&config.kubeconfig, &config.context) {
-        (Some(path), _) => {
-            Config::from_custom_kubeconfig(Kubeconfig::read_from(path)?, &options).await?
-        }
-        (None, Some(_)) => Config::from_kubeconfig(&options).await?,
-        (None, None) => Config::infer().await?,
-    })
-}
-
-/// A DNS-1123 subdomain of at most 253 characters (Kubernetes: `ValidateNodeName`).
-fn is_node_name(name: &str) -> bool {
-    crate::label::LabelKey::new(name, "x").is_ok()
 }

@@ -1,0 +1,3 @@
+//! Where the labels go.
+
+pub mod node;
