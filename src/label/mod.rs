@@ -2,13 +2,15 @@
 //!
 //! * [`derive`]: what the facts say, in one schema or both;
 //! * [`Published`]: what that becomes, given what was published before: nothing is taken away on
-//!   the word of one probe, or while a running domain stands on it.
+//!   the word of one probe, or while a running domain stands on it;
+//! * [`ownership`]: which of these may be written to a Node that others write to as well.
 
 mod derive;
 mod family;
 mod key;
 mod kubevirt;
 mod native;
+pub mod ownership;
 mod published;
 
 use std::collections::BTreeMap;
