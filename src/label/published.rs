@@ -132,6 +132,14 @@ impl Published {
         }
     }
 
+    /// Takes over labels that turn out to have been published before: they go as others do, by
+    /// proof. What is known already stays as it is.
+    pub fn adopt(&mut self, before: LabelSet) {
+        for (key, value) in before {
+            self.labels.entry(key).or_insert(value);
+        }
+    }
+
     /// The labels to publish.
     pub fn labels(&self) -> &LabelSet {
         &self.labels
@@ -278,6 +286,16 @@ mod tests {
             assert!(take(&mut published, &[Q35], &[]).is_empty());
             assert!(take(&mut published, &[Q35, EPYC], &[]).is_empty());
         }
+    }
+
+    #[test]
+    fn adopted_labels_go_by_proof_too() {
+        let mut published = Published::default();
+        take(&mut published, &[Q35], &[]);
+        published.adopt(set(&[EPYC, ("machine.virtnode.io/pc-q35-10.0", "1")]));
+        assert_eq!(published.labels(), &set(&[Q35, EPYC]));
+        assert!(take(&mut published, &[Q35], &[]).is_empty());
+        assert_eq!(take(&mut published, &[Q35], &[]), ["-cpu-model.virtnode.io/EPYC"]);
     }
 
     #[test]
