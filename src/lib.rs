@@ -10,6 +10,9 @@
 
 pub mod capability;
 pub mod cluster;
+#[allow(unsafe_code)]
+pub mod ffi;
+pub mod host;
 pub mod hypervisor;
 pub mod label;
 pub mod telemetry;
