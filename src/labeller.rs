@@ -83,11 +83,16 @@ impl<H: Hypervisor> Labeller<H> {
         metrics: Arc<Metrics>,
     ) -> Self {
         let before = outlets.file.as_ref().map(FilePublisher::load);
-        let before = before.unwrap_or_else(|| Ok(LabelSet::new())).unwrap_or_else(|error| {
-            warn!(%error, "what was published before is lost; beginning anew");
-            LabelSet::new()
-        });
-        let progress = Progress { files_written: outlets.file.is_none(), ..Progress::default() };
+        let before = before
+            .unwrap_or_else(|| Ok(LabelSet::new()))
+            .unwrap_or_else(|error| {
+                warn!(%error, "what was published before is lost; beginning anew");
+                LabelSet::new()
+            });
+        let progress = Progress {
+            files_written: outlets.file.is_none(),
+            ..Progress::default()
+        };
         Self {
             connection: hypervisor.connection(),
             prober: Prober::new(hypervisor, Arc::clone(&metrics), root.clone()),
@@ -167,9 +172,16 @@ impl<H: Hypervisor> Labeller<H> {
     /// Decides what is published after this reading. Answers with the time to the next.
     fn take(&mut self, reading: &Reading) -> Duration {
         let derivation = derive(&reading.facts, &self.policy);
-        let failed: Vec<Source> = reading.failures.iter().map(|failure| failure.source).collect();
-        let probe =
-            Probe { labels: &derivation.labels, failed: &failed, in_use: &reading.in_use };
+        let failed: Vec<Source> = reading
+            .failures
+            .iter()
+            .map(|failure| failure.source)
+            .collect();
+        let probe = Probe {
+            labels: &derivation.labels,
+            failed: &failed,
+            in_use: &reading.in_use,
+        };
         let changes = self.published.take(probe);
         self.rejected = derivation.rejected;
         self.tell_changes(&changes);
@@ -180,7 +192,11 @@ impl<H: Hypervisor> Labeller<H> {
             self.emulators = emulators;
         }
         let most = self.interval;
-        let usual = if failed.is_empty() { most } else { most.min(AFTER_FAILURE) };
+        let usual = if failed.is_empty() {
+            most
+        } else {
+            most.min(AFTER_FAILURE)
+        };
         // A tenth to either side, so that the nodes of a cluster do not keep step.
         usual.mul_f64(0.9 + 0.2 * fastrand::f64())
     }
@@ -201,7 +217,9 @@ impl<H: Hypervisor> Labeller<H> {
     }
 
     fn hand_over_to_files(&self) {
-        let Some(file) = &self.outlets.file else { return };
+        let Some(file) = &self.outlets.file else {
+            return;
+        };
         if self.published.labels().is_empty() {
             return;
         }
@@ -220,7 +238,10 @@ impl<H: Hypervisor> Labeller<H> {
                 None
             }
             Err(error) => {
-                self.metrics.sync_failures.with_label_values(&[error.code()]).inc();
+                self.metrics
+                    .sync_failures
+                    .with_label_values(&[error.code()])
+                    .inc();
                 Some(error.to_string())
             }
         };
@@ -241,10 +262,16 @@ impl<H: Hypervisor> Labeller<H> {
         // With a Node its publisher counts, by what the API server really took.
         if self.outlets.node.is_none() {
             for change in changes {
-                self.metrics.label_changes.with_label_values(&[change.action()]).inc();
+                self.metrics
+                    .label_changes
+                    .with_label_values(&[change.action()])
+                    .inc();
             }
         }
-        let added = changes.iter().filter(|change| matches!(change, Change::Added(..))).count();
+        let added = changes
+            .iter()
+            .filter(|change| matches!(change, Change::Added(..)))
+            .count();
         if added > 0 {
             info!(labels = added, "labels are new");
         }
@@ -264,7 +291,10 @@ impl<H: Hypervisor> Labeller<H> {
         self.progress.send_if_modified(|progress| {
             let same = progress.failures == failures;
             if !same {
-                for failure in failures.iter().filter(|failure| !progress.failures.contains(failure)) {
+                for failure in failures
+                    .iter()
+                    .filter(|failure| !progress.failures.contains(failure))
+                {
                     warn!(
                         source = failure.source.as_str(),
                         reason = failure.code,
@@ -287,25 +317,48 @@ impl<H: Hypervisor> Labeller<H> {
     fn count(&self, reading: &Reading) {
         let published = &self.published;
         for name in FAMILIES {
-            let count = published.labels().keys().filter(|key| family(key) == name).count();
-            self.metrics.labels.with_label_values(&[name]).set(gauge(count));
+            let count = published
+                .labels()
+                .keys()
+                .filter(|key| family(key) == name)
+                .count();
+            self.metrics
+                .labels
+                .with_label_values(&[name])
+                .set(gauge(count));
         }
         for reason in Invalid::ALL {
             let count = self.rejected.iter().filter(|r| r.reason == reason).count();
-            self.metrics.labels_rejected.with_label_values(&[reason.code()]).set(gauge(count));
+            self.metrics
+                .labels_rejected
+                .with_label_values(&[reason.code()])
+                .set(gauge(count));
         }
         for reason in RetentionReason::ALL {
-            let count = published.retained().iter().filter(|r| r.reason == reason).count();
-            self.metrics.labels_retained.with_label_values(&[reason.code()]).set(gauge(count));
+            let count = published
+                .retained()
+                .iter()
+                .filter(|r| r.reason == reason)
+                .count();
+            self.metrics
+                .labels_retained
+                .with_label_values(&[reason.code()])
+                .set(gauge(count));
         }
         if let Some(running) = reading.running_domains {
-            self.metrics.domains.with_label_values(&["running"]).set(gauge(running));
+            self.metrics
+                .domains
+                .with_label_values(&["running"])
+                .set(gauge(running));
         }
         let facts = &reading.facts;
         if let (Some(_), Some(arch)) = (&facts.capabilities, facts.native_arch()) {
             let machines = facts.machines(arch);
             let canonical = facts.canonical_machines(arch, &machines);
-            let deprecated = canonical.iter().filter(|machine| machine.deprecated).count();
+            let deprecated = canonical
+                .iter()
+                .filter(|machine| machine.deprecated)
+                .count();
             let max = CanonicalMachine::largest_max(&canonical);
             self.metrics.machine_types.set(gauge(canonical.len()));
             self.metrics.machine_types_deprecated.set(gauge(deprecated));
@@ -328,10 +381,16 @@ async fn wait_for(receiver: &mut Option<oneshot::Receiver<LabelSet>>) -> LabelSe
 
 /// The native emulators, by path.
 fn emulators(facts: &NodeFacts) -> Vec<String> {
-    let mut paths: Vec<String> =
-        facts.domain_capabilities.iter().filter_map(|d| d.emulator.clone()).collect();
+    let mut paths: Vec<String> = facts
+        .domain_capabilities
+        .iter()
+        .filter_map(|d| d.emulator.clone())
+        .collect();
     if let (Some(capabilities), Some(arch)) = (&facts.capabilities, facts.native_arch()) {
-        let native = capabilities.guests.iter().filter(|guest| guest.arch == arch);
+        let native = capabilities
+            .guests
+            .iter()
+            .filter(|guest| guest.arch == arch);
         paths.extend(native.filter_map(|guest| guest.emulator.clone()));
     }
     paths.sort_unstable();

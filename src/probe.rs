@@ -36,11 +36,19 @@ pub struct Failure {
 
 impl Failure {
     fn call(source: Source, error: &HypervisorError) -> Self {
-        Self { source, code: error.code(), message: error.to_string() }
+        Self {
+            source,
+            code: error.code(),
+            message: error.to_string(),
+        }
     }
 
     fn document(source: Source, error: &ParseError) -> Self {
-        Self { source, code: "malformed", message: error.to_string() }
+        Self {
+            source,
+            code: "malformed",
+            message: error.to_string(),
+        }
     }
 }
 
@@ -69,7 +77,12 @@ pub struct Prober<H> {
 impl<H: Hypervisor> Prober<H> {
     /// For a hypervisor, and a host whose file system begins at `root`.
     pub fn new(hypervisor: Arc<H>, metrics: Arc<Metrics>, root: PathBuf) -> Self {
-        Self { hypervisor, metrics, root, dry_run: None }
+        Self {
+            hypervisor,
+            metrics,
+            root,
+            dry_run: None,
+        }
     }
 
     /// Forgets what depends on more than versions, such as a new connection may bring.
@@ -91,7 +104,11 @@ impl<H: Hypervisor> Prober<H> {
             reading.facts.libvirt_version = Some(versions.libvirt);
             reading.facts.hypervisor_version = versions.hypervisor;
         }
-        if reading.failures.iter().any(|failure| failure.code == "unavailable") {
+        if reading
+            .failures
+            .iter()
+            .any(|failure| failure.code == "unavailable")
+        {
             // The others would fail alike, each after its own wait.
             for source in [
                 Source::Capabilities,
@@ -111,19 +128,21 @@ impl<H: Hypervisor> Prober<H> {
 
     async fn read_documents(&mut self, reading: &mut Reading) {
         let answer = self.hypervisor.capabilities().await;
-        reading.facts.capabilities = self
-            .take(reading, Source::Capabilities, answer)
-            .and_then(|text| {
-                let parsed = Capabilities::parse("libvirt's capabilities", text.as_bytes());
-                self.parsed(reading, Source::Capabilities, parsed)
-            });
+        reading.facts.capabilities =
+            self.take(reading, Source::Capabilities, answer)
+                .and_then(|text| {
+                    let parsed = Capabilities::parse("libvirt's capabilities", text.as_bytes());
+                    self.parsed(reading, Source::Capabilities, parsed)
+                });
         let query = default_query(&reading.facts);
         let answer = self.hypervisor.domain_capabilities(query.clone()).await;
-        let document = self.take(reading, Source::DomainCapabilities, answer).and_then(|text| {
-            let name = "libvirt's domain capabilities";
-            let parsed = DomainCapabilities::parse(name, text.as_bytes());
-            self.parsed(reading, Source::DomainCapabilities, parsed)
-        });
+        let document = self
+            .take(reading, Source::DomainCapabilities, answer)
+            .and_then(|text| {
+                let name = "libvirt's domain capabilities";
+                let parsed = DomainCapabilities::parse(name, text.as_bytes());
+                self.parsed(reading, Source::DomainCapabilities, parsed)
+            });
         match document {
             Some(document) => {
                 self.read_baseline(reading, &query, &document).await;
@@ -148,9 +167,14 @@ impl<H: Hypervisor> Prober<H> {
         query: &DomainCapabilitiesQuery,
         document: &DomainCapabilities,
     ) {
-        let all = DomainCapabilitiesQuery { supported_features: true, ..query.clone() };
-        let lists_all =
-            reading.facts.libvirt_version.is_some_and(|version| version >= LISTS_SUPPORTED_FEATURES);
+        let all = DomainCapabilitiesQuery {
+            supported_features: true,
+            ..query.clone()
+        };
+        let lists_all = reading
+            .facts
+            .libvirt_version
+            .is_some_and(|version| version >= LISTS_SUPPORTED_FEATURES);
         let wider = if lists_all {
             let answer = self.hypervisor.domain_capabilities(all).await;
             answer.ok().and_then(|text| {
@@ -172,10 +196,11 @@ impl<H: Hypervisor> Prober<H> {
             return;
         }
         reading.facts.baseline_cpu =
-            self.take(reading, Source::CpuBaseline, answer).and_then(|text| {
-                let parsed = CpuDefinition::parse("libvirt's CPU baseline", text.as_bytes());
-                self.parsed(reading, Source::CpuBaseline, parsed)
-            });
+            self.take(reading, Source::CpuBaseline, answer)
+                .and_then(|text| {
+                    let parsed = CpuDefinition::parse("libvirt's CPU baseline", text.as_bytes());
+                    self.parsed(reading, Source::CpuBaseline, parsed)
+                });
     }
 
     /// Asks libvirt whether it would start a q35 domain with 256 vCPUs, and what it would add.
@@ -185,8 +210,10 @@ impl<H: Hypervisor> Prober<H> {
         facts: &NodeFacts,
         query: &DomainCapabilitiesQuery,
     ) -> Option<Eim> {
-        let versions =
-            Versions { libvirt: facts.libvirt_version?, hypervisor: facts.hypervisor_version };
+        let versions = Versions {
+            libvirt: facts.libvirt_version?,
+            hypervisor: facts.hypervisor_version,
+        };
         let machine = query.machine.as_deref().filter(|machine| is_q35(machine))?;
         let virt_type = query.virt_type.as_deref()?;
         if let Some((of, answer)) = self.dry_run
@@ -214,7 +241,9 @@ impl<H: Hypervisor> Prober<H> {
 
     async fn read_domains(&self, reading: &mut Reading) {
         let answer = self.hypervisor.running_domains().await;
-        let Some(domains) = self.take(reading, Source::Domains, answer) else { return };
+        let Some(domains) = self.take(reading, Source::Domains, answer) else {
+            return;
+        };
         reading.running_domains = Some(domains.len());
         let mut machines = BTreeSet::new();
         let mut cpu_models = BTreeSet::new();
@@ -232,7 +261,11 @@ impl<H: Hypervisor> Prober<H> {
                 }
             }
         }
-        reading.in_use = InUse { machines, cpu_models, cpu_features };
+        reading.in_use = InUse {
+            machines,
+            cpu_models,
+            cpu_features,
+        };
     }
 
     fn take<T>(
@@ -259,11 +292,16 @@ impl<H: Hypervisor> Prober<H> {
         source: Source,
         parsed: Result<T, ParseError>,
     ) -> Option<T> {
-        parsed.map_err(|error| self.failed(reading, Failure::document(source, &error))).ok()
+        parsed
+            .map_err(|error| self.failed(reading, Failure::document(source, &error)))
+            .ok()
     }
 
     fn succeeded(&self, source: Source) {
-        self.metrics.probe_attempts.with_label_values(&[source.as_str()]).inc();
+        self.metrics
+            .probe_attempts
+            .with_label_values(&[source.as_str()])
+            .inc();
         self.metrics
             .probe_last_success
             .with_label_values(&[source.as_str()])
@@ -272,8 +310,14 @@ impl<H: Hypervisor> Prober<H> {
 
     fn failed(&self, reading: &mut Reading, failure: Failure) {
         let source = failure.source.as_str();
-        self.metrics.probe_attempts.with_label_values(&[source]).inc();
-        self.metrics.probe_failures.with_label_values(&[source, failure.code]).inc();
+        self.metrics
+            .probe_attempts
+            .with_label_values(&[source])
+            .inc();
+        self.metrics
+            .probe_failures
+            .with_label_values(&[source, failure.code])
+            .inc();
         if failure.code == "malformed" {
             warn!(source, problem = %failure.message, "a document of libvirt's cannot be read");
         }
@@ -292,12 +336,15 @@ fn default_query(facts: &NodeFacts) -> DomainCapabilitiesQuery {
         Some("ppc64" | "ppc64le") => &["pseries"],
         _ => &["virt"],
     };
-    let machine =
-        usual.iter().find(|name| listed.iter().any(|machine| machine.name == **name));
+    let machine = usual
+        .iter()
+        .find(|name| listed.iter().any(|machine| machine.name == **name));
     DomainCapabilitiesQuery {
         arch: arch.map(str::to_owned),
         machine: machine.map(|name| (*name).to_owned()),
-        virt_type: arch.and_then(|arch| facts.best_domain_type(arch)).map(str::to_owned),
+        virt_type: arch
+            .and_then(|arch| facts.best_domain_type(arch))
+            .map(str::to_owned),
         expand_features: true,
         supported_features: false,
     }

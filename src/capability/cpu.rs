@@ -114,9 +114,13 @@ impl HostModel {
         writer
             .create_element("cpu")
             .write_inner_content(|writer| {
-                writer.create_element("model").write_text_content(BytesText::new(model))?;
+                writer
+                    .create_element("model")
+                    .write_text_content(BytesText::new(model))?;
                 if let Some(vendor) = &self.vendor {
-                    writer.create_element("vendor").write_text_content(BytesText::new(vendor))?;
+                    writer
+                        .create_element("vendor")
+                        .write_text_content(BytesText::new(vendor))?;
                 }
                 for feature in &self.features {
                     let policy = feature.policy.as_deref().unwrap_or("require");

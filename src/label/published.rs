@@ -295,7 +295,10 @@ mod tests {
         published.adopt(set(&[EPYC, ("machine.virtnode.io/pc-q35-10.0", "1")]));
         assert_eq!(published.labels(), &set(&[Q35, EPYC]));
         assert!(take(&mut published, &[Q35], &[]).is_empty());
-        assert_eq!(take(&mut published, &[Q35], &[]), ["-cpu-model.virtnode.io/EPYC"]);
+        assert_eq!(
+            take(&mut published, &[Q35], &[]),
+            ["-cpu-model.virtnode.io/EPYC"]
+        );
     }
 
     #[test]
