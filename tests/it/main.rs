@@ -5,5 +5,6 @@ mod cli;
 mod daemon;
 mod documents;
 mod kube_server;
+mod labeller;
 mod libvirt;
 mod support;

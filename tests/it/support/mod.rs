@@ -1,6 +1,7 @@
 //! What the integration tests share: real parts to test against, and waiting for conditions.
 
 pub(crate) mod daemon;
+pub(crate) mod hypervisor;
 pub(crate) mod kube;
 pub(crate) mod libvirtd;
 
