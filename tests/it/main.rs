@@ -1,4 +1,5 @@
 //! The one integration test binary: what needs more than one module, or a real part.
 
 mod kube_server;
+mod publish_node;
 mod support;
