@@ -1,5 +1,6 @@
 //! The one integration test binary: what needs more than one module, or a real part.
 
+mod cluster;
 mod kube_server;
 mod publish_node;
 mod support;

@@ -1,32 +1,22 @@
 //! The Node publisher against a fake API server that fails, hangs and races on demand.
 
 use std::io::Write;
+use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
-use tokio::sync::watch;
-use tokio::task::JoinHandle;
-use tokio_util::sync::CancellationToken;
 use tracing_subscriber::fmt::MakeWriter;
 use virtnode::cluster::Cluster;
 use virtnode::label::LabelSet;
-use virtnode::publish::node::{NodePublisher, Options, Retry, SyncState};
-use virtnode::telemetry::metrics::Metrics;
+use virtnode::publish::node::{Options, Retry};
 
 use crate::support::eventually;
 use crate::support::fake_api::{FakeApi, Fault};
+use crate::support::publisher::{Publisher, SOON, labels, until};
 
-const SOON: Duration = Duration::from_secs(10);
 const X: &str = "machine.virtnode.io/x";
 const Y: &str = "machine.virtnode.io/y";
-
-fn labels(pairs: &[(&str, &str)]) -> LabelSet {
-    let pair = |(key, value): &(&str, &str)| {
-        (key.parse().expect("a key"), value.parse().expect("a value"))
-    };
-    pairs.iter().map(pair).collect()
-}
 
 fn options() -> Options {
     Options {
@@ -40,23 +30,24 @@ fn options() -> Options {
     }
 }
 
-/// Waits until it is so.
-async fn until(is: impl Fn() -> bool) -> anyhow::Result<()> {
-    eventually(SOON, async || {
-        ensure!(is(), "it is not so");
-        Ok(())
-    })
-    .await
-}
-
-/// A publisher that runs.
+/// A publisher that runs against a fake.
 struct Running {
     api: FakeApi,
-    desired: watch::Sender<Option<Arc<LabelSet>>>,
-    state: watch::Receiver<SyncState>,
-    metrics: Arc<Metrics>,
-    token: CancellationToken,
-    task: JoinHandle<()>,
+    publisher: Publisher,
+}
+
+impl Deref for Running {
+    type Target = Publisher;
+
+    fn deref(&self) -> &Publisher {
+        &self.publisher
+    }
+}
+
+impl DerefMut for Running {
+    fn deref_mut(&mut self) -> &mut Publisher {
+        &mut self.publisher
+    }
 }
 
 fn start(api: &FakeApi, pairs: &[(&str, &str)]) -> Running {
@@ -71,19 +62,10 @@ fn start_with(
 ) -> Running {
     let deadline = Duration::from_millis(200);
     let cluster = Cluster::with_client(api.client(), "node-a", deadline).expect("a name");
-    let metrics = Arc::new(Metrics::new());
-    let publisher = NodePublisher::new(cluster, metrics.clone(), options);
-    let desired = watch::Sender::new(Some(Arc::new(labels(pairs))));
-    let token = CancellationToken::new();
-    let state = publisher.state();
-    let task = tokio::spawn(publisher.run(desired.subscribe(), already_published, token.clone()));
+    let publisher = Publisher::start(cluster, labels(pairs), already_published, options);
     Running {
         api: api.clone(),
-        desired,
-        state,
-        metrics,
-        token,
-        task,
+        publisher,
     }
 }
 
@@ -101,42 +83,12 @@ impl Running {
         .await
     }
 
-    async fn state(&mut self, is: impl FnMut(&SyncState) -> bool) -> anyhow::Result<SyncState> {
-        let state = tokio::time::timeout(SOON, self.state.wait_for(is)).await;
-        Ok(state.context("not in this state in time")??.clone())
-    }
-
     /// Waits until the publisher has dealt with all that the watch told so far: a change that
     /// it has to answer is answered.
     async fn has_seen_everything(&self) -> anyhow::Result<()> {
         let repaired = self.changes("repaired");
         self.api.change(|node| node.update("meddler", Y, None));
-        eventually(SOON, async || {
-            ensure!(self.changes("repaired") > repaired);
-            Ok(())
-        })
-        .await
-    }
-
-    fn changes(&self, action: &str) -> u64 {
-        self.metrics
-            .label_changes
-            .with_label_values(&[action])
-            .get()
-    }
-
-    fn conflicts(&self, action: &str) -> u64 {
-        self.metrics
-            .label_conflicts
-            .with_label_values(&[action])
-            .get()
-    }
-
-    fn failures(&self, reason: &str) -> u64 {
-        self.metrics
-            .sync_failures
-            .with_label_values(&[reason])
-            .get()
+        until(|| self.changes("repaired") > repaired).await
     }
 }
 
@@ -148,8 +100,7 @@ async fn a_set_is_applied_changed_and_kept_when_it_ends() -> anyhow::Result<()> 
     it.state(|state| state.synced).await?;
     assert_eq!(api.look(|node| node.owned_by("virtnode").len()), 2);
 
-    it.desired
-        .send_replace(Some(Arc::new(labels(&[(X, "288")]))));
+    it.publish(&[(X, "288")]);
     it.shows(&[
         (X, Some("288")),
         (Y, None),
@@ -176,8 +127,7 @@ async fn a_set_is_applied_changed_and_kept_when_it_ends() -> anyhow::Result<()> 
     })
     .await?;
 
-    it.token.cancel();
-    it.task.await?;
+    it.publisher.stop().await?;
     assert_eq!(api.look(|node| node.labels.len()), 2);
     Ok(())
 }
@@ -190,8 +140,7 @@ async fn an_empty_set_or_none_changes_nothing() -> anyhow::Result<()> {
     let writes = api.asked("patch");
     it.desired.send_replace(Some(Arc::default()));
     it.desired.send_replace(None);
-    it.desired
-        .send_replace(Some(Arc::new(labels(&[(X, "1"), (Y, "1")]))));
+    it.publish(&[(X, "1"), (Y, "1")]);
     it.has_seen_everything().await?;
     assert_eq!(api.asked("patch"), writes + 1, "only the repair of {Y}");
     assert_eq!(it.changes("removed"), 0);
@@ -389,6 +338,24 @@ async fn a_watch_that_hangs_breaks_or_expires_is_made_again() -> anyhow::Result<
 }
 
 #[tokio::test]
+async fn a_watch_that_is_told_nothing_is_replaced() -> anyhow::Result<()> {
+    let api = FakeApi::with_node();
+    let options = Options {
+        fallback: Duration::from_millis(100),
+        ..options()
+    };
+    let it = start_with(&api, &[(X, "1"), (Y, "1")], LabelSet::new(), options);
+    it.shows(&[(X, Some("1"))]).await?;
+    api.mute_watches();
+    // One change alone could be taken for one that the watch told before it fell silent.
+    until(|| {
+        api.change(|node| node.update("other", "other.io/x", Some("1")));
+        api.watches() == 1
+    })
+    .await
+}
+
+#[tokio::test]
 async fn without_a_watch_the_labels_are_looked_after_all_the_same() -> anyhow::Result<()> {
     let api = FakeApi::with_node();
     api.break_calls("list", Fault::Status(403), usize::MAX);
@@ -419,7 +386,7 @@ async fn an_outage_is_told_once_and_nothing_is_lost() -> anyhow::Result<()> {
         .problem
         .context("a problem")?;
     assert_eq!(problem.code, "api-unreachable");
-    it.desired.send_replace(Some(Arc::new(labels(&[(X, "2")]))));
+    it.publish(&[(X, "2")]);
     until(|| it.failures("api-unreachable") >= 5).await?;
     api.repair();
     it.shows(&[(X, Some("2"))]).await?;
@@ -482,7 +449,7 @@ async fn a_missing_right_is_told_and_not_asked_for_all_the_time() -> anyhow::Res
     for round in 0..20 {
         api.change(|node| node.update("other", "other.io/x", Some(&round.to_string())));
     }
-    it.desired.send_replace(Some(Arc::new(labels(&[(X, "2")]))));
+    it.publish(&[(X, "2")]);
     until(|| it.failures("api-forbidden") == 2).await?;
     assert_eq!(api.asked("patch"), 2);
     Ok(())
@@ -498,8 +465,7 @@ async fn the_first_write_may_wait_and_what_is_in_place_does_not() -> anyhow::Res
     let mut it = start_with(&api, &[(X, "1")], LabelSet::new(), slow.clone());
     until(|| api.asked("get") > 0).await?;
     assert!(!it.state.borrow_and_update().synced);
-    it.token.cancel();
-    it.task.await?;
+    it.publisher.stop().await?;
     assert_eq!(api.asked("patch"), 0);
 
     start(&api, &[(X, "1")]).state(|state| state.synced).await?;

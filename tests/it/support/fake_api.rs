@@ -29,6 +29,7 @@ struct State {
     version: u64,
     nodes_made: u64,
     watches: Vec<mpsc::UnboundedSender<Bytes>>,
+    muted: Vec<mpsc::UnboundedSender<Bytes>>,
     asked: Vec<String>,
     events: Vec<Value>,
     faults: Vec<(&'static str, Fault, usize)>,
@@ -107,6 +108,13 @@ impl FakeApi {
                 watch.send(line(&event)).ok();
             }
         }
+    }
+
+    /// The watches stay and are told nothing any more.
+    pub(crate) fn mute_watches(&self) {
+        let mut state = self.state();
+        let mut muted = std::mem::take(&mut state.watches);
+        state.muted.append(&mut muted);
     }
 
     pub(crate) fn watches(&self) -> usize {

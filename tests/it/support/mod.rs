@@ -2,6 +2,7 @@
 
 pub(crate) mod fake_api;
 pub(crate) mod kube;
+pub(crate) mod publisher;
 
 use std::time::Duration;
 
@@ -22,10 +23,15 @@ pub(crate) async fn eventually<T>(
 ) -> anyhow::Result<T> {
     let deadline = Instant::now() + within;
     let mut last = anyhow!("the first try did not come to an end");
-    while let Ok(outcome) = timeout_at(deadline, condition()).await {
-        match outcome {
-            Ok(value) => return Ok(value),
-            Err(error) => last = error,
+    loop {
+        match timeout_at(deadline, condition()).await {
+            Ok(Ok(value)) => return Ok(value),
+            Ok(Err(error)) => last = error,
+            Err(_) => break,
+        }
+        // A try that is over at once is never too late for the timeout.
+        if Instant::now() >= deadline {
+            break;
         }
         sleep(POLL_INTERVAL).await;
     }
