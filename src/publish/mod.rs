@@ -1,3 +1,4 @@
-//! Where the labels go.
+//! Where label sets go.
 
+pub mod file;
 pub mod node;

@@ -2,5 +2,6 @@
 
 mod cluster;
 mod kube_server;
+mod libvirt;
 mod publish_node;
 mod support;

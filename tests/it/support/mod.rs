@@ -2,6 +2,7 @@
 
 pub(crate) mod fake_api;
 pub(crate) mod kube;
+pub(crate) mod libvirtd;
 pub(crate) mod publisher;
 
 use std::time::Duration;
