@@ -1,12 +1,12 @@
 //! The Node publisher against a fake API server that fails, hangs and races on demand.
 
+use std::cell::RefCell;
 use std::io::Write;
 use std::ops::{Deref, DerefMut};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Once};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
-use tracing_subscriber::fmt::MakeWriter;
 use virtnode::cluster::Cluster;
 use virtnode::label::LabelSet;
 use virtnode::publish::node::{Options, Retry};
@@ -371,9 +371,7 @@ async fn without_a_watch_the_labels_are_looked_after_all_the_same() -> anyhow::R
 
 #[tokio::test]
 async fn an_outage_is_told_once_and_nothing_is_lost() -> anyhow::Result<()> {
-    let log = Log::default();
-    let subscriber = tracing_subscriber::fmt().with_writer(log.clone()).finish();
-    let _guard = tracing::subscriber::set_default(subscriber);
+    assert_eq!(logged(), "");
     let api = FakeApi::with_node();
     let mut it = start(&api, &[(X, "1")]);
     it.shows(&[(X, Some("1"))]).await?;
@@ -392,9 +390,18 @@ async fn an_outage_is_told_once_and_nothing_is_lost() -> anyhow::Result<()> {
     it.shows(&[(X, Some("2"))]).await?;
     it.state(|state| state.problem.is_none()).await?;
 
-    assert_eq!(log.count("labels cannot be published"), 1, "{}", log.text());
-    assert_eq!(log.count("labels are published again"), 1, "{}", log.text());
-    assert_eq!(log.count(" ERROR "), 0, "{}", log.text());
+    let log = logged();
+    assert_eq!(
+        log.matches("labels cannot be published").count(),
+        1,
+        "{log}"
+    );
+    assert_eq!(
+        log.matches("labels are published again").count(),
+        1,
+        "{log}"
+    );
+    assert!(!log.contains("ERROR"), "{log}");
     Ok(())
 }
 
@@ -474,34 +481,31 @@ async fn the_first_write_may_wait_and_what_is_in_place_does_not() -> anyhow::Res
     Ok(())
 }
 
-/// What was logged.
-#[derive(Clone, Default)]
-struct Log(Arc<Mutex<Vec<u8>>>);
-
-impl Log {
-    fn text(&self) -> String {
-        String::from_utf8_lossy(&self.0.lock().expect("nobody panicked")).into_owned()
-    }
-
-    fn count(&self, what: &str) -> usize {
-        self.text().matches(what).count()
-    }
+thread_local! {
+    static LOGGED: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }
 
-impl Write for Log {
+/// What this test's thread has logged so far. For the whole process, because a subscriber for
+/// one thread misses what another thread has logged first.
+fn logged() -> String {
+    static SUBSCRIBE: Once = Once::new();
+    SUBSCRIBE.call_once(|| {
+        let subscriber = tracing_subscriber::fmt()
+            .with_ansi(false)
+            .with_writer(|| Logged);
+        tracing::subscriber::set_global_default(subscriber.finish()).expect("no other one");
+    });
+    LOGGED.with_borrow(|bytes| String::from_utf8_lossy(bytes).into_owned())
+}
+
+struct Logged;
+
+impl Write for Logged {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.0.lock().expect("nobody panicked").write(bytes)
+        LOGGED.with_borrow_mut(|logged| logged.write(bytes))
     }
 
     fn flush(&mut self) -> std::io::Result<()> {
         Ok(())
-    }
-}
-
-impl<'w> MakeWriter<'w> for Log {
-    type Writer = Self;
-
-    fn make_writer(&'w self) -> Self {
-        self.clone()
     }
 }
