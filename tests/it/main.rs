@@ -2,9 +2,11 @@
 
 mod architecture;
 mod cli;
+mod cluster;
 mod daemon;
 mod documents;
 mod kube_server;
 mod labeller;
 mod libvirt;
+mod publish_node;
 mod support;
