@@ -243,8 +243,8 @@ impl<H: Hypervisor> Prober<H> {
     }
 
     async fn read_domains(&self, reading: &mut Reading) {
-        let answer = self.hypervisor.running_domains().await;
-        let Some(domains) = self.take(reading, Source::Domains, answer) else {
+        let domains = called(Source::Domains, self.hypervisor.running_domains().await);
+        let Some(domains) = self.record(reading, Source::Domains, domains) else {
             return;
         };
         reading.running_domains = Some(domains.len());
