@@ -1,6 +1,8 @@
 //! What the integration tests share: real parts to test against, and waiting for conditions.
 
+pub(crate) mod daemon;
 pub(crate) mod fake_api;
+pub(crate) mod hypervisor;
 pub(crate) mod kube;
 pub(crate) mod libvirtd;
 pub(crate) mod publisher;
