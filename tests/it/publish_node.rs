@@ -24,9 +24,24 @@ fn options() -> Options {
         retry: Retry {
             first: Duration::from_millis(20),
             longest: Duration::from_millis(100),
-            needs_people: Duration::from_secs(600),
+            needs_people: Duration::from_millis(100),
         },
         ..Options::default()
+    }
+}
+
+/// Options of one who does not try again within a test.
+fn patient() -> Options {
+    let retry = Retry {
+        first: Duration::from_secs(600),
+        ..Retry::default()
+    };
+    Options {
+        retry: Retry {
+            needs_people: retry.first,
+            ..retry
+        },
+        ..options()
     }
 }
 
@@ -292,6 +307,8 @@ async fn every_failure_is_counted_and_survived() -> anyhow::Result<()> {
         ("get", Fault::Refuse, "api-unreachable"),
         ("patch", Fault::Status(500), "api-rejected"),
         ("get", Fault::Status(503), "api-rejected"),
+        // As from an API server that has just started.
+        ("get", Fault::Status(403), "api-forbidden"),
         ("patch", Fault::Busy { retry_after: 0 }, "api-rejected"),
     ] {
         let api = FakeApi::with_node();
@@ -408,7 +425,7 @@ async fn an_outage_is_told_once_and_nothing_is_lost() -> anyhow::Result<()> {
 #[tokio::test]
 async fn a_missing_node_is_told_and_found_as_soon_as_it_is_there() -> anyhow::Result<()> {
     let api = FakeApi::default();
-    let mut it = start(&api, &[(X, "1")]);
+    let mut it = start_with(&api, &[(X, "1")], LabelSet::new(), patient());
     let problem = it
         .state(|state| state.problem.is_some())
         .await?
@@ -439,7 +456,7 @@ async fn another_node_by_the_same_name_gets_the_labels_and_nobody_is_blamed() ->
 async fn a_missing_right_is_told_and_not_asked_for_all_the_time() -> anyhow::Result<()> {
     let api = FakeApi::with_node();
     api.break_calls("patch", Fault::Status(403), usize::MAX);
-    let mut it = start(&api, &[(X, "1")]);
+    let mut it = start_with(&api, &[(X, "1")], LabelSet::new(), patient());
     let problem = it
         .state(|state| state.problem.is_some())
         .await?
