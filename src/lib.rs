@@ -1,15 +1,27 @@
 //! virtnode: says what a libvirt node can run, and changes running domains with proof.
 //!
-//! The arrows point down only; [ARCHITECTURE.md](../ARCHITECTURE.md) has the picture and the rules.
+//! The arrows point down only; ARCHITECTURE.md has the picture and the rules.
 //!
-//! * [`capability`]: libvirt's documents as facts; [`label`]: facts as labels. Pure: text and
-//!   values in, values out.
-//! * [`hypervisor`], [`host`], [`cluster`], [`publish`]: one adapter per outside system.
+//! * [`xml`], [`capability`], [`domain`], [`label`]: the pure core. libvirt's documents as facts,
+//!   facts as labels; text and values in, values out.
+//! * [`hypervisor`], [`host`], [`cluster`], [`publish`]: adapters, one for each outside system;
+//!   [`ffi`] holds the calls that need `unsafe`.
 //! * [`probe`] and [`labeller`]: services that join the core and the adapters.
-//! * [`daemon`] and [`cli`]: wiring.
+//! * [`config`], [`telemetry`], [`daemon`] and [`cli`]: wiring.
 
 pub mod capability;
+pub mod cli;
 pub mod cluster;
+pub mod config;
+pub mod daemon;
+pub mod domain;
+#[allow(unsafe_code)]
+pub mod ffi;
+pub mod host;
 pub mod hypervisor;
 pub mod label;
+pub mod labeller;
+pub mod probe;
+pub mod publish;
 pub mod telemetry;
+pub mod xml;

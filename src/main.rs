@@ -1,3 +1,7 @@
 //! The `virtnode` command.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    virtnode::cli::main()
+}

@@ -1,5 +1,21 @@
-//! What libvirt says of a node, as facts. Pure.
+//! What libvirt and the host say of a node, as facts. Pure.
 
+mod cpu;
+mod domain;
+pub mod eim;
+mod facts;
+mod guest;
+mod host;
+mod node;
+mod vcpus;
 mod version;
 
+pub use cpu::{CpuDefinition, CpuModel, CpuModes, HostModel, PlainMode, PolicyFeature, Usable};
+pub use domain::{DomainCapabilities, Hyperv, Section, Sev, Sgx};
+pub use eim::Eim;
+pub use facts::{Accelerator, CanonicalMachine, NodeFacts, is_q35, is_x86};
+pub use guest::{Guest, GuestDomain, Machine};
+pub use host::{Capabilities, Host, HostCpu, Migration, NumaCell, Pages, Topology, TscCounter};
+pub use node::{HostFacts, IommuKind, KvmHyperv};
+pub use vcpus::{UNLIMITED, VcpuMax};
 pub use version::{NotAVersion, Version};

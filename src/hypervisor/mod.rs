@@ -3,12 +3,15 @@
 //! Documents come as text; reading them is [`crate::capability`]'s. Every call has a deadline of
 //! its own and ends with an answer or a [`HypervisorError`], whatever the daemon behind it does.
 
+mod libvirt;
+
 use std::future::Future;
 use std::time::Duration;
 
 use thiserror::Error;
 use tokio::sync::watch;
 
+pub use self::libvirt::{Keepalive, Libvirt, LibvirtConfig};
 use crate::capability::Version;
 
 /// What a call to the hypervisor can end with instead of an answer.

@@ -1,10 +1,25 @@
 //! Facts and policy as labels. Pure.
+//!
+//! * [`derive`]: what the facts say, in one schema or both;
+//! * [`Published`]: what that becomes, given what was published before: nothing is taken away on
+//!   the word of one probe, or while a running domain stands on it;
+//! * [`ownership`]: which of these may be written to a Node that others write to as well.
 
+mod derive;
+mod family;
 mod key;
+mod kubevirt;
+mod native;
+pub mod ownership;
+mod published;
 
 use std::collections::BTreeMap;
 
+pub use derive::{Derivation, Policy, Rejected, Schema, derive};
+pub use family::{FAMILIES, Source, family, is_ours, sources};
 pub use key::{Invalid, LabelKey, LabelValue};
+pub use kubevirt::DEFAULT_OBSOLETE_CPU_MODELS;
+pub use published::{Change, Changes, InUse, Probe, Published, Retained, RetentionReason};
 
 /// A set of labels, sorted by key.
 pub type LabelSet = BTreeMap<LabelKey, LabelValue>;

@@ -11,7 +11,7 @@ use prometheus::{
 };
 
 use crate::hypervisor::HypervisorError;
-use crate::label::Invalid;
+use crate::label::{FAMILIES, Invalid, RetentionReason, Source};
 
 /// The names of the calls to libvirt, as in the metrics' label `call`.
 pub const CALLS: [&str; 7] = [
@@ -22,16 +22,6 @@ pub const CALLS: [&str; 7] = [
     "baseline-cpu",
     "native-arguments",
     "running-domains",
-];
-
-/// What a probe reads, as in the metrics' label `source`.
-pub const SOURCES: [&str; 6] = [
-    "versions",
-    "capabilities",
-    "domain-capabilities",
-    "cpu-baseline",
-    "domains",
-    "host",
 ];
 
 /// Why a source could not be read: the hypervisor's codes, and a document that is not readable.
@@ -49,20 +39,6 @@ pub const SYNC_FAILURES: [&str; 8] = [
     "api-node-not-found",
     "api-rejected",
     "api-conflict",
-];
-
-/// The families of labels, as in the metrics' label `family`.
-pub const FAMILIES: [&str; 10] = [
-    "machine",
-    "machine-alias",
-    "machine-deprecated",
-    "cpu-model",
-    "cpu-feature",
-    "hyperv",
-    "cpu",
-    "iommu",
-    "security",
-    "node",
 ];
 
 /// Every metric of the daemon.
@@ -246,7 +222,7 @@ impl Metrics {
                 self.call_failures.with_label_values(&[call, reason]);
             }
         }
-        for source in SOURCES {
+        for source in Source::ALL.map(Source::as_str) {
             self.probe_attempts.with_label_values(&[source]);
             self.probe_last_success.with_label_values(&[source]);
             for reason in probe_failure_reasons() {
@@ -262,8 +238,8 @@ impl Metrics {
         for reason in Invalid::ALL {
             self.labels_rejected.with_label_values(&[reason.code()]);
         }
-        for reason in ["domain-uses-it", "awaiting-second-probe"] {
-            self.labels_retained.with_label_values(&[reason]);
+        for reason in RetentionReason::ALL {
+            self.labels_retained.with_label_values(&[reason.code()]);
         }
         for action in ["added", "changed", "removed", "repaired"] {
             self.label_changes.with_label_values(&[action]);

@@ -1,1 +1,5 @@
 //! The one integration test binary: what needs more than one module, or a real part.
+
+mod kube_server;
+mod libvirt;
+mod support;

@@ -1,0 +1,381 @@
+//! All that is known of a node, and what follows from it.
+
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+
+use super::{
+    Capabilities, CpuDefinition, DomainCapabilities, Eim, HostFacts, Machine, VcpuMax, Version,
+};
+
+/// The most vCPUs on x86 without extended interrupt mode: APIC IDs are 8 bits wide
+/// (`QEMU_MAX_VCPUS_WITHOUT_EIM`, libvirt src/qemu/qemu_validate.h).
+const MAX_WITHOUT_EIM: VcpuMax = VcpuMax::AtMost(255);
+
+/// The most vCPUs with a version 2 GIC, which has that many CPU interfaces (QEMU hw/arm/virt.c).
+const MAX_WITH_GIC_V2: VcpuMax = VcpuMax::AtMost(8);
+
+/// All that is known of a node. What is absent is unknown, and nothing is made up for it.
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct NodeFacts {
+    /// The versions of libvirt.
+    pub libvirt_version: Option<Version>,
+    /// The version of the hypervisor behind it: QEMU's.
+    pub hypervisor_version: Option<Version>,
+    /// `<capabilities>`.
+    pub capabilities: Option<Capabilities>,
+    /// `<domainCapabilities>`, as many as were asked for.
+    pub domain_capabilities: Vec<DomainCapabilities>,
+    /// The `<cpu>` that hypervisor-cpu-baseline prints: every feature that the hypervisor can give.
+    pub baseline_cpu: Option<CpuDefinition>,
+    /// What was found out of extended interrupt mode; see [`NodeFacts::eim`].
+    pub eim: Option<Eim>,
+    /// KVM_CAP_MAX_VCPUS.
+    pub kvm_max_vcpus: Option<u32>,
+    /// What the host itself shows: sysfs, /dev and /proc.
+    pub host: Option<HostFacts>,
+}
+
+/// What makes guests fast here, best first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Accelerator {
+    /// Linux's KVM.
+    Kvm,
+    /// macOS's Hypervisor.framework.
+    Hvf,
+    /// Microsoft's hypervisor with Linux as its root.
+    Mshv,
+    /// None: QEMU translates every instruction.
+    Tcg,
+}
+
+impl Accelerator {
+    /// The accelerator behind a domain type; `None` for a type that is not QEMU's.
+    pub fn of_domain_type(virt_type: &str) -> Option<Self> {
+        match virt_type {
+            "kvm" => Some(Self::Kvm),
+            "hvf" => Some(Self::Hvf),
+            // libvirt's name for guests on Microsoft's hypervisor is `hyperv`.
+            "mshv" | "hyperv" => Some(Self::Mshv),
+            "qemu" => Some(Self::Tcg),
+            _ => None,
+        }
+    }
+
+    /// The label's word.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Kvm => "kvm",
+            Self::Hvf => "hvf",
+            Self::Mshv => "mshv",
+            Self::Tcg => "tcg",
+        }
+    }
+}
+
+/// A machine type of one architecture by its canonical name, with what it can have here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CanonicalMachine<'f> {
+    /// The canonical name.
+    pub name: &'f str,
+    /// The most vCPUs that a domain of it can really have here.
+    pub effective_max: VcpuMax,
+    /// Whether the hypervisor is going to drop it.
+    pub deprecated: bool,
+}
+
+impl CanonicalMachine<'_> {
+    /// The largest maximum among machines that have a future, which deprecated ones have not.
+    pub fn largest_max(machines: &[CanonicalMachine<'_>]) -> VcpuMax {
+        machines
+            .iter()
+            .filter(|machine| !machine.deprecated)
+            .map(|machine| machine.effective_max)
+            .max_by_key(|max| max.number())
+            .unwrap_or_default()
+    }
+}
+
+impl NodeFacts {
+    /// The host's own architecture in libvirt's spelling.
+    ///
+    /// From the host's `<cpu>`; a host without one is known by its kernel, else by a guest that
+    /// runs at full speed, else by the only architecture there is.
+    pub fn native_arch(&self) -> Option<&str> {
+        let capabilities = self.capabilities.as_ref();
+        let decoded = capabilities.and_then(|c| c.host.cpu.as_ref()?.arch.as_deref());
+        let kernel = self
+            .host
+            .as_ref()
+            .map(|host| host.arch.as_str())
+            .filter(|arch| !arch.is_empty());
+        let guests = || {
+            capabilities
+                .map(|c| c.guests.as_slice())
+                .unwrap_or_default()
+        };
+        let accelerated = || {
+            guests()
+                .iter()
+                .filter(|guest| guest.domains.iter().any(|d| is_accelerated(&d.virt_type)))
+                .max_by_key(|guest| guest.word_size)
+                .map(|guest| guest.arch.as_str())
+                .or_else(|| {
+                    let domain = |d: &&DomainCapabilities| {
+                        d.virt_type.as_deref().is_some_and(is_accelerated)
+                    };
+                    self.domain_capabilities
+                        .iter()
+                        .find(domain)?
+                        .arch
+                        .as_deref()
+                })
+        };
+        let only = || {
+            let documents = self
+                .domain_capabilities
+                .iter()
+                .filter_map(|d| d.arch.as_deref());
+            let mut archs = guests().iter().map(|g| g.arch.as_str()).chain(documents);
+            let first = archs.next()?;
+            archs.all(|arch| arch == first).then_some(first)
+        };
+        decoded
+            .or(kernel)
+            .or_else(accelerated)
+            .or_else(only)
+            .filter(|arch| !arch.is_empty())
+    }
+
+    /// The best domain type for guests of an architecture: `kvm` before `hvf`, Microsoft's and
+    /// `qemu`, and another driver's own type after all of these.
+    pub fn best_domain_type(&self, arch: &str) -> Option<&str> {
+        let guests = self.capabilities.iter().flat_map(|c| &c.guests);
+        let offered = guests
+            .filter(|guest| guest.arch == arch)
+            .flat_map(|guest| &guest.domains)
+            .map(|domain| domain.virt_type.as_str());
+        let rank = |virt_type: &&str| {
+            let accelerator = Accelerator::of_domain_type(virt_type);
+            (accelerator.is_none(), accelerator)
+        };
+        let documented = self
+            .domain_capabilities
+            .iter()
+            .filter(|d| d.arch.as_deref().is_none_or(|have| have == arch))
+            .filter_map(|d| d.virt_type.as_deref());
+        offered
+            .min_by_key(rank)
+            .or_else(|| documented.min_by_key(rank))
+    }
+
+    /// What accelerates native guests; `None` where that is unknown or the driver is not QEMU's.
+    pub fn accelerator(&self) -> Option<Accelerator> {
+        Accelerator::of_domain_type(self.best_domain_type(self.native_arch()?)?)
+    }
+
+    /// The documents for an architecture and its best domain type. Others say nothing of what a
+    /// domain gets here.
+    pub fn documents<'f>(&'f self, arch: &'f str) -> impl Iterator<Item = &'f DomainCapabilities> {
+        let best = self.best_domain_type(arch);
+        self.domain_capabilities.iter().filter(move |d| {
+            d.arch.as_deref().is_none_or(|have| have == arch)
+                && (d.virt_type.is_none() || d.virt_type.as_deref() == best)
+        })
+    }
+
+    /// The document that speaks for the node: native, of the best domain type, and if there are
+    /// several the one for the machine type that new guests use.
+    pub fn primary_document(&self) -> Option<&DomainCapabilities> {
+        let arch = self.native_arch()?;
+        let usual = |d: &&DomainCapabilities| d.machine.as_deref().is_some_and(is_usual_machine);
+        self.documents(arch)
+            .find(usual)
+            .or_else(|| self.documents(arch).next())
+    }
+
+    /// The machine types of an architecture as libvirt lists them, aliases as well, without
+    /// repetition.
+    pub fn machines(&self, arch: &str) -> Vec<Machine> {
+        let best = self.best_domain_type(arch);
+        let mut machines: BTreeMap<&str, Machine> = BTreeMap::new();
+        let guests = self.capabilities.iter().flat_map(|c| &c.guests);
+        for guest in guests.filter(|guest| guest.arch == arch) {
+            let own = guest
+                .domains
+                .iter()
+                .find(|domain| Some(domain.virt_type.as_str()) == best)
+                .map(|domain| &domain.machines)
+                .filter(|machines| !machines.is_empty());
+            for machine in own.unwrap_or(&guest.machines) {
+                machines
+                    .entry(&machine.name)
+                    .and_modify(|have| {
+                        have.max_vcpus = have.max_vcpus.min(machine.max_vcpus);
+                        have.deprecated |= machine.deprecated;
+                    })
+                    .or_insert_with(|| machine.clone());
+            }
+        }
+        machines.into_values().collect()
+    }
+
+    /// The machine types of an architecture by canonical name, sorted, each with what it can
+    /// have here. A machine that only a domain capabilities document names is one as well.
+    pub fn canonical_machines<'m>(
+        &'m self,
+        arch: &'m str,
+        machines: &'m [Machine],
+    ) -> Vec<CanonicalMachine<'m>> {
+        let mut canonical: BTreeMap<&str, (VcpuMax, bool)> = BTreeMap::new();
+        for machine in machines {
+            let (max, deprecated) = canonical.entry(machine.canonical_name()).or_default();
+            *max = max.min(machine.max_vcpus);
+            *deprecated |= machine.deprecated;
+        }
+        for document in self.documents(arch) {
+            // What the document says of its machine is cut by KVM already.
+            if let Some(name) = document.machine.as_deref() {
+                let (max, _) = canonical.entry(name).or_default();
+                *max = max.min(document.max_vcpus);
+            }
+        }
+        let limit = self.accelerator_limit(arch, machines);
+        let gic = self.interrupt_controller_limit(arch);
+        canonical
+            .into_iter()
+            .map(|(name, (max, deprecated))| {
+                let effective_max = match max {
+                    VcpuMax::Unknown => VcpuMax::Unknown,
+                    max if is_x86(arch) => max.min(limit).min(self.apic_limit(name)),
+                    max if is_virt(name) => max.min(limit).min(gic),
+                    max => max.min(limit),
+                };
+                CanonicalMachine {
+                    name,
+                    effective_max,
+                    deprecated,
+                }
+            })
+            .collect()
+    }
+
+    /// The most vCPUs that the accelerator of an architecture allows.
+    ///
+    /// KVM's own answer, and what shows in a document whose maximum is below its machine's:
+    /// libvirt prints the lower of the two (`virQEMUCapsFillDomainCaps`).
+    fn accelerator_limit(&self, arch: &str, machines: &[Machine]) -> VcpuMax {
+        if self.best_domain_type(arch) != Some("kvm") {
+            return VcpuMax::Unknown;
+        }
+        let shown = self
+            .documents(arch)
+            .filter(|document| {
+                let name = document.machine.as_deref();
+                let machine = machines.iter().find(|m| Some(m.canonical_name()) == name);
+                let own = machine.map_or(VcpuMax::Unknown, |machine| machine.max_vcpus);
+                document.max_vcpus.number() < own.number()
+            })
+            .map(|document| document.max_vcpus)
+            .fold(VcpuMax::Unknown, VcpuMax::min);
+        self.kvm_max_vcpus
+            .map_or(VcpuMax::Unknown, VcpuMax::from_number)
+            .min(shown)
+    }
+
+    /// 255 on x86, unless libvirt by itself gives a q35 machine what it needs for more.
+    fn apic_limit(&self, machine: &str) -> VcpuMax {
+        match self.eim() {
+            Some(Eim::Auto) if is_q35(machine) => VcpuMax::Unlimited,
+            _ => MAX_WITHOUT_EIM,
+        }
+    }
+
+    /// 8 where only version 2 of the GIC can be had.
+    fn interrupt_controller_limit(&self, arch: &str) -> VcpuMax {
+        let only_v2 = self.documents(arch).any(|document| {
+            document.features.get("gic").is_some_and(|gic| {
+                gic.is_supported() && gic.offers("version", "2") && !gic.offers("version", "3")
+            })
+        });
+        if only_v2 {
+            MAX_WITH_GIC_V2
+        } else {
+            VcpuMax::Unlimited
+        }
+    }
+
+    /// How more than 255 vCPUs come about on x86: as found out, else by the versions. `None`
+    /// where it is unknown, or the question makes no sense.
+    pub fn eim(&self) -> Option<Eim> {
+        let arch = self.native_arch();
+        if arch.is_some_and(|arch| !is_x86(arch)) {
+            return None;
+        }
+        self.eim.or_else(|| {
+            // Only QEMU's driver has it, and only x86 needs it.
+            arch.and(self.accelerator()).and_then(|_| {
+                Some(Eim::from_versions(
+                    self.libvirt_version?,
+                    self.hypervisor_version,
+                ))
+            })
+        })
+    }
+
+    /// The names of the CPU features that the hypervisor provides, sorted: from
+    /// hypervisor-cpu-baseline where there is one, else those that the host model requires.
+    ///
+    /// A feature without a policy is there (s390x leaves it out); `disable`, `forbid` and
+    /// `optional` are not.
+    pub fn cpu_features(&self) -> Vec<&str> {
+        let features = match &self.baseline_cpu {
+            Some(cpu) => cpu.features.as_slice(),
+            None => self
+                .primary_document()
+                .and_then(|document| document.cpu.host_model.as_ref())
+                .filter(|host_model| host_model.supported)
+                .map(|host_model| host_model.features.as_slice())
+                .unwrap_or_default(),
+        };
+        let mut names: Vec<&str> = features
+            .iter()
+            .filter(|f| matches!(f.policy.as_deref(), None | Some("require" | "force")))
+            .map(|feature| feature.name.as_str())
+            .collect();
+        names.sort_unstable();
+        names.dedup();
+        names
+    }
+}
+
+/// Whether an architecture is x86, where the 8-bit APIC ID counts.
+pub fn is_x86(arch: &str) -> bool {
+    matches!(arch, "x86_64" | "i686")
+}
+
+/// Whether a machine type is of the q35 family, upstream's or a distribution's
+/// (`qemuDomainMachineIsQ35`, libvirt src/qemu/qemu_domain.c).
+pub fn is_q35(machine: &str) -> bool {
+    machine == "q35" || machine.starts_with("pc-q35")
+}
+
+/// Whether a machine type is of Arm's `virt` family.
+fn is_virt(machine: &str) -> bool {
+    machine == "virt" || machine.starts_with("virt-")
+}
+
+fn is_accelerated(virt_type: &str) -> bool {
+    Accelerator::of_domain_type(virt_type)
+        .is_some_and(|accelerator| accelerator != Accelerator::Tcg)
+}
+
+/// Whether new guests of any architecture are commonly given this machine type.
+fn is_usual_machine(machine: &str) -> bool {
+    is_q35(machine)
+        || is_virt(machine)
+        || machine.starts_with("s390-ccw-virtio")
+        || machine.starts_with("pseries")
+}

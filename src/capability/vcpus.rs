@@ -1,0 +1,99 @@
+//! A maximum number of vCPUs, as libvirt says it.
+
+use std::fmt;
+
+use serde::Serialize;
+
+use crate::xml::{Element, Problem};
+
+/// libvirt's way to say "no limit": `INT_MAX`, seen with pseries machines of QEMU 6.2 to 7.1.
+pub const UNLIMITED: u32 = 2_147_483_647;
+
+/// A maximum number of vCPUs.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum VcpuMax {
+    /// libvirt does not say. This is not zero.
+    #[default]
+    Unknown,
+    /// At most so many.
+    AtMost(u32),
+    /// libvirt says that there is no limit ([`UNLIMITED`]).
+    Unlimited,
+}
+
+impl VcpuMax {
+    /// What a number of libvirt's means: 0 is unknown.
+    pub fn from_number(number: u32) -> Self {
+        match number {
+            0 => Self::Unknown,
+            n if n >= UNLIMITED => Self::Unlimited,
+            n => Self::AtMost(n),
+        }
+    }
+
+    pub(super) fn read(element: &Element<'_>, attribute: &str) -> Result<Self, Problem> {
+        let number = element.parsed(attribute, "number of vCPUs")?;
+        Ok(number.map_or(Self::Unknown, Self::from_number))
+    }
+
+    /// The lower of two; what is unknown does not lower anything.
+    #[must_use]
+    pub fn min(self, other: Self) -> Self {
+        match (self, other) {
+            (Self::Unknown, max) | (max, Self::Unknown) => max,
+            (Self::Unlimited, max) | (max, Self::Unlimited) => max,
+            (Self::AtMost(a), Self::AtMost(b)) => Self::AtMost(a.min(b)),
+        }
+    }
+
+    /// The number, [`UNLIMITED`] for no limit.
+    pub fn number(self) -> Option<u32> {
+        match self {
+            Self::Unknown => None,
+            Self::AtMost(n) => Some(n),
+            Self::Unlimited => Some(UNLIMITED),
+        }
+    }
+}
+
+impl fmt::Display for VcpuMax {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.number() {
+            None => f.write_str("unknown"),
+            Some(number) => write!(f, "{number}"),
+        }
+    }
+}
+
+impl Serialize for VcpuMax {
+    /// A number, or null while unknown.
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        self.number().serialize(serializer)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_lower_of_two_is_the_lower_known_one() {
+        use VcpuMax::{AtMost, Unknown, Unlimited};
+        assert_eq!(AtMost(4).min(AtMost(2)), AtMost(2));
+        assert_eq!(Unknown.min(AtMost(2)), AtMost(2));
+        assert_eq!(Unlimited.min(AtMost(2)), AtMost(2));
+        assert_eq!(AtMost(2).min(Unlimited), AtMost(2));
+        assert_eq!(Unknown.min(Unlimited), Unlimited);
+        assert_eq!(Unknown.min(Unknown), Unknown);
+    }
+
+    #[test]
+    fn zero_is_unknown_and_int_max_is_no_limit() {
+        assert_eq!(VcpuMax::from_number(0), VcpuMax::Unknown);
+        assert_eq!(
+            VcpuMax::from_number(2_147_483_647).to_string(),
+            "2147483647"
+        );
+        assert_eq!(VcpuMax::from_number(255).to_string(), "255");
+    }
+}

@@ -1,0 +1,74 @@
+//! Exit codes: a contract with scripts (design: product).
+
+use std::error::Error;
+use std::fmt;
+use std::process::ExitCode;
+
+/// How a command ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Exit {
+    /// 0: done, and verified where there was something to verify.
+    Done,
+    /// 1: failed.
+    Failed,
+    /// 2: the command line or the configuration is wrong.
+    Usage,
+    /// 5: the hypervisor cannot be reached.
+    Unreachable,
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> Self {
+        Self::from(match exit {
+            Exit::Done => 0,
+            Exit::Failed => 1,
+            Exit::Usage => 2,
+            Exit::Unreachable => 5,
+        })
+    }
+}
+
+impl Exit {
+    /// The code for an error: that of a [`Failure`] in its chain, 0 for a reader that went away,
+    /// else 1.
+    pub fn of(error: &anyhow::Error) -> Self {
+        match error.downcast_ref::<Failure>() {
+            Some(failure) => failure.exit,
+            None if is_broken_pipe(error) => Self::Done,
+            None => Self::Failed,
+        }
+    }
+}
+
+/// An error that says how the command ends.
+#[derive(Debug)]
+pub struct Failure {
+    exit: Exit,
+    message: String,
+}
+
+impl Failure {
+    /// An error with an exit code other than 1.
+    pub fn new(exit: Exit, message: impl fmt::Display) -> Self {
+        Self {
+            exit,
+            message: message.to_string(),
+        }
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl Error for Failure {}
+
+/// Whether the reader of the output went away, as `head` does: no mistake.
+pub(super) fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error
+        .chain()
+        .filter_map(|cause| cause.downcast_ref::<std::io::Error>())
+        .any(|cause| cause.kind() == std::io::ErrorKind::BrokenPipe)
+}

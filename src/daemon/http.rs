@@ -1,0 +1,84 @@
+//! `/metrics`, `/healthz` and `/readyz`, all from memory.
+
+use std::fmt::Write;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::State;
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use tower::limit::GlobalConcurrencyLimitLayer;
+use tower_http::compression::CompressionLayer;
+use tower_http::limit::RequestBodyLimitLayer;
+use tower_http::timeout::TimeoutLayer;
+
+use super::Health;
+use crate::telemetry::Metrics;
+
+/// Requests that are answered at a time.
+const CONCURRENT: usize = 16;
+/// No request has a body to speak of.
+const BODY_MAX_BYTES: usize = 1024;
+/// An answer comes from memory; this bounds the wait for a turn.
+const TIMEOUT: Duration = Duration::from_secs(10);
+
+#[derive(Clone)]
+struct Shared {
+    metrics: Arc<Metrics>,
+    health: Arc<Health>,
+}
+
+/// The routes, with their bounds.
+pub(super) fn router(metrics: Arc<Metrics>, health: Arc<Health>) -> Router {
+    Router::new()
+        .route("/metrics", get(serve_metrics))
+        .route("/healthz", get(healthz))
+        .route("/readyz", get(readyz))
+        .with_state(Shared { metrics, health })
+        .layer(CompressionLayer::new())
+        .layer(RequestBodyLimitLayer::new(BODY_MAX_BYTES))
+        .layer(GlobalConcurrencyLimitLayer::new(CONCURRENT))
+        .layer(TimeoutLayer::with_status_code(
+            StatusCode::SERVICE_UNAVAILABLE,
+            TIMEOUT,
+        ))
+}
+
+async fn serve_metrics(State(shared): State<Shared>) -> Response {
+    match shared.metrics.encode() {
+        Ok(text) => (
+            [(
+                header::CONTENT_TYPE,
+                "text/plain; version=0.0.4; charset=utf-8",
+            )],
+            text,
+        )
+            .into_response(),
+        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")).into_response(),
+    }
+}
+
+async fn healthz(State(shared): State<Shared>) -> (StatusCode, String) {
+    match shared.health.stuck_for() {
+        None => (StatusCode::OK, "ok\n".to_owned()),
+        Some(since) => (
+            StatusCode::SERVICE_UNAVAILABLE,
+            format!("the event loop has not moved for {} s\n", since.as_secs()),
+        ),
+    }
+}
+
+async fn readyz(State(shared): State<Shared>) -> (StatusCode, String) {
+    let missing = shared.health.missing();
+    if missing.is_empty() {
+        return (StatusCode::OK, "ready\n".to_owned());
+    }
+    let mut body = "not ready; still missing:\n".to_owned();
+    for line in missing {
+        // Writing to a string does not fail.
+        let _ok = writeln!(body, "{line}");
+    }
+    (StatusCode::SERVICE_UNAVAILABLE, body)
+}

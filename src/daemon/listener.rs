@@ -1,0 +1,74 @@
+//! The accept loop: bounded in connections, and in the time a client may take to say what it
+//! wants. `axum::serve` bounds neither.
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+use tracing::debug;
+
+/// Connections at a time; more wait in the kernel's queue.
+const CONNECTIONS: usize = 64;
+/// For a request's head to arrive, and for an idle connection to send the next one.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
+/// No connection is older: a client that reads slowly does not keep its place for ever.
+const CONNECTION_TIMEOUT: Duration = Duration::from_secs(300);
+/// A request's head, and what is buffered of an answer.
+const BUFFER_BYTES: usize = 16 * 1024;
+
+/// Listens. On every address means IPv6 and IPv4; on a machine without IPv6 it means IPv4.
+pub(super) async fn bind(address: SocketAddr) -> io::Result<TcpListener> {
+    match TcpListener::bind(address).await {
+        Err(error)
+            if address.ip().is_unspecified()
+                && address.is_ipv6()
+                && error.kind() != io::ErrorKind::AddrInUse =>
+        {
+            TcpListener::bind((IpAddr::V4(Ipv4Addr::UNSPECIFIED), address.port())).await
+        }
+        outcome => outcome,
+    }
+}
+
+/// Serves for ever. Dropping the future closes every connection.
+pub(super) async fn serve(listener: TcpListener, router: Router) {
+    let places = Arc::new(Semaphore::new(CONNECTIONS));
+    let mut connections = JoinSet::new();
+    let mut server = http1::Builder::new();
+    server
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD_TIMEOUT)
+        .max_buf_size(BUFFER_BYTES);
+    loop {
+        let Ok(place) = Arc::clone(&places).acquire_owned().await else {
+            return;
+        };
+        while connections.try_join_next().is_some() {}
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                // Out of file descriptors, say: others will be given back.
+                debug!(%error, "a connection was not accepted");
+                sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        let service = TowerToHyperService::new(router.clone());
+        let connection = server.serve_connection(TokioIo::new(stream), service);
+        connections.spawn(async move {
+            if let Ok(Err(error)) = timeout(CONNECTION_TIMEOUT, connection).await {
+                debug!(%error, "a connection ended early");
+            }
+            drop(place);
+        });
+    }
+}

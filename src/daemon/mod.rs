@@ -1,0 +1,236 @@
+//! The daemon: builds every part, joins them, and ends when one of them does.
+
+mod health;
+mod http;
+mod listener;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use sd_notify::NotifyState;
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{oneshot, watch};
+use tokio::task::JoinSet;
+use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::cluster::{Cluster, ClusterConfig};
+use crate::config::{Config, Target};
+use crate::hypervisor::{Libvirt, LibvirtConfig};
+use crate::label::{LabelKey, LabelSet, LabelValue};
+use crate::labeller::{Labeller, Outlets};
+use crate::publish::file::FilePublisher;
+use crate::publish::node::{NodePublisher, Options};
+use crate::telemetry::Metrics;
+pub use health::Health;
+
+/// How long parts may take to end after they were asked to.
+const GRACE: Duration = Duration::from_secs(5);
+
+/// Between two attempts to see the Node for the first time.
+const LOOK_AGAIN: Duration = Duration::from_secs(2);
+
+/// The cluster and Node that a configuration names.
+///
+/// # Errors
+/// No name is given and the machine's own cannot be read.
+pub fn cluster_config(config: &Config) -> anyhow::Result<ClusterConfig> {
+    let node = match &config.node_name {
+        Some(name) => name.clone(),
+        // The kubelet registers under the host name in lower case (pkg/util/node: GetHostname).
+        None => std::fs::read_to_string("/proc/sys/kernel/hostname")
+            .context("cannot read the host name; set --node-name")?
+            .trim()
+            .to_lowercase(),
+    };
+    Ok(ClusterConfig {
+        kubeconfig: config.kubeconfig.clone(),
+        context: config.context.clone(),
+        ..ClusterConfig::new(node)
+    })
+}
+
+/// Runs until a signal asks to stop or a part ends by itself. Published labels stay.
+///
+/// # Errors
+/// A part that cannot be started, or that ended without being asked to.
+pub async fn run(config: Config) -> anyhow::Result<()> {
+    info!(
+        version = env!("CARGO_PKG_VERSION"),
+        commit = env!("VIRTNODE_COMMIT"),
+        connect = %config.connect,
+        publish = ?config.publish,
+        schema = %config.policy.schema,
+        "virtnode starts"
+    );
+    let listener = listener::bind(config.listen)
+        .await
+        .with_context(|| format!("cannot listen on {}", config.listen))?;
+    info!(address = %listener.local_addr()?, "serving /metrics, /healthz and /readyz");
+    let stop = CancellationToken::new();
+    let mut parts = JoinSet::new();
+    start(&config, listener, &stop, &mut parts).await?;
+    // Where no service manager listens this does nothing.
+    let _nobody = sd_notify::notify(&[NotifyState::Ready]);
+    let outcome = supervise(&mut parts).await;
+    let _nobody = sd_notify::notify(&[NotifyState::Stopping]);
+    stop.cancel();
+    let ended = timeout(GRACE, async { while parts.join_next().await.is_some() {} }).await;
+    if ended.is_err() {
+        warn!("a part did not end within {GRACE:?}; leaving it");
+    }
+    info!("virtnode ends; labels stay as they are");
+    outcome
+}
+
+/// Builds the parts and starts each as a task with a name.
+async fn start(
+    config: &Config,
+    listener: TcpListener,
+    stop: &CancellationToken,
+    parts: &mut JoinSet<&'static str>,
+) -> anyhow::Result<()> {
+    let metrics = Arc::new(Metrics::new());
+    let hypervisor = Arc::new(Libvirt::start(
+        LibvirtConfig {
+            call_deadline: config.call_deadline,
+            ..LibvirtConfig::new(config.connect.clone())
+        },
+        Arc::clone(&metrics),
+    ));
+    let mut outlets = Outlets {
+        file: config
+            .publishes_to(Target::File)
+            .then(|| FilePublisher::new(&config.state_directory, &config.features_directory)),
+        ..Outlets::default()
+    };
+    let mut node = None;
+    if config.publishes_to(Target::Node) {
+        let cluster = Cluster::connect(cluster_config(config)?).await?;
+        let options = Options {
+            force_conflicts: config.force_conflicts,
+            start_jitter: config.start_jitter,
+            ..Options::default()
+        };
+        let publisher = NodePublisher::new(cluster.clone(), Arc::clone(&metrics), options);
+        let (desired, to_publish) = watch::channel(None);
+        let (found, found_on_node) = oneshot::channel();
+        outlets.node = Some(desired);
+        outlets.found_on_node = Some(found_on_node);
+        node = Some((cluster, publisher, to_publish, found));
+    }
+    let labeller = Labeller::new(
+        hypervisor,
+        config.policy.clone(),
+        config.probe_interval,
+        Path::new("/").to_owned(),
+        outlets,
+        Arc::clone(&metrics),
+    );
+    let synced = node.as_ref().map(|(_, publisher, ..)| publisher.state());
+    let health = Arc::new(Health::new(labeller.progress(), synced));
+    if let Some((cluster, publisher, to_publish, found)) = node {
+        let before = labeller.published().clone();
+        let stop = stop.clone();
+        parts.spawn(async move {
+            let look = stop.run_until_cancelled(found_on_node(&cluster)).await;
+            if let Some(on_node) = look {
+                let mut ours = before;
+                ours.extend(on_node.clone());
+                // The labeller goes away only when the daemon stops.
+                let _stopping = found.send(on_node);
+                publisher.run(to_publish, ours, stop).await;
+            }
+            "the Node's publisher"
+        });
+    }
+    let token = stop.clone();
+    parts.spawn(async move {
+        labeller.run(token).await;
+        "the labeller"
+    });
+    let token = stop.clone();
+    let watched = Arc::clone(&health);
+    parts.spawn(async move {
+        token.run_until_cancelled(beat(&watched)).await;
+        "the watchdog"
+    });
+    let token = stop.clone();
+    parts.spawn(async move {
+        let router = http::router(metrics, health);
+        token
+            .run_until_cancelled(listener::serve(listener, router))
+            .await;
+        "the HTTP server"
+    });
+    Ok(())
+}
+
+/// What of ours the Node has: the labels that are ours by its field managers, with the values it
+/// shows. Looks until it is told; the publisher reports what stands in the way from then on.
+async fn found_on_node(cluster: &Cluster) -> LabelSet {
+    let mut told = None;
+    loop {
+        match cluster.observe().await {
+            Ok(state) => {
+                let owned = state.shown.owned.iter().filter_map(|key| {
+                    let value = state.shown.labels.get(key)?;
+                    let key: LabelKey = key.parse().ok()?;
+                    let value: LabelValue = value.parse().ok()?;
+                    Some((key, value))
+                });
+                return owned.collect();
+            }
+            Err(error) => {
+                if told != Some(error.code()) {
+                    warn!(node = cluster.node(), %error, "the Node cannot be seen yet; trying on");
+                    told = Some(error.code());
+                }
+                sleep(LOOK_AGAIN.mul_f64(0.5 + fastrand::f64())).await;
+            }
+        }
+    }
+}
+
+/// Ticks once a second, for `/healthz` and for the service manager's watchdog.
+async fn beat(health: &Health) {
+    let mut second = interval(Duration::from_secs(1));
+    second.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let watched = sd_notify::watchdog_enabled().is_some();
+    loop {
+        second.tick().await;
+        health.tick();
+        if watched {
+            let _nobody = sd_notify::notify(&[NotifyState::Watchdog]);
+        }
+    }
+}
+
+/// Waits for a signal to stop, or for a part to end, which none should.
+async fn supervise(parts: &mut JoinSet<&'static str>) -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    tokio::select! {
+        _ = terminate.recv() => info!("told to stop by SIGTERM"),
+        _ = interrupt.recv() => info!("told to stop by SIGINT"),
+        ended = parts.join_next() => match ended {
+            Some(Ok(part)) => bail!("{part} ended by itself"),
+            Some(Err(error)) => bail!("a part of the daemon failed: {error}"),
+            None => bail!("no part of the daemon is left"),
+        },
+    }
+    // A second signal does not wait.
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        #[expect(clippy::exit, reason = "the operator asked twice")]
+        std::process::exit(130);
+    });
+    Ok(())
+}

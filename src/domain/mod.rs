@@ -1,0 +1,5 @@
+//! Domains, as facts from their live XML. Pure.
+
+mod needs;
+
+pub use needs::Needs;

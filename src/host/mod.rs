@@ -1,0 +1,204 @@
+//! Plain facts of this machine, from sysfs, procfs, and KVM's device.
+//!
+//! All paths are below a root: `/`, a mount of the host's root in a container, a directory in a
+//! test. What is not there or cannot be read is a fact of its own: absent, not an error.
+
+mod fingerprint;
+mod kvm;
+
+use std::fs;
+use std::path::Path;
+
+pub use fingerprint::{Fingerprint, fingerprint};
+
+use crate::capability::{HostFacts, IommuKind};
+
+/// The parameter that says whether guests can be hypervisors, of each architecture's KVM.
+const NESTED: [&str; 4] = [
+    "sys/module/kvm_intel/parameters/nested",
+    "sys/module/kvm_amd/parameters/nested",
+    "sys/module/kvm/parameters/nested",    // s390x
+    "sys/module/kvm_hv/parameters/nested", // ppc64
+];
+
+/// Reads everything anew. Some dozen small reads, none of which waits for a device: sysfs and
+/// ioctls that the kernel answers by itself.
+pub fn read(root: &Path) -> HostFacts {
+    let kvm = kvm::open(root);
+    let arch = arch(root);
+    let iommu_groups = entries(&root.join("sys/kernel/iommu_groups")).len();
+    HostFacts {
+        kvm_max_vcpus: kvm.as_ref().and_then(kvm::max_vcpus),
+        kvm_hyperv: kvm
+            .as_ref()
+            .filter(|_| arch == "x86_64")
+            .and_then(kvm::hyperv),
+        iommu: iommu(&entries(&root.join("sys/class/iommu")), iommu_groups),
+        iommu_groups: u32::try_from(iommu_groups).unwrap_or(u32::MAX),
+        vfio: exists(root, &["dev/vfio/vfio", "sys/class/misc/vfio"]),
+        iommufd: exists(root, &["dev/iommu", "sys/class/misc/iommu"]),
+        nested: NESTED.iter().any(|path| is_on(&text(root, path))),
+        realtime: text(root, "proc/sys/kernel/sched_rt_runtime_us") == "-1",
+        arch,
+    }
+}
+
+/// The kind by the names of the IOMMU devices: `dmar0`, `ivhd0`, `smmu3.0x9050000`. Groups
+/// without such a device are those of another architecture or of virtio-iommu.
+fn iommu(devices: &[String], groups: usize) -> IommuKind {
+    let any = |prefix: &str| devices.iter().any(|device| device.starts_with(prefix));
+    if any("dmar") {
+        IommuKind::VtD
+    } else if any("ivhd") {
+        IommuKind::AmdVi
+    } else if any("smmu") {
+        IommuKind::Smmu
+    } else if groups > 0 {
+        IommuKind::Other
+    } else {
+        IommuKind::None
+    }
+}
+
+/// The kernel's name of the architecture: from the kernel where it says (since Linux 6.1), else
+/// what this program was built for.
+fn arch(root: &Path) -> String {
+    let told = text(root, "proc/sys/kernel/arch");
+    match (told.is_empty(), std::env::consts::ARCH) {
+        (false, _) => told,
+        (true, "powerpc64") if cfg!(target_endian = "little") => "ppc64le".to_owned(),
+        (true, "powerpc64") => "ppc64".to_owned(),
+        (true, built_for) => built_for.to_owned(),
+    }
+}
+
+/// Module parameters print booleans as `Y` or, where they are integers, as `1`.
+fn is_on(parameter: &str) -> bool {
+    matches!(parameter, "Y" | "y" | "1")
+}
+
+fn exists(root: &Path, any_of: &[&str]) -> bool {
+    any_of.iter().any(|path| root.join(path).exists())
+}
+
+fn text(root: &Path, path: &str) -> String {
+    let text = fs::read_to_string(root.join(path)).unwrap_or_default();
+    text.trim().to_owned()
+}
+
+fn entries(directory: &Path) -> Vec<String> {
+    let Ok(entries) = fs::read_dir(directory) else {
+        return Vec::new();
+    };
+    entries
+        .flatten()
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use rstest::rstest;
+    use tempfile::TempDir;
+
+    use super::*;
+
+    fn put(root: &TempDir, path: &str, text: &str) {
+        let path = root.path().join(path);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, text).unwrap();
+    }
+
+    #[test]
+    fn nothing_there_is_no_facts() {
+        let root = TempDir::new().unwrap();
+        let facts = read(root.path());
+        assert_eq!(
+            facts,
+            HostFacts {
+                arch: facts.arch.clone(),
+                ..HostFacts::default()
+            }
+        );
+        assert!(!facts.arch.is_empty());
+    }
+
+    #[test]
+    fn a_whole_machine_is_read() {
+        let root = TempDir::new().unwrap();
+        put(&root, "proc/sys/kernel/arch", "x86_64\n");
+        put(&root, "proc/sys/kernel/sched_rt_runtime_us", "-1\n");
+        put(&root, "sys/class/iommu/dmar0/intel-iommu/version", "1:0\n");
+        for group in ["0", "1", "2"] {
+            put(
+                &root,
+                &format!("sys/kernel/iommu_groups/{group}/type"),
+                "DMA\n",
+            );
+        }
+        put(&root, "dev/vfio/vfio", "");
+        put(&root, "sys/class/misc/iommu/dev", "10:1\n");
+        put(&root, "sys/module/kvm_intel/parameters/nested", "Y\n");
+        // Not KVM's device: opened, asked, and taken for none.
+        put(&root, "dev/kvm", "");
+        assert_eq!(
+            read(root.path()),
+            HostFacts {
+                arch: "x86_64".to_owned(),
+                kvm_max_vcpus: None,
+                kvm_hyperv: None,
+                iommu: IommuKind::VtD,
+                iommu_groups: 3,
+                vfio: true,
+                iommufd: true,
+                nested: true,
+                realtime: true,
+            }
+        );
+    }
+
+    #[rstest]
+    #[case(&["dmar0", "dmar1"], 20, IommuKind::VtD)]
+    #[case(&["ivhd0"], 20, IommuKind::AmdVi)]
+    #[case(&["smmu3.0x0000000009050000"], 3, IommuKind::Smmu)]
+    #[case(&["virtio0"], 2, IommuKind::Other)]
+    #[case(&[], 2, IommuKind::Other)]
+    #[case(&[], 0, IommuKind::None)]
+    fn the_kind_of_iommu_shows_by_its_devices(
+        #[case] devices: &[&str],
+        #[case] groups: usize,
+        #[case] expected: IommuKind,
+    ) {
+        let devices: Vec<String> = devices.iter().map(|&device| device.to_owned()).collect();
+        assert_eq!(iommu(&devices, groups), expected);
+    }
+
+    #[rstest]
+    #[case("sys/module/kvm_amd/parameters/nested", "1\n", true)]
+    #[case("sys/module/kvm/parameters/nested", "1\n", true)]
+    #[case("sys/module/kvm_intel/parameters/nested", "N\n", false)]
+    #[case("sys/module/kvm_amd/parameters/nested", "0\n", false)]
+    fn nested_is_the_modules_parameter(
+        #[case] path: &str,
+        #[case] value: &str,
+        #[case] expected: bool,
+    ) {
+        let root = TempDir::new().unwrap();
+        put(&root, path, value);
+        assert_eq!(read(root.path()).nested, expected);
+    }
+
+    /// Whatever this machine is, the answer agrees with itself.
+    #[test]
+    fn this_machine_is_read() {
+        let facts = read(Path::new("/"));
+        assert_eq!(
+            facts.arch,
+            std::env::consts::ARCH.replace("powerpc64", "ppc64le")
+        );
+        assert!(facts.iommu_groups == 0 || facts.iommu != IommuKind::None);
+        if let Some(maximum) = facts.kvm_max_vcpus {
+            assert!(maximum >= 1);
+        }
+    }
+}

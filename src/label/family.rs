@@ -1,0 +1,169 @@
+//! Which family a label is of, for the metrics, and which sources its value rests on.
+
+use super::LabelKey;
+
+/// A source of facts that can fail on its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Source {
+    /// The versions of libvirt and QEMU.
+    Versions,
+    /// `<capabilities>`.
+    Capabilities,
+    /// `<domainCapabilities>`.
+    DomainCapabilities,
+    /// hypervisor-cpu-baseline.
+    CpuBaseline,
+    /// The running domains.
+    Domains,
+    /// The host itself: sysfs, /dev, /proc.
+    Host,
+}
+
+impl Source {
+    /// All of them.
+    pub const ALL: [Self; 6] = [
+        Self::Versions,
+        Self::Capabilities,
+        Self::DomainCapabilities,
+        Self::CpuBaseline,
+        Self::Domains,
+        Self::Host,
+    ];
+
+    /// The word in metrics and logs.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Versions => "versions",
+            Self::Capabilities => "capabilities",
+            Self::DomainCapabilities => "domain-capabilities",
+            Self::CpuBaseline => "cpu-baseline",
+            Self::Domains => "domains",
+            Self::Host => "host",
+        }
+    }
+}
+
+/// KubeVirt's prefixes that its labeller's keys have (node_labeller.go:52).
+const KUBEVIRT_PREFIXES: [&str; 9] = [
+    "cpu-feature.node.kubevirt.io",
+    "cpu-model.node.kubevirt.io",
+    "cpu-model-migration.node.kubevirt.io",
+    "cpu-timer.node.kubevirt.io",
+    "cpu-vendor.node.kubevirt.io",
+    "host-model-cpu.node.kubevirt.io",
+    "host-model-required-features.node.kubevirt.io",
+    "hyperv.node.kubevirt.io",
+    "machine-type.node.kubevirt.io",
+];
+
+/// KubeVirt's keys under its plain prefix that its labeller writes. Others there are not ours:
+/// `kubevirt.io/schedulable`, say.
+const KUBEVIRT_NAMES: [&str; 6] = ["realtime", "sev", "sev-es", "sev-snp", "s390-pv", "tdx"];
+
+/// Whether a key is one that this program writes, in either schema.
+pub fn is_ours(key: &LabelKey) -> bool {
+    let prefix = key.prefix();
+    match prefix {
+        "kubevirt.io" => KUBEVIRT_NAMES.contains(&key.name()),
+        "node-labeller.kubevirt.io" => key.name() == "obsolete-host-model",
+        "virtnode.io" => true,
+        _ => prefix.ends_with(".virtnode.io") || KUBEVIRT_PREFIXES.contains(&prefix),
+    }
+}
+
+/// The families of labels, as in the metrics' label `family`.
+pub const FAMILIES: [&str; 10] = [
+    "machine",
+    "machine-alias",
+    "machine-deprecated",
+    "cpu-model",
+    "cpu-feature",
+    "hyperv",
+    "cpu",
+    "iommu",
+    "security",
+    "node",
+];
+
+/// The family of a key of ours or KubeVirt's.
+pub fn family(key: &LabelKey) -> &'static str {
+    let prefix = key.prefix();
+    let first = prefix.split('.').next().unwrap_or_default();
+    match (first, key.name()) {
+        ("machine" | "machine-type", _) => "machine",
+        ("machine-alias", _) => "machine-alias",
+        ("machine-deprecated", _) => "machine-deprecated",
+        ("cpu-model" | "cpu-model-migration", _) => "cpu-model",
+        ("cpu-feature" | "host-model-required-features", _) => "cpu-feature",
+        ("hyperv", _) => "hyperv",
+        ("cpu-timer" | "cpu-vendor" | "host-model-cpu" | "node-labeller", _) => "cpu",
+        (_, "host-model" | "cpu-vendor" | "tsc-frequency-hz" | "tsc-scaling") => "cpu",
+        (_, "iommu" | "iommu-groups" | "vfio" | "iommufd") => "iommu",
+        (_, "sev" | "sev-es" | "sev-snp" | "tdx" | "sgx" | "s390-pv") => "security",
+        _ => "node",
+    }
+}
+
+/// The sources that the value of a key rests on. While one of them cannot be read, what was
+/// published for the key is better than what can be derived: without the domain capabilities,
+/// say, a machine's maximum would jump to what QEMU allows and KVM does not.
+pub fn sources(key: &LabelKey) -> &'static [Source] {
+    use Source::{Capabilities, CpuBaseline, DomainCapabilities, Host, Versions};
+    match (family(key), key.name()) {
+        ("machine", _) | (_, "max-vcpus" | "eim") => {
+            &[Versions, Capabilities, DomainCapabilities, Host]
+        }
+        ("machine-alias" | "machine-deprecated", _) => &[Capabilities],
+        ("cpu-model" | "security", _) => &[Capabilities, DomainCapabilities],
+        ("cpu-feature", _) => &[Capabilities, DomainCapabilities, CpuBaseline],
+        ("hyperv", _) => &[Capabilities, DomainCapabilities, Host],
+        ("iommu", _) | (_, "nested" | "realtime") => &[Host],
+        (_, "libvirt-version" | "qemu-version") => &[Versions],
+        (_, "tsc-frequency-hz" | "tsc-scaling" | "tsc-frequency" | "tsc-scalable") => {
+            &[Capabilities]
+        }
+        (_, "accelerator") => &[Capabilities],
+        _ => &[Capabilities, DomainCapabilities],
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_of_both_schemas_have_a_family() {
+        for (key, expected) in [
+            ("machine.virtnode.io/pc-q35-10.0", "machine"),
+            ("machine.aarch64.virtnode.io/virt-10.0", "machine"),
+            ("machine-type.node.kubevirt.io/q35", "machine"),
+            ("cpu-model-migration.node.kubevirt.io/EPYC", "cpu-model"),
+            (
+                "host-model-required-features.node.kubevirt.io/x2apic",
+                "cpu-feature",
+            ),
+            ("virtnode.io/host-model", "cpu"),
+            ("virtnode.io/iommu", "iommu"),
+            ("kubevirt.io/sev-es", "security"),
+            ("virtnode.io/max-vcpus", "node"),
+        ] {
+            let key: LabelKey = key.parse().unwrap();
+            assert_eq!(family(&key), expected, "{key}");
+            assert!(FAMILIES.contains(&family(&key)));
+            assert!(is_ours(&key));
+        }
+    }
+
+    #[test]
+    fn what_others_write_is_not_ours() {
+        for key in [
+            "kubevirt.io/schedulable",
+            "node-labeller.kubevirt.io/skip-node",
+            "notvirtnode.io/eim",
+            "node.kubevirt.io/x",
+            "scheduling.node.kubevirt.io/tsc-frequency-1",
+        ] {
+            assert!(!is_ours(&key.parse().unwrap()), "{key}");
+        }
+    }
+}

@@ -1,0 +1,172 @@
+//! Our own keys. The table is design/labels.md's, and README's.
+
+use super::{Derivation, Policy};
+use crate::capability::{
+    Accelerator, CanonicalMachine, DomainCapabilities, IommuKind, NodeFacts, Usable, VcpuMax,
+};
+
+/// The prefix of what is said of the node as a whole.
+const NODE: &str = "virtnode.io";
+
+pub(super) fn derive(facts: &NodeFacts, policy: &Policy, labels: &mut Derivation) {
+    if let Some(arch) = facts.native_arch() {
+        let largest = derive_machines(facts, arch, "", labels);
+        if largest != VcpuMax::Unknown {
+            labels.add(NODE, "max-vcpus", &largest.to_string());
+        }
+        for foreign in policy
+            .guest_architectures
+            .iter()
+            .filter(|other| *other != arch)
+        {
+            // A prefix is a DNS name, which has no '_': x86_64 becomes x86-64.
+            let infix = format!(".{}", foreign.replace('_', "-"));
+            derive_machines(facts, foreign, &infix, labels);
+        }
+    }
+    if let Some(accelerator) = facts.accelerator() {
+        labels.add(NODE, "accelerator", accelerator.as_str());
+    }
+    if let Some(document) = facts.primary_document() {
+        derive_cpu(document, policy, labels);
+        derive_security(document, labels);
+    }
+    labels.add_all("cpu-feature.virtnode.io", facts.cpu_features());
+    labels.add_all("hyperv.virtnode.io", enlightenments(facts));
+    if let Some(eim) = facts.eim() {
+        labels.add(NODE, "eim", eim.as_str());
+    }
+    if let Some(version) = facts.libvirt_version {
+        labels.add(NODE, "libvirt-version", &version.to_string());
+    }
+    if let Some(version) = facts.hypervisor_version {
+        labels.add(NODE, "qemu-version", &version.to_string());
+    }
+    derive_host(facts, labels);
+}
+
+/// The machine types of an architecture under `machine<infix>.virtnode.io`. Answers with the
+/// largest maximum among those that are not deprecated.
+fn derive_machines(facts: &NodeFacts, arch: &str, infix: &str, labels: &mut Derivation) -> VcpuMax {
+    let [machine_key, alias_key, deprecated_key] =
+        ["machine", "machine-alias", "machine-deprecated"]
+            .map(|family| format!("{family}{infix}.virtnode.io"));
+    let machines = facts.machines(arch);
+    for alias in machines
+        .iter()
+        .filter(|machine| machine.canonical.is_some())
+    {
+        labels.add(&alias_key, &alias.name, alias.canonical_name());
+    }
+    let canonical = facts.canonical_machines(arch, &machines);
+    for machine in &canonical {
+        labels.add(
+            &machine_key,
+            machine.name,
+            &machine.effective_max.to_string(),
+        );
+        labels.add_if(machine.deprecated, &deprecated_key, machine.name);
+    }
+    CanonicalMachine::largest_max(&canonical)
+}
+
+fn derive_cpu(document: &DomainCapabilities, policy: &Policy, labels: &mut Derivation) {
+    let obsolete = |name: &str| {
+        policy
+            .obsolete_cpu_models
+            .as_ref()
+            .is_some_and(|models| models.contains(name))
+    };
+    let usable = document
+        .cpu
+        .models
+        .iter()
+        .filter(|model| model.usable == Some(Usable::Yes));
+    labels.add_all(
+        "cpu-model.virtnode.io",
+        usable
+            .map(|model| model.name.as_str())
+            .filter(|name| !obsolete(name)),
+    );
+    let host_model = document
+        .cpu
+        .host_model
+        .as_ref()
+        .filter(|host_model| host_model.supported);
+    if let Some(name) = host_model.and_then(|host_model| host_model.model.as_deref()) {
+        labels.add(NODE, "host-model", name);
+    }
+    if let Some(vendor) = host_model.and_then(|host_model| host_model.vendor.as_deref()) {
+        labels.add(NODE, "cpu-vendor", vendor);
+    }
+}
+
+/// Confidential guests and enclaves. `launchSecurity` (libvirt 10.5) names types that have no
+/// element of their own, such as SEV-SNP.
+fn derive_security(document: &DomainCapabilities, labels: &mut Derivation) {
+    let es_guests = document.sev.as_ref().and_then(|sev| sev.max_es_guests);
+    labels.add_if(document.sev.is_some(), NODE, "sev");
+    labels.add_if(es_guests.is_some_and(|guests| guests > 0), NODE, "sev-es");
+    labels.add_if(document.launches("sev-snp"), NODE, "sev-snp");
+    labels.add_if(
+        document.has_feature("tdx") || document.launches("tdx"),
+        NODE,
+        "tdx",
+    );
+    labels.add_if(document.sgx.is_some(), NODE, "sgx");
+    let s390_pv = document.has_feature("s390-pv") || document.launches("s390-pv");
+    labels.add_if(s390_pv, NODE, "s390-pv");
+}
+
+/// The names of Hyper-V enlightenments: libvirt's own list, or KVM's under libvirt's names where
+/// libvirt is too old to say (before 9.0).
+fn enlightenments(facts: &NodeFacts) -> Vec<&str> {
+    let document = facts.primary_document();
+    if let Some(hyperv) = document.and_then(|document| document.hyperv.as_ref()) {
+        return hyperv.enlightenments.iter().map(String::as_str).collect();
+    }
+    let by_kvm = facts.accelerator() == Some(Accelerator::Kvm) && document.is_some();
+    let offered = facts
+        .host
+        .as_ref()
+        .and_then(|host| host.kvm_hyperv.as_ref());
+    offered
+        .filter(|_| by_kvm)
+        .into_iter()
+        .flat_map(|kvm| kvm.iter())
+        .filter_map(|name| match name {
+            "synictimer" => Some("stimer"),
+            // Not enlightenments of libvirt's, or parts of others.
+            "base" | "time" | "synic2" => None,
+            name => Some(name),
+        })
+        .collect()
+}
+
+/// The counter and the IOMMU; live from the host, offline as far as libvirt's document goes.
+fn derive_host(facts: &NodeFacts, labels: &mut Derivation) {
+    let host = facts
+        .capabilities
+        .as_ref()
+        .map(|capabilities| &capabilities.host);
+    if let Some(tsc) = host.and_then(|host| host.cpu.as_ref()?.tsc) {
+        labels.add(NODE, "tsc-frequency-hz", &tsc.frequency_hz.to_string());
+        if let Some(scaling) = tsc.scaling {
+            labels.add(NODE, "tsc-scaling", if scaling { "true" } else { "false" });
+        }
+    }
+    match &facts.host {
+        Some(host) => {
+            labels.add(NODE, "iommu", host.iommu.as_str());
+            labels.add(NODE, "iommu-groups", &host.iommu_groups.to_string());
+            labels.add_if(host.vfio, NODE, "vfio");
+            labels.add_if(host.iommufd, NODE, "iommufd");
+            labels.add_if(host.nested, NODE, "nested");
+        }
+        // "No" is an answer; "yes" does not say which kind.
+        None if host.is_some_and(|host| host.iommu == Some(false)) => {
+            labels.add(NODE, "iommu", IommuKind::None.as_str());
+        }
+        None => {}
+    }
+}

@@ -1,0 +1,351 @@
+//! Reading all the facts of a node: which questions are asked, in which order, and what a failed
+//! one means for the rest.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use tracing::{debug, warn};
+
+use crate::capability::eim::{dry_run_domain, from_native_arguments};
+use crate::capability::{
+    Capabilities, CpuDefinition, DomainCapabilities, Eim, NodeFacts, Version, is_q35, is_x86,
+};
+use crate::domain::Needs;
+use crate::host;
+use crate::hypervisor::{DomainCapabilitiesQuery, Hypervisor, HypervisorError, Versions};
+use crate::label::{InUse, Source};
+use crate::telemetry::Metrics;
+use crate::telemetry::metrics::now_seconds;
+use crate::xml::ParseError;
+
+/// From this libvirt on, domain capabilities can list features that the hypervisor supports and
+/// does not turn on by itself; hypervisor-cpu-baseline then prints all it can give.
+const LISTS_SUPPORTED_FEATURES: Version = Version::new(12, 5, 0);
+
+/// A source that could not be read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Failure {
+    /// Which one.
+    pub source: Source,
+    /// The bounded word for why.
+    pub code: &'static str,
+    /// Why, as a sentence.
+    pub message: String,
+}
+
+impl Failure {
+    fn call(source: Source, error: &HypervisorError) -> Self {
+        Self {
+            source,
+            code: error.code(),
+            message: error.to_string(),
+        }
+    }
+
+    fn document(source: Source, error: &ParseError) -> Self {
+        Self {
+            source,
+            code: "malformed",
+            message: error.to_string(),
+        }
+    }
+}
+
+/// What a probe brought.
+#[derive(Debug, Clone, Default)]
+pub struct Reading {
+    /// The facts, as far as they could be read.
+    pub facts: NodeFacts,
+    /// What running domains stand on.
+    pub in_use: InUse,
+    /// How many domains run; `None` if that could not be read.
+    pub running_domains: Option<usize>,
+    /// The sources that could not be read.
+    pub failures: Vec<Failure>,
+}
+
+/// Asks a hypervisor and the host for everything.
+pub struct Prober<H> {
+    hypervisor: Arc<H>,
+    metrics: Arc<Metrics>,
+    root: PathBuf,
+    /// The answer of the dry run, for as long as the versions behind it are the same.
+    dry_run: Option<(Versions, Option<Eim>)>,
+}
+
+impl<H: Hypervisor> Prober<H> {
+    /// For a hypervisor, and a host whose file system begins at `root`.
+    pub fn new(hypervisor: Arc<H>, metrics: Arc<Metrics>, root: PathBuf) -> Self {
+        Self {
+            hypervisor,
+            metrics,
+            root,
+            dry_run: None,
+        }
+    }
+
+    /// Forgets what depends on more than versions, such as a new connection may bring.
+    pub fn forget(&mut self) {
+        self.dry_run = None;
+    }
+
+    /// Reads everything once. Never fails as a whole: what could not be read is in the reading's
+    /// failures, and the rest is there.
+    pub async fn read(&mut self) -> Reading {
+        let mut reading = Reading::default();
+        let host = host::read(&self.root);
+        reading.facts.kvm_max_vcpus = host.kvm_max_vcpus;
+        reading.facts.host = Some(host);
+        self.succeeded(Source::Host);
+
+        let versions = self.hypervisor.versions().await;
+        if let Some(versions) = self.take(&mut reading, Source::Versions, versions) {
+            reading.facts.libvirt_version = Some(versions.libvirt);
+            reading.facts.hypervisor_version = versions.hypervisor;
+        }
+        if reading
+            .failures
+            .iter()
+            .any(|failure| failure.code == "unavailable")
+        {
+            // The others would fail alike, each after its own wait.
+            for source in [
+                Source::Capabilities,
+                Source::DomainCapabilities,
+                Source::CpuBaseline,
+                Source::Domains,
+            ] {
+                let cause = reading.failures[0].clone();
+                self.failed(&mut reading, Failure { source, ..cause });
+            }
+            return reading;
+        }
+        self.read_documents(&mut reading).await;
+        self.read_domains(&mut reading).await;
+        reading
+    }
+
+    async fn read_documents(&mut self, reading: &mut Reading) {
+        let answer = self.hypervisor.capabilities().await;
+        reading.facts.capabilities =
+            self.take(reading, Source::Capabilities, answer)
+                .and_then(|text| {
+                    let parsed = Capabilities::parse("libvirt's capabilities", text.as_bytes());
+                    self.parsed(reading, Source::Capabilities, parsed)
+                });
+        let query = default_query(&reading.facts);
+        let answer = self.hypervisor.domain_capabilities(query.clone()).await;
+        let document = self
+            .take(reading, Source::DomainCapabilities, answer)
+            .and_then(|text| {
+                let name = "libvirt's domain capabilities";
+                let parsed = DomainCapabilities::parse(name, text.as_bytes());
+                self.parsed(reading, Source::DomainCapabilities, parsed)
+            });
+        match document {
+            Some(document) => {
+                self.read_baseline(reading, &query, &document).await;
+                reading.facts.domain_capabilities.push(document);
+            }
+            None => self.failed(
+                reading,
+                Failure {
+                    source: Source::CpuBaseline,
+                    code: "unavailable",
+                    message: "hypervisor-cpu-baseline needs the domain capabilities".to_owned(),
+                },
+            ),
+        }
+        reading.facts.eim = self.read_eim(&reading.facts, &query).await;
+    }
+
+    /// Every CPU feature the hypervisor can give, where the architecture has such an answer.
+    async fn read_baseline(
+        &self,
+        reading: &mut Reading,
+        query: &DomainCapabilitiesQuery,
+        document: &DomainCapabilities,
+    ) {
+        let all = DomainCapabilitiesQuery {
+            supported_features: true,
+            ..query.clone()
+        };
+        let lists_all = reading
+            .facts
+            .libvirt_version
+            .is_some_and(|version| version >= LISTS_SUPPORTED_FEATURES);
+        let wider = if lists_all {
+            let answer = self.hypervisor.domain_capabilities(all).await;
+            answer.ok().and_then(|text| {
+                DomainCapabilities::parse("libvirt's domain capabilities", text.as_bytes()).ok()
+            })
+        } else {
+            None
+        };
+        let host_model = wider.as_ref().unwrap_or(document).cpu.host_model.as_ref();
+        let Some(cpu) = host_model.and_then(|host_model| host_model.to_cpu_xml()) else {
+            // No host model, no baseline: so it is with Arm, and no fault.
+            self.succeeded(Source::CpuBaseline);
+            return;
+        };
+        let answer = self.hypervisor.baseline_cpu(query.clone(), cpu).await;
+        if let Err(HypervisorError::Unsupported { message, .. }) = &answer {
+            debug!(%message, "hypervisor-cpu-baseline has no answer here");
+            self.succeeded(Source::CpuBaseline);
+            return;
+        }
+        reading.facts.baseline_cpu =
+            self.take(reading, Source::CpuBaseline, answer)
+                .and_then(|text| {
+                    let parsed = CpuDefinition::parse("libvirt's CPU baseline", text.as_bytes());
+                    self.parsed(reading, Source::CpuBaseline, parsed)
+                });
+    }
+
+    /// Asks libvirt whether it would start a q35 domain with 256 vCPUs, and what it would add.
+    /// `None` where that is no question or there is no clear answer; the versions decide then.
+    async fn read_eim(
+        &mut self,
+        facts: &NodeFacts,
+        query: &DomainCapabilitiesQuery,
+    ) -> Option<Eim> {
+        let versions = Versions {
+            libvirt: facts.libvirt_version?,
+            hypervisor: facts.hypervisor_version,
+        };
+        let machine = query.machine.as_deref().filter(|machine| is_q35(machine))?;
+        let virt_type = query.virt_type.as_deref()?;
+        if let Some((of, answer)) = self.dry_run
+            && of == versions
+        {
+            return answer;
+        }
+        let would_start = async |explicit| {
+            let domain = dry_run_domain(virt_type, machine, explicit);
+            self.hypervisor.native_arguments(domain).await
+        };
+        let answer = match would_start(false).await {
+            Ok(arguments) if from_native_arguments(&arguments) => Some(Eim::Auto),
+            Err(HypervisorError::Unsupported { .. }) => match would_start(true).await {
+                Ok(_) => Some(Eim::Explicit),
+                Err(HypervisorError::Unsupported { .. }) => Some(Eim::None),
+                Err(_) => return None,
+            },
+            Ok(_) => None,
+            Err(_) => return None,
+        };
+        self.dry_run = Some((versions, answer));
+        answer
+    }
+
+    async fn read_domains(&self, reading: &mut Reading) {
+        let answer = self.hypervisor.running_domains().await;
+        let Some(domains) = self.take(reading, Source::Domains, answer) else {
+            return;
+        };
+        reading.running_domains = Some(domains.len());
+        let mut machines = BTreeSet::new();
+        let mut cpu_models = BTreeSet::new();
+        let mut cpu_features = BTreeSet::new();
+        for domain in domains {
+            let name = format!("domain {}", domain.uuid);
+            match Needs::parse(&name, domain.xml.as_bytes()) {
+                Ok(needs) => {
+                    machines.extend(needs.machine);
+                    cpu_models.extend(needs.cpu_model);
+                    cpu_features.extend(needs.cpu_features);
+                }
+                Err(error) => {
+                    self.failed(reading, Failure::document(Source::Domains, &error));
+                }
+            }
+        }
+        reading.in_use = InUse {
+            machines,
+            cpu_models,
+            cpu_features,
+        };
+    }
+
+    fn take<T>(
+        &self,
+        reading: &mut Reading,
+        source: Source,
+        answer: Result<T, HypervisorError>,
+    ) -> Option<T> {
+        match answer {
+            Ok(answer) => {
+                self.succeeded(source);
+                Some(answer)
+            }
+            Err(error) => {
+                self.failed(reading, Failure::call(source, &error));
+                None
+            }
+        }
+    }
+
+    fn parsed<T>(
+        &self,
+        reading: &mut Reading,
+        source: Source,
+        parsed: Result<T, ParseError>,
+    ) -> Option<T> {
+        parsed
+            .map_err(|error| self.failed(reading, Failure::document(source, &error)))
+            .ok()
+    }
+
+    fn succeeded(&self, source: Source) {
+        self.metrics
+            .probe_attempts
+            .with_label_values(&[source.as_str()])
+            .inc();
+        self.metrics
+            .probe_last_success
+            .with_label_values(&[source.as_str()])
+            .set(now_seconds());
+    }
+
+    fn failed(&self, reading: &mut Reading, failure: Failure) {
+        let source = failure.source.as_str();
+        self.metrics
+            .probe_attempts
+            .with_label_values(&[source])
+            .inc();
+        self.metrics
+            .probe_failures
+            .with_label_values(&[source, failure.code])
+            .inc();
+        if failure.code == "malformed" {
+            warn!(source, problem = %failure.message, "a document of libvirt's cannot be read");
+        }
+        reading.failures.push(failure);
+    }
+}
+
+/// Asks for the machine type that new guests use and the best domain type, and leaves to libvirt
+/// what is unknown.
+fn default_query(facts: &NodeFacts) -> DomainCapabilitiesQuery {
+    let arch = facts.native_arch();
+    let listed = arch.map(|arch| facts.machines(arch)).unwrap_or_default();
+    let usual: &[&str] = match arch {
+        Some(arch) if is_x86(arch) => &["q35", "pc"],
+        Some("s390x") => &["s390-ccw-virtio"],
+        Some("ppc64" | "ppc64le") => &["pseries"],
+        _ => &["virt"],
+    };
+    let machine = usual
+        .iter()
+        .find(|name| listed.iter().any(|machine| machine.name == **name));
+    DomainCapabilitiesQuery {
+        arch: arch.map(str::to_owned),
+        machine: machine.map(|name| (*name).to_owned()),
+        virt_type: arch
+            .and_then(|arch| facts.best_domain_type(arch))
+            .map(str::to_owned),
+        expand_features: true,
+        supported_features: false,
+    }
+}

@@ -1,0 +1,4 @@
+//! Where label sets go.
+
+pub mod file;
+pub mod node;

@@ -1,0 +1,469 @@
+//! Walking over libvirt's XML: bounded, borrowed, and with a path in every error. Pure.
+//!
+//! libvirt's documents are small (3 to 150 KB), but they can come from anywhere and, for domains,
+//! hold tenants' text. So a document is at most [`MAX_BYTES`] long and [`MAX_DEPTH`] deep, has no
+//! DTD (libvirt sends none, and with it go entity tricks) and is UTF-8. What a reader does not ask
+//! for is passed over and counted: newer libvirts add elements with every release.
+
+use std::borrow::Cow;
+use std::fmt;
+use std::str::FromStr;
+
+use quick_xml::XmlVersion;
+use quick_xml::events::{BytesStart, Event};
+use thiserror::Error;
+
+/// The longest document that is read.
+pub const MAX_BYTES: usize = 8 * 1024 * 1024;
+
+/// The deepest nesting that is read; libvirt's own documents stay below 12.
+pub const MAX_DEPTH: usize = 64;
+
+/// A document that cannot be read, and where it goes wrong.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("{document}: {}{problem}", Location(path))]
+pub struct ParseError {
+    /// What the caller calls the document: a file's name, or which answer of libvirt it is.
+    pub document: String,
+    /// The element or attribute, `/capabilities/guest/arch/machine/@maxCpus`; empty for the
+    /// document as a whole.
+    pub path: String,
+    /// What is wrong, as the rest of a sentence.
+    pub problem: String,
+}
+
+struct Location<'p>(&'p str);
+
+impl fmt::Display for Location<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.0.is_empty() {
+            Ok(())
+        } else {
+            write!(f, "{}: ", self.0)
+        }
+    }
+}
+
+/// What is wrong, with the path as far as it is known on the way up.
+#[derive(Debug)]
+pub struct Problem {
+    /// Names from the innermost outwards.
+    path: Vec<String>,
+    text: String,
+}
+
+impl Problem {
+    /// A problem with the element that is being read.
+    pub fn new(text: impl Into<String>) -> Self {
+        Self {
+            path: Vec::new(),
+            text: text.into(),
+        }
+    }
+
+    fn inside(mut self, name: &str) -> Self {
+        self.path.push(printable(name));
+        self
+    }
+
+    fn at_attribute(name: &str, text: impl Into<String>) -> Self {
+        Self {
+            path: vec![format!("@{name}")],
+            text: text.into(),
+        }
+    }
+
+    fn located(self, document: &str) -> ParseError {
+        let path = self
+            .path
+            .iter()
+            .rev()
+            .map(|name| format!("/{name}"))
+            .collect();
+        ParseError {
+            document: document.to_owned(),
+            path,
+            problem: self.text,
+        }
+    }
+}
+
+/// Reads a document whose root has one of the names in `roots`.
+///
+/// `document` is what the document is called in errors. `read` gets the cursor inside the root.
+///
+/// # Errors
+/// What [`ParseError`] says: too long, too deep, a DTD, not UTF-8, not well-formed, another root,
+/// or what `read` itself found.
+pub fn read<T>(
+    document: &str,
+    bytes: &[u8],
+    roots: &[&str],
+    read: impl FnOnce(&mut Cursor<'_>, &Element<'_>) -> Result<T, Problem>,
+) -> Result<T, ParseError> {
+    read_root(bytes, roots, read).map_err(|problem| problem.located(document))
+}
+
+fn read_root<T>(
+    bytes: &[u8],
+    roots: &[&str],
+    read: impl FnOnce(&mut Cursor<'_>, &Element<'_>) -> Result<T, Problem>,
+) -> Result<T, Problem> {
+    if bytes.len() > MAX_BYTES {
+        return Err(Problem::new(format!(
+            "is larger than {} MiB",
+            MAX_BYTES / 1024 / 1024
+        )));
+    }
+    let text = std::str::from_utf8(bytes).map_err(|error| {
+        Problem::new(format!("is not UTF-8 after byte {}", error.valid_up_to()))
+    })?;
+    let mut cursor = Cursor::new(text);
+    let root = match cursor.next()? {
+        Step::Start(root) if roots.contains(&root.name()) => root,
+        Step::Start(root) => {
+            let expected = roots.join("> or <");
+            let got = printable(root.name());
+            return Err(Problem::new(format!(
+                "the root is <{got}>, expected <{expected}>"
+            )));
+        }
+        Step::End | Step::Eof => return Err(Problem::new("is empty: it has no root element")),
+        Step::Text(_) => return Err(Problem::new("is no XML document: it begins with text")),
+    };
+    let facts = read(&mut cursor, &root)
+        .and_then(|facts| cursor.finish(0).map(|()| facts))
+        .map_err(|problem| problem.inside(root.name()))?;
+    match cursor.next()? {
+        Step::Eof => Ok(facts),
+        _ => Err(Problem::new(
+            "has something after the end of its root element",
+        )),
+    }
+}
+
+/// A place in a document, just behind a start tag.
+pub struct Cursor<'x> {
+    reader: quick_xml::Reader<&'x [u8]>,
+    depth: usize,
+    passed_over: usize,
+}
+
+enum Step<'x> {
+    Start(Element<'x>),
+    End,
+    Text(Cow<'x, str>),
+    Eof,
+}
+
+impl<'x> Cursor<'x> {
+    fn new(text: &'x str) -> Self {
+        let mut reader = quick_xml::Reader::from_str(text);
+        reader.config_mut().expand_empty_elements = true;
+        Self {
+            reader,
+            depth: 0,
+            passed_over: 0,
+        }
+    }
+
+    /// Calls `each` for every child of the present element, up to its end tag. What `each` leaves
+    /// unread of a child is passed over.
+    ///
+    /// # Errors
+    /// The first problem in the document or of `each`.
+    pub fn children(
+        &mut self,
+        mut each: impl FnMut(&mut Self, &Element<'x>) -> Result<(), Problem>,
+    ) -> Result<(), Problem> {
+        let depth = self.depth;
+        loop {
+            match self.next()? {
+                Step::Start(child) => each(self, &child)
+                    .and_then(|()| self.finish(depth))
+                    .map_err(|problem| problem.inside(child.name()))?,
+                Step::End => return Ok(()),
+                Step::Text(_) => {}
+                Step::Eof => return Err(Problem::new("ends too early")),
+            }
+        }
+    }
+
+    /// The trimmed text of the present element, up to its end tag, without that of children.
+    ///
+    /// # Errors
+    /// The first problem in the document.
+    pub fn text(&mut self) -> Result<String, Problem> {
+        let depth = self.depth;
+        let mut text: Cow<'x, str> = Cow::Borrowed("");
+        loop {
+            match self.next()? {
+                Step::Text(part) if text.is_empty() => text = part,
+                Step::Text(part) => text.to_mut().push_str(&part),
+                Step::Start(_) => self.finish(depth)?,
+                Step::End => return Ok(text.trim().to_owned()),
+                Step::Eof => return Err(Problem::new("ends too early")),
+            }
+        }
+    }
+
+    /// The text of the present element as a number or another type with a spelling.
+    ///
+    /// # Errors
+    /// A text that does not spell a `T`, or a problem in the document.
+    pub fn parsed<T: FromStr>(&mut self, what: &str) -> Result<T, Problem> {
+        let text = self.text()?;
+        text.parse()
+            .map_err(|_| Problem::new(format!("'{}' is no {what}", printable(&text))))
+    }
+
+    /// Notes that a child is of no known kind. It is passed over like every child that is not
+    /// read; this only counts it.
+    pub fn unknown(&mut self) {
+        self.passed_over += 1;
+    }
+
+    /// How many children were of no known kind so far.
+    pub fn passed_over(&self) -> usize {
+        self.passed_over
+    }
+
+    /// Reads on until `depth` elements are open.
+    fn finish(&mut self, depth: usize) -> Result<(), Problem> {
+        while self.depth > depth {
+            if let Step::Eof = self.next()? {
+                return Err(Problem::new("ends too early"));
+            }
+        }
+        Ok(())
+    }
+
+    fn next(&mut self) -> Result<Step<'x>, Problem> {
+        loop {
+            let event = self.reader.read_event().map_err(|error| {
+                let at = self.reader.error_position();
+                Problem::new(format!("is not well-formed at byte {at}: {error}"))
+            })?;
+            match event {
+                Event::Start(start) if self.depth < MAX_DEPTH => {
+                    self.depth += 1;
+                    return Ok(Step::Start(Element { start }));
+                }
+                Event::Start(_) => {
+                    return Err(Problem::new(format!(
+                        "is nested deeper than {MAX_DEPTH} elements"
+                    )));
+                }
+                Event::End(_) => {
+                    self.depth -= 1;
+                    return Ok(Step::End);
+                }
+                Event::Text(text) => {
+                    let text = text.into_inner();
+                    // Between elements there is only white space; not worth a step.
+                    if !text.trim().is_empty() {
+                        return Ok(Step::Text(text));
+                    }
+                }
+                Event::CData(data) => return Ok(Step::Text(data.into_inner())),
+                Event::GeneralRef(reference) => return Ok(Step::Text(resolve(&reference)?.into())),
+                Event::DocType(_) => {
+                    return Err(Problem::new("has a DTD, which libvirt never sends"));
+                }
+                Event::Eof if self.depth > 0 => return Err(Problem::new("ends too early")),
+                Event::Eof => return Ok(Step::Eof),
+                Event::Comment(_) | Event::Decl(_) | Event::PI(_) | Event::Empty(_) => {}
+            }
+        }
+    }
+}
+
+fn resolve(reference: &quick_xml::events::BytesRef<'_>) -> Result<String, Problem> {
+    let bad = || Problem::new("has an entity that is not one of XML's own");
+    if let Some(character) = reference.resolve_char_ref().map_err(|_| bad())? {
+        return Ok(character.to_string());
+    }
+    quick_xml::escape::resolve_predefined_entity(&reference.xml10_content())
+        .map(str::to_owned)
+        .ok_or_else(bad)
+}
+
+/// A start tag.
+pub struct Element<'x> {
+    start: BytesStart<'x>,
+}
+
+impl Element<'_> {
+    /// The element's name.
+    pub fn name(&self) -> &str {
+        self.start.name().0
+    }
+
+    /// An attribute's value with its entities resolved; `None` if it is not there.
+    ///
+    /// # Errors
+    /// Attributes that are not well-formed.
+    pub fn attribute(&self, name: &str) -> Result<Option<Cow<'_, str>>, Problem> {
+        for attribute in self.start.attributes().with_checks(false) {
+            let attribute = attribute
+                .map_err(|error| Problem::new(format!("has a malformed attribute: {error}")))?;
+            if attribute.key.0 == name {
+                return attribute
+                    .normalized_value(XmlVersion::Implicit1_0)
+                    .map(Some)
+                    .map_err(|error| Problem::at_attribute(name, error.to_string()));
+            }
+        }
+        Ok(None)
+    }
+
+    /// An attribute's value as an owned text.
+    ///
+    /// # Errors
+    /// As [`Element::attribute`].
+    pub fn text(&self, name: &str) -> Result<Option<String>, Problem> {
+        Ok(self.attribute(name)?.map(Cow::into_owned))
+    }
+
+    /// An attribute's value as a number or another type with a spelling; `what` names it in the
+    /// error.
+    ///
+    /// # Errors
+    /// As [`Element::attribute`], and a value that does not spell a `T`.
+    pub fn parsed<T: FromStr>(&self, name: &str, what: &str) -> Result<Option<T>, Problem> {
+        let Some(value) = self.attribute(name)? else {
+            return Ok(None);
+        };
+        value.trim().parse().map(Some).map_err(|_| {
+            Problem::at_attribute(name, format!("'{}' is no {what}", printable(&value)))
+        })
+    }
+
+    /// An attribute whose value is `yes` or `no` (or `on` or `off`).
+    ///
+    /// # Errors
+    /// As [`Element::attribute`], and any other value.
+    pub fn yes_no(&self, name: &str) -> Result<Option<bool>, Problem> {
+        match self.attribute(name)?.as_deref() {
+            None => Ok(None),
+            Some("yes" | "on") => Ok(Some(true)),
+            Some("no" | "off") => Ok(Some(false)),
+            Some(other) => Err(Problem::at_attribute(
+                name,
+                format!("'{}' is neither 'yes' nor 'no'", printable(other)),
+            )),
+        }
+    }
+}
+
+/// A text from a document, short and without control characters, for an error or a log line.
+fn printable(text: &str) -> String {
+    const LONGEST: usize = 60;
+    let mut shown: String = text
+        .chars()
+        .take(LONGEST)
+        .flat_map(char::escape_debug)
+        .collect();
+    if text.chars().nth(LONGEST).is_some() {
+        shown.push('…');
+    }
+    shown
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The names of the root's children and the texts of those called `t`.
+    fn walk(text: impl AsRef<[u8]>) -> Result<Vec<String>, ParseError> {
+        read("doc.xml", text.as_ref(), &["r"], |cursor, _| {
+            let mut seen = Vec::new();
+            cursor.children(|cursor, child| {
+                seen.push(match child.name() {
+                    "t" => cursor.text()?,
+                    "n" => child
+                        .parsed::<u32>("max", "number")?
+                        .unwrap_or(0)
+                        .to_string(),
+                    "b" => child.yes_no("on")?.unwrap_or(false).to_string(),
+                    name => name.to_owned(),
+                });
+                Ok(())
+            })?;
+            Ok(seen)
+        })
+    }
+
+    fn error(text: impl AsRef<[u8]>) -> String {
+        walk(text).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn children_are_visited_and_what_is_not_read_is_passed_over() {
+        let text = "<?xml version='1.0'?><!-- c --><r> <a><t>inner</t></a> <t> x </t><e/>\n</r>\n";
+        assert_eq!(walk(text).unwrap(), ["a", "x", "e"]);
+    }
+
+    #[test]
+    fn text_is_joined_over_entities_cdata_and_children() {
+        let text = "<r><t>a&amp;b&#x41;<u>no</u><![CDATA[<c>]]></t></r>";
+        assert_eq!(walk(text).unwrap(), ["a&bA<c>"]);
+    }
+
+    #[test]
+    fn an_error_names_the_document_and_the_path() {
+        assert_eq!(
+            error("<r><n max='x'/></r>"),
+            "doc.xml: /r/n/@max: 'x' is no number"
+        );
+        assert_eq!(
+            error("<r><n max='-1'/></r>"),
+            "doc.xml: /r/n/@max: '-1' is no number"
+        );
+        assert_eq!(
+            error("<r><b on='maybe'/></r>"),
+            "doc.xml: /r/b/@on: 'maybe' is neither 'yes' nor 'no'"
+        );
+        let broken = walk("<r><a></b></r>").unwrap_err();
+        assert_eq!(broken.path, "/r/a");
+        assert!(
+            broken.problem.starts_with("is not well-formed at byte"),
+            "{broken}"
+        );
+    }
+
+    #[test]
+    fn what_is_no_document_is_told_apart() {
+        assert_eq!(error(""), "doc.xml: is empty: it has no root element");
+        assert_eq!(error("  \n"), "doc.xml: is empty: it has no root element");
+        assert_eq!(
+            error("hello"),
+            "doc.xml: is no XML document: it begins with text"
+        );
+        assert_eq!(error("<x/>"), "doc.xml: the root is <x>, expected <r>");
+        assert_eq!(error("<r><a>"), "doc.xml: /r/a: ends too early");
+        assert_eq!(
+            error("<r/><r/>"),
+            "doc.xml: has something after the end of its root element"
+        );
+        assert_eq!(error([b'<', 0xff]), "doc.xml: is not UTF-8 after byte 1");
+        assert_eq!(
+            error("<!DOCTYPE r [<!ENTITY a 'b'>]><r/>"),
+            "doc.xml: has a DTD, which libvirt never sends"
+        );
+        assert_eq!(
+            error("<r><t>&lol;</t></r>"),
+            "doc.xml: /r/t: has an entity that is not one of XML's own"
+        );
+    }
+
+    #[test]
+    fn bounds_hold() {
+        let deep = format!("<r>{}{}</r>", "<a>".repeat(100), "</a>".repeat(100));
+        assert!(error(deep).ends_with("is nested deeper than 64 elements"));
+        assert_eq!(
+            error(vec![b' '; MAX_BYTES + 1]),
+            "doc.xml: is larger than 8 MiB"
+        );
+    }
+}

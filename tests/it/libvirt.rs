@@ -1,0 +1,416 @@
+//! The libvirt adapter against a real libvirtd: absent, killed, frozen, and in good health.
+
+use std::future::Future;
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::ensure;
+use tokio::sync::watch;
+use tokio::time::{interval, timeout};
+use virtnode::capability::eim;
+use virtnode::hypervisor::{
+    Connection, DomainCapabilitiesQuery, Hypervisor, HypervisorError, Keepalive, Libvirt,
+    LibvirtConfig,
+};
+use virtnode::telemetry::Metrics;
+
+use crate::support::eventually;
+use crate::support::libvirtd::Libvirtd;
+
+/// What the product promises for a libvirtd that is back.
+const RECONNECT: Duration = Duration::from_secs(2);
+/// For what has no deadline of its own; only a failing test waits so long.
+const LONG: Duration = Duration::from_secs(30);
+
+fn start(uri: &str, change: impl FnOnce(&mut LibvirtConfig)) -> (Libvirt, Arc<Metrics>) {
+    let mut config = LibvirtConfig::new(uri);
+    change(&mut config);
+    let metrics = Arc::new(Metrics::new());
+    (Libvirt::start(config, Arc::clone(&metrics)), metrics)
+}
+
+/// Waits for the next change to up or down.
+async fn until(
+    connection: &mut watch::Receiver<Connection>,
+    within: Duration,
+    up: bool,
+) -> Connection {
+    let wanted = |state: &Connection| matches!(state, Connection::Up(_)) == up;
+    let state = timeout(within, connection.wait_for(wanted)).await;
+    *state
+        .expect("the connection changes in time")
+        .expect("the adapter lives")
+}
+
+async fn timed<T>(future: impl Future<Output = T>) -> (T, Duration) {
+    let started = Instant::now();
+    (future.await, started.elapsed())
+}
+
+fn q35() -> DomainCapabilitiesQuery {
+    DomainCapabilitiesQuery {
+        arch: Some("x86_64".to_owned()),
+        machine: Some("q35".to_owned()),
+        virt_type: Some("qemu".to_owned()),
+        expand_features: false,
+        supported_features: false,
+    }
+}
+
+#[tokio::test]
+async fn every_question_is_answered_as_virsh_does() {
+    let libvirtd = Libvirtd::start().unwrap();
+    let (libvirt, metrics) = start(&libvirtd.uri(), |_| {});
+
+    let versions = libvirt.versions().await.unwrap();
+    let said = libvirtd.virsh(&["version", "--daemon"]).unwrap();
+    assert!(
+        said.contains(&format!("Running against daemon: {}", versions.libvirt)),
+        "{said}"
+    );
+    let qemu = versions.hypervisor.expect("QEMU has a version");
+    assert!(
+        said.contains(&format!("Running hypervisor: QEMU {qemu}")),
+        "{said}"
+    );
+
+    let capabilities = libvirt.capabilities().await.unwrap();
+    assert_eq!(
+        capabilities.trim(),
+        libvirtd.virsh(&["capabilities"]).unwrap().trim()
+    );
+
+    let plain = libvirt.domain_capabilities(q35()).await.unwrap();
+    let domcapabilities = ["domcapabilities", "--machine", "q35", "--virttype", "qemu"];
+    assert_eq!(
+        plain.trim(),
+        libvirtd.virsh(&domcapabilities).unwrap().trim()
+    );
+
+    // With flags that the daemon may be too old for.
+    let query = DomainCapabilitiesQuery {
+        expand_features: true,
+        supported_features: true,
+        ..q35()
+    };
+    let expanded = libvirt.domain_capabilities(query).await.unwrap();
+    assert!(expanded.starts_with("<domainCapabilities>"), "{expanded}");
+
+    let cpu = "<cpu mode='custom' match='exact'><model fallback='forbid'>qemu64</model></cpu>";
+    let baseline = libvirt.baseline_cpu(q35(), cpu.to_owned()).await.unwrap();
+    assert!(
+        baseline.contains("<feature policy='require' name='sse2'/>"),
+        "{baseline}"
+    );
+
+    let domain = eim::dry_run_domain("qemu", "q35", true);
+    let arguments = libvirt.native_arguments(domain).await.unwrap();
+    assert!(eim::from_native_arguments(&arguments), "{arguments}");
+    let domain = eim::dry_run_domain("qemu", "q35", false);
+    let automatic = libvirt.native_arguments(domain).await;
+    let added = automatic.is_ok_and(|arguments| eim::from_native_arguments(&arguments));
+    let expected = eim::Eim::from_versions(versions.libvirt, versions.hypervisor);
+    assert_eq!(added, expected == eim::Eim::Auto);
+
+    assert_eq!(libvirt.running_domains().await.unwrap(), []);
+    assert_eq!(metrics.hypervisor_connected.get(), 1);
+    assert_eq!(metrics.hypervisor_reconnects.get(), 0);
+    let answered = metrics
+        .call_duration
+        .with_label_values(&["domain-capabilities"]);
+    assert_eq!(answered.get_sample_count(), 2);
+}
+
+#[tokio::test]
+async fn a_refusal_carries_libvirts_words() {
+    let libvirtd = Libvirtd::start().unwrap();
+    let (libvirt, metrics) = start(&libvirtd.uri(), |_| {});
+
+    let query = DomainCapabilitiesQuery {
+        machine: Some("pc-nonsense-1.0".to_owned()),
+        ..q35()
+    };
+    let error = libvirt.domain_capabilities(query).await.unwrap_err();
+    assert!(matches!(error, HypervisorError::Failed { .. }), "{error:?}");
+    assert!(error.to_string().contains("pc-nonsense-1.0"), "{error}");
+
+    let too_many = eim::dry_run_domain("qemu", "pc", false);
+    let error = libvirt.native_arguments(too_many).await.unwrap_err();
+    assert!(
+        matches!(error, HypervisorError::Failed { number: 67, .. }),
+        "{error:?}"
+    );
+
+    let query = DomainCapabilitiesQuery {
+        machine: Some("q\x0035".to_owned()),
+        ..q35()
+    };
+    let error = libvirt.domain_capabilities(query).await.unwrap_err();
+    assert!(
+        matches!(error, HypervisorError::Failed { number: 8, .. }),
+        "{error:?}"
+    );
+
+    // None of them is about the connection.
+    assert!(matches!(*libvirt.connection().borrow(), Connection::Up(_)));
+    let failed = metrics
+        .call_failures
+        .with_label_values(&["native-arguments", "failed"]);
+    assert_eq!(failed.get(), 1);
+}
+
+#[tokio::test]
+async fn a_driver_without_a_call_is_unsupported() {
+    let (libvirt, metrics) = start("test:///default", |_| {});
+    assert!(libvirt.capabilities().await.is_ok());
+    let error = libvirt
+        .native_arguments("<domain/>".to_owned())
+        .await
+        .unwrap_err();
+    assert!(
+        matches!(error, HypervisorError::Unsupported { .. }),
+        "{error:?}"
+    );
+    let error = libvirt
+        .baseline_cpu(q35(), "<cpu/>".to_owned())
+        .await
+        .unwrap_err();
+    assert!(
+        matches!(error, HypervisorError::Unsupported { .. }),
+        "{error:?}"
+    );
+    let failed = metrics
+        .call_failures
+        .with_label_values(&["baseline-cpu", "unsupported"]);
+    assert_eq!(failed.get(), 1);
+}
+
+#[tokio::test]
+async fn running_domains_are_read_once_each_time_they_start() {
+    let libvirtd = Libvirtd::start().unwrap();
+    let (libvirt, _) = start(&libvirtd.uri(), |_| {});
+    libvirtd.start_domain("one").unwrap();
+    libvirtd.start_domain("two").unwrap();
+
+    let mut domains = libvirt.running_domains().await.unwrap();
+    domains.sort_by(|a, b| a.name.cmp(&b.name));
+    let names: Vec<&str> = domains.iter().map(|domain| domain.name.as_str()).collect();
+    assert_eq!(names, ["one", "two"]);
+    assert_eq!(
+        domains[0].uuid,
+        libvirtd.virsh(&["domuuid", "one"]).unwrap().trim()
+    );
+    assert!(
+        domains[0].xml.contains("machine='pc-q35-"),
+        "{}",
+        domains[0].xml
+    );
+
+    // A change that no label depends on shows that it is not read again ...
+    libvirtd
+        .virsh(&["desc", "one", "--live", "changed"])
+        .unwrap();
+    libvirtd.end_domain("two").unwrap();
+    let again = libvirt.running_domains().await.unwrap();
+    assert_eq!(again, domains[..1]);
+
+    // ... and a new start is.
+    libvirtd.end_domain("one").unwrap();
+    assert_eq!(libvirt.running_domains().await.unwrap(), []);
+    libvirtd.start_domain("one").unwrap();
+    let anew = libvirt.running_domains().await.unwrap();
+    assert_eq!(anew.len(), 1);
+    assert_ne!(anew[0].uuid, domains[0].uuid);
+}
+
+#[tokio::test]
+async fn libvirt_may_come_later() {
+    let mut libvirtd = Libvirtd::new().unwrap();
+    let (libvirt, metrics) = start(&libvirtd.uri(), |_| {});
+    let (answer, took) = timed(libvirt.capabilities()).await;
+    let error = answer.unwrap_err();
+    assert!(
+        matches!(error, HypervisorError::Unavailable(_)),
+        "{error:?}"
+    );
+    assert!(error.to_string().contains("libvirt-sock"), "{error}");
+    assert!(took < Duration::from_secs(2), "{took:?}");
+    assert_eq!(metrics.hypervisor_connected.get(), 0);
+
+    libvirtd.restart().unwrap();
+    let mut connection = libvirt.connection();
+    until(&mut connection, RECONNECT, true).await;
+    assert!(libvirt.versions().await.is_ok());
+    // The first connection is no reconnect.
+    assert_eq!(metrics.hypervisor_reconnects.get(), 0);
+    assert_eq!(metrics.hypervisor_connected.get(), 1);
+}
+
+#[tokio::test]
+async fn a_killed_libvirtd_is_noticed_and_found_again() {
+    let mut libvirtd = Libvirtd::start().unwrap();
+    let (libvirt, metrics) = start(&libvirtd.uri(), |_| {});
+    let mut connection = libvirt.connection();
+    let first = until(&mut connection, LONG, true).await;
+
+    for round in 1..=2 {
+        libvirtd.kill().unwrap();
+        until(&mut connection, RECONNECT, false).await;
+        assert_eq!(metrics.hypervisor_connected.get(), 0);
+        let (answer, took) = timed(libvirt.versions()).await;
+        let error = answer.unwrap_err();
+        assert!(
+            matches!(error, HypervisorError::Unavailable(_)),
+            "{error:?}"
+        );
+        assert!(took < Duration::from_secs(1), "{took:?}");
+
+        libvirtd.restart().unwrap();
+        let (again, took) = timed(until(&mut connection, RECONNECT, true)).await;
+        println!("connected again {took:?} after libvirtd answered");
+        assert_ne!(again, first);
+        assert_eq!(metrics.hypervisor_reconnects.get(), round);
+        assert!(libvirt.capabilities().await.is_ok());
+    }
+}
+
+#[tokio::test]
+async fn a_frozen_libvirtd_holds_up_nobody() {
+    const DEADLINE: Duration = Duration::from_millis(500);
+    let libvirtd = Libvirtd::start().unwrap();
+    let (libvirt, metrics) = start(&libvirtd.uri(), |config| {
+        config.call_deadline = DEADLINE;
+        config.open_deadline = DEADLINE / 2;
+    });
+    let mut connection = libvirt.connection();
+    until(&mut connection, LONG, true).await;
+
+    libvirtd.freeze().unwrap();
+    // All wait at once, and the one thread of the runtime goes on with everything else.
+    let mut ticks = 0;
+    let ticking = async {
+        let mut tick = interval(Duration::from_millis(10));
+        loop {
+            tick.tick().await;
+            ticks += 1;
+        }
+    };
+    let calls = async {
+        tokio::join!(
+            timed(libvirt.capabilities()),
+            timed(libvirt.versions()),
+            timed(libvirt.running_domains()),
+        )
+    };
+    let (one, two, three) = tokio::select! {
+        answers = calls => answers,
+        () = ticking => unreachable!(),
+    };
+    for (error, call) in [
+        (one.0.unwrap_err(), "capabilities"),
+        (two.0.unwrap_err(), "versions"),
+        (three.0.unwrap_err(), "running-domains"),
+    ] {
+        let after = DEADLINE;
+        assert_eq!(error, HypervisorError::Timeout { call, after });
+    }
+    for took in [one.1, two.1, three.1] {
+        assert!(took >= DEADLINE && took < DEADLINE * 4, "{took:?}");
+    }
+    assert!(ticks > 10, "{ticks}");
+    let timeouts = metrics.call_timeouts.with_label_values(&["capabilities"]);
+    assert_eq!(timeouts.get(), 1);
+    until(&mut connection, DEADLINE, false).await;
+
+    // Another hypervisor is not held up either.
+    let (other, _) = start("test:///default", |_| {});
+    assert!(other.capabilities().await.is_ok());
+
+    // Threads are given up only so many times; then nothing waits any more.
+    eventually(LONG, async || {
+        let (answer, took) = timed(libvirt.capabilities()).await;
+        let error = answer.unwrap_err();
+        ensure!(error.to_string().contains("have not come back"), "{error}");
+        ensure!(took < DEADLINE / 2, "{took:?}");
+        Ok(())
+    })
+    .await
+    .unwrap();
+    let opens = metrics.call_timeouts.with_label_values(&["open"]);
+    assert!((1..=4).contains(&opens.get()), "{}", opens.get());
+
+    libvirtd.thaw().unwrap();
+    let (_, took) = timed(until(&mut connection, RECONNECT, true)).await;
+    println!("connected again {took:?} after it went on");
+    eventually(LONG, async || Ok(libvirt.capabilities().await?))
+        .await
+        .unwrap();
+    assert_eq!(metrics.hypervisor_connected.get(), 1);
+}
+
+#[tokio::test]
+async fn keepalive_notices_a_frozen_libvirtd_without_a_call() {
+    let libvirtd = Libvirtd::start().unwrap();
+    let (libvirt, _) = start(&libvirtd.uri(), |config| {
+        config.keepalive = Keepalive {
+            interval: Duration::from_secs(1),
+            count: 1,
+        };
+    });
+    let mut connection = libvirt.connection();
+    until(&mut connection, LONG, true).await;
+    libvirtd.freeze().unwrap();
+    let (_, took) = timed(until(&mut connection, LONG, false)).await;
+    println!("noticed {took:?} after it froze");
+    libvirtd.thaw().unwrap();
+    until(&mut connection, RECONNECT, true).await;
+}
+
+#[tokio::test]
+async fn its_threads_end_with_it() {
+    let libvirtd = Libvirtd::start().unwrap();
+    let (libvirt, _) = start(&libvirtd.uri(), |config| {
+        config.call_deadline = Duration::from_millis(100);
+        config.open_deadline = Duration::from_millis(100);
+    });
+    let mut connection = libvirt.connection();
+    until(&mut connection, LONG, true).await;
+    libvirtd.freeze().unwrap();
+    for _ in 0..3 {
+        assert!(libvirt.capabilities().await.is_err());
+    }
+    let ((), took) = timed(async { drop(libvirt) }).await;
+    assert!(took < Duration::from_millis(100), "{took:?}");
+    libvirtd.thaw().unwrap();
+    // Each thread holds what the receiver listens to: that it is gone means that all have ended.
+    let all_ended = async { while connection.changed().await.is_ok() {} };
+    timeout(LONG, all_ended).await.unwrap();
+}
+
+#[tokio::test]
+async fn what_cannot_be_reached_is_said_clearly() {
+    let directory = tempfile::tempdir_in("/tmp").unwrap();
+    let socket = directory.path().join("refused");
+    // The file stays when nobody listens any more.
+    drop(UnixListener::bind(&socket).unwrap());
+    let refused = format!("qemu+unix:///system?socket={}", socket.display());
+    for (uri, word) in [
+        (refused.as_str(), "refused"),
+        ("nonsense:///system", "nonsense"),
+        ("qemu\0:///", "NUL"),
+    ] {
+        let (libvirt, metrics) = start(uri, |_| {});
+        let error = libvirt.versions().await.unwrap_err();
+        assert!(
+            matches!(error, HypervisorError::Unavailable(_)),
+            "{error:?}"
+        );
+        assert!(error.to_string().contains(word), "{uri:?}: {error}");
+        assert_eq!(*libvirt.connection().borrow(), Connection::Down);
+        let failed = metrics
+            .call_failures
+            .with_label_values(&["versions", "unavailable"]);
+        assert_eq!(failed.get(), 1);
+    }
+}

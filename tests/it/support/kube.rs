@@ -1,0 +1,421 @@
+//! A real Kubernetes: etcd, kube-apiserver and, on demand, kube-scheduler.
+//!
+//! No kubelet, so that pods are bound and never run (delete them with grace period 0), and no
+//! controller manager, so that nothing is made or cleaned up that a test did not make: no
+//! default service accounts, no taints on nodes that are not ready.
+
+mod audit;
+mod pki;
+mod process;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use ::kube::api::{Api, Patch, PatchParams, PostParams};
+use ::kube::config::{Config, KubeConfigOptions, Kubeconfig};
+use ::kube::{Client, Error};
+use anyhow::{Context as _, anyhow, ensure};
+use http::HeaderValue;
+use http::header::USER_AGENT;
+use k8s_openapi::api::authentication::v1::{TokenRequest, TokenRequestSpec};
+use k8s_openapi::api::core::v1::{Namespace, Node, ServiceAccount};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use self::pki::Authority;
+use self::process::{Process, free_ports, output_of};
+use super::eventually;
+
+pub(crate) use self::audit::AuditEvent;
+
+/// The API server is ready after 4 to 6 s on two idle cores; these are not always idle.
+const READY_WITHIN: Duration = Duration::from_secs(90);
+
+/// A Kubernetes of one test's own, on loopback ports, which ends when this is dropped.
+pub(crate) struct KubeServer {
+    // Fields are dropped in this order: clients of a server before the server, files last.
+    scheduler: Option<Process>,
+    api_server: Option<Process>,
+    etcd: Process,
+    binaries: Binaries,
+    api_port: u16,
+    etcd_port: u16,
+    admin: Client,
+    authority: Authority,
+    dir: TempDir,
+}
+
+impl KubeServer {
+    /// Starts etcd and the API server, and waits until the latter is ready.
+    ///
+    /// Where no server is at hand, one is built, which takes minutes once on a machine.
+    pub(crate) async fn start() -> anyhow::Result<Self> {
+        let binaries = Binaries::find()?;
+        let mut attempts = 1..=3;
+        loop {
+            attempts.next();
+            match Self::start_once(binaries.clone()).await {
+                Err(error) if !attempts.is_empty() && is_port_taken(&error) => {}
+                outcome => return outcome.context("no Kubernetes to test with"),
+            }
+        }
+    }
+
+    async fn start_once(binaries: Binaries) -> anyhow::Result<Self> {
+        let dir = tempfile::Builder::new()
+            .prefix("virtnode-test-kube-")
+            .tempdir()?;
+        let [api_port, etcd_port, etcd_peer_port] = free_ports()?;
+        let authority = Authority::new(dir.path())?;
+        pki::write_token_keys(dir.path())?;
+        fs::write(dir.path().join("audit-policy.yaml"), audit::POLICY)?;
+
+        let etcd = start_etcd(&binaries, dir.path(), etcd_port, etcd_peer_port)?;
+        let admin = write_user_kubeconfig(&authority, api_port, "admin", Some("system:masters"))?;
+        let mut server = Self {
+            scheduler: None,
+            api_server: None,
+            etcd,
+            admin: client_of(&admin).await?,
+            binaries,
+            api_port,
+            etcd_port,
+            authority,
+            dir,
+        };
+        server.start_api().await?;
+        Ok(server)
+    }
+
+    /// The server's release, such as `(1, 33)`.
+    pub(crate) fn version(&self) -> (u32, u32) {
+        self.binaries.version
+    }
+
+    /// A client that may do everything.
+    pub(crate) fn client(&self) -> Client {
+        self.admin.clone()
+    }
+
+    /// The configuration of a client that may do everything.
+    pub(crate) fn kubeconfig(&self) -> PathBuf {
+        kubeconfig_path(&self.authority, "admin")
+    }
+
+    /// Kills the API server: connections to it break and new ones are refused.
+    pub(crate) fn stop_api(&mut self) {
+        self.api_server = None;
+    }
+
+    /// Starts the API server, with what it knew when it was stopped and on the same port, and
+    /// waits until it is ready.
+    pub(crate) async fn start_api(&mut self) -> anyhow::Result<()> {
+        if self.api_server.is_none() {
+            self.api_server = Some(self.spawn_api_server()?);
+        }
+        eventually(READY_WITHIN, async || {
+            let processes = self.api_server.iter_mut().chain([&mut self.etcd]);
+            // The outer result says whether to go on waiting, the inner one how it ended.
+            for process in processes {
+                if let Err(ended) = process.ensure_running() {
+                    return Ok(Err(ended));
+                }
+            }
+            get(&self.admin, "/readyz").await?;
+            // Made by the server itself, soon after it is ready.
+            Api::<Namespace>::all(self.admin.clone())
+                .get("default")
+                .await?;
+            Ok(Ok(()))
+        })
+        .await
+        .context("the API server is not ready")?
+        .context("ended at once")
+    }
+
+    /// Starts the scheduler, unless it runs; it runs until the server is dropped.
+    pub(crate) fn start_scheduler(&mut self) -> anyhow::Result<()> {
+        let program = self.binaries.dir.join("kube-scheduler");
+        ensure!(
+            program.exists(),
+            "{} does not exist: put kube-scheduler {}.{} beside kube-apiserver, or unset \
+             KUBEBUILDER_ASSETS",
+            program.display(),
+            self.version().0,
+            self.version().1,
+        );
+        if self.scheduler.is_none() {
+            self.scheduler = Some(self.spawn_scheduler(&program)?);
+        }
+        Ok(())
+    }
+
+    /// Creates a node that is ready and has room for pods.
+    pub(crate) async fn create_node(&self, name: &str) -> anyhow::Result<Node> {
+        let nodes: Api<Node> = Api::all(self.client());
+        let room = json!({"cpu": "8", "memory": "16Gi", "pods": "110"});
+        let node = serde_json::from_value(json!({
+            "metadata": {"name": name, "labels": {"kubernetes.io/hostname": name}},
+            "status": {
+                "capacity": room,
+                "allocatable": room,
+                "conditions": [{"type": "Ready", "status": "True"}],
+            },
+        }))?;
+        nodes.create(&PostParams::default(), &node).await?;
+        // The server taints every new node as not ready; a controller would take that away.
+        let untaint = Patch::Merge(json!({"spec": {"taints": null}}));
+        Ok(nodes.patch(name, &PatchParams::default(), &untaint).await?)
+    }
+
+    /// Creates a service account, and its namespace if need be, that may do what
+    /// authenticated users may: the configuration of a client with a token of it.
+    pub(crate) async fn service_account_kubeconfig(
+        &self,
+        namespace: &str,
+        name: &str,
+    ) -> anyhow::Result<PathBuf> {
+        let post = PostParams::default();
+        let namespaces: Api<Namespace> = Api::all(self.client());
+        let wanted = serde_json::from_value(json!({"metadata": {"name": namespace}}))?;
+        unless_it_exists(namespaces.create(&post, &wanted).await)?;
+
+        let accounts: Api<ServiceAccount> = Api::namespaced(self.client(), namespace);
+        let wanted = serde_json::from_value(json!({"metadata": {"name": name}}))?;
+        unless_it_exists(accounts.create(&post, &wanted).await)?;
+
+        let request = TokenRequest {
+            spec: TokenRequestSpec {
+                expiration_seconds: Some(3600),
+                ..Default::default()
+            },
+            ..Default::default()
+        };
+        let answer = accounts.create_token_request(name, &post, &request).await?;
+        let token = answer
+            .status
+            .context("a token request without an answer")?
+            .token;
+        write_kubeconfig(
+            &self.authority,
+            self.api_port,
+            &format!("{namespace}-{name}"),
+            json!({"token": token}),
+        )
+    }
+
+    /// A client of [`Self::service_account_kubeconfig`].
+    pub(crate) async fn service_account_client(
+        &self,
+        namespace: &str,
+        name: &str,
+    ) -> anyhow::Result<Client> {
+        client_of(&self.service_account_kubeconfig(namespace, name).await?).await
+    }
+
+    /// All requests that were answered before this one, since the start, from all clients.
+    /// The server must be running.
+    pub(crate) async fn audit_events(&self) -> anyhow::Result<Vec<AuditEvent>> {
+        // A request is logged right after its answer: when this one is in the log, those that
+        // were answered before it are too.
+        let marker = format!("/version?marker={:x}", fastrand::u64(..));
+        get(&self.admin, &marker).await?;
+        eventually(Duration::from_secs(10), async || {
+            let mut events = audit::parse(&fs::read_to_string(self.audit_log())?)?;
+            let end = events.iter().position(|event| event.uri == marker);
+            events.truncate(end.context("a request is missing from the audit log")?);
+            Ok(events)
+        })
+        .await
+    }
+
+    fn audit_log(&self) -> PathBuf {
+        self.dir.path().join("audit.log")
+    }
+
+    // The flags are the same from 1.20 to 1.36.
+    fn spawn_api_server(&self) -> anyhow::Result<Process> {
+        let dir = self.dir.path();
+        let certificate = self.authority.server()?;
+        let args = [
+            format!("--secure-port={}", self.api_port),
+            "--bind-address=127.0.0.1".to_owned(),
+            "--advertise-address=127.0.0.1".to_owned(),
+            // Endpoints may not be loopback addresses, and nobody needs this one.
+            "--endpoint-reconciler-type=none".to_owned(),
+            format!("--etcd-servers=http://127.0.0.1:{}", self.etcd_port),
+            "--service-cluster-ip-range=10.0.0.0/24".to_owned(),
+            format!("--tls-cert-file={}", certificate.certificate.display()),
+            format!("--tls-private-key-file={}", certificate.key.display()),
+            format!(
+                "--client-ca-file={}",
+                self.authority.certificate().display()
+            ),
+            "--service-account-issuer=https://kubernetes.default.svc".to_owned(),
+            format!(
+                "--service-account-signing-key-file={}/service-accounts.key",
+                dir.display()
+            ),
+            format!(
+                "--service-account-key-file={}/service-accounts.pub",
+                dir.display()
+            ),
+            "--authorization-mode=Node,RBAC".to_owned(),
+            "--enable-admission-plugins=NodeRestriction".to_owned(),
+            // It wants every pod to have a service account, which a controller would make.
+            "--disable-admission-plugins=ServiceAccount".to_owned(),
+            "--allow-privileged=true".to_owned(),
+            format!("--audit-policy-file={}/audit-policy.yaml", dir.display()),
+            format!("--audit-log-path={}", self.audit_log().display()),
+        ];
+        let program = self.binaries.dir.join("kube-apiserver");
+        Process::start(&program, &args, dir.join("kube-apiserver.log"))
+    }
+
+    fn spawn_scheduler(&self, program: &Path) -> anyhow::Result<Process> {
+        let user = "system:kube-scheduler";
+        let kubeconfig = write_user_kubeconfig(&self.authority, self.api_port, user, None)?;
+        let mut args = vec![
+            format!("--kubeconfig={}", kubeconfig.display()),
+            format!("--authentication-kubeconfig={}", kubeconfig.display()),
+            format!("--authorization-kubeconfig={}", kubeconfig.display()),
+            "--leader-elect=false".to_owned(),
+            // Its own health and metrics: not served.
+            "--secure-port=0".to_owned(),
+        ];
+        if self.version() < (1, 23) {
+            args.push("--port=0".to_owned()); // the same without TLS
+        }
+        Process::start(program, &args, self.dir.path().join("kube-scheduler.log"))
+    }
+}
+
+/// Where the programs are and which release they are of.
+#[derive(Clone)]
+struct Binaries {
+    dir: PathBuf,
+    version: (u32, u32),
+}
+
+impl Binaries {
+    fn find() -> anyhow::Result<Self> {
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/kube/build-server.sh");
+        // What goes wrong is said on standard error.
+        let output = Command::new(&script)
+            .stdin(Stdio::null())
+            .stderr(Stdio::inherit())
+            .output()
+            .with_context(|| format!("cannot run {}", script.display()))?;
+        ensure!(
+            output.status.success(),
+            "no Kubernetes API server to test with, see what {} said: set KUBEBUILDER_ASSETS to \
+             a directory with kube-apiserver and etcd, as setup-envtest makes it",
+            script.display()
+        );
+        let dir = PathBuf::from(String::from_utf8(output.stdout)?.trim_end());
+        let version = output_of(&dir.join("kube-apiserver"), "--version")?;
+        let version = parse_version(&version)
+            .with_context(|| format!("kube-apiserver --version said {version:?}"))?;
+        Ok(Self { dir, version })
+    }
+}
+
+/// `Kubernetes v1.20.2` → `(1, 20)`
+fn parse_version(text: &str) -> Option<(u32, u32)> {
+    let mut parts = text.trim().strip_prefix("Kubernetes v")?.split('.');
+    Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
+}
+
+fn start_etcd(
+    binaries: &Binaries,
+    dir: &Path,
+    port: u16,
+    peer_port: u16,
+) -> anyhow::Result<Process> {
+    let client_url = format!("http://127.0.0.1:{port}");
+    let peer_url = format!("http://127.0.0.1:{peer_port}");
+    let args = [
+        format!("--data-dir={}", dir.join("etcd").display()),
+        format!("--listen-client-urls={client_url}"),
+        format!("--advertise-client-urls={client_url}"),
+        format!("--listen-peer-urls={peer_url}"),
+        format!("--initial-advertise-peer-urls={peer_url}"),
+        format!("--initial-cluster=default={peer_url}"),
+    ];
+    Process::start(&binaries.dir.join("etcd"), &args, dir.join("etcd.log"))
+}
+
+/// Another process was faster than this one: worth another try with other ports.
+fn is_port_taken(error: &anyhow::Error) -> bool {
+    format!("{error:#}").contains("address already in use")
+}
+
+fn kubeconfig_path(authority: &Authority, user: &str) -> PathBuf {
+    authority
+        .certificate()
+        .with_file_name(format!("{user}.kubeconfig"))
+}
+
+fn write_user_kubeconfig(
+    authority: &Authority,
+    api_port: u16,
+    user: &str,
+    group: Option<&str>,
+) -> anyhow::Result<PathBuf> {
+    let credentials = authority.user(user, group)?;
+    let credentials = json!({
+        "client-certificate": credentials.certificate,
+        "client-key": credentials.key,
+    });
+    write_kubeconfig(authority, api_port, user, credentials)
+}
+
+fn write_kubeconfig(
+    authority: &Authority,
+    api_port: u16,
+    user: &str,
+    credentials: Value,
+) -> anyhow::Result<PathBuf> {
+    let path = kubeconfig_path(authority, user);
+    let config = json!({
+        "apiVersion": "v1",
+        "kind": "Config",
+        "current-context": "test",
+        "contexts": [{"name": "test", "context": {"cluster": "test", "user": user}}],
+        "clusters": [{"name": "test", "cluster": {
+            "server": format!("https://127.0.0.1:{api_port}"),
+            "certificate-authority": authority.certificate(),
+        }}],
+        "users": [{"name": user, "user": credentials}],
+    });
+    fs::write(&path, serde_json::to_vec_pretty(&config)?)?;
+    Ok(path)
+}
+
+async fn client_of(kubeconfig: &Path) -> anyhow::Result<Client> {
+    let kubeconfig = Kubeconfig::read_from(kubeconfig)?;
+    let options = KubeConfigOptions::default();
+    let mut config = Config::from_custom_kubeconfig(kubeconfig, &options).await?;
+    // A test wants to see what goes wrong, and has its own deadlines.
+    config.default_retry = false;
+    config
+        .headers
+        .push((USER_AGENT, HeaderValue::from_static("virtnode-test")));
+    Ok(Client::try_from(config)?)
+}
+
+async fn get(client: &Client, uri: &str) -> anyhow::Result<String> {
+    Ok(client
+        .request_text(http::Request::get(uri).body(Vec::new())?)
+        .await?)
+}
+
+fn unless_it_exists<T>(created: Result<T, Error>) -> anyhow::Result<()> {
+    match created {
+        Err(Error::Api(status)) if status.is_already_exists() => Ok(()),
+        Err(error) => Err(anyhow!(error)),
+        Ok(_) => Ok(()),
+    }
+}

@@ -1,0 +1,95 @@
+//! Child processes that end with their owner, and free ports for them.
+
+use std::fs::{self, File};
+use std::net::{Ipv4Addr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use anyhow::{Context as _, anyhow, ensure};
+
+/// Below the range from which Linux gives ports to outgoing connections (32768 and up): a
+/// server that is stopped for a while finds its port free when it comes back.
+const PORTS: std::ops::Range<u16> = 20_000..32_768;
+
+/// A running program that is killed and waited for when this is dropped.
+#[derive(Debug)]
+pub(super) struct Process {
+    child: Child,
+    log: PathBuf,
+}
+
+impl Process {
+    /// Starts `program`; what it prints is appended to `log`.
+    pub(super) fn start(program: &Path, args: &[String], log: PathBuf) -> anyhow::Result<Self> {
+        let output = File::options().create(true).append(true).open(&log)?;
+        let child = Command::new(program)
+            .args(args)
+            .stdin(Stdio::null())
+            .stdout(output.try_clone()?)
+            .stderr(output)
+            .spawn()
+            .with_context(|| format!("cannot start {}", program.display()))?;
+        Ok(Self { child, log })
+    }
+
+    /// # Errors
+    /// When the program has ended: its status and the last lines that it printed.
+    pub(super) fn ensure_running(&mut self) -> anyhow::Result<()> {
+        match self.child.try_wait()? {
+            None => Ok(()),
+            Some(status) => Err(anyhow!(
+                "{status}; {}:\n{}",
+                self.log.display(),
+                self.log_tail()
+            )),
+        }
+    }
+
+    fn log_tail(&self) -> String {
+        let log = fs::read(&self.log).unwrap_or_default();
+        let log = String::from_utf8_lossy(&log);
+        let lines: Vec<&str> = log.lines().collect();
+        lines[lines.len().saturating_sub(20)..].join("\n")
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // An error only says that it has ended by itself.
+        self.child.kill().ok();
+        self.child.wait().ok();
+    }
+}
+
+/// What a program prints when asked for one thing, such as its version.
+pub(super) fn output_of(program: &Path, arg: &str) -> anyhow::Result<String> {
+    let output = Command::new(program)
+        .arg(arg)
+        .stderr(Stdio::inherit())
+        .output()
+        .with_context(|| format!("cannot start {}", program.display()))?;
+    ensure!(
+        output.status.success(),
+        "{} {arg}: {}",
+        program.display(),
+        output.status
+    );
+    Ok(String::from_utf8(output.stdout)?)
+}
+
+/// `N` different ports of the loopback address on which nothing listens. Nothing keeps
+/// another process from taking one before it is used: whoever uses them tries again then.
+pub(super) fn free_ports<const N: usize>() -> anyhow::Result<[u16; N]> {
+    // All are held until all are found, or the same one might be found twice.
+    let listeners: Vec<TcpListener> = (0..1000)
+        .filter_map(|_| TcpListener::bind((Ipv4Addr::LOCALHOST, fastrand::u16(PORTS))).ok())
+        .take(N)
+        .collect();
+    let ports: Vec<u16> = listeners
+        .iter()
+        .map(|l| Ok(l.local_addr()?.port()))
+        .collect::<anyhow::Result<_>>()?;
+    ports
+        .try_into()
+        .map_err(|_| anyhow!("no {N} free ports on the loopback address"))
+}

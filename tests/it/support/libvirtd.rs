@@ -1,0 +1,281 @@
+//! A private libvirtd, apart from the machine's own: an unprivileged session daemon in a
+//! directory below /tmp (a socket's path may have 107 bytes, and the directory must be open to
+//! another user), with QEMU's software emulation.
+//!
+//! As root it runs as another user: then libvirt is unprivileged, keeps all files below the XDG
+//! directories, and needs neither systemd nor virtlogd nor rights on /dev/kvm.
+
+use std::fs;
+use std::os::unix::fs::chown;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::{Pid, Uid};
+use tempfile::TempDir;
+
+/// The user and group "nobody" of Debian and Ubuntu; nothing depends on the name.
+const OTHER: u32 = 65534;
+/// QEMU is asked for what it can do at the first start: seconds for each emulator installed.
+const START: Duration = Duration::from_secs(120);
+
+/// A running libvirtd; ended, with its domains, when dropped.
+pub(crate) struct Libvirtd {
+    directory: TempDir,
+    daemon: PathBuf,
+    child: Option<Child>,
+}
+
+impl Libvirtd {
+    /// Starts one and waits until it answers.
+    pub(crate) fn start() -> anyhow::Result<Self> {
+        let mut libvirtd = Self::new()?;
+        libvirtd.restart()?;
+        // The first question makes it ask the emulators: not within a test's deadlines.
+        libvirtd.virsh(&["capabilities"])?;
+        libvirtd.virsh(&["domcapabilities"])?;
+        Ok(libvirtd)
+    }
+
+    /// One that is not started yet: its socket is not there.
+    pub(crate) fn new() -> anyhow::Result<Self> {
+        let daemon = ["libvirtd", "virtqemud"].into_iter().find_map(in_path);
+        let daemon = daemon.context("this test needs libvirtd (package libvirt-daemon)")?;
+        let directory = tempfile::Builder::new()
+            .prefix("virtnode-libvirtd-")
+            .tempdir_in("/tmp")?;
+        let libvirtd = Self {
+            directory,
+            daemon,
+            child: None,
+        };
+        for part in ["run", "config/libvirt", "cache", "home"] {
+            fs::create_dir_all(libvirtd.path(part))?;
+        }
+        // Else a domain wants virtlogd.
+        let configuration = libvirtd.path("config/libvirt/qemu.conf");
+        fs::write(configuration, "stdio_handler = \"file\"\n")?;
+        copy_files(&seed(), &libvirtd.capability_cache())?;
+        give_away(libvirtd.directory.path())?;
+        Ok(libvirtd)
+    }
+
+    /// The URI to reach it by. `name` is what the daemon is told: said so, and not as the path
+    /// `/session`, the client library of an unprivileged user does not start another daemon when
+    /// this one does not answer.
+    pub(crate) fn uri(&self) -> String {
+        let socket = self.socket();
+        format!(
+            "qemu+unix:///system?name=qemu:///session&socket={}",
+            socket.display()
+        )
+    }
+
+    fn signal(&self, signal: Signal) -> anyhow::Result<()> {
+        let child = self.child.as_ref().context("libvirtd does not run")?;
+        Ok(kill(Pid::from_raw(i32::try_from(child.id())?), signal)?)
+    }
+
+    /// Kills it as a crash would: nothing is said to its clients, domains live on.
+    pub(crate) fn kill(&mut self) -> anyhow::Result<()> {
+        let mut child = self.child.take().context("libvirtd does not run")?;
+        child.kill()?;
+        child.wait()?;
+        Ok(())
+    }
+
+    /// Starts it on the same socket and returns when it answers.
+    pub(crate) fn restart(&mut self) -> anyhow::Result<()> {
+        self.spawn()?;
+        let until = Instant::now() + START;
+        while !self.try_virsh(&["uri"])?.status.success() {
+            let ended = self
+                .child
+                .as_mut()
+                .and_then(|child| child.try_wait().transpose());
+            ensure!(ended.is_none(), "libvirtd ended:\n{}", self.log());
+            ensure!(
+                Instant::now() < until,
+                "libvirtd does not answer:\n{}",
+                self.log()
+            );
+            thread::sleep(Duration::from_millis(10));
+        }
+        Ok(())
+    }
+
+    fn spawn(&mut self) -> anyhow::Result<()> {
+        ensure!(self.child.is_none(), "libvirtd runs already");
+        let log = fs::File::options()
+            .create(true)
+            .append(true)
+            .open(self.path("log"))?;
+        let mut command = Command::new(&self.daemon);
+        command
+            .env_clear()
+            .env("PATH", "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin")
+            .env("HOME", self.path("home"))
+            .env("XDG_RUNTIME_DIR", self.path("run"))
+            .env("XDG_CONFIG_HOME", self.path("config"))
+            .env("XDG_CACHE_HOME", self.path("cache"))
+            .env("XDG_DATA_HOME", self.path("home/data"))
+            .current_dir(self.directory.path())
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log);
+        if Uid::effective().is_root() {
+            // The standard library drops the other groups with it.
+            command.uid(OTHER).gid(OTHER);
+        }
+        self.child = Some(command.spawn()?);
+        Ok(())
+    }
+
+    /// Stops it from running, with its sockets open (`SIGSTOP`).
+    pub(crate) fn freeze(&self) -> anyhow::Result<()> {
+        self.signal(Signal::SIGSTOP)
+    }
+
+    /// Lets it run on (`SIGCONT`).
+    pub(crate) fn thaw(&self) -> anyhow::Result<()> {
+        self.signal(Signal::SIGCONT)
+    }
+
+    /// Starts a domain that stays paused, in software emulation with 16 MiB.
+    pub(crate) fn start_domain(&self, name: &str) -> anyhow::Result<()> {
+        let file = self.path(&format!("{name}.xml"));
+        let xml = format!(
+            "<domain type='qemu'><name>{name}</name><memory unit='MiB'>16</memory><vcpu>1</vcpu>\
+             <os><type machine='q35'>hvm</type></os></domain>"
+        );
+        fs::write(&file, xml)?;
+        self.virsh(&["create", "--paused", &file.to_string_lossy()])?;
+        Ok(())
+    }
+
+    /// Ends a domain.
+    pub(crate) fn end_domain(&self, name: &str) -> anyhow::Result<()> {
+        self.virsh(&["destroy", name])?;
+        Ok(())
+    }
+
+    /// What virsh prints, for comparison.
+    ///
+    /// # Errors
+    /// If it fails: its words, and the daemon's.
+    pub(crate) fn virsh(&self, arguments: &[&str]) -> anyhow::Result<String> {
+        let output = self.try_virsh(arguments)?;
+        ensure!(
+            output.status.success(),
+            "virsh {arguments:?}: {}\nlibvirtd's log:\n{}",
+            String::from_utf8_lossy(&output.stderr),
+            self.log()
+        );
+        Ok(String::from_utf8(output.stdout)?)
+    }
+
+    fn try_virsh(&self, arguments: &[&str]) -> anyhow::Result<Output> {
+        Command::new("virsh")
+            .args(["--quiet", "--connect", &self.uri()])
+            .args(arguments)
+            .output()
+            .context("this test needs virsh (package libvirt-clients)")
+    }
+
+    fn log(&self) -> String {
+        fs::read_to_string(self.path("log")).unwrap_or_default()
+    }
+
+    fn path(&self, below: &str) -> PathBuf {
+        self.directory.path().join(below)
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.path(match self.daemon.ends_with("virtqemud") {
+            true => "run/libvirt/virtqemud-sock",
+            false => "run/libvirt/libvirt-sock",
+        })
+    }
+
+    fn capability_cache(&self) -> PathBuf {
+        self.path("cache/libvirt/qemu/cache/capabilities")
+    }
+
+    /// Ends the emulators that are left; libvirt wrote down their process IDs.
+    fn end_domains(&self) {
+        let Ok(files) = fs::read_dir(self.path("run/libvirt/qemu/run")) else {
+            return;
+        };
+        for file in files.flatten() {
+            let name = file.file_name().to_string_lossy().into_owned();
+            if name == "driver.pid" || !name.ends_with(".pid") {
+                continue;
+            }
+            let pid = fs::read_to_string(file.path()).unwrap_or_default();
+            if let Ok(pid) = pid.trim().parse() {
+                kill(Pid::from_raw(pid), Signal::SIGKILL).ok();
+            }
+        }
+    }
+}
+
+impl Drop for Libvirtd {
+    fn drop(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            child.kill().ok();
+            child.wait().ok();
+        }
+        self.end_domains();
+        // For the next test, so that it need not ask the emulators again.
+        copy_files(&self.capability_cache(), &seed()).ok();
+    }
+}
+
+/// Hands a directory with all in it to the daemon's user.
+fn give_away(path: &Path) -> anyhow::Result<()> {
+    if !Uid::effective().is_root() {
+        return Ok(());
+    }
+    chown(path, Some(OTHER), Some(OTHER))?;
+    if path.is_dir() {
+        for entry in fs::read_dir(path)? {
+            give_away(&entry?.path())?;
+        }
+    }
+    Ok(())
+}
+
+/// What libvirt learnt of the installed emulators, kept between runs of the tests. libvirt
+/// itself finds out if it is out of date.
+fn seed() -> PathBuf {
+    Path::new(env!("CARGO_TARGET_TMPDIR")).join("libvirt-capabilities")
+}
+
+/// Copies a directory's files; each is there whole or not at all, whoever copies at the same time.
+fn copy_files(from: &Path, to: &Path) -> anyhow::Result<()> {
+    fs::create_dir_all(to)?;
+    let Ok(files) = fs::read_dir(from) else {
+        return Ok(());
+    };
+    for file in files {
+        let file = file?;
+        if file.path().extension().is_some_and(|end| end == "xml") {
+            let copy = tempfile::NamedTempFile::new_in(to)?;
+            fs::copy(file.path(), copy.path())?;
+            copy.persist(to.join(file.file_name()))?;
+        }
+    }
+    Ok(())
+}
+
+fn in_path(program: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path)
+        .chain(["/usr/sbin".into(), "/usr/bin".into()])
+        .map(|directory| directory.join(program))
+        .find(|file| file.is_file())
+}
