@@ -24,4 +24,5 @@ pub mod labeller;
 pub mod probe;
 pub mod publish;
 pub mod telemetry;
+pub mod units;
 pub mod xml;
