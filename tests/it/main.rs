@@ -1,5 +1,6 @@
 //! The one integration test binary: what needs more than one module, or a real part.
 
 mod kube_server;
+mod lab;
 mod libvirt;
 mod support;
