@@ -83,18 +83,20 @@ impl Draft {
                     let period = child.parsed("period", "number of seconds")?;
                     self.balloon.stats_period = period.filter(|period| *period > 0);
                 }
-                "target" if kind == "channel" => {
-                    if child.attribute("name")?.as_deref() == Some(AGENT) {
-                        self.agent = match child.attribute("state")?.as_deref() {
-                            Some("connected") => AgentChannel::Connected,
-                            Some("disconnected") => AgentChannel::Disconnected,
-                            _ => AgentChannel::Unknown,
-                        };
-                    }
+                "target" if kind == "channel" && is_agent(child)? => {
+                    self.agent = match child.attribute("state")?.as_deref() {
+                        Some("connected") => AgentChannel::Connected,
+                        Some("disconnected") => AgentChannel::Disconnected,
+                        _ => AgentChannel::Unknown,
+                    };
                 }
                 _ => {}
             }
             Ok(())
         })
     }
+}
+
+fn is_agent(target: &Element<'_>) -> Result<bool, Problem> {
+    Ok(target.attribute("name")?.as_deref() == Some(AGENT))
 }

@@ -2,6 +2,8 @@
 
 mod devices;
 mod facts;
+#[cfg(test)]
+mod facts_tests;
 mod idset;
 mod memory;
 mod needs;
