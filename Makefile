@@ -1,1 +1,72 @@
-# `make demo` and `make test` are the README's two commands; `make lint` is what CI checks first.
+# `make demo` and `make test` are the README's two commands; `.ci/run` is `make lint` and `make test`.
+
+SHELL := /bin/bash
+# Where rustup puts cargo, for a shell that was opened before.
+export PATH := $(PATH):$(HOME)/.cargo/bin
+
+# For one test: make test TEST=name-or-part-of-it
+TEST ?=
+SCRIPTS := .ci/run $(wildcard scripts/*.sh tests/*/*.sh)
+TEST_CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/virtnode-test
+
+.PHONY: help
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+
+.PHONY: demo
+demo: ## install what is missing, run the daemon on this machine's libvirt, show labels and metrics
+	@scripts/demo.sh
+
+# The runner is `cargo test`, which every toolchain has. It runs the tests of one binary as threads
+# of one process, so a test that needs libvirt's process-wide state (its event loop, its error
+# handler) for itself runs the binary `virtnode` as a process of its own. Doc tests come first:
+# the last lines are the integration tests' summary. A machine on which no API server can be had
+# still runs every test: those that need one then fail and say what to set.
+.PHONY: test
+test: ## install what the tests need and run them all
+	@scripts/install-deps.sh test
+	@set -eu; \
+	if [ -x tests/kube/build-server.sh ]; then \
+		if assets=$$(tests/kube/build-server.sh); then \
+			export KUBEBUILDER_ASSETS="$$assets"; \
+		else \
+			echo "make test: no Kubernetes API server (see above): the tests that need one will fail." >&2; \
+		fi; \
+	fi; \
+	cargo test --locked --doc -- $(TEST); \
+	cargo test --locked --no-fail-fast --lib --bins --tests -- $(TEST)
+
+.PHONY: lint
+lint: ## what must be clean before a change lands: format, clippy, documentation, shell scripts
+	@scripts/install-deps.sh build
+	cargo fmt --check
+	cargo clippy --locked --all-targets -- -D warnings
+	RUSTDOCFLAGS=-Dwarnings cargo doc --locked --no-deps --document-private-items
+	@if scripts/install-deps.sh lint; then \
+		echo shellcheck $(SCRIPTS); \
+		shellcheck $(SCRIPTS); \
+	else \
+		echo "make lint: shellcheck is not to be had here, so the shell scripts were not checked." >&2; \
+	fi
+	@if command -v cargo-deny >/dev/null; then \
+		echo cargo deny --locked --offline check bans licenses sources; \
+		cargo deny --locked --offline check bans licenses sources; \
+	fi
+
+.PHONY: fmt
+fmt: ## format the source
+	cargo fmt
+
+.PHONY: bench
+bench: ## criterion's benchmarks
+	@scripts/install-deps.sh build
+	cargo bench --locked
+
+.PHONY: figures
+figures: ## measure the README's figures and print them beside what they are compared with
+	@scripts/install-deps.sh test
+	@scripts/figures.sh
+
+.PHONY: clean-test-cache
+clean-test-cache: ## remove the API server that `make test` built (it is built again when needed)
+	rm -rf -- "$(TEST_CACHE)"

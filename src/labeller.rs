@@ -158,7 +158,12 @@ impl<H: Hypervisor> Labeller<H> {
                     continue;
                 }
             }
+            let was_down = *self.connection.borrow() == Connection::Down;
             let reading = self.prober.read().await;
+            if was_down && reading.failures.is_empty() {
+                // This probe waited for the connection; its coming is no news any more.
+                self.connection.mark_unchanged();
+            }
             let wait = self.take(&reading);
             self.hand_over_to_files();
             if may_write_node {

@@ -23,6 +23,9 @@ use crate::xml::ParseError;
 /// does not turn on by itself; hypervisor-cpu-baseline then prints all it can give.
 const LISTS_SUPPORTED_FEATURES: Version = Version::new(12, 5, 0);
 
+/// `VIR_ERR_CONFIG_UNSUPPORTED`: what every refusal of a definition comes as.
+const CONFIG_UNSUPPORTED: u32 = 67;
+
 /// A source that could not be read.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Failure {
@@ -227,12 +230,13 @@ impl<H: Hypervisor> Prober<H> {
         };
         let answer = match would_start(false).await {
             Ok(arguments) if from_native_arguments(&arguments) => Some(Eim::Auto),
-            Err(HypervisorError::Unsupported { .. }) => match would_start(true).await {
+            Err(error) if is_refusal(&error) => match would_start(true).await {
                 Ok(_) => Some(Eim::Explicit),
-                Err(HypervisorError::Unsupported { .. }) => Some(Eim::None),
-                Err(_) => return None,
+                Err(error) if is_refusal(&error) => Some(Eim::None),
+                Err(_) => None,
             },
-            Ok(_) => None,
+            // A libvirt that is slow with this one is not asked again at every probe.
+            Ok(_) | Err(HypervisorError::Timeout { .. }) => None,
             Err(_) => return None,
         };
         self.dry_run = Some((versions, answer));
@@ -323,6 +327,17 @@ impl<H: Hypervisor> Prober<H> {
         }
         reading.failures.push(failure);
     }
+}
+
+/// Whether libvirt understood the domain and would not start it.
+fn is_refusal(error: &HypervisorError) -> bool {
+    matches!(
+        error,
+        HypervisorError::Failed {
+            number: CONFIG_UNSUPPORTED,
+            ..
+        } | HypervisorError::Unsupported { .. }
+    )
 }
 
 /// Asks for the machine type that new guests use and the best domain type, and leaves to libvirt

@@ -49,7 +49,7 @@ fn show(facts: &NodeFacts) -> String {
     let canonical = facts.canonical_machines(arch, &machines);
     text.push('\n');
     text.push_str(&table(
-        &["MACHINE", "ALIASES", "MAX VCPUS", "HERE", "DEPRECATED"],
+        &["MACHINE", "ALIASES", "MAX VCPUS", "MAX HERE", "DEPRECATED"],
         canonical.iter().map(|machine| {
             let same = machines
                 .iter()

@@ -1,5 +1,7 @@
 //! The one integration test binary: what needs more than one module, or a real part.
 
+mod architecture;
+mod documents;
 mod kube_server;
 mod lab;
 mod libvirt;

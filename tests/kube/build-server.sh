@@ -35,6 +35,11 @@ die() {
   exit 1
 }
 
+die_without_source() { # who lacks it
+  die "$* no source of Kubernetes $VERSION with a Go that builds it: set KUBEBUILDER_ASSETS" \
+    "to a directory with kube-apiserver and etcd, as setup-envtest makes it"
+}
+
 has_binaries() { # directory name...
   local directory=$1 name
   shift
@@ -48,7 +53,7 @@ has_binaries() { # directory name...
 private_apt() { # apt tool and arguments
   local tool=$1
   shift
-  "$tool" -q \
+  "$tool" -qq \
     -o Dir::Etc::sourcelist=/dev/null \
     -o Dir::Etc::sourceparts="$SCRATCH/apt/sources" \
     -o Dir::State::lists="$SCRATCH/apt/lists" \
@@ -80,17 +85,14 @@ source_versions() {
 }
 
 download() {
-  local source_version missing
-  missing="this distribution has no source of Kubernetes $VERSION with a Go that builds it: \
-set KUBEBUILDER_ASSETS to a directory with kube-apiserver and etcd, as setup-envtest makes it"
-
-  command -v apt-get >/dev/null || die "$missing"
+  local source_version
   copy_sources_with_source_packages
   # One unreachable third-party source is no reason to fail: what counts is what is found.
   private_apt apt-get update >&2 || say "apt-get update had errors"
   source_version=$(source_versions | grep -F "really$VERSION-" | sort -V | tail -n 1) ||
-    die "$missing"
-  private_apt apt-cache show "$GO_PACKAGE" >/dev/null 2>&1 || die "$missing"
+    die_without_source "apt finds"
+  private_apt apt-cache show "$GO_PACKAGE" >/dev/null 2>&1 ||
+    die_without_source "apt finds"
 
   mkdir -p "$SCRATCH/packages"
   (
@@ -195,10 +197,16 @@ main() {
   fi
 
   if ! has_binaries "$TARGET" "${BINARIES[@]}"; then
+    # Known without asking apt, so that every test fails at once elsewhere.
+    grep -qs '^VERSION_CODENAME=bookworm$' /etc/os-release ||
+      die_without_source "this distribution has"
     mkdir -p "$CACHE"
-    # Concurrent callers wait here, and then find what the first one built.
     exec 9>"$TARGET.lock"
-    flock 9
+    # A caller who waited finds what the other one built.
+    flock -n 9 || {
+      say "waiting for another process that builds Kubernetes $VERSION"
+      flock 9
+    }
     has_binaries "$TARGET" "${BINARIES[@]}" || build
   fi
   printf '%s\n' "$TARGET"

@@ -4,6 +4,7 @@
 //! controller manager, so that nothing is made or cleaned up that a test did not make: no
 //! default service accounts, no taints on nodes that are not ready.
 
+mod access;
 mod audit;
 mod pki;
 mod process;
@@ -14,16 +15,14 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use ::kube::api::{Api, Patch, PatchParams, PostParams};
-use ::kube::config::{Config, KubeConfigOptions, Kubeconfig};
 use ::kube::{Client, Error};
-use anyhow::{Context as _, anyhow, ensure};
-use http::HeaderValue;
-use http::header::USER_AGENT;
+use anyhow::{Context as _, ensure};
 use k8s_openapi::api::authentication::v1::{TokenRequest, TokenRequestSpec};
 use k8s_openapi::api::core::v1::{Namespace, Node, ServiceAccount};
-use serde_json::{Value, json};
+use serde_json::json;
 use tempfile::TempDir;
 
+use self::access::{Access, client_of};
 use self::pki::Authority;
 use self::process::{Process, free_ports, output_of};
 use super::eventually;
@@ -35,15 +34,15 @@ const READY_WITHIN: Duration = Duration::from_secs(90);
 
 /// A Kubernetes of one test's own, on loopback ports, which ends when this is dropped.
 pub(crate) struct KubeServer {
-    // Fields are dropped in this order: clients of a server before the server, files last.
+    // Dropped in this order: clients of a server before the server, and the files last.
     scheduler: Option<Process>,
     api_server: Option<Process>,
     etcd: Process,
     binaries: Binaries,
-    api_port: u16,
-    etcd_port: u16,
+    etcd_url: String,
+    access: Access,
     admin: Client,
-    authority: Authority,
+    admin_config: PathBuf,
     dir: TempDir,
 }
 
@@ -64,25 +63,25 @@ impl KubeServer {
     }
 
     async fn start_once(binaries: Binaries) -> anyhow::Result<Self> {
-        let dir = tempfile::Builder::new()
-            .prefix("virtnode-test-kube-")
-            .tempdir()?;
+        let dir = TempDir::with_prefix("virtnode-test-kube-")?;
         let [api_port, etcd_port, etcd_peer_port] = free_ports()?;
-        let authority = Authority::new(dir.path())?;
-        pki::write_token_keys(dir.path())?;
         fs::write(dir.path().join("audit-policy.yaml"), audit::POLICY)?;
+        pki::write_token_keys(dir.path())?;
+        let access = Access {
+            authority: Authority::new(dir.path())?,
+            api_port,
+        };
+        let admin_config = access.of_user("admin", Some("system:masters"))?;
 
-        let etcd = start_etcd(&binaries, dir.path(), etcd_port, etcd_peer_port)?;
-        let admin = write_user_kubeconfig(&authority, api_port, "admin", Some("system:masters"))?;
         let mut server = Self {
             scheduler: None,
             api_server: None,
-            etcd,
-            admin: client_of(&admin).await?,
+            etcd: spawn_etcd(&binaries, dir.path(), etcd_port, etcd_peer_port)?,
             binaries,
-            api_port,
-            etcd_port,
-            authority,
+            etcd_url: format!("http://127.0.0.1:{etcd_port}"),
+            access,
+            admin: client_of(&admin_config).await?,
+            admin_config,
             dir,
         };
         server.start_api().await?;
@@ -100,8 +99,8 @@ impl KubeServer {
     }
 
     /// The configuration of a client that may do everything.
-    pub(crate) fn kubeconfig(&self) -> PathBuf {
-        kubeconfig_path(&self.authority, "admin")
+    pub(crate) fn kubeconfig(&self) -> &Path {
+        &self.admin_config
     }
 
     /// Kills the API server: connections to it break and new ones are refused.
@@ -116,9 +115,8 @@ impl KubeServer {
             self.api_server = Some(self.spawn_api_server()?);
         }
         eventually(READY_WITHIN, async || {
-            let processes = self.api_server.iter_mut().chain([&mut self.etcd]);
-            // The outer result says whether to go on waiting, the inner one how it ended.
-            for process in processes {
+            // The outer result says whether to wait on, the inner one how it ended.
+            for process in self.api_server.iter_mut().chain([&mut self.etcd]) {
                 if let Err(ended) = process.ensure_running() {
                     return Ok(Err(ended));
                 }
@@ -132,22 +130,13 @@ impl KubeServer {
         })
         .await
         .context("the API server is not ready")?
-        .context("ended at once")
+        .context("it ended before it was ready")
     }
 
     /// Starts the scheduler, unless it runs; it runs until the server is dropped.
     pub(crate) fn start_scheduler(&mut self) -> anyhow::Result<()> {
-        let program = self.binaries.dir.join("kube-scheduler");
-        ensure!(
-            program.exists(),
-            "{} does not exist: put kube-scheduler {}.{} beside kube-apiserver, or unset \
-             KUBEBUILDER_ASSETS",
-            program.display(),
-            self.version().0,
-            self.version().1,
-        );
         if self.scheduler.is_none() {
-            self.scheduler = Some(self.spawn_scheduler(&program)?);
+            self.scheduler = Some(self.spawn_scheduler()?);
         }
         Ok(())
     }
@@ -170,8 +159,8 @@ impl KubeServer {
         Ok(nodes.patch(name, &PatchParams::default(), &untaint).await?)
     }
 
-    /// Creates a service account, and its namespace if need be, that may do what
-    /// authenticated users may: the configuration of a client with a token of it.
+    /// The configuration of a client with a token of a service account, which is created, and
+    /// its namespace too, unless they exist. Without a role, it may do next to nothing.
     pub(crate) async fn service_account_kubeconfig(
         &self,
         namespace: &str,
@@ -196,17 +185,12 @@ impl KubeServer {
         let answer = accounts.create_token_request(name, &post, &request).await?;
         let token = answer
             .status
-            .context("a token request without an answer")?
+            .context("a token request without a token")?
             .token;
-        write_kubeconfig(
-            &self.authority,
-            self.api_port,
-            &format!("{namespace}-{name}"),
-            json!({"token": token}),
-        )
+        self.access.of_token(&format!("{namespace}-{name}"), &token)
     }
 
-    /// A client of [`Self::service_account_kubeconfig`].
+    /// A client with the [configuration](Self::service_account_kubeconfig) of a service account.
     pub(crate) async fn service_account_client(
         &self,
         namespace: &str,
@@ -215,11 +199,11 @@ impl KubeServer {
         client_of(&self.service_account_kubeconfig(namespace, name).await?).await
     }
 
-    /// All requests that were answered before this one, since the start, from all clients.
-    /// The server must be running.
+    /// All requests, of all clients and since the start, that were answered before this call;
+    /// the server must be running.
     pub(crate) async fn audit_events(&self) -> anyhow::Result<Vec<AuditEvent>> {
-        // A request is logged right after its answer: when this one is in the log, those that
-        // were answered before it are too.
+        // The server logs a request right after its answer, thus maybe after this call: when a
+        // request of its own is in the log, all those before it are too.
         let marker = format!("/version?marker={:x}", fastrand::u64(..));
         get(&self.admin, &marker).await?;
         eventually(Duration::from_secs(10), async || {
@@ -238,21 +222,19 @@ impl KubeServer {
     // The flags are the same from 1.20 to 1.36.
     fn spawn_api_server(&self) -> anyhow::Result<Process> {
         let dir = self.dir.path();
-        let certificate = self.authority.server()?;
+        let certificate = self.access.authority.server()?;
+        let authority = self.access.authority.certificate();
         let args = [
-            format!("--secure-port={}", self.api_port),
+            format!("--secure-port={}", self.access.api_port),
             "--bind-address=127.0.0.1".to_owned(),
             "--advertise-address=127.0.0.1".to_owned(),
             // Endpoints may not be loopback addresses, and nobody needs this one.
             "--endpoint-reconciler-type=none".to_owned(),
-            format!("--etcd-servers=http://127.0.0.1:{}", self.etcd_port),
+            format!("--etcd-servers={}", self.etcd_url),
             "--service-cluster-ip-range=10.0.0.0/24".to_owned(),
             format!("--tls-cert-file={}", certificate.certificate.display()),
             format!("--tls-private-key-file={}", certificate.key.display()),
-            format!(
-                "--client-ca-file={}",
-                self.authority.certificate().display()
-            ),
+            format!("--client-ca-file={}", authority.display()),
             "--service-account-issuer=https://kubernetes.default.svc".to_owned(),
             format!(
                 "--service-account-signing-key-file={}/service-accounts.key",
@@ -274,61 +256,32 @@ impl KubeServer {
         Process::start(&program, &args, dir.join("kube-apiserver.log"))
     }
 
-    fn spawn_scheduler(&self, program: &Path) -> anyhow::Result<Process> {
-        let user = "system:kube-scheduler";
-        let kubeconfig = write_user_kubeconfig(&self.authority, self.api_port, user, None)?;
+    fn spawn_scheduler(&self) -> anyhow::Result<Process> {
+        let (major, minor) = self.version();
+        let program = self.binaries.dir.join("kube-scheduler");
+        ensure!(
+            program.exists(),
+            "{} does not exist: put kube-scheduler {major}.{minor} beside kube-apiserver, which \
+             setup-envtest does not, or unset KUBEBUILDER_ASSETS",
+            program.display(),
+        );
+        let kubeconfig = self.access.of_user("system:kube-scheduler", None)?;
         let mut args = vec![
             format!("--kubeconfig={}", kubeconfig.display()),
             format!("--authentication-kubeconfig={}", kubeconfig.display()),
             format!("--authorization-kubeconfig={}", kubeconfig.display()),
             "--leader-elect=false".to_owned(),
-            // Its own health and metrics: not served.
+            // Its own health and metrics are not served: they would need a port.
             "--secure-port=0".to_owned(),
         ];
-        if self.version() < (1, 23) {
+        if (major, minor) < (1, 23) {
             args.push("--port=0".to_owned()); // the same without TLS
         }
-        Process::start(program, &args, self.dir.path().join("kube-scheduler.log"))
+        Process::start(&program, &args, self.dir.path().join("kube-scheduler.log"))
     }
 }
 
-/// Where the programs are and which release they are of.
-#[derive(Clone)]
-struct Binaries {
-    dir: PathBuf,
-    version: (u32, u32),
-}
-
-impl Binaries {
-    fn find() -> anyhow::Result<Self> {
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/kube/build-server.sh");
-        // What goes wrong is said on standard error.
-        let output = Command::new(&script)
-            .stdin(Stdio::null())
-            .stderr(Stdio::inherit())
-            .output()
-            .with_context(|| format!("cannot run {}", script.display()))?;
-        ensure!(
-            output.status.success(),
-            "no Kubernetes API server to test with, see what {} said: set KUBEBUILDER_ASSETS to \
-             a directory with kube-apiserver and etcd, as setup-envtest makes it",
-            script.display()
-        );
-        let dir = PathBuf::from(String::from_utf8(output.stdout)?.trim_end());
-        let version = output_of(&dir.join("kube-apiserver"), "--version")?;
-        let version = parse_version(&version)
-            .with_context(|| format!("kube-apiserver --version said {version:?}"))?;
-        Ok(Self { dir, version })
-    }
-}
-
-/// `Kubernetes v1.20.2` → `(1, 20)`
-fn parse_version(text: &str) -> Option<(u32, u32)> {
-    let mut parts = text.trim().strip_prefix("Kubernetes v")?.split('.');
-    Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
-}
-
-fn start_etcd(
+fn spawn_etcd(
     binaries: &Binaries,
     dir: &Path,
     port: u16,
@@ -347,63 +300,45 @@ fn start_etcd(
     Process::start(&binaries.dir.join("etcd"), &args, dir.join("etcd.log"))
 }
 
+/// Where the programs are and which release they are of.
+#[derive(Clone)]
+struct Binaries {
+    dir: PathBuf,
+    version: (u32, u32),
+}
+
+impl Binaries {
+    fn find() -> anyhow::Result<Self> {
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/kube/build-server.sh");
+        let output = Command::new(&script)
+            .stdin(Stdio::null())
+            .stderr(Stdio::inherit())
+            .output()
+            .with_context(|| format!("cannot run {}", script.display()))?;
+        ensure!(
+            output.status.success(),
+            "no Kubernetes API server to test with, for the reason given above by {}: set \
+             KUBEBUILDER_ASSETS to a directory with kube-apiserver and etcd, as setup-envtest \
+             makes it",
+            script.display()
+        );
+        let dir = PathBuf::from(String::from_utf8(output.stdout)?.trim_end());
+        let version = output_of(&dir.join("kube-apiserver"), "--version")?;
+        let version = parse_version(&version)
+            .with_context(|| format!("kube-apiserver --version said {version:?}"))?;
+        Ok(Self { dir, version })
+    }
+}
+
+/// `Kubernetes v1.20.2` → `(1, 20)`
+fn parse_version(text: &str) -> Option<(u32, u32)> {
+    let mut parts = text.trim().strip_prefix("Kubernetes v")?.split('.');
+    Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
+}
+
 /// Another process was faster than this one: worth another try with other ports.
 fn is_port_taken(error: &anyhow::Error) -> bool {
     format!("{error:#}").contains("address already in use")
-}
-
-fn kubeconfig_path(authority: &Authority, user: &str) -> PathBuf {
-    authority
-        .certificate()
-        .with_file_name(format!("{user}.kubeconfig"))
-}
-
-fn write_user_kubeconfig(
-    authority: &Authority,
-    api_port: u16,
-    user: &str,
-    group: Option<&str>,
-) -> anyhow::Result<PathBuf> {
-    let credentials = authority.user(user, group)?;
-    let credentials = json!({
-        "client-certificate": credentials.certificate,
-        "client-key": credentials.key,
-    });
-    write_kubeconfig(authority, api_port, user, credentials)
-}
-
-fn write_kubeconfig(
-    authority: &Authority,
-    api_port: u16,
-    user: &str,
-    credentials: Value,
-) -> anyhow::Result<PathBuf> {
-    let path = kubeconfig_path(authority, user);
-    let config = json!({
-        "apiVersion": "v1",
-        "kind": "Config",
-        "current-context": "test",
-        "contexts": [{"name": "test", "context": {"cluster": "test", "user": user}}],
-        "clusters": [{"name": "test", "cluster": {
-            "server": format!("https://127.0.0.1:{api_port}"),
-            "certificate-authority": authority.certificate(),
-        }}],
-        "users": [{"name": user, "user": credentials}],
-    });
-    fs::write(&path, serde_json::to_vec_pretty(&config)?)?;
-    Ok(path)
-}
-
-async fn client_of(kubeconfig: &Path) -> anyhow::Result<Client> {
-    let kubeconfig = Kubeconfig::read_from(kubeconfig)?;
-    let options = KubeConfigOptions::default();
-    let mut config = Config::from_custom_kubeconfig(kubeconfig, &options).await?;
-    // A test wants to see what goes wrong, and has its own deadlines.
-    config.default_retry = false;
-    config
-        .headers
-        .push((USER_AGENT, HeaderValue::from_static("virtnode-test")));
-    Ok(Client::try_from(config)?)
 }
 
 async fn get(client: &Client, uri: &str) -> anyhow::Result<String> {
@@ -415,7 +350,7 @@ async fn get(client: &Client, uri: &str) -> anyhow::Result<String> {
 fn unless_it_exists<T>(created: Result<T, Error>) -> anyhow::Result<()> {
     match created {
         Err(Error::Api(status)) if status.is_already_exists() => Ok(()),
-        Err(error) => Err(anyhow!(error)),
+        Err(error) => Err(error.into()),
         Ok(_) => Ok(()),
     }
 }
