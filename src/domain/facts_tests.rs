@@ -8,7 +8,7 @@ use crate::units::Bytes;
 macro_rules! fixture {
     ($name:literal) => {
         include_str!(concat!(
-            "../../tests/fixtures/debian12-backports-libvirt-11.3.0-qemu-10.0/domain-",
+            "../../tests/lab/captured/debian12-backports-libvirt-11.3.0-qemu-10.0/domain-",
             $name
         ))
     };
@@ -93,10 +93,7 @@ fn a_dimm_is_part_of_the_total() {
 #[test]
 fn a_domain_that_cannot_grow() {
     let domain = parse(fixture!("q35-plain.xml")).unwrap();
-    assert_eq!(
-        (domain.memory.maximum, domain.memory.cells.len()),
-        (None, 0)
-    );
+    assert_eq!((domain.memory.maximum, domain.memory.slots), (None, 0));
     assert_eq!(domain.memory.boot, mib(512));
     assert_eq!(domain.agent, AgentChannel::Disconnected);
 }
