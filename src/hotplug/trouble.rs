@@ -109,7 +109,13 @@ pub(super) fn after_call(history: &History, now: Moment, done: bool) -> Option<R
 /// though nobody waits for the answer.
 fn lost(history: &History, call: &Call, at: Moment, now: Moment) -> Option<Ruling> {
     let moment = at.after(history.terms.patience.appear);
-    if now < moment && !history.is_over(now) {
+    if let (Some(Contact::Unreachable(why)), true) = (history.contact(), history.is_over(now)) {
+        return Some(Ruling::Found(unreachable(why)));
+    }
+    if history.latest().at < moment && !history.is_over(now) {
+        if now >= moment {
+            return Some(Ruling::wait("a look at what became of the lost call"));
+        }
         return Some(Ruling::wait_until(
             "a sign that libvirt got the request",
             moment,
@@ -129,10 +135,24 @@ fn lost(history: &History, call: &Call, at: Moment, now: Moment) -> Option<Rulin
 fn still_running(history: &History) -> Ruling {
     Ruling::Found(match history.contact() {
         Some(Contact::Unreachable(why)) => unreachable(why),
+        _ if was_locked(history) => Finding::new(
+            Verdict::Busy,
+            "something else held the domain until the deadline; the last try is still outstanding",
+        ),
         _ => Finding::new(
             Verdict::Pending,
             "libvirt has not answered the call by the deadline: it may still carry it out",
         ),
+    })
+}
+
+/// Whether libvirt could not get hold of the domain before.
+fn was_locked(history: &History) -> bool {
+    history.calls().iter().any(|call| match &call.returned {
+        Some((_, Return::Failed { number, message })) => {
+            matches!(failure(*number, message), Failure::Locked)
+        }
+        _ => false,
     })
 }
 
