@@ -29,6 +29,8 @@ mod moment;
 mod observation;
 mod outcome;
 mod plan;
+#[cfg(test)]
+mod property_tests;
 mod request;
 #[cfg(test)]
 mod simulation;

@@ -90,7 +90,7 @@ pub(super) fn after_call(history: &History, now: Moment, done: bool) -> Option<R
             Failure::Locked => None,
             Failure::NotRunning => Some(Ruling::Found(Finding::new(
                 Verdict::DomainNotRunning,
-                message.clone(),
+                said(message),
             ))),
             // What was done before the error stays done: it is looked at first.
             Failure::Error if history.latest().at < *at && !over => {
@@ -178,9 +178,17 @@ pub(super) fn at_deadline(history: &History) -> Option<Finding> {
     }
 }
 
+/// libvirt's text, which may be none at all.
+fn said(message: &str) -> &str {
+    match message.trim() {
+        "" => "libvirt failed without saying why",
+        message => message,
+    }
+}
+
 /// libvirt's or QEMU's own error, with what is known about it.
 fn error(message: &str) -> Finding {
-    let finding = Finding::new(Verdict::HypervisorError, message);
+    let finding = Finding::new(Verdict::HypervisorError, said(message));
     let known = KNOWN.iter().find(|(text, ..)| message.contains(text));
     match known {
         Some((_, code, seen, remedy)) => finding.because(Diagnosis::new(code, *seen, *remedy)),
