@@ -18,10 +18,12 @@ pub mod domain;
 #[allow(unsafe_code)]
 pub mod ffi;
 pub mod host;
+pub mod hotplug;
 pub mod hypervisor;
 pub mod label;
 pub mod labeller;
 pub mod probe;
 pub mod publish;
 pub mod telemetry;
+pub mod units;
 pub mod xml;

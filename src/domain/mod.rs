@@ -1,5 +1,21 @@
-//! Domains, as facts from their live XML. Pure.
+//! Domains, as facts: from their live XML and their statistics. Pure.
 
+mod devices;
+mod facts;
+#[cfg(test)]
+mod facts_tests;
+mod idset;
+mod memory;
 mod needs;
+mod state;
+mod stats;
+mod vcpus;
 
+pub use devices::{AgentChannel, Balloon, Device};
+pub use facts::{Cpu, Domain, Topology};
+pub use idset::{IdSet, NotAnIdSet};
+pub use memory::{Memory, MemoryDevice, MemoryModel, NumaCell};
 pub use needs::Needs;
+pub use state::DomainState;
+pub use stats::{BalloonStats, Stats, VcpuStats};
+pub use vcpus::{Vcpu, Vcpus};

@@ -10,6 +10,7 @@ mod daemon_on_a_node;
 mod documents;
 mod kube_server;
 mod labeller;
+mod lab;
 mod libvirt;
 mod publish_node;
 mod support;

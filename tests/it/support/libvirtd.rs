@@ -75,6 +75,11 @@ impl Libvirtd {
         )
     }
 
+    /// Where it keeps everything; what QEMU is to use belongs here.
+    pub(crate) fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
     fn signal(&self, signal: Signal) -> anyhow::Result<()> {
         let child = self.child.as_ref().context("libvirtd does not run")?;
         Ok(kill(Pid::from_raw(i32::try_from(child.id())?), signal)?)

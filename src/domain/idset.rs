@@ -1,0 +1,157 @@
+//! Sets of small numbers in libvirt's spelling: `0-2,5`.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+/// The largest number that is read, sixteen times what the largest machine type has (4096): it
+/// bounds what a range can unfold to.
+const LARGEST: u32 = 65_535;
+
+/// CPUs by number, in order: libvirt's `0-2,5` (`virBitmapFormat`).
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct IdSet(BTreeSet<u32>);
+
+/// A text that is no such set.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("this is no list of CPUs like 0-2,5")]
+pub struct NotAnIdSet;
+
+impl IdSet {
+    /// How many there are.
+    pub fn len(&self) -> u32 {
+        // cannot be cut: there are at most LARGEST + 1
+        u32::try_from(self.0.len()).unwrap_or(u32::MAX)
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Whether `id` is one of them.
+    pub fn contains(&self, id: u32) -> bool {
+        self.0.contains(&id)
+    }
+
+    /// Adds one; a number that no CPU can have is left out.
+    pub fn insert(&mut self, id: u32) {
+        if id <= LARGEST {
+            self.0.insert(id);
+        }
+    }
+
+    /// All of them, in order.
+    pub fn iter(&self) -> impl Iterator<Item = u32> + '_ {
+        self.0.iter().copied()
+    }
+
+    /// Those that are not in `other`.
+    pub fn without(&self, other: &Self) -> Self {
+        Self(self.0.difference(&other.0).copied().collect())
+    }
+}
+
+impl FromIterator<u32> for IdSet {
+    /// Numbers that no CPU can have are left out.
+    fn from_iter<I: IntoIterator<Item = u32>>(ids: I) -> Self {
+        Self(ids.into_iter().filter(|id| *id <= LARGEST).collect())
+    }
+}
+
+impl FromStr for IdSet {
+    type Err = NotAnIdSet;
+
+    /// An empty text is an empty set: so libvirt says "none".
+    fn from_str(text: &str) -> Result<Self, NotAnIdSet> {
+        let mut ids = BTreeSet::new();
+        let number = |text: &str| match text.bytes().all(|b| b.is_ascii_digit()) {
+            true => text.parse::<u32>().ok().filter(|id| *id <= LARGEST),
+            false => None,
+        };
+        for part in text.split(',').map(str::trim) {
+            if part.is_empty() && text.trim().is_empty() {
+                break;
+            }
+            let (first, last) = part.split_once('-').unwrap_or((part, part));
+            let first = number(first).ok_or(NotAnIdSet)?;
+            let last = number(last).ok_or(NotAnIdSet)?;
+            if first > last {
+                return Err(NotAnIdSet);
+            }
+            ids.extend(first..=last);
+        }
+        Ok(Self(ids))
+    }
+}
+
+impl fmt::Display for IdSet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut rest = self.iter().peekable();
+        let mut comma = "";
+        while let Some(first) = rest.next() {
+            let mut last = first;
+            while let Some(next) = rest.next_if(|next| *next == last + 1) {
+                last = next;
+            }
+            match first == last {
+                true => write!(f, "{comma}{first}")?,
+                false => write!(f, "{comma}{first}-{last}")?,
+            }
+            comma = ",";
+        }
+        Ok(())
+    }
+}
+
+impl From<IdSet> for String {
+    fn from(set: IdSet) -> Self {
+        set.to_string()
+    }
+}
+
+impl TryFrom<String> for IdSet {
+    type Error = NotAnIdSet;
+
+    fn try_from(text: String) -> Result<Self, NotAnIdSet> {
+        text.parse()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn lists_are_read_and_shown_as_libvirt_does() {
+        for (text, shown, len) in [
+            ("0-2", "0-2", 3),
+            ("0", "0", 1),
+            ("", "", 0),
+            ("5,0-2,3", "0-3,5", 5),
+            ("0,2,4", "0,2,4", 3),
+        ] {
+            let set: IdSet = text.parse().unwrap();
+            assert_eq!((set.to_string().as_str(), set.len()), (shown, len));
+        }
+        for bad in [
+            "a", "2-1", "-1", "0-", ",", "0,,1", "0-99999", "+1", "0-2-4",
+        ] {
+            assert_eq!(bad.parse::<IdSet>(), Err(NotAnIdSet), "{bad}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_shown_can_be_read(ids in proptest::collection::btree_set(0_u32..300, 0..60)) {
+            let set: IdSet = ids.into_iter().collect();
+            prop_assert_eq!(set.to_string().parse(), Ok(set));
+        }
+    }
+}

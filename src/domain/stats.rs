@@ -1,0 +1,103 @@
+//! A domain's statistics, as `virConnectGetAllDomainStats` names them.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::units::{Bytes, KiB};
+
+/// The statistics of a domain that tell something about hotplug.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Stats {
+    /// Each vCPU that the statistics know, by number.
+    pub vcpus: BTreeMap<u32, VcpuStats>,
+    /// What the balloon's driver tells.
+    pub balloon: BalloonStats,
+}
+
+/// `vcpu.<number>.…`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct VcpuStats {
+    /// How long it has run, in nanoseconds. libvirt counts in ticks of 10 ms: a new vCPU that the
+    /// guest did not start stays at 0.
+    pub time: Option<u64>,
+    /// How often it left the guest (KVM only; libvirt 8.9).
+    pub exits: Option<u64>,
+}
+
+/// `balloon.…`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct BalloonStats {
+    /// What the balloon leaves the guest of the domain's memory.
+    pub current: Option<Bytes>,
+    /// What the guest sees in all: Linux's MemTotal.
+    pub total: Option<Bytes>,
+    /// What the guest could use without swapping.
+    pub usable: Option<Bytes>,
+    /// When the guest last told, in seconds since 1970 by the host's clock; 0 for never.
+    pub updated: Option<u64>,
+}
+
+impl Stats {
+    /// From libvirt's parameters that are numbers, by name; names of no use here are passed over.
+    pub fn from_parameters<'n>(parameters: impl IntoIterator<Item = (&'n str, u64)>) -> Self {
+        let mut stats = Self::default();
+        for (name, value) in parameters {
+            let size = || KiB::new(value).map(Bytes::from);
+            match name {
+                "balloon.current" => stats.balloon.current = size(),
+                "balloon.available" => stats.balloon.total = size(),
+                "balloon.usable" => stats.balloon.usable = size(),
+                "balloon.last-update" => stats.balloon.updated = Some(value),
+                _ => stats.set_vcpu(name, value),
+            }
+        }
+        stats
+    }
+
+    fn set_vcpu(&mut self, name: &str, value: u64) {
+        let Some((id, field)) = name
+            .strip_prefix("vcpu.")
+            .and_then(|rest| rest.split_once('.'))
+        else {
+            return;
+        };
+        let Ok(id) = id.parse() else {
+            return;
+        };
+        match field {
+            "time" => self.vcpus.entry(id).or_default().time = Some(value),
+            "exits.sum" => self.vcpus.entry(id).or_default().exits = Some(value),
+            _ => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_parameters_that_matter_are_picked() {
+        let stats = Stats::from_parameters([
+            ("state.state", 1),
+            ("vcpu.current", 3),
+            ("vcpu.0.time", 4_240_000_000),
+            ("vcpu.1.time", 0),
+            ("vcpu.1.wait", 7),
+            ("vcpu.1.exits.sum", 12),
+            ("vcpu.x.time", 1),
+            ("balloon.available", 938_512),
+            ("balloon.last-update", 1_795_260_166),
+        ]);
+        assert_eq!(stats.vcpus.len(), 2);
+        assert_eq!(stats.vcpus[&1].time, Some(0));
+        assert_eq!(stats.vcpus[&1].exits, Some(12));
+        assert_eq!(stats.balloon.total, KiB::new(938_512).map(Bytes::from));
+        assert_eq!(stats.balloon.updated, Some(1_795_260_166));
+        assert_eq!(stats.balloon.current, None);
+    }
+}

@@ -1,0 +1,12 @@
+//! vCPUs: limits and plan, what the history shows, what that proves, what is wrong.
+
+mod diagnosis;
+mod evidence;
+mod preflight;
+mod trail;
+mod verdict;
+
+pub(super) use evidence::{extent, shows};
+pub(super) use preflight::preflight;
+pub(super) use trail::trail;
+pub(super) use verdict::judge;

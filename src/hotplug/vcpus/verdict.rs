@@ -1,0 +1,145 @@
+//! What the signs prove about vCPUs.
+
+mod plug;
+mod unplug;
+
+use super::evidence::Signs;
+use crate::hotplug::history::Return;
+use crate::hotplug::outcome::{Finding, Ruling, counted, seconds};
+use crate::hotplug::trouble::{self, Failure};
+use crate::hotplug::{Answer, History, Moment, Require, Verdict};
+
+/// What to do next about a request for `count` vCPUs.
+pub(in crate::hotplug) fn judge(
+    history: &History,
+    count: u32,
+    online: bool,
+    now: Moment,
+) -> Ruling {
+    let case = Case {
+        history,
+        signs: Signs::read(history),
+        count,
+        before: history.before.domain.vcpus.plugged(),
+        now,
+        over: history.is_over(now),
+    };
+    if let Some(proof) = case.proof() {
+        return Ruling::Found(Finding::new(Verdict::Verified, proof));
+    }
+    if let Some(finding) = trouble::at_deadline(history).filter(|_| case.over) {
+        return Ruling::Found(finding);
+    }
+    if !history.latest().domain.state.runs() {
+        return Ruling::wait("the domain to run again");
+    }
+    match count < case.before {
+        true => case.unplug(),
+        false => case.plug(online),
+    }
+}
+
+struct Case<'h> {
+    history: &'h History,
+    signs: Signs<'h>,
+    count: u32,
+    before: u32,
+    now: Moment,
+    over: bool,
+}
+
+impl Case<'_> {
+    /// Why everything that was asked for is proven, if it is.
+    fn proof(&self) -> Option<String> {
+        let Self { signs, count, .. } = self;
+        let require = self.history.terms.require;
+        let shown = signs.latest.is_some() && signs.plugged == *count;
+        if *count < self.before {
+            let needed = self.before - count;
+            let let_go = signs.gone_count() >= needed && signs.kept.is_empty();
+            return match require {
+                Require::Online => shown,
+                Require::Acknowledged => shown || let_go,
+                Require::Accepted => shown || self.submitted(),
+            }
+            .then(|| match shown {
+                true => format!(
+                    "{} gone, {count} left{}",
+                    counted(needed, "vCPU"),
+                    self.took()
+                ),
+                false if let_go => format!("the guest let {} go", counted(needed, "vCPU")),
+                false => "libvirt has passed the request on to the guest".to_owned(),
+            });
+        }
+        if !shown {
+            return None;
+        }
+        // An agent that sees less is believed before everything that says more.
+        let seen_by_guest = signs.guest.is_none_or(|guest| guest.vcpus.len() >= *count);
+        let what = match count - self.before {
+            0 => format!("{} plugged already", counted(*count, "vCPU")),
+            added => format!("{} added", counted(added, "vCPU")),
+        };
+        let used = match signs.guest {
+            Some(guest) => (guest.online.len() == *count && guest.vcpus.len() == *count)
+                .then(|| format!("{what}, all {count} online in the guest{}", self.took())),
+            None => (signs.counts_time && signs.all_run())
+                .then(|| format!("{what}, all {count} seen running{}", self.took())),
+        };
+        match require {
+            Require::Accepted => {
+                (!self.history.plan_is_running()).then(|| format!("{what}, by libvirt's word"))
+            }
+            Require::Acknowledged => used.or_else(|| {
+                let answered =
+                    !signs.added.is_empty() && signs.answered(Answer::Added) == signs.added;
+                let has = signs.guest.is_some_and(|guest| guest.vcpus.len() >= *count);
+                (seen_by_guest && (answered || has))
+                    .then(|| format!("{what}, confirmed by the guest{}", self.took()))
+            }),
+            Require::Online => used,
+        }
+    }
+
+    fn took(&self) -> String {
+        match (self.history.calls().first(), self.signs.latest) {
+            (Some(call), Some(latest)) => {
+                format!(" after {}", seconds(latest.at.since(call.started)))
+            }
+            _ => String::new(),
+        }
+    }
+
+    /// Whether libvirt has taken the request for an unplug.
+    fn submitted(&self) -> bool {
+        let returned = self
+            .history
+            .calls()
+            .last()
+            .and_then(|call| call.returned.as_ref());
+        match returned {
+            Some((_, Return::Done)) => true,
+            Some((_, Return::Failed { number, message })) => {
+                matches!(trouble::failure(*number, message), Failure::UnplugTimedOut)
+            }
+            _ => false,
+        }
+    }
+
+    /// Whether the last look was begun after that moment.
+    fn looked_after(&self, moment: Option<Moment>) -> bool {
+        match (moment, self.signs.latest) {
+            (Some(moment), Some(latest)) => latest.at >= moment,
+            _ => false,
+        }
+    }
+
+    /// At the deadline that finding, until then waiting.
+    fn wait_or(&self, finding: Finding, awaiting: &str) -> Ruling {
+        match self.over {
+            true => Ruling::Found(finding),
+            false => Ruling::wait(awaiting),
+        }
+    }
+}

@@ -1,0 +1,375 @@
+//! Sizes of memory, as types: no size crosses a module's boundary as a bare number.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+const KIB: u64 = 1024;
+
+/// The units that are read and written, the largest first. Powers of 1024.
+const UNITS: [(&str, u64); 7] = [
+    ("EiB", 1 << 60),
+    ("PiB", 1 << 50),
+    ("TiB", 1 << 40),
+    ("GiB", 1 << 30),
+    ("MiB", 1 << 20),
+    ("KiB", KIB),
+    ("B", 1),
+];
+
+/// A size in bytes.
+///
+/// Read from a number with a binary unit, in the usual spelling (`1024MiB`, `1.5GiB`) or as a
+/// Kubernetes quantity (`2Gi`, `512Mi`). Shown, and serialized, with the largest unit that leaves
+/// no fraction: what is shown can be read again.
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
+#[serde(try_from = "String", into = "String")]
+pub struct Bytes(u64);
+
+impl Bytes {
+    /// No memory at all.
+    pub const ZERO: Self = Self(0);
+
+    /// This many bytes.
+    pub const fn new(bytes: u64) -> Self {
+        Self(bytes)
+    }
+
+    /// This many MiB; `None` above 16 EiB.
+    pub fn from_mib(mib: u64) -> Option<Self> {
+        mib.checked_mul(KIB * KIB).map(Self)
+    }
+
+    /// The number of bytes.
+    pub const fn get(self) -> u64 {
+        self.0
+    }
+
+    /// The sum; `None` above 16 EiB.
+    pub fn checked_add(self, other: Self) -> Option<Self> {
+        self.0.checked_add(other.0).map(Self)
+    }
+
+    /// The sum, cut at 16 EiB: for comparisons, where "more than there can be" is enough.
+    pub fn saturating_add(self, other: Self) -> Self {
+        Self(self.0.saturating_add(other.0))
+    }
+
+    /// What is left; `None` if `other` is larger.
+    pub fn checked_sub(self, other: Self) -> Option<Self> {
+        self.0.checked_sub(other.0).map(Self)
+    }
+
+    /// What is left; nothing if `other` is larger.
+    pub fn saturating_sub(self, other: Self) -> Self {
+        Self(self.0.saturating_sub(other.0))
+    }
+
+    /// How far two sizes are apart.
+    pub fn abs_diff(self, other: Self) -> Self {
+        Self(self.0.abs_diff(other.0))
+    }
+
+    /// Whether this is a whole number of `unit`s; never if that is zero.
+    pub fn is_multiple_of(self, unit: Self) -> bool {
+        unit.0 != 0 && self.0.is_multiple_of(unit.0)
+    }
+
+    /// The largest multiple of `unit` that is not above this; itself if `unit` is zero.
+    pub fn round_down(self, unit: Self) -> Self {
+        match unit.0 {
+            0 => self,
+            unit => Self(self.0 - self.0 % unit),
+        }
+    }
+
+    /// The smallest multiple of `unit` that is not below this; `None` above 16 EiB.
+    pub fn round_up(self, unit: Self) -> Option<Self> {
+        match self.is_multiple_of(unit) || unit.0 == 0 {
+            true => Some(self),
+            false => self.round_down(unit).checked_add(unit),
+        }
+    }
+
+    /// One `parts`-th of this, rounded down; nothing if `parts` is zero.
+    pub fn part(self, parts: u64) -> Self {
+        Self(self.0.checked_div(parts).unwrap_or(0))
+    }
+}
+
+impl From<KiB> for Bytes {
+    fn from(kib: KiB) -> Self {
+        // cannot saturate: a KiB is only made where its bytes fit
+        Self(kib.0.saturating_mul(KIB))
+    }
+}
+
+impl fmt::Display for Bytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (unit, size) = UNITS
+            .into_iter()
+            .find(|(_, size)| self.0 != 0 && self.0.is_multiple_of(*size))
+            .unwrap_or(("B", 1));
+        f.pad(&format!("{}{unit}", self.0 / size))
+    }
+}
+
+impl From<Bytes> for String {
+    fn from(bytes: Bytes) -> Self {
+        bytes.to_string()
+    }
+}
+
+impl TryFrom<String> for Bytes {
+    type Error = NotASize;
+
+    fn try_from(text: String) -> Result<Self, NotASize> {
+        text.parse()
+    }
+}
+
+/// A text that is no size. The texts are whole sentences for the one who wrote it.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum NotASize {
+    /// Only digits: it could be bytes, KiB or MiB.
+    #[error("'{0}' has no unit: write it like 2GiB, 512MiB or 2Gi")]
+    NoUnit(String),
+    /// A unit that means powers of 1000 to some and of 1024 to others, or only of 1000.
+    #[error(
+        "'{0}' has a unit of 1000 bytes or one that not all read alike: \
+         write a binary unit, like 2GiB, 512MiB or 2Gi"
+    )]
+    DecimalUnit(String),
+    /// A number below zero.
+    #[error("'{0}' is negative: a size is the total wanted, like 2GiB or 2Gi")]
+    Negative(String),
+    /// More than 64 bits can count.
+    #[error("'{0}' is more than any machine has: write it like 2GiB or 2Gi")]
+    TooLarge(String),
+    /// A fraction that leaves no whole number of bytes.
+    #[error("'{0}' is no whole number of bytes")]
+    Fraction(String),
+    /// Anything else.
+    #[error("'{0}' is no size: write a number and a binary unit, like 2GiB, 512MiB or 2Gi")]
+    Malformed(String),
+}
+
+impl FromStr for Bytes {
+    type Err = NotASize;
+
+    fn from_str(text: &str) -> Result<Self, NotASize> {
+        // What is quoted in an error is short, whatever came in.
+        let quote = || text.chars().take(40).flat_map(char::escape_debug).collect();
+        if text.starts_with('-') {
+            return Err(NotASize::Negative(quote()));
+        }
+        let end = text
+            .find(|c: char| !c.is_ascii_digit() && c != '.')
+            .unwrap_or(text.len());
+        let (number, unit) = text.split_at(end);
+        let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
+        let digits = |part: &str| part.bytes().all(|b| b.is_ascii_digit());
+        if whole.is_empty() || !digits(fraction) || (number.contains('.') && fraction.is_empty()) {
+            return Err(NotASize::Malformed(quote()));
+        }
+        let size = match unit {
+            "" => return Err(NotASize::NoUnit(quote())),
+            unit => match UNITS.iter().find(|(name, _)| is_unit(unit, name)) {
+                Some((_, size)) => *size,
+                None if is_decimal_unit(unit) => return Err(NotASize::DecimalUnit(quote())),
+                None => return Err(NotASize::Malformed(quote())),
+            },
+        };
+        let too_large = || NotASize::TooLarge(quote());
+        let bytes = whole
+            .parse::<u64>()
+            .ok()
+            .and_then(|whole| whole.checked_mul(size))
+            .ok_or_else(too_large)?;
+        let rest = fraction_of(fraction, size).ok_or_else(|| NotASize::Fraction(quote()))?;
+        bytes.checked_add(rest).map(Self).ok_or_else(too_large)
+    }
+}
+
+/// `GiB`, or Kubernetes' `Gi`.
+fn is_unit(unit: &str, name: &str) -> bool {
+    unit == name || (name != "B" && unit == name.trim_end_matches('B'))
+}
+
+/// `G`, `GB`, ` GB`, `gb`: `G` is 1000³ to Kubernetes and 1024³ to libvirt.
+fn is_decimal_unit(unit: &str) -> bool {
+    let unit = unit.trim_start().to_ascii_lowercase();
+    matches!(
+        unit.strip_suffix('b').unwrap_or(&unit),
+        "k" | "m" | "g" | "t" | "p" | "e"
+    )
+}
+
+/// `0.<fraction>` of `size`, if that is whole. Exact: a float would round.
+fn fraction_of(fraction: &str, size: u64) -> Option<u64> {
+    let fraction = fraction.trim_end_matches('0');
+    if fraction.is_empty() {
+        return Some(0);
+    }
+    let scale = u32::try_from(fraction.len())
+        .ok()
+        .and_then(|digits| 10_u128.checked_pow(digits))?;
+    let scaled = fraction.parse::<u128>().ok()?.checked_mul(size.into())?;
+    match scaled % scale {
+        0 => u64::try_from(scaled / scale).ok(),
+        _ => None,
+    }
+}
+
+/// A size in KiB, as libvirt counts memory in domain XML and in its calls. Serialized as [`Bytes`].
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
+#[serde(try_from = "Bytes", into = "Bytes")]
+pub struct KiB(u64);
+
+impl KiB {
+    /// This many KiB; `None` if its bytes would be more than 64 bits can count.
+    pub fn new(kib: u64) -> Option<Self> {
+        kib.checked_mul(KIB).map(|_| Self(kib))
+    }
+
+    /// The number of KiB.
+    pub const fn get(self) -> u64 {
+        self.0
+    }
+}
+
+impl fmt::Display for KiB {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(&Bytes::from(*self), f)
+    }
+}
+
+/// A size that is no whole number of KiB.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[error("{0} is no whole number of KiB")]
+pub struct NotInKiB(pub Bytes);
+
+impl TryFrom<Bytes> for KiB {
+    type Error = NotInKiB;
+
+    fn try_from(bytes: Bytes) -> Result<Self, NotInKiB> {
+        match bytes.0 % KIB {
+            0 => Ok(Self(bytes.0 / KIB)),
+            _ => Err(NotInKiB(bytes)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn error(text: &str) -> String {
+        text.parse::<Bytes>().unwrap_err().to_string()
+    }
+
+    #[test]
+    fn binary_units_and_quantities_are_read() {
+        for (text, bytes) in [
+            ("2GiB", 2 << 30),
+            ("2Gi", 2 << 30),
+            ("1024MiB", 1 << 30),
+            ("512Mi", 512 << 20),
+            ("1.5Gi", 3 << 29),
+            ("0.5KiB", 512),
+            ("414224KiB", 414_224 << 10),
+            ("007Ti", 7 << 40),
+            ("15Ei", 15 << 60),
+            ("0Gi", 0),
+            ("1000B", 1000),
+        ] {
+            assert_eq!(text.parse(), Ok(Bytes(bytes)), "{text}");
+        }
+    }
+
+    #[test]
+    fn everything_else_gets_a_sentence() {
+        assert_eq!(
+            error("1024"),
+            "'1024' has no unit: write it like 2GiB, 512MiB or 2Gi"
+        );
+        for decimal in ["2 GB", "2GB", "512M", "1k", "2gb", "3T"] {
+            assert!(
+                matches!(decimal.parse::<Bytes>(), Err(NotASize::DecimalUnit(_))),
+                "{decimal}"
+            );
+        }
+        assert!(error("-1").starts_with("'-1' is negative"));
+        assert!(error("-1Gi").starts_with("'-1Gi' is negative"));
+        for malformed in [
+            "", "Gi", "1e9Gi", "2 GiB", "2GiB ", " 2Gi", "+2Gi", "1.Gi", ".5Gi", "1.2.3Gi", "2gi",
+            "2Gib", "0x10Gi", "1_000Mi", "２Gi", "2G\niB", "1,5Gi",
+        ] {
+            assert!(
+                matches!(malformed.parse::<Bytes>(), Err(NotASize::Malformed(_))),
+                "{malformed:?}: {:?}",
+                malformed.parse::<Bytes>()
+            );
+        }
+        assert!(matches!(
+            "16Ei".parse::<Bytes>(),
+            Err(NotASize::TooLarge(_))
+        ));
+        assert!(matches!(
+            "99999999999999999999Ki".parse::<Bytes>(),
+            Err(NotASize::TooLarge(_))
+        ));
+        assert!(matches!(
+            "0.3KiB".parse::<Bytes>(),
+            Err(NotASize::Fraction(_))
+        ));
+        assert!(error(&"9".repeat(5000)).len() < 120);
+    }
+
+    #[test]
+    fn a_size_is_shown_with_the_largest_whole_unit() {
+        assert_eq!(Bytes(2 << 30).to_string(), "2GiB");
+        assert_eq!(Bytes(1536 << 20).to_string(), "1536MiB");
+        assert_eq!(Bytes(1025).to_string(), "1025B");
+        assert_eq!(Bytes::ZERO.to_string(), "0B");
+        assert_eq!(KiB(414_224).to_string(), "414224KiB");
+        assert_eq!(format!("{:>6}", Bytes(1 << 30)), "  1GiB");
+    }
+
+    #[test]
+    fn conversions_are_checked() {
+        assert_eq!(KiB::try_from(Bytes(2048)), Ok(KiB(2)));
+        assert_eq!(KiB::try_from(Bytes(2049)), Err(NotInKiB(Bytes(2049))));
+        assert_eq!(KiB::new(u64::MAX), None);
+        assert_eq!(Bytes(10).round_up(Bytes(4)), Some(Bytes(12)));
+        assert_eq!(Bytes(u64::MAX).round_up(Bytes(4)), None);
+        assert_eq!(Bytes(10).round_down(Bytes(0)), Bytes(10));
+        assert!(!Bytes(10).is_multiple_of(Bytes(0)));
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_shown_can_be_read(bytes: u64) {
+            prop_assert_eq!(Bytes(bytes).to_string().parse(), Ok(Bytes(bytes)));
+        }
+
+        #[test]
+        fn no_text_panics(text in ".{0,60}") {
+            let read = text.parse::<Bytes>();
+            prop_assert!(read.is_err() || text.starts_with(|c: char| c.is_ascii_digit()));
+        }
+
+        #[test]
+        fn any_mix_of_digits_and_units_is_read_or_refused(text in "-?[0-9]{0,22}(\\.[0-9]{0,22})?( )?[KMGTPEkmg]?i?B?") {
+            drop(text.parse::<Bytes>());
+        }
+    }
+}
