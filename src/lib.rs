@@ -18,6 +18,7 @@ pub mod domain;
 #[allow(unsafe_code)]
 pub mod ffi;
 pub mod host;
+pub mod hotplug;
 pub mod hypervisor;
 pub mod label;
 pub mod labeller;

@@ -225,8 +225,11 @@ fn fraction_of(fraction: &str, size: u64) -> Option<u64> {
     }
 }
 
-/// A size in KiB, as libvirt counts memory in domain XML and in its calls.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+/// A size in KiB, as libvirt counts memory in domain XML and in its calls. Serialized as [`Bytes`].
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
+#[serde(try_from = "Bytes", into = "Bytes")]
 pub struct KiB(u64);
 
 impl KiB {

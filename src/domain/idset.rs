@@ -38,6 +38,13 @@ impl IdSet {
         self.0.contains(&id)
     }
 
+    /// Adds one; a number that no CPU can have is left out.
+    pub fn insert(&mut self, id: u32) {
+        if id <= LARGEST {
+            self.0.insert(id);
+        }
+    }
+
     /// All of them, in order.
     pub fn iter(&self) -> impl Iterator<Item = u32> + '_ {
         self.0.iter().copied()

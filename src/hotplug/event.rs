@@ -1,0 +1,331 @@
+//! What QEMU and libvirt tell by themselves while an operation runs.
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use crate::units::Bytes;
+
+/// The longest details that are read; QEMU's are below 300 bytes.
+const LONGEST: usize = 64 * 1024;
+
+/// Something that happened to a domain.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Event {
+    /// The guest answered to a plug or an unplug through ACPI.
+    Ost(Ost),
+    /// A device, or a part of one, is gone from QEMU.
+    #[serde(rename_all = "camelCase")]
+    DeviceDeleted {
+        /// The device's alias; QEMU leaves it out for parts, such as a vCPU's interrupt controller.
+        device: Option<String>,
+        /// The place in QEMU's tree, `/machine/peripheral/vcpu2/lapic`.
+        path: String,
+    },
+    /// The guest did not let a device go (QEMU's `DEVICE_UNPLUG_GUEST_ERROR`, `MEM_UNPLUG_ERROR`;
+    /// libvirt's device removal failed).
+    UnplugFailed {
+        /// The device's alias.
+        device: String,
+    },
+    /// A virtio-mem device's guest took or gave memory; QEMU tells at most once a second.
+    MemorySize {
+        /// The device's alias.
+        device: String,
+        /// What the guest has of it now.
+        size: Bytes,
+    },
+    /// The guest was reset: what it had not yet done it will find at boot, and removals that
+    /// were pending are done (qapi/qdev.json).
+    Reset,
+    /// The domain ended or went to another node; libvirt's word why.
+    Stopped(String),
+    /// The guest's processors are held.
+    Paused,
+    /// The guest's processors run again.
+    Resumed,
+}
+
+/// What a guest says through ACPI's `_OST`, as QEMU passes it on (qapi/acpi.json).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Ost {
+    /// The device's alias; none when it is gone already.
+    pub device: Option<String>,
+    /// The slot: a vCPU's number, a DIMM's slot.
+    pub slot: u32,
+    /// What kind of slot it is.
+    pub kind: SlotKind,
+    /// What the guest answers to: 1 to "look, a device", 3 and 0x103 to "please let it go".
+    pub source: u32,
+    /// The answer.
+    pub status: u32,
+}
+
+/// A kind of ACPI slot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SlotKind {
+    /// A vCPU.
+    Cpu,
+    /// A DIMM.
+    Dimm,
+}
+
+/// The meaning of an [`Ost`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Answer {
+    /// The guest added the device. It need not use it, and a Linux that throws a CPU away because
+    /// of `nr_cpus` says so all the same (measured).
+    Added,
+    /// The guest did not add the device.
+    NotAdded,
+    /// The guest is about to let the device go: no verdict.
+    Leaving,
+    /// The guest let the device go.
+    Gone,
+    /// The guest keeps the device.
+    Kept,
+}
+
+impl Ost {
+    /// What it means (Linux: include/linux/acpi.h, `acpi_device_hotplug` in drivers/acpi/scan.c);
+    /// `None` for sources that no guest of ours uses.
+    pub fn answer(&self) -> Option<Answer> {
+        Some(match (self.source, self.status) {
+            (0 | 1, 0) => Answer::Added,
+            (0 | 1, _) => Answer::NotAdded,
+            (3 | 0x103, 0) => Answer::Gone,
+            (3 | 0x103, 0x84) => Answer::Leaving,
+            (3 | 0x103, _) => Answer::Kept,
+            _ => return None,
+        })
+    }
+
+    /// The status in words.
+    pub fn status_text(&self) -> &'static str {
+        match self.status {
+            0 => "success",
+            1 => "failure",
+            2 => "unknown notification",
+            0x80 => "not supported",
+            0x81 => "in use",
+            0x82 => "busy",
+            0x83 => "something that depends on it is busy",
+            0x84 => "in progress",
+            _ => "a status of no known meaning",
+        }
+    }
+}
+
+/// An event whose details are not what QEMU sends.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("the details of {event} are not as QEMU writes them: {problem}")]
+pub struct NotAnEvent {
+    event: &'static str,
+    problem: String,
+}
+
+#[derive(Deserialize)]
+struct OstDetails {
+    info: OstInfo,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct OstInfo {
+    device: Option<String>,
+    slot: String,
+    slot_type: String,
+    source: u32,
+    status: u32,
+}
+
+#[derive(Deserialize)]
+struct DeviceDetails {
+    device: Option<String>,
+    path: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct SizeDetails {
+    id: Option<String>,
+    size: u64,
+}
+
+impl Event {
+    /// The monitor events of QEMU that [`Event::from_monitor`] reads, for who subscribes to them.
+    pub const MONITOR: [&'static str; 8] = [
+        "ACPI_DEVICE_OST",
+        "DEVICE_DELETED",
+        "DEVICE_UNPLUG_GUEST_ERROR",
+        "MEM_UNPLUG_ERROR",
+        "MEMORY_DEVICE_SIZE_CHANGE",
+        "RESET",
+        "STOP",
+        "RESUME",
+    ];
+
+    /// From a QEMU monitor event by name, with its details in JSON. `None` for events of no
+    /// meaning here.
+    ///
+    /// # Errors
+    /// Details of a known event that cannot be read.
+    pub fn from_monitor(name: &str, details: Option<&str>) -> Result<Option<Self>, NotAnEvent> {
+        let details = details.unwrap_or("{}");
+        Ok(match name {
+            "ACPI_DEVICE_OST" => ost(read("ACPI_DEVICE_OST", details)?)?,
+            "DEVICE_DELETED" => {
+                let DeviceDetails { device, path } = read("DEVICE_DELETED", details)?;
+                Some(Self::DeviceDeleted {
+                    device,
+                    path: path.unwrap_or_default(),
+                })
+            }
+            "DEVICE_UNPLUG_GUEST_ERROR" => unplug_failed("DEVICE_UNPLUG_GUEST_ERROR", details)?,
+            "MEM_UNPLUG_ERROR" => unplug_failed("MEM_UNPLUG_ERROR", details)?,
+            "MEMORY_DEVICE_SIZE_CHANGE" => {
+                let SizeDetails { id, size } = read("MEMORY_DEVICE_SIZE_CHANGE", details)?;
+                id.map(|device| Self::MemorySize {
+                    device,
+                    size: Bytes::new(size),
+                })
+            }
+            "RESET" => Some(Self::Reset),
+            "STOP" => Some(Self::Paused),
+            "RESUME" => Some(Self::Resumed),
+            _ => None,
+        })
+    }
+}
+
+fn ost(details: OstDetails) -> Result<Option<Event>, NotAnEvent> {
+    let info = details.info;
+    let kind = match info.slot_type.as_str() {
+        "CPU" => SlotKind::Cpu,
+        "DIMM" => SlotKind::Dimm,
+        _ => return Ok(None),
+    };
+    let slot = info.slot.parse().map_err(|_| NotAnEvent {
+        event: "ACPI_DEVICE_OST",
+        problem: "the slot is no number".to_owned(),
+    })?;
+    Ok(Some(Event::Ost(Ost {
+        device: info.device,
+        slot,
+        kind,
+        source: info.source,
+        status: info.status,
+    })))
+}
+
+fn unplug_failed(event: &'static str, details: &str) -> Result<Option<Event>, NotAnEvent> {
+    let DeviceDetails { device, path } = read(event, details)?;
+    let from_path = || {
+        let path = path.as_deref()?.strip_prefix("/machine/peripheral/")?;
+        Some(path.split('/').next()?.to_owned())
+    };
+    let device = device.or_else(from_path);
+    Ok(device.map(|device| Event::UnplugFailed { device }))
+}
+
+fn read<'d, T: Deserialize<'d>>(event: &'static str, details: &'d str) -> Result<T, NotAnEvent> {
+    let wrong = |problem: String| NotAnEvent { event, problem };
+    if details.len() > LONGEST {
+        return Err(wrong("they are too long".to_owned()));
+    }
+    serde_json::from_str(details).map_err(|error| wrong(error.to_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn monitor(name: &str, details: &str) -> Option<Event> {
+        Event::from_monitor(name, Some(details)).unwrap()
+    }
+
+    /// As QEMU 10.0.2 sent them.
+    #[test]
+    fn qemus_own_words_are_read() {
+        let added = monitor(
+            "ACPI_DEVICE_OST",
+            r#"{"info":{"device":"vcpu1","source":1,"status":0,"slot":"1","slot-type":"CPU"}}"#,
+        );
+        let Some(Event::Ost(ost)) = added else {
+            panic!("{added:?}");
+        };
+        assert_eq!((ost.device.as_deref(), ost.slot), (Some("vcpu1"), 1));
+        assert_eq!(
+            (ost.kind, ost.answer()),
+            (SlotKind::Cpu, Some(Answer::Added))
+        );
+
+        let gone = r#"{"info":{"source":3,"status":0,"slot":"2","slot-type":"CPU"}}"#;
+        let gone = monitor("ACPI_DEVICE_OST", gone);
+        assert!(matches!(gone, Some(Event::Ost(ref ost)) if ost.answer() == Some(Answer::Gone)));
+
+        let part = r#"{"path":"/machine/peripheral/vcpu2/lapic"}"#;
+        assert_eq!(
+            monitor("DEVICE_DELETED", part),
+            Some(Event::DeviceDeleted {
+                device: None,
+                path: "/machine/peripheral/vcpu2/lapic".to_owned()
+            })
+        );
+        let size = r#"{"size":536870912,"qom-path":"/machine/peripheral/ua-mem0","id":"ua-mem0"}"#;
+        assert_eq!(
+            monitor("MEMORY_DEVICE_SIZE_CHANGE", size),
+            Some(Event::MemorySize {
+                device: "ua-mem0".to_owned(),
+                size: Bytes::from_mib(512).unwrap()
+            })
+        );
+        assert_eq!(Event::from_monitor("RESET", None), Ok(Some(Event::Reset)));
+        assert_eq!(
+            Event::from_monitor("NIC_RX_FILTER_CHANGED", Some("!")),
+            Ok(None)
+        );
+    }
+
+    #[test]
+    fn an_eject_is_only_done_when_the_guest_says_so() {
+        let answer = |source, status| {
+            Ost {
+                device: None,
+                slot: 2,
+                kind: SlotKind::Cpu,
+                source,
+                status,
+            }
+            .answer()
+        };
+        assert_eq!(answer(3, 132), Some(Answer::Leaving));
+        assert_eq!(answer(0x103, 0), Some(Answer::Gone));
+        for refused in [1, 0x80, 0x81, 0x82, 0x83] {
+            assert_eq!(answer(3, refused), Some(Answer::Kept));
+        }
+        assert_eq!(answer(1, 0x82), Some(Answer::NotAdded));
+        assert_eq!(answer(7, 0), None);
+    }
+
+    #[test]
+    fn an_unplug_that_failed_names_its_device() {
+        let failed = Some(Event::UnplugFailed {
+            device: "dimm0".to_owned(),
+        });
+        let path = r#"{"path":"/machine/peripheral/dimm0"}"#;
+        assert_eq!(monitor("DEVICE_UNPLUG_GUEST_ERROR", path), failed);
+        let named = r#"{"device":"dimm0","msg":"no"}"#;
+        assert_eq!(monitor("MEM_UNPLUG_ERROR", named), failed);
+    }
+
+    proptest! {
+        #[test]
+        fn no_details_panic(name in proptest::sample::select(&Event::MONITOR[..]), details in ".{0,80}") {
+            drop(Event::from_monitor(name, Some(&details)));
+        }
+    }
+}

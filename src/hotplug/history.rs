@@ -1,0 +1,246 @@
+//! Everything that was seen and done in one operation, in order. It can be written to the journal
+//! and read again: what is judged is only this.
+
+use serde::{Deserialize, Serialize};
+
+use super::{Action, Event, HotplugRequest, Moment, Observation, Plan, Terms};
+
+/// Bounds for what is kept; an operation that takes its time is looked at many times.
+const MOST_OBSERVATIONS: usize = 96;
+const MOST_EVENTS: usize = 512;
+const MOST_CALLS: usize = 256;
+
+/// The history of one operation.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct History {
+    /// What was asked for.
+    pub request: HotplugRequest,
+    /// How much proof, and by when.
+    pub terms: Terms,
+    /// What the preflight decided to call.
+    pub plan: Plan,
+    /// What was seen before anything was called.
+    pub before: Observation,
+    /// Whether QEMU's own events reach us; without them ACPI's answers do not.
+    pub monitor_events: bool,
+    observations: Vec<Observation>,
+    events: Vec<(Moment, Event)>,
+    calls: Vec<Call>,
+    contact: Option<(Moment, Contact)>,
+}
+
+/// A call that was made.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Call {
+    /// What was called.
+    pub action: Action,
+    /// When it was about to be called.
+    pub started: Moment,
+    /// When and how it came back; `None` while it runs.
+    pub returned: Option<(Moment, Return)>,
+}
+
+/// How a call came back.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Return {
+    /// Without an error. That says nothing about the guest.
+    Done,
+    /// With libvirt's error.
+    Failed {
+        /// libvirt's error number (`virErrorNumber`).
+        number: u32,
+        /// libvirt's text.
+        message: String,
+    },
+    /// Not in time: it may still be running over there.
+    Overdue,
+    /// Not at all: the connection or this program ended. Whether libvirt got it is not known.
+    Lost,
+}
+
+/// Why the domain could not be looked at.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Contact {
+    /// The hypervisor knows no such domain (any more).
+    Absent,
+    /// The hypervisor could not be asked, and why.
+    Unreachable(String),
+}
+
+impl History {
+    /// An operation of which only the beginning is known.
+    pub fn new(
+        request: HotplugRequest,
+        terms: Terms,
+        plan: Plan,
+        before: Observation,
+        monitor_events: bool,
+    ) -> Self {
+        Self {
+            request,
+            terms,
+            plan,
+            before,
+            monitor_events,
+            observations: Vec::new(),
+            events: Vec::new(),
+            calls: Vec::new(),
+            contact: None,
+        }
+    }
+
+    /// Notes what was seen of the domain. Of very many observations only the first, the last and
+    /// some between them are kept.
+    pub fn observed(&mut self, observation: Observation) {
+        self.contact = None;
+        self.observations.push(observation);
+        if self.observations.len() > MOST_OBSERVATIONS {
+            let recent = MOST_OBSERVATIONS / 2;
+            let mut index = 0;
+            self.observations.retain(|_| {
+                index += 1;
+                index > recent || index % 2 == 1
+            });
+        }
+    }
+
+    /// Notes that the domain could not be looked at.
+    pub fn out_of_contact(&mut self, at: Moment, contact: Contact) {
+        self.contact = Some((at, contact));
+    }
+
+    /// Notes an event of this domain.
+    pub fn happened(&mut self, at: Moment, event: Event) {
+        if self.events.len() < MOST_EVENTS {
+            self.events.push((at, event));
+        }
+    }
+
+    /// Notes that a call is about to be made. To be written to the journal before it is made.
+    pub fn called(&mut self, at: Moment, action: Action) {
+        if self.calls.len() < MOST_CALLS {
+            self.calls.push(Call {
+                action,
+                started: at,
+                returned: None,
+            });
+        }
+    }
+
+    /// Notes how the last call came back. A call that was overdue may do so twice.
+    pub fn returned(&mut self, at: Moment, how: Return) {
+        if let Some(call) = self.calls.last_mut() {
+            call.returned = Some((at, how));
+        }
+    }
+
+    /// The calls made, in order.
+    pub fn calls(&self) -> &[Call] {
+        &self.calls
+    }
+
+    /// Whether there is room for another call; no operation needs as many.
+    pub(super) fn may_call(&self) -> bool {
+        self.calls.len() < MOST_CALLS
+    }
+
+    /// The call that is running.
+    pub(super) fn running_call(&self) -> Option<&Call> {
+        self.calls
+            .last()
+            .filter(|call| matches!(call.returned, None | Some((_, Return::Overdue))))
+    }
+
+    /// The first action of the plan that was never called. One that was, is not called again,
+    /// whatever became of it: it is observed.
+    pub(super) fn next_planned(&self) -> Option<&Action> {
+        self.plan
+            .actions
+            .iter()
+            .find(|action| self.calls.iter().all(|call| call.action != **action))
+    }
+
+    /// From when on evidence counts: the first call; after a reset of the guest that.
+    pub(super) fn epoch(&self) -> Moment {
+        let start = self
+            .calls
+            .first()
+            .map_or(self.before.at, |call| call.started);
+        self.reset().map_or(start, |reset| reset.max(start))
+    }
+
+    /// When the guest was reset, if it was.
+    pub(super) fn reset(&self) -> Option<Moment> {
+        self.events
+            .iter()
+            .rfind(|(at, event)| *event == Event::Reset && *at >= self.before.at)
+            .map(|(at, _)| *at)
+    }
+
+    /// The last that was seen of the domain.
+    pub fn latest(&self) -> &Observation {
+        self.observations.last().unwrap_or(&self.before)
+    }
+
+    /// The last that was seen, if it was seen after the epoch began.
+    pub(super) fn fresh(&self) -> Option<&Observation> {
+        Some(self.latest()).filter(|latest| latest.at >= self.epoch())
+    }
+
+    /// All that was seen since the epoch began, in order. What was seen before counts where
+    /// nothing was called.
+    pub(super) fn since_epoch(&self) -> impl Iterator<Item = &Observation> {
+        let epoch = self.epoch();
+        std::iter::once(&self.before)
+            .chain(&self.observations)
+            .filter(move |observation| observation.at >= epoch)
+    }
+
+    /// All that was seen, from before the first call on.
+    pub(super) fn observations(&self) -> impl Iterator<Item = &Observation> {
+        std::iter::once(&self.before).chain(&self.observations)
+    }
+
+    /// The events since the epoch began.
+    pub(super) fn events(&self) -> impl DoubleEndedIterator<Item = (Moment, &Event)> {
+        let epoch = self.epoch();
+        self.all_events().filter(move |(at, _)| *at >= epoch)
+    }
+
+    /// All events since the operation began.
+    pub(super) fn all_events(&self) -> impl DoubleEndedIterator<Item = (Moment, &Event)> {
+        self.events
+            .iter()
+            .filter(|(at, _)| *at >= self.before.at)
+            .map(|(at, event)| (*at, event))
+    }
+
+    /// Why the domain cannot be looked at, if that is so now.
+    pub(super) fn contact(&self) -> Option<&Contact> {
+        self.contact.as_ref().map(|(_, contact)| contact)
+    }
+
+    /// Whether something of the plan is not done: not called, or not come back.
+    pub(super) fn plan_is_running(&self) -> bool {
+        self.next_planned().is_some() || self.running_call().is_some()
+    }
+
+    /// The last error that libvirt gave, whether or not it was the last word.
+    pub(super) fn last_error(&self) -> Option<String> {
+        self.calls
+            .iter()
+            .rev()
+            .find_map(|call| match &call.returned {
+                Some((_, Return::Failed { message, .. })) => Some(message.clone()),
+                _ => None,
+            })
+    }
+
+    /// Whether the time is over.
+    pub(super) fn is_over(&self, now: Moment) -> bool {
+        now >= self.terms.deadline
+    }
+}

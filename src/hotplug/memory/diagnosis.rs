@@ -1,0 +1,99 @@
+//! What is wrong with a guest that does not follow, and what to do.
+
+use crate::hotplug::outcome::Diagnosis;
+use crate::units::Bytes;
+
+/// virtio-mem: nothing was taken.
+pub(super) fn no_driver() -> Diagnosis {
+    Diagnosis::new(
+        "no-virtio-mem-driver",
+        "the guest has taken nothing of its virtio-mem device: no driver works on it",
+        "load the module virtio_mem in the guest (modprobe virtio_mem); its kernel must have \
+         CONFIG_VIRTIO_MEM and be 5.8 or newer on x86, 5.16 or newer on arm64; or wait until it \
+         has booted",
+    )
+}
+
+/// virtio-mem: some was taken, and then no more.
+pub(super) fn stalled() -> Diagnosis {
+    Diagnosis::new(
+        "virtio-mem-stalled",
+        "the guest took a part of what it was asked to take, and stopped",
+        "look at the guest's log for virtio_mem: memory that is left offline, or a lack of memory \
+         to describe the new one with, makes it stop; it goes on by itself when it can",
+    )
+}
+
+/// virtio-mem: some was given back, and then no more.
+pub(super) fn unmovable(left: Bytes) -> Diagnosis {
+    Diagnosis::new(
+        "memory-in-use",
+        format!("{left} of what was to be given back hold something that the guest cannot move"),
+        "free memory in the guest, or reboot it; for memory that can always be given back set \
+         memhp_default_state=online_movable on its kernel's command line",
+    )
+}
+
+/// virtio-mem: nothing was given back.
+pub(super) fn nothing_given_back() -> Diagnosis {
+    Diagnosis::new(
+        "memory-in-use",
+        "the guest has given nothing back: all of it is in use or cannot be moved, or its driver \
+         does not run any more",
+        "free memory in the guest; the request stands, and the guest goes on when it can",
+    )
+}
+
+/// The memory is there, and the guest's total did not follow.
+pub(super) fn offline(short: Bytes) -> Diagnosis {
+    Diagnosis::new(
+        "memory-offline",
+        format!(
+            "the guest has the memory, and its own total lacks {short} of it: the memory blocks \
+             were not brought online"
+        ),
+        "write 'online' to /sys/devices/system/memory/auto_online_blocks in the guest, or boot it \
+         with memhp_default_state=online; blocks that are there come online by writing 'online' to \
+         /sys/devices/system/memory/memory*/state",
+    )
+}
+
+/// The memory is there, and the balloon has taken it away again.
+pub(super) fn ballooned(held: Bytes) -> Diagnosis {
+    Diagnosis::new(
+        "balloon",
+        format!("the guest has the memory, and the balloon holds {held} of the guest's memory"),
+        "raise the balloon's target to the new total (virsh setmem), since the memory that was \
+         plugged went into the balloon",
+    )
+}
+
+/// A DIMM was refused.
+pub(super) fn dimm_refused(status: &str) -> Diagnosis {
+    Diagnosis::new(
+        "dimm-refused",
+        format!("the guest answered '{status}' through ACPI when the DIMM was plugged"),
+        "ask for a multiple of the guest's memory block: 128 MiB on most x86 guests, up to 2 GiB on \
+         those that booted with 64 GiB or more (/sys/devices/system/memory/block_size_bytes)",
+    )
+}
+
+/// A DIMM was plugged, and nothing came of it.
+pub(super) fn dimm_ignored() -> Diagnosis {
+    Diagnosis::new(
+        "no-sign",
+        "the DIMM is plugged, and the guest gave no sign of having noticed",
+        "look whether the guest has booted, runs with ACPI (no acpi=off) and has a kernel with \
+         CONFIG_ACPI_HOTPLUG_MEMORY; memory that it misses now it finds at its next boot",
+    )
+}
+
+/// There is nothing that could prove it.
+pub(super) fn no_source() -> Diagnosis {
+    Diagnosis::new(
+        "no-source",
+        "nothing tells how much memory the guest sees: its balloon driver gives no statistics",
+        "give the domain a <memballoon> with <stats period='5'/> and load virtio_balloon in the \
+         guest",
+    )
+}

@@ -1,0 +1,233 @@
+//! Which totals of memory can be had, and the calls for it.
+
+use crate::domain::{Domain, Memory, MemoryDevice, MemoryModel};
+use crate::hotplug::{Action, Host, Infeasible, Observation, Plan};
+use crate::units::{Bytes, KiB};
+
+/// What to call for `size` of memory in all; nothing if so much is asked of the guest already.
+///
+/// # Errors
+/// The first limit in the way.
+pub(in crate::hotplug) fn preflight(
+    size: Bytes,
+    seen: &Observation,
+    host: &Host,
+) -> Result<Plan, Infeasible> {
+    let memory = &seen.domain.memory;
+    if size < memory.boot || size == Bytes::ZERO {
+        return Err(Infeasible::BelowBootMemory {
+            asked: size,
+            boot: memory.boot,
+        });
+    }
+    if size == memory.asked() {
+        return Ok(Plan::default());
+    }
+    if memory.maximum.is_none() {
+        return Err(Infeasible::NoMaxMemory {
+            has: memory.asked(),
+        });
+    }
+    let actions = match memory.virtio_mem().next() {
+        Some(_) => resize(size, memory)?,
+        None => vec![attach(size, &seen.domain)?],
+    };
+    check_node(size, memory, host)?;
+    Ok(Plan { actions })
+}
+
+fn check_node(size: Bytes, memory: &Memory, host: &Host) -> Result<(), Infeasible> {
+    let more = size.saturating_sub(memory.plugged());
+    match host.available {
+        // huge pages are set aside and not part of what is available
+        Some(available) if more > available && !memory.huge_pages => {
+            Err(Infeasible::NodeMemory { more, available })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Spreads the difference over the virtio-mem devices: up from the first, down from the last.
+fn resize(size: Bytes, memory: &Memory) -> Result<Vec<Action>, Infeasible> {
+    let fixed = memory
+        .dimms()
+        .fold(memory.boot, |sum, dimm| sum.saturating_add(dimm.size));
+    if size < fixed {
+        return Err(Infeasible::CannotShrink {
+            asked: size,
+            least: fixed,
+        });
+    }
+    let reachable = memory
+        .virtio_mem()
+        .fold(fixed, |sum, device| sum.saturating_add(device.size));
+    if size > reachable {
+        return Err(Infeasible::AboveMaximumMemory {
+            asked: size,
+            reachable,
+            remedy: "raise the <size> of its virtio-mem device, and <maxMemory> with it",
+        });
+    }
+    let has = memory.asked();
+    let grow = size > has;
+    let devices: Vec<&MemoryDevice> = match grow {
+        true => memory.virtio_mem().collect(),
+        false => memory.virtio_mem().rev().collect(),
+    };
+    let mut rest = size.abs_diff(has);
+    let mut actions = Vec::new();
+    for device in devices {
+        let (Some(alias), requested) = (&device.alias, device.asked()) else {
+            continue;
+        };
+        let room = match grow {
+            true => device.size.saturating_sub(requested),
+            false => requested,
+        };
+        let share = rest.min(room).round_down(block(device));
+        let target = match grow {
+            true => requested.saturating_add(share),
+            false => requested.saturating_sub(share),
+        };
+        let Ok(target) = KiB::try_from(target) else {
+            continue;
+        };
+        if share > Bytes::ZERO {
+            rest = rest.saturating_sub(share);
+            actions.push(Action::ResizeVirtioMem {
+                alias: alias.clone(),
+                requested: target,
+            });
+        }
+    }
+    if rest > Bytes::ZERO {
+        let block = memory.virtio_mem().map(block).min().unwrap_or_default();
+        let (below, above) = match grow {
+            true => (
+                size.saturating_sub(rest),
+                size.saturating_sub(rest).saturating_add(block),
+            ),
+            false => (
+                size.saturating_add(rest).saturating_sub(block),
+                size.saturating_add(rest),
+            ),
+        };
+        return Err(not_in_blocks(
+            size,
+            block,
+            below.max(fixed),
+            above.min(reachable),
+        ));
+    }
+    Ok(actions)
+}
+
+/// libvirt always says the block; 2 MiB is the least there is (`virDomainMemoryDefValidate`).
+fn block(device: &MemoryDevice) -> Bytes {
+    let least = Bytes::new(2 << 20);
+    device
+        .block
+        .filter(|block| *block > Bytes::ZERO)
+        .unwrap_or(least)
+}
+
+fn not_in_blocks(asked: Bytes, block: Bytes, below: Bytes, above: Bytes) -> Infeasible {
+    let near = match below == above {
+        true => below.to_string(),
+        false => format!("{below} or {above}"),
+    };
+    Infeasible::MemoryBlock { asked, block, near }
+}
+
+/// One more DIMM.
+fn attach(size: Bytes, domain: &Domain) -> Result<Action, Infeasible> {
+    let memory = &domain.memory;
+    let has = memory.asked();
+    if size < has {
+        return Err(Infeasible::CannotShrink {
+            asked: size,
+            least: has,
+        });
+    }
+    check_machine(domain)?;
+    let more = size.saturating_sub(has);
+    let used = memory
+        .devices
+        .iter()
+        .fold(memory.boot, |sum, device| sum.saturating_add(device.size));
+    let free = memory.maximum.unwrap_or_default().saturating_sub(used);
+    if more > free {
+        return Err(Infeasible::AboveMaximumMemory {
+            asked: size,
+            reachable: has.saturating_add(free),
+            remedy: "raise <maxMemory> in its definition",
+        });
+    }
+    let is_slotted = |device: &&MemoryDevice| match &device.model {
+        MemoryModel::Dimm => true,
+        MemoryModel::Other(model) => model == "nvdimm",
+        MemoryModel::VirtioMem => false,
+    };
+    let taken = memory.devices.iter().filter(is_slotted).count();
+    if taken >= usize::try_from(memory.slots).unwrap_or(usize::MAX) {
+        return Err(Infeasible::NoSlot {
+            slots: memory.slots,
+        });
+    }
+    // libvirt rounds a live DIMM up, and then there would be more than was asked for
+    // (qemuDomainGetMemoryModuleSizeAlignment, libvirt 11.3).
+    let arch = domain.arch.as_deref().unwrap_or_default();
+    let unit = Bytes::new(match arch {
+        "ppc64" | "ppc64le" => 256 << 20,
+        _ => 1 << 20,
+    });
+    let in_unit = |bytes: Bytes| {
+        KiB::try_from(bytes)
+            .ok()
+            .filter(|_| bytes.is_multiple_of(unit))
+    };
+    let Some(dimm) = in_unit(more) else {
+        let below = has.saturating_add(more.round_down(unit));
+        let above = below.saturating_add(unit);
+        return Err(not_in_blocks(size, unit, below, above));
+    };
+    let node = memory.cells.iter().map(|cell| cell.id).min();
+    if node.is_none() && matches!(arch, "x86_64" | "i686" | "aarch64") {
+        return Err(Infeasible::NoNumaCell);
+    }
+    Ok(Action::AttachDimm {
+        alias: free_alias(domain),
+        size: dimm,
+        node,
+    })
+}
+
+fn check_machine(domain: &Domain) -> Result<(), Infeasible> {
+    let machine = domain.machine.as_deref().unwrap_or_default();
+    let without = ["s390-ccw", "microvm", "isapc", "none"];
+    if without.iter().any(|name| machine.starts_with(name)) {
+        return Err(Infeasible::NoDimms {
+            machine: machine.to_owned(),
+        });
+    }
+    let arch = domain.arch.as_deref().unwrap_or_default();
+    match domain.acpi || !matches!(arch, "x86_64" | "i686" | "aarch64") {
+        true => Ok(()),
+        false => Err(Infeasible::NoAcpi),
+    }
+}
+
+/// libvirt takes aliases that begin with `ua-` from users, and keeps them.
+fn free_alias(domain: &Domain) -> String {
+    let names: std::collections::BTreeSet<&str> = domain
+        .memory
+        .devices
+        .iter()
+        .filter_map(|device| device.alias.as_deref())
+        .chain(domain.devices.iter().map(|device| device.alias.as_str()))
+        .collect();
+    (0..=names.len())
+        .map(|number| format!("ua-virtnode-dimm{number}"))
+        .find(|alias| !names.contains(alias.as_str()))
+        .unwrap_or_default()
+}

@@ -1,0 +1,321 @@
+//! What the signs prove about memory.
+
+use std::cmp::Ordering;
+use std::time::Duration;
+
+use super::diagnosis;
+use super::evidence::{Signs, Total, planned_dimm};
+use crate::hotplug::outcome::{Diagnosis, Finding, Ruling, seconds};
+use crate::hotplug::{Answer, History, Moment, Require, Verdict, trouble};
+use crate::units::Bytes;
+
+/// What to do next about a request for `size` of memory.
+pub(in crate::hotplug) fn judge(history: &History, size: Bytes, now: Moment) -> Ruling {
+    let case = Case {
+        history,
+        signs: Signs::read(history, size),
+        size,
+        before: history.before.domain.memory.plugged(),
+        now,
+        over: history.is_over(now),
+    };
+    if let Some(proof) = case.proof() {
+        return Ruling::Found(Finding::new(Verdict::Verified, proof));
+    }
+    if let Some(finding) = trouble::at_deadline(history).filter(|_| case.over) {
+        return Ruling::Found(finding);
+    }
+    if case.signs.latest.is_none() {
+        return Ruling::wait("a look at the domain");
+    }
+    if case.signs.asked != size {
+        let shown = case.signs.asked;
+        return case.wait_or("libvirt to change the memory", || {
+            Finding::new(
+                Verdict::HypervisorError,
+                format!("libvirt shows {shown} where {size} were asked for"),
+            )
+        });
+    }
+    if let Some(finding) = case.refused() {
+        return Ruling::Found(finding);
+    }
+    match case.signs.plugged.cmp(&size) {
+        Ordering::Equal => case.unused(),
+        _ if case.direction() == Ordering::Less => case.shrink(),
+        _ => case.grow(),
+    }
+}
+
+struct Case<'h> {
+    history: &'h History,
+    signs: Signs<'h>,
+    size: Bytes,
+    before: Bytes,
+    now: Moment,
+    over: bool,
+}
+
+impl Case<'_> {
+    /// Which way the guest's memory is to go from what it was.
+    fn direction(&self) -> Ordering {
+        self.size.cmp(&self.before)
+    }
+
+    /// Why everything that was asked for is proven, if it is.
+    fn proof(&self) -> Option<String> {
+        let signs = &self.signs;
+        if signs.latest.is_none() || signs.asked != self.size {
+            return None;
+        }
+        let (difference, direction) = (self.size.abs_diff(self.before), self.direction());
+        let what = match direction {
+            Ordering::Equal => format!("{} plugged already", self.size),
+            Ordering::Greater => format!("{difference} added"),
+            Ordering::Less => format!("{difference} given back"),
+        };
+        let taken = signs.plugged == self.size;
+        let online = taken
+            && match (direction, signs.total) {
+                (Ordering::Less, _) | (_, Total::Fits) => true,
+                // Where nothing tells the total, the driver's word counts; a DIMM has none.
+                (_, Total::Unknown) => !self.rests_on_dimms(),
+                (_, Total::Stale | Total::Short(_)) => false,
+            };
+        let moved = match direction {
+            Ordering::Greater => signs.plugged > self.before,
+            Ordering::Less => signs.plugged < self.before,
+            Ordering::Equal => taken,
+        };
+        let by_driver = moved && !self.rests_on_dimms();
+        let confirmed = matches!(signs.dimm, Some((_, Answer::Added, _)));
+        let proven = match self.history.terms.require {
+            Require::Accepted => !self.history.plan_is_running(),
+            Require::Acknowledged => online || by_driver || confirmed,
+            Require::Online => online,
+        };
+        proven.then(|| match (online, self.history.terms.require) {
+            (true, _) => match (direction, signs.total) {
+                (Ordering::Greater | Ordering::Equal, Total::Fits) => {
+                    format!("{what}, and the guest's own total shows it{}", self.took())
+                }
+                (Ordering::Greater | Ordering::Equal, _) => format!(
+                    "{what}, by the word of the guest's driver{}; nothing tells its total",
+                    self.took()
+                ),
+                _ => format!("{what}{}", self.took()),
+            },
+            (false, Require::Accepted) => format!("{what}, by libvirt's word"),
+            (false, _) => format!("the guest confirmed it{}", self.took()),
+        })
+    }
+
+    /// Whether the target rests on DIMMs, of which libvirt shows the size and not whether the
+    /// guest took them.
+    fn rests_on_dimms(&self) -> bool {
+        let has_dimms = self.history.latest().domain.memory.dimms().next().is_some();
+        planned_dimm(self.history).is_some() || (self.history.plan.actions.is_empty() && has_dimms)
+    }
+
+    fn took(&self) -> String {
+        match (self.history.calls().first(), self.signs.latest) {
+            (Some(call), Some(latest)) => {
+                format!(" after {}", seconds(latest.at.since(call.started)))
+            }
+            _ => String::new(),
+        }
+    }
+
+    fn refused(&self) -> Option<Finding> {
+        let (_, answer, ost) = self.signs.dimm?;
+        let status = ost.status_text();
+        (answer == Answer::NotAdded).then(|| {
+            Finding::new(
+                Verdict::GuestRefused,
+                format!("the guest refused the DIMM ({status})"),
+            )
+            .because(diagnosis::dimm_refused(status))
+        })
+    }
+
+    /// The guest has not taken all of it.
+    fn grow(&self) -> Ruling {
+        let taken = self.signs.plugged.saturating_sub(self.before);
+        let wanted = self.size.abs_diff(self.before);
+        if taken == Bytes::ZERO {
+            return self.wait_or("the guest to take memory", || {
+                Finding::new(
+                    Verdict::GuestSilent,
+                    format!(
+                        "the guest was asked to take {wanted} and took nothing until the deadline"
+                    ),
+                )
+                .because(diagnosis::no_driver())
+            });
+        }
+        self.stalled("the guest to take more memory", || {
+            Finding::new(
+                Verdict::PartiallyApplied,
+                format!("the guest took {taken} of {wanted}"),
+            )
+            .because(diagnosis::stalled())
+        })
+    }
+
+    /// The guest has not given all of it back.
+    fn shrink(&self) -> Ruling {
+        let left = self.signs.plugged.saturating_sub(self.size);
+        let wanted = self.size.abs_diff(self.before);
+        let given = self.before.saturating_sub(self.signs.plugged);
+        if given == Bytes::ZERO {
+            return self.wait_or("the guest to give memory back", || {
+                Finding::new(
+                    Verdict::Pending,
+                    format!("the guest was asked to give {wanted} back and gave nothing until the deadline"),
+                )
+                .because(diagnosis::nothing_given_back())
+            });
+        }
+        self.stalled("the guest to give more memory back", || {
+            Finding::new(
+                Verdict::PartiallyApplied,
+                format!("the guest gave {given} of {wanted} back, {left} are left"),
+            )
+            .because(diagnosis::unmovable(left))
+        })
+    }
+
+    /// All is plugged, and it is not proven that the guest uses it.
+    fn unused(&self) -> Ruling {
+        let signs = &self.signs;
+        let offline = self.history.terms.patience.offline;
+        let confirmed = signs.dimm.map(|(at, ..)| at);
+        if self.rests_on_dimms() && planned_dimm(self.history).is_some() && confirmed.is_none() {
+            return self.wait_or("the guest to take the DIMM", || {
+                match (self.history.monitor_events, signs.total) {
+                    (false, Total::Unknown) => Finding::new(
+                        Verdict::Unverifiable,
+                        "libvirt plugged the DIMM, and this domain has nothing that tells more",
+                    )
+                    .because(diagnosis::no_source()),
+                    _ => Finding::new(
+                        Verdict::GuestSilent,
+                        "libvirt plugged the DIMM, and the guest gave no sign until the deadline",
+                    )
+                    .because(diagnosis::dimm_ignored()),
+                }
+            });
+        }
+        // Of the guest's word and of the amount: whichever came last.
+        let since = confirmed.max(signs.reached);
+        match signs.total {
+            Total::Unknown => Ruling::Found(
+                Finding::new(
+                    Verdict::Unverifiable,
+                    "the memory is plugged, and nothing tells whether the guest uses it",
+                )
+                .because(diagnosis::no_source()),
+            ),
+            Total::Short(grew) => self.after(
+                since,
+                offline,
+                "the guest to bring the memory online",
+                || self.short(grew),
+            ),
+            // Statistics come every few seconds; give them three turns.
+            Total::Stale => {
+                let period = self
+                    .history
+                    .latest()
+                    .domain
+                    .balloon
+                    .stats_period
+                    .unwrap_or(0);
+                let turns = Duration::from_secs(3 * u64::from(period));
+                self.after(
+                    since,
+                    offline.max(turns),
+                    "newer statistics of the guest",
+                    || {
+                        Finding::new(
+                            Verdict::Unverifiable,
+                            "the memory is plugged, and the guest has stopped telling its total",
+                        )
+                        .because(diagnosis::no_source())
+                    },
+                )
+            }
+            Total::Fits => Ruling::wait("another look at the domain"),
+        }
+    }
+
+    /// The guest's total did not grow as it should.
+    fn short(&self, grew: Bytes) -> Finding {
+        let wanted = self.size.saturating_sub(self.before);
+        let missing = wanted.saturating_sub(grew);
+        let diagnosis = self.why_short(missing);
+        match wanted > Bytes::ZERO && grew >= wanted.part(8) {
+            true => Finding::new(
+                Verdict::PartiallyApplied,
+                format!("the guest has {wanted} more and uses {grew} of it"),
+            ),
+            false if wanted == Bytes::ZERO => Finding::new(
+                Verdict::GuestOffline,
+                format!("the guest has {} and its own total is far less", self.size),
+            ),
+            false => Finding::new(
+                Verdict::GuestOffline,
+                format!("the guest took {wanted} and does not use it"),
+            ),
+        }
+        .because(diagnosis)
+    }
+
+    fn why_short(&self, missing: Bytes) -> Diagnosis {
+        let latest = self.history.latest();
+        let plugged = latest.domain.memory.plugged();
+        let balloon = latest
+            .stats
+            .as_ref()
+            .and_then(|stats| stats.balloon.current);
+        let held = plugged.saturating_sub(balloon.unwrap_or(plugged));
+        match held > Bytes::ZERO && held >= missing.part(2) {
+            true => diagnosis::ballooned(held),
+            false => diagnosis::offline(missing),
+        }
+    }
+
+    /// That finding when nothing has moved for long, or at the deadline.
+    fn stalled(&self, awaiting: &str, finding: impl FnOnce() -> Finding) -> Ruling {
+        self.after(
+            self.signs.moved,
+            self.history.terms.patience.stalled,
+            awaiting,
+            finding,
+        )
+    }
+
+    /// That finding so long after a moment, or at the deadline; until then waiting.
+    fn after(
+        &self,
+        since: Option<Moment>,
+        patience: Duration,
+        awaiting: &str,
+        finding: impl FnOnce() -> Finding,
+    ) -> Ruling {
+        match since.map(|since| since.after(patience)) {
+            _ if self.over => Ruling::Found(finding()),
+            Some(until) if self.now >= until => Ruling::Found(finding()),
+            Some(until) => Ruling::wait_until(awaiting, until),
+            None => Ruling::wait(awaiting),
+        }
+    }
+
+    /// At the deadline that finding, until then waiting.
+    fn wait_or(&self, awaiting: &str, finding: impl FnOnce() -> Finding) -> Ruling {
+        match self.over {
+            true => Ruling::Found(finding()),
+            false => Ruling::wait(awaiting),
+        }
+    }
+}

@@ -1,0 +1,146 @@
+//! Verified hotplug: what is asked for, what is seen, and what that proves. Pure.
+//!
+//! An operation is `observe → preflight → call → wait → observe → …  → verdict`. Here is all of it
+//! that decides; who calls the hypervisor and looks at domains only keeps a [`History`]:
+//!
+//! 1. [`preflight`] turns a request and what is seen of the domain into a [`Plan`], or says why
+//!    nothing can be done.
+//! 2. [`judge`] says what to do next: make a call, wait, or stop with an [`Outcome`]. It knows
+//!    nothing but the history, so an operation can be judged again after a restart, and a record
+//!    can be put right when the guest follows later.
+//!
+//! [`vcpus`] and [`memory`] have the same files with the same verbs: `preflight` (limits and
+//! plan), `evidence` (what the history shows), `verdict` (what that proves) and `diagnosis` (what
+//! is wrong and what to do).
+//!
+//! # What is believed
+//! No source alone. libvirt says "done" when QEMU was told, and "timed out" for an unplug that was
+//! carried out; a guest that throws a CPU away says "success" through ACPI. So `Verified` needs
+//! the *last* look at the domain to show everything that was asked for.
+
+mod event;
+mod evidence;
+mod history;
+mod infeasible;
+mod memory;
+mod moment;
+mod observation;
+mod outcome;
+mod plan;
+mod request;
+mod trouble;
+mod vcpus;
+mod verdict;
+
+pub use event::{Answer, Event, NotAnEvent, Ost, SlotKind};
+pub use evidence::{Evidence, Source};
+pub use history::{Call, Contact, History, Return};
+pub use infeasible::Infeasible;
+pub use moment::Moment;
+pub use observation::{Agent, GuestVcpus, Host, Observation};
+pub use outcome::{Diagnosis, Extent, Outcome, Step};
+pub use plan::{Action, Plan, Preflight, Rejection};
+pub use request::{HotplugRequest, NotALevel, Patience, Require, Terms};
+pub use verdict::{NotAVerdict, Verdict};
+
+use outcome::{Finding, Ruling};
+
+/// Whether a request can be done, and how. `seen` is what the domain is like now.
+///
+/// The limits come first: whoever asks for what can never be done is told so, whatever the domain
+/// is doing at the moment.
+pub fn preflight(request: &HotplugRequest, seen: &Observation, host: &Host) -> Preflight {
+    let state = seen.domain.state;
+    if !state.is_active() {
+        let remedy = "start it";
+        return Preflight::Rejected(Rejection::NotRunning(state, remedy));
+    }
+    let plan = match request {
+        HotplugRequest::Vcpus { count, .. } => vcpus::preflight(*count, seen),
+        HotplugRequest::Memory { size } => memory::preflight(*size, seen, host),
+    };
+    let plan = match plan {
+        Ok(plan) => plan,
+        Err(limit) => return Preflight::Rejected(limit.into()),
+    };
+    if !state.runs() {
+        let remedy = "its guest cannot take anything; resume it first";
+        return Preflight::Rejected(Rejection::NotRunning(state, remedy));
+    }
+    match &seen.job {
+        Some(job) if !plan.actions.is_empty() => Preflight::Blocked(job.clone()),
+        _ => Preflight::Ready(plan),
+    }
+}
+
+/// What to do next, judging by all that was seen and done so far. `now` must not be before
+/// anything in the history.
+///
+/// After a verdict that [may change](Verdict::may_change), call it again with what is seen later:
+/// a record is put right when the answer is `Verified`.
+pub fn judge(history: &History, now: Moment) -> Step {
+    let finding = match rule(history, now) {
+        Ruling::Call(action) => return Step::Call(action),
+        Ruling::Found(finding) => finding,
+        Ruling::Wait { awaiting, until } if !history.is_over(now) => {
+            let deadline = history.terms.deadline;
+            let until = until.map_or(deadline, |until| until.min(deadline));
+            return Step::Wait { awaiting, until };
+        }
+        Ruling::Wait { awaiting, .. } => Finding::new(
+            Verdict::Pending,
+            format!("the deadline passed while waiting for {awaiting}"),
+        ),
+    };
+    let (trail, before, after) = match history.request {
+        HotplugRequest::Vcpus { .. } => (
+            vcpus::trail(history),
+            vcpus::extent(&history.before),
+            vcpus::extent(history.latest()),
+        ),
+        HotplugRequest::Memory { .. } => (
+            memory::trail(history),
+            memory::extent(&history.before),
+            memory::extent(history.latest()),
+        ),
+    };
+    Step::Done(Box::new(Outcome {
+        verdict: finding.verdict,
+        message: finding.message,
+        before,
+        requested: history.request.extent(),
+        after,
+        evidence: trail,
+        hypervisor_error: history.last_error(),
+        diagnosis: finding.diagnosis,
+    }))
+}
+
+fn rule(history: &History, now: Moment) -> Ruling {
+    if let Some(end) = trouble::ended(history) {
+        return Ruling::Found(end);
+    }
+    let shows = match history.request {
+        HotplugRequest::Vcpus { count, .. } => vcpus::shows(history, count),
+        HotplugRequest::Memory { size } => memory::shows(history, size),
+    };
+    if let Some(ruling) = trouble::after_call(history, now, shows) {
+        return ruling;
+    }
+    if let Some(action) = history
+        .next_planned()
+        .filter(|_| history.running_call().is_none())
+    {
+        return match history.is_over(now) {
+            false => Ruling::Call(action.clone()),
+            true => Ruling::Found(Finding::new(
+                Verdict::Busy,
+                "the deadline passed before the hypervisor could be called: nothing was changed",
+            )),
+        };
+    }
+    match history.request {
+        HotplugRequest::Vcpus { count, online } => vcpus::judge(history, count, online, now),
+        HotplugRequest::Memory { size } => memory::judge(history, size, now),
+    }
+}

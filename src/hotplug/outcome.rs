@@ -1,0 +1,191 @@
+//! What comes out of an operation, and what is to be done until then.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::{Action, Evidence, Moment, Verdict};
+use crate::units::Bytes;
+
+/// What is to be done next.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Step {
+    /// Note the call in the history, write the journal, and make it.
+    Call(Action),
+    /// Wait for an event or a call to come back, look at the domain again, and ask again; at the
+    /// latest at `until`, when the passing of time alone changes the answer.
+    Wait {
+        /// What is awaited, for people.
+        awaiting: String,
+        /// When to ask again in any case.
+        until: Moment,
+    },
+    /// There is a verdict.
+    Done(Box<Outcome>),
+}
+
+/// The result of an operation.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Outcome {
+    /// The verdict.
+    pub verdict: Verdict,
+    /// One sentence for people.
+    pub message: String,
+    /// What there was before.
+    pub before: Extent,
+    /// What was asked for.
+    pub requested: Extent,
+    /// What there was when it was last looked at.
+    pub after: Extent,
+    /// What was seen, in order.
+    pub evidence: Vec<Evidence>,
+    /// The hypervisor's own error, if it had one, whether or not it was the last word.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hypervisor_error: Option<String>,
+    /// What is wrong with the guest, and what to do, if it is the guest.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub diagnosis: Option<Diagnosis>,
+}
+
+/// How much of a resource there is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Extent {
+    /// vCPUs.
+    #[serde(rename_all = "camelCase")]
+    Vcpus {
+        /// How many are plugged, or asked for.
+        vcpus: u32,
+        /// How many the guest uses, where its agent tells.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        online: Option<u32>,
+    },
+    /// Memory.
+    #[serde(rename_all = "camelCase")]
+    Memory {
+        /// What the domain booted with and what the guest took, or what is asked for.
+        memory: Bytes,
+        /// What the guest sees in all, where its balloon driver tells.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        guest_total: Option<Bytes>,
+    },
+}
+
+/// What is wrong, and what to do.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Diagnosis {
+    /// A short word for programs.
+    pub code: String,
+    /// What was seen.
+    pub seen: String,
+    /// What to do.
+    pub remedy: String,
+}
+
+impl Diagnosis {
+    pub(super) fn new(code: &str, seen: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self {
+            code: code.to_owned(),
+            seen: seen.into(),
+            remedy: remedy.into(),
+        }
+    }
+}
+
+/// A verdict with its reasons, before the evidence is added.
+#[derive(Debug)]
+pub(super) struct Finding {
+    pub(super) verdict: Verdict,
+    pub(super) message: String,
+    pub(super) diagnosis: Option<Diagnosis>,
+}
+
+impl Finding {
+    pub(super) fn new(verdict: Verdict, message: impl Into<String>) -> Self {
+        Self {
+            verdict,
+            message: message.into(),
+            diagnosis: None,
+        }
+    }
+
+    pub(super) fn because(self, diagnosis: Diagnosis) -> Self {
+        Self {
+            diagnosis: Some(diagnosis),
+            ..self
+        }
+    }
+}
+
+/// What a judge of one resource says.
+#[derive(Debug)]
+pub(super) enum Ruling {
+    Call(Action),
+    Wait {
+        awaiting: String,
+        until: Option<Moment>,
+    },
+    Found(Finding),
+}
+
+impl Ruling {
+    pub(super) fn wait(awaiting: impl Into<String>) -> Self {
+        Self::Wait {
+            awaiting: awaiting.into(),
+            until: None,
+        }
+    }
+
+    pub(super) fn wait_until(awaiting: impl Into<String>, until: Moment) -> Self {
+        Self::Wait {
+            awaiting: awaiting.into(),
+            until: Some(until),
+        }
+    }
+}
+
+/// A span for people: `0.4 s`.
+pub(super) fn seconds(span: Duration) -> String {
+    let tenths = (span.as_millis() + 50) / 100;
+    format!("{}.{} s", tenths / 10, tenths % 10)
+}
+
+/// A number of things for people: `1 vCPU`, `3 vCPUs`.
+pub(super) fn counted(count: u32, thing: &str) -> String {
+    match count {
+        1 => format!("1 {thing}"),
+        count => format!("{count} {thing}s"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn people_get_round_numbers() {
+        assert_eq!(seconds(Duration::from_millis(449)), "0.4 s");
+        assert_eq!(seconds(Duration::from_millis(12_960)), "13.0 s");
+        assert_eq!(counted(1, "vCPU"), "1 vCPU");
+        assert_eq!(counted(0, "vCPU"), "0 vCPUs");
+    }
+
+    #[test]
+    fn an_extent_is_as_short_as_what_is_known() {
+        let extent = Extent::Vcpus {
+            vcpus: 4,
+            online: None,
+        };
+        let json = serde_json::to_string(&extent).unwrap();
+        assert_eq!(json, r#"{"vcpus":4}"#);
+        assert_eq!(serde_json::from_str::<Extent>(&json).unwrap(), extent);
+        let extent = Extent::Memory {
+            memory: Bytes::from_mib(1024).unwrap(),
+            guest_total: Some(Bytes::new(938_512 << 10)),
+        };
+        let json = serde_json::to_string(&extent).unwrap();
+        assert_eq!(json, r#"{"memory":"1GiB","guestTotal":"938512KiB"}"#);
+        assert_eq!(serde_json::from_str::<Extent>(&json).unwrap(), extent);
+    }
+}

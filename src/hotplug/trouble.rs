@@ -1,0 +1,212 @@
+//! Ends that have nothing to do with the resource: the domain is gone, the call failed, nobody
+//! answers.
+
+use super::history::{Call, Contact, History, Return};
+use super::outcome::{Diagnosis, Finding, Ruling};
+use super::{Action, Event, Moment, Verdict};
+use crate::domain::DomainState;
+
+/// libvirt's error numbers (virterror.h) that mean something here.
+const NO_DOMAIN: u32 = 42;
+const OPERATION_INVALID: u32 = 55;
+const OPERATION_TIMEOUT: u32 = 68;
+
+/// Whether the domain's life ended the operation, or made it pointless.
+pub(super) fn ended(history: &History) -> Option<Finding> {
+    let stopped = |message: String| Some(Finding::new(Verdict::DomainNotRunning, message));
+    if history.contact() == Some(&Contact::Absent) {
+        return match history.calls().is_empty() {
+            true => Some(Finding::new(
+                Verdict::DomainNotFound,
+                "there is no such domain",
+            )),
+            false => stopped("the domain ended in the middle of the operation".to_owned()),
+        };
+    }
+    let end = history.all_events().find_map(|(_, event)| match event {
+        Event::Stopped(why) => Some(why),
+        _ => None,
+    });
+    if let Some(why) = end {
+        return stopped(format!(
+            "the domain ended in the middle of the operation: {why}"
+        ));
+    }
+    let (before, latest) = (&history.before.domain, &history.latest().domain);
+    match latest.state {
+        DomainState::ShutOff | DomainState::Crashed => {
+            stopped(format!("the domain is {}", latest.state))
+        }
+        _ if latest.id != before.id => {
+            stopped("the domain was started anew in the middle of the operation".to_owned())
+        }
+        _ => None,
+    }
+}
+
+/// What a failed call means for the operation.
+pub(super) enum Failure {
+    /// libvirt did not get hold of the domain: nothing was changed, ask again.
+    Locked,
+    /// libvirt waited for the guest to let a vCPU go, and gave up waiting; the request stands.
+    UnplugTimedOut,
+    /// The domain does not run.
+    NotRunning,
+    /// Anything else.
+    Error,
+}
+
+/// What kind of failure it is. libvirt has one number for two time-outs, told apart by text
+/// (reference: qemu_hotplug.c `qemuDomainHotplugDelVcpu`, virdomainjob.c).
+pub(super) fn failure(number: u32, message: &str) -> Failure {
+    match number {
+        OPERATION_TIMEOUT if message.contains("state change lock") => Failure::Locked,
+        OPERATION_TIMEOUT if message.contains("unplug") => Failure::UnplugTimedOut,
+        NO_DOMAIN => Failure::NotRunning,
+        OPERATION_INVALID if message.contains("not running") => Failure::NotRunning,
+        _ => Failure::Error,
+    }
+}
+
+/// What the last call leaves to be said before the guest is looked at; `None` to look at it.
+/// `done` says whether the live XML shows what was asked for.
+pub(super) fn after_call(history: &History, now: Moment, done: bool) -> Option<Ruling> {
+    let over = history.is_over(now);
+    // That an agent does not do as told is the guest's affair.
+    let ours = |call: &&Call| !matches!(call.action, Action::OnlineVcpus { .. });
+    let call = history.calls().last().filter(ours)?;
+    let Some((at, how)) = &call.returned else {
+        return (over && !done).then(|| still_running(history));
+    };
+    match how {
+        Return::Done => None,
+        Return::Failed { number, message } => match failure(*number, message) {
+            Failure::UnplugTimedOut => None,
+            Failure::Locked if over => Some(Ruling::Found(Finding::new(
+                Verdict::Busy,
+                format!("something else held the domain until the deadline: {message}"),
+            ))),
+            Failure::Locked if history.may_call() => Some(Ruling::Call(call.action.clone())),
+            Failure::Locked => None,
+            Failure::NotRunning => Some(Ruling::Found(Finding::new(
+                Verdict::DomainNotRunning,
+                message.clone(),
+            ))),
+            // What was done before the error stays done: it is looked at first.
+            Failure::Error if history.latest().at < *at && !over => {
+                Some(Ruling::wait("a look at what the failed call left"))
+            }
+            Failure::Error => Some(Ruling::Found(error(message))),
+        },
+        Return::Overdue if over && !done => Some(still_running(history)),
+        Return::Overdue => None,
+        Return::Lost if done => None,
+        Return::Lost => lost(history, call, *at, now),
+    }
+}
+
+/// Whether libvirt got the call is not known. If it did, it carries it out in a moment even
+/// though nobody waits for the answer.
+fn lost(history: &History, call: &Call, at: Moment, now: Moment) -> Option<Ruling> {
+    let moment = at.after(history.terms.patience.appear);
+    if now < moment && !history.is_over(now) {
+        return Some(Ruling::wait_until(
+            "a sign that libvirt got the request",
+            moment,
+        ));
+    }
+    match call.action.is_unplug(&history.before) {
+        // It may have been passed on to the guest, which nothing shows.
+        true => None,
+        false => Some(Ruling::Found(Finding::new(
+            Verdict::HypervisorError,
+            "the connection or this program ended during the call, and the domain shows nothing \
+             of it: ask again",
+        ))),
+    }
+}
+
+fn still_running(history: &History) -> Ruling {
+    Ruling::Found(match history.contact() {
+        Some(Contact::Unreachable(why)) => unreachable(why),
+        _ => Finding::new(
+            Verdict::Pending,
+            "libvirt has not answered the call by the deadline: it may still carry it out",
+        ),
+    })
+}
+
+fn unreachable(why: &str) -> Finding {
+    Finding::new(
+        Verdict::HypervisorUnavailable,
+        format!("the hypervisor could not be asked: {why}"),
+    )
+}
+
+/// What is to be said at the deadline before anything about the guest.
+pub(super) fn at_deadline(history: &History) -> Option<Finding> {
+    match history.contact() {
+        Some(Contact::Unreachable(why)) => Some(unreachable(why)),
+        _ if !history.latest().domain.state.runs() => {
+            let state = history.latest().domain.state;
+            Some(Finding::new(
+                Verdict::DomainNotRunning,
+                format!("the domain is {state}, so its guest cannot take anything: resume it"),
+            ))
+        }
+        _ => None,
+    }
+}
+
+/// libvirt's or QEMU's own error, with what is known about it.
+fn error(message: &str) -> Finding {
+    let finding = Finding::new(Verdict::HypervisorError, message);
+    let known = KNOWN.iter().find(|(text, ..)| message.contains(text));
+    match known {
+        Some((_, code, seen, remedy)) => finding.because(Diagnosis::new(code, *seen, *remedy)),
+        None => finding,
+    }
+}
+
+/// Errors whose text does not say what to do: text, code, what it means, what to do.
+const KNOWN: [(&str, &str, &str, &str); 6] = [
+    (
+        "with SMI wasn't enabled by firmware",
+        "firmware-smi",
+        "the guest was started by a firmware with Secure Boot that does not take part in CPU \
+         hotplug",
+        "use a machine type newer than pc-q35-5.1 and an OVMF that negotiates CPU hotplug, and \
+         start the domain again",
+    ),
+    (
+        "unplug request for not supported device type",
+        "guest-without-cpu-eject",
+        "the guest's operating system has not taken over ACPI's CPU hotplug: it is still in its \
+         firmware, or runs with acpi=off",
+        "wait until the guest has booted, or boot it with ACPI",
+    ),
+    (
+        "Discarding RAM is disabled",
+        "vfio-without-coordinated-discard",
+        "an assigned device pins all of the guest's memory, which virtio-mem cannot work with",
+        "detach the device, or use a QEMU and a kernel with coordinated discarding of RAM",
+    ),
+    (
+        "Incompatible with mlock",
+        "memory-locked",
+        "the domain's memory is locked, which virtio-mem cannot work with",
+        "remove <locked/> from <memoryBacking> and start the domain again",
+    ),
+    (
+        "not enough free memory slots left",
+        "vhost-slots",
+        "vhost or KVM has no slot left for another range of memory",
+        "raise the vhost module's max_mem_regions, or use fewer and larger memory devices",
+    ),
+    (
+        "failed to find appropriate hotpluggable vcpus",
+        "cold-plugged-vcpus",
+        "the vCPUs that would have to go were there when the domain was started",
+        "start the domain with fewer vCPUs, or with hotpluggable='yes' in <vcpus>",
+    ),
+];

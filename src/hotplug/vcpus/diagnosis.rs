@@ -1,0 +1,98 @@
+//! What is wrong with a guest that does not follow, and what to do.
+
+use crate::domain::IdSet;
+use crate::hotplug::outcome::{Diagnosis, counted};
+
+/// The guest confirmed CPUs that it does not have.
+pub(super) fn thrown_away(has: u32, target: u32) -> Diagnosis {
+    Diagnosis::new(
+        "nr-cpus",
+        format!(
+            "the guest said through ACPI that it added the CPUs, but its agent sees {} of {target}: \
+             its kernel has no room for more",
+            counted(has, "CPU")
+        ),
+        "boot the guest without nr_cpus= and possible_cpus= or with larger ones, with a kernel \
+         whose NR_CPUS is large enough; a Linux from 6.8 on makes room only if it recognises its \
+         hypervisor, which it does not under plain software emulation. Its log says 'NR_CPUS/\
+         possible_cpus limit' or 'Unable to map lapic to logical cpu number'",
+    )
+}
+
+/// The guest said no to a plug.
+pub(super) fn not_added(ids: &IdSet, status: &str) -> Diagnosis {
+    Diagnosis::new(
+        "plug-refused",
+        format!("the guest answered '{status}' through ACPI for vCPUs {ids}"),
+        "look at the guest's log for ACPI errors; on Linux, \
+         /sys/firmware/acpi/hotplug/processor/enabled must be 1",
+    )
+}
+
+/// The guest has the CPUs and does not use them; its agent says so.
+pub(super) fn offline(offline: &IdSet) -> Diagnosis {
+    Diagnosis::new(
+        "cpus-offline",
+        format!("the guest has CPUs {offline} and leaves them offline"),
+        "ask again with online, so that they are brought online through the guest agent; or add \
+         a udev rule to the guest: SUBSYSTEM==\"cpu\", ACTION==\"add\", ATTR{online}=\"1\"",
+    )
+}
+
+/// The agent could not bring them online.
+pub(super) fn cannot_be_onlined(offline: &IdSet, error: Option<&str>) -> Diagnosis {
+    let answer = error.map_or_else(String::new, |error| format!("; the agent said: {error}"));
+    Diagnosis::new(
+        "cpus-cannot-be-onlined",
+        format!(
+            "the guest has CPUs {offline}, and they stayed offline when told to come online{answer}"
+        ),
+        "look at the guest's log; a guest that was ever live-migrated may need a reboot before \
+         it can use CPUs that were plugged, and one without the guest agent's right to write \
+         /sys/devices/system/cpu cannot be helped from outside",
+    )
+}
+
+/// No agent; the guest confirmed the CPUs, and they never ran.
+pub(super) fn never_ran(idle: &IdSet) -> Diagnosis {
+    Diagnosis::new(
+        "cpus-never-ran",
+        format!(
+            "the guest confirmed the CPUs through ACPI, but vCPUs {idle} have not been running: \
+             they are offline, or its kernel threw them away (nr_cpus); without its agent the \
+             two look alike"
+        ),
+        "bring them online in the guest (a udev rule does it for all that come), check nr_cpus \
+         on its kernel's command line, and install the guest agent, which can tell",
+    )
+}
+
+/// The guest gave no sign at all.
+pub(super) fn silent_plug(tried: &str) -> Diagnosis {
+    Diagnosis::new(
+        "no-sign",
+        format!("the vCPUs are plugged, and the guest gave no sign of having noticed ({tried})"),
+        "look whether the guest has booted, runs with ACPI (no acpi=off) and has a kernel with \
+         CONFIG_ACPI_HOTPLUG_CPU; CPUs that it misses now it finds at its next boot",
+    )
+}
+
+/// The guest keeps a CPU that it was to give up.
+pub(super) fn kept(ids: &IdSet, status: &str) -> Diagnosis {
+    Diagnosis::new(
+        "cpu-in-use",
+        format!("the guest answered '{status}' when it was to let vCPUs {ids} go"),
+        "something in the guest needs the CPU: deadline tasks that have reserved it, a task or \
+         an interrupt that is bound to it, or a driver; its log says 'Offline failed'",
+    )
+}
+
+/// There is nothing that could prove it.
+pub(super) fn no_source(tried: &str) -> Diagnosis {
+    Diagnosis::new(
+        "no-source",
+        format!("nothing tells whether the guest uses the CPUs ({tried})"),
+        "give the domain a channel for the guest agent (org.qemu.guest_agent.0) and install \
+         qemu-guest-agent in the guest",
+    )
+}

@@ -1,0 +1,317 @@
+//! What a history shows about vCPUs.
+
+use std::collections::BTreeMap;
+
+use crate::domain::{IdSet, VcpuStats};
+use crate::hotplug::evidence::Trail;
+use crate::hotplug::history::Return;
+use crate::hotplug::outcome::counted;
+use crate::hotplug::{
+    Action, Agent, Answer, Event, Evidence, Extent, GuestVcpus, History, Moment, Observation, Ost,
+    SlotKind, Source,
+};
+
+/// The signs of one operation, as they stand.
+pub(super) struct Signs<'h> {
+    /// The last that was seen of the domain since the first call.
+    pub(super) latest: Option<&'h Observation>,
+    /// How many are plugged, by the live XML.
+    pub(super) plugged: u32,
+    /// Which are plugged now and were not before.
+    pub(super) added: IdSet,
+    /// The last answer through ACPI for each vCPU.
+    pub(super) answers: BTreeMap<u32, (Moment, Answer, &'h Ost)>,
+    /// Those that QEMU or the guest said are gone, and when.
+    pub(super) gone: BTreeMap<u32, Moment>,
+    /// Those that the guest keeps.
+    pub(super) kept: IdSet,
+    /// The agent's answer in the last look.
+    pub(super) guest: Option<&'h GuestVcpus>,
+    /// Those of the plugged that have been seen running.
+    pub(super) running: IdSet,
+    /// Whether the statistics count how long vCPUs run.
+    pub(super) counts_time: bool,
+}
+
+impl<'h> Signs<'h> {
+    pub(super) fn read(history: &'h History) -> Self {
+        let latest = history.fresh();
+        let seen = latest.unwrap_or(&history.before);
+        let ids = seen.domain.vcpus.plugged_ids();
+        let added = ids.without(&history.before.domain.vcpus.plugged_ids());
+        let mut signs = Self {
+            latest,
+            plugged: ids.len(),
+            answers: BTreeMap::new(),
+            gone: BTreeMap::new(),
+            kept: IdSet::default(),
+            guest: latest.and_then(Observation::guest),
+            running: ids
+                .iter()
+                .filter(|id| runs(history, *id, added.contains(*id)))
+                .collect(),
+            counts_time: seen.stats.as_ref().is_some_and(|stats| {
+                stats
+                    .vcpus
+                    .values()
+                    .any(|vcpu| vcpu.time.is_some() || vcpu.exits.is_some())
+            }),
+            added,
+        };
+        signs.read_events(history);
+        signs
+    }
+
+    fn read_events(&mut self, history: &'h History) {
+        // What became of each vCPU last: whether it is gone, or kept.
+        let mut fate = BTreeMap::new();
+        for (at, event) in history.events() {
+            match event {
+                Event::Ost(ost) if ost.kind == SlotKind::Cpu => {
+                    let Some(answer) = ost.answer() else { continue };
+                    let id = ost.device.as_deref().and_then(vcpu_of).unwrap_or(ost.slot);
+                    self.answers.insert(id, (at, answer, ost));
+                    match answer {
+                        Answer::Gone => fate.insert(id, (true, at)),
+                        Answer::Kept => fate.insert(id, (false, at)),
+                        Answer::Leaving | Answer::Added | Answer::NotAdded => fate.remove(&id),
+                    };
+                }
+                Event::DeviceDeleted { device, path } => {
+                    let name = device.as_deref().or_else(|| peripheral(path));
+                    if let Some(id) = name.and_then(vcpu_of) {
+                        fate.insert(id, (true, at));
+                    }
+                }
+                Event::UnplugFailed { device } => {
+                    if let Some(id) = vcpu_of(device) {
+                        fate.insert(id, (false, at));
+                    }
+                }
+                _ => {}
+            }
+        }
+        for (id, (gone, at)) in fate {
+            match gone {
+                true => drop(self.gone.insert(id, at)),
+                false => self.kept.insert(id),
+            }
+        }
+    }
+
+    /// Those of the added to which the guest answered so.
+    pub(super) fn answered(&self, wanted: Answer) -> IdSet {
+        let answer = |id: &u32| self.answers.get(id).map(|(_, answer, _)| *answer);
+        self.added
+            .iter()
+            .filter(|id| answer(id) == Some(wanted))
+            .collect()
+    }
+
+    /// When the guest last answered through ACPI.
+    pub(super) fn last_answer(&self) -> Option<Moment> {
+        self.answers.values().map(|(at, ..)| *at).max()
+    }
+
+    /// Whether the guest answered for every vCPU that was added.
+    pub(super) fn all_answered(&self) -> bool {
+        self.added.iter().all(|id| self.answers.contains_key(&id))
+    }
+
+    /// How many are gone.
+    pub(super) fn gone_count(&self) -> u32 {
+        u32::try_from(self.gone.len()).unwrap_or(u32::MAX)
+    }
+
+    /// Whether every plugged vCPU has been seen running.
+    pub(super) fn all_run(&self) -> bool {
+        self.running.len() == self.plugged
+    }
+}
+
+/// `vcpu2` is vCPU 2: so libvirt names them in QEMU.
+fn vcpu_of(device: &str) -> Option<u32> {
+    device.strip_prefix("vcpu")?.parse().ok()
+}
+
+/// The device in `/machine/peripheral/vcpu2/lapic`. QEMU 10 tells only of this part of a vCPU
+/// that goes, not of the vCPU itself (measured).
+fn peripheral(path: &str) -> Option<&str> {
+    path.strip_prefix("/machine/peripheral/")?.split('/').next()
+}
+
+/// Whether a vCPU has been seen running since the operation began.
+///
+/// Once is enough for one that was there. A new one may run for a moment without the guest's
+/// system knowing it: a firmware with Secure Boot starts each new CPU once to set it up, and then
+/// lets it wait. So a new one must have run at two different times.
+fn runs(history: &History, id: u32, new: bool) -> bool {
+    let reset = history.reset().is_some();
+    let (mut last, needed) = match (new, reset) {
+        (true, false) => (Some(NEVER_RAN), 2),
+        (false, false) => (
+            history
+                .before
+                .stats
+                .as_ref()
+                .and_then(|s| s.vcpus.get(&id))
+                .copied(),
+            1,
+        ),
+        // After a reset all start anew, and the firmware runs them all.
+        (_, true) => (None, 3),
+    };
+    let mut grown = 0;
+    for observation in history.since_epoch() {
+        let Some(now) = observation
+            .stats
+            .as_ref()
+            .and_then(|stats| stats.vcpus.get(&id))
+        else {
+            continue;
+        };
+        if last.is_some_and(|last| grew(last, *now)) {
+            grown += 1;
+        }
+        last = Some(*now);
+    }
+    grown >= needed
+}
+
+const NEVER_RAN: VcpuStats = VcpuStats {
+    time: Some(0),
+    exits: Some(0),
+};
+
+fn grew(before: VcpuStats, now: VcpuStats) -> bool {
+    let more = |before: Option<u64>, now: Option<u64>| matches!((before, now), (Some(b), Some(n)) if n > b);
+    more(before.time, now.time) || more(before.exits, now.exits)
+}
+
+/// Whether the live XML shows so many.
+pub(in crate::hotplug) fn shows(history: &History, count: u32) -> bool {
+    history
+        .fresh()
+        .is_some_and(|seen| seen.domain.vcpus.plugged() == count)
+}
+
+/// How many there are, and how many of them the guest uses.
+pub(in crate::hotplug) fn extent(seen: &Observation) -> Extent {
+    Extent::Vcpus {
+        vcpus: seen.domain.vcpus.plugged(),
+        online: seen.guest().map(|guest| guest.online.len()),
+    }
+}
+
+/// The evidence, in order of time.
+pub(in crate::hotplug) fn trail(history: &History) -> Vec<Evidence> {
+    let mut found: Vec<(Moment, Source, String)> = Vec::new();
+    for call in history.calls() {
+        let what = match &call.action {
+            Action::SetVcpus { count, .. } => format!("set vCPUs to {count}"),
+            Action::OnlineVcpus { ids } => format!("bring CPUs {ids} online through the agent"),
+            Action::ResizeVirtioMem { .. } | Action::AttachDimm { .. } => continue,
+        };
+        let how = match &call.returned {
+            None => (call.started, "no answer yet".to_owned()),
+            Some((at, Return::Done)) => (*at, "accepted".to_owned()),
+            Some((at, Return::Failed { message, .. })) => (*at, format!("failed: {message}")),
+            Some((at, Return::Overdue)) => (*at, "no answer in time".to_owned()),
+            Some((at, Return::Lost)) => (*at, "the answer was lost".to_owned()),
+        };
+        found.push((how.0, Source::HypervisorCall, format!("{what}: {}", how.1)));
+    }
+    for (at, event) in history.all_events() {
+        found.extend(event_detail(event).map(|(source, detail)| (at, source, detail)));
+    }
+    for seen in history.observations() {
+        let plugged = seen.domain.vcpus.plugged_ids();
+        let detail = format!("{} ({plugged})", counted(plugged.len(), "vCPU"));
+        found.push((seen.at, Source::LiveXml, detail));
+        match &seen.agent {
+            Agent::NotAsked => {}
+            Agent::Silent(why) => {
+                found.push((seen.at, Source::GuestAgent, format!("no answer: {why}")));
+            }
+            Agent::Answered(guest) => {
+                let detail = format!("has {}, online {}", list(&guest.vcpus), list(&guest.online));
+                found.push((seen.at, Source::GuestAgent, detail));
+            }
+        }
+    }
+    found.extend(first_and_last_times(history));
+    found.sort_by_key(|(at, ..)| *at);
+    let mut trail = Trail::default();
+    for (at, source, detail) in found {
+        trail.add(source, at, detail);
+    }
+    trail.finish()
+}
+
+fn list(ids: &IdSet) -> String {
+    match ids.is_empty() {
+        true => "none".to_owned(),
+        false => ids.to_string(),
+    }
+}
+
+fn event_detail(event: &Event) -> Option<(Source, String)> {
+    Some(match event {
+        Event::Ost(ost) if ost.kind == SlotKind::Cpu => {
+            let name = ost
+                .device
+                .clone()
+                .unwrap_or_else(|| format!("vcpu{}", ost.slot));
+            let to = match ost.answer()? {
+                Answer::Added | Answer::NotAdded => "plug",
+                Answer::Leaving | Answer::Gone | Answer::Kept => "eject",
+            };
+            let status = ost.status_text();
+            (
+                Source::AcpiOst,
+                format!("{name}: {to}: {status} ({:#x})", ost.status),
+            )
+        }
+        Event::DeviceDeleted { device, path } => {
+            let name = device.as_deref().or_else(|| peripheral(path))?;
+            vcpu_of(name)?;
+            (Source::DeviceEvent, format!("{name} is gone from QEMU"))
+        }
+        Event::UnplugFailed { device } => {
+            vcpu_of(device)?;
+            (Source::DeviceEvent, format!("{device} was not let go"))
+        }
+        Event::Reset => (Source::Lifecycle, "the guest was reset".to_owned()),
+        Event::Stopped(why) => (Source::Lifecycle, format!("the domain ended: {why}")),
+        Event::Paused => (Source::Lifecycle, "the domain was paused".to_owned()),
+        Event::Resumed => (Source::Lifecycle, "the domain was resumed".to_owned()),
+        Event::Ost(_) | Event::MemorySize { .. } => return None,
+    })
+}
+
+/// How long the new vCPUs had run when they were first and last seen to run.
+fn first_and_last_times(history: &History) -> Vec<(Moment, Source, String)> {
+    let before = history.before.domain.vcpus.plugged_ids();
+    let mut told: Vec<(Moment, Source, String)> = Vec::new();
+    for seen in history.since_epoch() {
+        let added = seen.domain.vcpus.plugged_ids().without(&before);
+        let Some(stats) = seen.stats.as_ref().filter(|_| !added.is_empty()) else {
+            continue;
+        };
+        let times: Vec<String> = added
+            .iter()
+            .filter_map(|id| Some((id, stats.vcpus.get(&id)?.time?)))
+            .map(|(id, time)| format!("vcpu{id} ran {} ms", time / 1_000_000))
+            .collect();
+        if !times.is_empty() {
+            told.push((seen.at, Source::VcpuTime, times.join(", ")));
+        }
+    }
+    match told.len() {
+        0..=2 => told,
+        _ => {
+            let last = told.pop();
+            told.drain(..1).chain(last).collect()
+        }
+    }
+}
