@@ -276,6 +276,22 @@ fn odd_but_real_hosts_are_read() {
 }
 
 #[test]
+fn another_driver_has_no_version_of_qemu() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = write(
+        directory.path(),
+        "<domainCapabilities><domain>xen</domain><machine>xenfv</machine><arch>x86_64</arch>
+         <vcpu max='128'/></domainCapabilities>",
+    );
+    let printed = labels(&["--domain-capabilities", &file, "--qemu-version", "4.17.0"]);
+    let expected = serde_json::json!({
+        "machine.virtnode.io/xenfv": "128",
+        "virtnode.io/max-vcpus": "128",
+    });
+    assert_eq!(printed["labels"], expected);
+}
+
+#[test]
 fn wrong_flags_and_configurations_are_exit_code_2() {
     let directory = tempfile::tempdir().unwrap();
     let config = directory.path().join("config.yaml");

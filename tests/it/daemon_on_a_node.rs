@@ -73,13 +73,23 @@ async fn from_libvirt_to_the_node_and_away_again() -> anyhow::Result<()> {
         1.0
     );
 
-    let (status, _directory) = daemon.stop().await?;
+    let (status, directory) = daemon.stop().await?;
     assert_eq!(status.code(), Some(0));
     assert_eq!(
         labels(&nodes).await?,
         published,
         "labels stay when the daemon ends"
     );
+
+    // Edited while no daemon runs: the next one knows that it was ours.
+    let edit = json!({"metadata": {"labels": {Q35: "edited"}}});
+    nodes
+        .patch("n1", &PatchParams::default(), &Patch::Merge(edit))
+        .await?;
+    let daemon = Daemon::start_in(directory, &libvirtd.uri(), &arguments).await?;
+    daemon.ready().await?;
+    assert_eq!(labels(&nodes).await?, published);
+    daemon.stop().await?;
 
     let output = Command::new(env!("CARGO_BIN_EXE_virtnode"))
         .env_clear()
@@ -141,6 +151,8 @@ async fn a_node_that_does_not_exist_is_told_and_not_made() -> anyhow::Result<()>
         Ok(())
     })
     .await?;
+    let failures = "virtnode_label_sync_failures_total{reason=\"api-node-not-found\"}";
+    assert!(daemon.metric(failures)? >= 1.0);
     let nodes: Api<Node> = Api::all(kube.client());
     assert_eq!(nodes.list(&Default::default()).await?.items.len(), 0);
     kube.create_node("nobody").await?;
