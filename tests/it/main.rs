@@ -5,12 +5,13 @@
 mod architecture;
 mod cli;
 mod cluster;
+mod control;
 mod daemon;
 mod daemon_on_a_node;
 mod documents;
 mod kube_server;
-mod labeller;
 mod lab;
+mod labeller;
 mod libvirt;
 mod publish_node;
 mod support;

@@ -2,8 +2,8 @@
 
 pub(crate) mod daemon;
 pub(crate) mod fake_api;
-pub(crate) mod hypervisor;
 pub(crate) mod guest;
+pub(crate) mod hypervisor;
 pub(crate) mod kube;
 pub(crate) mod libvirtd;
 pub(crate) mod publisher;
