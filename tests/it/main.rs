@@ -8,6 +8,7 @@ mod cluster;
 mod daemon;
 mod daemon_on_a_node;
 mod documents;
+mod executor;
 mod kube_server;
 mod lab;
 mod labeller;
