@@ -5,6 +5,7 @@
 mod architecture;
 mod cli;
 mod cluster;
+mod control;
 mod daemon;
 mod daemon_on_a_node;
 mod documents;
