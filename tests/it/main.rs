@@ -16,3 +16,4 @@ mod labeller;
 mod libvirt;
 mod publish_node;
 mod support;
+mod truth_table;

@@ -572,17 +572,23 @@ impl DomainControl for FakeControl {
     async fn update_device(
         &self,
         domain: &DomainId,
-        xml: &str,
+        _: &str,
         _: Scope,
     ) -> Result<(), HypervisorError> {
-        let requested = xml
-            .split_once("<requested unit=\"KiB\">")
-            .and_then(|(_, rest)| rest.split_once('<'))
-            .and_then(|(number, _)| number.parse().ok())
-            .and_then(KiB::new)
-            .map(|size| Bytes::from(size).get())
-            .unwrap();
-        let call = format!("update-device {} {}", domain.name, requested / MIB);
+        let call = format!("update-device {}", domain.name);
+        self.begin(call, domain).await?;
+        Ok(())
+    }
+
+    async fn resize_virtio_mem(
+        &self,
+        domain: &DomainId,
+        alias: &str,
+        requested: KiB,
+    ) -> Result<(), HypervisorError> {
+        assert_eq!(alias, "ua-mem0");
+        let requested = Bytes::from(requested).get();
+        let call = format!("resize-virtio-mem {} {}", domain.name, requested / MIB);
         let (name, error) = self.begin(call, domain).await?;
         sleep(PLUG).await;
         let size = self.change(&name, |domain| {
