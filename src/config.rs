@@ -139,7 +139,7 @@ pub struct Settings {
 
     /// Seconds between probes [default: 60]
     #[arg(
-        long,
+        long = "probe-interval",
         env = "VIRTNODE_PROBE_INTERVAL",
         value_name = "SECONDS",
         global = true
@@ -148,7 +148,7 @@ pub struct Settings {
 
     /// The longest random wait before the first write to the API server, in seconds [default: 10]
     #[arg(
-        long,
+        long = "start-jitter",
         env = "VIRTNODE_START_JITTER",
         value_name = "SECONDS",
         global = true
@@ -157,7 +157,7 @@ pub struct Settings {
 
     /// The longest wait for an answer of libvirt, in seconds [default: 30]
     #[arg(
-        long,
+        long = "call-deadline",
         env = "VIRTNODE_CALL_DEADLINE",
         value_name = "SECONDS",
         global = true

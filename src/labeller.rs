@@ -113,11 +113,6 @@ impl<H: Hypervisor> Labeller<H> {
         self.progress.subscribe()
     }
 
-    /// What was published before this run.
-    pub fn published(&self) -> &LabelSet {
-        self.published.labels()
-    }
-
     /// Probes and publishes until `token` is cancelled. The labels stay then.
     pub async fn run(mut self, token: CancellationToken) {
         token.run_until_cancelled_owned(self.keep_true()).await;

@@ -19,7 +19,7 @@ use tracing::debug;
 /// Connections at a time; more wait in the kernel's queue.
 const CONNECTIONS: usize = 64;
 /// For a request's head to arrive, and for an idle connection to send the next one.
-const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
+const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
 /// No connection is older: a client that reads slowly does not keep its place for ever.
 const CONNECTION_TIMEOUT: Duration = Duration::from_secs(300);
 /// A request's head, and what is buffered of an answer.

@@ -4,7 +4,7 @@ mod health;
 mod http;
 mod listener;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -23,8 +23,8 @@ use crate::config::{Config, Target};
 use crate::hypervisor::{Libvirt, LibvirtConfig};
 use crate::label::{LabelKey, LabelSet, LabelValue};
 use crate::labeller::{Labeller, Outlets};
-use crate::publish::file::FilePublisher;
-use crate::publish::node::{NodePublisher, Options};
+use crate::publish::file::{self, FilePublisher, NODE_LABELS_FILE, Report};
+use crate::publish::node::{NodePublisher, Options, SyncState};
 use crate::telemetry::Metrics;
 pub use health::Health;
 
@@ -134,12 +134,15 @@ async fn start(
     let synced = node.as_ref().map(|(_, publisher, ..)| publisher.state());
     let health = Arc::new(Health::new(labeller.progress(), synced));
     if let Some((cluster, publisher, to_publish, found)) = node {
-        let before = labeller.published().clone();
+        let memory = config.state_directory.join(NODE_LABELS_FILE);
+        parts.spawn(remember(publisher.state(), memory.clone(), stop.clone()));
         let stop = stop.clone();
         parts.spawn(async move {
             let look = stop.run_until_cancelled(found_on_node(&cluster)).await;
             if let Some(on_node) = look {
-                let mut ours = before;
+                // Ours are those that the Node shows as ours, and those that somebody edited
+                // while this daemon was away.
+                let mut ours = file::load(&memory).unwrap_or_default();
                 ours.extend(on_node.clone());
                 // The labeller goes away only when the daemon stops.
                 let _stopping = found.send(on_node);
@@ -168,6 +171,33 @@ async fn start(
         "the HTTP server"
     });
     Ok(())
+}
+
+/// Keeps what the Node has from us in a file, for the next run. A read-only state directory costs
+/// only the knowledge which labels were edited while no daemon ran.
+async fn remember(
+    mut state: watch::Receiver<SyncState>,
+    path: PathBuf,
+    stop: CancellationToken,
+) -> &'static str {
+    let keep = async {
+        let mut told = false;
+        while state.changed().await.is_ok() {
+            let published = Arc::clone(&state.borrow_and_update().published);
+            if published.is_empty() {
+                continue;
+            }
+            if let Err(error) = file::store(&path, &Report::of(&published))
+                && !std::mem::replace(&mut told, true)
+            {
+                warn!(%error, "what is published on the Node cannot be kept for the next run");
+            }
+        }
+        // Its sender ends with the publisher, which is told apart.
+        std::future::pending::<()>().await;
+    };
+    stop.run_until_cancelled(keep).await;
+    "the memory of the Node's labels"
 }
 
 /// What of ours the Node has: the labels that are ours by its field managers, with the values it

@@ -1,8 +1,19 @@
 //! The one integration test binary: what needs more than one module, or a real part.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on should panic")]
+
 mod architecture;
+mod cli;
+mod cluster;
+mod daemon;
+mod daemon_on_a_node;
 mod documents;
 mod kube_server;
+<<<<<<< HEAD
 mod lab;
+=======
+mod labeller;
+>>>>>>> main
 mod libvirt;
+mod publish_node;
 mod support;
