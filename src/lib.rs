@@ -22,6 +22,7 @@ pub mod hotplug;
 pub mod hypervisor;
 pub mod label;
 pub mod labeller;
+pub mod operations;
 pub mod probe;
 pub mod publish;
 pub mod telemetry;

@@ -1,8 +1,10 @@
 //! The daemon: builds every part, joins them, and ends when one of them does.
 
+pub mod api;
 mod health;
 mod http;
 mod listener;
+mod socket;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -27,6 +29,7 @@ use crate::publish::file::{self, FilePublisher, NODE_LABELS_FILE, Report};
 use crate::publish::node::{NodePublisher, Options, SyncState};
 use crate::telemetry::Metrics;
 pub use health::Health;
+pub use socket::Peer;
 
 /// How long parts may take to end after they were asked to.
 const GRACE: Duration = Duration::from_secs(5);
@@ -166,7 +169,7 @@ async fn start(
     parts.spawn(async move {
         let router = http::router(metrics, health);
         token
-            .run_until_cancelled(listener::serve(listener, router))
+            .run_until_cancelled(listener::serve(listener, router, listener::Bounds::default()))
             .await;
         "the HTTP server"
     });
