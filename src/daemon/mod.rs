@@ -169,7 +169,11 @@ async fn start(
     parts.spawn(async move {
         let router = http::router(metrics, health);
         token
-            .run_until_cancelled(listener::serve(listener, router, listener::Bounds::default()))
+            .run_until_cancelled(listener::serve(
+                listener,
+                router,
+                listener::Bounds::default(),
+            ))
             .await;
         "the HTTP server"
     });

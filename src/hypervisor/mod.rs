@@ -3,6 +3,7 @@
 //! Documents come as text; reading them is [`crate::capability`]'s. Every call has a deadline of
 //! its own and ends with an answer or a [`HypervisorError`], whatever the daemon behind it does.
 
+mod control;
 mod libvirt;
 
 use std::future::Future;
@@ -11,6 +12,9 @@ use std::time::Duration;
 use thiserror::Error;
 use tokio::sync::watch;
 
+pub use self::control::{
+    Change, DomainControl, DomainId, DomainStats, LiveDomain, Notice, Notices, Scope,
+};
 pub use self::libvirt::{Keepalive, Libvirt, LibvirtConfig};
 use crate::capability::Version;
 

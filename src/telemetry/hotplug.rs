@@ -1,12 +1,13 @@
 //! The metrics of verified hotplug and its journal.
 
-use std::time::Duration;
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
 
-use prometheus::{Gauge, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec};
+use prometheus::{Gauge, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec};
 
 use super::metrics::Registrar;
-use crate::hotplug::{Extent, Moment, Verdict};
-use crate::operations::Phase;
+use crate::hotplug::{Evidence, Extent, Moment, Source, Verdict};
+use crate::operation::{OperationId, Record, State};
 
 /// What can be plugged, as in the label `resource`.
 pub const RESOURCES: [&str; 2] = ["vcpus", "memory"];
@@ -53,6 +54,15 @@ pub struct HotplugMetrics {
     in_progress: IntGauge,
     oldest: Gauge,
     journal: IntGaugeVec,
+    journal_failures: IntCounter,
+    open: Mutex<HashMap<OperationId, Open>>,
+}
+
+/// An operation without a verdict.
+struct Open {
+    asked: Moment,
+    /// Whether it is among the requests: what it does is known only after a look at the domain.
+    counted: bool,
 }
 
 impl HotplugMetrics {
@@ -88,6 +98,11 @@ impl HotplugMetrics {
                 "Records in the journal, by how far the operation is.",
                 &["state"],
             )?,
+            journal_failures: new.counter(
+                "virtnode_journal_write_failures_total",
+                "Times that the journal could not be written.",
+            )?,
+            open: Mutex::default(),
         };
         for resource in RESOURCES {
             for action in ACTIONS {
@@ -104,72 +119,92 @@ impl HotplugMetrics {
                 }
             }
         }
-        for state in STATES.map(|(_, word)| word) {
+        for state in STATES.map(State::as_str) {
             metrics.journal.with_label_values(&[state]);
         }
         Ok(metrics)
     }
 
-    /// An operation is asked for. `before` is what the domain has, if it could be looked at.
-    pub fn asked(&self, before: Option<Extent>, requested: Extent) {
+    /// An operation was asked for, began, got its verdict, or had it put right.
+    pub fn changed(&self, record: &Record) {
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        match record.state {
+            State::Done => {
+                let counted = open.remove(&record.id).is_some_and(|open| open.counted);
+                if record.corrected.is_none() {
+                    if !counted {
+                        self.count_request(record);
+                    }
+                    self.count_result(record);
+                }
+            }
+            State::Queued | State::Running => {
+                let counted = open.get(&record.id).is_some_and(|open| open.counted);
+                if !counted && record.before.is_some() {
+                    self.count_request(record);
+                }
+                let now = Open {
+                    asked: record.created,
+                    counted: counted || record.before.is_some(),
+                };
+                open.insert(record.id.clone(), now);
+            }
+        }
+        let oldest = open.values().map(|open| open.asked).min();
+        self.in_progress
+            .set(i64::try_from(open.len()).unwrap_or(i64::MAX));
+        self.oldest.set(oldest.map_or(0.0, seconds));
+    }
+
+    fn count_request(&self, record: &Record) {
+        let action = action(record.before, record.requested);
         self.requests
-            .with_label_values(&[resource(requested), action(before, requested)])
+            .with_label_values(&[resource(record.requested), action])
             .inc();
     }
 
-    /// An operation has its first verdict.
-    pub fn ended(&self, before: Option<Extent>, requested: Extent, verdict: Verdict) {
-        let labels = [
-            resource(requested),
-            action(before, requested),
-            verdict.as_str(),
-        ];
-        self.results.with_label_values(&labels).inc();
-    }
-
-    /// How long an operation took until the hypervisor had done its part, and from then on.
-    pub fn took(
-        &self,
-        before: Option<Extent>,
-        requested: Extent,
-        execute: Duration,
-        verify: Duration,
-    ) {
-        for (phase, took) in PHASES.into_iter().zip([execute, verify]) {
-            let labels = [resource(requested), action(before, requested), phase];
-            self.duration
-                .with_label_values(&labels)
-                .observe(took.as_secs_f64());
+    fn count_result(&self, record: &Record) {
+        let resource = resource(record.requested);
+        let action = action(record.before, record.requested);
+        if let Some(verdict) = record.verdict {
+            self.results
+                .with_label_values(&[resource, action, verdict.as_str()])
+                .inc();
+        }
+        let call = |evidence: &&Evidence| evidence.source == Source::HypervisorCall;
+        let called = record.evidence.iter().rfind(call);
+        if let (Some(called), Some(finished)) = (called, record.finished) {
+            let started = record.started.unwrap_or(record.created);
+            let spans = [called.time.since(started), finished.since(called.time)];
+            for (phase, span) in PHASES.into_iter().zip(spans) {
+                self.duration
+                    .with_label_values(&[resource, action, phase])
+                    .observe(span.as_secs_f64());
+            }
         }
     }
 
-    /// What the journal holds: for each record how far it is and when it was asked for.
-    pub fn journal_holds(&self, records: impl IntoIterator<Item = (Phase, Moment)>) {
+    /// The journal could not be written.
+    pub fn journal_failed(&self) {
+        self.journal_failures.inc();
+    }
+
+    /// What the journal holds: how far each record's operation is.
+    pub fn journal_holds(&self, records: impl IntoIterator<Item = State>) {
         let mut counts = STATES.map(|_| 0);
-        let mut oldest: Option<Moment> = None;
-        for (phase, asked) in records {
-            for (count, (state, _)) in counts.iter_mut().zip(STATES) {
-                *count += i64::from(state == phase);
-            }
-            if phase != Phase::Finished {
-                oldest = Some(oldest.map_or(asked, |oldest| oldest.min(asked)));
+        for state in records {
+            for (count, each) in counts.iter_mut().zip(STATES) {
+                *count += i64::from(each == state);
             }
         }
-        for (count, (_, word)) in counts.into_iter().zip(STATES) {
-            self.journal.with_label_values(&[word]).set(count);
+        for (count, state) in counts.into_iter().zip(STATES) {
+            self.journal.with_label_values(&[state.as_str()]).set(count);
         }
-        let [queued, running, _] = counts;
-        self.in_progress.set(queued + running);
-        self.oldest.set(oldest.map_or(0.0, seconds));
     }
 }
 
-/// The phases with their words in the metrics.
-const STATES: [(Phase, &str); 3] = [
-    (Phase::Queued, "queued"),
-    (Phase::Running, "running"),
-    (Phase::Finished, "finished"),
-];
+/// Every state of a record.
+const STATES: [State; 3] = [State::Queued, State::Running, State::Done];
 
 #[expect(
     clippy::cast_precision_loss,
@@ -181,7 +216,11 @@ fn seconds(moment: Moment) -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
+    use crate::hotplug::{HotplugRequest, Require};
+    use crate::operation::{AskedBy, Order};
     use crate::telemetry::Metrics;
     use crate::units::Bytes;
 
@@ -221,23 +260,64 @@ mod tests {
         assert_eq!(resource(memory), "memory");
     }
 
+    fn record(millis: u64) -> Record {
+        let order = Order {
+            domain: "vm1".parse().unwrap(),
+            request: HotplugRequest::Vcpus {
+                count: 3,
+                online: false,
+            },
+            require: Require::Online,
+            timeout: Duration::from_secs(60),
+            idempotency_key: None,
+            asked_by: AskedBy::Local { uid: 0 },
+        };
+        let created = Moment::from_millis(i64::try_from(millis).unwrap());
+        Record::new(OperationId::new(millis, 0), &order, created)
+    }
+
     #[test]
-    fn the_oldest_is_that_which_is_not_finished() {
+    fn an_operation_is_counted_once_as_what_it_does() {
         let metrics = Metrics::new();
-        let at = Moment::from_millis;
-        metrics.hotplug.journal_holds([
-            (Phase::Finished, at(1000)),
-            (Phase::Running, at(2500)),
-            (Phase::Queued, at(3000)),
-        ]);
-        let text = metrics.encode().unwrap();
-        assert!(text.contains("virtnode_hotplug_in_progress 2\n"));
-        assert!(
-            text.contains("virtnode_hotplug_oldest_in_progress_timestamp_seconds 2.5\n"),
-            "{text}"
+        let holds = |line: &str| {
+            let text = metrics.encode().unwrap();
+            assert!(text.lines().any(|have| have == line), "{line} in\n{text}");
+        };
+        let (mut first, second) = (record(2500), record(3000));
+        metrics.hotplug.changed(&first);
+        metrics.hotplug.changed(&second);
+        holds("virtnode_hotplug_in_progress 2");
+        holds("virtnode_hotplug_oldest_in_progress_timestamp_seconds 2.5");
+        first.state = State::Running;
+        metrics.hotplug.changed(&first);
+        first.before = Some(vcpus(1));
+        metrics.hotplug.changed(&first);
+        first.evidence.push(Evidence {
+            source: Source::HypervisorCall,
+            detail: "returned".into(),
+            time: Moment::from_millis(2600),
+        });
+        first.end(Verdict::GuestSilent, "nothing", Moment::from_millis(4600));
+        metrics.hotplug.changed(&first);
+        holds("virtnode_hotplug_in_progress 1");
+        holds("virtnode_hotplug_oldest_in_progress_timestamp_seconds 3");
+        first.verdict = Some(Verdict::Verified);
+        first.corrected = Some(Moment::from_millis(9000));
+        metrics.hotplug.changed(&first);
+        holds("virtnode_hotplug_requests_total{action=\"plug\",resource=\"vcpus\"} 1");
+        holds(
+            "virtnode_hotplug_results_total{action=\"plug\",resource=\"vcpus\",verdict=\"GuestSilent\"} 1",
         );
-        assert!(text.contains("virtnode_journal_records{state=\"finished\"} 1\n"));
-        metrics.hotplug.journal_holds([]);
-        assert!(metrics.encode().unwrap().contains("in_progress 0\n"));
+        holds(
+            "virtnode_hotplug_results_total{action=\"plug\",resource=\"vcpus\",verdict=\"Verified\"} 0",
+        );
+        holds(
+            "virtnode_hotplug_duration_seconds_sum{action=\"plug\",phase=\"execute\",resource=\"vcpus\"} 0.1",
+        );
+        holds(
+            "virtnode_hotplug_duration_seconds_sum{action=\"plug\",phase=\"verify\",resource=\"vcpus\"} 2",
+        );
+        metrics.hotplug.journal_holds([State::Done, State::Queued]);
+        holds("virtnode_journal_records{state=\"done\"} 1");
     }
 }

@@ -121,7 +121,10 @@ const MEMORY: (&str, &str) = (
     "The memory of a running domain: how much there can be, is asked for, was taken, and is seen \
      by the guest.",
 );
-const DOMAINS: (&str, &str) = ("virtnode_domains", "Domains that are not shut off, by state.");
+const DOMAINS: (&str, &str) = (
+    "virtnode_domains",
+    "Domains that are not shut off, by state.",
+);
 
 /// Every state of a domain that is not shut off, with its word in the metrics.
 const STATES: [(DomainState, &str); 7] = [

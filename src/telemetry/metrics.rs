@@ -330,7 +330,7 @@ impl Registrar<'_> {
         Ok(inventory)
     }
 
-    fn counter(&self, name: &str, help: &str) -> Result<IntCounter, prometheus::Error> {
+    pub(super) fn counter(&self, name: &str, help: &str) -> Result<IntCounter, prometheus::Error> {
         self.add(IntCounter::new(name, help)?)
     }
 

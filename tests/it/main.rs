@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on should panic")]
 
+mod api;
 mod architecture;
 mod cli;
 mod cluster;
@@ -9,11 +10,8 @@ mod daemon;
 mod daemon_on_a_node;
 mod documents;
 mod kube_server;
-<<<<<<< HEAD
 mod lab;
-=======
 mod labeller;
->>>>>>> main
 mod libvirt;
 mod publish_node;
 mod support;

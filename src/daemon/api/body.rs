@@ -9,7 +9,7 @@ use serde::{Deserialize, Deserializer};
 
 use super::error::ApiError;
 use crate::hotplug::{HotplugRequest, Require};
-use crate::operations::Ask;
+use crate::operation::{AskedBy, DomainName, Order};
 use crate::units::Bytes;
 
 /// How long an operation may take that does not say.
@@ -18,8 +18,6 @@ const TIMEOUT_SECONDS: u64 = 60;
 const MOST_SECONDS: u64 = 3600;
 /// The longest key.
 const KEY_MAX_BYTES: usize = 128;
-/// No domain has a longer name: it is a part of file names (`NAME_MAX`).
-const NAME_MAX_BYTES: usize = 255;
 
 /// `POST …/vcpus`.
 #[derive(Debug, Deserialize)]
@@ -52,19 +50,19 @@ fn level<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Require, D::Error
 }
 
 /// What a body asks for.
-pub(super) trait IntoAsk: DeserializeOwned {
-    fn into_ask(self, domain: String, caller: String) -> Result<Ask, ApiError>;
+pub(super) trait IntoOrder: DeserializeOwned {
+    fn into_order(self, domain: DomainName, asked_by: AskedBy) -> Result<Order, ApiError>;
 }
 
-impl IntoAsk for VcpusBody {
-    fn into_ask(self, domain: String, caller: String) -> Result<Ask, ApiError> {
+impl IntoOrder for VcpusBody {
+    fn into_order(self, domain: DomainName, asked_by: AskedBy) -> Result<Order, ApiError> {
         let request = HotplugRequest::Vcpus {
             count: self.count,
             online: self.online,
         };
-        ask(
+        order(
             domain,
-            caller,
+            asked_by,
             request,
             self.require,
             self.timeout_seconds,
@@ -73,12 +71,12 @@ impl IntoAsk for VcpusBody {
     }
 }
 
-impl IntoAsk for MemoryBody {
-    fn into_ask(self, domain: String, caller: String) -> Result<Ask, ApiError> {
+impl IntoOrder for MemoryBody {
+    fn into_order(self, domain: DomainName, asked_by: AskedBy) -> Result<Order, ApiError> {
         let request = HotplugRequest::Memory { size: self.size };
-        ask(
+        order(
             domain,
-            caller,
+            asked_by,
             request,
             self.require,
             self.timeout_seconds,
@@ -87,14 +85,14 @@ impl IntoAsk for MemoryBody {
     }
 }
 
-fn ask(
-    domain: String,
-    caller: String,
+fn order(
+    domain: DomainName,
+    asked_by: AskedBy,
     request: HotplugRequest,
     require: Require,
     timeout_seconds: Option<u64>,
     idempotency_key: Option<String>,
-) -> Result<Ask, ApiError> {
+) -> Result<Order, ApiError> {
     let seconds = timeout_seconds.unwrap_or(TIMEOUT_SECONDS);
     if !(1..=MOST_SECONDS).contains(&seconds) {
         return Err(ApiError::bad_request(
@@ -109,25 +107,19 @@ fn ask(
             format!("idempotencyKey must have from 1 to {KEY_MAX_BYTES} bytes"),
         ));
     }
-    Ok(Ask {
+    Ok(Order {
         domain,
         request,
         require,
         timeout: Duration::from_secs(seconds),
-        caller,
+        asked_by,
         idempotency_key,
     })
 }
 
-/// A name that a domain can have. What libvirt takes beyond that is its own affair.
-pub(super) fn domain_name(name: String) -> Result<String, ApiError> {
-    match name.len() <= NAME_MAX_BYTES && !name.contains('\0') {
-        true => Ok(name),
-        false => Err(ApiError::bad_request(
-            "bad-name",
-            format!("a domain's name has at most {NAME_MAX_BYTES} bytes, and no NUL"),
-        )),
-    }
+/// A name that a domain can have.
+pub(super) fn domain_name(name: String) -> Result<DomainName, ApiError> {
+    DomainName::try_from(name).map_err(|error| ApiError::bad_request("bad-name", error.to_string()))
 }
 
 /// Reads a body; the error says what is wrong and where.

@@ -6,7 +6,7 @@ use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 
-use crate::operations::Refusal;
+use super::operations::SubmitError;
 
 /// An error as it is told.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -72,13 +72,13 @@ impl From<BytesRejection> for ApiError {
     }
 }
 
-impl From<Refusal> for ApiError {
-    fn from(refusal: Refusal) -> Self {
-        let status = match refusal {
-            Refusal::KeyReused(_) => StatusCode::CONFLICT,
-            Refusal::Full => StatusCode::TOO_MANY_REQUESTS,
-            Refusal::Journal(_) | Refusal::Stopping => StatusCode::SERVICE_UNAVAILABLE,
+impl From<SubmitError> for ApiError {
+    fn from(error: SubmitError) -> Self {
+        let status = match error {
+            SubmitError::KeyReused(_) => StatusCode::CONFLICT,
+            SubmitError::TooMany(_) => StatusCode::TOO_MANY_REQUESTS,
+            SubmitError::Journal(_) | SubmitError::Stopping => StatusCode::SERVICE_UNAVAILABLE,
         };
-        Self::new(status, refusal.code(), refusal.to_string())
+        Self::new(status, error.code(), error.to_string())
     }
 }

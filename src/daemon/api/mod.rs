@@ -3,8 +3,11 @@
 mod access;
 mod body;
 mod error;
+mod operations;
 
 use std::convert::Infallible;
+use std::io;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,17 +22,18 @@ use axum::{Json, Router};
 use futures::StreamExt;
 use serde::{Deserialize, Serialize};
 use tokio::time::timeout;
-use tracing::info;
 
 pub use access::Access;
 pub use error::Problem;
+pub use operations::{Operations, SubmitError};
 
-use self::body::{IntoAsk, MemoryBody, VcpusBody};
+use self::body::{IntoOrder, MemoryBody, VcpusBody};
 use self::error::ApiError;
-use super::listener::Bounds;
-use super::socket::Peer;
+use self::operations::states;
+use super::listener::{self, Bounds};
+use super::socket::{LocalSocket, Peer};
 use crate::hotplug::Verdict;
-use crate::operations::{Operation, Operations, Phase};
+use crate::operation::{AskedBy, OperationId, Record};
 use crate::telemetry::{DomainFigures, Metrics};
 
 /// The API's description, as served and committed.
@@ -55,7 +59,7 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 const FIRST_LOOK: Duration = Duration::from_millis(200);
 
 /// Progress is streamed for as long as an operation may take.
-pub(super) const BOUNDS: Bounds = Bounds {
+const BOUNDS: Bounds = Bounds {
     connections: 256,
     age: Duration::from_secs(3700),
 };
@@ -70,8 +74,8 @@ pub struct Domains {
 /// `GET /v1/operations`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OperationList {
-    /// Those that the journal holds, the oldest first.
-    pub operations: Vec<Operation>,
+    /// Those that the journal holds, the newest first.
+    pub operations: Vec<Record>,
 }
 
 struct Shared<O> {
@@ -143,7 +147,21 @@ async fn guard<O: Operations>(
     })
 }
 
-async fn submit<O: Operations, B: IntoAsk>(
+/// Serves the API on a socket for as long as the future lives. The socket's group, and that of a
+/// directory that had to be made, is `gid`.
+///
+/// # Errors
+/// The socket cannot be made, or another daemon answers there.
+pub fn serve(
+    path: &std::path::Path,
+    gid: Option<u32>,
+    router: Router,
+) -> io::Result<impl Future<Output = ()> + Send + 'static> {
+    let socket = LocalSocket::bind(path, gid)?;
+    Ok(listener::serve(socket, router, BOUNDS))
+}
+
+async fn submit<O: Operations, B: IntoOrder>(
     State(shared): Api<O>,
     Extension(peer): Extension<Peer>,
     name: Result<Path<String>, PathRejection>,
@@ -153,35 +171,31 @@ async fn submit<O: Operations, B: IntoAsk>(
     let Path(name) = name?;
     let name = body::domain_name(name)?;
     let body: B = body::read(&bytes?)?;
-    let ask = body.into_ask(name, format!("uid {}", peer.uid))?;
-    let operation = operations.submit(ask).await?;
-    info!(operation = %operation.id, domain = ?operation.domain, uid = peer.uid, "asked over the local socket");
-    let operation = first_look(operations.as_ref(), operation).await;
-    if operation.verdict == Some(Verdict::DomainNotFound) {
-        let message = operation.message.unwrap_or_else(|| unknown(&operation.domain));
+    let order = body.into_order(name, AskedBy::Local { uid: peer.uid })?;
+    let id = operations.submit(order).await?;
+    let record = first_look(operations.as_ref(), &id).await;
+    let record = record.ok_or_else(|| no_such_operation(id.as_str()))?;
+    if record.verdict == Some(Verdict::DomainNotFound) {
+        let message = unknown(&record.domain.name);
         return Err(ApiError::not_found("domain-not-found", message));
     }
-    let status = match operation.phase {
-        Phase::Finished => StatusCode::OK,
-        Phase::Queued | Phase::Running => StatusCode::ACCEPTED,
+    let status = match record.is_done() {
+        true => StatusCode::OK,
+        false => StatusCode::ACCEPTED,
     };
-    let location = format!("/v1/operations/{}", operation.id);
-    Ok((status, [(header::LOCATION, location)], Json(operation)).into_response())
+    let location = format!("/v1/operations/{}", record.id);
+    Ok((status, [(header::LOCATION, location)], Json(record)).into_response())
 }
 
 /// Waits a moment for what is known at once.
-async fn first_look<O: Operations>(operations: &O, operation: Operation) -> Operation {
-    let Some(states) = operations.watch(&operation.id) else {
-        return operation;
-    };
-    let mut telling = states.skip_while(|state| {
-        let nothing_known = state.phase != Phase::Finished && state.before.is_none();
-        std::future::ready(nothing_known)
+async fn first_look<O: Operations>(operations: &O, id: &OperationId) -> Option<Record> {
+    let states = states(operations.watch(id)?);
+    let telling = states.filter(|state| {
+        let tells = state.is_done() || state.before.is_some();
+        std::future::ready(tells)
     });
-    match timeout(FIRST_LOOK, telling.next()).await {
-        Ok(Some(state)) => state,
-        Ok(None) | Err(_) => operations.operation(&operation.id).unwrap_or(operation),
-    }
+    let first = timeout(FIRST_LOOK, pin!(telling).next()).await;
+    first.ok().flatten().or_else(|| operations.operation(id))
 }
 
 async fn domains<O: Operations>(State(shared): Api<O>) -> Json<Domains> {
@@ -196,8 +210,9 @@ async fn domain<O: Operations>(
     let Path(name) = name?;
     let name = body::domain_name(name)?;
     let domains = shared.metrics.inventory.domains();
-    let found = domains.iter().find(|domain| domain.name == name);
-    let found = found.ok_or_else(|| ApiError::not_found("domain-not-found", unknown(&name)))?;
+    let found = domains.iter().find(|domain| domain.name == name.as_str());
+    let found =
+        found.ok_or_else(|| ApiError::not_found("domain-not-found", unknown(name.as_str())))?;
     Ok(Json(found.clone()))
 }
 
@@ -215,9 +230,13 @@ async fn operations_known<O: Operations>(
 async fn operation<O: Operations>(
     State(shared): Api<O>,
     id: Result<Path<String>, PathRejection>,
-) -> Result<Json<Operation>, ApiError> {
+) -> Result<Json<Record>, ApiError> {
     let Path(id) = id?;
-    let found = shared.operations()?.operation(&id);
+    let operations = shared.operations()?;
+    let found = id
+        .parse()
+        .ok()
+        .and_then(|id: OperationId| operations.operation(&id));
     Ok(Json(found.ok_or_else(|| no_such_operation(&id))?))
 }
 
@@ -226,9 +245,13 @@ async fn progress<O: Operations>(
     id: Result<Path<String>, PathRejection>,
 ) -> Result<Response, ApiError> {
     let Path(id) = id?;
-    let states = shared.operations()?.watch(&id);
-    let states = states.ok_or_else(|| no_such_operation(&id))?;
-    let lines = states.map(|state| {
+    let operations = shared.operations()?;
+    let record = id
+        .parse()
+        .ok()
+        .and_then(|id: OperationId| operations.watch(&id));
+    let record = record.ok_or_else(|| no_such_operation(&id))?;
+    let lines = states(record).map(|state| {
         // A record has no map with keys that are no text, so this does not fail.
         let mut line = serde_json::to_string(&state).unwrap_or_default();
         line.push('\n');
