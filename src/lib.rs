@@ -16,11 +16,13 @@ pub mod cluster;
 pub mod config;
 pub mod daemon;
 pub mod domain;
+pub mod executor;
 #[allow(unsafe_code)]
 pub mod ffi;
 pub mod host;
 pub mod hotplug;
 pub mod hypervisor;
+pub mod journal;
 pub mod label;
 pub mod labeller;
 pub mod operation;

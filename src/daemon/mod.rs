@@ -140,8 +140,11 @@ async fn start(
         let memory = config.state_directory.join(NODE_LABELS_FILE);
         parts.spawn(remember(publisher.state(), memory.clone(), stop.clone()));
         let stop = stop.clone();
+        let counted = Arc::clone(&metrics);
         parts.spawn(async move {
-            let look = stop.run_until_cancelled(found_on_node(&cluster)).await;
+            let look = stop
+                .run_until_cancelled(found_on_node(&cluster, &counted))
+                .await;
             if let Some(on_node) = look {
                 // Ours are those that the Node shows as ours, and those that somebody edited
                 // while this daemon was away.
@@ -209,7 +212,7 @@ async fn remember(
 
 /// What of ours the Node has: the labels that are ours by its field managers, with the values it
 /// shows. Looks until it is told; the publisher reports what stands in the way from then on.
-async fn found_on_node(cluster: &Cluster) -> LabelSet {
+async fn found_on_node(cluster: &Cluster, metrics: &Metrics) -> LabelSet {
     let mut told = None;
     loop {
         match cluster.observe().await {
@@ -223,6 +226,11 @@ async fn found_on_node(cluster: &Cluster) -> LabelSet {
                 return owned.collect();
             }
             Err(error) => {
+                metrics.sync_attempts.inc();
+                metrics
+                    .sync_failures
+                    .with_label_values(&[error.code()])
+                    .inc();
                 if told != Some(error.code()) {
                     warn!(node = cluster.node(), %error, "the Node cannot be seen yet; trying on");
                     told = Some(error.code());

@@ -47,14 +47,27 @@ impl Lab {
         let lab = Self {
             server: KubeServer::start().await?,
         };
-        lab.allow("virtnode", &["get", "list", "watch", "patch"])
-            .await?;
+        lab.allow_as_shipped().await?;
         Ok(lab)
+    }
+
+    /// Gives the daemon's account the rights that `manifests/rbac.yaml` gives it.
+    async fn allow_as_shipped(&self) -> anyhow::Result<()> {
+        let manifest = include_str!("../../manifests/rbac.yaml");
+        let of_kind = |kind: &str| {
+            let kind = format!("kind: {kind}\n");
+            manifest
+                .split("---\n")
+                .find(|document| document.contains(&kind))
+                .context("not there")
+        };
+        let role: ClusterRole = serde_saphyr::from_str(of_kind("ClusterRole")?)?;
+        let binding: ClusterRoleBinding = serde_saphyr::from_str(of_kind("ClusterRoleBinding")?)?;
+        self.bind("virtnode", &role, &binding).await
     }
 
     /// Gives a service account rights on nodes, and to write events.
     async fn allow(&self, account: &str, verbs: &[&str]) -> anyhow::Result<()> {
-        let post = PostParams::default();
         let role: ClusterRole = serde_json::from_value(json!({
             "metadata": {"name": account},
             "rules": [
@@ -67,9 +80,19 @@ impl Lab {
             "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": account},
             "subjects": [{"kind": "ServiceAccount", "namespace": "virtnode", "name": account}],
         }))?;
-        Api::all(self.server.client()).create(&post, &role).await?;
+        self.bind(account, &role, &binding).await
+    }
+
+    async fn bind(
+        &self,
+        account: &str,
+        role: &ClusterRole,
+        binding: &ClusterRoleBinding,
+    ) -> anyhow::Result<()> {
+        let post = PostParams::default();
+        Api::all(self.server.client()).create(&post, role).await?;
         Api::all(self.server.client())
-            .create(&post, &binding)
+            .create(&post, binding)
             .await?;
         // The server learns of new rights a moment later.
         let cluster = self.cluster_as(account, "no-such-node").await?;

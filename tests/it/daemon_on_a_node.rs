@@ -151,6 +151,8 @@ async fn a_node_that_does_not_exist_is_told_and_not_made() -> anyhow::Result<()>
         Ok(())
     })
     .await?;
+    let failures = "virtnode_label_sync_failures_total{reason=\"api-node-not-found\"}";
+    assert!(daemon.metric(failures)? >= 1.0);
     let nodes: Api<Node> = Api::all(kube.client());
     assert_eq!(nodes.list(&Default::default()).await?.items.len(), 0);
     kube.create_node("nobody").await?;
