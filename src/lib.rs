@@ -25,6 +25,7 @@ pub mod hypervisor;
 pub mod journal;
 pub mod label;
 pub mod labeller;
+pub mod monitor;
 pub mod operation;
 pub mod probe;
 pub mod publish;

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 use std::io::{IsTerminal, Write as _};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use anyhow::bail;
 use clap::{Args, Subcommand};
@@ -13,8 +13,9 @@ use super::local::{Local, Progress};
 use super::output::{Output, print, print_value};
 use super::{Exit, report, runtime};
 use crate::config::Config;
-use crate::hotplug::{HotplugRequest, Moment, Require};
+use crate::hotplug::{HotplugRequest, Require};
 use crate::operation::{DomainName, Record};
+use crate::telemetry::now;
 use crate::units::Bytes;
 
 /// `virtnode hotplug vcpus|memory DOMAIN …`.
@@ -183,12 +184,6 @@ impl Drop for Line {
             self.write("");
         }
     }
-}
-
-fn now() -> Moment {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH);
-    let millis = since.map_or(0, |since| since.as_millis());
-    Moment::from_millis(i64::try_from(millis).unwrap_or(i64::MAX))
 }
 
 /// A name as one segment of a path.

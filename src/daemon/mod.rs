@@ -2,6 +2,7 @@
 
 pub mod api;
 mod health;
+pub mod hotplug;
 mod http;
 mod listener;
 mod socket;

@@ -3,6 +3,7 @@
 //! Each scrape writes out what is here at that time, so the series of a domain end with it.
 
 use std::sync::{Arc, PoisonError, RwLock};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use prometheus::core::{Collector, Desc};
 use prometheus::proto::{Gauge, LabelPair, Metric, MetricFamily, MetricType};
@@ -102,6 +103,13 @@ impl Inventory {
     pub fn domains(&self) -> Arc<[DomainFigures]> {
         Arc::clone(&self.0.read().unwrap_or_else(PoisonError::into_inner))
     }
+}
+
+/// The time by the wall clock.
+pub fn now() -> Moment {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    let millis = since.map_or(0, |since| since.as_millis());
+    Moment::from_millis(i64::try_from(millis).unwrap_or(i64::MAX))
 }
 
 /// Writes the inventory out at a scrape.

@@ -5,5 +5,5 @@ mod inventory;
 pub mod log;
 pub mod metrics;
 
-pub use inventory::{DomainFigures, Inventory, MemoryFigures, VcpuFigures};
+pub use inventory::{DomainFigures, Inventory, MemoryFigures, VcpuFigures, now};
 pub use metrics::Metrics;

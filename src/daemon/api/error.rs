@@ -6,7 +6,7 @@ use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 
-use super::operations::SubmitError;
+use crate::executor::SubmitError;
 
 /// An error as it is told.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

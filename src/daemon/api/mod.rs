@@ -25,7 +25,7 @@ use tokio::time::timeout;
 
 pub use access::Access;
 pub use error::Problem;
-pub use operations::{Operations, SubmitError};
+pub use operations::Operations;
 
 use self::body::{IntoOrder, MemoryBody, VcpusBody};
 use self::error::ApiError;

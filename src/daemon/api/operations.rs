@@ -3,42 +3,10 @@
 use std::future::Future;
 
 use futures::{Stream, stream};
-use thiserror::Error;
 use tokio::sync::watch;
 
+use crate::executor::SubmitError;
 use crate::operation::{OperationId, Order, Record};
-
-/// Why an order was not taken on. Nothing was done.
-#[derive(Debug, Clone, PartialEq, Eq, Error)]
-pub enum SubmitError {
-    /// The key stands for another order.
-    #[error(
-        "the idempotency key is that of operation {0}, which asked for something else: use \
-         another key"
-    )]
-    KeyReused(OperationId),
-    /// As many are open as may be.
-    #[error("{0} operations have no verdict yet, as many as there may be: ask again later")]
-    TooMany(usize),
-    /// What is not in the journal is not done.
-    #[error("the journal cannot be written, so nothing was done: {0}")]
-    Journal(String),
-    /// This program is about to end.
-    #[error("the daemon is stopping: ask again when it is back")]
-    Stopping,
-}
-
-impl SubmitError {
-    /// The bounded word for this error.
-    pub fn code(&self) -> &'static str {
-        match self {
-            Self::KeyReused(_) => "key-reused",
-            Self::TooMany(_) => "too-many",
-            Self::Journal(_) => "journal",
-            Self::Stopping => "stopping",
-        }
-    }
-}
 
 /// Who carries operations out, one at a time for each domain.
 pub trait Operations: Send + Sync + 'static {

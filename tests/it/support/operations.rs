@@ -3,7 +3,8 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::watch;
-use virtnode::daemon::api::{Operations, SubmitError};
+use virtnode::daemon::api::Operations;
+use virtnode::executor::SubmitError;
 use virtnode::hotplug::{Moment, Verdict};
 use virtnode::operation::{OperationId, Order, Record, State};
 
