@@ -22,6 +22,8 @@ const LOOK_AGAIN: Duration = Duration::from_secs(60);
 const GATHER: Duration = Duration::from_millis(100);
 /// Domains looked at at a time.
 const AT_A_TIME: usize = 4;
+/// How long libvirt may take to tell of one domain; the others wait for that.
+const LOOK_DEADLINE: Duration = Duration::from_secs(2);
 /// How long a guest agent may take to tell.
 const AGENT_DEADLINE: Duration = Duration::from_secs(3);
 
@@ -38,6 +40,8 @@ struct Known {
     domain: Domain,
     online: Option<u32>,
     looked: Instant,
+    /// Something happened to it since.
+    stale: bool,
 }
 
 impl<C: DomainControl> Monitor<C> {
@@ -76,14 +80,18 @@ impl<C: DomainControl> Monitor<C> {
         }
     }
 
-    /// Forgets what it knows of the domains that something happened to.
+    /// Notes which domains are to be looked at again: those that something happened to.
     async fn gather(&mut self, first: Option<Notice>, notices: &mut Notices) {
         let until = Instant::now() + GATHER;
         let mut next = first;
         while let Some(notice) = next.take() {
             match notice {
-                Notice::Gap => self.known.clear(),
-                Notice::Change { domain, .. } => drop(self.known.remove(&domain.uuid)),
+                Notice::Gap => self.known.values_mut().for_each(|known| known.stale = true),
+                Notice::Change { domain, .. } => {
+                    if let Some(known) = self.known.get_mut(&domain.uuid) {
+                        known.stale = true;
+                    }
+                }
             }
             let left = until.saturating_duration_since(Instant::now());
             next = timeout(left, notices.next()).await.ok().flatten();
@@ -111,6 +119,7 @@ impl<C: DomainControl> Monitor<C> {
                 domain,
                 online,
                 looked: Instant::now(),
+                stale: false,
             };
             self.known.insert(id.uuid, known);
         }
@@ -133,7 +142,9 @@ impl<C: DomainControl> Monitor<C> {
     fn is_stale(&self, stats: &DomainStats) -> bool {
         self.known.get(&stats.id.uuid).is_none_or(|known| {
             let seen = u32::try_from(stats.stats.vcpus.len()).unwrap_or(u32::MAX);
-            known.looked.elapsed() >= LOOK_AGAIN || known.domain.vcpus.plugged() != seen
+            known.stale
+                || known.looked.elapsed() >= LOOK_AGAIN
+                || known.domain.vcpus.plugged() != seen
         })
     }
 
@@ -150,7 +161,8 @@ async fn look<C: DomainControl>(
     control: &Arc<C>,
     id: DomainId,
 ) -> Option<(DomainId, Domain, Option<u32>)> {
-    let live = match control.domain(&id).await {
+    // While something is being done to a domain this would wait for that.
+    let live = match timeout(LOOK_DEADLINE, control.domain(&id)).await.ok()? {
         Ok(live) => live,
         Err(error) => {
             debug!(domain = ?id.name, %error, "a domain cannot be looked at");

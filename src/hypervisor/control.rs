@@ -9,6 +9,7 @@ use tokio::sync::{broadcast, watch};
 use super::{Connection, HypervisorError};
 use crate::domain::{BalloonStats, DomainState, IdSet, Stats};
 use crate::hotplug::{Event, GuestVcpus};
+use crate::units::KiB;
 
 /// Which domain. It is the same domain as long as the UUID is: names can change.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -135,7 +136,8 @@ pub trait DomainControl: Send + Sync + 'static {
         name_or_uuid: &str,
     ) -> impl Future<Output = Result<DomainId, HypervisorError>> + Send;
 
-    /// The domain as it is at present.
+    /// The domain as it is at present. Waits while something is being done to the domain, such as
+    /// an unplug: until that is over only [`DomainControl::domain_stats`] tells its state.
     fn domain(
         &self,
         domain: &DomainId,
@@ -188,7 +190,16 @@ pub trait DomainControl: Send + Sync + 'static {
         scope: Scope,
     ) -> impl Future<Output = Result<(), HypervisorError>> + Send;
 
-    /// Changes a device, such as a virtio-mem device's requested size, to what the XML says.
+    /// Has a virtio-mem device ask its guest for another size, live. Returns before the guest
+    /// does anything.
+    fn resize_virtio_mem(
+        &self,
+        domain: &DomainId,
+        alias: &str,
+        requested: KiB,
+    ) -> impl Future<Output = Result<(), HypervisorError>> + Send;
+
+    /// Changes a device to what the XML says, which is to be the live one but for the change.
     fn update_device(
         &self,
         domain: &DomainId,

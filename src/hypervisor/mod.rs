@@ -18,7 +18,7 @@ use tokio::sync::watch;
 pub use self::control::{
     Change, DomainControl, DomainId, DomainStats, LiveDomain, Notice, Notices, Scope,
 };
-pub use self::libvirt::{Keepalive, Libvirt, LibvirtConfig};
+pub use self::libvirt::{ControlConfig, Keepalive, Libvirt, LibvirtConfig, LibvirtControl};
 use crate::capability::Version;
 
 /// What a call to the hypervisor can end with instead of an answer.

@@ -16,7 +16,7 @@ use super::inventory::{Inventory, InventoryCollector};
 use crate::hypervisor::HypervisorError;
 use crate::label::{FAMILIES, Invalid, RetentionReason, Source};
 
-/// The names of the calls to libvirt, as in the metrics' label `call`.
+/// The names of the calls to libvirt about itself, as in the metrics' label `call`.
 pub const CALLS: [&str; 7] = [
     "open",
     "versions",
@@ -25,6 +25,22 @@ pub const CALLS: [&str; 7] = [
     "baseline-cpu",
     "native-arguments",
     "running-domains",
+];
+
+/// The names of the calls about domains.
+pub const DOMAIN_CALLS: [&str; 12] = [
+    "find-domain",
+    "domain",
+    "all-domain-stats",
+    "domain-stats",
+    "memory-stats",
+    "guest-vcpus",
+    "set-guest-vcpus",
+    "agent-timeout",
+    "set-vcpus",
+    "update-device",
+    "attach-device",
+    "detach-device",
 ];
 
 /// Why a source could not be read: the hypervisor's codes, and a document that is not readable.
@@ -218,13 +234,18 @@ impl Metrics {
     }
 
     fn start_at_zero(&self) {
-        for call in CALLS {
+        for call in CALLS.into_iter().chain(DOMAIN_CALLS) {
             self.call_duration.with_label_values(&[call]);
             self.call_timeouts.with_label_values(&[call]);
             for reason in HypervisorError::CODES
                 .into_iter()
                 .filter(|code| *code != "timeout")
             {
+                self.call_failures.with_label_values(&[call, reason]);
+            }
+        }
+        for call in DOMAIN_CALLS {
+            for reason in HypervisorError::DOMAIN_CODES {
                 self.call_failures.with_label_values(&[call, reason]);
             }
         }

@@ -107,11 +107,15 @@ fn adapters_do_not_know_each_other_or_the_services() {
 }
 
 #[test]
-fn unsafe_code_is_in_one_file_and_explained() {
+fn unsafe_code_is_in_one_directory_and_explained() {
     for (path, text) in sources("") {
         let blocks = code(&text).filter(|line| line.contains("unsafe ")).count();
-        if path.ends_with("src/ffi.rs") {
-            assert!(text.matches("// SAFETY:").count() > 0);
+        let is_ffi = path
+            .parent()
+            .is_some_and(|parent| parent.ends_with("src/ffi"));
+        if is_ffi {
+            let explained = text.matches("// SAFETY:").count();
+            assert!(explained > 0 || blocks == 0, "{}", path.display());
         } else {
             assert_eq!(blocks, 0, "{}", path.display());
         }

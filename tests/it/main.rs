@@ -6,6 +6,7 @@ mod api;
 mod architecture;
 mod cli;
 mod cluster;
+mod control;
 mod daemon;
 mod daemon_on_a_node;
 mod documents;
