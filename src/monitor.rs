@@ -75,6 +75,11 @@ impl<C: DomainControl> Monitor<C> {
             }
             match self.refresh().await {
                 Ok(()) => self.failed = None,
+                // A driver without statistics has no domains of interest here.
+                Err(error @ HypervisorError::Unsupported { .. }) => {
+                    self.inventory.replace(Vec::new());
+                    self.failed(&error);
+                }
                 Err(error) => self.failed(&error),
             }
         }

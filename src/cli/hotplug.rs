@@ -2,20 +2,28 @@
 
 use std::fmt::Write as _;
 use std::io::{IsTerminal, Write as _};
+use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::bail;
+use anyhow::{Context, bail};
 use clap::{Args, Subcommand};
+use futures::StreamExt;
+use futures::stream::BoxStream;
+use nix::unistd::getuid;
 use serde_json::json;
-use tokio::time::{MissedTickBehavior, interval};
+use tokio::time::{MissedTickBehavior, interval, timeout};
 
-use super::local::{Local, Progress};
+use super::local::{Found, Local};
 use super::output::{Output, print, print_value};
 use super::{Exit, report, runtime};
 use crate::config::Config;
+use crate::daemon::api::{Operations, states};
+use crate::daemon::control_config;
+use crate::daemon::hotplug::Carried;
 use crate::hotplug::{HotplugRequest, Require};
-use crate::operation::{DomainName, Record};
-use crate::telemetry::now;
+use crate::hypervisor::LibvirtControl;
+use crate::operation::{AskedBy, DomainName, Order, Record};
+use crate::telemetry::{Metrics, now};
 use crate::units::Bytes;
 
 /// `virtnode hotplug vcpus|memory DOMAIN …`.
@@ -108,6 +116,9 @@ async fn ask(
     request: &HotplugRequest,
     terms: &Terms,
 ) -> anyhow::Result<Record> {
+    if terms.direct {
+        return direct(config, domain, request, terms).await;
+    }
     let mut local = Local::connect(&config.socket).await?;
     let (resource, mut body) = match request {
         HotplugRequest::Vcpus { count, online } => {
@@ -122,20 +133,63 @@ async fn ask(
     if record.is_done() {
         return Ok(record);
     }
-    let mut progress = local.follow(&record).await?;
-    follow(record, &mut progress).await
+    let progress = local.follow(&record).await?;
+    follow(record, progress.states()).await
 }
 
+/// The same in this process, with the journal that a daemon would have.
+async fn direct(
+    config: &Config,
+    domain: &DomainName,
+    request: &HotplugRequest,
+    terms: &Terms,
+) -> anyhow::Result<Record> {
+    if let Ok(Found::Daemon(_)) = Local::find(&config.socket).await {
+        // Both would take up what the journal holds unfinished.
+        bail!(
+            "a daemon answers at {}: leave --direct out",
+            config.socket.display()
+        );
+    }
+    let metrics = Arc::new(Metrics::new());
+    let control = LibvirtControl::start(control_config(config), &metrics);
+    let carried = Carried::start(Arc::new(control), &config.state_directory, &metrics)?;
+    let order = Order {
+        domain: domain.clone(),
+        request: request.clone(),
+        require: terms.require,
+        timeout: Duration::from_secs(terms.timeout),
+        idempotency_key: None,
+        asked_by: AskedBy::Local {
+            uid: getuid().as_raw(),
+        },
+    };
+    let id = carried.submit(order).await?;
+    let record = carried.operation(&id).zip(carried.watch(&id));
+    let (record, states_to_come) = record.context("the operation is not in the journal")?;
+    let states = states(states_to_come).map(anyhow::Ok).boxed();
+    let record = follow(record, states).await;
+    // What is unfinished, or may still become good, the next daemon takes up.
+    timeout(GRACE, carried.stop()).await.ok();
+    record
+}
+
+/// How long this process waits for its own work to end.
+const GRACE: Duration = Duration::from_secs(2);
+
 /// Shows what is awaited on a terminal, until there is a verdict or the daemon ends.
-async fn follow(mut record: Record, progress: &mut Progress) -> anyhow::Result<Record> {
+async fn follow(
+    mut record: Record,
+    mut states: BoxStream<'static, anyhow::Result<Record>>,
+) -> anyhow::Result<Record> {
     let mut line = Line::default();
     let mut second = interval(Duration::from_secs(1));
     second.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         line.show(&record);
         tokio::select! {
-            next = progress.next() => match next? {
-                Some(next) => record = next,
+            next = states.next() => match next {
+                Some(next) => record = next?,
                 None => return Ok(record),
             },
             _ = second.tick() => {}

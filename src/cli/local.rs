@@ -6,6 +6,7 @@ use std::path::Path;
 use anyhow::{Context, bail};
 use axum::body::Bytes;
 use axum::http::{Method, Request, StatusCode, header};
+use futures::stream::{self, BoxStream, StreamExt};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Incoming;
 use hyper::client::conn::http1::{self, SendRequest};
@@ -132,8 +133,17 @@ pub(super) struct Progress {
 }
 
 impl Progress {
-    /// The next one; `None` when there are no more. Cancelling loses nothing.
-    pub(super) async fn next(&mut self) -> anyhow::Result<Option<Record>> {
+    /// As a stream.
+    pub(super) fn states(self) -> BoxStream<'static, anyhow::Result<Record>> {
+        stream::try_unfold(self, async |mut progress| {
+            let next = progress.next().await?;
+            Ok(next.map(|record| (record, progress)))
+        })
+        .boxed()
+    }
+
+    /// The next one; `None` when there are no more.
+    async fn next(&mut self) -> anyhow::Result<Option<Record>> {
         loop {
             if let Some(end) = self.rest.iter().position(|byte| *byte == b'\n') {
                 let line: Vec<u8> = self.rest.drain(..=end).collect();

@@ -8,6 +8,7 @@ use super::report::{plain, request};
 use super::{Exit, runtime};
 use crate::config::Config;
 use crate::daemon::api::OperationList;
+use crate::journal::{DIRECTORY, Journal};
 use crate::operation::Record;
 
 /// `virtnode operations`.
@@ -56,6 +57,15 @@ fn show(operations: &[Record]) -> String {
     )
 }
 
-fn from_journal(_: &Config) -> anyhow::Result<Vec<Record>> {
-    Ok(Vec::new())
+/// What the journal holds, the newest first. Where there is none nothing is made.
+fn from_journal(config: &Config) -> anyhow::Result<Vec<Record>> {
+    if !config.state_directory.join(DIRECTORY).exists() {
+        return Ok(Vec::new());
+    }
+    let entries = Journal::open(&config.state_directory)?.entries()?;
+    Ok(entries
+        .into_iter()
+        .rev()
+        .map(|entry| entry.record)
+        .collect())
 }

@@ -90,18 +90,25 @@ impl DomainFigures {
 
 /// The running domains as last seen. One writes, many read.
 #[derive(Debug, Default)]
-pub struct Inventory(RwLock<Arc<[DomainFigures]>>);
+pub struct Inventory(RwLock<Option<Arc<[DomainFigures]>>>);
 
 impl Inventory {
     /// The domains as they are from now on, in the order of their names.
     pub fn replace(&self, mut domains: Vec<DomainFigures>) {
         domains.sort_unstable_by(|a, b| a.name.cmp(&b.name));
-        *self.0.write().unwrap_or_else(PoisonError::into_inner) = domains.into();
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = Some(domains.into());
     }
 
     /// The domains in the order of their names.
     pub fn domains(&self) -> Arc<[DomainFigures]> {
-        Arc::clone(&self.0.read().unwrap_or_else(PoisonError::into_inner))
+        let known = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        known.clone().unwrap_or_default()
+    }
+
+    /// Whether there was a first look.
+    pub fn is_known(&self) -> bool {
+        let known = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        known.is_some()
     }
 }
 

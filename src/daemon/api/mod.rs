@@ -25,11 +25,10 @@ use tokio::time::timeout;
 
 pub use access::Access;
 pub use error::Problem;
-pub use operations::Operations;
+pub use operations::{Operations, states};
 
 use self::body::{IntoOrder, MemoryBody, VcpusBody};
 use self::error::ApiError;
-use self::operations::states;
 use super::listener::{self, Bounds};
 use super::socket::{LocalSocket, Peer};
 use crate::hotplug::Verdict;

@@ -25,7 +25,7 @@ pub trait Operations: Send + Sync + 'static {
 }
 
 /// An operation as it is now and whenever it changes, until it has a verdict or is forgotten.
-pub(super) fn states(record: watch::Receiver<Record>) -> impl Stream<Item = Record> + Send {
+pub fn states(record: watch::Receiver<Record>) -> impl Stream<Item = Record> + Send + 'static {
     stream::unfold(Some((record, true)), |rest| async move {
         let (mut record, is_first) = rest?;
         if !is_first {
