@@ -103,7 +103,6 @@ impl Sizes {
 #[derive(Serialize, Deserialize)]
 struct Versioned<E> {
     version: u32,
-    #[serde(flatten)]
     entry: E,
 }
 

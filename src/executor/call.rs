@@ -5,7 +5,6 @@ use crate::hotplug::{Action, Return};
 use crate::hypervisor::{DomainControl, DomainId, HypervisorError, Scope};
 
 /// libvirt's error numbers (virterror.h), for errors that carry none here.
-const INTERNAL_ERROR: u32 = 1;
 const NO_SUPPORT: u32 = 3;
 const NO_DOMAIN: u32 = 42;
 const OPERATION_INVALID: u32 = 55;
@@ -28,20 +27,7 @@ pub(super) async fn make<C: DomainControl>(
         }
         Action::OnlineVcpus { ids } => control.set_guest_vcpus(domain, ids, true).await,
         Action::ResizeVirtioMem { alias, requested } => {
-            // The device as it is now: libvirt wants all of it, and all but the size unchanged.
-            let live = match control.domain(domain).await {
-                Ok(live) => live,
-                Err(error) => return returned(error),
-            };
-            match device_xml::resized(&live.xml, alias, *requested) {
-                Ok(xml) => control.update_device(domain, &xml, Scope::Live).await,
-                Err(error) => {
-                    return Return::Failed {
-                        number: INTERNAL_ERROR,
-                        message: error.to_string(),
-                    };
-                }
-            }
+            control.resize_virtio_mem(domain, alias, *requested).await
         }
         Action::AttachDimm { alias, size, node } => {
             let xml = device_xml::dimm(alias, *size, *node);

@@ -20,6 +20,9 @@ const LAST_LOOK: Duration = Duration::from_millis(250);
 /// Events come in bunches: they are written to the journal at most so often.
 const BETWEEN_SAVES: Duration = Duration::from_millis(250);
 
+/// A call that failed at once is made again at most so often.
+const BETWEEN_TRIES: Duration = Duration::from_secs(1);
+
 /// The pauses between looks after the verdict.
 const FOLLOW_PAUSES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
 
@@ -144,7 +147,13 @@ impl<C: DomainControl> Pursuit<C> {
             let now = self.operation.clock.now();
             match judge(&self.history, now) {
                 Step::Done(outcome) => return Ok(*outcome),
-                Step::Call(action) => self.make(action).await?,
+                Step::Call(action) => match self.too_soon(&action) {
+                    Some(until) => {
+                        self.operation.awaits("libvirt to be free for the domain");
+                        self.wait(until).await;
+                    }
+                    None => self.make(action).await?,
+                },
                 Step::Wait { awaiting, until } => {
                     self.operation.awaits(&awaiting);
                     if self.unsaved && self.saved.elapsed() >= BETWEEN_SAVES {
@@ -155,6 +164,16 @@ impl<C: DomainControl> Pursuit<C> {
                 }
             }
         }
+    }
+
+    /// When that call may be made again, if the last one was the same and failed at once.
+    fn too_soon(&self, action: &Action) -> Option<Instant> {
+        let last = self.history.calls().last()?;
+        let (at, how) = last.returned.as_ref()?;
+        let failed = matches!(how, Return::Failed { .. }) && last.action == *action;
+        let until = last.started.after(BETWEEN_TRIES);
+        (failed && *at < until && self.operation.clock.now() < until)
+            .then(|| self.operation.clock.instant(until))
     }
 
     /// Writes down that a call is about to be made, and begins it.

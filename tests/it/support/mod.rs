@@ -2,6 +2,7 @@
 
 pub(crate) mod daemon;
 pub(crate) mod fake_api;
+pub(crate) mod fake_domains;
 pub(crate) mod guest;
 pub(crate) mod hypervisor;
 pub(crate) mod kube;
