@@ -17,6 +17,9 @@ use tracing::{error, warn};
 use crate::hotplug::History;
 use crate::operation::{OperationId, Order, Record};
 
+/// Where it is, below the state directory.
+pub const DIRECTORY: &str = "operations";
+
 /// How many operations are kept.
 const MOST: usize = 1000;
 
@@ -110,7 +113,7 @@ impl Journal {
     /// # Errors
     /// A directory that cannot be made or listed.
     pub fn open(state_directory: &Path) -> Result<Self, JournalError> {
-        let directory = state_directory.join("operations");
+        let directory = state_directory.join(DIRECTORY);
         fs::create_dir_all(&directory).map_err(io_error("make", &directory))?;
         let journal = Self {
             directory,

@@ -345,12 +345,6 @@ impl<H: Hypervisor> Labeller<H> {
                 .with_label_values(&[reason.code()])
                 .set(gauge(count));
         }
-        if let Some(running) = reading.running_domains {
-            self.metrics
-                .domains
-                .with_label_values(&["running"])
-                .set(gauge(running));
-        }
         let facts = &reading.facts;
         if let (Some(_), Some(arch)) = (&facts.capabilities, facts.native_arch()) {
             let machines = facts.machines(arch);

@@ -2,8 +2,9 @@
 //!
 //! The arrows point down only; ARCHITECTURE.md has the picture and the rules.
 //!
-//! * [`xml`], [`capability`], [`domain`], [`label`]: the pure core. libvirt's documents as facts,
-//!   facts as labels; text and values in, values out.
+//! * [`xml`], [`units`], [`capability`], [`domain`], [`label`], [`hotplug`], [`operation`]: the pure
+//!   core. libvirt's documents as facts, facts as labels, evidence as verdicts; text and values in,
+//!   values out.
 //! * [`hypervisor`], [`host`], [`cluster`], [`publish`]: adapters, one for each outside system;
 //!   [`ffi`] holds the calls that need `unsafe`.
 //! * [`probe`] and [`labeller`]: services that join the core and the adapters.
@@ -24,6 +25,7 @@ pub mod hypervisor;
 pub mod journal;
 pub mod label;
 pub mod labeller;
+pub mod monitor;
 pub mod operation;
 pub mod probe;
 pub mod publish;

@@ -1,8 +1,11 @@
 //! The daemon: builds every part, joins them, and ends when one of them does.
 
+pub mod api;
 mod health;
+pub mod hotplug;
 mod http;
 mod listener;
+mod socket;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -20,13 +23,17 @@ use tracing::{info, warn};
 
 use crate::cluster::{Cluster, ClusterConfig};
 use crate::config::{Config, Target};
-use crate::hypervisor::{Libvirt, LibvirtConfig};
+use crate::hypervisor::{ControlConfig, Libvirt, LibvirtConfig, LibvirtControl};
 use crate::label::{LabelKey, LabelSet, LabelValue};
 use crate::labeller::{Labeller, Outlets};
+use crate::monitor::Monitor;
 use crate::publish::file::{self, FilePublisher, NODE_LABELS_FILE, Report};
 use crate::publish::node::{NodePublisher, Options, SyncState};
 use crate::telemetry::Metrics;
+use api::Access;
 pub use health::Health;
+use hotplug::Carried;
+pub use socket::Peer;
 
 /// How long parts may take to end after they were asked to.
 const GRACE: Duration = Duration::from_secs(5);
@@ -123,6 +130,7 @@ async fn start(
         outlets.found_on_node = Some(found_on_node);
         node = Some((cluster, publisher, to_publish, found));
     }
+    let control = Arc::new(LibvirtControl::start(control_config(config), &metrics));
     let labeller = Labeller::new(
         hypervisor,
         config.policy.clone(),
@@ -132,7 +140,9 @@ async fn start(
         Arc::clone(&metrics),
     );
     let synced = node.as_ref().map(|(_, publisher, ..)| publisher.state());
-    let health = Arc::new(Health::new(labeller.progress(), synced));
+    let inventory = Arc::clone(&metrics.inventory);
+    let health = Arc::new(Health::new(labeller.progress(), synced).with_domains(inventory));
+    start_hotplug(config, &control, &metrics, stop, parts)?;
     if let Some((cluster, publisher, to_publish, found)) = node {
         let memory = config.state_directory.join(NODE_LABELS_FILE);
         parts.spawn(remember(publisher.state(), memory.clone(), stop.clone()));
@@ -169,9 +179,65 @@ async fn start(
     parts.spawn(async move {
         let router = http::router(metrics, health);
         token
-            .run_until_cancelled(listener::serve(listener, router))
+            .run_until_cancelled(listener::serve(
+                listener,
+                router,
+                listener::Bounds::default(),
+            ))
             .await;
         "the HTTP server"
+    });
+    Ok(())
+}
+
+/// How libvirt is reached for its domains.
+pub(crate) fn control_config(config: &Config) -> ControlConfig {
+    ControlConfig {
+        libvirt: LibvirtConfig {
+            call_deadline: config.call_deadline,
+            ..LibvirtConfig::new(config.connect.clone())
+        },
+        ..ControlConfig::new(config.connect.clone())
+    }
+}
+
+/// Starts what has to do with running domains: the monitor, the executor and the local API.
+fn start_hotplug(
+    config: &Config,
+    control: &Arc<LibvirtControl>,
+    metrics: &Arc<Metrics>,
+    stop: &CancellationToken,
+    parts: &mut JoinSet<&'static str>,
+) -> anyhow::Result<()> {
+    let monitor = Monitor::new(Arc::clone(control), Arc::clone(&metrics.inventory));
+    let token = stop.clone();
+    parts.spawn(async move {
+        monitor.run(token).await;
+        "the monitor of running domains"
+    });
+    let mut carried = None;
+    if config.hotplug {
+        let started = Carried::start(Arc::clone(control), &config.state_directory, metrics)
+            .context("hotplug cannot be served (hotplug.enabled: false switches it off)")?;
+        let started = Arc::new(started);
+        carried = Some(Arc::clone(&started));
+        let (token, metrics) = (stop.clone(), Arc::clone(metrics));
+        parts.spawn(async move {
+            token.run_until_cancelled(started.count(&metrics)).await;
+            started.stop().await;
+            "the executor"
+        });
+    }
+    let access = Access::new(config.allowed_uids.clone(), config.allowed_gids.clone());
+    let router = api::router(carried, Arc::clone(metrics), access);
+    let gid = config.allowed_gids.first().copied();
+    let serving = api::serve(&config.socket, gid, router)
+        .with_context(|| format!("cannot serve the local API at {}", config.socket.display()))?;
+    info!(socket = %config.socket.display(), hotplug = config.hotplug, "serving the local API");
+    let token = stop.clone();
+    parts.spawn(async move {
+        token.run_until_cancelled(serving).await;
+        "the local API"
     });
     Ok(())
 }

@@ -65,6 +65,8 @@ impl Daemon {
             ])
             .arg("--state-directory")
             .arg(directory.path().join("state"))
+            .arg("--socket")
+            .arg(directory.path().join("virtnode.sock"))
             .arg("--features-directory")
             .arg(directory.path().join("features.d"))
             .args(arguments)
@@ -114,6 +116,11 @@ impl Daemon {
     pub(crate) fn labels(&self) -> anyhow::Result<BTreeMap<String, String>> {
         let file: Value = serde_json::from_slice(&fs::read(self.labels_file())?)?;
         Ok(serde_json::from_value(file["labels"].clone())?)
+    }
+
+    /// Where it serves the local API.
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.directory.path().join("virtnode.sock")
     }
 
     /// Where it serves metrics and health.

@@ -7,6 +7,7 @@ pub(crate) mod guest;
 pub(crate) mod hypervisor;
 pub(crate) mod kube;
 pub(crate) mod libvirtd;
+pub(crate) mod operations;
 pub(crate) mod publisher;
 
 use std::time::Duration;
