@@ -361,6 +361,7 @@ async fn virtnode_and_libvirtd_start_anew_in_the_middle() {
     })
     .await;
     node.start_anew().await;
+    node.libvirtd.kill().unwrap();
     node.libvirtd.restart().unwrap();
     let record = node.ends(&id).await;
     is(&record, Verdict::Verified);
