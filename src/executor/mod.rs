@@ -149,7 +149,7 @@ impl<C: DomainControl> Executor<C> {
         let id = record.id.clone();
         let entry = Entry {
             order,
-            record,
+            record: *record,
             history: None,
         };
         let (written, is_written) = oneshot::channel();

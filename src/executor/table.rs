@@ -27,7 +27,7 @@ pub(super) struct Table {
 /// What came of an order.
 pub(super) enum Taken {
     /// It is new, with its place among all.
-    New(Record, u64),
+    New(Box<Record>, u64),
     /// It was asked for before.
     Known(OperationId),
 }
@@ -57,7 +57,7 @@ impl Table {
         let id = OperationId::new(self.last_millis, fastrand::u32(..));
         let record = Record::new(id, order, now);
         let ticket = self.add(order.clone(), record.clone());
-        Ok(Taken::New(record, ticket))
+        Ok(Taken::New(Box::new(record), ticket))
     }
 
     /// Adds an operation of an earlier life; gives its place among all.
