@@ -42,7 +42,7 @@ pub(super) struct Pursuit<C> {
     pauses: Pauses,
     /// When the last event or look came that may have decided.
     heard: Instant,
-    /// When the journal had the history last; `None` if there is nothing new to write.
+    /// Whether something happened that is not in the journal yet.
     unsaved: bool,
     saved: Instant,
 }

@@ -55,11 +55,15 @@ impl Node {
     }
 
     async fn submit(&self, request: HotplugRequest) -> OperationId {
+        self.submit_within(request, Duration::from_secs(30)).await
+    }
+
+    async fn submit_within(&self, request: HotplugRequest, timeout: Duration) -> OperationId {
         let order = Order {
             domain: "guest".parse().unwrap(),
             request,
             require: Require::Online,
-            timeout: Duration::from_secs(30),
+            timeout,
             idempotency_key: None,
             asked_by: AskedBy::Local { uid: 0 },
         };
@@ -74,6 +78,15 @@ impl Node {
         let mut records = self.executor.watch(id).unwrap();
         let record = timeout(LONG, records.wait_for(|record| wanted(record))).await;
         record.unwrap().unwrap().clone()
+    }
+
+    /// The record when the guest is seen to have CPUs that it does not use.
+    async fn sees_offline(&self, id: &OperationId) {
+        self.becomes(id, |record| {
+            let awaiting = record.awaiting.as_ref();
+            awaiting.is_some_and(|awaiting| awaiting.what.contains("online"))
+        })
+        .await;
     }
 
     async fn ask(&self, request: HotplugRequest) -> Record {
@@ -338,14 +351,50 @@ async fn destroyed_in_the_middle() {
     let _guest = node.guest(words("lab.cpus=offline")).await;
     let began = Instant::now();
     let id = node.submit(vcpus(3)).await;
-    node.becomes(&id, |record| {
-        let awaiting = record.awaiting.as_ref();
-        awaiting.is_some_and(|awaiting| awaiting.what.contains("online"))
-    })
-    .await;
+    node.sees_offline(&id).await;
     node.libvirtd.virsh(&["destroy", "guest"]).unwrap();
     is(&node.ends(&id).await, Verdict::DomainNotRunning);
     assert!(began.elapsed() < Duration::from_secs(10));
+}
+
+#[tokio::test]
+async fn rebooted_in_the_middle() {
+    let node = Node::start().await;
+    let guest = node.guest(words("lab.cpus=offline")).await;
+    let id = node.submit(vcpus(3)).await;
+    node.sees_offline(&id).await;
+    node.libvirtd.virsh(&["reset", "guest"]).unwrap();
+    // It boots with all that is plugged.
+    is(&node.ends(&id).await, Verdict::Verified);
+    guest.sees(|guest| guest.online == "0-2").await.unwrap();
+}
+
+#[tokio::test]
+async fn still_in_its_firmware() {
+    let node = Node::start().await;
+    let file = node.libvirtd.directory().join("firmware.xml");
+    // There is nothing to boot from.
+    let xml = "<domain type='qemu'><name>guest</name><memory unit='MiB'>32</memory>\
+               <vcpu current='1'>2</vcpu><os><type arch='x86_64' machine='q35'>hvm</type></os>\
+               <features><acpi/><apic/></features></domain>";
+    std::fs::write(&file, xml).unwrap();
+    node.libvirtd
+        .virsh(&["create", &file.to_string_lossy()])
+        .unwrap();
+    let id = node.submit_within(vcpus(2), Duration::from_secs(8)).await;
+    is(&node.ends(&id).await, Verdict::GuestSilent);
+}
+
+#[tokio::test]
+async fn libvirtd_stands_still_in_the_middle() {
+    let node = Node::start().await;
+    let guest = node.guest(words("lab.cpus=online lab.after=4")).await;
+    let id = node.submit(vcpus(3)).await;
+    node.sees_offline(&id).await;
+    node.libvirtd.freeze().unwrap();
+    guest.sees(|guest| guest.online == "0-2").await.unwrap();
+    node.libvirtd.thaw().unwrap();
+    is(&node.ends(&id).await, Verdict::Verified);
 }
 
 #[tokio::test]
@@ -355,12 +404,9 @@ async fn virtnode_and_libvirtd_start_anew_in_the_middle() {
     // The guest outlives its node's borrowers: it ends with the libvirtd.
     std::mem::forget(Guest::start(&node.libvirtd, &config).await.unwrap());
     let id = node.submit(vcpus(3)).await;
-    node.becomes(&id, |record| {
-        let awaiting = record.awaiting.as_ref();
-        awaiting.is_some_and(|awaiting| awaiting.what.contains("online"))
-    })
-    .await;
+    node.sees_offline(&id).await;
     node.start_anew().await;
+    node.libvirtd.kill().unwrap();
     node.libvirtd.restart().unwrap();
     let record = node.ends(&id).await;
     is(&record, Verdict::Verified);

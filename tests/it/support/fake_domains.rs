@@ -121,7 +121,6 @@ pub(crate) struct FakeControl {
     /// Told when a call to change something begins.
     called: Notify,
     started: Instant,
-    /// What a call does goes on when nobody waits for it any more.
     me: Weak<Self>,
 }
 
@@ -554,19 +553,19 @@ impl DomainControl for FakeControl {
         vcpus: u32,
         _: Scope,
     ) -> Result<(), HypervisorError> {
-        let call = format!("set-vcpus {} {vcpus}", domain.name);
-        let (name, error) = self.begin(call, domain).await?;
-        let (_, have) = self.find(domain)?;
-        let me = self.me.upgrade().unwrap();
+        let (me, domain) = (self.me.upgrade().unwrap(), domain.clone());
+        // What has begun goes on when nobody waits for it any more.
         let work = tokio::spawn(async move {
+            let call = format!("set-vcpus {} {vcpus}", domain.name);
+            let (name, error) = me.begin(call, &domain).await?;
+            let (_, have) = me.find(&domain)?;
             match vcpus < have.by_libvirt {
                 true => me.unplug(&name, vcpus).await?,
                 false => me.plug(&name, vcpus).await,
             }
-            Ok(())
+            error.map_or(Ok(()), Err)
         });
-        work.await.unwrap()?;
-        error.map_or(Ok(()), Err)
+        work.await.unwrap()
     }
 
     async fn update_device(
