@@ -2,17 +2,11 @@
 //!
 //! The arrows point down only; ARCHITECTURE.md has the picture and the rules.
 //!
-<<<<<<< HEAD
 //! * [`xml`], [`units`], [`capability`], [`domain`], [`label`], [`hotplug`], [`operation`]: the pure
 //!   core. libvirt's documents as facts, facts as labels, evidence as verdicts; text and values in,
 //!   values out.
-//! * [`hypervisor`], [`host`], [`cluster`], [`publish`]: adapters, one for each outside system;
-=======
-//! * [`xml`], [`capability`], [`domain`], [`label`], [`hotplug`],
-//!   [`operation`]: the pure core. libvirt's documents as facts,
-//!   facts as labels; text and values in, values out.
-//! * [`hypervisor`], [`host`], [`cluster`], [`publish`], [`journal`]: adapters, one for each outside system;
->>>>>>> exec
+//! * [`hypervisor`], [`host`], [`cluster`], [`publish`], [`journal`]: adapters, one for each outside
+//!   system;
 //!   [`ffi`] holds the calls that need `unsafe`.
 //! * [`probe`], [`labeller`] and [`executor`]: services that join the core and the adapters.
 //! * [`config`], [`telemetry`], [`daemon`] and [`cli`]: wiring.

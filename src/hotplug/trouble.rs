@@ -115,21 +115,14 @@ fn lost(history: &History, call: &Call, at: Moment, now: Moment) -> Option<Rulin
         });
     }
     let moment = at.after(history.terms.patience.appear);
-<<<<<<< HEAD
     if let (Some(Contact::Unreachable(why)), true) = (history.contact(), history.is_over(now)) {
         return Some(Ruling::Found(unreachable(why)));
     }
-    if history.latest().at < moment && !history.is_over(now) {
-        if now >= moment {
-            return Some(Ruling::wait("a look at what became of the lost call"));
-        }
-=======
     // What was seen before the connection broke says nothing about the call.
     if history.latest().at < moment && !history.is_over(now) && now >= moment {
         return Some(Ruling::wait("a look at what the lost call left"));
     }
     if now < moment && !history.is_over(now) {
->>>>>>> exec
         return Some(Ruling::wait_until(
             "a sign that libvirt got the request",
             moment,
