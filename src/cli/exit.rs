@@ -113,7 +113,10 @@ mod tests {
             // What was accepted may still become good; what was never begun may not.
             let exit = Exit::from(verdict);
             assert!(exit != Exit::NotTaken || verdict.may_change(), "{verdict}");
-            assert!(exit != Exit::Infeasible || !verdict.may_change(), "{verdict}");
+            assert!(
+                exit != Exit::Infeasible || !verdict.may_change(),
+                "{verdict}"
+            );
         }
     }
 }
