@@ -2,11 +2,14 @@
 
 use std::path::Path;
 use std::process::Command;
+use std::time::Duration;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, ensure};
 use serde_json::Value;
 
 use crate::support::daemon::Daemon;
+use crate::support::eventually;
+use crate::support::guest::{Guest, GuestConfig};
 use crate::support::libvirtd::Libvirtd;
 
 /// Exit code, standard output, standard error.
@@ -126,4 +129,42 @@ fn bad_input_is_exit_code_2_with_a_sentence() -> anyhow::Result<()> {
         assert!(err.contains(says), "{arguments:?}: {err}");
     }
     Ok(())
+}
+
+#[tokio::test]
+async fn a_real_guest_is_changed_through_the_daemon() -> anyhow::Result<()> {
+    let libvirtd = Libvirtd::start()?;
+    // It leaves what it gets offline.
+    let config = GuestConfig {
+        name: "vm1",
+        ..GuestConfig::default()
+    };
+    let _guest = Guest::start(&libvirtd, &config).await?;
+    let daemon = Daemon::start(&libvirtd.uri(), &[]).await?;
+    daemon.ready().await?;
+    let socket = daemon.socket();
+
+    let (code, out, err) = run(&socket, &["hotplug", "vcpus", "vm1", "2"])?;
+    assert_eq!(code, 3, "{out}{err}");
+    assert!(out.starts_with("GuestOffline: "), "{out}");
+    assert!(out.contains("What to do:"), "{out}");
+    let (code, out, err) = run(&socket, &["hotplug", "vcpus", "vm1", "3", "--online"])?;
+    assert_eq!((code, err.as_str()), (0, ""), "{out}");
+    assert!(out.starts_with("Verified: "), "{out}");
+    let (code, out, err) = run(&socket, &["hotplug", "vcpus", "vm1", "9"])?;
+    assert_eq!(code, 4, "{out}{err}");
+
+    eventually(Duration::from_secs(60), async || {
+        for (series, wanted) in [
+            ("virtnode_domain_vcpus{domain=\"vm1\",state=\"maximum\"}", 4.0),
+            ("virtnode_domain_vcpus{domain=\"vm1\",state=\"plugged\"}", 3.0),
+            ("virtnode_domain_vcpus{domain=\"vm1\",state=\"online\"}", 3.0),
+            ("virtnode_domains{state=\"running\"}", 1.0),
+            ("virtnode_hotplug_results_total{action=\"plug\",resource=\"vcpus\",verdict=\"Verified\"}", 1.0),
+        ] {
+            ensure!(daemon.metric(series)? == wanted, "{series}");
+        }
+        Ok(())
+    })
+    .await
 }
