@@ -243,7 +243,23 @@ mod tests {
 
     #[test]
     fn a_refusal_is_told_with_its_evidence_and_remedy() {
-        insta::assert_snapshot!(report(&refused()), @"");
+        insta::assert_snapshot!(report(&refused()), @r#"
+        GuestRefused: the guest confirmed vCPUs 1-2 and threw them away
+
+          domain     vm1 (9d6c5a4e-0c1f-4f0e-8a52-d9a5d0d3b1a7)
+          vCPUs      1 (1 online) → 3 (1 online), asked for 3
+          operation  00001a2b3c4d00000007, asked for by uid 0, proof required: online
+          asked      2026-11-21T11:22:46.25Z; verdict after 1.3 s
+
+        Evidence, by the time since it was asked for:
+             +0.0 s  live-xml         1 vCPU plugged: 0
+             +0.1 s  hypervisor-call  set-vcpus 3 returned
+             +0.2 s  acpi-ost         slot 1: source 1, status 0
+             +1.2 s  guest-agent      online 0 of 0
+
+        What was seen: the guest's kernel has room for 1 CPU
+        What to do:    raise nr_cpus= on its command line and boot it again
+        "#);
     }
 
     #[test]
@@ -269,7 +285,19 @@ mod tests {
             diagnosis: None,
         };
         record.conclude(outcome, at(700));
-        insta::assert_snapshot!(report(&record), @"");
+        record.corrected = Some(at(90_000));
+        insta::assert_snapshot!(report(&record), @r#"
+        Verified: the guest took 512MiB, and its total grew
+
+          domain     vm1 (9d6c5a4e-0c1f-4f0e-8a52-d9a5d0d3b1a7)
+          memory     1GiB (the guest sees 978MiB) → 1536MiB (the guest sees 1490MiB), asked for 1536MiB
+          operation  00001a2b3c4d00000007, asked for by uid 0, proof required: online
+          asked      2026-11-21T11:22:46.25Z; verdict after 0.7 s
+          corrected  2026-11-21T11:24:16.25Z: the guest followed later
+
+        Evidence, by the time since it was asked for:
+             +0.4 s  virtio-mem       ua-vmem0: 512MiB of 512MiB
+        "#);
     }
 
     #[test]
@@ -277,7 +305,14 @@ mod tests {
         let mut record = asked(three());
         record.domain.uuid = None;
         record.end(Verdict::DomainNotFound, "there is no domain \"vm1\"", at(3));
-        insta::assert_snapshot!(report(&record), @"");
+        insta::assert_snapshot!(report(&record), @r#"
+        DomainNotFound: there is no domain "vm1"
+
+          domain     vm1
+          vCPUs      asked for 3; what there is, is not known
+          operation  00001a2b3c4d00000007, asked for by uid 0, proof required: online
+          asked      2026-11-21T11:22:46.25Z; verdict after 0.0 s
+        "#);
     }
 
     #[test]
@@ -288,8 +323,19 @@ mod tests {
         record.hypervisor_error = Some("internal error: unable to execute QEMU command".into());
         record.diagnosis = None;
         record.evidence.truncate(1);
-        record.corrected = Some(at(90_000));
-        insta::assert_snapshot!(report(&record), @"");
+        insta::assert_snapshot!(report(&record), @r#"
+        HypervisorError: libvirt refused the call
+
+          domain     vm1 (9d6c5a4e-0c1f-4f0e-8a52-d9a5d0d3b1a7)
+          vCPUs      1 (1 online) → 3 (1 online), asked for 3
+          operation  00001a2b3c4d00000007, asked for by uid 0, proof required: online
+          asked      2026-11-21T11:22:46.25Z; verdict after 1.3 s
+
+        Evidence, by the time since it was asked for:
+             +0.0 s  live-xml         1 vCPU plugged: 0
+
+        The hypervisor's error: internal error: unable to execute QEMU command
+        "#);
     }
 
     #[test]

@@ -11,6 +11,7 @@ mod daemon;
 mod daemon_on_a_node;
 mod documents;
 mod executor;
+mod hotplug_cli;
 mod kube_server;
 mod lab;
 mod labeller;
