@@ -64,59 +64,9 @@ pub struct Evidence {
     pub time: Moment,
 }
 
-/// More would be no help to a reader: the first and the last of them are kept.
-const MOST: usize = 64;
-
-/// Evidence as it is collected: in order, and each source only when it says something new.
-#[derive(Debug, Default)]
-pub(super) struct Trail(Vec<Evidence>);
-
-impl Trail {
-    /// Adds a piece, unless the source said just the same the last time.
-    pub(super) fn add(&mut self, source: Source, time: Moment, detail: impl Into<String>) {
-        let detail = detail.into();
-        let last = self.0.iter().rev().find(|have| have.source == source);
-        if last.is_none_or(|last| last.detail != detail) {
-            self.0.push(Evidence {
-                source,
-                detail,
-                time,
-            });
-        }
-    }
-
-    pub(super) fn finish(mut self) -> Vec<Evidence> {
-        if self.0.len() > MOST {
-            let tail = self.0.split_off(self.0.len() - MOST / 2);
-            self.0.truncate(MOST / 2);
-            self.0.extend(tail);
-        }
-        self.0
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn only_news_is_kept_and_not_without_end() {
-        let mut trail = Trail::default();
-        let at = Moment::from_millis;
-        trail.add(Source::LiveXml, at(1), "1 vCPU");
-        trail.add(Source::GuestAgent, at(2), "online 0");
-        trail.add(Source::LiveXml, at(3), "1 vCPU");
-        trail.add(Source::LiveXml, at(4), "3 vCPUs");
-        let times: Vec<_> = trail.0.iter().map(|have| have.time.as_millis()).collect();
-        assert_eq!(times, [1, 2, 4]);
-        for n in 0..1000 {
-            trail.add(Source::VcpuTime, at(n), format!("{n}"));
-        }
-        let evidence = trail.finish();
-        assert_eq!(evidence.len(), MOST);
-        assert_eq!(evidence[0].detail, "1 vCPU");
-        assert_eq!(evidence[MOST - 1].detail, "999");
-    }
 
     #[test]
     fn a_source_has_one_word() {

@@ -1,6 +1,8 @@
 //! Everything that was seen and done in one operation, in order. It can be written to the journal
 //! and read again: what is judged is only this.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 
 use super::{Action, Event, HotplugRequest, Moment, Observation, Plan, Terms};
@@ -170,6 +172,14 @@ impl History {
             .first()
             .map_or(self.before.at, |call| call.started);
         self.reset().map_or(start, |reset| reset.max(start))
+    }
+
+    /// Until when a guest that could act since `since` is given time. While the domain was
+    /// paused it could not.
+    pub(super) fn patient_until(&self, since: Moment, patience: Duration) -> Moment {
+        let resumed = self.events().filter(|(_, event)| **event == Event::Resumed);
+        let resumed = resumed.map(|(at, _)| at).max();
+        resumed.map_or(since, |at| at.max(since)).after(patience)
     }
 
     /// When the guest was reset, if it was.

@@ -23,13 +23,22 @@ mod evidence;
 mod history;
 mod infeasible;
 mod memory;
+#[cfg(test)]
+mod memory_tests;
 mod moment;
 mod observation;
 mod outcome;
 mod plan;
+#[cfg(test)]
+mod property_tests;
 mod request;
+#[cfg(test)]
+mod simulation;
+mod trail;
 mod trouble;
 mod vcpus;
+#[cfg(test)]
+mod vcpus_tests;
 mod verdict;
 
 pub use event::{Answer, Event, NotAnEvent, Ost, SlotKind};

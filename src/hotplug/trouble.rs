@@ -90,7 +90,7 @@ pub(super) fn after_call(history: &History, now: Moment, done: bool) -> Option<R
             Failure::Locked => None,
             Failure::NotRunning => Some(Ruling::Found(Finding::new(
                 Verdict::DomainNotRunning,
-                message.clone(),
+                said(message),
             ))),
             // What was done before the error stays done: it is looked at first.
             Failure::Error if history.latest().at < *at && !over => {
@@ -108,18 +108,14 @@ pub(super) fn after_call(history: &History, now: Moment, done: bool) -> Option<R
 /// Whether libvirt got the call is not known. If it did, it carries it out in a moment even
 /// though nobody waits for the answer.
 fn lost(history: &History, call: &Call, at: Moment, now: Moment) -> Option<Ruling> {
-    if let Some(Contact::Unreachable(why)) = history.contact() {
-        return Some(match history.is_over(now) {
-            true => Ruling::Found(unreachable(why)),
-            false => Ruling::wait("the hypervisor, which the call was lost with"),
-        });
-    }
     let moment = at.after(history.terms.patience.appear);
-    // What was seen before the connection broke says nothing about the call.
-    if history.latest().at < moment && !history.is_over(now) && now >= moment {
-        return Some(Ruling::wait("a look at what the lost call left"));
+    if let (Some(Contact::Unreachable(why)), true) = (history.contact(), history.is_over(now)) {
+        return Some(Ruling::Found(unreachable(why)));
     }
-    if now < moment && !history.is_over(now) {
+    if history.latest().at < moment && !history.is_over(now) {
+        if now >= moment {
+            return Some(Ruling::wait("a look at what became of the lost call"));
+        }
         return Some(Ruling::wait_until(
             "a sign that libvirt got the request",
             moment,
@@ -139,10 +135,24 @@ fn lost(history: &History, call: &Call, at: Moment, now: Moment) -> Option<Rulin
 fn still_running(history: &History) -> Ruling {
     Ruling::Found(match history.contact() {
         Some(Contact::Unreachable(why)) => unreachable(why),
+        _ if was_locked(history) => Finding::new(
+            Verdict::Busy,
+            "something else held the domain until the deadline; the last try is still outstanding",
+        ),
         _ => Finding::new(
             Verdict::Pending,
             "libvirt has not answered the call by the deadline: it may still carry it out",
         ),
+    })
+}
+
+/// Whether libvirt could not get hold of the domain before.
+fn was_locked(history: &History) -> bool {
+    history.calls().iter().any(|call| match &call.returned {
+        Some((_, Return::Failed { number, message })) => {
+            matches!(failure(*number, message), Failure::Locked)
+        }
+        _ => false,
     })
 }
 
@@ -168,9 +178,17 @@ pub(super) fn at_deadline(history: &History) -> Option<Finding> {
     }
 }
 
+/// libvirt's text, which may be none at all.
+fn said(message: &str) -> &str {
+    match message.trim() {
+        "" => "libvirt failed without saying why",
+        message => message,
+    }
+}
+
 /// libvirt's or QEMU's own error, with what is known about it.
 fn error(message: &str) -> Finding {
-    let finding = Finding::new(Verdict::HypervisorError, message);
+    let finding = Finding::new(Verdict::HypervisorError, said(message));
     let known = KNOWN.iter().find(|(text, ..)| message.contains(text));
     match known {
         Some((_, code, seen, remedy)) => finding.because(Diagnosis::new(code, *seen, *remedy)),

@@ -75,8 +75,8 @@ impl Verdict {
         }
     }
 
-    /// Whether the hypervisor did its part and the guest may still do its own: such a record can
-    /// become `Verified` later, when the guest is seen to have followed.
+    /// Whether the hypervisor has done its part, or may still do it, and the guest may follow: such
+    /// a record can become `Verified` later, when the guest is seen to have followed.
     pub fn may_change(self) -> bool {
         matches!(
             self,
@@ -86,6 +86,7 @@ impl Verdict {
                 | Self::GuestSilent
                 | Self::Unverifiable
                 | Self::Pending
+                | Self::Busy
         )
     }
 }

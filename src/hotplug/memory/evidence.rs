@@ -1,10 +1,7 @@
 //! What a history shows about memory.
 
-use crate::hotplug::evidence::Trail;
-use crate::hotplug::history::Return;
-use crate::hotplug::{
-    Action, Answer, Event, Evidence, Extent, History, Moment, Observation, Ost, SlotKind, Source,
-};
+use crate::domain::Memory;
+use crate::hotplug::{Action, Answer, Event, Extent, History, Moment, Observation, Ost, SlotKind};
 use crate::units::Bytes;
 
 /// The signs of one operation, as they stand.
@@ -25,16 +22,17 @@ pub(super) struct Signs<'h> {
     pub(super) total: Total,
 }
 
-/// What the guest's own total says about memory that was added.
+/// What the guest's own total says about memory that was plugged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Total {
-    /// There is no total: no balloon, no statistics, no driver in the guest.
+    /// It tells nothing: there are no statistics, or what could be missing is less than what a
+    /// kernel takes for itself.
     Unknown,
     /// The statistics are older than what they should tell of.
     Stale,
-    /// It grew by what was added, or is as large as it should be.
+    /// It shows that all of it is used.
     Fits,
-    /// It is too small; it grew by so much.
+    /// It shows that not all of it is used; it grew by so much.
     Short(Bytes),
 }
 
@@ -94,49 +92,78 @@ fn dimm_answer(history: &History) -> Option<(Moment, Answer, &Ost)> {
 /// memory itself; half as much again for other books.
 const OVERHEAD: u64 = 40;
 
+/// Linux brings memory online by blocks of at least this on x86 (`MIN_MEMORY_BLOCK_SIZE`).
+const LINUX_BLOCK: Bytes = Bytes::new(128 << 20);
+
 fn total(history: &History, target: Bytes, reached: Option<Moment>) -> Total {
     let seen = history.latest();
+    let period = seen.domain.balloon.stats_period;
     let told = seen.stats.as_ref().map(|stats| stats.balloon);
-    let (Some(now), Some(balloon)) = (seen.guest_total(), told) else {
+    let (Some(now), Some(balloon), Some(_)) = (seen.guest_total(), told, period) else {
         // A guest that told before will do so again.
-        return match history.before.guest_total() {
-            Some(_) if history.before.domain.balloon.stats_period.is_some() => Total::Stale,
-            _ => Total::Unknown,
+        return match history.before.guest_total().and(period) {
+            Some(_) => Total::Stale,
+            None => Total::Unknown,
         };
     };
-    if seen.domain.balloon.stats_period.is_none() {
-        return Total::Unknown; // what was told once, and never again
-    }
-    let memory = &seen.domain.memory;
-    let added = target.saturating_sub(history.before.domain.memory.plugged());
-    let needed = added.saturating_sub(added.part(OVERHEAD));
-    let grew = history
-        .before
-        .guest_total()
-        .map(|before| now.saturating_sub(before));
-    // Even without a total from before: what is missing is far more than a kernel takes at boot.
+    let (before, memory) = (&history.before, &seen.domain.memory);
+    let had = before.domain.memory.plugged();
+    let added = target.saturating_sub(had);
+    // Without a total from before: the guest cannot have seen more than there was.
+    let grew = now.saturating_sub(before.guest_total().unwrap_or(had));
+    // What the balloon holds is not missing.
     let has = balloon
         .current
         .unwrap_or(memory.plugged())
         .min(memory.plugged());
     let missing = has.saturating_sub(now);
+    if is_hidden(memory, missing) || before.guest_total().is_some() && grew < needed(added) {
+        // The statistics carry whole seconds: only those of a later second are surely newer.
+        let updated = balloon
+            .updated
+            .and_then(|seconds| i64::try_from(seconds).ok());
+        let newer = reached
+            .zip(updated)
+            .is_some_and(|(reached, updated)| updated > reached.as_seconds());
+        return match newer {
+            true => Total::Short(grew),
+            false => Total::Stale,
+        };
+    }
+    let shown = match added {
+        Bytes::ZERO => missing < smallest_unit(memory),
+        added => grew >= needed(added),
+    };
+    match shown {
+        true => Total::Fits,
+        false => Total::Unknown,
+    }
+}
+
+fn needed(added: Bytes) -> Bytes {
+    added.saturating_sub(added.part(OVERHEAD))
+}
+
+/// Whether more is missing than any kernel takes at boot: a quarter of the memory, in small guests
+/// half of it.
+fn is_hidden(memory: &Memory, missing: Bytes) -> bool {
     let hot = memory.plugged().saturating_sub(memory.boot);
-    let boot = memory.boot;
-    let at_boot = boot.part(4).max(boot.part(2).min(Bytes::new(256 << 20)));
-    let hidden = missing > at_boot.saturating_add(hot.part(OVERHEAD));
-    if !hidden && grew.is_none_or(|grew| grew >= needed) {
-        return Total::Fits;
-    }
-    // The statistics carry whole seconds: only those of a later second are surely newer.
-    let updated = balloon
-        .updated
-        .and_then(|seconds| i64::try_from(seconds).ok());
-    match (reached, updated) {
-        (Some(reached), Some(updated)) if updated > reached.as_seconds() => {
-            Total::Short(grew.unwrap_or_default())
-        }
-        _ => Total::Stale,
-    }
+    let at_boot = memory
+        .boot
+        .part(4)
+        .max(memory.boot.part(2).min(Bytes::new(256 << 20)));
+    hot > Bytes::ZERO && missing > at_boot.saturating_add(hot.part(OVERHEAD))
+}
+
+/// The least that can be plugged and not used. If less is missing, all is used. Without anything
+/// plugged there is nothing to miss.
+fn smallest_unit(memory: &Memory) -> Bytes {
+    let dimms = memory.dimms().map(|dimm| dimm.size);
+    let blocks = memory
+        .virtio_mem()
+        .map(|device| device.plugged().min(LINUX_BLOCK))
+        .filter(|unit| *unit > Bytes::ZERO);
+    dimms.chain(blocks).min().unwrap_or(Bytes::new(u64::MAX))
 }
 
 /// Whether the live XML shows that so much is asked of the guest.
@@ -152,81 +179,4 @@ pub(in crate::hotplug) fn extent(seen: &Observation) -> Extent {
         memory: seen.domain.memory.plugged(),
         guest_total: seen.guest_total(),
     }
-}
-
-/// The evidence, in order of time.
-pub(in crate::hotplug) fn trail(history: &History) -> Vec<Evidence> {
-    let mut found: Vec<(Moment, Source, String)> = Vec::new();
-    for call in history.calls() {
-        let what = match &call.action {
-            Action::ResizeVirtioMem { alias, requested } => {
-                format!("ask the guest to have {requested} of {alias}")
-            }
-            Action::AttachDimm { alias, size, .. } => format!("attach {alias} of {size}"),
-            Action::SetVcpus { .. } | Action::OnlineVcpus { .. } => continue,
-        };
-        let (at, how) = match &call.returned {
-            None => (call.started, "no answer yet".to_owned()),
-            Some((at, Return::Done)) => (*at, "accepted".to_owned()),
-            Some((at, Return::Failed { message, .. })) => (*at, format!("failed: {message}")),
-            Some((at, Return::Overdue)) => (*at, "no answer in time".to_owned()),
-            Some((at, Return::Lost)) => (*at, "the answer was lost".to_owned()),
-        };
-        found.push((at, Source::HypervisorCall, format!("{what}: {how}")));
-    }
-    for (at, event) in history.all_events() {
-        found.extend(event_detail(event).map(|(source, detail)| (at, source, detail)));
-    }
-    for seen in history.observations() {
-        let memory = &seen.domain.memory;
-        found.push((
-            seen.at,
-            Source::LiveXml,
-            format!("{} asked for", memory.asked()),
-        ));
-        for device in memory.virtio_mem() {
-            let alias = device.alias.as_deref().unwrap_or("a virtio-mem device");
-            let detail = format!("the guest has {} of {alias}", device.plugged());
-            found.push((seen.at, Source::VirtioMem, detail));
-        }
-        if let Some(total) = seen.guest_total() {
-            let detail = format!("the guest sees {total} in all");
-            found.push((seen.at, Source::BalloonStats, detail));
-        }
-    }
-    found.sort_by_key(|(at, ..)| *at);
-    let mut trail = Trail::default();
-    for (at, source, detail) in found {
-        trail.add(source, at, detail);
-    }
-    trail.finish()
-}
-
-fn event_detail(event: &Event) -> Option<(Source, String)> {
-    Some(match event {
-        Event::Ost(ost) if ost.kind == SlotKind::Dimm => {
-            let name = ost
-                .device
-                .clone()
-                .unwrap_or_else(|| format!("slot {}", ost.slot));
-            let to = match ost.answer()? {
-                Answer::Added | Answer::NotAdded => "plug",
-                Answer::Leaving | Answer::Gone | Answer::Kept => "eject",
-            };
-            let status = ost.status_text();
-            (
-                Source::AcpiOst,
-                format!("{name}: {to}: {status} ({:#x})", ost.status),
-            )
-        }
-        Event::MemorySize { device, size } => (
-            Source::VirtioMem,
-            format!("the guest has {size} of {device}"),
-        ),
-        Event::Reset => (Source::Lifecycle, "the guest was reset".to_owned()),
-        Event::Stopped(why) => (Source::Lifecycle, format!("the domain ended: {why}")),
-        Event::Paused => (Source::Lifecycle, "the domain was paused".to_owned()),
-        Event::Resumed => (Source::Lifecycle, "the domain was resumed".to_owned()),
-        Event::Ost(_) | Event::DeviceDeleted { .. } | Event::UnplugFailed { .. } => return None,
-    })
 }

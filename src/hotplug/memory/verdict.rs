@@ -25,6 +25,9 @@ pub(in crate::hotplug) fn judge(history: &History, size: Bytes, now: Moment) -> 
     if let Some(finding) = trouble::at_deadline(history).filter(|_| case.over) {
         return Ruling::Found(finding);
     }
+    if !history.latest().domain.state.runs() {
+        return Ruling::wait("the domain to run again");
+    }
     if case.signs.latest.is_none() {
         return Ruling::wait("a look at the domain");
     }
@@ -100,7 +103,7 @@ impl Case<'_> {
                     format!("{what}, and the guest's own total shows it{}", self.took())
                 }
                 (Ordering::Greater | Ordering::Equal, _) => format!(
-                    "{what}, by the word of the guest's driver{}; nothing tells its total",
+                    "{what}, by the word of the guest's driver{}; its total tells nothing",
                     self.took()
                 ),
                 _ => format!("{what}{}", self.took()),
@@ -303,7 +306,7 @@ impl Case<'_> {
         awaiting: &str,
         finding: impl FnOnce() -> Finding,
     ) -> Ruling {
-        match since.map(|since| since.after(patience)) {
+        match since.map(|since| self.history.patient_until(since, patience)) {
             _ if self.over => Ruling::Found(finding()),
             Some(until) if self.now >= until => Ruling::Found(finding()),
             Some(until) => Ruling::wait_until(awaiting, until),

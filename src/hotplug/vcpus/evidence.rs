@@ -3,12 +3,8 @@
 use std::collections::BTreeMap;
 
 use crate::domain::{IdSet, VcpuStats};
-use crate::hotplug::evidence::Trail;
-use crate::hotplug::history::Return;
-use crate::hotplug::outcome::counted;
 use crate::hotplug::{
-    Action, Agent, Answer, Event, Evidence, Extent, GuestVcpus, History, Moment, Observation, Ost,
-    SlotKind, Source,
+    Answer, Event, Extent, GuestVcpus, History, Moment, Observation, Ost, SlotKind,
 };
 
 /// The signs of one operation, as they stand.
@@ -130,13 +126,13 @@ impl<'h> Signs<'h> {
 }
 
 /// `vcpu2` is vCPU 2: so libvirt names them in QEMU.
-fn vcpu_of(device: &str) -> Option<u32> {
+pub(super) fn vcpu_of(device: &str) -> Option<u32> {
     device.strip_prefix("vcpu")?.parse().ok()
 }
 
 /// The device in `/machine/peripheral/vcpu2/lapic`. QEMU 10 tells only of this part of a vCPU
 /// that goes, not of the vCPU itself (measured).
-fn peripheral(path: &str) -> Option<&str> {
+pub(super) fn peripheral(path: &str) -> Option<&str> {
     path.strip_prefix("/machine/peripheral/")?.split('/').next()
 }
 
@@ -200,118 +196,5 @@ pub(in crate::hotplug) fn extent(seen: &Observation) -> Extent {
     Extent::Vcpus {
         vcpus: seen.domain.vcpus.plugged(),
         online: seen.guest().map(|guest| guest.online.len()),
-    }
-}
-
-/// The evidence, in order of time.
-pub(in crate::hotplug) fn trail(history: &History) -> Vec<Evidence> {
-    let mut found: Vec<(Moment, Source, String)> = Vec::new();
-    for call in history.calls() {
-        let what = match &call.action {
-            Action::SetVcpus { count, .. } => format!("set vCPUs to {count}"),
-            Action::OnlineVcpus { ids } => format!("bring CPUs {ids} online through the agent"),
-            Action::ResizeVirtioMem { .. } | Action::AttachDimm { .. } => continue,
-        };
-        let how = match &call.returned {
-            None => (call.started, "no answer yet".to_owned()),
-            Some((at, Return::Done)) => (*at, "accepted".to_owned()),
-            Some((at, Return::Failed { message, .. })) => (*at, format!("failed: {message}")),
-            Some((at, Return::Overdue)) => (*at, "no answer in time".to_owned()),
-            Some((at, Return::Lost)) => (*at, "the answer was lost".to_owned()),
-        };
-        found.push((how.0, Source::HypervisorCall, format!("{what}: {}", how.1)));
-    }
-    for (at, event) in history.all_events() {
-        found.extend(event_detail(event).map(|(source, detail)| (at, source, detail)));
-    }
-    for seen in history.observations() {
-        let plugged = seen.domain.vcpus.plugged_ids();
-        let detail = format!("{} ({plugged})", counted(plugged.len(), "vCPU"));
-        found.push((seen.at, Source::LiveXml, detail));
-        match &seen.agent {
-            Agent::NotAsked => {}
-            Agent::Silent(why) => {
-                found.push((seen.at, Source::GuestAgent, format!("no answer: {why}")));
-            }
-            Agent::Answered(guest) => {
-                let detail = format!("has {}, online {}", list(&guest.vcpus), list(&guest.online));
-                found.push((seen.at, Source::GuestAgent, detail));
-            }
-        }
-    }
-    found.extend(first_and_last_times(history));
-    found.sort_by_key(|(at, ..)| *at);
-    let mut trail = Trail::default();
-    for (at, source, detail) in found {
-        trail.add(source, at, detail);
-    }
-    trail.finish()
-}
-
-fn list(ids: &IdSet) -> String {
-    match ids.is_empty() {
-        true => "none".to_owned(),
-        false => ids.to_string(),
-    }
-}
-
-fn event_detail(event: &Event) -> Option<(Source, String)> {
-    Some(match event {
-        Event::Ost(ost) if ost.kind == SlotKind::Cpu => {
-            let name = ost
-                .device
-                .clone()
-                .unwrap_or_else(|| format!("vcpu{}", ost.slot));
-            let to = match ost.answer()? {
-                Answer::Added | Answer::NotAdded => "plug",
-                Answer::Leaving | Answer::Gone | Answer::Kept => "eject",
-            };
-            let status = ost.status_text();
-            (
-                Source::AcpiOst,
-                format!("{name}: {to}: {status} ({:#x})", ost.status),
-            )
-        }
-        Event::DeviceDeleted { device, path } => {
-            let name = device.as_deref().or_else(|| peripheral(path))?;
-            vcpu_of(name)?;
-            (Source::DeviceEvent, format!("{name} is gone from QEMU"))
-        }
-        Event::UnplugFailed { device } => {
-            vcpu_of(device)?;
-            (Source::DeviceEvent, format!("{device} was not let go"))
-        }
-        Event::Reset => (Source::Lifecycle, "the guest was reset".to_owned()),
-        Event::Stopped(why) => (Source::Lifecycle, format!("the domain ended: {why}")),
-        Event::Paused => (Source::Lifecycle, "the domain was paused".to_owned()),
-        Event::Resumed => (Source::Lifecycle, "the domain was resumed".to_owned()),
-        Event::Ost(_) | Event::MemorySize { .. } => return None,
-    })
-}
-
-/// How long the new vCPUs had run when they were first and last seen to run.
-fn first_and_last_times(history: &History) -> Vec<(Moment, Source, String)> {
-    let before = history.before.domain.vcpus.plugged_ids();
-    let mut told: Vec<(Moment, Source, String)> = Vec::new();
-    for seen in history.since_epoch() {
-        let added = seen.domain.vcpus.plugged_ids().without(&before);
-        let Some(stats) = seen.stats.as_ref().filter(|_| !added.is_empty()) else {
-            continue;
-        };
-        let times: Vec<String> = added
-            .iter()
-            .filter_map(|id| Some((id, stats.vcpus.get(&id)?.time?)))
-            .map(|(id, time)| format!("vcpu{id} ran {} ms", time / 1_000_000))
-            .collect();
-        if !times.is_empty() {
-            told.push((seen.at, Source::VcpuTime, times.join(", ")));
-        }
-    }
-    match told.len() {
-        0..=2 => told,
-        _ => {
-            let last = told.pop();
-            told.drain(..1).chain(last).collect()
-        }
     }
 }

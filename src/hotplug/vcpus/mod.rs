@@ -3,8 +3,10 @@
 mod diagnosis;
 mod evidence;
 mod preflight;
+mod trail;
 mod verdict;
 
-pub(super) use evidence::{extent, shows, trail};
+pub(super) use evidence::{extent, shows};
 pub(super) use preflight::preflight;
+pub(super) use trail::trail;
 pub(super) use verdict::judge;

@@ -1,0 +1,422 @@
+//! The truth table of memory, on the simulated guest.
+
+use std::time::Duration;
+
+use super::simulation::{Change, Ended, Habits, World, mib, ms};
+use super::*;
+use crate::domain::{MemoryDevice, MemoryModel};
+use crate::units::{Bytes, KiB};
+
+#[test]
+fn virtio_mem_is_verified_both_ways() {
+    let mut world = World::new(1, Habits::default());
+    let ended = world.memory(mib(1024));
+    assert_eq!(ended.verdict(), Verdict::Verified);
+    assert_eq!(world.total, mib(916));
+    let outcome = ended.outcome();
+    assert!(
+        outcome
+            .message
+            .starts_with("512MiB added, and the guest's own total shows it")
+    );
+    let after = Extent::Memory {
+        memory: mib(1024),
+        guest_total: Some(mib(916)),
+    };
+    assert_eq!(outcome.after, after);
+    let has = |source| outcome.evidence.iter().any(|piece| piece.source == source);
+    assert!(has(Source::VirtioMem) && has(Source::BalloonStats) && has(Source::LiveXml));
+
+    let ended = world.memory(mib(512));
+    assert_eq!(ended.verdict(), Verdict::Verified);
+    assert_eq!(world.domain.memory.plugged(), mib(512));
+    assert_eq!(
+        world.made[1],
+        Action::ResizeVirtioMem {
+            alias: "ua-mem0".to_owned(),
+            requested: KiB::new(0).unwrap()
+        }
+    );
+}
+
+#[test]
+fn blocks_that_stay_offline_are_found_out() {
+    let habits = Habits {
+        blocks_online: false,
+        ..Habits::default()
+    };
+    let mut world = World::new(1, habits);
+    let ended = world.memory(mib(1024));
+    assert_eq!(
+        (ended.verdict(), ended.diagnosis()),
+        (Verdict::GuestOffline, "memory-offline")
+    );
+    let diagnosis = ended.outcome().diagnosis.as_ref().unwrap();
+    assert!(diagnosis.remedy.contains("auto_online_blocks"));
+    assert!(ended.took(&world) < ms(15_000));
+
+    // Asking again changes nothing, and is no proof.
+    let calls = world.made.len();
+    assert_eq!(world.memory(mib(1024)).verdict(), Verdict::GuestOffline);
+    assert_eq!(world.made.len(), calls);
+
+    // Brought online later, the record is put right.
+    let mut history = ended.into_history();
+    world.total = world.total.saturating_add(mib(512));
+    let outcome = world.look_again(&mut history, ms(60_000));
+    assert_eq!(outcome.verdict, Verdict::Verified);
+}
+
+#[test]
+fn without_a_driver_the_guest_is_silent() {
+    let habits = Habits {
+        virtio_mem: false,
+        ..Habits::default()
+    };
+    let mut world = World::new(1, habits);
+    let ended = world.memory(mib(1024));
+    assert_eq!(ended.verdict(), Verdict::GuestSilent);
+    assert_eq!(ended.diagnosis(), "no-virtio-mem-driver");
+    let remedy = &ended.outcome().diagnosis.as_ref().unwrap().remedy;
+    assert!(remedy.contains("virtio_mem") && remedy.contains("5.8") && remedy.contains("5.16"));
+    assert!(ended.took(&world) >= ms(60_000));
+}
+
+#[test]
+fn what_is_taken_or_given_back_in_part_is_told_with_the_amount() {
+    let habits = Habits {
+        takes_at_most: mib(200),
+        ..Habits::default()
+    };
+    let mut world = World::new(1, habits);
+    let ended = world.memory(mib(1024));
+    assert_eq!(ended.verdict(), Verdict::PartiallyApplied);
+    assert_eq!(ended.outcome().message, "the guest took 200MiB of 512MiB");
+    assert!(ended.took(&world) < ms(20_000));
+
+    let habits = Habits {
+        pinned: mib(22),
+        ..Habits::default()
+    };
+    let mut world = World::new(1, habits);
+    world.memory(mib(1024));
+    let ended = world.memory(mib(512));
+    assert_eq!(
+        (ended.verdict(), ended.diagnosis()),
+        (Verdict::PartiallyApplied, "memory-in-use")
+    );
+    assert_eq!(
+        ended.outcome().message,
+        "the guest gave 490MiB of 512MiB back, 22MiB are left"
+    );
+    let mut history = ended.into_history();
+    let mut world = world.at(ms(1000), Change::FreesMemory);
+    let outcome = world.look_again(&mut history, ms(60_000));
+    assert_eq!(outcome.verdict, Verdict::Verified);
+}
+
+#[test]
+fn nothing_given_back_stands() {
+    let habits = Habits {
+        pinned: mib(512),
+        ..Habits::default()
+    };
+    let mut world = World::new(1, habits);
+    world.memory(mib(1024));
+    let ended = world.memory(mib(512));
+    assert_eq!(ended.verdict(), Verdict::Pending);
+}
+
+#[test]
+fn where_nothing_tells_the_total_the_drivers_word_counts() {
+    let habits = Habits {
+        tells_total: false,
+        ..Habits::default()
+    };
+    let mut world = World::new(1, habits.clone());
+    let ended = world.memory(mib(1024));
+    assert_eq!(ended.verdict(), Verdict::Verified);
+    assert!(
+        ended
+            .outcome()
+            .message
+            .contains("by the word of the guest's driver")
+    );
+
+    // A DIMM has no driver whose word could count.
+    let mut world = World::new(1, habits).with_dimms();
+    let ended = world.memory(mib(1024));
+    assert_eq!(
+        (ended.verdict(), ended.diagnosis()),
+        (Verdict::Unverifiable, "no-source")
+    );
+    let mut world = World::new(1, world.habits).with_dimms();
+    let terms = world.terms(Require::Acknowledged, 30);
+    let ended = world.carry_out(HotplugRequest::Memory { size: mib(1024) }, terms);
+    assert_eq!(ended.verdict(), Verdict::Verified);
+}
+
+#[test]
+fn a_dimm_is_verified_by_the_guests_total() {
+    let mut world = World::new(1, Habits::default()).with_dimms();
+    let ended = world.memory(mib(1024));
+    assert_eq!(ended.verdict(), Verdict::Verified, "{:?}", ended.outcome());
+    assert_eq!(world.total, mib(916));
+    let dimm = Action::AttachDimm {
+        alias: "ua-virtnode-dimm0".to_owned(),
+        size: KiB::new(512 * 1024).unwrap(),
+        node: Some(0),
+    };
+    assert_eq!(world.made, [dimm]);
+
+    for (habits, verdict, diagnosis) in [
+        (
+            Habits {
+                blocks_online: false,
+                ..Habits::default()
+            },
+            Verdict::GuestOffline,
+            "memory-offline",
+        ),
+        (
+            Habits {
+                refuses: Some(1),
+                ..Habits::default()
+            },
+            Verdict::GuestRefused,
+            "dimm-refused",
+        ),
+        (
+            Habits {
+                deaf: true,
+                ..Habits::default()
+            },
+            Verdict::GuestSilent,
+            "no-sign",
+        ),
+    ] {
+        let mut world = World::new(1, habits).with_dimms();
+        let ended = world.memory(mib(1024));
+        assert_eq!((ended.verdict(), ended.diagnosis()), (verdict, diagnosis));
+    }
+}
+
+#[test]
+fn a_small_dimm_that_stays_offline_is_not_mistaken_for_what_a_kernel_takes() {
+    let habits = Habits {
+        blocks_online: false,
+        ..Habits::default()
+    };
+    let mut world = World::new(1, habits).with_dimms();
+    assert_eq!(world.memory(mib(640)).verdict(), Verdict::GuestOffline);
+    assert_ne!(
+        world.memory(mib(640)).verdict(),
+        Verdict::Verified,
+        "asked again"
+    );
+    // Nor when the guest's total was not known before.
+    let mut world = World::new(1, world.habits).with_dimms();
+    let before = world.observe();
+    let request = HotplugRequest::Memory { size: mib(640) };
+    let Preflight::Ready(plan) = preflight(&request, &before, &Host::default()) else {
+        panic!();
+    };
+    let mut unknown = before;
+    unknown.stats = None;
+    let terms = world.terms(Require::Online, 60);
+    let mut history = History::new(request, terms, plan, unknown, true);
+    let outcome = world.go_on(&mut history);
+    assert_eq!(outcome.verdict, Verdict::Unverifiable);
+}
+
+#[test]
+fn a_balloon_that_swallows_it_is_found_out() {
+    let mut world = World::new(
+        1,
+        Habits {
+            blocks_online: false,
+            ..Habits::default()
+        },
+    );
+    let request = HotplugRequest::Memory { size: mib(1024) };
+    let terms = world.terms(Require::Online, 60);
+    let ended = world.carry_out(request, terms);
+    let mut history = ended.into_history();
+    let mut seen = world.observe();
+    seen.at = world.now.after(ms(100));
+    seen.stats.as_mut().unwrap().balloon.current = Some(mib(512));
+    history.observed(seen);
+    let Step::Done(outcome) = judge(&history, world.now.after(ms(200))) else {
+        panic!();
+    };
+    assert_eq!(outcome.verdict, Verdict::GuestOffline);
+    assert_eq!(outcome.diagnosis.unwrap().code, "balloon");
+}
+
+#[test]
+fn a_target_that_is_met_needs_no_call() {
+    let mut world = World::new(1, Habits::default());
+    assert_eq!(world.memory(mib(512)).verdict(), Verdict::Verified);
+    world.memory(mib(1024));
+    let calls = world.made.len();
+    let ended = world.memory(mib(1024));
+    assert_eq!(
+        (ended.verdict(), ended.took(&world)),
+        (Verdict::Verified, Duration::ZERO)
+    );
+    assert_eq!(world.made.len(), calls);
+}
+
+#[test]
+fn what_cannot_be_is_refused_with_the_limit() {
+    let infeasible = |size: Bytes, change: &dyn Fn(&mut World)| {
+        let mut world = World::new(1, Habits::default());
+        change(&mut world);
+        match world.memory(size) {
+            Ended::Rejected(Rejection::Infeasible(limit)) => {
+                assert!(world.made.is_empty());
+                (limit.code(), limit.to_string())
+            }
+            other => panic!("{:?}", other.verdict()),
+        }
+    };
+    let dimms = |world: &mut World| world.domain.memory.devices.clear();
+    let same = |_: &mut World| {};
+
+    let (code, text) = infeasible(mib(256), &same);
+    assert_eq!(code, "below-boot-memory");
+    assert!(
+        text.starts_with("256MiB are less than the 512MiB"),
+        "{text}"
+    );
+    assert_eq!(infeasible(Bytes::ZERO, &same).0, "below-boot-memory");
+    let (code, text) = infeasible(mib(3072), &same);
+    assert_eq!(code, "above-maximum-memory");
+    assert!(text.contains("which is 2560MiB"), "{text}");
+    assert_eq!(
+        infeasible(Bytes::new(u64::MAX), &same).0,
+        "above-maximum-memory"
+    );
+    let (code, text) = infeasible(mib(1023), &same);
+    assert_eq!(code, "memory-block");
+    assert!(text.ends_with("ask for 1022MiB or 1GiB"), "{text}");
+    assert_eq!(
+        infeasible(Bytes::new((600 << 20) + 1), &same).0,
+        "memory-block"
+    );
+    let none = |world: &mut World| {
+        dimms(world);
+        world.domain.memory.maximum = None;
+    };
+    let (code, text) = infeasible(mib(1024), &none);
+    assert_eq!(code, "no-max-memory");
+    assert!(
+        text.contains("<maxMemory>") && text.contains("virtio-mem"),
+        "{text}"
+    );
+
+    assert_eq!(infeasible(mib(8192), &dimms).0, "above-maximum-memory");
+    let no_slot = |world: &mut World| {
+        dimms(world);
+        world.domain.memory.slots = 0;
+    };
+    assert_eq!(infeasible(mib(1024), &no_slot).0, "no-slot");
+    let no_cell = |world: &mut World| {
+        dimms(world);
+        world.domain.memory.cells.clear();
+    };
+    assert_eq!(infeasible(mib(1024), &no_cell).0, "no-numa-cell");
+    let no_acpi = |world: &mut World| {
+        dimms(world);
+        world.domain.acpi = false;
+    };
+    assert_eq!(infeasible(mib(1024), &no_acpi).0, "no-acpi");
+    let s390 = |world: &mut World| {
+        dimms(world);
+        world.domain.machine = Some("s390-ccw-virtio-9.2".to_owned());
+    };
+    assert_eq!(infeasible(mib(1024), &s390).0, "no-dimms");
+    let odd = Bytes::new((1024 << 20) + (1 << 19));
+    assert_eq!(infeasible(odd, &dimms).0, "memory-block");
+    let has_dimm = |world: &mut World| {
+        world.domain.memory.devices = vec![MemoryDevice {
+            model: MemoryModel::Dimm,
+            alias: None,
+            size: mib(512),
+            requested: None,
+            current: None,
+            block: None,
+            node: Some(0),
+            slot: Some(0),
+        }];
+    };
+    let (code, text) = infeasible(mib(600), &has_dimm);
+    assert_eq!(code, "cannot-shrink");
+    assert!(text.contains("less than the 1GiB"), "{text}");
+    let poor = |world: &mut World| world.host.available = Some(mib(100));
+    let (code, text) = infeasible(mib(1024), &poor);
+    assert_eq!(code, "node-memory");
+    assert!(
+        text.contains("512MiB more") && text.contains("100MiB available"),
+        "{text}"
+    );
+}
+
+#[test]
+fn huge_pages_are_not_counted_in_what_is_available() {
+    let mut world = World::new(1, Habits::default());
+    world.host.available = Some(mib(100));
+    world.domain.memory.huge_pages = true;
+    assert_eq!(world.memory(mib(1024)).verdict(), Verdict::Verified);
+}
+
+#[test]
+fn two_devices_share_up_from_the_first_and_down_from_the_last() {
+    let mut world = World::new(1, Habits::default());
+    let mut second = world.domain.memory.devices[0].clone();
+    second.alias = Some("ua-mem1".to_owned());
+    world.domain.memory.devices.push(second);
+    let plan = |world: &World, size| match preflight(
+        &HotplugRequest::Memory { size },
+        &world.observe(),
+        &Host::default(),
+    ) {
+        Preflight::Ready(plan) => plan
+            .actions
+            .iter()
+            .map(|action| match action {
+                Action::ResizeVirtioMem { alias, requested } => format!("{alias} {requested}"),
+                other => panic!("{other:?}"),
+            })
+            .collect::<Vec<_>>(),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(
+        plan(&world, mib(512 + 3072)),
+        ["ua-mem0 2GiB", "ua-mem1 1GiB"]
+    );
+    for device in &mut world.domain.memory.devices {
+        device.requested = Some(mib(1024));
+        device.current = Some(mib(1024));
+    }
+    assert_eq!(
+        plan(&world, mib(512 + 512)),
+        ["ua-mem1 0B", "ua-mem0 512MiB"]
+    );
+    assert_eq!(plan(&world, mib(512 + 1536)), ["ua-mem1 512MiB"]);
+    let ended = world.memory(mib(512 + 512));
+    assert_eq!(ended.verdict(), Verdict::Verified);
+    assert_eq!(world.made.len(), 2);
+}
+
+#[test]
+fn whatever_ends_the_domain_ends_the_operation() {
+    let habits = Habits {
+        virtio_mem: false,
+        ..Habits::default()
+    };
+    let mut world = World::new(1, habits).at(ms(700), Change::Destroy);
+    let ended = world.memory(mib(1024));
+    assert_eq!(ended.verdict(), Verdict::DomainNotRunning);
+    assert!(ended.took(&world) < ms(1000));
+}

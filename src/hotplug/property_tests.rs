@@ -1,0 +1,416 @@
+//! Rules that hold whatever a domain is like, whatever a guest does, and whatever is seen.
+
+use std::time::Duration;
+
+use proptest::prelude::*;
+use proptest::sample::select;
+
+use super::simulation::{Change, Ended, Habits, World, mib, ms};
+use super::*;
+use crate::domain::{MemoryModel, VcpuStats};
+use crate::units::{Bytes, KiB};
+
+fn habits() -> impl Strategy<Value = Habits> {
+    (
+        (
+            proptest::option::of(0_u64..12_000),
+            1_u32..6,
+            any::<bool>(),
+            prop::bool::weighted(0.1),
+            proptest::option::weighted(0.1, select(&[1_u32, 0x80, 0x82][..])),
+            proptest::option::weighted(0.2, 1_u32..4),
+            any::<bool>(),
+        ),
+        (
+            prop::bool::weighted(0.8),
+            any::<bool>(),
+            select(&[0_u64, 22, 300][..]),
+            select(&[0_u64, 200, 1 << 20][..]),
+            prop::bool::weighted(0.8),
+        ),
+    )
+        .prop_map(
+            |((onlines, nr_cpus, stuck, deaf, refuses, keeps, agent), memory)| {
+                let (virtio_mem, blocks_online, pinned, takes, tells_total) = memory;
+                Habits {
+                    onlines_after: onlines.map(ms),
+                    nr_cpus,
+                    stuck,
+                    deaf,
+                    refuses,
+                    keeps,
+                    agent,
+                    virtio_mem,
+                    blocks_online,
+                    pinned: mib(pinned),
+                    takes_at_most: mib(takes),
+                    tells_total,
+                }
+            },
+        )
+}
+
+fn change() -> impl Strategy<Value = Change> {
+    prop_oneof![
+        Just(Change::Destroy),
+        Just(Change::Pause),
+        Just(Change::Resume),
+        Just(Change::Reset),
+        Just(Change::AgentDies),
+        Just(Change::LosesLibvirt),
+        Just(Change::FindsLibvirt),
+        (1_u32..4).prop_map(Change::Onlines),
+    ]
+}
+
+/// A world, and what happens in it.
+fn world(vcpus: u32) -> impl Strategy<Value = World> {
+    let flags = (any::<bool>(), any::<bool>(), any::<bool>());
+    let changes = prop::collection::vec((0_u64..30_000, change()), 0..3);
+    (
+        habits(),
+        flags,
+        changes,
+        select(&[20_u64, 400, 9_000, 40_000][..]),
+    )
+        .prop_map(
+            move |(habits, (events, times, forgetful), changes, call_takes)| {
+                // A guest has booted with what it has room for.
+                let nr_cpus = habits.nr_cpus.max(vcpus);
+                let mut world = World::new(vcpus, Habits { nr_cpus, ..habits });
+                world.monitor_events = events;
+                world.counts_time = times;
+                world.forgetful = forgetful;
+                world.call_takes = ms(call_takes);
+                changes
+                    .into_iter()
+                    .fold(world, |world, (at, change)| world.at(ms(at), change))
+            },
+        )
+}
+
+fn require() -> impl Strategy<Value = Require> {
+    select(&Require::ALL[..])
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(256))]
+
+    /// `Verified` at the highest level is what really is in the guest; and there is a verdict in
+    /// time, whatever happens.
+    #[test]
+    fn verified_vcpus_are_really_there(
+        mut world in (1_u32..5).prop_flat_map(world),
+        count in 0_u32..6,
+        online: bool,
+        require in require(),
+        seconds in 1_u64..40,
+    ) {
+        let terms = world.terms(require, seconds);
+        let ended = world.carry_out(HotplugRequest::Vcpus { count, online }, terms);
+        prop_assert!(world.now <= terms.deadline);
+        if let (Ended::Rejected(_), made) = (&ended, &world.made) {
+            prop_assert!(made.is_empty());
+        }
+        if ended.verdict() == Verdict::Verified && require == Require::Online {
+            prop_assert!(world.really_uses(count), "{:?}: {:?}", world.habits, ended.outcome());
+        }
+        if ended.verdict() == Verdict::Verified && require == Require::Acknowledged {
+            let has = world.has.len() as u32;
+            prop_assert!(has == count || !world.habits.agent, "{:?}", ended.outcome());
+        }
+        for action in &world.made {
+            if let Action::SetVcpus { count: called, .. } = action {
+                prop_assert_eq!(*called, count);
+            }
+        }
+    }
+
+    /// The same for memory.
+    #[test]
+    fn verified_memory_is_really_there(
+        mut world in world(1),
+        dimms: bool,
+        first in 256_u64..3000,
+        second in 256_u64..3000,
+        require in require(),
+        seconds in 1_u64..60,
+    ) {
+        if dimms {
+            world = world.with_dimms();
+        }
+        let kernel = mib(512).saturating_sub(world.total);
+        for size in [mib(first & !1), mib(second & !1)] {
+            let terms = world.terms(require, seconds);
+            let ended = world.carry_out(HotplugRequest::Memory { size }, terms);
+            prop_assert!(world.now <= terms.deadline);
+            if ended.verdict() == Verdict::Verified && require == Require::Online {
+                let memory = &world.domain.memory;
+                prop_assert_eq!(memory.plugged(), size);
+                let uses = world.total.saturating_add(kernel) >= memory.plugged();
+                // Without a total that tells, a virtio-mem driver's word is all there is.
+                let by_word = !dimms && ended.outcome().message.contains("by the word");
+                let smaller = ended.outcome().message.contains("given back");
+                prop_assert!(uses || by_word || smaller, "{:?}: {:?}", world.habits, ended.outcome());
+            }
+        }
+    }
+
+    /// No plan asks for more than there can be, for other than was asked for, or for parts of
+    /// blocks.
+    #[test]
+    fn no_plan_exceeds_the_maximum(
+        devices in prop::collection::vec((1_u64..5, 0_u64..1100, any::<bool>(), 0_u64..3), 0..5),
+        maximum in 0_u64..9000,
+        slots in 0_u32..4,
+        size in any::<u32>().prop_map(|kib| KiB::new(u64::from(kib)).unwrap()),
+        aligned: bool,
+        plugged in 0_u32..5,
+        count in any::<u32>(),
+    ) {
+        let mut world = World::new(plugged, Habits::default());
+        let template = world.domain.memory.devices.pop().unwrap();
+        for (index, (blocks, requested, dimm, block)) in devices.into_iter().enumerate() {
+            let mut device = template.clone();
+            device.alias = Some(format!("ua-{index}"));
+            device.block = Some(mib(2 << block));
+            device.size = mib((2 << block) * blocks * 64);
+            device.requested = Some(mib((2 << block) * (requested % (blocks * 64))));
+            if dimm {
+                device.model = MemoryModel::Dimm;
+                (device.requested, device.current, device.block) = (None, None, None);
+            }
+            world.domain.memory.devices.push(device);
+        }
+        world.domain.memory.maximum = Some(mib(maximum));
+        world.domain.memory.slots = slots;
+        let size = match aligned {
+            true => Bytes::from(size).round_down(mib(2)),
+            false => size.into(),
+        };
+        let seen = world.observe();
+        let memory = &seen.domain.memory;
+        let request = HotplugRequest::Memory { size };
+        if let Preflight::Ready(plan) = preflight(&request, &seen, &Host::default()) {
+            let mut total = memory.asked();
+            for action in &plan.actions {
+                match action {
+                    Action::ResizeVirtioMem { alias, requested } => {
+                        let device = memory.device(alias).unwrap();
+                        let requested = Bytes::from(*requested);
+                        prop_assert!(requested <= device.size);
+                        prop_assert!(requested.is_multiple_of(device.block.unwrap()));
+                        total = total.saturating_sub(device.asked()).saturating_add(requested);
+                    }
+                    Action::AttachDimm { size, alias, .. } => {
+                        prop_assert!(memory.device(alias).is_none());
+                        total = total.saturating_add((*size).into());
+                        prop_assert!(total <= memory.maximum.unwrap());
+                    }
+                    other => prop_assert!(false, "{other:?}"),
+                }
+            }
+            prop_assert_eq!(total, size);
+        }
+        let request = HotplugRequest::Vcpus { count, online: false };
+        if let Preflight::Ready(plan) = preflight(&request, &seen, &Host::default()) {
+            prop_assert!((1..=4).contains(&count));
+            prop_assert_eq!(plan.actions.is_empty(), count == plugged);
+            for action in plan.actions {
+                prop_assert_eq!(action, Action::SetVcpus { count, persist: false });
+            }
+        }
+    }
+}
+
+/// Something that comes into a history, from a real world or not.
+#[derive(Debug, Clone)]
+enum Input {
+    Seen {
+        plugged: u32,
+        has: u32,
+        online: u32,
+        answers: bool,
+        ran: [u64; 4],
+        runs: bool,
+        memory: (u64, u64),
+        total: u64,
+    },
+    Happened(Event),
+    Returned(Return),
+    OutOfContact(Contact),
+}
+
+fn event() -> impl Strategy<Value = Event> {
+    let ost = (
+        0_u32..4,
+        any::<bool>(),
+        any::<bool>(),
+        0_u32..4,
+        select(&[0_u32, 1, 0x82, 0x84][..]),
+    );
+    prop_oneof![
+        ost.prop_map(|(slot, named, cpu, source, status)| Event::Ost(Ost {
+            device: named.then(|| format!("vcpu{slot}")),
+            slot,
+            kind: if cpu { SlotKind::Cpu } else { SlotKind::Dimm },
+            source,
+            status,
+        })),
+        (0_u32..4).prop_map(|id| Event::DeviceDeleted {
+            device: None,
+            path: format!("/machine/peripheral/vcpu{id}/lapic"),
+        }),
+        "[a-z0-9]{0,6}".prop_map(|device| Event::UnplugFailed { device }),
+        any::<u64>().prop_map(|size| Event::MemorySize {
+            device: "ua-mem0".to_owned(),
+            size: Bytes::new(size),
+        }),
+        Just(Event::Reset),
+        Just(Event::Paused),
+        Just(Event::Resumed),
+        Just(Event::Stopped("shut down".to_owned())),
+    ]
+}
+
+fn input() -> impl Strategy<Value = Input> {
+    let ids = || 0_u32..6;
+    let seen = (
+        (0_u32..5, ids(), ids(), any::<bool>()),
+        any::<[u16; 4]>(),
+        any::<bool>(),
+        (0_u64..2048, 0_u64..2048),
+        0_u64..3000,
+    );
+    prop_oneof![
+        6 => seen.prop_map(|((plugged, has, online, answers), ran, runs, memory, total)| Input::Seen {
+            plugged, has, online, answers, ran: ran.map(u64::from), runs, memory, total,
+        }),
+        3 => event().prop_map(Input::Happened),
+        2 => prop_oneof![
+            Just(Return::Done),
+            Just(Return::Overdue),
+            Just(Return::Lost),
+            (any::<u32>(), "(vcpu unplug|state change lock|.{0,20})").prop_map(|(number, message)| {
+                Return::Failed { number: number % 120, message }
+            }),
+        ].prop_map(Input::Returned),
+        1 => prop_oneof![
+            Just(Contact::Absent),
+            Just(Contact::Unreachable("gone".to_owned())),
+        ].prop_map(Input::OutOfContact),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(300))]
+
+    /// Whatever is seen, in whatever order: no panic, no wait beyond the deadline, a verdict at
+    /// the deadline, the same one again from the journal; and `Verified` only if the last look
+    /// shows it.
+    #[test]
+    fn no_history_misleads(
+        inputs in prop::collection::vec((0_u64..3000, input()), 0..40),
+        request in prop_oneof![
+            (0_u32..6, any::<bool>()).prop_map(|(count, online)| HotplugRequest::Vcpus { count, online }),
+            (256_u64..2048).prop_map(|size| HotplugRequest::Memory { size: mib(size * 2) }),
+        ],
+        require in require(),
+        vcpus in 1_u32..5,
+        monitor_events: bool,
+    ) {
+        let world = World::new(vcpus, Habits::default());
+        let before = world.observe();
+        let plan = match preflight(&request, &before, &Host::default()) {
+            Preflight::Ready(plan) => plan,
+            _ => Plan::default(), // what no preflight let pass is judged all the same
+        };
+        let terms = world.terms(require, 25);
+        let mut history = History::new(request, terms, plan, before.clone(), monitor_events);
+        let mut now = world.now;
+        for (after, input) in inputs {
+            check(&history, now)?;
+            if let Step::Call(action) = judge(&history, now) {
+                history.called(now, action);
+            }
+            now = now.after(ms(after));
+            match input {
+                Input::Seen { plugged, has, online, answers, ran, runs, memory, total } => {
+                    let mut seen = before.clone();
+                    seen.at = now;
+                    let domain = &mut seen.domain;
+                    if !runs {
+                        domain.state = crate::domain::DomainState::Paused;
+                    }
+                    for vcpu in &mut domain.vcpus.each {
+                        vcpu.enabled = vcpu.id < plugged;
+                    }
+                    domain.memory.devices[0].requested = Some(mib(memory.0));
+                    domain.memory.devices[0].current = Some(mib(memory.1));
+                    let stats = seen.stats.as_mut().unwrap();
+                    stats.vcpus = (0..plugged)
+                        .zip(ran)
+                        .map(|(id, time)| (id, VcpuStats { time: Some(time), exits: None }))
+                        .collect();
+                    stats.balloon.total = Some(mib(total));
+                    stats.balloon.updated = u64::try_from(now.as_seconds()).ok();
+                    seen.agent = match answers {
+                        true => Agent::Answered(GuestVcpus {
+                            vcpus: (0..has).collect(),
+                            online: (0..online).collect(),
+                        }),
+                        false => Agent::Silent("no".to_owned()),
+                    };
+                    history.observed(seen);
+                }
+                Input::Happened(event) => history.happened(now, event),
+                Input::Returned(how) => history.returned(now, how),
+                Input::OutOfContact(why) => history.out_of_contact(now, why),
+            }
+        }
+        check(&history, now)?;
+        let end = now.after(Duration::from_secs(100));
+        let last = judge(&history, end);
+        prop_assert!(matches!(last, Step::Done(_)), "at the deadline: {last:?}");
+        let journal = serde_json::to_string(&history).unwrap();
+        let again: History = serde_json::from_str(&journal).unwrap();
+        prop_assert_eq!(judge(&again, end), last);
+    }
+}
+
+fn check(history: &History, now: Moment) -> Result<(), TestCaseError> {
+    let outcome = match judge(history, now) {
+        Step::Done(outcome) => outcome,
+        Step::Wait { until, .. } => {
+            prop_assert!(until <= history.terms.deadline);
+            prop_assert!(now < history.terms.deadline);
+            return Ok(());
+        }
+        Step::Call(_) => {
+            prop_assert!(now < history.terms.deadline);
+            return Ok(());
+        }
+    };
+    if outcome.verdict != Verdict::Verified {
+        prop_assert!(!outcome.message.is_empty());
+        return Ok(());
+    }
+    if history.terms.require < Require::Online {
+        return Ok(());
+    }
+    let last = history.latest();
+    match history.request {
+        HotplugRequest::Vcpus { count, .. } => {
+            prop_assert_eq!(last.domain.vcpus.plugged(), count);
+            if count >= history.before.domain.vcpus.plugged() {
+                let by_agent = last.guest().map(|guest| guest.online.len());
+                prop_assert!(by_agent.is_none_or(|online| online == count));
+            }
+        }
+        HotplugRequest::Memory { size } => {
+            prop_assert_eq!(last.domain.memory.asked(), size);
+            prop_assert_eq!(last.domain.memory.plugged(), size);
+        }
+    }
+    Ok(())
+}

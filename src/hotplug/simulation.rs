@@ -1,0 +1,684 @@
+//! A hypervisor and a guest for tests, in virtual time, which behave as the real ones were seen to
+//! in the lab; and a loop that keeps a history of them and does as [`judge`] says.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use super::*;
+use crate::domain::{
+    AgentChannel, Balloon, BalloonStats, Cpu, Domain, DomainState, IdSet, Memory, MemoryDevice,
+    MemoryModel, NumaCell, Stats, Vcpu, VcpuStats, Vcpus,
+};
+use crate::units::Bytes;
+
+/// How often a domain is looked at.
+const LOOK: Duration = Duration::from_millis(200);
+
+pub(super) fn mib(mib: u64) -> Bytes {
+    Bytes::from_mib(mib).unwrap()
+}
+
+pub(super) fn ms(millis: u64) -> Duration {
+    Duration::from_millis(millis)
+}
+
+/// What a guest does.
+#[derive(Debug, Clone)]
+pub(super) struct Habits {
+    /// After how long it brings CPUs online by itself, if it does.
+    pub(super) onlines_after: Option<Duration>,
+    /// It has room for so many CPUs and throws others away, with a smile.
+    pub(super) nr_cpus: u32,
+    /// CPUs stay offline whatever it is told.
+    pub(super) stuck: bool,
+    /// It notices nothing: still in firmware, without ACPI, hung.
+    pub(super) deaf: bool,
+    /// It refuses to add CPUs and DIMMs, with that status.
+    pub(super) refuses: Option<u32>,
+    /// It refuses to let that CPU go.
+    pub(super) keeps: Option<u32>,
+    /// It has an agent.
+    pub(super) agent: bool,
+    /// It has a driver for virtio-mem.
+    pub(super) virtio_mem: bool,
+    /// It brings memory online.
+    pub(super) blocks_online: bool,
+    /// So much of virtio-mem memory cannot be given back.
+    pub(super) pinned: Bytes,
+    /// It takes no more than so much of virtio-mem memory.
+    pub(super) takes_at_most: Bytes,
+    /// Its balloon driver tells statistics.
+    pub(super) tells_total: bool,
+}
+
+impl Default for Habits {
+    fn default() -> Self {
+        Self {
+            onlines_after: None,
+            nr_cpus: 1000,
+            stuck: false,
+            deaf: false,
+            refuses: None,
+            keeps: None,
+            agent: true,
+            virtio_mem: true,
+            blocks_online: true,
+            pinned: Bytes::ZERO,
+            takes_at_most: mib(1 << 20),
+            tells_total: true,
+        }
+    }
+}
+
+#[derive(Debug, Clone)]
+enum Effect {
+    Return(Return),
+    GuestSeesCpu(u32),
+    GuestOnlines(u32),
+    GuestEjects(u32),
+    GuestResizes(String),
+    GuestSeesDimm(String),
+    TellsTotal,
+    Tests(Change),
+}
+
+/// What a test has happen at a time.
+#[derive(Debug, Clone)]
+pub(super) enum Change {
+    Destroy,
+    Pause,
+    Resume,
+    Reset,
+    AgentDies,
+    LosesLibvirt,
+    FindsLibvirt,
+    FreesMemory,
+    Onlines(u32),
+}
+
+/// A domain and its guest.
+#[derive(Debug, Clone)]
+pub(super) struct World {
+    pub(super) now: Moment,
+    pub(super) domain: Domain,
+    pub(super) habits: Habits,
+    pub(super) persistent: bool,
+    pub(super) monitor_events: bool,
+    pub(super) counts_time: bool,
+    /// libvirt up to 12.3 does not notice that a vCPU went.
+    pub(super) forgetful: bool,
+    pub(super) host: Host,
+    /// Every call that was made.
+    pub(super) made: Vec<Action>,
+    /// How a call is to fail instead of being done.
+    pub(super) fails: Option<(u32, String)>,
+    /// A call takes so long to come back.
+    pub(super) call_takes: Duration,
+    qemu: BTreeSet<u32>,
+    pub(super) has: BTreeSet<u32>,
+    pub(super) online: BTreeSet<u32>,
+    times: BTreeMap<u32, u64>,
+    pub(super) total: Bytes,
+    told: Option<(Bytes, u64)>,
+    gone: bool,
+    lost: bool,
+    pending: Vec<(Moment, Effect)>,
+    happened: Vec<(Moment, Event)>,
+    returned: Vec<(Moment, Return)>,
+}
+
+impl World {
+    /// A guest of so many vCPUs of four, with 512 MiB and a virtio-mem device of 2 GiB.
+    pub(super) fn new(vcpus: u32, habits: Habits) -> Self {
+        let device = MemoryDevice {
+            model: MemoryModel::VirtioMem,
+            alias: Some("ua-mem0".to_owned()),
+            size: mib(2048),
+            requested: Some(Bytes::ZERO),
+            current: Some(Bytes::ZERO),
+            block: Some(mib(2)),
+            node: Some(0),
+            slot: None,
+        };
+        let domain = Domain {
+            name: "vm".to_owned(),
+            uuid: None,
+            id: Some(1),
+            virt_type: "qemu".to_owned(),
+            state: DomainState::Running,
+            arch: Some("x86_64".to_owned()),
+            machine: Some("pc-q35-10.0".to_owned()),
+            acpi: true,
+            cpu: Cpu::default(),
+            vcpus: Vcpus {
+                maximum: 4,
+                each: (0..4)
+                    .map(|id| Vcpu {
+                        id,
+                        enabled: id < vcpus,
+                        hotpluggable: id > 0,
+                        order: None,
+                    })
+                    .collect(),
+            },
+            memory: Memory {
+                boot: mib(512),
+                balloon: Some(mib(512)),
+                maximum: Some(mib(4096)),
+                slots: 4,
+                cells: vec![NumaCell {
+                    id: 0,
+                    cpus: "0-3".parse().unwrap(),
+                    memory: mib(512),
+                }],
+                devices: vec![device],
+                huge_pages: false,
+            },
+            balloon: Balloon {
+                present: true,
+                stats_period: Some(1),
+            },
+            agent: match habits.agent {
+                true => AgentChannel::Connected,
+                false => AgentChannel::Disconnected,
+            },
+            devices: Vec::new(),
+        };
+        let now = Moment::from_millis(1_795_260_000_000);
+        let mut world = Self {
+            now,
+            domain,
+            persistent: false,
+            monitor_events: true,
+            counts_time: true,
+            forgetful: true,
+            host: Host::default(),
+            made: Vec::new(),
+            fails: None,
+            call_takes: ms(50),
+            qemu: (0..vcpus).collect(),
+            has: (0..vcpus).collect(),
+            online: (0..vcpus).collect(),
+            times: (0..vcpus).map(|id| (id, 3_000)).collect(),
+            total: mib(404),
+            told: None,
+            gone: false,
+            lost: false,
+            pending: Vec::new(),
+            happened: Vec::new(),
+            returned: Vec::new(),
+            habits,
+        };
+        if world.habits.tells_total {
+            world.told = Some((world.total, seconds_of(now)));
+            world.later(ms(1000), Effect::TellsTotal);
+        }
+        world
+    }
+
+    /// The same with slots for DIMMs in place of the virtio-mem device.
+    pub(super) fn with_dimms(mut self) -> Self {
+        self.domain.memory.devices.clear();
+        self
+    }
+
+    /// Has something happen later.
+    pub(super) fn at(mut self, after: Duration, change: Change) -> Self {
+        self.later(after, Effect::Tests(change));
+        self
+    }
+
+    fn later(&mut self, after: Duration, effect: Effect) {
+        self.pending.push((self.now.after(after), effect));
+    }
+
+    fn event(&mut self, event: Event) {
+        self.happened.push((self.now, event));
+    }
+
+    fn ost(&mut self, device: Option<String>, slot: u32, kind: SlotKind, source: u32, status: u32) {
+        self.event(Event::Ost(Ost {
+            device,
+            slot,
+            kind,
+            source,
+            status,
+        }));
+    }
+
+    fn enabled(&self) -> BTreeSet<u32> {
+        self.domain.vcpus.plugged_ids().iter().collect()
+    }
+
+    fn set_enabled(&mut self, id: u32, enabled: bool) {
+        self.domain.vcpus.each[id as usize].enabled = enabled;
+    }
+
+    pub(super) fn observe(&self) -> Observation {
+        let agent = match (
+            self.habits.agent,
+            self.domain.state.runs() && !self.habits.deaf,
+        ) {
+            (false, _) => Agent::NotAsked,
+            (true, false) => Agent::Silent("Guest agent is not responding".to_owned()),
+            (true, true) => Agent::Answered(GuestVcpus {
+                vcpus: self.has.iter().copied().collect(),
+                online: self.online.iter().copied().collect(),
+            }),
+        };
+        let times = self.enabled().into_iter().map(|id| {
+            let millis = self.times.get(&id).copied().unwrap_or(0);
+            let ticks = millis / 10 * 10_000_000;
+            let time = self.counts_time.then_some(ticks);
+            (id, VcpuStats { time, exits: None })
+        });
+        let balloon = BalloonStats {
+            current: Some(self.domain.memory.plugged()),
+            total: self.told.map(|(total, _)| total),
+            usable: None,
+            updated: Some(self.told.map_or(0, |(_, at)| at)),
+        };
+        Observation {
+            at: self.now,
+            domain: self.domain.clone(),
+            persistent: self.persistent,
+            stats: Some(Stats {
+                vcpus: times.collect(),
+                balloon,
+            }),
+            agent,
+            job: None,
+        }
+    }
+
+    /// What the hypervisor does when it is called.
+    fn call(&mut self, action: &Action) {
+        self.made.push(action.clone());
+        if let Some((number, message)) = self.fails.clone() {
+            return self.later(
+                self.call_takes,
+                Effect::Return(Return::Failed { number, message }),
+            );
+        }
+        let mut how = (self.call_takes, Return::Done);
+        match action {
+            Action::SetVcpus { count, .. } => {
+                let plugged = self.enabled();
+                for id in (0..*count).filter(|id| !plugged.contains(id)) {
+                    self.set_enabled(id, true);
+                    self.qemu.insert(id);
+                    self.times.insert(id, 0);
+                    self.later(ms(30), Effect::GuestSeesCpu(id));
+                }
+                for id in plugged.into_iter().filter(|id| id >= count).rev() {
+                    if !self.qemu.contains(&id) {
+                        self.set_enabled(id, false); // QEMU says it has no such device
+                        continue;
+                    }
+                    self.later(ms(20), Effect::GuestEjects(id));
+                    // libvirt waits for this one, and goes no further
+                    let keeps = self.habits.deaf || self.habits.keeps == Some(id);
+                    if self.forgetful || keeps {
+                        let message = "vcpu unplug request timed out. Unplug result must be \
+                                       manually inspected in the domain";
+                        how = (
+                            ms(5000),
+                            Return::Failed {
+                                number: 68,
+                                message: message.to_owned(),
+                            },
+                        );
+                        break;
+                    }
+                    how.0 += ms(100);
+                }
+            }
+            Action::OnlineVcpus { ids } => {
+                if self.habits.stuck {
+                    let message = "Input/output error".to_owned();
+                    how.1 = Return::Failed {
+                        number: 113,
+                        message,
+                    };
+                } else {
+                    self.online.extend(ids.iter());
+                }
+            }
+            Action::ResizeVirtioMem { alias, requested } => {
+                let device = self.domain.memory.devices.iter_mut();
+                let mut device = device.filter(|device| device.alias.as_ref() == Some(alias));
+                device.next().unwrap().requested = Some((*requested).into());
+                self.later(ms(100), Effect::GuestResizes(alias.clone()));
+            }
+            Action::AttachDimm { alias, size, node } => {
+                let slot = u32::try_from(self.domain.memory.dimms().count()).unwrap();
+                self.domain.memory.devices.push(MemoryDevice {
+                    model: MemoryModel::Dimm,
+                    alias: Some(alias.clone()),
+                    size: (*size).into(),
+                    requested: None,
+                    current: None,
+                    block: None,
+                    node: *node,
+                    slot: Some(slot),
+                });
+                self.later(ms(60), Effect::GuestSeesDimm(alias.clone()));
+            }
+        }
+        self.later(how.0, Effect::Return(how.1));
+    }
+
+    fn apply(&mut self, effect: Effect) {
+        let runs = self.domain.state.runs() && !self.habits.deaf && !self.gone;
+        match effect {
+            Effect::Return(how) => self.returned.push((self.now, how)),
+            Effect::Tests(change) => self.change(change),
+            Effect::TellsTotal => {
+                if runs {
+                    self.told = Some((self.total, seconds_of(self.now)));
+                }
+                self.later(ms(1000), Effect::TellsTotal);
+            }
+            // What a paused guest was about to do it does later.
+            effect if self.domain.state == DomainState::Paused => self.later(ms(50), effect),
+            _ if !runs => {}
+            Effect::GuestSeesCpu(id) => {
+                let name = Some(format!("vcpu{id}"));
+                if let Some(status) = self.habits.refuses {
+                    return self.ost(name, id, SlotKind::Cpu, 1, status);
+                }
+                // Thrown away or not: it says it is well.
+                if self.has.len() < self.habits.nr_cpus as usize {
+                    self.has.insert(id);
+                    if let Some(after) = self.habits.onlines_after {
+                        self.later(after, Effect::GuestOnlines(id));
+                    }
+                }
+                self.ost(name, id, SlotKind::Cpu, 1, 0);
+            }
+            Effect::GuestOnlines(id) => {
+                if self.has.contains(&id) && !self.habits.stuck {
+                    self.online.insert(id);
+                }
+            }
+            Effect::GuestEjects(id) => {
+                let name = format!("vcpu{id}");
+                self.ost(Some(name.clone()), id, SlotKind::Cpu, 3, 0x84);
+                if self.habits.keeps == Some(id) {
+                    return self.ost(Some(name), id, SlotKind::Cpu, 3, 0x82);
+                }
+                self.has.remove(&id);
+                self.online.remove(&id);
+                self.qemu.remove(&id);
+                self.times.remove(&id);
+                self.event(Event::DeviceDeleted {
+                    device: None,
+                    path: format!("/machine/peripheral/{name}/lapic"),
+                });
+                self.ost(None, id, SlotKind::Cpu, 3, 0);
+                if !self.forgetful {
+                    self.set_enabled(id, false);
+                }
+            }
+            Effect::GuestResizes(alias) => self.resize(&alias),
+            Effect::GuestSeesDimm(alias) => {
+                let size = self.domain.memory.device(&alias).unwrap().size;
+                let status = self.habits.refuses.unwrap_or(0);
+                if status == 0 && self.habits.blocks_online {
+                    self.total = self.total.saturating_add(size);
+                }
+                self.ost(Some(alias), 0, SlotKind::Dimm, 1, status);
+            }
+        }
+    }
+
+    fn resize(&mut self, alias: &str) {
+        if !self.habits.virtio_mem {
+            return;
+        }
+        let habits = self.habits.clone();
+        let mut devices = self.domain.memory.devices.iter_mut();
+        let device = devices
+            .find(|device| device.alias.as_deref() == Some(alias))
+            .unwrap();
+        let (requested, current) = (device.asked(), device.plugged());
+        let step = mib(128);
+        let next = match requested > current {
+            true => current
+                .saturating_add(step)
+                .min(requested)
+                .min(habits.takes_at_most),
+            false => current
+                .saturating_sub(step)
+                .max(requested)
+                .max(habits.pinned.min(current)),
+        };
+        device.current = Some(next);
+        if next == current {
+            return;
+        }
+        if habits.blocks_online {
+            self.total = self.total.saturating_add(next).saturating_sub(current);
+        }
+        self.event(Event::MemorySize {
+            device: alias.to_owned(),
+            size: next,
+        });
+        self.later(ms(150), Effect::GuestResizes(alias.to_owned()));
+    }
+
+    fn change(&mut self, change: Change) {
+        match change {
+            Change::Destroy => {
+                self.gone = true;
+                self.event(Event::Stopped("destroyed".to_owned()));
+            }
+            Change::Pause => {
+                self.domain.state = DomainState::Paused;
+                self.event(Event::Paused);
+            }
+            Change::Resume => {
+                self.domain.state = DomainState::Running;
+                self.event(Event::Resumed);
+            }
+            Change::Reset => {
+                self.event(Event::Reset);
+                // It finds all CPUs that QEMU has, and boots them as far as it has room.
+                let room = self.habits.nr_cpus as usize;
+                self.has = self.qemu.iter().copied().take(room).collect();
+                self.online = self.has.clone();
+                self.told = None;
+            }
+            Change::AgentDies => self.habits.agent = false,
+            Change::LosesLibvirt => {
+                self.lost = true;
+                self.returned.push((self.now, Return::Lost));
+            }
+            Change::FindsLibvirt => self.lost = false,
+            Change::FreesMemory => {
+                self.habits.pinned = Bytes::ZERO;
+                self.later(ms(10), Effect::GuestResizes("ua-mem0".to_owned()));
+            }
+            Change::Onlines(id) => self.apply(Effect::GuestOnlines(id)),
+        }
+    }
+
+    /// Lets time pass up to that moment.
+    fn pass(&mut self, until: Moment) {
+        while self.now < until {
+            let next = self.pending.iter().map(|(at, _)| *at).min();
+            let step = next.map_or(until, |next| next.clamp(self.now, until));
+            let span = u64::try_from(step.since(self.now).as_millis()).unwrap();
+            if self.domain.state.runs() && !self.gone {
+                for id in &self.online {
+                    *self.times.entry(*id).or_default() += span / 10;
+                }
+            }
+            self.now = step;
+            let (due, rest) = std::mem::take(&mut self.pending)
+                .into_iter()
+                .partition(|(at, _)| *at <= self.now);
+            self.pending = rest;
+            for (_, effect) in Vec::<(Moment, Effect)>::from(due) {
+                self.apply(effect);
+            }
+            if step == until && next.is_none_or(|next| next > until) {
+                return;
+            }
+        }
+    }
+
+    fn report(&mut self, history: &mut History) {
+        for (at, event) in std::mem::take(&mut self.happened) {
+            // The domain's own end is told by libvirt, the rest by QEMU.
+            if self.monitor_events || matches!(event, Event::Stopped(_)) {
+                history.happened(at, event);
+            }
+        }
+        for (at, how) in std::mem::take(&mut self.returned) {
+            let waiting = history
+                .calls()
+                .last()
+                .is_some_and(|call| matches!(call.returned, None | Some((_, Return::Overdue))));
+            if waiting {
+                history.returned(at, how);
+            }
+        }
+        match (self.gone, self.lost) {
+            (true, _) => history.out_of_contact(self.now, Contact::Absent),
+            (_, true) => {
+                let why = Contact::Unreachable("Connection refused".to_owned());
+                history.out_of_contact(self.now, why);
+            }
+            _ => history.observed(self.observe()),
+        }
+    }
+
+    /// Carries a request out, as an executor would.
+    pub(super) fn carry_out(&mut self, request: HotplugRequest, terms: Terms) -> Ended {
+        let before = self.observe();
+        let plan = match preflight(&request, &before, &self.host) {
+            Preflight::Ready(plan) => plan,
+            Preflight::Rejected(rejection) => return Ended::Rejected(rejection),
+            Preflight::Blocked(why) => panic!("blocked by {why}"),
+        };
+        let mut history = History::new(request, terms, plan, before, self.monitor_events);
+        let outcome = self.go_on(&mut history);
+        Ended::Judged(Box::new((outcome, history)))
+    }
+
+    /// Goes on with an operation until there is a verdict.
+    pub(super) fn go_on(&mut self, history: &mut History) -> Outcome {
+        for _ in 0..10_000 {
+            match judge(history, self.now) {
+                Step::Done(outcome) => return *outcome,
+                Step::Call(action) => {
+                    history.called(self.now, action.clone());
+                    self.call(&action);
+                }
+                Step::Wait { until, .. } => {
+                    assert!(until > self.now, "asked to wait for the past");
+                    assert!(until <= history.terms.deadline, "asked to wait too long");
+                    // A real event would end the wait; here all are looked at soon enough.
+                    self.pass(until.min(self.now.after(LOOK)));
+                    self.report(history);
+                }
+            }
+        }
+        panic!("no verdict: {history:?}");
+    }
+
+    /// Lets time pass after a verdict, and judges again.
+    pub(super) fn look_again(&mut self, history: &mut History, after: Duration) -> Outcome {
+        let until = self.now.after(after);
+        while self.now < until {
+            self.pass(self.now.after(LOOK));
+            self.report(history);
+        }
+        match judge(history, self.now) {
+            Step::Done(outcome) => *outcome,
+            step => panic!("the deadline is over, and still {step:?}"),
+        }
+    }
+
+    pub(super) fn vcpus(&mut self, count: u32) -> Ended {
+        let terms = self.terms(Require::Online, 30);
+        self.carry_out(
+            HotplugRequest::Vcpus {
+                count,
+                online: false,
+            },
+            terms,
+        )
+    }
+
+    pub(super) fn memory(&mut self, size: Bytes) -> Ended {
+        let terms = self.terms(Require::Online, 60);
+        self.carry_out(HotplugRequest::Memory { size }, terms)
+    }
+
+    pub(super) fn terms(&self, require: Require, seconds: u64) -> Terms {
+        Terms {
+            require,
+            deadline: self.now.after(Duration::from_secs(seconds)),
+            patience: Patience::default(),
+        }
+    }
+
+    /// Whether the guest really uses so many vCPUs, and the hypervisor has as many.
+    pub(super) fn really_uses(&self, count: u32) -> bool {
+        self.online.len() == count as usize && self.enabled().len() == count as usize
+    }
+}
+
+fn seconds_of(moment: Moment) -> u64 {
+    u64::try_from(moment.as_seconds()).unwrap()
+}
+
+/// How an operation ended.
+#[derive(Debug)]
+pub(super) enum Ended {
+    Rejected(Rejection),
+    Judged(Box<(Outcome, History)>),
+}
+
+impl Ended {
+    pub(super) fn verdict(&self) -> Verdict {
+        match self {
+            Self::Rejected(rejection) => rejection.verdict(),
+            Self::Judged(judged) => judged.0.verdict,
+        }
+    }
+
+    pub(super) fn outcome(&self) -> &Outcome {
+        match self {
+            Self::Rejected(rejection) => panic!("{rejection}"),
+            Self::Judged(judged) => &judged.0,
+        }
+    }
+
+    pub(super) fn into_history(self) -> History {
+        match self {
+            Self::Rejected(rejection) => panic!("{rejection}"),
+            Self::Judged(judged) => judged.1,
+        }
+    }
+
+    pub(super) fn diagnosis(&self) -> &str {
+        let diagnosis = self.outcome().diagnosis.as_ref();
+        diagnosis.map_or("none", |diagnosis| &diagnosis.code)
+    }
+
+    /// How long the operation took.
+    pub(super) fn took(&self, world: &World) -> Duration {
+        match self {
+            Self::Rejected(_) => Duration::ZERO,
+            Self::Judged(judged) => world.now.since(judged.1.before.at),
+        }
+    }
+}
+
+/// The vCPUs by number, for a test.
+pub(super) fn ids(text: &str) -> IdSet {
+    text.parse().unwrap()
+}

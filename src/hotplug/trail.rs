@@ -1,0 +1,119 @@
+//! The evidence of an operation, put together for people: in order of time, and only news.
+
+use super::history::Return;
+use super::{Action, Answer, Event, Evidence, History, Moment, Ost, Source};
+
+/// More would be no help to a reader: the first and the last of them are kept.
+const MOST: usize = 64;
+
+/// Evidence as it is collected, in any order.
+#[derive(Debug, Default)]
+pub(super) struct Trail(Vec<Evidence>);
+
+impl Trail {
+    /// Begins with what is told alike for every resource: the calls, as `describe` puts them,
+    /// and what happened to the domain, with what `describe_event` knows of the resource.
+    pub(super) fn of(
+        history: &History,
+        describe: impl Fn(&Action) -> Option<String>,
+        describe_event: impl Fn(&Event) -> Option<(Source, String)>,
+    ) -> Self {
+        let mut trail = Self::default();
+        for call in history.calls() {
+            let Some(what) = describe(&call.action) else {
+                continue;
+            };
+            let (at, how) = match &call.returned {
+                None => (call.started, "no answer yet".to_owned()),
+                Some((at, Return::Done)) => (*at, "accepted".to_owned()),
+                Some((at, Return::Failed { message, .. })) => (*at, format!("failed: {message}")),
+                Some((at, Return::Overdue)) => (*at, "no answer in time".to_owned()),
+                Some((at, Return::Lost)) => (*at, "the answer was lost".to_owned()),
+            };
+            trail.add(Source::HypervisorCall, at, format!("{what}: {how}"));
+        }
+        for (at, event) in history.all_events() {
+            let told = lifecycle(event).map(|detail| (Source::Lifecycle, detail));
+            if let Some((source, detail)) = told.or_else(|| describe_event(event)) {
+                trail.add(source, at, detail);
+            }
+        }
+        trail
+    }
+
+    /// Adds a piece.
+    pub(super) fn add(&mut self, source: Source, time: Moment, detail: impl Into<String>) {
+        self.0.push(Evidence {
+            source,
+            detail: detail.into(),
+            time,
+        });
+    }
+
+    /// All in order of time, without what a source has just said before.
+    pub(super) fn finish(mut self) -> Vec<Evidence> {
+        self.0.sort_by_key(|piece| piece.time);
+        let mut news: Vec<Evidence> = Vec::new();
+        for piece in self.0 {
+            let last = news.iter().rev().find(|have| have.source == piece.source);
+            if last.is_none_or(|last| last.detail != piece.detail) {
+                news.push(piece);
+            }
+        }
+        if news.len() > MOST {
+            let tail = news.split_off(news.len() - MOST / 2);
+            news.truncate(MOST / 2);
+            news.extend(tail);
+        }
+        news
+    }
+}
+
+fn lifecycle(event: &Event) -> Option<String> {
+    Some(match event {
+        Event::Reset => "the guest was reset".to_owned(),
+        Event::Stopped(why) => format!("the domain ended: {why}"),
+        Event::Paused => "the domain was paused".to_owned(),
+        Event::Resumed => "the domain was resumed".to_owned(),
+        _ => return None,
+    })
+}
+
+/// An answer through ACPI about the device of that name.
+pub(super) fn ost_detail(ost: &Ost, name: &str) -> Option<(Source, String)> {
+    let to = match ost.answer()? {
+        Answer::Added | Answer::NotAdded => "plug",
+        Answer::Leaving | Answer::Gone | Answer::Kept => "eject",
+    };
+    let (text, status) = (ost.status_text(), ost.status);
+    Some((
+        Source::AcpiOst,
+        format!("{name}: {to}: {text} ({status:#x})"),
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_news_is_kept_and_not_without_end() {
+        let mut trail = Trail::default();
+        let at = Moment::from_millis;
+        trail.add(Source::LiveXml, at(1), "1 vCPU");
+        trail.add(Source::GuestAgent, at(2), "online 0");
+        trail.add(Source::LiveXml, at(3), "1 vCPU");
+        trail.add(Source::LiveXml, at(4), "3 vCPUs");
+        let evidence = trail.finish();
+        let times: Vec<_> = evidence.iter().map(|have| have.time.as_millis()).collect();
+        assert_eq!(times, [1, 2, 4]);
+        let mut trail = Trail::default();
+        for n in 0..1000 {
+            trail.add(Source::VcpuTime, at(n), format!("{n}"));
+        }
+        let evidence = trail.finish();
+        assert_eq!(evidence.len(), MOST);
+        assert_eq!(evidence[0].detail, "0");
+        assert_eq!(evidence[MOST - 1].detail, "999");
+    }
+}

@@ -1,0 +1,92 @@
+//! The evidence about vCPUs, for people.
+
+use super::evidence::{peripheral, vcpu_of};
+use crate::domain::IdSet;
+use crate::hotplug::outcome::counted;
+use crate::hotplug::trail::{Trail, ost_detail};
+use crate::hotplug::{Action, Agent, Event, Evidence, History, Moment, SlotKind, Source};
+
+/// The evidence, in order of time.
+pub(in crate::hotplug) fn trail(history: &History) -> Vec<Evidence> {
+    let mut trail = Trail::of(history, describe, describe_event);
+    for seen in history.observations() {
+        let plugged = seen.domain.vcpus.plugged_ids();
+        let detail = format!("{} ({plugged})", counted(plugged.len(), "vCPU"));
+        trail.add(Source::LiveXml, seen.at, detail);
+        match &seen.agent {
+            Agent::NotAsked => {}
+            Agent::Silent(why) => {
+                trail.add(Source::GuestAgent, seen.at, format!("no answer: {why}"));
+            }
+            Agent::Answered(guest) => {
+                let detail = format!("has {}, online {}", list(&guest.vcpus), list(&guest.online));
+                trail.add(Source::GuestAgent, seen.at, detail);
+            }
+        }
+    }
+    for (at, detail) in first_and_last_times(history) {
+        trail.add(Source::VcpuTime, at, detail);
+    }
+    trail.finish()
+}
+
+fn describe(action: &Action) -> Option<String> {
+    match action {
+        Action::SetVcpus { count, .. } => Some(format!("set vCPUs to {count}")),
+        Action::OnlineVcpus { ids } => Some(format!("bring CPUs {ids} online through the agent")),
+        Action::ResizeVirtioMem { .. } | Action::AttachDimm { .. } => None,
+    }
+}
+
+fn describe_event(event: &Event) -> Option<(Source, String)> {
+    match event {
+        Event::Ost(ost) if ost.kind == SlotKind::Cpu => {
+            let name = ost.device.clone();
+            ost_detail(ost, &name.unwrap_or_else(|| format!("vcpu{}", ost.slot)))
+        }
+        Event::DeviceDeleted { device, path } => {
+            let name = device.as_deref().or_else(|| peripheral(path))?;
+            vcpu_of(name)?;
+            Some((Source::DeviceEvent, format!("{name} is gone from QEMU")))
+        }
+        Event::UnplugFailed { device } => {
+            vcpu_of(device)?;
+            Some((Source::DeviceEvent, format!("{device} was not let go")))
+        }
+        _ => None,
+    }
+}
+
+fn list(ids: &IdSet) -> String {
+    match ids.is_empty() {
+        true => "none".to_owned(),
+        false => ids.to_string(),
+    }
+}
+
+/// How long the new vCPUs had run when they were first and last seen to run.
+fn first_and_last_times(history: &History) -> Vec<(Moment, String)> {
+    let before = history.before.domain.vcpus.plugged_ids();
+    let mut told: Vec<(Moment, String)> = Vec::new();
+    for seen in history.since_epoch() {
+        let added = seen.domain.vcpus.plugged_ids().without(&before);
+        let Some(stats) = seen.stats.as_ref().filter(|_| !added.is_empty()) else {
+            continue;
+        };
+        let times: Vec<String> = added
+            .iter()
+            .filter_map(|id| Some((id, stats.vcpus.get(&id)?.time?)))
+            .map(|(id, time)| format!("vcpu{id} ran {} ms", time / 1_000_000))
+            .collect();
+        if !times.is_empty() {
+            told.push((seen.at, times.join(", ")));
+        }
+    }
+    match told.len() {
+        0..=2 => told,
+        _ => {
+            let last = told.pop();
+            told.drain(..1).chain(last).collect()
+        }
+    }
+}

@@ -1,0 +1,90 @@
+//! What the signs prove when vCPUs are to go.
+
+use super::Case;
+use crate::hotplug::history::{Call, Return};
+use crate::hotplug::outcome::{Finding, Ruling, counted};
+use crate::hotplug::trouble::{self, Failure};
+use crate::hotplug::vcpus::diagnosis;
+use crate::hotplug::{Action, Verdict};
+
+impl Case<'_> {
+    pub(super) fn unplug(&self) -> Ruling {
+        let signs = &self.signs;
+        let needed = self.before - self.count;
+        if !signs.kept.is_empty() {
+            let status = signs.kept.iter().find_map(|id| signs.answers.get(&id));
+            let status = status.map_or("failure", |(.., ost)| ost.status_text());
+            let message = format!("the guest keeps vCPUs {} ({status})", signs.kept);
+            let diagnosis = diagnosis::kept(&signs.kept, status);
+            return Ruling::Found(
+                self.partly_gone_or(Verdict::GuestRefused, message)
+                    .because(diagnosis),
+            );
+        }
+        if let Some(nudge) = self.nudge() {
+            return Ruling::Call(nudge);
+        }
+        let all_gone = signs.gone_count() >= needed;
+        let message = match all_gone {
+            true => format!(
+                "the guest let {} go, and libvirt still counts {}",
+                counted(needed, "vCPU"),
+                signs.plugged
+            ),
+            false => "the guest has not answered the request to let vCPUs go; it stands".to_owned(),
+        };
+        let finding = match all_gone {
+            true => Finding::new(Verdict::Pending, message),
+            false => self.partly_gone_or(Verdict::Pending, message),
+        };
+        self.wait_or(
+            finding,
+            match all_gone {
+                true => "libvirt to notice that the vCPUs are gone",
+                false => "the guest to let the vCPUs go",
+            },
+        )
+    }
+
+    fn partly_gone_or(&self, verdict: Verdict, message: String) -> Finding {
+        let by_libvirt = self.before.saturating_sub(self.signs.plugged);
+        match by_libvirt.max(self.signs.gone_count()) {
+            0 => Finding::new(verdict, message),
+            gone => Finding::new(
+                Verdict::PartiallyApplied,
+                format!("{} gone; {message}", counted(gone, "vCPU")),
+            ),
+        }
+    }
+
+    /// libvirt up to 12.3 takes a finished unplug of a vCPU for one that timed out, and goes on
+    /// counting the vCPU; told again, it finds out that QEMU has it no more, and goes on to the
+    /// next (measured). So it is told again when something else said that a vCPU went since it
+    /// was last told; where nothing else can say so, once.
+    fn nudge(&self) -> Option<Action> {
+        let (signs, history) = (&self.signs, self.history);
+        let timed_out = |call: &&Call| {
+            matches!(&call.returned, Some((_, Return::Failed { number, message }))
+                if matches!(trouble::failure(*number, message), Failure::UnplugTimedOut))
+        };
+        let last = history.calls().last().filter(timed_out)?;
+        if self.over || !history.may_call() || signs.plugged <= self.count {
+            return None;
+        }
+        let plugged = history.latest().domain.vcpus.plugged_ids();
+        let gone_since = signs
+            .gone
+            .iter()
+            .any(|(id, at)| plugged.contains(*id) && *at >= last.started);
+        let fewer_by_agent = signs
+            .guest
+            .is_some_and(|guest| guest.vcpus.len() < signs.plugged)
+            && self.looked_after(Some(last.started));
+        let blind = !history.monitor_events && signs.guest.is_none();
+        let tries = history.calls().len();
+        let again = gone_since
+            || (fewer_by_agent && tries <= usize::try_from(self.before).unwrap_or(usize::MAX))
+            || (blind && tries < 2);
+        again.then(|| last.action.clone())
+    }
+}
