@@ -108,21 +108,14 @@ pub(super) fn after_call(history: &History, now: Moment, done: bool) -> Option<R
 /// Whether libvirt got the call is not known. If it did, it carries it out in a moment even
 /// though nobody waits for the answer.
 fn lost(history: &History, call: &Call, at: Moment, now: Moment) -> Option<Ruling> {
-    if let Some(Contact::Unreachable(why)) = history.contact() {
-        return Some(match history.is_over(now) {
-            true => Ruling::Found(unreachable(why)),
-            false => Ruling::wait("the hypervisor, which the call was lost with"),
-        });
-    }
     let moment = at.after(history.terms.patience.appear);
     if let (Some(Contact::Unreachable(why)), true) = (history.contact(), history.is_over(now)) {
         return Some(Ruling::Found(unreachable(why)));
     }
-    // What was seen before the connection broke says nothing about the call.
-    if history.latest().at < moment && !history.is_over(now) && now >= moment {
-        return Some(Ruling::wait("a look at what the lost call left"));
-    }
-    if now < moment && !history.is_over(now) {
+    if history.latest().at < moment && !history.is_over(now) {
+        if now >= moment {
+            return Some(Ruling::wait("a look at what became of the lost call"));
+        }
         return Some(Ruling::wait_until(
             "a sign that libvirt got the request",
             moment,
