@@ -6,7 +6,11 @@
 //! `scripts/figures.sh` prints them as a table; `VIRTNODE` names the binary to measure.
 
 #[path = "../tests/it/support/mod.rs"]
-#[allow(dead_code, clippy::unwrap_used, reason = "the integration tests need more of it")]
+#[allow(
+    dead_code,
+    clippy::unwrap_used,
+    reason = "the integration tests need more of it"
+)]
 mod support;
 
 use std::env;

@@ -19,7 +19,7 @@ use tokio::sync::{oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use crate::cluster::{Cluster, ClusterConfig};
 use crate::config::{Config, Target};
@@ -33,7 +33,7 @@ use crate::telemetry::Metrics;
 use api::Access;
 pub use health::Health;
 use hotplug::Carried;
-pub use socket::Peer;
+pub use socket::{LocalSocket, Peer};
 
 /// How long parts may take to end after they were asked to.
 const GRACE: Duration = Duration::from_secs(5);
@@ -142,7 +142,16 @@ async fn start(
     let synced = node.as_ref().map(|(_, publisher, ..)| publisher.state());
     let inventory = Arc::clone(&metrics.inventory);
     let health = Arc::new(Health::new(labeller.progress(), synced).with_domains(inventory));
-    start_hotplug(config, &control, &metrics, stop, parts)?;
+    let monitor = Monitor::new(Arc::clone(&control), Arc::clone(&metrics.inventory));
+    let token = stop.clone();
+    parts.spawn(async move {
+        monitor.run(token).await;
+        "the monitor of running domains"
+    });
+    // Labels do not wait for a socket or a journal that cannot be made.
+    if let Err(error) = start_hotplug(config, &control, &metrics, stop, parts) {
+        error!("hotplug is off until the next start: {error:#}");
+    }
     if let Some((cluster, publisher, to_publish, found)) = node {
         let memory = config.state_directory.join(NODE_LABELS_FILE);
         parts.spawn(remember(publisher.state(), memory.clone(), stop.clone()));
@@ -201,7 +210,7 @@ pub(crate) fn control_config(config: &Config) -> ControlConfig {
     }
 }
 
-/// Starts what has to do with running domains: the monitor, the executor and the local API.
+/// Starts the executor and the local API.
 fn start_hotplug(
     config: &Config,
     control: &Arc<LibvirtControl>,
@@ -209,12 +218,10 @@ fn start_hotplug(
     stop: &CancellationToken,
     parts: &mut JoinSet<&'static str>,
 ) -> anyhow::Result<()> {
-    let monitor = Monitor::new(Arc::clone(control), Arc::clone(&metrics.inventory));
-    let token = stop.clone();
-    parts.spawn(async move {
-        monitor.run(token).await;
-        "the monitor of running domains"
-    });
+    // First: it also keeps a second daemon away from the journal.
+    let gid = config.allowed_gids.first().copied();
+    let socket = api::bind(&config.socket, gid)
+        .with_context(|| format!("cannot serve the local API at {}", config.socket.display()))?;
     let mut carried = None;
     if config.hotplug {
         let started = Carried::start(Arc::clone(control), &config.state_directory, metrics)
@@ -230,9 +237,7 @@ fn start_hotplug(
     }
     let access = Access::new(config.allowed_uids.clone(), config.allowed_gids.clone());
     let router = api::router(carried, Arc::clone(metrics), access);
-    let gid = config.allowed_gids.first().copied();
-    let serving = api::serve(&config.socket, gid, router)
-        .with_context(|| format!("cannot serve the local API at {}", config.socket.display()))?;
+    let serving = api::serve(socket, router);
     info!(socket = %config.socket.display(), hotplug = config.hotplug, "serving the local API");
     let token = stop.clone();
     parts.spawn(async move {

@@ -24,7 +24,7 @@ pub struct Peer {
 }
 
 /// The socket, taken away when dropped.
-pub(super) struct LocalSocket {
+pub struct LocalSocket {
     listener: UnixListener,
     path: PathBuf,
     inode: u64,
@@ -33,7 +33,7 @@ pub(super) struct LocalSocket {
 impl LocalSocket {
     /// Listens there. A directory that is missing is made. A socket that nobody answers on is
     /// replaced; anything else in its place is left alone. `gid` becomes the group of what is made.
-    pub(super) fn bind(path: &Path, gid: Option<u32>) -> io::Result<Self> {
+    pub fn bind(path: &Path, gid: Option<u32>) -> io::Result<Self> {
         if let Some(directory) = path.parent().filter(|directory| !directory.exists()) {
             fs::DirBuilder::new()
                 .recursive(true)

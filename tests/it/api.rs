@@ -57,7 +57,8 @@ impl Served {
         let metrics = Arc::new(Metrics::new());
         let carried = hotplug.then(|| Arc::clone(&operations));
         let router = api::router(carried, Arc::clone(&metrics), access);
-        let served = api::serve(&directory.path().join("api.sock"), None, router).unwrap();
+        let socket = api::bind(&directory.path().join("api.sock"), None).unwrap();
+        let served = api::serve(socket, router);
         Self {
             directory,
             operations,

@@ -146,18 +146,17 @@ async fn guard<O: Operations>(
     })
 }
 
-/// Serves the API on a socket for as long as the future lives. The socket's group, and that of a
-/// directory that had to be made, is `gid`.
+/// Makes the socket. Its group, and that of a directory that had to be made, is `gid`.
 ///
 /// # Errors
 /// The socket cannot be made, or another daemon answers there.
-pub fn serve(
-    path: &std::path::Path,
-    gid: Option<u32>,
-    router: Router,
-) -> io::Result<impl Future<Output = ()> + Send + 'static> {
-    let socket = LocalSocket::bind(path, gid)?;
-    Ok(listener::serve(socket, router, BOUNDS))
+pub fn bind(path: &std::path::Path, gid: Option<u32>) -> io::Result<LocalSocket> {
+    LocalSocket::bind(path, gid)
+}
+
+/// Serves the API on a socket for as long as the future lives.
+pub fn serve(socket: LocalSocket, router: Router) -> impl Future<Output = ()> + Send + 'static {
+    listener::serve(socket, router, BOUNDS)
 }
 
 async fn submit<O: Operations, B: IntoOrder>(
