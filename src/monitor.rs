@@ -147,7 +147,12 @@ impl<C: DomainControl> Monitor<C> {
     fn is_stale(&self, stats: &DomainStats) -> bool {
         self.known.get(&stats.id.uuid).is_none_or(|known| {
             let seen = u32::try_from(stats.stats.vcpus.len()).unwrap_or(u32::MAX);
+            // Nothing tells when a guest brings a vCPU online.
+            let lags = known
+                .online
+                .is_some_and(|online| online < known.domain.vcpus.plugged());
             known.stale
+                || lags
                 || known.looked.elapsed() >= LOOK_AGAIN
                 || known.domain.vcpus.plugged() != seen
         })
