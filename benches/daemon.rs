@@ -72,7 +72,7 @@ async fn measure() -> anyhow::Result<()> {
     lab.warm_starts().await?;
 
     lab.kubernetes.create_node(NODE).await?;
-    let daemon = lab.run(NODE, &["--probe-interval-seconds", PROBE_INTERVAL_SECONDS])?;
+    let daemon = lab.run(NODE, &["--probe-interval", PROBE_INTERVAL_SECONDS])?;
     lab.labels_on(NODE, &daemon).await?;
     lab.rest(&daemon).await?;
     lab.memory(&daemon)?;
@@ -149,13 +149,7 @@ impl Lab {
         let output = File::create(&log)?;
         let mut command = Command::new(&self.virtnode);
         command
-            .args([
-                "run",
-                "--publish",
-                "file,node",
-                "--start-jitter-seconds",
-                "0",
-            ])
+            .args(["run", "--publish", "file,node", "--start-jitter", "0"])
             .args(["--connect", &self.libvirtd.uri(), "--node-name", node])
             .args(["--listen", &format!("127.0.0.1:{port}")])
             .arg("--kubeconfig")
