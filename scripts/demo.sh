@@ -219,8 +219,8 @@ sed -n '/[^[:space:]]/s/^/   /p' "$scratch/version"
 address=http://127.0.0.1:$(free_port)
 readonly address
 say "Running the daemon without any cluster: labels go to a file, metrics to $address"
-command=("$virtnode" run --publish file --state-directory "$scratch/state" --connect "$URI"
-  --listen "${address#http://}")
+command=("$virtnode" run --publish file --state-directory "$scratch/state"
+  --socket "$scratch/virtnode.sock" --connect "$URI" --listen "${address#http://}")
 note "${command[*]}"
 # The shell writes its process id and becomes the daemon: with sudo, \$! would be sudo's.
 # shellcheck disable=SC2016 # for the inner shell
