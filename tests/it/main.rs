@@ -2,6 +2,7 @@
 
 mod architecture;
 mod documents;
+mod judgement;
 mod kube_server;
 mod lab;
 mod libvirt;

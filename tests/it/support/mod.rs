@@ -1,5 +1,6 @@
 //! What the integration tests share: real parts to test against, and waiting for conditions.
 
+pub(crate) mod by_virsh;
 pub(crate) mod guest;
 pub(crate) mod kube;
 pub(crate) mod libvirtd;
