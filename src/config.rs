@@ -137,9 +137,13 @@ pub struct Settings {
     #[arg(long, env = "VIRTNODE_LISTEN", value_name = "ADDRESS", global = true)]
     pub listen: Option<String>,
 
+    /// The local API's socket [default: /run/virtnode/virtnode.sock]
+    #[arg(long, env = "VIRTNODE_SOCKET", value_name = "PATH", global = true)]
+    pub socket: Option<PathBuf>,
+
     /// Seconds between probes [default: 60]
     #[arg(
-        long,
+        long = "probe-interval",
         env = "VIRTNODE_PROBE_INTERVAL",
         value_name = "SECONDS",
         global = true
@@ -148,7 +152,7 @@ pub struct Settings {
 
     /// The longest random wait before the first write to the API server, in seconds [default: 10]
     #[arg(
-        long,
+        long = "start-jitter",
         env = "VIRTNODE_START_JITTER",
         value_name = "SECONDS",
         global = true
@@ -157,7 +161,7 @@ pub struct Settings {
 
     /// The longest wait for an answer of libvirt, in seconds [default: 30]
     #[arg(
-        long,
+        long = "call-deadline",
         env = "VIRTNODE_CALL_DEADLINE",
         value_name = "SECONDS",
         global = true
@@ -180,6 +184,14 @@ pub struct Settings {
     /// What only the file can set.
     #[arg(skip)]
     pub labels: LabelSettings,
+
+    /// What only the file can set.
+    #[arg(skip)]
+    pub api: ApiSettings,
+
+    /// What only the file can set.
+    #[arg(skip)]
+    pub hotplug: HotplugSettings,
 }
 
 /// The file's section `labels`.
@@ -190,6 +202,24 @@ pub struct LabelSettings {
     pub obsolete_cpu_models: Option<Vec<String>>,
     /// Guest architectures beside the host's own.
     pub guest_architectures: Vec<String>,
+}
+
+/// The file's section `api`.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct ApiSettings {
+    /// The users that may use the local API; without them root and the daemon's own user.
+    pub allowed_uids: Option<Vec<u32>>,
+    /// The groups whose members may. The socket belongs to the first of them.
+    pub allowed_gids: Vec<u32>,
+}
+
+/// The file's section `hotplug`.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct HotplugSettings {
+    /// Whether domains are changed here; yes unless it says no.
+    pub enabled: Option<bool>,
 }
 
 /// The validated whole.
@@ -215,6 +245,14 @@ pub struct Config {
     pub features_directory: PathBuf,
     /// Where metrics and health are served.
     pub listen: SocketAddr,
+    /// The local API's socket.
+    pub socket: PathBuf,
+    /// The users that may use the local API; `None` for root and the daemon's own.
+    pub allowed_uids: Option<Vec<u32>>,
+    /// The groups whose members may.
+    pub allowed_gids: Vec<u32>,
+    /// Whether domains are changed here.
+    pub hotplug: bool,
     /// The time between probes.
     pub probe_interval: Duration,
     /// The longest random wait before the first write to the API server.
@@ -301,6 +339,13 @@ impl Config {
                     PathBuf::from("/etc/kubernetes/node-feature-discovery/features.d")
                 }),
             listen: parse_listen(&listen)?,
+            socket: later
+                .socket
+                .or(file.socket)
+                .unwrap_or_else(|| PathBuf::from("/run/virtnode/virtnode.sock")),
+            allowed_uids: file.api.allowed_uids,
+            allowed_gids: file.api.allowed_gids,
+            hotplug: file.hotplug.enabled.unwrap_or(true),
             probe_interval: seconds(
                 "probeIntervalSeconds",
                 later.probe_interval_seconds.or(file.probe_interval_seconds),
@@ -427,10 +472,20 @@ listen: 127.0.0.1:1
 labels:
   obsoleteCpuModels: [qemu64]
   guestArchitectures: [aarch64]
+socket: /run/x.sock
+api:
+  allowedUids: [0, 107]
+  allowedGids: [36]
+hotplug:
+  enabled: false
 ";
         let config = join(text, Settings::default()).unwrap();
         assert_eq!(config.publish, [Target::File, Target::Node]);
         assert_eq!(config.policy.schema, Schema::Both);
+        assert_eq!(config.allowed_uids, Some(vec![0, 107]));
+        assert_eq!(config.allowed_gids, [36]);
+        assert_eq!(config.socket, Path::new("/run/x.sock"));
+        assert!(!config.hotplug);
         assert_eq!(config.policy.guest_architectures, ["aarch64"]);
         assert!(
             config
@@ -450,6 +505,8 @@ labels:
             error("conect: x")
         );
         assert!(error("labels: {schema: native}").contains("schema"));
+        assert!(error("api: {allowedUsers: [0]}").contains("allowedUsers"));
+        assert!(error("hotplug: {enable: false}").contains("enable"));
         assert!(error("publish: [none, file]").contains("'none' cannot stand beside"));
         assert!(error("publish: []").contains("at least one"));
         assert!(error("probeIntervalSeconds: 0").contains("from 1 to 86400"));

@@ -113,11 +113,6 @@ impl<H: Hypervisor> Labeller<H> {
         self.progress.subscribe()
     }
 
-    /// What was published before this run.
-    pub fn published(&self) -> &LabelSet {
-        self.published.labels()
-    }
-
     /// Probes and publishes until `token` is cancelled. The labels stay then.
     pub async fn run(mut self, token: CancellationToken) {
         token.run_until_cancelled_owned(self.keep_true()).await;
@@ -349,12 +344,6 @@ impl<H: Hypervisor> Labeller<H> {
                 .labels_retained
                 .with_label_values(&[reason.code()])
                 .set(gauge(count));
-        }
-        if let Some(running) = reading.running_domains {
-            self.metrics
-                .domains
-                .with_label_values(&["running"])
-                .set(gauge(running));
         }
         let facts = &reading.facts;
         if let (Some(_), Some(arch)) = (&facts.capabilities, facts.native_arch()) {

@@ -2,11 +2,13 @@
 //!
 //! The arrows point down only; ARCHITECTURE.md has the picture and the rules.
 //!
-//! * [`xml`], [`capability`], [`domain`], [`label`]: the pure core. libvirt's documents as facts,
-//!   facts as labels; text and values in, values out.
-//! * [`hypervisor`], [`host`], [`cluster`], [`publish`]: adapters, one for each outside system;
+//! * [`xml`], [`units`], [`capability`], [`domain`], [`label`], [`hotplug`], [`operation`]: the pure
+//!   core. libvirt's documents as facts, facts as labels, evidence as verdicts; text and values in,
+//!   values out.
+//! * [`hypervisor`], [`host`], [`cluster`], [`publish`], [`journal`]: adapters, one for each outside
+//!   system;
 //!   [`ffi`] holds the calls that need `unsafe`.
-//! * [`probe`] and [`labeller`]: services that join the core and the adapters.
+//! * [`probe`], [`labeller`] and [`executor`]: services that join the core and the adapters.
 //! * [`config`], [`telemetry`], [`daemon`] and [`cli`]: wiring.
 
 pub mod capability;
@@ -15,13 +17,17 @@ pub mod cluster;
 pub mod config;
 pub mod daemon;
 pub mod domain;
+pub mod executor;
 #[allow(unsafe_code)]
 pub mod ffi;
 pub mod host;
 pub mod hotplug;
 pub mod hypervisor;
+pub mod journal;
 pub mod label;
 pub mod labeller;
+pub mod monitor;
+pub mod operation;
 pub mod probe;
 pub mod publish;
 pub mod telemetry;

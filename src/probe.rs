@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use tracing::{debug, warn};
+use tracing::debug;
 
 use crate::capability::eim::{dry_run_domain, from_native_arguments};
 use crate::capability::{
@@ -37,22 +37,22 @@ pub struct Failure {
     pub message: String,
 }
 
-impl Failure {
-    fn call(source: Source, error: &HypervisorError) -> Self {
-        Self {
-            source,
-            code: error.code(),
-            message: error.to_string(),
-        }
-    }
+/// The answer to a call, or why there is none.
+fn called<T>(source: Source, answer: Result<T, HypervisorError>) -> Result<T, Failure> {
+    answer.map_err(|error| Failure {
+        source,
+        code: error.code(),
+        message: error.to_string(),
+    })
+}
 
-    fn document(source: Source, error: &ParseError) -> Self {
-        Self {
-            source,
-            code: "malformed",
-            message: error.to_string(),
-        }
-    }
+/// The facts in a document, or why it cannot be read.
+fn understood<T>(source: Source, parsed: Result<T, ParseError>) -> Result<T, Failure> {
+    parsed.map_err(|error| Failure {
+        source,
+        code: "malformed",
+        message: error.to_string(),
+    })
 }
 
 /// What a probe brought.
@@ -102,8 +102,8 @@ impl<H: Hypervisor> Prober<H> {
         reading.facts.host = Some(host);
         self.succeeded(Source::Host);
 
-        let versions = self.hypervisor.versions().await;
-        if let Some(versions) = self.take(&mut reading, Source::Versions, versions) {
+        let versions = called(Source::Versions, self.hypervisor.versions().await);
+        if let Some(versions) = self.record(&mut reading, Source::Versions, versions) {
             reading.facts.libvirt_version = Some(versions.libvirt);
             reading.facts.hypervisor_version = versions.hypervisor;
         }
@@ -130,22 +130,22 @@ impl<H: Hypervisor> Prober<H> {
     }
 
     async fn read_documents(&mut self, reading: &mut Reading) {
-        let answer = self.hypervisor.capabilities().await;
-        reading.facts.capabilities =
-            self.take(reading, Source::Capabilities, answer)
-                .and_then(|text| {
-                    let parsed = Capabilities::parse("libvirt's capabilities", text.as_bytes());
-                    self.parsed(reading, Source::Capabilities, parsed)
-                });
+        let document =
+            called(Source::Capabilities, self.hypervisor.capabilities().await).and_then(|text| {
+                let parsed = Capabilities::parse("libvirt's capabilities", text.as_bytes());
+                understood(Source::Capabilities, parsed)
+            });
+        reading.facts.capabilities = self.record(reading, Source::Capabilities, document);
         let query = default_query(&reading.facts);
         let answer = self.hypervisor.domain_capabilities(query.clone()).await;
-        let document = self
-            .take(reading, Source::DomainCapabilities, answer)
-            .and_then(|text| {
-                let name = "libvirt's domain capabilities";
-                let parsed = DomainCapabilities::parse(name, text.as_bytes());
-                self.parsed(reading, Source::DomainCapabilities, parsed)
-            });
+        let document = called(Source::DomainCapabilities, answer).and_then(|text| {
+            let name = "libvirt's domain capabilities";
+            understood(
+                Source::DomainCapabilities,
+                DomainCapabilities::parse(name, text.as_bytes()),
+            )
+        });
+        let document = self.record(reading, Source::DomainCapabilities, document);
         match document {
             Some(document) => {
                 self.read_baseline(reading, &query, &document).await;
@@ -198,12 +198,11 @@ impl<H: Hypervisor> Prober<H> {
             self.succeeded(Source::CpuBaseline);
             return;
         }
-        reading.facts.baseline_cpu =
-            self.take(reading, Source::CpuBaseline, answer)
-                .and_then(|text| {
-                    let parsed = CpuDefinition::parse("libvirt's CPU baseline", text.as_bytes());
-                    self.parsed(reading, Source::CpuBaseline, parsed)
-                });
+        let cpu = called(Source::CpuBaseline, answer).and_then(|text| {
+            let parsed = CpuDefinition::parse("libvirt's CPU baseline", text.as_bytes());
+            understood(Source::CpuBaseline, parsed)
+        });
+        reading.facts.baseline_cpu = self.record(reading, Source::CpuBaseline, cpu);
     }
 
     /// Asks libvirt whether it would start a q35 domain with 256 vCPUs, and what it would add.
@@ -244,8 +243,8 @@ impl<H: Hypervisor> Prober<H> {
     }
 
     async fn read_domains(&self, reading: &mut Reading) {
-        let answer = self.hypervisor.running_domains().await;
-        let Some(domains) = self.take(reading, Source::Domains, answer) else {
+        let domains = called(Source::Domains, self.hypervisor.running_domains().await);
+        let Some(domains) = self.record(reading, Source::Domains, domains) else {
             return;
         };
         reading.running_domains = Some(domains.len());
@@ -254,15 +253,14 @@ impl<H: Hypervisor> Prober<H> {
         let mut cpu_features = BTreeSet::new();
         for domain in domains {
             let name = format!("domain {}", domain.uuid);
-            match Needs::parse(&name, domain.xml.as_bytes()) {
+            let needs = Needs::parse(&name, domain.xml.as_bytes());
+            match understood(Source::Domains, needs) {
                 Ok(needs) => {
                     machines.extend(needs.machine);
                     cpu_models.extend(needs.cpu_model);
                     cpu_features.extend(needs.cpu_features);
                 }
-                Err(error) => {
-                    self.failed(reading, Failure::document(Source::Domains, &error));
-                }
+                Err(failure) => self.failed(reading, failure),
             }
         }
         reading.in_use = InUse {
@@ -272,33 +270,23 @@ impl<H: Hypervisor> Prober<H> {
         };
     }
 
-    fn take<T>(
+    /// Counts an outcome, and keeps a failure in the reading.
+    fn record<T>(
         &self,
         reading: &mut Reading,
         source: Source,
-        answer: Result<T, HypervisorError>,
+        outcome: Result<T, Failure>,
     ) -> Option<T> {
-        match answer {
-            Ok(answer) => {
+        match outcome {
+            Ok(value) => {
                 self.succeeded(source);
-                Some(answer)
+                Some(value)
             }
-            Err(error) => {
-                self.failed(reading, Failure::call(source, &error));
+            Err(failure) => {
+                self.failed(reading, failure);
                 None
             }
         }
-    }
-
-    fn parsed<T>(
-        &self,
-        reading: &mut Reading,
-        source: Source,
-        parsed: Result<T, ParseError>,
-    ) -> Option<T> {
-        parsed
-            .map_err(|error| self.failed(reading, Failure::document(source, &error)))
-            .ok()
     }
 
     fn succeeded(&self, source: Source) {
@@ -322,9 +310,6 @@ impl<H: Hypervisor> Prober<H> {
             .probe_failures
             .with_label_values(&[source, failure.code])
             .inc();
-        if failure.code == "malformed" {
-            warn!(source, problem = %failure.message, "a document of libvirt's cannot be read");
-        }
         reading.failures.push(failure);
     }
 }

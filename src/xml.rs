@@ -146,6 +146,8 @@ fn read_root<T>(
 pub struct Cursor<'x> {
     reader: quick_xml::Reader<&'x [u8]>,
     depth: usize,
+    /// Behind an element without content, `<e/>`, whose end is still to be told.
+    ends_at_once: bool,
     passed_over: usize,
 }
 
@@ -158,13 +160,19 @@ enum Step<'x> {
 
 impl<'x> Cursor<'x> {
     fn new(text: &'x str) -> Self {
-        let mut reader = quick_xml::Reader::from_str(text);
-        reader.config_mut().expand_empty_elements = true;
-        Self {
-            reader,
+        let mut cursor = Self {
+            reader: quick_xml::Reader::from_str(text),
             depth: 0,
+            ends_at_once: false,
             passed_over: 0,
-        }
+        };
+        cursor.heed_space(false);
+        cursor
+    }
+
+    /// Whether white space is text. Between elements it only makes them easy to read.
+    fn heed_space(&mut self, heed: bool) {
+        self.reader.config_mut().trim_text_start = !heed;
     }
 
     /// Calls `each` for every child of the present element, up to its end tag. What `each` leaves
@@ -194,6 +202,13 @@ impl<'x> Cursor<'x> {
     /// # Errors
     /// The first problem in the document.
     pub fn text(&mut self) -> Result<String, Problem> {
+        self.heed_space(true);
+        let text = self.whole_text();
+        self.heed_space(false);
+        Ok(text?.trim().to_owned())
+    }
+
+    fn whole_text(&mut self) -> Result<Cow<'x, str>, Problem> {
         let depth = self.depth;
         let mut text: Cow<'x, str> = Cow::Borrowed("");
         loop {
@@ -201,7 +216,7 @@ impl<'x> Cursor<'x> {
                 Step::Text(part) if text.is_empty() => text = part,
                 Step::Text(part) => text.to_mut().push_str(&part),
                 Step::Start(_) => self.finish(depth)?,
-                Step::End => return Ok(text.trim().to_owned()),
+                Step::End => return Ok(text),
                 Step::Eof => return Err(Problem::new("ends too early")),
             }
         }
@@ -239,32 +254,26 @@ impl<'x> Cursor<'x> {
     }
 
     fn next(&mut self) -> Result<Step<'x>, Problem> {
+        if std::mem::take(&mut self.ends_at_once) {
+            self.depth -= 1;
+            return Ok(Step::End);
+        }
         loop {
             let event = self.reader.read_event().map_err(|error| {
                 let at = self.reader.error_position();
                 Problem::new(format!("is not well-formed at byte {at}: {error}"))
             })?;
             match event {
-                Event::Start(start) if self.depth < MAX_DEPTH => {
-                    self.depth += 1;
-                    return Ok(Step::Start(Element { start }));
-                }
-                Event::Start(_) => {
-                    return Err(Problem::new(format!(
-                        "is nested deeper than {MAX_DEPTH} elements"
-                    )));
+                Event::Start(start) => return self.enter(start),
+                Event::Empty(start) => {
+                    self.ends_at_once = true;
+                    return self.enter(start);
                 }
                 Event::End(_) => {
                     self.depth -= 1;
                     return Ok(Step::End);
                 }
-                Event::Text(text) => {
-                    let text = text.into_inner();
-                    // Between elements there is only white space; not worth a step.
-                    if !text.trim().is_empty() {
-                        return Ok(Step::Text(text));
-                    }
-                }
+                Event::Text(text) => return Ok(Step::Text(text.into_inner())),
                 Event::CData(data) => return Ok(Step::Text(data.into_inner())),
                 Event::GeneralRef(reference) => return Ok(Step::Text(resolve(&reference)?.into())),
                 Event::DocType(_) => {
@@ -272,9 +281,19 @@ impl<'x> Cursor<'x> {
                 }
                 Event::Eof if self.depth > 0 => return Err(Problem::new("ends too early")),
                 Event::Eof => return Ok(Step::Eof),
-                Event::Comment(_) | Event::Decl(_) | Event::PI(_) | Event::Empty(_) => {}
+                Event::Comment(_) | Event::Decl(_) | Event::PI(_) => {}
             }
         }
+    }
+
+    fn enter(&mut self, start: BytesStart<'x>) -> Result<Step<'x>, Problem> {
+        if self.depth >= MAX_DEPTH {
+            return Err(Problem::new(format!(
+                "is nested deeper than {MAX_DEPTH} elements"
+            )));
+        }
+        self.depth += 1;
+        Ok(Step::Start(Element { start }))
     }
 }
 
@@ -406,8 +425,8 @@ mod tests {
 
     #[test]
     fn text_is_joined_over_entities_cdata_and_children() {
-        let text = "<r><t>a&amp;b&#x41;<u>no</u><![CDATA[<c>]]></t></r>";
-        assert_eq!(walk(text).unwrap(), ["a&bA<c>"]);
+        let text = "<r><t>a&amp; &amp;b&#x41;<u>no <v/></u> <![CDATA[<c>]]> </t></r>";
+        assert_eq!(walk(text).unwrap(), ["a& &bA <c>"]);
     }
 
     #[test]

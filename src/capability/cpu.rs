@@ -5,8 +5,7 @@ use std::collections::BTreeMap;
 use quick_xml::events::BytesText;
 use serde::Serialize;
 
-use super::domain::read_values;
-use super::host::non_empty;
+use super::read::{non_empty, read_values};
 use crate::xml::{self, Cursor, Element, ParseError, Problem};
 
 /// `/domainCapabilities/cpu`. A mode that the document does not name is `None`.

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use super::cpu::{CpuModes, read_cpu_modes};
-use super::host::non_empty;
+use super::read::{non_empty, read_values};
 use super::vcpus::VcpuMax;
 use crate::xml::{self, Cursor, Element, ParseError, Problem};
 
@@ -216,18 +216,6 @@ fn read_section(cursor: &mut Cursor<'_>, element: &Element<'_>) -> Result<Sectio
         Ok(())
     })?;
     Ok(section)
-}
-
-pub(super) fn read_values(cursor: &mut Cursor<'_>) -> Result<Vec<String>, Problem> {
-    let mut values = Vec::new();
-    cursor.children(|cursor, child| {
-        match child.name() {
-            "value" => values.extend(non_empty(cursor.text()?)),
-            _ => cursor.unknown(),
-        }
-        Ok(())
-    })?;
-    Ok(values)
 }
 
 fn read_sev(cursor: &mut Cursor<'_>) -> Result<Option<Sev>, Problem> {

@@ -176,6 +176,15 @@ impl NodeFacts {
         Accelerator::of_domain_type(self.best_domain_type(self.native_arch()?)?)
     }
 
+    /// QEMU's version; `None` where another driver's hypervisor has one.
+    pub fn qemu_version(&self) -> Option<Version> {
+        let best = self
+            .native_arch()
+            .and_then(|arch| self.best_domain_type(arch));
+        let other = best.is_some_and(|best| Accelerator::of_domain_type(best).is_none());
+        self.hypervisor_version.filter(|_| !other)
+    }
+
     /// The documents for an architecture and its best domain type. Others say nothing of what a
     /// domain gets here.
     pub fn documents<'f>(&'f self, arch: &'f str) -> impl Iterator<Item = &'f DomainCapabilities> {

@@ -6,7 +6,7 @@
 
 use serde::Serialize;
 
-use super::host::non_empty;
+use super::read::non_empty;
 use super::vcpus::VcpuMax;
 use crate::xml::{Cursor, Element, Problem};
 

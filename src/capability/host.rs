@@ -7,6 +7,7 @@
 use serde::Serialize;
 
 use super::guest::{Guest, read_guest};
+use super::read::non_empty;
 use crate::xml::{self, Cursor, Element, ParseError, Problem};
 
 /// The `<capabilities>` document.
@@ -306,8 +307,4 @@ fn kib(element: &Element<'_>, amount: u64) -> Option<u64> {
         Some("GiB" | "G") => amount.checked_mul(1024 * 1024),
         Some(_) => None,
     }
-}
-
-pub(super) fn non_empty(text: String) -> Option<String> {
-    (!text.is_empty()).then_some(text)
 }

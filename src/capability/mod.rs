@@ -7,6 +7,7 @@ mod facts;
 mod guest;
 mod host;
 mod node;
+mod read;
 mod vcpus;
 mod version;
 

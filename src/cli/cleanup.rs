@@ -5,7 +5,7 @@ use super::{Exit, runtime};
 use crate::cluster::Cluster;
 use crate::config::{Config, Target};
 use crate::daemon::cluster_config;
-use crate::publish::file::FilePublisher;
+use crate::publish::file::{self, FilePublisher, NODE_LABELS_FILE};
 
 /// Removes what this program published where the configuration says that it publishes.
 pub(super) fn run(config: &Config) -> anyhow::Result<Exit> {
@@ -21,6 +21,7 @@ pub(super) fn run(config: &Config) -> anyhow::Result<Exit> {
             1 => format!("Node {node}: 1 label removed.\n"),
             count => format!("Node {node}: {count} labels removed.\n"),
         });
+        file::remove(&config.state_directory.join(NODE_LABELS_FILE))?;
     }
     if config.publishes_to(Target::File) {
         let file = FilePublisher::new(&config.state_directory, &config.features_directory);

@@ -4,6 +4,8 @@ use std::error::Error;
 use std::fmt;
 use std::process::ExitCode;
 
+use crate::hotplug::Verdict;
+
 /// How a command ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Exit {
@@ -13,6 +15,10 @@ pub enum Exit {
     Failed,
     /// 2: the command line or the configuration is wrong.
     Usage,
+    /// 3: accepted by the hypervisor, and not taken by the guest, partly or wholly.
+    NotTaken,
+    /// 4: not feasible; nothing was changed.
+    Infeasible,
     /// 5: the hypervisor cannot be reached.
     Unreachable,
 }
@@ -23,8 +29,30 @@ impl From<Exit> for ExitCode {
             Exit::Done => 0,
             Exit::Failed => 1,
             Exit::Usage => 2,
+            Exit::NotTaken => 3,
+            Exit::Infeasible => 4,
             Exit::Unreachable => 5,
         })
+    }
+}
+
+impl From<Verdict> for Exit {
+    fn from(verdict: Verdict) -> Self {
+        match verdict {
+            Verdict::Verified => Self::Done,
+            Verdict::PartiallyApplied
+            | Verdict::GuestOffline
+            | Verdict::GuestRefused
+            | Verdict::GuestSilent
+            | Verdict::Unverifiable
+            | Verdict::Pending => Self::NotTaken,
+            Verdict::Infeasible => Self::Infeasible,
+            Verdict::Busy
+            | Verdict::DomainNotFound
+            | Verdict::DomainNotRunning
+            | Verdict::HypervisorError => Self::Failed,
+            Verdict::HypervisorUnavailable => Self::Unreachable,
+        }
     }
 }
 
@@ -71,4 +99,24 @@ pub(super) fn is_broken_pipe(error: &anyhow::Error) -> bool {
         .chain()
         .filter_map(|cause| cause.downcast_ref::<std::io::Error>())
         .any(|cause| cause.kind() == std::io::ErrorKind::BrokenPipe)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_verdict_is_a_success_only_if_it_is_verified() {
+        for verdict in Verdict::ALL {
+            let success = Exit::from(verdict) == Exit::Done;
+            assert_eq!(success, verdict == Verdict::Verified, "{verdict}");
+            // What was accepted may still become good; what was never begun may not.
+            let exit = Exit::from(verdict);
+            assert!(exit != Exit::NotTaken || verdict.may_change(), "{verdict}");
+            assert!(
+                exit != Exit::Infeasible || !verdict.may_change(),
+                "{verdict}"
+            );
+        }
+    }
 }

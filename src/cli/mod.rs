@@ -4,9 +4,13 @@ mod capabilities;
 mod cleanup;
 mod exit;
 mod generate;
+mod hotplug;
 mod labels;
+mod local;
 mod offline;
+mod operations;
 mod output;
+mod report;
 mod run;
 
 use std::path::{Path, PathBuf};
@@ -41,12 +45,16 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// The daemon: probe, publish, serve metrics and health
+    /// The daemon: probe, publish, hotplug, serve metrics, health and the local API
     Run,
     /// The labels this node would publish, and why one was left out
     Labels(labels::Labels),
     /// The facts behind the labels: CPU, machine types, models with blockers, IOMMU, versions
     Capabilities(capabilities::Capabilities),
+    /// Change a running domain, and prove that its guest has taken it
+    Hotplug(hotplug::Hotplug),
+    /// The hotplug operations this node has done or is doing
+    Operations(operations::Operations),
     /// Remove what this program published, and nothing else
     Cleanup,
     /// Print a completion script for a shell
@@ -110,6 +118,8 @@ impl Cli {
             Command::Run => run::run(config),
             Command::Labels(arguments) => arguments.run(&config),
             Command::Capabilities(arguments) => arguments.run(&config),
+            Command::Hotplug(arguments) => arguments.run(&config),
+            Command::Operations(arguments) => arguments.run(&config),
             Command::Cleanup => cleanup::run(&config),
             Command::Completions(_) | Command::Man(_) => Ok(Exit::Done),
         }

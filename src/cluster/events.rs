@@ -3,7 +3,7 @@
 use k8s_openapi::api::core::v1::ObjectReference;
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 
-use super::{Cluster, FIELD_MANAGER};
+use super::{Cluster, ClusterError, FIELD_MANAGER};
 
 /// The API server takes 1 kB of note.
 const NOTE_MAX: usize = 1000;
@@ -66,7 +66,7 @@ impl NodeEvents {
 
     /// Writes one event. It is lost if that fails, which is of no consequence for the labels.
     pub async fn publish(&self, event: NodeEvent, note: &str) {
-        let node = ObjectReference {
+        let mut node = ObjectReference {
             api_version: Some("v1".to_owned()),
             kind: Some("Node".to_owned()),
             name: Some(self.cluster.node.clone()),
@@ -81,10 +81,18 @@ impl NodeEvents {
             action: event.action().to_owned(),
             secondary: None,
         };
-        let published = self
+        let mut published = self
             .cluster
             .call("create", self.recorder.publish(&what, &node))
             .await;
+        if matches!(published, Err(ClusterError::Rejected { .. })) {
+            // Up to 1.20.5 the API server wants the namespace of a Node to be that of the event.
+            node.namespace = Some("default".to_owned());
+            published = self
+                .cluster
+                .call("create", self.recorder.publish(&what, &node))
+                .await;
+        }
         if let Err(error) = published {
             tracing::debug!(reason = event.reason(), %error, "event not written");
         }

@@ -31,6 +31,10 @@ pub use watch::Seen;
 /// The name under which the API server keeps account of what is ours.
 pub const FIELD_MANAGER: &str = "virtnode";
 
+/// Log targets to be silenced: the client logs each failed call of its own accord, however often
+/// it fails. What it has to say is in [`ClusterError`].
+pub const NOISY_LOG_TARGETS: [&str; 2] = ["kube_client", "kube_runtime"];
+
 /// The Node at one moment.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct NodeState {

@@ -4,6 +4,7 @@
 //! not bring a libvirt or an API server back. Ready means that one probe read everything and a
 //! label set is out.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use tokio::sync::watch;
@@ -11,6 +12,7 @@ use tokio::time::{Duration, Instant};
 
 use crate::labeller::Progress;
 use crate::publish::node::SyncState;
+use crate::telemetry::Inventory;
 
 /// The event loop has not moved for so long: something blocks it.
 const STUCK_AFTER: Duration = Duration::from_secs(20);
@@ -21,6 +23,7 @@ pub struct Health {
     last_tick_millis: AtomicU64,
     progress: watch::Receiver<Progress>,
     node: Option<watch::Receiver<SyncState>>,
+    domains: Option<Arc<Inventory>>,
 }
 
 impl Health {
@@ -34,6 +37,15 @@ impl Health {
             last_tick_millis: AtomicU64::new(0),
             progress,
             node,
+            domains: None,
+        }
+    }
+
+    /// Ready only after the running domains have been looked at.
+    pub fn with_domains(self, domains: Arc<Inventory>) -> Self {
+        Self {
+            domains: Some(domains),
+            ..self
         }
     }
 
@@ -71,6 +83,13 @@ impl Health {
                     .iter()
                     .map(|problem| format!("  {problem}")),
             );
+        }
+        if self
+            .domains
+            .as_ref()
+            .is_some_and(|domains| !domains.is_known())
+        {
+            missing.push("first look at the running domains".to_owned());
         }
         if let Some(node) = &self.node {
             let state = node.borrow();
@@ -116,6 +135,11 @@ mod tests {
         });
         assert_eq!(health.missing(), ["first labels on the Node"]);
         node.send_modify(|state| state.synced = true);
+        assert!(health.missing().is_empty());
+        let inventory = Arc::new(Inventory::default());
+        let health = health.with_domains(Arc::clone(&inventory));
+        assert_eq!(health.missing(), ["first look at the running domains"]);
+        inventory.replace(Vec::new());
         assert!(health.missing().is_empty());
     }
 }

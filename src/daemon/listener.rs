@@ -1,27 +1,28 @@
 //! The accept loop: bounded in connections, and in the time a client may take to say what it
 //! wants. `axum::serve` bounds neither.
 
+use std::future::Future;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
+use axum::http::Request;
+use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
-use tokio::net::TcpListener;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
+use tower::ServiceExt;
 use tracing::debug;
 
-/// Connections at a time; more wait in the kernel's queue.
-const CONNECTIONS: usize = 64;
 /// For a request's head to arrive, and for an idle connection to send the next one.
-const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
-/// No connection is older: a client that reads slowly does not keep its place for ever.
-const CONNECTION_TIMEOUT: Duration = Duration::from_secs(300);
+const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
 /// A request's head, and what is buffered of an answer.
 const BUFFER_BYTES: usize = 16 * 1024;
 
@@ -39,9 +40,47 @@ pub(super) async fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     }
 }
 
+/// Where connections come from.
+pub(super) trait Listener: Send {
+    /// A connection.
+    type Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static;
+    /// What is known of who made it; a request's extension.
+    type Peer: Clone + Send + Sync + 'static;
+
+    /// The next one.
+    fn accept(&self) -> impl Future<Output = io::Result<(Self::Stream, Self::Peer)>> + Send;
+}
+
+impl Listener for TcpListener {
+    type Stream = TcpStream;
+    type Peer = SocketAddr;
+
+    fn accept(&self) -> impl Future<Output = io::Result<(TcpStream, SocketAddr)>> + Send {
+        Self::accept(self)
+    }
+}
+
+/// What bounds clients beside the time for a request's head.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Bounds {
+    /// Connections at a time; more wait in the kernel's queue.
+    pub(super) connections: usize,
+    /// No connection is older: a client that reads slowly does not keep its place for ever.
+    pub(super) age: Duration,
+}
+
+impl Default for Bounds {
+    fn default() -> Self {
+        Self {
+            connections: 64,
+            age: Duration::from_secs(300),
+        }
+    }
+}
+
 /// Serves for ever. Dropping the future closes every connection.
-pub(super) async fn serve(listener: TcpListener, router: Router) {
-    let places = Arc::new(Semaphore::new(CONNECTIONS));
+pub(super) async fn serve(listener: impl Listener, router: Router, bounds: Bounds) {
+    let places = Arc::new(Semaphore::new(bounds.connections));
     let mut connections = JoinSet::new();
     let mut server = http1::Builder::new();
     server
@@ -53,8 +92,8 @@ pub(super) async fn serve(listener: TcpListener, router: Router) {
             return;
         };
         while connections.try_join_next().is_some() {}
-        let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
+        let (stream, peer) = match listener.accept().await {
+            Ok(accepted) => accepted,
             Err(error) => {
                 // Out of file descriptors, say: others will be given back.
                 debug!(%error, "a connection was not accepted");
@@ -62,10 +101,16 @@ pub(super) async fn serve(listener: TcpListener, router: Router) {
                 continue;
             }
         };
-        let service = TowerToHyperService::new(router.clone());
+        let service = router
+            .clone()
+            .map_request(move |mut request: Request<Incoming>| {
+                request.extensions_mut().insert(peer.clone());
+                request
+            });
+        let service = TowerToHyperService::new(service);
         let connection = server.serve_connection(TokioIo::new(stream), service);
         connections.spawn(async move {
-            if let Ok(Err(error)) = timeout(CONNECTION_TIMEOUT, connection).await {
+            if let Ok(Err(error)) = timeout(bounds.age, connection).await {
                 debug!(%error, "a connection ended early");
             }
             drop(place);

@@ -1,10 +1,13 @@
 //! The daemon: builds every part, joins them, and ends when one of them does.
 
+pub mod api;
 mod health;
+pub mod hotplug;
 mod http;
 mod listener;
+mod socket;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,17 +19,21 @@ use tokio::sync::{oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use crate::cluster::{Cluster, ClusterConfig};
 use crate::config::{Config, Target};
-use crate::hypervisor::{Libvirt, LibvirtConfig};
+use crate::hypervisor::{ControlConfig, Libvirt, LibvirtConfig, LibvirtControl};
 use crate::label::{LabelKey, LabelSet, LabelValue};
 use crate::labeller::{Labeller, Outlets};
-use crate::publish::file::FilePublisher;
-use crate::publish::node::{NodePublisher, Options};
+use crate::monitor::Monitor;
+use crate::publish::file::{self, FilePublisher, NODE_LABELS_FILE, Report};
+use crate::publish::node::{NodePublisher, Options, SyncState};
 use crate::telemetry::Metrics;
+use api::Access;
 pub use health::Health;
+use hotplug::Carried;
+pub use socket::{LocalSocket, Peer};
 
 /// How long parts may take to end after they were asked to.
 const GRACE: Duration = Duration::from_secs(5);
@@ -123,6 +130,7 @@ async fn start(
         outlets.found_on_node = Some(found_on_node);
         node = Some((cluster, publisher, to_publish, found));
     }
+    let control = Arc::new(LibvirtControl::start(control_config(config), &metrics));
     let labeller = Labeller::new(
         hypervisor,
         config.policy.clone(),
@@ -132,14 +140,31 @@ async fn start(
         Arc::clone(&metrics),
     );
     let synced = node.as_ref().map(|(_, publisher, ..)| publisher.state());
-    let health = Arc::new(Health::new(labeller.progress(), synced));
+    let inventory = Arc::clone(&metrics.inventory);
+    let health = Arc::new(Health::new(labeller.progress(), synced).with_domains(inventory));
+    let monitor = Monitor::new(Arc::clone(&control), Arc::clone(&metrics.inventory));
+    let token = stop.clone();
+    parts.spawn(async move {
+        monitor.run(token).await;
+        "the monitor of running domains"
+    });
+    // Labels do not wait for a socket or a journal that cannot be made.
+    if let Err(error) = start_hotplug(config, &control, &metrics, stop, parts) {
+        error!("hotplug is off until the next start: {error:#}");
+    }
     if let Some((cluster, publisher, to_publish, found)) = node {
-        let before = labeller.published().clone();
+        let memory = config.state_directory.join(NODE_LABELS_FILE);
+        parts.spawn(remember(publisher.state(), memory.clone(), stop.clone()));
         let stop = stop.clone();
+        let counted = Arc::clone(&metrics);
         parts.spawn(async move {
-            let look = stop.run_until_cancelled(found_on_node(&cluster)).await;
+            let look = stop
+                .run_until_cancelled(found_on_node(&cluster, &counted))
+                .await;
             if let Some(on_node) = look {
-                let mut ours = before;
+                // Ours are those that the Node shows as ours, and those that somebody edited
+                // while this daemon was away.
+                let mut ours = file::load(&memory).unwrap_or_default();
                 ours.extend(on_node.clone());
                 // The labeller goes away only when the daemon stops.
                 let _stopping = found.send(on_node);
@@ -163,16 +188,95 @@ async fn start(
     parts.spawn(async move {
         let router = http::router(metrics, health);
         token
-            .run_until_cancelled(listener::serve(listener, router))
+            .run_until_cancelled(listener::serve(
+                listener,
+                router,
+                listener::Bounds::default(),
+            ))
             .await;
         "the HTTP server"
     });
     Ok(())
 }
 
+/// How libvirt is reached for its domains.
+pub(crate) fn control_config(config: &Config) -> ControlConfig {
+    ControlConfig {
+        libvirt: LibvirtConfig {
+            call_deadline: config.call_deadline,
+            ..LibvirtConfig::new(config.connect.clone())
+        },
+        ..ControlConfig::new(config.connect.clone())
+    }
+}
+
+/// Starts the executor and the local API.
+fn start_hotplug(
+    config: &Config,
+    control: &Arc<LibvirtControl>,
+    metrics: &Arc<Metrics>,
+    stop: &CancellationToken,
+    parts: &mut JoinSet<&'static str>,
+) -> anyhow::Result<()> {
+    // First: it also keeps a second daemon away from the journal.
+    let gid = config.allowed_gids.first().copied();
+    let socket = api::bind(&config.socket, gid)
+        .with_context(|| format!("cannot serve the local API at {}", config.socket.display()))?;
+    let mut carried = None;
+    if config.hotplug {
+        let started = Carried::start(Arc::clone(control), &config.state_directory, metrics)
+            .context("hotplug cannot be served (hotplug.enabled: false switches it off)")?;
+        let started = Arc::new(started);
+        carried = Some(Arc::clone(&started));
+        let (token, metrics) = (stop.clone(), Arc::clone(metrics));
+        parts.spawn(async move {
+            token.run_until_cancelled(started.count(&metrics)).await;
+            started.stop().await;
+            "the executor"
+        });
+    }
+    let access = Access::new(config.allowed_uids.clone(), config.allowed_gids.clone());
+    let router = api::router(carried, Arc::clone(metrics), access);
+    let serving = api::serve(socket, router);
+    info!(socket = %config.socket.display(), hotplug = config.hotplug, "serving the local API");
+    let token = stop.clone();
+    parts.spawn(async move {
+        token.run_until_cancelled(serving).await;
+        "the local API"
+    });
+    Ok(())
+}
+
+/// Keeps what the Node has from us in a file, for the next run. A read-only state directory costs
+/// only the knowledge which labels were edited while no daemon ran.
+async fn remember(
+    mut state: watch::Receiver<SyncState>,
+    path: PathBuf,
+    stop: CancellationToken,
+) -> &'static str {
+    let keep = async {
+        let mut told = false;
+        while state.changed().await.is_ok() {
+            let published = Arc::clone(&state.borrow_and_update().published);
+            if published.is_empty() {
+                continue;
+            }
+            if let Err(error) = file::store(&path, &Report::of(&published))
+                && !std::mem::replace(&mut told, true)
+            {
+                warn!(%error, "what is published on the Node cannot be kept for the next run");
+            }
+        }
+        // Its sender ends with the publisher, which is told apart.
+        std::future::pending::<()>().await;
+    };
+    stop.run_until_cancelled(keep).await;
+    "the memory of the Node's labels"
+}
+
 /// What of ours the Node has: the labels that are ours by its field managers, with the values it
 /// shows. Looks until it is told; the publisher reports what stands in the way from then on.
-async fn found_on_node(cluster: &Cluster) -> LabelSet {
+async fn found_on_node(cluster: &Cluster, metrics: &Metrics) -> LabelSet {
     let mut told = None;
     loop {
         match cluster.observe().await {
@@ -186,6 +290,11 @@ async fn found_on_node(cluster: &Cluster) -> LabelSet {
                 return owned.collect();
             }
             Err(error) => {
+                metrics.sync_attempts.inc();
+                metrics
+                    .sync_failures
+                    .with_label_values(&[error.code()])
+                    .inc();
                 if told != Some(error.code()) {
                     warn!(node = cluster.node(), %error, "the Node cannot be seen yet; trying on");
                     told = Some(error.code());

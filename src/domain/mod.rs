@@ -1,5 +1,6 @@
 //! Domains, as facts: from their live XML and their statistics. Pure.
 
+pub mod device_xml;
 mod devices;
 mod facts;
 #[cfg(test)]

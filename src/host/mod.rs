@@ -12,6 +12,7 @@ use std::path::Path;
 pub use fingerprint::{Fingerprint, fingerprint};
 
 use crate::capability::{HostFacts, IommuKind};
+use crate::units::{Bytes, KiB};
 
 /// The parameter that says whether guests can be hypervisors, of each architecture's KVM.
 const NESTED: [&str; 4] = [
@@ -41,6 +42,16 @@ pub fn read(root: &Path) -> HostFacts {
         realtime: text(root, "proc/sys/kernel/sched_rt_runtime_us") == "-1",
         arch,
     }
+}
+
+/// What the kernel can give out without swapping (`MemAvailable`); `None` if it does not say.
+pub fn available_memory(root: &Path) -> Option<Bytes> {
+    let text = text(root, "proc/meminfo");
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kib = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    KiB::new(kib).map(Bytes::from)
 }
 
 /// The kind by the names of the IOMMU devices: `dmar0`, `ivhd0`, `smmu3.0x9050000`. Groups
@@ -107,6 +118,17 @@ mod tests {
         let path = root.path().join(path);
         fs::create_dir_all(path.parent().unwrap()).unwrap();
         fs::write(path, text).unwrap();
+    }
+
+    #[test]
+    fn available_memory_is_what_the_kernel_says() {
+        let root = tempfile::tempdir().unwrap();
+        assert_eq!(available_memory(root.path()), None);
+        fs::create_dir(root.path().join("proc")).unwrap();
+        let text = "MemTotal:       16314332 kB\nMemFree: 1 kB\nMemAvailable:   12000000 kB\n";
+        fs::write(root.path().join("proc/meminfo"), text).unwrap();
+        let available = KiB::new(12_000_000).map(Bytes::from);
+        assert_eq!(available_memory(root.path()), available);
     }
 
     #[test]

@@ -125,6 +125,14 @@ pub fn judge(history: &History, now: Moment) -> Step {
     }))
 }
 
+/// How much of what a request is about there is.
+pub fn extent(request: &HotplugRequest, seen: &Observation) -> Extent {
+    match request {
+        HotplugRequest::Vcpus { .. } => vcpus::extent(seen),
+        HotplugRequest::Memory { .. } => memory::extent(seen),
+    }
+}
+
 fn rule(history: &History, now: Moment) -> Ruling {
     if let Some(end) = trouble::ended(history) {
         return Ruling::Found(end);

@@ -116,7 +116,7 @@ proptest! {
             prop_assert!(world.really_uses(count), "{:?}: {:?}", world.habits, ended.outcome());
         }
         if ended.verdict() == Verdict::Verified && require == Require::Acknowledged {
-            let has = world.has.len() as u32;
+            let has = u32::try_from(world.has.len()).unwrap();
             prop_assert!(has == count || !world.habits.agent, "{:?}", ended.outcome());
         }
         for action in &world.made {

@@ -515,11 +515,11 @@ impl World {
                 }
             }
             self.now = step;
-            let (due, rest) = std::mem::take(&mut self.pending)
+            let (due, rest): (Vec<_>, _) = std::mem::take(&mut self.pending)
                 .into_iter()
                 .partition(|(at, _)| *at <= self.now);
             self.pending = rest;
-            for (_, effect) in Vec::<(Moment, Effect)>::from(due) {
+            for (_, effect) in due {
                 self.apply(effect);
             }
             if step == until && next.is_none_or(|next| next > until) {

@@ -1,8 +1,12 @@
-//! The hypervisor as the services see it: a trait, its errors, and its adapters.
+//! The hypervisor as the services see it: its traits, their errors, and its adapters.
+//!
+//! * [`Hypervisor`]: what the node can run;
+//! * [`DomainControl`]: its domains, what happens to them, and changing them.
 //!
 //! Documents come as text; reading them is [`crate::capability`]'s. Every call has a deadline of
 //! its own and ends with an answer or a [`HypervisorError`], whatever the daemon behind it does.
 
+mod control;
 mod libvirt;
 
 use std::future::Future;
@@ -11,7 +15,10 @@ use std::time::Duration;
 use thiserror::Error;
 use tokio::sync::watch;
 
-pub use self::libvirt::{Keepalive, Libvirt, LibvirtConfig};
+pub use self::control::{
+    Change, DomainControl, DomainId, DomainStats, LiveDomain, Notice, Notices, Scope,
+};
+pub use self::libvirt::{ControlConfig, Keepalive, Libvirt, LibvirtConfig, LibvirtControl};
 use crate::capability::Version;
 
 /// What a call to the hypervisor can end with instead of an answer.
@@ -47,6 +54,39 @@ pub enum HypervisorError {
         /// libvirt's own text.
         message: String,
     },
+    /// There is no such domain, or not any more (`VIR_ERR_NO_DOMAIN`).
+    #[error("libvirt knows no such domain: {0}")]
+    DomainNotFound(String),
+    /// The domain does not run (`VIR_ERR_OPERATION_INVALID`, and libvirt says it is not active).
+    #[error("the domain does not run: {0}")]
+    DomainNotRunning(String),
+    /// The guest agent did not answer, is not connected, has no channel, or said no
+    /// (`VIR_ERR_AGENT_UNRESPONSIVE`, `_UNSYNCED`, `_COMMAND_TIMEOUT`, `_COMMAND_FAILED`).
+    #[error("the guest agent did not do {call}: {message}")]
+    AgentUnavailable {
+        /// The name of the call.
+        call: &'static str,
+        /// libvirt's own text.
+        message: String,
+    },
+    /// libvirt asked for an unplug and stopped waiting for it. The request stays; what came of it
+    /// only QEMU and the guest can tell.
+    #[error("libvirt stopped waiting for the unplug of {call}: {message}")]
+    UnplugPending {
+        /// The name of the call.
+        call: &'static str,
+        /// libvirt's own text.
+        message: String,
+    },
+    /// Something else is being done to the domain and did not end in time: libvirt's lock on it
+    /// was not to be had, or an earlier call of ours has not come back.
+    #[error("{call} could not begin: {message}")]
+    Busy {
+        /// The name of the call.
+        call: &'static str,
+        /// What it waited for.
+        message: String,
+    },
     /// libvirt answered with any other error.
     #[error("libvirt failed {call}: {message} (error {number})")]
     Failed {
@@ -60,9 +100,18 @@ pub enum HypervisorError {
 }
 
 impl HypervisorError {
-    /// Every code there is, for metrics that begin at zero.
+    /// The codes that every call can end with, for metrics that begin at zero.
     pub const CODES: [&'static str; 5] =
         ["unavailable", "timeout", "unsupported", "denied", "failed"];
+
+    /// The codes that only calls about one domain can end with, beside those.
+    pub const DOMAIN_CODES: [&'static str; 5] = [
+        "domain-not-found",
+        "domain-not-running",
+        "agent-unavailable",
+        "unplug-pending",
+        "busy",
+    ];
 
     /// The bounded word for this error.
     pub fn code(&self) -> &'static str {
@@ -71,6 +120,11 @@ impl HypervisorError {
             Self::Timeout { .. } => "timeout",
             Self::Unsupported { .. } => "unsupported",
             Self::Denied { .. } => "denied",
+            Self::DomainNotFound(_) => "domain-not-found",
+            Self::DomainNotRunning(_) => "domain-not-running",
+            Self::AgentUnavailable { .. } => "agent-unavailable",
+            Self::UnplugPending { .. } => "unplug-pending",
+            Self::Busy { .. } => "busy",
             Self::Failed { .. } => "failed",
         }
     }

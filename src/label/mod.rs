@@ -1,6 +1,6 @@
 //! Facts and policy as labels. Pure.
 //!
-//! * [`derive`]: what the facts say, in one schema or both;
+//! * [`derive()`]: what the facts say, in one schema or both;
 //! * [`Published`]: what that becomes, given what was published before: nothing is taken away on
 //!   the word of one probe, or while a running domain stands on it;
 //! * [`ownership`]: which of these may be written to a Node that others write to as well.

@@ -39,7 +39,7 @@ pub(super) fn derive(facts: &NodeFacts, policy: &Policy, labels: &mut Derivation
     if let Some(version) = facts.libvirt_version {
         labels.add(NODE, "libvirt-version", &version.to_string());
     }
-    if let Some(version) = facts.hypervisor_version {
+    if let Some(version) = facts.qemu_version() {
         labels.add(NODE, "qemu-version", &version.to_string());
     }
     derive_host(facts, labels);

@@ -86,8 +86,9 @@ impl Memory {
         }
     }
 
-    /// Another Node by the same name has none of our labels, and nobody took them from it.
-    pub fn forget_published(&mut self) {
+    /// Begins anew: another Node by the same name has none of our labels, and nobody took them
+    /// from it.
+    pub fn forget(&mut self) {
         *self = Self::default();
     }
 

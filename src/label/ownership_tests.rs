@@ -354,7 +354,7 @@ fn a_shared_value_is_joined() {
 #[test]
 fn another_node_by_the_same_name_was_not_robbed() {
     let mut case = Case::in_place(&[("a.io/x", "1")]).deleted("a.io/x");
-    case.memory.forget_published();
+    case.memory.forget();
     let decision = case.decide();
     assert_eq!(
         (decision.added, decision.repaired),

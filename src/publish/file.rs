@@ -17,6 +17,9 @@ use crate::label::{LabelKey, LabelSet, LabelValue, Rejected, Retained, is_ours};
 /// The name in the state directory.
 pub const LABELS_FILE: &str = "labels.json";
 
+/// The name in the state directory of what the Node has from us.
+pub const NODE_LABELS_FILE: &str = "node-labels.json";
+
 /// The name in `features.d`.
 const FEATURES_FILE: &str = "virtnode";
 
@@ -80,6 +83,66 @@ pub struct Report<'r> {
     pub retained: &'r [Retained],
 }
 
+impl<'r> Report<'r> {
+    /// A report of labels alone.
+    pub fn of(labels: &'r LabelSet) -> Self {
+        Self {
+            labels,
+            rejected: &[],
+            retained: &[],
+        }
+    }
+}
+
+/// The labels in a file, under `labels`; none if there is no file. Keys that are none of ours are
+/// left out.
+///
+/// # Errors
+/// A file that cannot be read or holds something else.
+pub fn load(path: &Path) -> Result<LabelSet, FileError> {
+    let malformed = |problem: String| FileError::Malformed {
+        path: path.to_owned(),
+        problem,
+    };
+    let Some(bytes) = read_bounded(path)? else {
+        return Ok(LabelSet::new());
+    };
+    let stored: Stored =
+        serde_json::from_slice(&bytes).map_err(|error| malformed(error.to_string()))?;
+    let labels = stored.labels.into_iter().filter_map(|(key, value)| {
+        let key: LabelKey = key.parse().ok()?;
+        let value: LabelValue = value.parse().ok()?;
+        is_ours(&key).then_some((key, value))
+    });
+    Ok(labels.collect())
+}
+
+/// Writes a report to a file, if it is another one than the file holds. Answers whether it was
+/// written.
+///
+/// # Errors
+/// What the file system says.
+pub fn store(path: &Path, report: &Report<'_>) -> Result<bool, FileError> {
+    let directory = path.parent().unwrap_or(Path::new("."));
+    fs::create_dir_all(directory).map_err(io("create", directory))?;
+    let mut text =
+        serde_json::to_vec_pretty(report).map_err(|error| io("write", path)(error.into()))?;
+    text.push(b'\n');
+    replace(path, &text)
+}
+
+/// Removes a file. Answers whether it was there.
+///
+/// # Errors
+/// What the file system says.
+pub fn remove(path: &Path) -> Result<bool, FileError> {
+    match fs::remove_file(path) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(io("remove", path)(error)),
+    }
+}
+
 /// The two files.
 #[derive(Debug, Clone)]
 pub struct FilePublisher {
@@ -102,27 +165,12 @@ impl FilePublisher {
         &self.labels
     }
 
-    /// The labels that were published before; none if there is no file. Keys that are none of
-    /// ours are left out.
+    /// The labels that were published before, as [`load`] finds them.
     ///
     /// # Errors
-    /// A file that cannot be read or holds something else.
+    /// As [`load`].
     pub fn load(&self) -> Result<LabelSet, FileError> {
-        let malformed = |problem: String| FileError::Malformed {
-            path: self.labels.clone(),
-            problem,
-        };
-        let Some(bytes) = read_bounded(&self.labels)? else {
-            return Ok(LabelSet::new());
-        };
-        let stored: Stored =
-            serde_json::from_slice(&bytes).map_err(|error| malformed(error.to_string()))?;
-        let labels = stored.labels.into_iter().filter_map(|(key, value)| {
-            let key: LabelKey = key.parse().ok()?;
-            let value: LabelValue = value.parse().ok()?;
-            is_ours(&key).then_some((key, value))
-        });
-        Ok(labels.collect())
+        load(&self.labels)
     }
 
     /// Brings both files up to date. Answers whether anything had to be written.
@@ -130,12 +178,7 @@ impl FilePublisher {
     /// # Errors
     /// The first file that could not be written.
     pub fn publish(&self, report: &Report<'_>) -> Result<bool, FileError> {
-        let directory = self.labels.parent().unwrap_or(Path::new("."));
-        fs::create_dir_all(directory).map_err(io("create", directory))?;
-        let mut text = serde_json::to_vec_pretty(report)
-            .map_err(|error| io("write", &self.labels)(error.into()))?;
-        text.push(b'\n');
-        let wrote_labels = replace(&self.labels, &text)?;
+        let wrote_labels = store(&self.labels, report)?;
         let wrote_features = self.features_directory.is_dir() && {
             let path = self.features_directory.join(FEATURES_FILE);
             let text = features(report.labels);
@@ -160,10 +203,8 @@ impl FilePublisher {
             self.labels.clone(),
             self.features_directory.join(FEATURES_FILE),
         ] {
-            match fs::remove_file(&path) {
-                Ok(()) => removed.push(path),
-                Err(error) if error.kind() == ErrorKind::NotFound => {}
-                Err(error) => return Err(io("remove", &path)(error)),
+            if remove(&path)? {
+                removed.push(path);
             }
         }
         Ok(removed)
@@ -237,11 +278,7 @@ mod tests {
     }
 
     fn publish(publisher: &FilePublisher, labels: &LabelSet) -> Result<bool, FileError> {
-        publisher.publish(&Report {
-            labels,
-            rejected: &[],
-            retained: &[],
-        })
+        publisher.publish(&Report::of(labels))
     }
 
     #[test]

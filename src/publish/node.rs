@@ -145,6 +145,8 @@ impl NodePublisher {
         already_published: LabelSet,
         token: CancellationToken,
     ) {
+        self.state
+            .send_modify(|state| state.published = Arc::new(already_published.clone()));
         self.memory = Memory::new(already_published);
         token
             .run_until_cancelled_owned(self.keep_in_sync(desired))
@@ -312,7 +314,7 @@ impl NodePublisher {
                     node = self.cluster.node(),
                     "the Node was replaced by a new one"
                 );
-                self.memory.forget_published();
+                self.memory.forget();
             }
             self.uid.clone_from(&node.uid);
         }

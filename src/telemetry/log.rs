@@ -5,6 +5,7 @@ use std::io::IsTerminal;
 use anyhow::{Context, anyhow};
 use tracing_subscriber::EnvFilter;
 
+use crate::cluster::NOISY_LOG_TARGETS;
 use crate::config::LogFormat;
 
 /// Sends log lines to standard error from here on.
@@ -12,9 +13,15 @@ use crate::config::LogFormat;
 /// # Errors
 /// A filter that is none, or a second call.
 pub fn init(format: LogFormat, filter: &str) -> anyhow::Result<()> {
-    let filter = EnvFilter::builder().parse(filter).with_context(|| {
-        format!("log: '{filter}' is no filter: write it like info,virtnode=debug")
-    })?;
+    // First, so that what the operator writes of these targets still counts.
+    let quiet = NOISY_LOG_TARGETS
+        .map(|target| format!("{target}=off,"))
+        .concat();
+    let filter = EnvFilter::builder()
+        .parse(format!("{quiet}{filter}"))
+        .with_context(|| {
+            format!("log: '{filter}' is no filter: write it like info,virtnode=debug")
+        })?;
     let lines = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)

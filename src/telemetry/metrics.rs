@@ -3,6 +3,7 @@
 //! Names and labels are design/operations.md's contract. Every combination that can happen is
 //! there from the start with 0, so that a rate over it never misses its first increment.
 
+use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use prometheus::{
@@ -10,10 +11,12 @@ use prometheus::{
     Opts, Registry, TextEncoder,
 };
 
+use super::hotplug::HotplugMetrics;
+use super::inventory::{Inventory, InventoryCollector};
 use crate::hypervisor::HypervisorError;
 use crate::label::{FAMILIES, Invalid, RetentionReason, Source};
 
-/// The names of the calls to libvirt, as in the metrics' label `call`.
+/// The names of the calls to libvirt about itself, as in the metrics' label `call`.
 pub const CALLS: [&str; 7] = [
     "open",
     "versions",
@@ -22,6 +25,22 @@ pub const CALLS: [&str; 7] = [
     "baseline-cpu",
     "native-arguments",
     "running-domains",
+];
+
+/// The names of the calls about domains.
+pub const DOMAIN_CALLS: [&str; 12] = [
+    "find-domain",
+    "domain",
+    "all-domain-stats",
+    "domain-stats",
+    "memory-stats",
+    "guest-vcpus",
+    "set-guest-vcpus",
+    "agent-timeout",
+    "set-vcpus",
+    "update-device",
+    "attach-device",
+    "detach-device",
 ];
 
 /// Why a source could not be read: the hypervisor's codes, and a document that is not readable.
@@ -82,8 +101,10 @@ pub struct Metrics {
     pub machine_types_deprecated: IntGauge,
     /// The largest number of vCPUs a domain can have here; 0 while unknown.
     pub max_vcpus: IntGauge,
-    /// Running domains, by state.
-    pub domains: IntGaugeVec,
+    /// The running domains.
+    pub inventory: Arc<Inventory>,
+    /// Verified hotplug.
+    pub hotplug: HotplugMetrics,
 }
 
 impl Metrics {
@@ -184,7 +205,8 @@ impl Metrics {
                 "virtnode_max_vcpus",
                 "The largest number of vCPUs that a domain can have here; 0 while unknown.",
             )?,
-            domains: new.gauges("virtnode_domains", "Domains, by state.", &["state"])?,
+            inventory: new.inventory()?,
+            hotplug: HotplugMetrics::register(&new)?,
             registry,
         };
         metrics.register_constants()?;
@@ -212,13 +234,18 @@ impl Metrics {
     }
 
     fn start_at_zero(&self) {
-        for call in CALLS {
+        for call in CALLS.into_iter().chain(DOMAIN_CALLS) {
             self.call_duration.with_label_values(&[call]);
             self.call_timeouts.with_label_values(&[call]);
             for reason in HypervisorError::CODES
                 .into_iter()
                 .filter(|code| *code != "timeout")
             {
+                self.call_failures.with_label_values(&[call, reason]);
+            }
+        }
+        for call in DOMAIN_CALLS {
+            for reason in HypervisorError::DOMAIN_CODES {
                 self.call_failures.with_label_values(&[call, reason]);
             }
         }
@@ -247,7 +274,6 @@ impl Metrics {
         for action in ["dropped", "forced"] {
             self.label_conflicts.with_label_values(&[action]);
         }
-        self.domains.with_label_values(&["running"]);
     }
 
     /// Writes down how a call to libvirt ended and how long it took.
@@ -299,7 +325,7 @@ pub fn now_seconds() -> f64 {
 }
 
 /// Builds and registers in one step.
-struct Registrar<'r>(&'r Registry);
+pub(super) struct Registrar<'r>(&'r Registry);
 
 impl Registrar<'_> {
     fn add<C: prometheus::core::Collector + Clone + 'static>(
@@ -310,19 +336,26 @@ impl Registrar<'_> {
         Ok(collector)
     }
 
-    fn gauge(&self, name: &str, help: &str) -> Result<IntGauge, prometheus::Error> {
+    pub(super) fn gauge(&self, name: &str, help: &str) -> Result<IntGauge, prometheus::Error> {
         self.add(IntGauge::new(name, help)?)
     }
 
-    fn float_gauge(&self, name: &str, help: &str) -> Result<Gauge, prometheus::Error> {
+    pub(super) fn float_gauge(&self, name: &str, help: &str) -> Result<Gauge, prometheus::Error> {
         self.add(Gauge::new(name, help)?)
     }
 
-    fn counter(&self, name: &str, help: &str) -> Result<IntCounter, prometheus::Error> {
+    fn inventory(&self) -> Result<Arc<Inventory>, prometheus::Error> {
+        let inventory = Arc::new(Inventory::default());
+        let collector = InventoryCollector::new(Arc::clone(&inventory))?;
+        self.0.register(Box::new(collector))?;
+        Ok(inventory)
+    }
+
+    pub(super) fn counter(&self, name: &str, help: &str) -> Result<IntCounter, prometheus::Error> {
         self.add(IntCounter::new(name, help)?)
     }
 
-    fn gauges(
+    pub(super) fn gauges(
         &self,
         name: &str,
         help: &str,
@@ -340,7 +373,7 @@ impl Registrar<'_> {
         self.add(GaugeVec::new(Opts::new(name, help), labels)?)
     }
 
-    fn counters(
+    pub(super) fn counters(
         &self,
         name: &str,
         help: &str,
@@ -349,7 +382,7 @@ impl Registrar<'_> {
         self.add(IntCounterVec::new(Opts::new(name, help), labels)?)
     }
 
-    fn histograms(
+    pub(super) fn histograms(
         &self,
         name: &str,
         help: &str,

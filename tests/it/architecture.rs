@@ -32,11 +32,12 @@ fn code(text: &str) -> impl Iterator<Item = &str> {
         .filter(|line| !line.trim_start().starts_with("//"))
 }
 
-const CORE: [&str; 6] = [
+const CORE: [&str; 7] = [
     "capability",
     "domain",
     "hotplug",
     "label",
+    "operation.rs",
     "units.rs",
     "xml.rs",
 ];
@@ -66,6 +67,8 @@ fn the_core_reaches_nothing_outside_itself() {
         "crate::cli",
         "crate::probe",
         "crate::labeller",
+        "crate::executor",
+        "crate::journal",
         "async fn",
     ];
     for (path, text) in CORE.iter().flat_map(|part| sources(part)) {
@@ -73,25 +76,28 @@ fn the_core_reaches_nothing_outside_itself() {
             // A duration is a value; a clock is not.
             let line = line.replace("std::time::Duration", "");
             for word in outside {
-                assert!(
-                    !line.contains(word),
-                    "{} uses {word}: {line}",
-                    path.display()
-                );
+                assert!(!uses(&line, word), "{} uses {word}: {line}", path.display());
             }
         }
     }
 }
 
+/// Whether a line has the word, not as the end of a longer one.
+fn uses(line: &str, word: &str) -> bool {
+    line.match_indices(word).any(|(at, _)| {
+        !line[..at].ends_with(|before: char| before.is_alphanumeric() || before == '_')
+    })
+}
+
 #[test]
 fn adapters_do_not_know_each_other_or_the_services() {
-    let adapters = ["hypervisor", "host", "cluster"];
+    let adapters = ["hypervisor", "host", "cluster", "journal.rs"];
     for adapter in adapters {
         for (path, text) in sources(adapter) {
             for line in code(&text) {
                 let others = adapters.iter().filter(|other| **other != adapter);
-                for other in others.chain(&["probe", "labeller", "daemon", "cli"]) {
-                    let word = format!("crate::{other}");
+                for other in others.chain(&["executor", "probe", "labeller", "daemon", "cli"]) {
+                    let word = format!("crate::{}", other.trim_end_matches(".rs"));
                     assert!(
                         !line.contains(&word),
                         "{} uses {word}: {line}",
@@ -104,11 +110,15 @@ fn adapters_do_not_know_each_other_or_the_services() {
 }
 
 #[test]
-fn unsafe_code_is_in_one_file_and_explained() {
+fn unsafe_code_is_in_one_directory_and_explained() {
     for (path, text) in sources("") {
         let blocks = code(&text).filter(|line| line.contains("unsafe ")).count();
-        if path.ends_with("src/ffi.rs") {
-            assert!(text.matches("// SAFETY:").count() > 0);
+        let is_ffi = path
+            .parent()
+            .is_some_and(|parent| parent.ends_with("src/ffi"));
+        if is_ffi {
+            let explained = text.matches("// SAFETY:").count();
+            assert!(explained > 0 || blocks == 0, "{}", path.display());
         } else {
             assert_eq!(blocks, 0, "{}", path.display());
         }
@@ -117,7 +127,12 @@ fn unsafe_code_is_in_one_file_and_explained() {
 
 #[test]
 fn files_are_small_enough_to_hold_in_the_head() {
-    for (path, text) in sources("") {
+    // What only tests see may be as long as its cases.
+    let product = |path: &Path| {
+        let name = path.file_stem().unwrap_or_default().to_string_lossy();
+        !name.ends_with("tests") && name != "simulation"
+    };
+    for (path, text) in sources("").into_iter().filter(|(path, _)| product(path)) {
         let lines = text.lines().count();
         assert!(
             lines <= 600,

@@ -1,9 +1,22 @@
 //! The one integration test binary: what needs more than one module, or a real part.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on should panic")]
+
+mod api;
 mod architecture;
+mod cli;
+mod cluster;
+mod control;
+mod daemon;
+mod daemon_on_a_node;
 mod documents;
+mod executor;
+mod hotplug_cli;
 mod judgement;
 mod kube_server;
 mod lab;
+mod labeller;
 mod libvirt;
+mod publish_node;
 mod support;
+mod truth_table;

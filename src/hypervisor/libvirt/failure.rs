@@ -39,6 +39,64 @@ pub(super) fn sort(call: &'static str, error: &Error, alive: bool) -> Hypervisor
     }
 }
 
+/// What an error of a call about one domain means. `is_active` says whether the domain runs; it
+/// is asked only where the error does not say so itself.
+///
+/// Numbers and texts as in libvirt 9.0 to 12.5: virDomainObjBeginJobInternal (virdomainjob.c),
+/// qemuDomainHotplugDelVcpu (qemu_hotplug.c), qemuDomainAgentAvailable (qemu_domain.c).
+pub(super) fn sort_domain(
+    call: &'static str,
+    error: &Error,
+    alive: bool,
+    is_active: impl FnOnce() -> bool,
+) -> HypervisorError {
+    let meaning = match alive {
+        true => domain_meaning(call, number(error), error.message(), is_active),
+        false => None,
+    };
+    meaning.unwrap_or_else(|| sort(call, error, alive))
+}
+
+/// What a number and a text mean for a call about a domain; `None` for nothing special.
+fn domain_meaning(
+    call: &'static str,
+    number: u32,
+    message: &str,
+    is_active: impl FnOnce() -> bool,
+) -> Option<HypervisorError> {
+    let is_lock = message.contains("cannot acquire state change lock");
+    let message = message.to_owned();
+    Some(match number {
+        sys::VIR_ERR_NO_DOMAIN => HypervisorError::DomainNotFound(message),
+        sys::VIR_ERR_OPERATION_INVALID if !is_active() => {
+            HypervisorError::DomainNotRunning(message)
+        }
+        // "QEMU guest agent is not configured" is an unsupported argument; of a domain that is
+        // held, whose agent cannot answer, libvirt says that it is not running.
+        sys::VIR_ERR_ARGUMENT_UNSUPPORTED | sys::VIR_ERR_OPERATION_INVALID
+            if AGENT_CALLS.contains(&call) =>
+        {
+            HypervisorError::AgentUnavailable { call, message }
+        }
+        sys::VIR_ERR_AGENT_UNRESPONSIVE
+        | sys::VIR_ERR_AGENT_UNSYNCED
+        | sys::VIR_ERR_AGENT_COMMAND_TIMEOUT
+        | sys::VIR_ERR_AGENT_COMMAND_FAILED => HypervisorError::AgentUnavailable { call, message },
+        sys::VIR_ERR_RESOURCE_BUSY => HypervisorError::Busy { call, message },
+        // Also with the number of a failure, when too many wait for it (max_queued).
+        _ if is_lock => HypervisorError::Busy { call, message },
+        // Of our calls only this one waits for the guest and says so when it stops.
+        sys::VIR_ERR_OPERATION_TIMEOUT if call == "set-vcpus" => {
+            HypervisorError::UnplugPending { call, message }
+        }
+        sys::VIR_ERR_OPERATION_TIMEOUT => HypervisorError::Busy { call, message },
+        _ => return None,
+    })
+}
+
+/// The calls that go to the guest agent.
+const AGENT_CALLS: [&str; 3] = ["guest-vcpus", "set-guest-vcpus", "agent-timeout"];
+
 /// What an error of opening a connection means: there is none, unless libvirt said who may.
 pub(super) fn sort_open(error: &Error) -> HypervisorError {
     match sort("open", error, true) {
@@ -81,6 +139,57 @@ mod tests {
             matches!(alive, HypervisorError::Failed { number: 8, .. }),
             "{alive:?}"
         );
+    }
+
+    /// As libvirt 11.3 words them.
+    #[test]
+    fn an_error_of_a_domain_says_what_to_do() {
+        let lock = "Timed out during operation: cannot acquire state change lock (held by \
+                    monitor=remoteDispatchDomainSetVcpusFlags)";
+        let unplug = "Timed out during operation: vcpu unplug request timed out. Unplug result \
+                      must be manually inspected in the domain";
+        let not_running = "Requested operation is not valid: domain is not running";
+        for (call, number, message, active, code) in [
+            ("domain", 42, "Domain not found", true, "domain-not-found"),
+            ("set-vcpus", 55, not_running, false, "domain-not-running"),
+            ("set-vcpus", 55, "not a state for it", true, ""),
+            ("guest-vcpus", 55, not_running, false, "domain-not-running"),
+            ("guest-vcpus", 55, not_running, true, "agent-unavailable"),
+            ("set-vcpus", 68, lock, true, "busy"),
+            ("set-vcpus", 68, unplug, true, "unplug-pending"),
+            ("memory-stats", 68, lock, true, "busy"),
+            ("guest-vcpus", 68, "another wording", true, "busy"),
+            (
+                "set-vcpus",
+                9,
+                "cannot acquire state change lock due to max_queued",
+                true,
+                "busy",
+            ),
+            (
+                "guest-vcpus",
+                86,
+                "not connected",
+                true,
+                "agent-unavailable",
+            ),
+            ("guest-vcpus", 97, "unsynced", true, "agent-unavailable"),
+            ("guest-vcpus", 112, "timed out", true, "agent-unavailable"),
+            ("set-guest-vcpus", 113, "no", true, "agent-unavailable"),
+            (
+                "guest-vcpus",
+                74,
+                "not configured",
+                true,
+                "agent-unavailable",
+            ),
+            ("attach-device", 74, "not for us", true, ""),
+            ("set-vcpus", 8, "too many", true, ""),
+        ] {
+            let meaning = domain_meaning(call, number, message, || active);
+            let found = meaning.as_ref().map_or("", HypervisorError::code);
+            assert_eq!(found, code, "{call} {number} {message}");
+        }
     }
 
     #[test]

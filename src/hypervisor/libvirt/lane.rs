@@ -6,6 +6,7 @@
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use super::link::Link;
@@ -102,21 +103,49 @@ impl Lane {
         self.wake.notify_one();
     }
 
+    /// Starts the thread. `ended` is told when it is over, however that comes, and whether the
+    /// lane had been retired; also when no thread could be started.
+    pub(super) fn start(lane: &Arc<Self>, link: &Link, ended: impl FnOnce(bool) + Send + 'static) {
+        let end = End(Arc::clone(lane), Some(ended));
+        let link = link.clone();
+        let thread = thread::Builder::new().name("libvirt-calls".to_owned());
+        let started = thread.spawn(move || {
+            let end = end;
+            end.0.run(&link);
+        });
+        if let Err(error) = started {
+            // `end` was dropped with the closure, so the lane counts as ended.
+            tracing::error!(%error, "no thread for calls to libvirt");
+        }
+    }
+
     /// What the thread does until the lane is retired.
-    pub(super) fn run(self: &Arc<Self>, link: &Link) {
+    fn run(self: &Arc<Self>, link: &Link) {
         let mut delay = FIRST_DELAY;
-        while !self.lock().retired {
+        while self.is_wanted(link) {
             match self.connect(link) {
                 Ok((number, session)) => {
                     delay = FIRST_DELAY;
                     self.serve(number, session, link);
                 }
+                // Who has another job comes and finds out anew.
+                Err(reason) if link.is_on_demand() => self.refuse(&reason, Duration::ZERO),
                 Err(reason) => {
                     self.refuse(&reason, delay.mul_f64(0.75 + 0.25 * fastrand::f64()));
                     delay = (delay * 2).min(LONGEST_DELAY);
                 }
             }
         }
+    }
+
+    /// Whether there is to be a connection: not if the lane is retired, and on demand only once
+    /// there is a job, which is waited for.
+    fn is_wanted(&self, link: &Link) -> bool {
+        let mut state = self.lock();
+        while link.is_on_demand() && !state.retired && state.jobs.is_empty() {
+            state = wait(&self.wake, state, None);
+        }
+        !state.retired
     }
 
     fn connect(self: &Arc<Self>, link: &Link) -> Result<(u64, Session), HypervisorError> {
@@ -129,7 +158,11 @@ impl Lane {
         };
         let started = Instant::now();
         self.lock().activity = Activity::Opening(started);
-        let opened = Session::open(link.config(), on_close);
+        let opened =
+            Session::open(link.config(), on_close).and_then(|session| match link.notices() {
+                Some(notices) => session.listen(notices),
+                None => Ok(session),
+            });
         let mut state = self.lock();
         state.activity = Activity::Idle;
         // A retired lane was counted as a timeout, and another one speaks for the connection.
@@ -200,10 +233,22 @@ impl Lane {
     }
 
     /// Marks the thread as ended; whether the lane had been retired before.
-    pub(super) fn end(&self) -> bool {
+    fn end(&self) -> bool {
         let mut state = self.lock();
         state.activity = Activity::Ended;
         state.retired
+    }
+}
+
+/// Marks the end of a lane's thread, however it comes.
+struct End<F: FnOnce(bool)>(Arc<Lane>, Option<F>);
+
+impl<F: FnOnce(bool)> Drop for End<F> {
+    fn drop(&mut self) {
+        let was_retired = self.0.end();
+        if let Some(ended) = self.1.take() {
+            ended(was_retired);
+        }
     }
 }
 

@@ -6,10 +6,14 @@
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread;
+use std::time::Duration;
 
+use tokio::time::timeout;
+
+use super::call::{gone, job};
 use super::lane::{Activity, Job, Lane};
 use super::link::Link;
+use super::session::Session;
 use crate::hypervisor::HypervisorError;
 
 /// How many threads may be inside libvirt beyond their time, beside the one in use. libvirtd
@@ -37,11 +41,31 @@ impl Lanes {
         self.current.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Makes a call on the lane in use and waits for its answer, at most until the deadline.
+    pub(super) async fn call<T, W>(&self, call: &'static str, work: W) -> Result<T, HypervisorError>
+    where
+        T: Send + 'static,
+        W: FnOnce(&mut Session) -> Result<T, HypervisorError> + Send + 'static,
+    {
+        let (job, answer) = job(call, work, ());
+        let id = job.id;
+        let deadline = self.link.config().call_deadline;
+        let (outcome, took) = match self.submit(job) {
+            Err(refused) => (Err(refused), Duration::ZERO),
+            Ok(()) => match timeout(deadline, answer).await {
+                Ok(answer) => answer.unwrap_or_else(|_| (Err(gone()), Duration::ZERO)),
+                Err(_) => (Err(self.give_up(id, call)), deadline),
+            },
+        };
+        self.link.call_ended(call, took, &outcome);
+        outcome
+    }
+
     /// Has the job run, after those that were submitted before.
     ///
     /// # Errors
     /// `Unavailable` when too many calls have not come back.
-    pub(super) fn submit(&self, job: Job) -> Result<(), HypervisorError> {
+    fn submit(&self, job: Job) -> Result<(), HypervisorError> {
         let mut current = self.current();
         if self.is_late(current.activity()) && !self.replace(&mut current) {
             return Err(HypervisorError::Unavailable(format!(
@@ -55,7 +79,7 @@ impl Lanes {
 
     /// Nobody waits for this job any more. What to tell the caller, and another lane for those
     /// who come after.
-    pub(super) fn give_up(&self, id: u64, call: &'static str) -> HypervisorError {
+    fn give_up(&self, id: u64, call: &'static str) -> HypervisorError {
         let config = self.link.config();
         let mut current = self.current();
         let (activity, was_queued) = current.withdraw(id);
@@ -125,27 +149,12 @@ impl Drop for Lanes {
 
 fn start(jobs: VecDeque<Job>, link: &Link, late: &Arc<AtomicUsize>) -> Arc<Lane> {
     let lane = Arc::new(Lane::new(jobs));
-    let end = End(Arc::clone(&lane), Arc::clone(late));
-    let link = link.clone();
-    let thread = thread::Builder::new().name("libvirt-calls".to_owned());
-    let started = thread.spawn(move || {
-        let end = end;
-        end.0.run(&link);
-    });
-    if let Err(error) = started {
-        // `end` was dropped, so the lane counts as ended and the next call starts another.
-        tracing::error!(%error, "no thread for calls to libvirt");
-    }
-    lane
-}
-
-/// Marks the end of a lane's thread, however it comes.
-struct End(Arc<Lane>, Arc<AtomicUsize>);
-
-impl Drop for End {
-    fn drop(&mut self) {
-        if self.0.end() {
-            self.1.fetch_sub(1, Ordering::AcqRel);
+    let late = Arc::clone(late);
+    // A thread that could not be started leaves its jobs to the lane that replaces this one.
+    Lane::start(&lane, link, move |was_retired| {
+        if was_retired {
+            late.fetch_sub(1, Ordering::AcqRel);
         }
-    }
+    });
+    lane
 }

@@ -10,16 +10,29 @@ use tokio::sync::watch;
 use tracing::{info, warn};
 
 use super::LibvirtConfig;
+use super::notices::Announcer;
 use crate::hypervisor::{Connection, HypervisorError};
 use crate::telemetry::Metrics;
 
-/// The state of the connection, shared by all lanes of one `Libvirt`.
+/// What a connection is for.
+#[derive(Clone)]
+pub(super) enum Role {
+    /// It is *the* connection: of it speak the metrics and the log.
+    Main,
+    /// Events are told over it, to these; and calls that wait for no domain.
+    Events(Announcer),
+    /// It is opened when there is a call to make. Nobody watches it.
+    OnDemand,
+}
+
+/// The state of the connection, shared by all lanes that have the same role.
 #[derive(Clone)]
 pub(super) struct Link(Arc<Shared>);
 
 struct Shared {
     config: LibvirtConfig,
     metrics: Arc<Metrics>,
+    role: Role,
     connection: watch::Sender<Connection>,
     numbers: AtomicU64,
     status: Mutex<Status>,
@@ -35,11 +48,14 @@ struct Status {
 }
 
 impl Link {
-    pub(super) fn new(config: LibvirtConfig, metrics: Arc<Metrics>) -> Self {
-        metrics.hypervisor_connected.set(0);
+    pub(super) fn new(config: LibvirtConfig, metrics: Arc<Metrics>, role: Role) -> Self {
+        if matches!(role, Role::Main) {
+            metrics.hypervisor_connected.set(0);
+        }
         Self(Arc::new(Shared {
             config,
             metrics,
+            role,
             connection: watch::Sender::new(Connection::Down),
             numbers: AtomicU64::new(0),
             status: Mutex::new(Status {
@@ -53,6 +69,19 @@ impl Link {
 
     pub(super) fn config(&self) -> &LibvirtConfig {
         &self.0.config
+    }
+
+    /// Whether a lane waits for a job before it opens a connection.
+    pub(super) fn is_on_demand(&self) -> bool {
+        matches!(self.0.role, Role::OnDemand)
+    }
+
+    /// Who is told of events over this connection.
+    pub(super) fn notices(&self) -> Option<&Announcer> {
+        match &self.0.role {
+            Role::Events(announcer) => Some(announcer),
+            Role::Main | Role::OnDemand => None,
+        }
     }
 
     pub(super) fn subscribe(&self) -> watch::Receiver<Connection> {
@@ -81,11 +110,15 @@ impl Link {
     /// This connection is open.
     pub(super) fn up(&self, number: u64) {
         let mut status = self.status();
-        if status.was_up {
-            self.0.metrics.hypervisor_reconnects.inc();
-            info!(away = ?status.since.elapsed(), "connected to libvirt again");
-        } else {
-            info!(uri = self.0.config.uri, "connected to libvirt");
+        match &self.0.role {
+            Role::OnDemand => return,
+            // Whatever happened since the last one was not told.
+            Role::Events(announcer) => announcer.gap(),
+            Role::Main if status.was_up => {
+                self.0.metrics.hypervisor_reconnects.inc();
+                info!(away = ?status.since.elapsed(), "connected to libvirt again");
+            }
+            Role::Main => info!(uri = self.0.config.uri, "connected to libvirt"),
         }
         *status = Status {
             up: Some(number),
@@ -93,7 +126,7 @@ impl Link {
             since: Instant::now(),
             told: false,
         };
-        self.0.metrics.hypervisor_connected.set(1);
+        self.show_connected(1);
         self.0.connection.send_replace(Connection::Up(number));
     }
 
@@ -117,15 +150,24 @@ impl Link {
         status.up = None;
         status.since = Instant::now();
         status.told = true;
-        warn!(%reason, "connection to libvirt lost; trying until it is back");
-        self.0.metrics.hypervisor_connected.set(0);
+        match self.0.role {
+            Role::Main => warn!(%reason, "connection to libvirt lost; trying until it is back"),
+            _ => warn!(%reason, "libvirt tells no events; trying until it does"),
+        }
+        self.show_connected(0);
         self.0.connection.send_replace(Connection::Down);
+    }
+
+    fn show_connected(&self, connected: i64) {
+        if matches!(self.0.role, Role::Main) {
+            self.0.metrics.hypervisor_connected.set(connected);
+        }
     }
 
     /// A try to connect failed.
     pub(super) fn still_down(&self, reason: &HypervisorError) {
         let mut status = self.status();
-        if !status.told {
+        if matches!(self.0.role, Role::Main) && !status.told {
             status.told = true;
             warn!(
                 uri = self.0.config.uri,

@@ -4,30 +4,37 @@
 //! async: Libvirt ── a job ──▶ Lanes ──▶ Lane: one thread, one Session (a connection)
 //!           ◀── its answer, or the deadline ──┘        │ opened, closed
 //!                                              Link: watchers, metrics, log
-//! event loop: keepalive and the close callback, one thread for the process
+//! event loop: keepalive, the close callback and events, one thread for the process
 //! ```
 //!
-//! The async side never blocks, and nothing there waits longer than the deadline. A lane that is
-//! late is left alone with its call and another one takes its place.
+//! [`LibvirtControl`] has connections of its own, apart by what can hold up what: [`Lanes`] for
+//! events and for calls that wait for no domain, [`Lanes`] for the statistics of all domains, and
+//! a [`Pool`] each for statistics, changes and guest agents, with one lane for each domain that
+//! is just asked.
 
+mod call;
+mod control;
+mod device;
+mod domains;
 mod event_loop;
 mod failure;
 mod lane;
 mod lanes;
 mod link;
+mod notices;
+mod pool;
 mod session;
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use tokio::sync::{oneshot, watch};
-use tokio::time::timeout;
+use tokio::sync::watch;
 
-use self::lane::Job;
+pub use self::control::{ControlConfig, LibvirtControl};
 use self::lanes::Lanes;
-use self::link::Link;
+use self::link::{Link, Role};
+#[cfg(doc)]
+use self::pool::Pool;
 use self::session::Session;
 use super::{
     Connection, DomainCapabilitiesQuery, Hypervisor, HypervisorError, RunningDomain, Versions,
@@ -87,62 +94,20 @@ impl Libvirt {
     /// Dropping this ends its threads as soon as libvirt lets them go; nobody waits for that. The
     /// thread of libvirt's event loop stays for the life of the process.
     pub fn start(config: LibvirtConfig, metrics: Arc<Metrics>) -> Self {
-        let link = Link::new(config, metrics);
+        let link = Link::new(config, metrics, Role::Main);
         Self {
             lanes: Lanes::new(link.clone()),
             link,
         }
     }
 
-    /// Makes a call on a lane and waits for its answer, at most until the deadline.
     async fn call<T, W>(&self, call: &'static str, work: W) -> Result<T, HypervisorError>
     where
         T: Send + 'static,
         W: FnOnce(&mut Session) -> Result<T, HypervisorError> + Send + 'static,
     {
-        static IDS: AtomicU64 = AtomicU64::new(0);
-        let id = IDS.fetch_add(1, Ordering::Relaxed);
-        let (reply, answer) = oneshot::channel();
-        let run = Box::new(move |session: Result<&mut Session, HypervisorError>| {
-            // The caller went away while this waited for its turn.
-            if reply.is_closed() {
-                return;
-            }
-            let started = Instant::now();
-            let outcome = session.and_then(|session| unpanicked(call, || work(session)));
-            // Nobody to take it: the caller was told of a timeout.
-            drop(reply.send((outcome, started.elapsed())));
-        });
-        let deadline = self.link.config().call_deadline;
-        let (outcome, took) = match self.lanes.submit(Job { id, run }) {
-            Err(refused) => (Err(refused), Duration::ZERO),
-            Ok(()) => match timeout(deadline, answer).await {
-                Ok(Ok(answer)) => answer,
-                Ok(Err(_)) => (Err(gone()), Duration::ZERO),
-                Err(_) => (Err(self.lanes.give_up(id, call)), deadline),
-            },
-        };
-        self.link.call_ended(call, took, &outcome);
-        outcome
+        self.lanes.call(call, work).await
     }
-}
-
-/// A panic of the crate `virt` is an error of this call, not the end of the lane.
-fn unpanicked<T>(
-    call: &'static str,
-    work: impl FnOnce() -> Result<T, HypervisorError>,
-) -> Result<T, HypervisorError> {
-    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| {
-        Err(HypervisorError::Failed {
-            call,
-            number: virt::sys::VIR_ERR_INTERNAL_ERROR,
-            message: "the call panicked".to_owned(),
-        })
-    })
-}
-
-fn gone() -> HypervisorError {
-    HypervisorError::Unavailable("the thread that makes the calls ended".to_owned())
 }
 
 impl Hypervisor for Libvirt {

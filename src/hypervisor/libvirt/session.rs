@@ -7,9 +7,10 @@ use virt::domain::Domain;
 use virt::error::Error;
 use virt::sys;
 
+use super::notices::{self, Announcer};
 use super::{LibvirtConfig, event_loop, failure};
 use crate::capability::Version;
-use crate::ffi::{CloseReason, Watched, baseline_hypervisor_cpu};
+use crate::ffi::{CloseReason, Subscription, Watched, baseline_hypervisor_cpu};
 use crate::hypervisor::{DomainCapabilitiesQuery, HypervisorError, RunningDomain, Versions};
 
 /// The first libvirt with `EXPAND_CPU_FEATURES`, and with `SUPPORTED_CPU_FEATURES`.
@@ -17,7 +18,9 @@ const KNOWS_EXPAND: Version = Version::new(12, 2, 0);
 const KNOWS_SUPPORTED: Version = Version::new(12, 5, 0);
 
 pub(super) struct Session {
-    connect: Watched,
+    /// Before the connection, for it is to be dropped first.
+    subscription: Option<Subscription>,
+    pub(super) connect: Watched,
     libvirt: Version,
     /// Live definitions by UUID, each with the ID it was read under: a domain gets another ID
     /// each time it starts. A new connection reads anew, as libvirtd may count from 1 again.
@@ -58,10 +61,32 @@ impl Session {
             .lib_version()
             .map_err(|error| failure::sort_open(&error))?;
         Ok(Self {
+            subscription: None,
             connect,
             libvirt: Version::from_libvirt(libvirt.into()).unwrap_or(Version::new(0, 0, 0)),
             domains: HashMap::new(),
         })
+    }
+
+    /// Has the events of this connection told. What this libvirt does not tell is logged.
+    ///
+    /// # Errors
+    /// `Unavailable` if the connection ended meanwhile.
+    pub(super) fn listen(mut self, notices: &Announcer) -> Result<Self, HypervisorError> {
+        let announcer = notices.clone();
+        let subscription =
+            Subscription::new(&self.connect, &notices::monitor_events(), move |told| {
+                announcer.announce(told);
+            })
+            .map_err(|error| failure::sort_open(&error))?;
+        for (event, error) in subscription.refused() {
+            if !self.is_alive() {
+                return Err(failure::sort_open(error));
+            }
+            notices.refused(event, error.message());
+        }
+        self.subscription = Some(subscription);
+        Ok(self)
     }
 
     /// Whether the connection still is; asks nobody.
@@ -201,7 +226,7 @@ fn choice<'q>(
 }
 
 /// The crate `virt` panics on a text that C cannot hold.
-fn no_nul<const N: usize>(
+pub(super) fn no_nul<const N: usize>(
     call: &'static str,
     texts: [Option<&str>; N],
 ) -> Result<(), HypervisorError> {

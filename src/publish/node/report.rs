@@ -14,7 +14,8 @@ use crate::label::{LabelKey, LabelSet};
 pub struct SyncState {
     /// Whether a label set has been applied since the start, or was found in place.
     pub synced: bool,
-    /// The labels that the API server has from us. To be kept for the next run.
+    /// The labels that the API server has from us, those of the run before until `synced`. To be
+    /// kept for the next run.
     pub published: Arc<LabelSet>,
     /// Labels that are left to others.
     pub conflicts: Arc<BTreeMap<LabelKey, Conflict>>,

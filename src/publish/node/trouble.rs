@@ -15,7 +15,8 @@ pub struct Retry {
     pub first: Duration,
     /// The longest delay.
     pub longest: Duration,
-    /// The delay where somebody has to do something first: grant a right, create the Node.
+    /// The longest delay where somebody has to do something first: grant a right, create the
+    /// Node. Not at once, because an API server that has just started knows no rights yet.
     pub needs_people: Duration,
 }
 
@@ -34,11 +35,12 @@ impl Retry {
         let growing = self
             .first
             .saturating_mul(2_u32.saturating_pow(failures.saturating_sub(1)));
-        let longest = match error.needs_people() {
-            true => self.needs_people,
-            false => growing.min(self.longest),
+        let longest = if error.needs_people() {
+            self.needs_people
+        } else {
+            self.longest
         };
-        let delay = longest.mul_f64(0.5 + 0.5 * fastrand::f64());
+        let delay = growing.min(longest).mul_f64(0.5 + 0.5 * fastrand::f64());
         match error {
             ClusterError::Rejected {
                 retry_after: Some(after),
@@ -94,7 +96,9 @@ impl NodePublisher {
         let code = error.code();
         self.metrics.sync_failures.with_label_values(&[code]).inc();
         let (since, failures) = match &self.trouble {
-            Some(trouble) => (trouble.since, trouble.failures + 1),
+            Some(trouble) if trouble.code == code => (trouble.since, trouble.failures + 1),
+            // Another trouble: that the server was away for long says nothing about it.
+            Some(trouble) => (trouble.since, 1),
             None => (Instant::now(), 1),
         };
         if self

@@ -1,0 +1,141 @@
+#!/usr/bin/env bash
+# Measures the README's figures in this run and prints them as a table, each beside what it is
+# to be compared with: the benchmark benches/labels.rs, and benches/daemon.rs with the release
+# build of the daemon on a libvirt and a Kubernetes of its own. It takes about three minutes
+# after the build. Everything it starts is stopped at its end, also on Ctrl-C.
+#
+# With the name of a file as its argument it writes the table there as well.
+set -euo pipefail
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+PATH=$PATH:/usr/sbin:/sbin:$HOME/.cargo/bin # libvirtd, and cargo for a shell opened before rustup ran
+
+# benches/labels.rs names it so, followed by the sizes.
+readonly PAIR="documents to labels/like KubeVirt's"
+readonly KUBEVIRT="KubeVirt's labeller"
+
+running= # process id of the benchmark that runs
+scratch=$(mktemp -d "${TMPDIR:-/tmp}/virtnode-figures.XXXXXX")
+readonly scratch
+readonly rows=$scratch/rows
+
+note() { printf 'figures: %s\n' "$*" >&2; }
+
+die() {
+  note "$*"
+  exit 1
+}
+
+clean_up() {
+  local status=$?
+  trap - EXIT
+  trap '' INT TERM HUP # once is enough
+  if [[ -n $running ]]; then
+    # It stops what it started itself, and then ends.
+    kill "$running" 2>/dev/null || true
+    wait "$running" || true
+  fi
+  rm -rf -- "$scratch"
+  exit "$status"
+}
+trap clean_up EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM HUP
+
+# Runs a benchmark as a child of this shell, so that it can be stopped: cargo passes no signal on.
+bench() { # name, arguments...
+  local name=$1 program
+  shift
+  program=$(cargo bench --locked --no-run --bench "$name" --message-format json |
+    sed -n '/"kind":\["bench"\]/s/.*"executable":"\([^"]*\)".*/\1/p')
+  [[ -x $program ]] || die "cargo built no benchmark '$name'."
+  "$program" --bench "$@" &
+  running=$!
+  wait "$running" || die "the benchmark '$name' failed: see above."
+  running=
+}
+
+row() { # what, measured, to reach, whether reached, beside
+  local IFS=$'\t'
+  printf '%s\n' "$*" >>"$rows"
+}
+
+# The median in nanoseconds that criterion printed for a schema.
+median() { # schema
+  sed -n "s|^test $PAIR, .*, $1 \.\.\. bench: *\([0-9,]*\) ns/iter.*|\1|p" "$scratch/labels" | tr -d ,
+}
+
+# What benches/labels.rs says of a schema: "… kB, native: 138 labels, 2049 allocations of 179 kB".
+said() { # schema
+  sed -n "s|^${PAIR#*/}, \(.*\), $1: \(.*\)|\1: \2|p" "$scratch/labels"
+}
+
+labels_rows() {
+  local schema nanoseconds said allocations reached
+  for schema in native both; do
+    nanoseconds=$(median "$schema")
+    said=$(said "$schema")
+    [[ -n $nanoseconds && -n $said ]] || die "benches/labels.rs printed something else than expected."
+    allocations=${said#*labels, }
+    reached=NO
+    if ((nanoseconds <= 350000)); then
+      reached=yes
+    fi
+    row "documents to labels, ${said%%:*}, schema $schema" \
+      "$(awk -v ns="$nanoseconds" 'BEGIN { printf "%.2f ms", ns / 1e6 }')" \
+      "<= 0.35 ms" "$reached" "$KUBEVIRT, 17+30 kB: 3.4-4.0 ms"
+    row "  heap" "$allocations" "" "" "$KUBEVIRT: 13800 allocations of 813 kB"
+  done
+}
+
+table() {
+  awk -F '\t' -v OFS='  ' '
+    { for (field = 1; field <= 5; field++) {
+        cell[NR, field] = $field
+        if (length($field) > width[field]) width[field] = length($field)
+      } }
+    END {
+      for (line = 1; line <= NR; line++) {
+        text = ""
+        for (field = 1; field <= 5; field++)
+          text = text sprintf("%-*s  ", width[field], cell[line, field])
+        sub(/ +$/, "", text)
+        print text
+        if (line == 1) {
+          gsub(/./, "-", text)
+          print text
+        }
+      }
+    }' "$rows"
+}
+
+conditions() {
+  date -u '+%Y-%m-%d %H:%M UTC'
+  printf 'virtnode %s, %s\n' "$(git describe --always --dirty 2>/dev/null || echo '?')" "$(rustc --version)"
+  sed -n 's/^# //p' "$scratch/daemon"
+  printf '%s, Linux %s, %s CPUs (%s), load %s\n' \
+    "$(sed -n 's/^PRETTY_NAME="\(.*\)"/\1/p' /etc/os-release)" "$(uname -r)" "$(nproc)" \
+    "$(sed -n 's/^model name[[:space:]]*: //p' /proc/cpuinfo | head -n 1)" \
+    "$(cut -d ' ' -f 1 /proc/loadavg)"
+}
+
+note "building (the first time takes many minutes)"
+cargo build --release --locked
+target=$(cargo metadata --locked --format-version 1 --no-deps |
+  sed -n 's/.*"target_directory":"\([^"]*\)".*/\1/p')
+# The benchmarks come with a build of their own at its place, with what tests need besides.
+cp -- "$target/release/virtnode" "$scratch/virtnode"
+
+row "what" "measured" "to reach" "reached" "to compare"
+note "measuring $PAIR"
+bench labels --output-format bencher "^$PAIR" >"$scratch/labels"
+labels_rows
+note "measuring the daemon"
+VIRTNODE=$scratch/virtnode bench daemon >"$scratch/daemon"
+grep -v '^#' "$scratch/daemon" >>"$rows"
+
+{
+  conditions
+  printf '\n'
+  table
+} | tee ${1+"$1"}

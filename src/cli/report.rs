@@ -1,0 +1,366 @@
+//! An operation as a person reads it. Pure: records in, text out.
+
+use std::fmt::Write;
+use std::time::Duration;
+
+use crate::hotplug::{Extent, HotplugRequest, Moment};
+use crate::operation::{Awaiting, Record, State};
+
+/// The whole of an operation, when it has ended.
+pub(super) fn report(record: &Record) -> String {
+    let mut text = String::new();
+    // Writing to a string does not fail.
+    let _ok = write(&mut text, record);
+    text
+}
+
+fn write(text: &mut String, record: &Record) -> std::fmt::Result {
+    let message = record.message.as_deref().unwrap_or_default();
+    match record.verdict {
+        Some(verdict) => writeln!(text, "{verdict}: {}\n", plain(message))?,
+        None => writeln!(text, "No verdict yet: {}\n", plain(&awaited(record)))?,
+    }
+    let mut fact = |name: &str, value: &str| writeln!(text, "  {name:<10} {value}");
+    let uuid = record.domain.uuid.as_ref();
+    let uuid = uuid.map_or_else(String::new, |uuid| format!(" ({})", plain(uuid)));
+    fact("domain", &format!("{}{uuid}", plain(&record.domain.name)))?;
+    fact(thing(record.requested), &change(record))?;
+    fact(
+        "operation",
+        &format!(
+            "{}, asked for by {}, proof required: {}",
+            record.id,
+            plain(&record.asked_by.to_string()),
+            record.require.as_str().to_ascii_lowercase()
+        ),
+    )?;
+    let ended = record.finished.map_or_else(
+        || format!("; the deadline is {}", record.deadline),
+        |finished| {
+            format!(
+                "; verdict after {}",
+                seconds(finished.since(record.created))
+            )
+        },
+    );
+    fact("asked", &format!("{}{ended}", record.created))?;
+    if let Some(corrected) = record.corrected {
+        fact(
+            "corrected",
+            &format!("{corrected}: the guest followed later"),
+        )?;
+    }
+    if !record.evidence.is_empty() {
+        writeln!(text, "\nEvidence, by the time since it was asked for:")?;
+    }
+    for piece in &record.evidence {
+        let after = seconds(piece.time.since(record.created));
+        writeln!(
+            text,
+            "  {:>9}  {:<15}  {}",
+            format!("+{after}"),
+            piece.source,
+            plain(&piece.detail)
+        )?;
+    }
+    if let Some(error) = &record.hypervisor_error {
+        writeln!(text, "\nThe hypervisor's error: {}", plain(error))?;
+    }
+    if let Some(diagnosis) = &record.diagnosis {
+        writeln!(text, "\nWhat was seen: {}", plain(&diagnosis.seen))?;
+        writeln!(text, "What to do:    {}", plain(&diagnosis.remedy))?;
+    }
+    Ok(())
+}
+
+/// What is awaited at `now`, on one line.
+pub(super) fn progress(record: &Record, now: Moment) -> String {
+    let name = plain(&record.domain.name);
+    let since = record.awaiting.as_ref().map_or(record.created, since);
+    let passed = now.since(since).as_secs();
+    let left = record.deadline.since(now).as_secs();
+    format!(
+        "{name}: {} ({passed} s, verdict within {left} s)",
+        plain(&awaited(record))
+    )
+}
+
+fn since(awaiting: &Awaiting) -> Moment {
+    awaiting.since
+}
+
+fn awaited(record: &Record) -> String {
+    match (&record.awaiting, record.state) {
+        (Some(awaiting), _) => format!("waiting for {}", awaiting.what),
+        (None, State::Queued) => "waiting for its turn".to_owned(),
+        (None, State::Running) => "looking at the domain".to_owned(),
+        (None, State::Done) => "done".to_owned(),
+    }
+}
+
+/// What is asked for, in a few words.
+pub(super) fn request(request: &HotplugRequest) -> String {
+    match request {
+        HotplugRequest::Vcpus { count, online } => {
+            let online = if *online { ", online" } else { "" };
+            format!("vcpus {count}{online}")
+        }
+        HotplugRequest::Memory { size } => format!("memory {size}"),
+    }
+}
+
+fn thing(extent: Extent) -> &'static str {
+    match extent {
+        Extent::Vcpus { .. } => "vCPUs",
+        Extent::Memory { .. } => "memory",
+    }
+}
+
+/// `1 → 3, asked for 3`.
+fn change(record: &Record) -> String {
+    let asked = amount(record.requested);
+    match (record.before, record.after) {
+        (Some(before), Some(after)) => {
+            format!("{} → {}, asked for {asked}", amount(before), amount(after))
+        }
+        (Some(before), None) => format!("{} before, asked for {asked}", amount(before)),
+        _ => format!("asked for {asked}; what there is, is not known"),
+    }
+}
+
+fn amount(extent: Extent) -> String {
+    match extent {
+        Extent::Vcpus {
+            vcpus,
+            online: None,
+        } => vcpus.to_string(),
+        Extent::Vcpus {
+            vcpus,
+            online: Some(online),
+        } => format!("{vcpus} ({online} online)"),
+        Extent::Memory {
+            memory,
+            guest_total: None,
+        } => memory.to_string(),
+        Extent::Memory {
+            memory,
+            guest_total: Some(total),
+        } => format!("{memory} (the guest sees {total})"),
+    }
+}
+
+/// A span for people: `0.4 s`.
+fn seconds(span: Duration) -> String {
+    let tenths = (span.as_millis() + 50) / 100;
+    format!("{}.{} s", tenths / 10, tenths % 10)
+}
+
+/// Tenants' and libvirt's text on a terminal: nothing that moves the cursor, and one line.
+pub(super) fn plain(text: &str) -> String {
+    let mut shown = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c.is_control() {
+            true => shown.extend(c.escape_debug()),
+            false => shown.push(c),
+        }
+    }
+    shown
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::hotplug::{Diagnosis, Evidence, Outcome, Require, Source, Verdict};
+    use crate::operation::{AskedBy, OperationId, Order, Target};
+    use crate::units::Bytes;
+
+    const BEGIN: i64 = 1_795_260_166_250;
+
+    fn at(millis: i64) -> Moment {
+        Moment::from_millis(BEGIN + millis)
+    }
+
+    fn vcpus(vcpus: u32, online: Option<u32>) -> Extent {
+        Extent::Vcpus { vcpus, online }
+    }
+
+    fn asked(request: HotplugRequest) -> Record {
+        let order = Order {
+            domain: "vm1".parse().unwrap(),
+            request,
+            require: Require::Online,
+            timeout: Duration::from_secs(60),
+            idempotency_key: None,
+            asked_by: AskedBy::Local { uid: 0 },
+        };
+        let mut record = Record::new(OperationId::new(0x1a2b_3c4d, 7), &order, at(0));
+        record.domain = Target {
+            name: "vm1".to_owned(),
+            uuid: Some("9d6c5a4e-0c1f-4f0e-8a52-d9a5d0d3b1a7".to_owned()),
+        };
+        record
+    }
+
+    fn evidence(source: Source, millis: i64, detail: &str) -> Evidence {
+        Evidence {
+            source,
+            detail: detail.to_owned(),
+            time: at(millis),
+        }
+    }
+
+    fn three() -> HotplugRequest {
+        HotplugRequest::Vcpus {
+            count: 3,
+            online: false,
+        }
+    }
+
+    fn refused() -> Record {
+        let mut record = asked(three());
+        let outcome = Outcome {
+            verdict: Verdict::GuestRefused,
+            message: "the guest confirmed vCPUs 1-2 and threw them away".into(),
+            before: vcpus(1, Some(1)),
+            requested: vcpus(3, None),
+            after: vcpus(3, Some(1)),
+            evidence: vec![
+                evidence(Source::LiveXml, 12, "1 vCPU plugged: 0"),
+                evidence(Source::HypervisorCall, 64, "set-vcpus 3 returned"),
+                evidence(Source::AcpiOst, 180, "slot 1: source 1, status 0"),
+                evidence(Source::GuestAgent, 1_240, "online 0 of 0"),
+            ],
+            hypervisor_error: None,
+            diagnosis: Some(Diagnosis {
+                code: "nr-cpus".into(),
+                seen: "the guest's kernel has room for 1 CPU".into(),
+                remedy: "raise nr_cpus= on its command line and boot it again".into(),
+            }),
+        };
+        record.conclude(outcome, at(1_310));
+        record
+    }
+
+    #[test]
+    fn a_refusal_is_told_with_its_evidence_and_remedy() {
+        insta::assert_snapshot!(report(&refused()), @r#"
+        GuestRefused: the guest confirmed vCPUs 1-2 and threw them away
+
+          domain     vm1 (9d6c5a4e-0c1f-4f0e-8a52-d9a5d0d3b1a7)
+          vCPUs      1 (1 online) → 3 (1 online), asked for 3
+          operation  00001a2b3c4d00000007, asked for by uid 0, proof required: online
+          asked      2026-11-21T11:22:46.25Z; verdict after 1.3 s
+
+        Evidence, by the time since it was asked for:
+             +0.0 s  live-xml         1 vCPU plugged: 0
+             +0.1 s  hypervisor-call  set-vcpus 3 returned
+             +0.2 s  acpi-ost         slot 1: source 1, status 0
+             +1.2 s  guest-agent      online 0 of 0
+
+        What was seen: the guest's kernel has room for 1 CPU
+        What to do:    raise nr_cpus= on its command line and boot it again
+        "#);
+    }
+
+    #[test]
+    fn a_success_is_told() {
+        let size = Bytes::from_mib(1536).unwrap();
+        let mut record = asked(HotplugRequest::Memory { size });
+        let memory = |mib, total| Extent::Memory {
+            memory: Bytes::from_mib(mib).unwrap(),
+            guest_total: Bytes::from_mib(total),
+        };
+        let outcome = Outcome {
+            verdict: Verdict::Verified,
+            message: "the guest took 512MiB, and its total grew".into(),
+            before: memory(1024, 978),
+            requested: record.requested,
+            after: memory(1536, 1490),
+            evidence: vec![evidence(
+                Source::VirtioMem,
+                420,
+                "ua-vmem0: 512MiB of 512MiB",
+            )],
+            hypervisor_error: None,
+            diagnosis: None,
+        };
+        record.conclude(outcome, at(700));
+        record.corrected = Some(at(90_000));
+        insta::assert_snapshot!(report(&record), @r#"
+        Verified: the guest took 512MiB, and its total grew
+
+          domain     vm1 (9d6c5a4e-0c1f-4f0e-8a52-d9a5d0d3b1a7)
+          memory     1GiB (the guest sees 978MiB) → 1536MiB (the guest sees 1490MiB), asked for 1536MiB
+          operation  00001a2b3c4d00000007, asked for by uid 0, proof required: online
+          asked      2026-11-21T11:22:46.25Z; verdict after 0.7 s
+          corrected  2026-11-21T11:24:16.25Z: the guest followed later
+
+        Evidence, by the time since it was asked for:
+             +0.4 s  virtio-mem       ua-vmem0: 512MiB of 512MiB
+        "#);
+    }
+
+    #[test]
+    fn what_was_not_looked_at_is_not_made_up() {
+        let mut record = asked(three());
+        record.domain.uuid = None;
+        record.end(Verdict::DomainNotFound, "there is no domain \"vm1\"", at(3));
+        insta::assert_snapshot!(report(&record), @r#"
+        DomainNotFound: there is no domain "vm1"
+
+          domain     vm1
+          vCPUs      asked for 3; what there is, is not known
+          operation  00001a2b3c4d00000007, asked for by uid 0, proof required: online
+          asked      2026-11-21T11:22:46.25Z; verdict after 0.0 s
+        "#);
+    }
+
+    #[test]
+    fn an_error_of_the_hypervisor_is_quoted() {
+        let mut record = refused();
+        record.verdict = Some(Verdict::HypervisorError);
+        record.message = Some("libvirt refused the call".into());
+        record.hypervisor_error = Some("internal error: unable to execute QEMU command".into());
+        record.diagnosis = None;
+        record.evidence.truncate(1);
+        insta::assert_snapshot!(report(&record), @r#"
+        HypervisorError: libvirt refused the call
+
+          domain     vm1 (9d6c5a4e-0c1f-4f0e-8a52-d9a5d0d3b1a7)
+          vCPUs      1 (1 online) → 3 (1 online), asked for 3
+          operation  00001a2b3c4d00000007, asked for by uid 0, proof required: online
+          asked      2026-11-21T11:22:46.25Z; verdict after 1.3 s
+
+        Evidence, by the time since it was asked for:
+             +0.0 s  live-xml         1 vCPU plugged: 0
+
+        The hypervisor's error: internal error: unable to execute QEMU command
+        "#);
+    }
+
+    #[test]
+    fn progress_says_what_is_awaited_and_since_when() {
+        let mut record = asked(three());
+        assert_eq!(
+            progress(&record, at(1_000)),
+            "vm1: waiting for its turn (1 s, verdict within 59 s)"
+        );
+        record.state = State::Running;
+        record.awaits("the guest to bring vCPUs 1-2 online", at(2_000));
+        assert_eq!(
+            progress(&record, at(7_500)),
+            "vm1: waiting for the guest to bring vCPUs 1-2 online (5 s, verdict within 52 s)"
+        );
+    }
+
+    #[test]
+    fn no_text_moves_the_cursor() {
+        let mut record = refused();
+        record.domain.name = "a\u{1b}[2J\r\nb".into();
+        record.message = Some("bad \u{1b}]0;x\u{7} text\nwith lines".into());
+        let text = report(&record);
+        assert!(!text.contains(['\u{1b}', '\u{7}', '\r']), "{text:?}");
+        assert!(!progress(&record, at(0)).contains(char::is_control));
+        assert!(text.contains("a\\u{1b}[2J\\r\\nb"), "{text}");
+    }
+}

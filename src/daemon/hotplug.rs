@@ -1,0 +1,94 @@
+//! Joins the executor with the local API and the metrics.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use tokio::sync::watch;
+
+use super::api::Operations;
+use crate::executor::{Executor, Listener, Options, SubmitError};
+use crate::host;
+use crate::hypervisor::DomainControl;
+use crate::journal::Journal;
+use crate::operation::{OperationId, Order, Record};
+use crate::telemetry::Metrics;
+
+/// An executor as the local API uses it.
+pub struct Carried<C>(Arc<Executor<C>>);
+
+impl<C: DomainControl> Carried<C> {
+    /// Starts an executor with its journal below the state directory. What the journal holds
+    /// unfinished is taken up.
+    ///
+    /// # Errors
+    /// The journal cannot be opened or read.
+    pub fn start(
+        control: Arc<C>,
+        state_directory: &Path,
+        metrics: &Arc<Metrics>,
+    ) -> anyhow::Result<Self> {
+        let journal = Journal::open(state_directory).context("cannot open the journal")?;
+        let options = Options {
+            available_memory: Arc::new(|| host::available_memory(Path::new("/"))),
+            ..Options::default()
+        };
+        let told = Told(Arc::clone(metrics));
+        let executor = Executor::start(control, journal, options, told)?;
+        Ok(Self(executor))
+    }
+
+    /// Ends all work; what is unfinished stays in the journal.
+    pub async fn stop(&self) {
+        self.0.stop().await;
+    }
+
+    /// Keeps the journal's metrics up to date for ever.
+    pub async fn count(&self, metrics: &Metrics) {
+        let mut tick = tokio::time::interval(COUNT_EVERY);
+        loop {
+            tick.tick().await;
+            let records = self.0.operations();
+            metrics
+                .hotplug
+                .journal_holds(records.iter().map(|record| record.state));
+        }
+    }
+}
+
+/// The journal changes with each operation; its size need not be to the second.
+const COUNT_EVERY: Duration = Duration::from_secs(15);
+
+impl<C: DomainControl> Operations for Carried<C> {
+    async fn submit(&self, order: Order) -> Result<OperationId, SubmitError> {
+        self.0.submit(order).await
+    }
+
+    fn operation(&self, id: &OperationId) -> Option<Record> {
+        self.0.operation(id)
+    }
+
+    fn operations(&self) -> Vec<Record> {
+        self.0.operations()
+    }
+
+    fn watch(&self, id: &OperationId) -> Option<watch::Receiver<Record>> {
+        self.0.watch(id)
+    }
+}
+
+/// Passes what happens on to the metrics.
+struct Told(Arc<Metrics>);
+
+impl Listener for Told {
+    fn changed(&self, record: &Record) {
+        self.0.hotplug.changed(record);
+    }
+
+    fn concluded_after(&self, _: Duration) {}
+
+    fn journal_failed(&self) {
+        self.0.hotplug.journal_failed();
+    }
+}

@@ -1,0 +1,405 @@
+//! The life of one operation.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep, timeout_at};
+use tokio_util::sync::CancellationToken;
+use tracing::info;
+
+use super::Executor;
+use super::clock::Clock;
+use super::lines::Place;
+use super::look::{Look, Looks, SilentAgent, contact};
+use super::pursuit::Pursuit;
+use crate::hotplug::{
+    Contact, History, Host, HotplugRequest, Preflight, Return, Terms, Verdict, extent, preflight,
+};
+use crate::hypervisor::{Connection, DomainControl, DomainId};
+use crate::journal::Entry;
+use crate::operation::{Record, State};
+
+/// How long after a restart an operation whose deadline has passed may still wait for a look.
+const GRACE: Duration = Duration::from_secs(15);
+
+/// An operation that is under way.
+pub(super) struct Operation<C> {
+    pub(super) executor: Arc<Executor<C>>,
+    pub(super) entry: Entry,
+    pub(super) clock: Clock,
+    /// The verdict if the deadline comes before anything was called.
+    obstacle: Verdict,
+}
+
+/// What must happen before the domain can be changed.
+enum Found {
+    Domain(DomainId, Place),
+    Nothing,
+}
+
+impl<C: DomainControl> Executor<C> {
+    /// Takes up what an earlier life of this program left.
+    pub(super) fn resume(self: &Arc<Self>, entry: Entry, ticket: u64) {
+        if entry.record.is_done() {
+            return;
+        }
+        info!(id = %entry.record.id, "an operation is taken up again");
+        let place = self.names.join(entry.order.domain.as_str(), ticket);
+        self.tasks.spawn(Arc::clone(self).run(entry, place, ticket));
+    }
+
+    /// Carries an operation out, or as far as there is time before this program ends.
+    pub(super) async fn run(self: Arc<Self>, entry: Entry, place: Place, ticket: u64) {
+        let stop = self.stop.clone();
+        let clock = self.clock.not_before(latest(&entry));
+        let operation = Operation {
+            executor: self,
+            entry,
+            clock,
+            obstacle: Verdict::HypervisorUnavailable,
+        };
+        tokio::select! {
+            biased;
+            () = stop.cancelled() => {}
+            () = operation.run(place, ticket) => {}
+        }
+    }
+
+    /// Ends the watching of a domain's earlier operation.
+    fn unfollow(&self, domain: &DomainId) {
+        let followed = self.followed().remove(&domain.uuid);
+        if let Some((_, token)) = followed {
+            token.cancel();
+        }
+    }
+
+    /// Notes that this operation is watched; `None` if as many are as may be.
+    pub(super) fn follow(&self, domain: &DomainId, record: &Record) -> Option<CancellationToken> {
+        let mut followed = self.followed();
+        if followed.len() >= self.options.most_followed {
+            return None;
+        }
+        let token = CancellationToken::new();
+        followed.insert(domain.uuid.clone(), (record.id.clone(), token.clone()));
+        Some(token)
+    }
+
+    /// Notes that this operation is watched no more.
+    pub(super) fn followed_to_the_end(&self, domain: &DomainId, record: &Record) {
+        let mut followed = self.followed();
+        if followed
+            .get(&domain.uuid)
+            .is_some_and(|(id, _)| *id == record.id)
+        {
+            followed.remove(&domain.uuid);
+        }
+    }
+}
+
+/// The last moment that an entry knows: a clock that was put back must not be before it.
+fn latest(entry: &Entry) -> crate::hotplug::Moment {
+    let history = entry.history.as_ref();
+    let seen = history.map(|history| history.latest().at);
+    let called = history.and_then(|history| {
+        let call = history.calls().last()?;
+        Some(call.returned.as_ref().map_or(call.started, |(at, _)| *at))
+    });
+    let record = &entry.record;
+    [seen, called, record.started, Some(record.created)]
+        .into_iter()
+        .flatten()
+        .max()
+        .unwrap_or(record.created)
+}
+
+impl<C: DomainControl> Operation<C> {
+    async fn run(mut self, place: Place, ticket: u64) {
+        let deadline = self.deadline();
+        let found = match timeout_at(deadline, self.find(place, ticket)).await {
+            Ok(found) => found,
+            Err(_) => return self.not_begun().await,
+        };
+        let Found::Domain(domain, place) = found else {
+            return;
+        };
+        if !place.is_served() {
+            self.awaits("another operation on this domain to end");
+            self.obstacle = Verdict::Busy;
+            if timeout_at(deadline, place.turn()).await.is_err() {
+                return self.not_begun().await;
+            }
+        }
+        self.begin(domain, place, deadline).await;
+    }
+
+    /// When there must be a verdict. One that was interrupted is looked at first in any case.
+    fn deadline(&self) -> Instant {
+        let deadline = self.clock.instant(self.entry.record.deadline);
+        match self.entry.history {
+            Some(_) => deadline.max(Instant::now() + GRACE),
+            None => deadline,
+        }
+    }
+
+    /// Finds the domain and takes a place in its line.
+    async fn find(&mut self, place: Place, ticket: u64) -> Found {
+        place.turn().await;
+        let control = Arc::clone(&self.executor.control);
+        let target = &self.entry.record.domain;
+        let text = target.uuid.as_deref().unwrap_or(&target.name).to_owned();
+        let mut pauses = self.pauses();
+        loop {
+            let why = match control.find_domain(&text).await.map_err(contact) {
+                Ok(domain) => {
+                    let place = self.executor.domains.join(&domain.uuid, ticket);
+                    self.entry.record.domain.name.clone_from(&domain.name);
+                    self.entry.record.domain.uuid = Some(domain.uuid.clone());
+                    self.publish();
+                    return Found::Domain(domain, place);
+                }
+                Err(Contact::Absent) => {
+                    self.absent().await;
+                    return Found::Nothing;
+                }
+                Err(Contact::Unreachable(why)) => why,
+            };
+            self.awaits(&format!("the hypervisor: {why}"));
+            sleep(pauses.next()).await;
+        }
+    }
+
+    /// There is no such domain, or not any more.
+    async fn absent(&mut self) {
+        let Some(mut history) = self.entry.history.take() else {
+            let name = &self.entry.order.domain;
+            let message = format!("there is no domain {name}");
+            return self.end(Verdict::DomainNotFound, message).await;
+        };
+        let now = self.clock.now();
+        history.out_of_contact(now, Contact::Absent);
+        match crate::hotplug::judge(&history, now) {
+            crate::hotplug::Step::Done(outcome) => self.entry.record.conclude(*outcome, now),
+            _ => self
+                .entry
+                .record
+                .end(Verdict::DomainNotRunning, "the domain ended", now),
+        }
+        self.save_and_tell().await;
+    }
+
+    /// It is this operation's turn.
+    async fn begin(mut self, domain: DomainId, place: Place, deadline: Instant) {
+        self.executor.unfollow(&domain);
+        // Before the first look, so that nothing is missed between it and the call.
+        let notices = self.executor.control.notices();
+        self.obstacle = Verdict::HypervisorUnavailable;
+        let record = &mut self.entry.record;
+        record.state = State::Running;
+        record.started.get_or_insert(self.clock.now());
+        record.awaits("a look at the domain", self.clock.now());
+        self.publish();
+        self.executor.listener.changed(&self.entry.record);
+        let asks_agent = matches!(self.entry.order.request, HotplugRequest::Vcpus { .. });
+        let looks = Arc::new(Looks::new(
+            Arc::clone(&self.executor.control),
+            domain.clone(),
+            self.clock,
+            &self.executor.options,
+            asks_agent,
+        ));
+        let (history, agent) = match self.entry.history.take() {
+            Some(history) => self.take_up(history, &looks, deadline).await,
+            None => match timeout_at(deadline, self.prepare(&looks)).await {
+                Ok(Some(prepared)) => prepared,
+                Ok(None) => return,
+                Err(_) => return self.not_begun().await,
+            },
+        };
+        Pursuit::new(self, domain, looks, notices, history, agent)
+            .run(place)
+            .await;
+    }
+
+    /// The deadline came before anything could be called.
+    async fn not_begun(&mut self) {
+        let awaited = self.awaited("the hypervisor");
+        let message =
+            format!("the deadline passed while waiting for {awaited}: nothing was changed");
+        self.end(self.obstacle, message).await;
+    }
+
+    /// Looks at the domain and plans; `None` if that already gave a verdict.
+    async fn prepare(&mut self, looks: &Looks<C>) -> Option<(History, Option<SilentAgent>)> {
+        let mut pauses = self.pauses();
+        let mut silent = None;
+        loop {
+            let Look { seen, agent } = looks.look(silent).await;
+            silent = agent;
+            let seen = match seen {
+                Ok(seen) => seen,
+                Err(Contact::Absent) => {
+                    self.absent().await;
+                    return None;
+                }
+                Err(Contact::Unreachable(why)) => {
+                    self.obstacle = Verdict::HypervisorUnavailable;
+                    self.awaits(&format!("the hypervisor: {why}"));
+                    sleep(pauses.next()).await;
+                    continue;
+                }
+            };
+            let request = &self.entry.order.request;
+            let host = self.host();
+            match preflight(request, &seen, &host) {
+                Preflight::Ready(plan) => {
+                    let terms = Terms {
+                        require: self.entry.order.require,
+                        deadline: self.entry.record.deadline,
+                        patience: self.executor.options.patience,
+                    };
+                    let listening = *self.executor.control.listening().borrow();
+                    let hears = listening != Connection::Down;
+                    let history = History::new(request.clone(), terms, plan, seen, hears);
+                    return Some((history, silent));
+                }
+                Preflight::Blocked(job) => {
+                    self.obstacle = Verdict::Busy;
+                    self.awaits(&job);
+                    sleep(pauses.next()).await;
+                }
+                Preflight::Rejected(rejection) => {
+                    let extent = extent(request, &seen);
+                    self.entry.record.before = Some(extent);
+                    self.entry.record.after = Some(extent);
+                    self.end(rejection.verdict(), rejection.to_string()).await;
+                    return None;
+                }
+            }
+        }
+    }
+
+    fn host(&self) -> Host {
+        match self.entry.order.request {
+            HotplugRequest::Memory { .. } => Host {
+                available: (self.executor.options.available_memory)(),
+            },
+            HotplugRequest::Vcpus { .. } => Host::default(),
+        }
+    }
+
+    /// Goes on with a history of an earlier life: a call that had not come back never will. The
+    /// domain is looked at before anything is decided.
+    async fn take_up(
+        &mut self,
+        mut history: History,
+        looks: &Looks<C>,
+        deadline: Instant,
+    ) -> (History, Option<SilentAgent>) {
+        let is_open = history
+            .calls()
+            .last()
+            .is_some_and(|call| matches!(call.returned, None | Some((_, Return::Overdue))));
+        if is_open {
+            history.returned(self.clock.now(), Return::Lost);
+        }
+        let mut pauses = self.pauses();
+        let mut silent = None;
+        let first = async {
+            loop {
+                let Look { seen, agent } = looks.look(silent.take()).await;
+                silent = agent;
+                match seen {
+                    Ok(seen) => return history.observed(seen),
+                    Err(contact) => {
+                        let absent = contact == Contact::Absent;
+                        history.out_of_contact(self.clock.now(), contact);
+                        if absent {
+                            return;
+                        }
+                    }
+                }
+                sleep(pauses.next()).await;
+            }
+        };
+        drop(timeout_at(deadline, first).await);
+        (history, silent)
+    }
+
+    fn pauses(&self) -> Pauses {
+        let options = &self.executor.options;
+        Pauses::new(options.shortest_pause, options.longest_pause)
+    }
+
+    /// What was last waited for, or that.
+    fn awaited(&self, otherwise: &str) -> String {
+        let awaiting = self.entry.record.awaiting.as_ref();
+        awaiting.map_or(otherwise.to_owned(), |awaiting| awaiting.what.clone())
+    }
+
+    /// Tells what is waited for.
+    pub(super) fn awaits(&mut self, what: &str) {
+        if self.entry.record.awaits(what, self.clock.now()) {
+            self.publish();
+        }
+    }
+
+    /// Ends the operation with a verdict for which nothing was changed.
+    async fn end(&mut self, verdict: Verdict, message: String) {
+        self.entry.record.end(verdict, message, self.clock.now());
+        self.entry.history = None;
+        self.save_and_tell().await;
+    }
+
+    /// Shows the record as it is now.
+    pub(super) fn publish(&self) {
+        self.executor.table().set(&self.entry.record);
+    }
+
+    /// Puts the operation into the journal as it is now.
+    pub(super) async fn save(&self) -> Result<(), String> {
+        self.executor.write(&self.entry).await
+    }
+
+    /// Puts a verdict into the journal and shows it. A journal that fails does not withhold it.
+    pub(super) async fn save_and_tell(&self) {
+        // Written to the log where it failed; the verdict is still true.
+        drop(self.save().await);
+        self.publish();
+        let record = &self.entry.record;
+        self.executor.listener.changed(record);
+        info!(
+            id = %record.id,
+            domain = ?record.domain.name,
+            verdict = record.verdict.map(Verdict::as_str),
+            message = record.message,
+            "an operation has its verdict"
+        );
+    }
+}
+
+/// Pauses that grow.
+pub(super) struct Pauses {
+    shortest: Duration,
+    longest: Duration,
+    next: Duration,
+}
+
+impl Pauses {
+    pub(super) fn new(shortest: Duration, longest: Duration) -> Self {
+        Self {
+            shortest,
+            longest,
+            next: shortest,
+        }
+    }
+
+    pub(super) fn next(&mut self) -> Duration {
+        let pause = self.next;
+        self.next = (pause * 2).min(self.longest);
+        pause
+    }
+
+    pub(super) fn restart(&mut self) {
+        self.next = self.shortest;
+    }
+}

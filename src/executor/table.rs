@@ -1,0 +1,126 @@
+//! The operations that are known, in memory.
+
+use std::collections::{BTreeMap, HashMap};
+
+use tokio::sync::watch;
+
+use super::SubmitError;
+use crate::hotplug::Moment;
+use crate::journal::Entry;
+use crate::operation::{AskedBy, OperationId, Order, Record};
+
+#[derive(Debug)]
+struct Slot {
+    order: Order,
+    record: watch::Sender<Record>,
+}
+
+/// All operations by identifier, and by the keys of who asked for them.
+#[derive(Debug, Default)]
+pub(super) struct Table {
+    slots: BTreeMap<OperationId, Slot>,
+    keys: HashMap<(AskedBy, String), OperationId>,
+    tickets: u64,
+    last_millis: u64,
+}
+
+/// What came of an order.
+pub(super) enum Taken {
+    /// It is new, with its place among all.
+    New(Box<Record>, u64),
+    /// It was asked for before.
+    Known(OperationId),
+}
+
+impl Table {
+    /// Takes an order on.
+    pub(super) fn take(
+        &mut self,
+        order: &Order,
+        now: Moment,
+        most_open: usize,
+    ) -> Result<Taken, SubmitError> {
+        let key = key_of(order);
+        if let Some(id) = key.as_ref().and_then(|key| self.keys.get(key)) {
+            let known = self.slots.get(id).is_some_and(|slot| slot.order == *order);
+            return match known {
+                true => Ok(Taken::Known(id.clone())),
+                false => Err(SubmitError::KeyReused(id.clone())),
+            };
+        }
+        if self.open() >= most_open {
+            return Err(SubmitError::TooMany(most_open));
+        }
+        // Two of the same millisecond are told apart, and in order.
+        let millis = u64::try_from(now.as_millis()).unwrap_or(0);
+        self.last_millis = millis.max(self.last_millis + 1);
+        let id = OperationId::new(self.last_millis, fastrand::u32(..));
+        let record = Record::new(id, order, now);
+        let ticket = self.add(order.clone(), record.clone());
+        Ok(Taken::New(Box::new(record), ticket))
+    }
+
+    /// Adds an operation of an earlier life; gives its place among all.
+    pub(super) fn restore(&mut self, entry: &Entry) -> u64 {
+        let digits = entry.record.id.as_str().get(..12).unwrap_or_default();
+        let millis = u64::from_str_radix(digits, 16).unwrap_or(0);
+        self.last_millis = self.last_millis.max(millis);
+        self.add(entry.order.clone(), entry.record.clone())
+    }
+
+    fn add(&mut self, order: Order, record: Record) -> u64 {
+        if let Some(key) = key_of(&order) {
+            self.keys.insert(key, record.id.clone());
+        }
+        let id = record.id.clone();
+        let record = watch::Sender::new(record);
+        self.slots.insert(id, Slot { order, record });
+        self.tickets += 1;
+        self.tickets
+    }
+
+    pub(super) fn remove(&mut self, id: &OperationId) {
+        let Some(slot) = self.slots.remove(id) else {
+            return;
+        };
+        if let Some(key) = key_of(&slot.order) {
+            self.keys.remove(&key);
+        }
+    }
+
+    pub(super) fn set(&self, record: &Record) {
+        if let Some(slot) = self.slots.get(&record.id) {
+            slot.record.send_replace(record.clone());
+        }
+    }
+
+    pub(super) fn get(&self, id: &OperationId) -> Option<Record> {
+        self.slots.get(id).map(|slot| slot.record.borrow().clone())
+    }
+
+    pub(super) fn watch(&self, id: &OperationId) -> Option<watch::Receiver<Record>> {
+        self.slots.get(id).map(|slot| slot.record.subscribe())
+    }
+
+    pub(super) fn newest_first(&self) -> Vec<Record> {
+        let slots = self.slots.values().rev();
+        slots.map(|slot| slot.record.borrow().clone()).collect()
+    }
+
+    /// Those that have their verdict, the oldest first.
+    pub(super) fn finished(&self) -> Vec<OperationId> {
+        let done = |slot: &&Slot| slot.record.borrow().is_done();
+        let slots = self.slots.values().filter(done);
+        slots.map(|slot| slot.record.borrow().id.clone()).collect()
+    }
+
+    fn open(&self) -> usize {
+        let open = |slot: &&Slot| !slot.record.borrow().is_done();
+        self.slots.values().filter(open).count()
+    }
+}
+
+fn key_of(order: &Order) -> Option<(AskedBy, String)> {
+    let key = order.idempotency_key.clone()?;
+    Some((order.asked_by.clone(), key))
+}

@@ -1,0 +1,39 @@
+//! Every call that Rust cannot check, and nothing else: the one directory with `unsafe`.
+//!
+//! * libvirt's functions that the crate `virt` lacks: of a connection ([`Watched`],
+//!   [`baseline_hypervisor_cpu`]), of its domains, their statistics and their events
+//!   ([`Subscription`]);
+//! * KVM's ioctls ([`kvm_extension`], [`kvm_msr_indices`]).
+//!
+//! All of it is safe to call. What libvirt hands out is copied and freed here; what libvirt calls
+//! back cannot unwind into it.
+
+mod connection;
+mod domain;
+mod events;
+mod kvm;
+mod parameters;
+
+use std::ffi::{CStr, c_char};
+
+pub use self::connection::{CloseReason, Watched, baseline_hypervisor_cpu};
+pub use self::domain::{
+    DomainRecord, all_domain_stats, detach_device_alias, domain_stats, guest_vcpus,
+    set_agent_response_timeout, set_guest_vcpus,
+};
+pub use self::events::{Happening, Subscription, Told};
+pub use self::kvm::{kvm_extension, kvm_msr_indices};
+pub use self::parameters::{Parameter, Value};
+
+/// A copy of a text of C's; `None` for a null pointer. Bytes that are no UTF-8 are replaced.
+///
+/// # Safety
+/// `text` is null, or points to bytes that end with a NUL and stay for the time of the call.
+unsafe fn copied(text: *const c_char) -> Option<String> {
+    if text.is_null() {
+        return None;
+    }
+    // SAFETY: by this function's own condition.
+    let text = unsafe { CStr::from_ptr(text) };
+    Some(text.to_string_lossy().into_owned())
+}

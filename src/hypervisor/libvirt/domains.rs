@@ -1,0 +1,297 @@
+//! The calls about domains, over one connection. Everything here blocks.
+
+use std::time::Duration;
+
+use virt::domain::Domain;
+use virt::error::Error;
+use virt::sys;
+
+use super::device::with_requested;
+use super::failure;
+use super::session::{Session, no_nul};
+use crate::domain::{BalloonStats, DomainState, IdSet, Stats};
+use crate::ffi::{self, DomainRecord};
+use crate::hotplug::GuestVcpus;
+use crate::hypervisor::{DomainId, DomainStats, HypervisorError, LiveDomain, Scope};
+use crate::units::{Bytes, KiB};
+
+/// What is asked of the bulk statistics, and how: never waiting behind what is being done to a
+/// domain.
+const STATS: u32 =
+    sys::VIR_DOMAIN_STATS_STATE | sys::VIR_DOMAIN_STATS_VCPU | sys::VIR_DOMAIN_STATS_BALLOON;
+const STATS_FLAGS: u32 = sys::VIR_CONNECT_GET_ALL_DOMAINS_STATS_NOWAIT;
+
+impl Session {
+    fn sort_domain(
+        &self,
+        call: &'static str,
+        domain: Option<&Domain>,
+        error: &Error,
+    ) -> HypervisorError {
+        failure::sort_domain(call, error, self.is_alive(), || {
+            domain.is_none_or(|domain| domain.is_active().unwrap_or(true))
+        })
+    }
+
+    /// Does `work` with a domain.
+    fn with<T>(
+        &self,
+        call: &'static str,
+        domain: &DomainId,
+        work: impl FnOnce(&Domain) -> Result<T, Error>,
+    ) -> Result<T, HypervisorError> {
+        let domain = self
+            .connect
+            .lookup_domain_by_uuid_string(&domain.uuid)
+            .map_err(|error| self.sort_domain(call, None, &error))?;
+        work(&domain).map_err(|error| self.sort_domain(call, Some(&domain), &error))
+    }
+
+    pub(super) fn find_domain(&self, name_or_uuid: &str) -> Result<DomainId, HypervisorError> {
+        const CALL: &str = "find-domain";
+        if no_nul(CALL, [Some(name_or_uuid)]).is_err() {
+            // libvirt could not be asked for it.
+            let message = format!("no domain has the name {name_or_uuid:?}");
+            return Err(HypervisorError::DomainNotFound(message));
+        }
+        let by_uuid = match is_uuid(name_or_uuid) {
+            true => self.connect.lookup_domain_by_uuid_string(name_or_uuid).ok(),
+            false => None,
+        };
+        let found = by_uuid.map_or_else(|| self.connect.lookup_domain_by_name(name_or_uuid), Ok);
+        found
+            .and_then(|domain| identity(&domain))
+            .map_err(|error| self.sort_domain(CALL, None, &error))
+    }
+
+    pub(super) fn domain(&self, domain: &DomainId) -> Result<LiveDomain, HypervisorError> {
+        self.with("domain", domain, |domain| {
+            Ok(LiveDomain {
+                id: identity(domain)?,
+                state: DomainState::from_libvirt(domain.info()?.state.to_raw()),
+                persistent: domain.is_persistent()?,
+                xml: domain.xml_desc(0)?,
+            })
+        })
+    }
+
+    pub(super) fn all_domain_stats(&self) -> Result<Vec<DomainStats>, HypervisorError> {
+        let flags = STATS_FLAGS | sys::VIR_CONNECT_GET_ALL_DOMAINS_STATS_ACTIVE;
+        let records = ffi::all_domain_stats(&self.connect, STATS, flags)
+            .map_err(|error| self.sort_domain("all-domain-stats", None, &error))?;
+        Ok(records.into_iter().map(stats).collect())
+    }
+
+    pub(super) fn domain_stats(&self, id: &DomainId) -> Result<DomainStats, HypervisorError> {
+        let record = self.with("domain-stats", id, |domain| {
+            ffi::domain_stats(domain, STATS, STATS_FLAGS)
+        })?;
+        // A domain that ended after it was looked up is left out.
+        record
+            .map(stats)
+            .ok_or_else(|| HypervisorError::DomainNotFound(format!("{id} ended")))
+    }
+
+    pub(super) fn memory_stats(&self, domain: &DomainId) -> Result<BalloonStats, HypervisorError> {
+        let told = self.with("memory-stats", domain, |domain| domain.memory_stats(0))?;
+        let mut stats = BalloonStats::default();
+        for stat in told {
+            let size = || KiB::new(stat.val).map(Bytes::from);
+            match stat.tag {
+                sys::VIR_DOMAIN_MEMORY_STAT_ACTUAL_BALLOON => stats.current = size(),
+                sys::VIR_DOMAIN_MEMORY_STAT_AVAILABLE => stats.total = size(),
+                sys::VIR_DOMAIN_MEMORY_STAT_USABLE => stats.usable = size(),
+                sys::VIR_DOMAIN_MEMORY_STAT_LAST_UPDATE => stats.updated = Some(stat.val),
+                _ => {}
+            }
+        }
+        Ok(stats)
+    }
+
+    pub(super) fn guest_vcpus(&self, domain: &DomainId) -> Result<GuestVcpus, HypervisorError> {
+        const CALL: &str = "guest-vcpus";
+        let told = self.with(CALL, domain, ffi::guest_vcpus)?;
+        let text = |name| {
+            let parameter = told.iter().find(|parameter| parameter.name == name);
+            parameter
+                .and_then(|parameter| parameter.value.text())
+                .unwrap_or_default()
+        };
+        GuestVcpus::from_libvirt(text("vcpus"), text("online")).map_err(|error| {
+            HypervisorError::AgentUnavailable {
+                call: CALL,
+                message: error.to_string(),
+            }
+        })
+    }
+
+    pub(super) fn set_guest_vcpus(
+        &self,
+        domain: &DomainId,
+        vcpus: &IdSet,
+        online: bool,
+    ) -> Result<(), HypervisorError> {
+        self.with("set-guest-vcpus", domain, |domain| {
+            ffi::set_guest_vcpus(domain, &vcpus.to_string(), online)
+        })
+    }
+
+    pub(super) fn set_agent_timeout(
+        &self,
+        domain: &DomainId,
+        timeout: Duration,
+    ) -> Result<(), HypervisorError> {
+        let seconds = timeout.as_secs() + u64::from(timeout.subsec_nanos() > 0);
+        // 0 would be not to wait at all.
+        let seconds = i32::try_from(seconds.max(1)).unwrap_or(i32::MAX);
+        self.with("agent-timeout", domain, |domain| {
+            ffi::set_agent_response_timeout(domain, seconds)
+        })
+    }
+
+    pub(super) fn set_vcpus(
+        &self,
+        domain: &DomainId,
+        vcpus: u32,
+        scope: Scope,
+    ) -> Result<(), HypervisorError> {
+        self.with("set-vcpus", domain, |domain| {
+            // The bits are those of all changes (`VIR_DOMAIN_VCPU_LIVE`, `_CONFIG`).
+            domain.set_vcpus_flags(vcpus, flags(scope))
+        })
+    }
+
+    pub(super) fn update_device(
+        &self,
+        domain: &DomainId,
+        xml: &str,
+        scope: Scope,
+    ) -> Result<(), HypervisorError> {
+        self.with("update-device", domain, |domain| {
+            domain.update_device_flags(xml, flags(scope))
+        })
+    }
+
+    pub(super) fn resize_virtio_mem(
+        &self,
+        domain: &DomainId,
+        alias: &str,
+        requested: KiB,
+    ) -> Result<(), HypervisorError> {
+        const CALL: &str = "update-device";
+        let xml = self.with(CALL, domain, |domain| domain.xml_desc(0))?;
+        let device = with_requested(&xml, alias, requested);
+        let device = device.ok_or_else(|| HypervisorError::Failed {
+            call: CALL,
+            number: sys::VIR_ERR_DEVICE_MISSING,
+            message: format!("there is no virtio-mem device with the alias {alias:?}"),
+        })?;
+        self.update_device(domain, &device, Scope::Live)
+    }
+
+    pub(super) fn attach_device(
+        &self,
+        domain: &DomainId,
+        xml: &str,
+        scope: Scope,
+    ) -> Result<(), HypervisorError> {
+        self.with("attach-device", domain, |domain| {
+            domain.attach_device_flags(xml, flags(scope))
+        })
+    }
+
+    pub(super) fn detach_device(
+        &self,
+        domain: &DomainId,
+        alias: &str,
+        scope: Scope,
+    ) -> Result<(), HypervisorError> {
+        self.with("detach-device", domain, |domain| {
+            ffi::detach_device_alias(domain, alias, flags(scope))
+        })
+    }
+}
+
+/// Its name and UUID, which libvirt told when it was looked up: nobody is asked.
+fn identity(domain: &Domain) -> Result<DomainId, Error> {
+    Ok(DomainId {
+        name: domain.name()?,
+        uuid: domain.uuid_string()?,
+    })
+}
+
+/// Whether a text is spelled like a UUID. A name may be, too.
+fn is_uuid(text: &str) -> bool {
+    text.len() == 36
+        && text.char_indices().all(|(at, c)| match at {
+            8 | 13 | 18 | 23 => c == '-',
+            _ => c.is_ascii_hexdigit(),
+        })
+}
+
+fn flags(scope: Scope) -> u32 {
+    match scope {
+        Scope::Live => sys::VIR_DOMAIN_AFFECT_LIVE,
+        Scope::LiveAndConfig => sys::VIR_DOMAIN_AFFECT_LIVE | sys::VIR_DOMAIN_AFFECT_CONFIG,
+    }
+}
+
+fn stats(record: DomainRecord) -> DomainStats {
+    let numbers = || {
+        record
+            .parameters
+            .iter()
+            .filter_map(|parameter| Some((parameter.name.as_str(), parameter.value.number()?)))
+    };
+    let state = numbers().find(|(name, _)| *name == "state.state");
+    let state = state.and_then(|(_, number)| u32::try_from(number).ok());
+    DomainStats {
+        state: state.map_or(DomainState::Unknown, DomainState::from_libvirt),
+        stats: Stats::from_parameters(numbers()),
+        id: DomainId {
+            name: record.name,
+            uuid: record.uuid,
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ffi::{Parameter, Value};
+
+    #[test]
+    fn a_uuid_is_told_from_a_name() {
+        assert!(is_uuid("6f9f6bcb-5d8e-4a5a-9b0e-0d9a0e4e1c11"));
+        for name in [
+            "",
+            "guest",
+            "6f9f6bcb05d8e04a5a09b0e00d9a0e4e1c110000",
+            "6f9f6bcb-5d8e-4a5a-9b0e-0d9a0e4e1cg1",
+            "ääääääääääääääääää",
+        ] {
+            assert!(!is_uuid(name), "{name}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_number_is_no_statistic() {
+        let parameter = |name: &str, value| Parameter {
+            name: name.to_owned(),
+            value,
+        };
+        let stats = stats(DomainRecord {
+            name: "d".to_owned(),
+            uuid: "u".to_owned(),
+            parameters: vec![
+                parameter("state.state", Value::Number(3)),
+                parameter("vcpu.0.time", Value::Negative(-1)),
+                parameter("vcpu.1.time", Value::Number(10)),
+                parameter("balloon.current", Value::Text("1".to_owned())),
+            ],
+        });
+        assert_eq!(stats.state, DomainState::Paused);
+        assert_eq!(stats.stats.vcpus.len(), 1);
+        assert_eq!(stats.stats.balloon.current, None);
+    }
+}

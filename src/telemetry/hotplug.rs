@@ -1,0 +1,323 @@
+//! The metrics of verified hotplug and its journal.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
+
+use prometheus::{Gauge, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec};
+
+use super::metrics::Registrar;
+use crate::hotplug::{Evidence, Extent, Moment, Source, Verdict};
+use crate::operation::{OperationId, Record, State};
+
+/// What can be plugged, as in the label `resource`.
+pub const RESOURCES: [&str; 2] = ["vcpus", "memory"];
+
+/// What is done to it, as in the label `action`: more, less, as much as before, and not known
+/// since the domain could not be looked at.
+pub const ACTIONS: [&str; 4] = ["plug", "unplug", "keep", "unknown"];
+
+/// The parts of an operation's time: until the hypervisor had done its part, and from then until
+/// the verdict.
+pub const PHASES: [&str; 2] = ["execute", "verify"];
+
+/// The word of an extent's resource.
+pub fn resource(extent: Extent) -> &'static str {
+    match extent {
+        Extent::Vcpus { .. } => "vcpus",
+        Extent::Memory { .. } => "memory",
+    }
+}
+
+/// What is done by going from what there was to what is asked for.
+pub fn action(before: Option<Extent>, requested: Extent) -> &'static str {
+    let order = match (before, requested) {
+        (Some(Extent::Vcpus { vcpus: had, .. }), Extent::Vcpus { vcpus: asked, .. }) => {
+            asked.cmp(&had)
+        }
+        (Some(Extent::Memory { memory: had, .. }), Extent::Memory { memory: asked, .. }) => {
+            asked.cmp(&had)
+        }
+        _ => return "unknown",
+    };
+    match order {
+        std::cmp::Ordering::Greater => "plug",
+        std::cmp::Ordering::Less => "unplug",
+        std::cmp::Ordering::Equal => "keep",
+    }
+}
+
+/// The metrics of verified hotplug.
+pub struct HotplugMetrics {
+    requests: IntCounterVec,
+    results: IntCounterVec,
+    duration: HistogramVec,
+    in_progress: IntGauge,
+    oldest: Gauge,
+    journal: IntGaugeVec,
+    journal_failures: IntCounter,
+    open: Mutex<HashMap<OperationId, Open>>,
+}
+
+/// An operation without a verdict.
+struct Open {
+    asked: Moment,
+    /// Whether it is among the requests: what it does is known only after a look at the domain.
+    counted: bool,
+}
+
+impl HotplugMetrics {
+    pub(super) fn register(new: &Registrar<'_>) -> Result<Self, prometheus::Error> {
+        let metrics = Self {
+            requests: new.counters(
+                "virtnode_hotplug_requests_total",
+                "Operations that were asked for, counted as soon as it is known what they do.",
+                &["resource", "action"],
+            )?,
+            results: new.counters(
+                "virtnode_hotplug_results_total",
+                "Operations that ended, by verdict. A verdict that changes later is counted once, \
+                 as it was first.",
+                &["resource", "action", "verdict"],
+            )?,
+            duration: new.histograms(
+                "virtnode_hotplug_duration_seconds",
+                "Time until the hypervisor had done its part (execute), and from then until the \
+                 verdict (verify).",
+                &["resource", "action", "phase"],
+            )?,
+            in_progress: new.gauge(
+                "virtnode_hotplug_in_progress",
+                "Operations without a verdict, those that wait for another included.",
+            )?,
+            oldest: new.float_gauge(
+                "virtnode_hotplug_oldest_in_progress_timestamp_seconds",
+                "When the oldest operation without a verdict was asked for; 0 if there is none.",
+            )?,
+            journal: new.gauges(
+                "virtnode_journal_records",
+                "Records in the journal, by how far the operation is.",
+                &["state"],
+            )?,
+            journal_failures: new.counter(
+                "virtnode_journal_write_failures_total",
+                "Times that the journal could not be written.",
+            )?,
+            open: Mutex::default(),
+        };
+        for resource in RESOURCES {
+            for action in ACTIONS {
+                metrics.requests.with_label_values(&[resource, action]);
+                for verdict in Verdict::ALL.map(Verdict::as_str) {
+                    metrics
+                        .results
+                        .with_label_values(&[resource, action, verdict]);
+                }
+                for phase in PHASES {
+                    metrics
+                        .duration
+                        .with_label_values(&[resource, action, phase]);
+                }
+            }
+        }
+        for state in STATES.map(State::as_str) {
+            metrics.journal.with_label_values(&[state]);
+        }
+        Ok(metrics)
+    }
+
+    /// An operation was asked for, began, got its verdict, or had it put right.
+    pub fn changed(&self, record: &Record) {
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        match record.state {
+            State::Done => {
+                let counted = open.remove(&record.id).is_some_and(|open| open.counted);
+                if record.corrected.is_none() {
+                    if !counted {
+                        self.count_request(record);
+                    }
+                    self.count_result(record);
+                }
+            }
+            State::Queued | State::Running => {
+                let counted = open.get(&record.id).is_some_and(|open| open.counted);
+                if !counted && record.before.is_some() {
+                    self.count_request(record);
+                }
+                let now = Open {
+                    asked: record.created,
+                    counted: counted || record.before.is_some(),
+                };
+                open.insert(record.id.clone(), now);
+            }
+        }
+        let oldest = open.values().map(|open| open.asked).min();
+        self.in_progress
+            .set(i64::try_from(open.len()).unwrap_or(i64::MAX));
+        self.oldest.set(oldest.map_or(0.0, seconds));
+    }
+
+    fn count_request(&self, record: &Record) {
+        let action = action(record.before, record.requested);
+        self.requests
+            .with_label_values(&[resource(record.requested), action])
+            .inc();
+    }
+
+    fn count_result(&self, record: &Record) {
+        let resource = resource(record.requested);
+        let action = action(record.before, record.requested);
+        if let Some(verdict) = record.verdict {
+            self.results
+                .with_label_values(&[resource, action, verdict.as_str()])
+                .inc();
+        }
+        let call = |evidence: &&Evidence| evidence.source == Source::HypervisorCall;
+        let called = record.evidence.iter().rfind(call);
+        if let (Some(called), Some(finished)) = (called, record.finished) {
+            let started = record.started.unwrap_or(record.created);
+            let spans = [called.time.since(started), finished.since(called.time)];
+            for (phase, span) in PHASES.into_iter().zip(spans) {
+                self.duration
+                    .with_label_values(&[resource, action, phase])
+                    .observe(span.as_secs_f64());
+            }
+        }
+    }
+
+    /// The journal could not be written.
+    pub fn journal_failed(&self) {
+        self.journal_failures.inc();
+    }
+
+    /// What the journal holds: how far each record's operation is.
+    pub fn journal_holds(&self, records: impl IntoIterator<Item = State>) {
+        let mut counts = STATES.map(|_| 0);
+        for state in records {
+            for (count, each) in counts.iter_mut().zip(STATES) {
+                *count += i64::from(each == state);
+            }
+        }
+        for (count, state) in counts.into_iter().zip(STATES) {
+            self.journal.with_label_values(&[state.as_str()]).set(count);
+        }
+    }
+}
+
+/// Every state of a record.
+const STATES: [State; 3] = [State::Queued, State::Running, State::Done];
+
+#[expect(
+    clippy::cast_precision_loss,
+    reason = "milliseconds since 1970 are exact in a float"
+)]
+fn seconds(moment: Moment) -> f64 {
+    moment.as_millis() as f64 / 1000.0
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::hotplug::{HotplugRequest, Require};
+    use crate::operation::{AskedBy, Order};
+    use crate::telemetry::Metrics;
+    use crate::units::Bytes;
+
+    fn vcpus(vcpus: u32) -> Extent {
+        Extent::Vcpus {
+            vcpus,
+            online: None,
+        }
+    }
+
+    #[test]
+    fn every_series_is_there_from_the_start() {
+        let text = Metrics::new().encode().unwrap();
+        for line in [
+            "virtnode_hotplug_requests_total{action=\"plug\",resource=\"vcpus\"} 0",
+            "virtnode_hotplug_results_total{action=\"unplug\",resource=\"memory\",verdict=\"GuestRefused\"} 0",
+            "virtnode_hotplug_duration_seconds_count{action=\"plug\",phase=\"verify\",resource=\"memory\"} 0",
+            "virtnode_hotplug_in_progress 0",
+            "virtnode_hotplug_oldest_in_progress_timestamp_seconds 0",
+            "virtnode_journal_records{state=\"running\"} 0",
+        ] {
+            assert!(text.lines().any(|have| have == line), "{line} in\n{text}");
+        }
+    }
+
+    #[test]
+    fn what_is_done_follows_from_what_there_was() {
+        assert_eq!(action(Some(vcpus(1)), vcpus(3)), "plug");
+        assert_eq!(action(Some(vcpus(3)), vcpus(1)), "unplug");
+        assert_eq!(action(Some(vcpus(3)), vcpus(3)), "keep");
+        assert_eq!(action(None, vcpus(3)), "unknown");
+        let memory = Extent::Memory {
+            memory: Bytes::new(1 << 30),
+            guest_total: None,
+        };
+        assert_eq!(action(Some(vcpus(3)), memory), "unknown");
+        assert_eq!(resource(memory), "memory");
+    }
+
+    fn record(millis: u64) -> Record {
+        let order = Order {
+            domain: "vm1".parse().unwrap(),
+            request: HotplugRequest::Vcpus {
+                count: 3,
+                online: false,
+            },
+            require: Require::Online,
+            timeout: Duration::from_secs(60),
+            idempotency_key: None,
+            asked_by: AskedBy::Local { uid: 0 },
+        };
+        let created = Moment::from_millis(i64::try_from(millis).unwrap());
+        Record::new(OperationId::new(millis, 0), &order, created)
+    }
+
+    #[test]
+    fn an_operation_is_counted_once_as_what_it_does() {
+        let metrics = Metrics::new();
+        let holds = |line: &str| {
+            let text = metrics.encode().unwrap();
+            assert!(text.lines().any(|have| have == line), "{line} in\n{text}");
+        };
+        let (mut first, second) = (record(2500), record(3000));
+        metrics.hotplug.changed(&first);
+        metrics.hotplug.changed(&second);
+        holds("virtnode_hotplug_in_progress 2");
+        holds("virtnode_hotplug_oldest_in_progress_timestamp_seconds 2.5");
+        first.state = State::Running;
+        metrics.hotplug.changed(&first);
+        first.before = Some(vcpus(1));
+        metrics.hotplug.changed(&first);
+        first.evidence.push(Evidence {
+            source: Source::HypervisorCall,
+            detail: "returned".into(),
+            time: Moment::from_millis(2600),
+        });
+        first.end(Verdict::GuestSilent, "nothing", Moment::from_millis(4600));
+        metrics.hotplug.changed(&first);
+        holds("virtnode_hotplug_in_progress 1");
+        holds("virtnode_hotplug_oldest_in_progress_timestamp_seconds 3");
+        first.verdict = Some(Verdict::Verified);
+        first.corrected = Some(Moment::from_millis(9000));
+        metrics.hotplug.changed(&first);
+        holds("virtnode_hotplug_requests_total{action=\"plug\",resource=\"vcpus\"} 1");
+        holds(
+            "virtnode_hotplug_results_total{action=\"plug\",resource=\"vcpus\",verdict=\"GuestSilent\"} 1",
+        );
+        holds(
+            "virtnode_hotplug_results_total{action=\"plug\",resource=\"vcpus\",verdict=\"Verified\"} 0",
+        );
+        holds(
+            "virtnode_hotplug_duration_seconds_sum{action=\"plug\",phase=\"execute\",resource=\"vcpus\"} 0.1",
+        );
+        holds(
+            "virtnode_hotplug_duration_seconds_sum{action=\"plug\",phase=\"verify\",resource=\"vcpus\"} 2",
+        );
+        metrics.hotplug.journal_holds([State::Done, State::Queued]);
+        holds("virtnode_journal_records{state=\"done\"} 1");
+    }
+}

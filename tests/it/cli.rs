@@ -1,0 +1,389 @@
+//! The command line as a script and a person meet it: output, bad input, exit codes.
+
+use std::fs;
+use std::path::Path;
+
+use assert_cmd::Command;
+use serde_json::Value;
+
+const DEBIAN_13: &str = "tests/fixtures/debian13-libvirt-11.3.0-qemu-10.0";
+
+fn virtnode(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_virtnode"));
+    command
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .env_clear()
+        .args(arguments);
+    command
+}
+
+/// Exit code, standard output, standard error.
+fn run(arguments: &[&str]) -> (i32, String, String) {
+    let output = virtnode(arguments).output().unwrap();
+    (
+        output.status.code().unwrap(),
+        String::from_utf8(output.stdout).unwrap(),
+        String::from_utf8(output.stderr).unwrap(),
+    )
+}
+
+fn labels(arguments: &[&str]) -> Value {
+    let (code, out, err) = run(&[&["labels", "--output", "json"], arguments].concat());
+    assert_eq!((code, err.as_str()), (0, ""), "{arguments:?}");
+    serde_json::from_str(&out).unwrap()
+}
+
+fn capabilities() -> String {
+    format!("{DEBIAN_13}/capabilities.xml")
+}
+
+fn document(name: &str) -> String {
+    format!("{DEBIAN_13}/{name}")
+}
+
+/// Writes a document and gives its path.
+fn write(directory: &Path, content: impl AsRef<[u8]>) -> String {
+    let path = directory.join("document.xml");
+    fs::write(&path, content).unwrap();
+    path.to_str().unwrap().to_owned()
+}
+
+#[test]
+fn offline_labels_come_from_the_files_alone() {
+    let printed = labels(&[
+        "--capabilities",
+        &capabilities(),
+        "--domain-capabilities",
+        &document("dc-x86_64-q35-kvm.xml"),
+        "--libvirt-version",
+        "11.3.0",
+        "--qemu-version",
+        "10.0.2",
+    ]);
+    let labels = &printed["labels"];
+    assert_eq!(labels["machine.virtnode.io/pc-q35-10.0"], "1024");
+    assert_eq!(labels["machine.virtnode.io/pc-q35-8.0"], "288");
+    assert_eq!(labels["machine.virtnode.io/pc-i440fx-10.0"], "255");
+    assert_eq!(labels["machine-alias.virtnode.io/q35"], "pc-q35-10.0");
+    assert_eq!(labels["machine-deprecated.virtnode.io/pc-q35-2.4"], "true");
+    assert_eq!(labels["virtnode.io/max-vcpus"], "1024");
+    assert_eq!(labels["virtnode.io/eim"], "auto");
+    assert_eq!(labels["virtnode.io/accelerator"], "kvm");
+    assert_eq!(labels["virtnode.io/iommu"], "none");
+    assert_eq!(labels["virtnode.io/host-model"], "EPYC-Genoa");
+    assert_eq!(labels["virtnode.io/tsc-frequency-hz"], "2596136000");
+    assert_eq!(labels["virtnode.io/tsc-scaling"], "false");
+    assert_eq!(printed["rejected"], Value::Array(vec![]));
+    assert_eq!(printed["retained"], Value::Array(vec![]));
+    let other = labels
+        .as_object()
+        .unwrap()
+        .keys()
+        .find(|key| key.contains("clipper"));
+    assert_eq!(other, None, "a machine of another architecture");
+}
+
+#[test]
+fn more_than_255_vcpus_need_eim_and_kvm_has_the_last_word() {
+    let q35 = |arguments: &[&str]| {
+        let file = capabilities();
+        let printed = labels(&[&["--capabilities", &file], arguments].concat());
+        printed["labels"]["machine.virtnode.io/pc-q35-10.0"]
+            .as_str()
+            .unwrap()
+            .to_owned()
+    };
+    assert_eq!(q35(&[]), "255");
+    assert_eq!(q35(&["--eim", "none"]), "255");
+    assert_eq!(q35(&["--eim", "explicit"]), "255");
+    assert_eq!(q35(&["--eim", "auto"]), "4096");
+    assert_eq!(q35(&["--eim", "auto", "--kvm-max-vcpus", "710"]), "710");
+    assert_eq!(
+        q35(&["--libvirt-version", "10.9.0", "--kvm-max-vcpus", "710"]),
+        "255"
+    );
+    assert_eq!(
+        q35(&["--libvirt-version", "11.0.0", "--kvm-max-vcpus", "710"]),
+        "710"
+    );
+    assert_eq!(
+        q35(&[
+            "--libvirt-version",
+            "12.5.0-1.el10",
+            "--kvm-max-vcpus",
+            "64"
+        ]),
+        "64"
+    );
+}
+
+#[test]
+fn any_of_the_documents_may_be_missing() {
+    let only_document = labels(&["--domain-capabilities", &document("dc-x86_64-q35-qemu.xml")]);
+    assert_eq!(only_document["labels"]["virtnode.io/accelerator"], "tcg");
+    assert_eq!(
+        only_document["labels"]["machine.virtnode.io/pc-q35-10.0"],
+        "255"
+    );
+    let only_version = labels(&["--libvirt-version", "11.3.0"]);
+    assert_eq!(only_version["labels"].as_object().unwrap().len(), 1);
+    let arm = labels(&[
+        "--domain-capabilities",
+        &document("dc-aarch64-virt-qemu.xml"),
+    ]);
+    assert_eq!(arm["labels"].get("virtnode.io/eim"), None);
+    let riscv = labels(&["--domain-capabilities", &document("dc-riscv64-qemu.xml")]);
+    assert!(!riscv["labels"].as_object().unwrap().is_empty());
+}
+
+#[test]
+fn a_document_of_another_domain_type_says_nothing_of_the_best_one() {
+    let printed = labels(&[
+        "--capabilities",
+        &capabilities(),
+        "--domain-capabilities",
+        &document("dc-x86_64-q35-qemu.xml"),
+    ]);
+    assert_eq!(printed["labels"]["virtnode.io/accelerator"], "kvm");
+    assert_eq!(printed["labels"].get("virtnode.io/host-model"), None);
+}
+
+#[test]
+fn the_baseline_decides_on_features() {
+    let directory = tempfile::tempdir().unwrap();
+    let cpu = write(
+        directory.path(),
+        "<cpu mode='custom'><model>EPYC</model><feature policy='require' name='sse4.2'/>
+         <feature policy='disable' name='pku'/></cpu>",
+    );
+    let file = document("dc-x86_64-q35-kvm.xml");
+    let printed = labels(&["--domain-capabilities", &file, "--supported-features", &cpu]);
+    let features: Vec<&String> = printed["labels"]
+        .as_object()
+        .unwrap()
+        .keys()
+        .filter(|key| key.starts_with("cpu-feature."))
+        .collect();
+    assert_eq!(features, ["cpu-feature.virtnode.io/sse4.2"]);
+}
+
+#[test]
+fn what_can_be_no_label_is_left_out_and_said() {
+    let directory = tempfile::tempdir().unwrap();
+    let long = "x".repeat(64);
+    let file = write(
+        directory.path(),
+        format!(
+            "<capabilities><host><cpu><arch>x86_64</arch></cpu></host><guest><os_type>hvm</os_type>
+             <arch name='x86_64'><machine maxCpus='8'>pc+special</machine>
+             <machine maxCpus='8'>{long}</machine><machine maxCpus='8'>fine</machine>
+             <domain type='kvm'/></arch></guest></capabilities>"
+        ),
+    );
+    let printed = labels(&["--capabilities", &file]);
+    assert_eq!(printed["labels"]["machine.virtnode.io/fine"], "8");
+    let reasons: Vec<&Value> = printed["rejected"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|r| &r["reason"])
+        .collect();
+    assert_eq!(reasons, ["invalid-name", "name-too-long"]);
+    let (code, out, _) = run(&["labels", "--capabilities", &file]);
+    assert_eq!(code, 0);
+    assert!(
+        out.contains("Left out, since they can be no labels:"),
+        "{out}"
+    );
+    assert!(out.contains("pc+special"), "{out}");
+}
+
+#[test]
+fn both_schemas_stand_beside_each_other() {
+    let file = capabilities();
+    let count = |schema: &str| {
+        let printed = labels(&["--capabilities", &file, "--schema", schema]);
+        printed["labels"].as_object().unwrap().len()
+    };
+    assert_eq!(count("both"), count("native") + count("kubevirt"));
+}
+
+#[test]
+fn a_bad_document_is_a_sentence_and_exit_code_1() {
+    let directory = tempfile::tempdir().unwrap();
+    let good = fs::read(capabilities()).unwrap();
+    let cases: [(&str, Vec<u8>, &str); 9] = [
+        ("empty", vec![], "is empty"),
+        ("truncated", good[..good.len() / 2].to_vec(), ": /capabilities/"),
+        ("not UTF-8", [b"<capabilities>\xff".as_slice(), &good].concat(), "is not UTF-8"),
+        ("huge", vec![b' '; 9 * 1024 * 1024], "is larger than 8 MiB"),
+        ("deep", "<capabilities>".repeat(1000).into_bytes(), "is nested deeper than 64"),
+        ("wrong root", b"<domain/>".to_vec(), "the root is <domain>, expected <capabilities>"),
+        ("a DTD", b"<!DOCTYPE x><capabilities/>".to_vec(), "has a DTD"),
+        ("text", b"error: failed to connect".to_vec(), "is no XML document"),
+        (
+            "a bad number",
+            b"<capabilities><guest><arch name='x'><machine maxCpus='many'>m</machine></arch></guest></capabilities>".to_vec(),
+            "/capabilities/guest/arch/machine/@maxCpus: 'many' is no number of vCPUs",
+        ),
+    ];
+    for (name, content, sentence) in cases {
+        let file = write(directory.path(), content);
+        let (code, out, err) = run(&["labels", "--capabilities", &file]);
+        assert_eq!((code, out.as_str()), (1, ""), "{name}");
+        assert!(err.starts_with("virtnode: "), "{name}: {err}");
+        assert!(
+            err.contains(&file) && err.contains(sentence),
+            "{name}: {err}"
+        );
+        assert_eq!(err.lines().count(), 1, "{name}: {err}");
+    }
+    let (code, _, err) = run(&["labels", "--capabilities", "/nonexistent.xml"]);
+    assert_eq!(code, 1);
+    assert!(err.contains("cannot read /nonexistent.xml"), "{err}");
+}
+
+#[test]
+fn odd_but_real_hosts_are_read() {
+    let directory = tempfile::tempdir().unwrap();
+    for odd in [
+        "<capabilities/>",
+        "<capabilities><host/></capabilities>",
+        "<capabilities><host><cpu/></host><guest/></capabilities>",
+        "<capabilities><guest><arch name='x86_64'/></guest></capabilities>",
+    ] {
+        let file = write(directory.path(), odd);
+        let printed = labels(&["--capabilities", &file]);
+        assert!(
+            printed["labels"].as_object().unwrap().is_empty(),
+            "{odd}: {printed}"
+        );
+    }
+    let file = write(
+        directory.path(),
+        "<domainCapabilities><domain>kvm</domain><arch>x86_64</arch><cpu>
+         <mode name='host-model' supported='yes'><vendor>Zhaoxin CentaurHauls</vendor></mode>
+         </cpu></domainCapabilities>",
+    );
+    let printed = labels(&["--domain-capabilities", &file, "--schema", "both"]);
+    let reasons: Vec<&Value> = printed["rejected"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|r| &r["reason"])
+        .collect();
+    assert_eq!(reasons, ["invalid-name", "invalid-value"]);
+}
+
+#[test]
+fn another_driver_has_no_version_of_qemu() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = write(
+        directory.path(),
+        "<domainCapabilities><domain>xen</domain><machine>xenfv</machine><arch>x86_64</arch>
+         <vcpu max='128'/></domainCapabilities>",
+    );
+    let printed = labels(&["--domain-capabilities", &file, "--qemu-version", "4.17.0"]);
+    let expected = serde_json::json!({
+        "machine.virtnode.io/xenfv": "128",
+        "virtnode.io/max-vcpus": "128",
+    });
+    assert_eq!(printed["labels"], expected);
+}
+
+#[test]
+fn wrong_flags_and_configurations_are_exit_code_2() {
+    let directory = tempfile::tempdir().unwrap();
+    let config = directory.path().join("config.yaml");
+    fs::write(&config, "publsh: file\n").unwrap();
+    let config = config.to_str().unwrap();
+    for (arguments, sentence) in [
+        (vec!["labels", "--schema", "none"], "'none' is no schema"),
+        (
+            vec!["labels", "--eim", "maybe"],
+            "none of auto, explicit and none",
+        ),
+        (vec!["labels", "--kvm-max-vcpus", "0"], "--kvm-max-vcpus"),
+        (
+            vec!["labels", "--libvirt-version", "new"],
+            "'new' is no version",
+        ),
+        (vec!["lables"], "unrecognized subcommand"),
+        (
+            vec!["run", "--publish", "none,file"],
+            "'none' cannot stand beside",
+        ),
+        (
+            vec!["run", "--listen", "nowhere"],
+            "'nowhere' is no address",
+        ),
+        (vec!["run", "--config", config], "publsh"),
+        (
+            vec!["run", "--config", "/nonexistent.yaml"],
+            "cannot read the configuration",
+        ),
+    ] {
+        let (code, out, err) = run(&arguments);
+        assert_eq!((code, out.as_str()), (2, ""), "{arguments:?}: {err}");
+        assert!(err.contains(sentence), "{arguments:?}: {err}");
+    }
+}
+
+#[test]
+fn without_a_hypervisor_there_is_a_sentence_and_exit_code_5() {
+    for command in ["labels", "capabilities"] {
+        let (code, out, err) = run(&[
+            command,
+            "--connect",
+            "qemu+unix:///system?socket=/nonexistent/socket",
+        ]);
+        assert_eq!((code, out.as_str()), (5, ""), "{err}");
+        assert!(err.contains("no connection to libvirt"), "{err}");
+        assert!(err.contains("/nonexistent/socket"), "{err}");
+    }
+}
+
+#[test]
+fn facts_are_printed_in_three_ways() {
+    let file = capabilities();
+    let domain = document("dc-x86_64-q35-kvm.xml");
+    let arguments = ["--capabilities", &file, "--domain-capabilities", &domain];
+    let (_, table, _) = run(&[&["capabilities"][..], &arguments].concat());
+    assert!(table.contains("EPYC-Genoa"), "{table}");
+    assert!(
+        table
+            .lines()
+            .any(|line| line.starts_with("pc-q35-10.0 ") && line.contains(" q35 "))
+    );
+    let (_, json, _) = run(&[&["capabilities", "-o", "json"][..], &arguments].concat());
+    let facts: Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(facts["domainCapabilities"][0]["maxVcpus"], 1024);
+    let (_, yaml, _) = run(&[&["capabilities", "-o", "yaml"][..], &arguments].concat());
+    assert!(yaml.contains("maxVcpus: 1024"), "{yaml}");
+}
+
+#[test]
+fn cleanup_removes_our_file_and_only_that() {
+    let directory = tempfile::tempdir().unwrap();
+    let state = directory.path().to_str().unwrap();
+    fs::write(directory.path().join("labels.json"), "{}").unwrap();
+    fs::write(directory.path().join("other"), "kept").unwrap();
+    let arguments = ["cleanup", "--publish", "file", "--state-directory", state];
+    let (code, out, _) = run(&arguments);
+    assert_eq!(code, 0);
+    assert!(out.contains("labels.json: removed."), "{out}");
+    assert!(directory.path().join("other").exists());
+    let (code, out, _) = run(&arguments);
+    assert_eq!(code, 0);
+    assert!(out.contains("labels.json: not there."), "{out}");
+}
+
+#[test]
+fn completions_and_manual_pages_come_from_the_commands() {
+    let (code, script, _) = run(&["completions", "bash"]);
+    assert_eq!(code, 0);
+    assert!(script.contains("--domain-capabilities"));
+    let (code, page, _) = run(&["man"]);
+    assert_eq!(code, 0);
+    assert!(page.contains(".TH virtnode 1"), "{page}");
+}

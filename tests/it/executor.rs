@@ -1,0 +1,541 @@
+//! The executor and its journal, on a hypervisor in memory and in time that passes at once.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tempfile::TempDir;
+use tokio::time::Instant;
+use virtnode::executor::{
+    AskedBy, Executor, OperationId, Options, Order, Record, State, SubmitError,
+};
+use virtnode::hotplug::{HotplugRequest, Require, Verdict};
+use virtnode::hypervisor::HypervisorError;
+use virtnode::journal::Journal;
+use virtnode::units::Bytes;
+
+use crate::support::fake_domains::{Blocks, Calls, Cpus, FakeControl, FakeGuest};
+
+struct Node {
+    control: Arc<FakeControl>,
+    executor: Arc<Executor<FakeControl>>,
+    state: TempDir,
+}
+
+impl Node {
+    fn new() -> Self {
+        Self::with(Options::default())
+    }
+
+    fn with(options: Options) -> Self {
+        let (control, state) = (FakeControl::new(), TempDir::new().unwrap());
+        let executor = start(&control, state.path(), options);
+        Self {
+            control,
+            executor,
+            state,
+        }
+    }
+
+    /// Ends the executor as it is and starts another.
+    async fn restart(&mut self) {
+        self.executor.stop().await;
+        self.executor = start(&self.control, self.state.path(), Options::default());
+    }
+
+    async fn ask(&self, order: Order) -> Record {
+        let id = self.executor.submit(order).await.unwrap();
+        self.ends(&id).await
+    }
+
+    /// The record when there is a verdict.
+    async fn ends(&self, id: &OperationId) -> Record {
+        self.becomes(id, Record::is_done).await
+    }
+
+    async fn becomes(&self, id: &OperationId, wanted: impl Fn(&Record) -> bool) -> Record {
+        let mut records = self.executor.watch(id).unwrap();
+        records
+            .wait_for(|record| wanted(record))
+            .await
+            .unwrap()
+            .clone()
+    }
+}
+
+fn start(control: &Arc<FakeControl>, state: &Path, options: Options) -> Arc<Executor<FakeControl>> {
+    let journal = Journal::open(state).unwrap();
+    Executor::start(Arc::clone(control), journal, options, ()).unwrap()
+}
+
+fn order(domain: &str, request: HotplugRequest) -> Order {
+    Order {
+        domain: domain.parse().unwrap(),
+        request,
+        require: Require::Online,
+        timeout: Duration::from_secs(60),
+        idempotency_key: None,
+        asked_by: AskedBy::Local { uid: 1000 },
+    }
+}
+
+fn vcpus(domain: &str, count: u32) -> Order {
+    let online = false;
+    order(domain, HotplugRequest::Vcpus { count, online })
+}
+
+fn memory(domain: &str, mib: u64) -> Order {
+    let size = Bytes::from_mib(mib).unwrap();
+    order(domain, HotplugRequest::Memory { size })
+}
+
+fn guest(cpus: Cpus, agent: bool) -> FakeGuest {
+    FakeGuest {
+        cpus,
+        agent,
+        ..FakeGuest::default()
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn each_guest_gets_the_verdict_that_is_true() {
+    let node = Node::new();
+    for (cpus, agent, verdict) in [
+        (Cpus::Onlines, true, Verdict::Verified),
+        (Cpus::Onlines, false, Verdict::Verified),
+        (Cpus::LeavesOffline, true, Verdict::GuestOffline),
+        (Cpus::LeavesOffline, false, Verdict::GuestOffline),
+        (Cpus::ThrowsAway, true, Verdict::GuestRefused),
+        (Cpus::ThrowsAway, false, Verdict::GuestOffline),
+        (Cpus::Silent, false, Verdict::GuestSilent),
+    ] {
+        let name = format!("{cpus:?}-{agent}");
+        node.control.add(&name, guest(cpus, agent));
+        let record = node.ask(vcpus(&name, 3)).await;
+        assert_eq!(record.verdict, Some(verdict), "{name}: {record:#?}");
+        let used = node.control.online(&name);
+        assert_eq!(used == 3, verdict == Verdict::Verified, "{name}");
+    }
+    for (blocks, verdict) in [
+        (Blocks::Onlines, Verdict::Verified),
+        (Blocks::LeavesOffline, Verdict::GuestOffline),
+        (Blocks::NoDriver, Verdict::GuestSilent),
+    ] {
+        let name = format!("{blocks:?}");
+        let behaves = FakeGuest {
+            blocks,
+            ..FakeGuest::default()
+        };
+        node.control.add(&name, behaves);
+        let record = node.ask(memory(&name, 1024)).await;
+        assert_eq!(record.verdict, Some(verdict), "{name}: {record:#?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn cpus_come_online_where_that_is_asked_for() {
+    let node = Node::new();
+    node.control.add("vm", guest(Cpus::LeavesOffline, true));
+    let (count, online) = (3, true);
+    let record = node
+        .ask(order("vm", HotplugRequest::Vcpus { count, online }))
+        .await;
+    assert_eq!(record.verdict, Some(Verdict::Verified), "{record:#?}");
+    assert_eq!(
+        node.control.calls(),
+        ["set-vcpus vm 3", "set-guest-vcpus vm 1-2"]
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn memory_comes_and_goes() {
+    let node = Node::new();
+    node.control.add("vm", FakeGuest::default());
+    node.control.add(
+        "half",
+        FakeGuest {
+            blocks: Blocks::GivesHalfBack,
+            ..FakeGuest::default()
+        },
+    );
+    for name in ["vm", "half"] {
+        assert_eq!(
+            node.ask(memory(name, 1024)).await.verdict,
+            Some(Verdict::Verified)
+        );
+    }
+    let back = node.ask(memory("vm", 512)).await;
+    assert_eq!(back.verdict, Some(Verdict::Verified), "{back:#?}");
+    let half = node.ask(memory("half", 512)).await;
+    assert_eq!(half.verdict, Some(Verdict::PartiallyApplied), "{half:#?}");
+    assert!(half.message.unwrap().contains("256MiB"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_unplug_that_libvirt_does_not_notice_is_brought_to_its_notice() {
+    let node = Node::new();
+    let three = FakeGuest {
+        vcpus: 3,
+        ..FakeGuest::default()
+    };
+    node.control.add("vm", three);
+    let record = node.ask(vcpus("vm", 1)).await;
+    assert_eq!(record.verdict, Some(Verdict::Verified), "{record:#?}");
+    assert!(
+        node.control.calls().len() <= 4,
+        "{:?}",
+        node.control.calls()
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_refusal_is_told_when_it_is_said_and_a_later_success_puts_it_right() {
+    let node = Node::new();
+    let keeps = FakeGuest {
+        vcpus: 3,
+        cpus: Cpus::KeepsThem,
+        ..FakeGuest::default()
+    };
+    node.control.add("vm", keeps);
+    let began = Instant::now();
+    let id = node.executor.submit(vcpus("vm", 2)).await.unwrap();
+    let record = node.ends(&id).await;
+    assert_eq!(record.verdict, Some(Verdict::GuestRefused), "{record:#?}");
+    assert!(began.elapsed() < Duration::from_secs(1));
+    // Somebody else asks the guest again, and now it obeys.
+    node.control
+        .behaves("vm", |guest| guest.cpus = Cpus::Onlines);
+    node.control.somebody_unplugs("vm", 2);
+    let record = node
+        .becomes(&id, |record| record.verdict == Some(Verdict::Verified))
+        .await;
+    assert!(record.corrected > record.finished);
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_comes_first_is_served_first() {
+    let node = Node::new();
+    node.control.add("vm", FakeGuest::default());
+    let mut ids = Vec::new();
+    for count in [2, 4, 3] {
+        ids.push(node.executor.submit(vcpus("vm", count)).await.unwrap());
+    }
+    let uuid = "00000000-0000-4000-8000-000000000001";
+    ids.push(node.executor.submit(vcpus(uuid, 4)).await.unwrap());
+    for id in &ids {
+        let record = node.ends(id).await;
+        assert_eq!(record.verdict, Some(Verdict::Verified), "{record:#?}");
+        assert_eq!(record.domain.name, "vm");
+    }
+    let mut calls = node.control.calls();
+    calls.dedup();
+    assert_eq!(
+        calls,
+        [
+            "set-vcpus vm 2",
+            "set-vcpus vm 4",
+            "set-vcpus vm 3",
+            "set-vcpus vm 4"
+        ]
+    );
+    let newest_first: Vec<_> = node.executor.operations();
+    let newest_first: Vec<_> = newest_first.iter().map(|record| &record.id).collect();
+    ids.reverse();
+    assert_eq!(newest_first, ids.iter().collect::<Vec<_>>());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stuck_domain_holds_up_nobody_else() {
+    let node = Node::new();
+    let stuck = FakeGuest {
+        calls: Calls::Hang,
+        ..FakeGuest::default()
+    };
+    node.control.add("stuck", stuck);
+    let began = Instant::now();
+    let first = node.executor.submit(vcpus("stuck", 2)).await.unwrap();
+    let behind = Order {
+        timeout: Duration::from_secs(20),
+        ..vcpus("stuck", 3)
+    };
+    let behind = node.executor.submit(behind).await.unwrap();
+    let mut others = Vec::new();
+    for number in 0..19 {
+        let name = format!("vm{number}");
+        node.control.add(&name, FakeGuest::default());
+        others.push(node.executor.submit(vcpus(&name, 3)).await.unwrap());
+    }
+    for id in &others {
+        let record = node.ends(id).await;
+        assert_eq!(record.verdict, Some(Verdict::Verified), "{record:#?}");
+    }
+    assert!(began.elapsed() < Duration::from_secs(2));
+    let behind = node.ends(&behind).await;
+    assert_eq!(behind.verdict, Some(Verdict::Busy), "{behind:#?}");
+    assert!(began.elapsed() < Duration::from_secs(21));
+    let first = node.ends(&first).await;
+    assert_eq!(first.verdict, Some(Verdict::Pending), "{first:#?}");
+    assert!(began.elapsed() < Duration::from_secs(61));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_cannot_be_is_told_without_a_call() {
+    let node = Node::new();
+    node.control.add("vm", FakeGuest::default());
+    node.control.add("held", FakeGuest::default());
+    node.control.pause("held");
+    for (order, verdict) in [
+        (vcpus("vm", 5), Verdict::Infeasible),
+        (vcpus("vm", 0), Verdict::Infeasible),
+        (memory("vm", 513), Verdict::Infeasible),
+        (memory("vm", 9000), Verdict::Infeasible),
+        (vcpus("held", 2), Verdict::DomainNotRunning),
+        (vcpus("nobody", 2), Verdict::DomainNotFound),
+        (vcpus("a '/..\" <&>", 2), Verdict::DomainNotFound),
+    ] {
+        let record = node.ask(order).await;
+        assert_eq!(record.verdict, Some(verdict), "{record:#?}");
+        assert!(!record.message.unwrap().is_empty());
+    }
+    assert!(node.control.calls().is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_domain_that_ends_or_is_reset_in_the_middle_ends_with_a_verdict() {
+    let node = Node::new();
+    for name in ["destroyed", "reset"] {
+        node.control.add(name, guest(Cpus::LeavesOffline, true));
+    }
+    let began = Instant::now();
+    let destroyed = node.executor.submit(vcpus("destroyed", 3)).await.unwrap();
+    let reset = node.executor.submit(vcpus("reset", 3)).await.unwrap();
+    for id in [&destroyed, &reset] {
+        node.becomes(id, |record| {
+            let awaiting = record.awaiting.as_ref();
+            awaiting.is_some_and(|awaiting| awaiting.what.contains("online"))
+        })
+        .await;
+    }
+    node.control.destroy("destroyed");
+    node.control.reset("reset");
+    let destroyed = node.ends(&destroyed).await;
+    assert_eq!(destroyed.verdict, Some(Verdict::DomainNotRunning));
+    let reset = node.ends(&reset).await;
+    assert_eq!(reset.verdict, Some(Verdict::Verified), "{reset:#?}");
+    assert!(began.elapsed() < Duration::from_secs(5));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_hypervisor_that_is_gone_is_waited_for_until_the_deadline() {
+    let node = Node::new();
+    node.control.add("vm", FakeGuest::default());
+    node.control.connect(false);
+    let id = node.executor.submit(vcpus("vm", 2)).await.unwrap();
+    let never = node.ends(&id).await;
+    assert_eq!(never.verdict, Some(Verdict::HypervisorUnavailable));
+    let id = node.executor.submit(vcpus("vm", 2)).await.unwrap();
+    node.becomes(&id, |record| record.awaiting.is_some()).await;
+    node.control.connect(true);
+    let record = node.ends(&id).await;
+    assert_eq!(record.verdict, Some(Verdict::Verified), "{record:#?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_error_of_libvirt_is_told_in_its_words() {
+    let node = Node::new();
+    let error = HypervisorError::Failed {
+        call: "set-vcpus",
+        number: 1,
+        message: "it is Monday".to_owned(),
+    };
+    let fails = FakeGuest {
+        calls: Calls::Fail(error),
+        ..FakeGuest::default()
+    };
+    node.control.add("vm", fails);
+    let record = node.ask(vcpus("vm", 2)).await;
+    assert_eq!(
+        record.verdict,
+        Some(Verdict::HypervisorError),
+        "{record:#?}"
+    );
+    assert_eq!(record.hypervisor_error.as_deref(), Some("it is Monday"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_call_whose_answer_is_lost_is_not_made_again() {
+    let node = Node::new();
+    for (name, done, verdict) in [
+        ("done", true, Verdict::Verified),
+        ("not", false, Verdict::HypervisorError),
+    ] {
+        let breaks = FakeGuest {
+            calls: Calls::Break { done },
+            ..FakeGuest::default()
+        };
+        node.control.add(name, breaks);
+        let record = node.ask(vcpus(name, 3)).await;
+        assert_eq!(record.verdict, Some(verdict), "{record:#?}");
+    }
+    assert_eq!(node.control.calls().len(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_connection_that_breaks_with_a_call_and_stays_away_is_told_as_such() {
+    let node = Node::new();
+    let breaks = FakeGuest {
+        calls: Calls::Break { done: true },
+        ..FakeGuest::default()
+    };
+    node.control.add("vm", breaks);
+    let id = node.executor.submit(vcpus("vm", 3)).await.unwrap();
+    node.control.called().await;
+    node.control.connect(false);
+    let record = node.ends(&id).await;
+    assert_eq!(
+        record.verdict,
+        Some(Verdict::HypervisorUnavailable),
+        "{record:#?}"
+    );
+    assert_eq!(node.control.calls().len(), 1);
+}
+
+/// The executor ends without a word after each of many spans, and another takes up its journal.
+#[tokio::test(start_paused = true)]
+async fn nothing_is_done_twice_however_often_it_starts_anew() {
+    for millis in (0..200).step_by(4) {
+        let mut node = Node::new();
+        node.control.add("vm", FakeGuest::default());
+        let id = node.executor.submit(vcpus("vm", 3)).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(millis)).await;
+        node.restart().await;
+        let record = node.ends(&id).await;
+        // It may have ended between the journal's word and the call: nobody can tell then whether
+        // libvirt got it, so it is not made again, and whoever asked is told to ask again.
+        let (verdict, calls) = match node.control.online("vm") {
+            1 => (Verdict::HypervisorError, 0),
+            _ => (Verdict::Verified, 1),
+        };
+        assert_eq!(
+            record.verdict,
+            Some(verdict),
+            "after {millis} ms: {record:#?}"
+        );
+        assert_eq!(node.control.calls().len(), calls, "after {millis} ms");
+        node.restart().await;
+        assert_eq!(node.executor.operation(&id), Some(record));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_unfinished_operation_is_looked_at_even_after_its_deadline() {
+    let mut node = Node::new();
+    node.control.add("vm", guest(Cpus::LeavesOffline, true));
+    let id = node.executor.submit(vcpus("vm", 3)).await.unwrap();
+    node.control.called().await;
+    node.executor.stop().await;
+    tokio::time::sleep(Duration::from_secs(300)).await;
+    node.control.brings_online("vm");
+    node.restart().await;
+    let record = node.ends(&id).await;
+    assert_eq!(record.verdict, Some(Verdict::Verified), "{record:#?}");
+    assert_eq!(node.control.calls(), ["set-vcpus vm 3"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_same_key_is_the_same_operation() {
+    let mut node = Node::new();
+    node.control.add("vm", FakeGuest::default());
+    let keyed = |count| Order {
+        idempotency_key: Some("once".to_owned()),
+        ..vcpus("vm", count)
+    };
+    let id = node.executor.submit(keyed(3)).await.unwrap();
+    assert_eq!(node.executor.submit(keyed(3)).await, Ok(id.clone()));
+    let reused = Err(SubmitError::KeyReused(id.clone()));
+    assert_eq!(node.executor.submit(keyed(2)).await, reused);
+    node.ends(&id).await;
+    node.restart().await;
+    assert_eq!(node.executor.submit(keyed(3)).await, Ok(id.clone()));
+    let other = Order {
+        asked_by: AskedBy::Local { uid: 1001 },
+        ..keyed(2)
+    };
+    assert_ne!(node.executor.submit(other).await, Ok(id));
+}
+
+#[tokio::test(start_paused = true)]
+async fn there_are_bounds() {
+    let options = Options {
+        most_open: 3,
+        ..Options::default()
+    };
+    let node = Node::with(options);
+    let stuck = FakeGuest {
+        calls: Calls::Hang,
+        ..FakeGuest::default()
+    };
+    node.control.add("vm", stuck);
+    for _ in 0..3 {
+        node.executor.submit(vcpus("vm", 2)).await.unwrap();
+    }
+    let refused = node.executor.submit(vcpus("vm", 2)).await;
+    assert_eq!(refused, Err(SubmitError::TooMany(3)));
+    node.executor.stop().await;
+    let refused = node.executor.submit(vcpus("vm", 2)).await;
+    assert_eq!(refused, Err(SubmitError::Stopping));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_no_record_is_moved_aside_and_the_oldest_go() {
+    let mut node = Node::new();
+    node.executor.stop().await;
+    let operations = node.state.path().join("operations");
+    let torn = operations.join("00000000000000000001.json");
+    std::fs::write(&torn, "{\"version\":1,").unwrap();
+    std::fs::write(operations.join("notes.txt"), "not ours").unwrap();
+    std::fs::write(operations.join(".00000000000000000001.draft"), "{").unwrap();
+    node.restart().await;
+    let files = || {
+        let files = std::fs::read_dir(&operations).unwrap();
+        let name = |file: std::io::Result<std::fs::DirEntry>| {
+            file.unwrap().file_name().into_string().unwrap()
+        };
+        let mut names: Vec<String> = files.map(name).collect();
+        names.sort();
+        names
+    };
+    assert_eq!(
+        files(),
+        ["notes.txt", "unreadable-00000000000000000001.json.0"]
+    );
+    for _ in 0..1005 {
+        node.ask(vcpus("nobody", 2)).await;
+    }
+    assert_eq!(node.executor.operations().len(), 1000);
+    assert_eq!(files().len(), 1002);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_record_says_what_is_awaited_and_reads_as_promised() {
+    let node = Node::new();
+    node.control.add("vm", guest(Cpus::LeavesOffline, true));
+    let id = node.executor.submit(vcpus("vm", 3)).await.unwrap();
+    let record = node
+        .becomes(&id, |record| {
+            record.state == State::Running && record.awaiting.is_some()
+        })
+        .await;
+    let json = serde_json::to_value(&record).unwrap();
+    assert_eq!(json["state"], "running");
+    assert_eq!(json["askedBy"]["uid"], 1000);
+    assert_eq!(json["request"]["vcpus"]["count"], 3);
+    assert!(json["awaiting"]["since"].as_str().unwrap().ends_with('Z'));
+    let json = serde_json::to_value(node.ends(&id).await).unwrap();
+    assert_eq!(json["state"], "done");
+    assert_eq!(json["verdict"], "GuestOffline");
+    assert_eq!(json["requested"]["vcpus"], 3);
+    assert_eq!(json["before"]["online"], 1);
+    assert!(!json["diagnosis"]["remedy"].as_str().unwrap().is_empty());
+    serde_json::from_value::<Record>(json).unwrap();
+}

@@ -1,0 +1,170 @@
+//! `virtnode hotplug` and `virtnode operations` against a real libvirtd, with a daemon and without.
+
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use serde_json::Value;
+
+use crate::support::daemon::Daemon;
+use crate::support::eventually;
+use crate::support::guest::{Guest, GuestConfig};
+use crate::support::libvirtd::Libvirtd;
+
+/// Exit code, standard output, standard error.
+fn run(socket: &Path, arguments: &[&str]) -> anyhow::Result<(i32, String, String)> {
+    let output = Command::new(env!("CARGO_BIN_EXE_virtnode"))
+        .env_clear()
+        .arg("--socket")
+        .arg(socket)
+        .args(arguments)
+        .output()?;
+    Ok((
+        output.status.code().context("killed")?,
+        String::from_utf8(output.stdout)?,
+        String::from_utf8(output.stderr)?,
+    ))
+}
+
+#[tokio::test]
+async fn an_unknown_domain_is_told_and_noted_in_the_journal() -> anyhow::Result<()> {
+    let libvirtd = Libvirtd::start()?;
+    let daemon = Daemon::start(&libvirtd.uri(), &[]).await?;
+    daemon.ready().await?;
+    let socket = daemon.socket();
+    let hotplug = ["hotplug", "vcpus", "no/such \"vm\"", "2", "--timeout", "20"];
+    let (code, out, err) = run(&socket, &hotplug)?;
+    assert_eq!((code, out.as_str()), (1, ""), "{err}");
+    assert!(
+        err.contains(r#"no domain "no/such \"vm\"" runs here"#),
+        "{err}"
+    );
+
+    let (code, out, err) = run(&socket, &["operations", "--output", "json"])?;
+    assert_eq!((code, err.as_str()), (0, ""));
+    let listed: Value = serde_json::from_str(&out)?;
+    let operation = &listed["operations"][0];
+    assert_eq!(operation["verdict"], "DomainNotFound", "{out}");
+    assert_eq!(operation["domain"]["name"], "no/such \"vm\"");
+
+    // A second one beside the daemon would take up what it is doing.
+    let direct = ["hotplug", "memory", "vm", "2Gi", "--direct"];
+    let (code, _, err) = run(&socket, &direct)?;
+    assert_eq!(code, 1);
+    assert!(err.contains("leave --direct out"), "{err}");
+    let results = "virtnode_hotplug_results_total{action=\"unknown\",resource=\"vcpus\",verdict=\"DomainNotFound\"}";
+    assert_eq!(daemon.metric(results)?, 1.0);
+
+    let (status, directory) = daemon.stop().await?;
+    assert!(status.success());
+    assert!(!socket.exists());
+    // Without a daemon the journal itself is read.
+    let state = directory.path().join("state");
+    let state = state.to_str().context("a path")?;
+    let (code, out, _) = run(&socket, &["operations", "--state-directory", state])?;
+    assert_eq!(code, 0);
+    assert!(out.contains("DomainNotFound"), "{out}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn without_a_daemon_it_is_done_directly_or_said_what_to_do() -> anyhow::Result<()> {
+    let libvirtd = Libvirtd::start()?;
+    let directory = tempfile::tempdir()?;
+    let socket = directory.path().join("virtnode.sock");
+    let (code, out, err) = run(&socket, &["hotplug", "vcpus", "vm", "2"])?;
+    assert_eq!((code, out.as_str()), (1, ""));
+    assert!(
+        err.contains("start the daemon") && err.contains("--direct"),
+        "{err}"
+    );
+
+    let state = directory.path().to_str().context("a path")?;
+    let uri = libvirtd.uri();
+    let direct = [
+        "hotplug",
+        "vcpus",
+        "vm",
+        "2",
+        "--direct",
+        "--timeout",
+        "20",
+        "--output",
+        "json",
+        "--connect",
+        &uri,
+        "--state-directory",
+        state,
+    ];
+    let (code, out, err) = run(&socket, &direct)?;
+    assert_eq!(code, 1, "{err}");
+    let record: Value = serde_json::from_str(&out)?;
+    assert_eq!(record["verdict"], "DomainNotFound", "{out}");
+    let (_, out, _) = run(&socket, &["operations", "--state-directory", state])?;
+    assert!(out.contains("DomainNotFound"), "{out}");
+    Ok(())
+}
+
+#[test]
+fn bad_input_is_exit_code_2_with_a_sentence() -> anyhow::Result<()> {
+    let nowhere = Path::new("/nonexistent/virtnode.sock");
+    for (arguments, says) in [
+        (vec!["memory", "vm", "2 GB"], "binary unit"),
+        (vec!["memory", "vm", "-1"], "negative"),
+        (vec!["memory", "vm", "1e9Gi"], "no size"),
+        (vec!["memory", "vm", "1024"], "no unit"),
+        (vec!["vcpus", "vm", "-1"], "-1"),
+        (vec!["vcpus", "vm", "two"], "two"),
+        (vec!["vcpus", "a\nb", "2"], "line break"),
+        (vec!["vcpus", "", "2"], "1 to 255 bytes"),
+        (
+            vec!["vcpus", "vm", "2", "--require", "proof"],
+            "level of proof",
+        ),
+        (vec!["vcpus", "vm", "2", "--timeout", "0"], "1..=3600"),
+    ] {
+        let (code, out, err) = run(nowhere, &[&["hotplug"], &arguments[..]].concat())?;
+        assert_eq!((code, out.as_str()), (2, ""), "{arguments:?}: {err}");
+        assert!(err.contains(says), "{arguments:?}: {err}");
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_real_guest_is_changed_through_the_daemon() -> anyhow::Result<()> {
+    let libvirtd = Libvirtd::start()?;
+    // It leaves what it gets offline.
+    let config = GuestConfig {
+        name: "vm1",
+        ..GuestConfig::default()
+    };
+    let _guest = Guest::start(&libvirtd, &config).await?;
+    let daemon = Daemon::start(&libvirtd.uri(), &[]).await?;
+    daemon.ready().await?;
+    let socket = daemon.socket();
+
+    let (code, out, err) = run(&socket, &["hotplug", "vcpus", "vm1", "2"])?;
+    assert_eq!(code, 3, "{out}{err}");
+    assert!(out.starts_with("GuestOffline: "), "{out}");
+    assert!(out.contains("What to do:"), "{out}");
+    let (code, out, err) = run(&socket, &["hotplug", "vcpus", "vm1", "3", "--online"])?;
+    assert_eq!((code, err.as_str()), (0, ""), "{out}");
+    assert!(out.starts_with("Verified: "), "{out}");
+    let (code, out, err) = run(&socket, &["hotplug", "vcpus", "vm1", "9"])?;
+    assert_eq!(code, 4, "{out}{err}");
+
+    eventually(Duration::from_secs(60), async || {
+        for (series, wanted) in [
+            ("virtnode_domain_vcpus{domain=\"vm1\",state=\"maximum\"}", 4.0),
+            ("virtnode_domain_vcpus{domain=\"vm1\",state=\"plugged\"}", 3.0),
+            ("virtnode_domain_vcpus{domain=\"vm1\",state=\"online\"}", 3.0),
+            ("virtnode_domains{state=\"running\"}", 1.0),
+            ("virtnode_hotplug_results_total{action=\"plug\",resource=\"vcpus\",verdict=\"Verified\"}", 1.0),
+        ] {
+            ensure!(daemon.metric(series)? == wanted, "{series}");
+        }
+        Ok(())
+    })
+    .await
+}

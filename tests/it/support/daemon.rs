@@ -1,0 +1,204 @@
+//! The real daemon as a process of its own.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+use tempfile::TempDir;
+
+use super::eventually;
+use virtnode::telemetry::metrics::CALLS;
+
+/// For what takes a moment; only a failing test waits so long.
+const LONG: Duration = Duration::from_secs(60);
+
+/// A running `virtnode run`, killed when dropped.
+pub(crate) struct Daemon {
+    directory: TempDir,
+    child: Child,
+    address: SocketAddr,
+}
+
+/// An answer of the daemon's HTTP server.
+pub(crate) struct Answer {
+    pub(crate) status: u16,
+    pub(crate) head: String,
+    pub(crate) body: Vec<u8>,
+}
+
+impl Answer {
+    pub(crate) fn text(&self) -> String {
+        String::from_utf8_lossy(&self.body).into_owned()
+    }
+}
+
+impl Daemon {
+    /// Starts one with a state directory of its own, and waits until it listens.
+    pub(crate) async fn start(uri: &str, arguments: &[&str]) -> anyhow::Result<Self> {
+        Self::start_in(tempfile::tempdir()?, uri, arguments).await
+    }
+
+    /// Starts one with a state directory that was there before.
+    pub(crate) async fn start_in(
+        directory: TempDir,
+        uri: &str,
+        arguments: &[&str],
+    ) -> anyhow::Result<Self> {
+        let log = directory.path().join("log");
+        let child = Command::new(env!("CARGO_BIN_EXE_virtnode"))
+            .env_clear()
+            .args([
+                "run",
+                "--connect",
+                uri,
+                "--listen",
+                "127.0.0.1:0",
+                "--log-format",
+                "json",
+            ])
+            .arg("--state-directory")
+            .arg(directory.path().join("state"))
+            .arg("--socket")
+            .arg(directory.path().join("virtnode.sock"))
+            .arg("--features-directory")
+            .arg(directory.path().join("features.d"))
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(fs::File::create(&log)?)
+            .spawn()?;
+        let mut daemon = Self {
+            directory,
+            child,
+            address: ([127, 0, 0, 1], 0).into(),
+        };
+        let address = eventually(LONG, async || {
+            let lines = daemon.log();
+            let serving = lines.iter().find_map(|line| line["address"].as_str());
+            let serving = serving.with_context(|| format!("it does not listen: {lines:?}"))?;
+            Ok(serving.parse()?)
+        });
+        daemon.address = address.await?;
+        Ok(daemon)
+    }
+
+    /// Waits until it says that it is ready.
+    pub(crate) async fn ready(&self) -> anyhow::Result<()> {
+        eventually(LONG, async || {
+            let answer = self.get("/readyz")?;
+            ensure!(answer.status == 200, "{}", answer.text());
+            Ok(())
+        })
+        .await
+    }
+
+    /// The log so far, a value for each line.
+    pub(crate) fn log(&self) -> Vec<Value> {
+        let text = fs::read_to_string(self.directory.path().join("log")).unwrap_or_default();
+        text.lines()
+            .map(|line| serde_json::from_str(line).unwrap_or(Value::String(line.to_owned())))
+            .collect()
+    }
+
+    /// Where it writes the labels.
+    pub(crate) fn labels_file(&self) -> PathBuf {
+        self.directory.path().join("state/labels.json")
+    }
+
+    /// The labels in its file.
+    pub(crate) fn labels(&self) -> anyhow::Result<BTreeMap<String, String>> {
+        let file: Value = serde_json::from_slice(&fs::read(self.labels_file())?)?;
+        Ok(serde_json::from_value(file["labels"].clone())?)
+    }
+
+    /// Where it serves the local API.
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.directory.path().join("virtnode.sock")
+    }
+
+    /// Where it serves metrics and health.
+    pub(crate) fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// One request.
+    pub(crate) fn get(&self, path: &str) -> anyhow::Result<Answer> {
+        self.request(&format!(
+            "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+        ))
+    }
+
+    /// Sends bytes and reads until the server closes.
+    pub(crate) fn request(&self, request: &str) -> anyhow::Result<Answer> {
+        let mut stream = TcpStream::connect(self.address)?;
+        stream.set_read_timeout(Some(LONG))?;
+        stream.write_all(request.as_bytes())?;
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer)?;
+        let end = answer
+            .windows(4)
+            .position(|w| w == b"\r\n\r\n")
+            .context("no answer")?;
+        let head = String::from_utf8(answer[..end].to_vec())?;
+        let status = head.split(' ').nth(1).context("no status")?.parse()?;
+        Ok(Answer {
+            status,
+            head,
+            body: answer[end + 4..].to_vec(),
+        })
+    }
+
+    /// The value of a series, written as in the exposition.
+    pub(crate) fn metric(&self, series: &str) -> anyhow::Result<f64> {
+        let text = self.get("/metrics")?.text();
+        let line = text
+            .lines()
+            .find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
+        Ok(line
+            .with_context(|| format!("no {series} in\n{text}"))?
+            .parse()?)
+    }
+
+    /// How often libvirt was asked for what labels are made of, so far.
+    pub(crate) fn libvirt_calls(&self) -> anyhow::Result<f64> {
+        let text = self.get("/metrics")?.text();
+        text.lines()
+            .filter_map(|line| line.strip_prefix("virtnode_hypervisor_call_duration_seconds_count"))
+            .filter(|rest| {
+                CALLS
+                    .iter()
+                    .any(|call| rest.contains(&format!("\"{call}\"")))
+            })
+            .map(|rest| Ok(rest.split(' ').nth(1).context("no value")?.parse::<f64>()?))
+            .sum()
+    }
+
+    /// Asks it to stop, and gives its state directory for the next one.
+    pub(crate) async fn stop(mut self) -> anyhow::Result<(ExitStatus, TempDir)> {
+        kill(
+            Pid::from_raw(i32::try_from(self.child.id())?),
+            Signal::SIGTERM,
+        )?;
+        let status = eventually(LONG, async || {
+            self.child.try_wait()?.context("it is still running")
+        })
+        .await?;
+        let directory = std::mem::replace(&mut self.directory, tempfile::tempdir()?);
+        Ok((status, directory))
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        self.child.kill().ok();
+        self.child.wait().ok();
+    }
+}

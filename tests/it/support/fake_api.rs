@@ -1,0 +1,272 @@
+//! An API server in this process with one Node: who owns which label, server-side apply, a watch,
+//! and whatever can go wrong. For faults and races that a real server does not do on demand.
+
+mod node;
+
+use std::convert::Infallible;
+use std::future::pending;
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use axum::body::{Body, Bytes};
+use futures::StreamExt;
+use http::{Request, Response};
+use kube::Client;
+use serde_json::{Value, json};
+use tokio::sync::mpsc;
+
+pub(crate) use self::node::FakeNode;
+
+/// The fake and what happened to it; clones are the same one.
+#[derive(Clone, Default)]
+pub(crate) struct FakeApi(Arc<Mutex<State>>);
+
+type Change = Box<dyn FnOnce(&mut FakeNode) + Send>;
+
+#[derive(Default)]
+struct State {
+    node: Option<FakeNode>,
+    version: u64,
+    nodes_made: u64,
+    watches: Vec<mpsc::UnboundedSender<Bytes>>,
+    muted: Vec<mpsc::UnboundedSender<Bytes>>,
+    asked: Vec<String>,
+    events: Vec<Value>,
+    faults: Vec<(&'static str, Fault, usize)>,
+    before_patch: Option<Change>,
+}
+
+/// What happens to a call instead of an answer.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Fault {
+    /// This HTTP status.
+    Status(u16),
+    /// 429, and when to come back.
+    Busy { retry_after: u32 },
+    /// No answer.
+    Hang,
+    /// No connection.
+    Refuse,
+}
+
+impl FakeApi {
+    /// With a Node `node-a`.
+    pub(crate) fn with_node() -> Self {
+        let api = Self::default();
+        api.create_node();
+        api
+    }
+
+    pub(crate) fn client(&self) -> Client {
+        let api = self.clone();
+        let service = tower::service_fn(move |request| {
+            let api = api.clone();
+            async move { api.answer(request).await }
+        });
+        Client::new(service, "default")
+    }
+
+    /// Makes the Node, or another one in its place.
+    pub(crate) fn create_node(&self) {
+        let mut state = self.state();
+        state.nodes_made += 1;
+        let uid = format!("uid-{}", state.nodes_made);
+        state.node = Some(FakeNode::new(uid));
+        state.changed("ADDED");
+    }
+
+    /// Somebody else changes the Node.
+    pub(crate) fn change(&self, change: impl FnOnce(&mut FakeNode)) {
+        let mut state = self.state();
+        change(state.node.as_mut().expect("a node"));
+        state.changed("MODIFIED");
+    }
+
+    pub(crate) fn look<T>(&self, look: impl FnOnce(&FakeNode) -> T) -> T {
+        look(self.state().node.as_ref().expect("a node"))
+    }
+
+    /// Somebody is faster than the next patch.
+    pub(crate) fn before_next_patch(&self, change: impl FnOnce(&mut FakeNode) + Send + 'static) {
+        self.state().before_patch = Some(Box::new(change));
+    }
+
+    /// The next `times` calls of this verb (or `*`) go wrong.
+    pub(crate) fn break_calls(&self, verb: &'static str, fault: Fault, times: usize) {
+        self.state().faults.push((verb, fault, times));
+    }
+
+    pub(crate) fn repair(&self) {
+        self.state().faults.clear();
+    }
+
+    /// Ends the watches, with an event of this status before if there is one.
+    pub(crate) fn cut_watches(&self, last: Option<u16>) {
+        for watch in std::mem::take(&mut self.state().watches) {
+            if let Some(code) = last {
+                let event = json!({"type": "ERROR", "object": status(code, "Expired", json!([]))});
+                watch.send(line(&event)).ok();
+            }
+        }
+    }
+
+    /// The watches stay and are told nothing any more.
+    pub(crate) fn mute_watches(&self) {
+        let mut state = self.state();
+        let mut muted = std::mem::take(&mut state.watches);
+        state.muted.append(&mut muted);
+    }
+
+    pub(crate) fn watches(&self) -> usize {
+        self.state().watches.len()
+    }
+
+    /// How often this verb was asked for.
+    pub(crate) fn asked(&self, verb: &str) -> usize {
+        self.state()
+            .asked
+            .iter()
+            .filter(|asked| *asked == verb)
+            .count()
+    }
+
+    /// The notes of the events on the Node.
+    pub(crate) fn events(&self) -> Vec<String> {
+        self.state()
+            .events
+            .iter()
+            .map(|event| event["note"].to_string())
+            .collect()
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().expect("nobody panicked")
+    }
+
+    async fn answer(&self, request: Request<kube::client::Body>) -> io::Result<Response<Body>> {
+        let (parts, body) = request.into_parts();
+        let body = body.collect_bytes().await.map_err(io::Error::other)?;
+        let body: Value = serde_json::from_slice(&body).unwrap_or_default();
+        let query = parts.uri.query().unwrap_or_default().to_owned();
+        let verb = match (parts.method.as_str(), parts.uri.path()) {
+            ("GET", "/api/v1/nodes") if query.contains("watch=") => "watch",
+            ("GET", "/api/v1/nodes") => "list",
+            ("GET", "/api/v1/nodes/node-a") => "get",
+            ("PATCH", "/api/v1/nodes/node-a") => "patch",
+            (_, path) if path.contains("/events") => "event",
+            (method, path) => panic!("unexpected {method} {path}"),
+        };
+        let fault = self.state().fault(verb);
+        match fault {
+            Some(Fault::Hang) => {}
+            Some(Fault::Refuse) => return Err(io::ErrorKind::ConnectionRefused.into()),
+            Some(Fault::Status(code)) => return Ok(answer(status(code, reason(code), json!([])))),
+            Some(Fault::Busy { retry_after }) => {
+                let mut busy = status(429, "TooManyRequests", json!([]));
+                busy["details"]["retryAfterSeconds"] = retry_after.into();
+                return Ok(answer(busy));
+            }
+            None => return Ok(self.state().carry_out(verb, &query, body)),
+        }
+        pending().await
+    }
+}
+
+impl State {
+    fn fault(&mut self, verb: &'static str) -> Option<Fault> {
+        self.asked.push(verb.to_owned());
+        let mut faults = self.faults.iter_mut();
+        let fault =
+            faults.find(|(broken, _, times)| (*broken == verb || *broken == "*") && *times > 0)?;
+        fault.2 -= 1;
+        Some(fault.1)
+    }
+
+    fn carry_out(&mut self, verb: &str, query: &str, body: Value) -> Response<Body> {
+        match (verb, &mut self.node) {
+            ("event", _) => {
+                self.events.push(body.clone());
+                answer(body)
+            }
+            ("list", node) => answer(json!({
+                "kind": "PartialObjectMetadataList", "apiVersion": "meta.k8s.io/v1",
+                "metadata": {"resourceVersion": self.version.to_string()},
+                "items": node.iter().map(|node| node.json()).collect::<Vec<_>>()})),
+            ("watch", _) => self.watch(query),
+            (_, None) => answer(status(404, "NotFound", json!([]))),
+            ("get", Some(node)) => answer(node.json()),
+            (_, Some(_)) => self.patch(query, &body),
+        }
+    }
+
+    fn patch(&mut self, query: &str, body: &Value) -> Response<Body> {
+        if let Some(change) = self.before_patch.take() {
+            change(self.node.as_mut().expect("a node"));
+            self.changed("MODIFIED");
+        }
+        let node = self.node.as_mut().expect("a node");
+        let applied = node.apply("virtnode", query.contains("force=true"), &body["metadata"]);
+        if let Err(refused) = applied {
+            return answer(refused);
+        }
+        self.changed("MODIFIED");
+        answer(self.node.as_ref().map(FakeNode::json).unwrap_or_default())
+    }
+
+    fn watch(&mut self, query: &str) -> Response<Body> {
+        let from = query
+            .split('&')
+            .find_map(|pair| pair.strip_prefix("resourceVersion="));
+        let from: u64 = from.and_then(|from| from.parse().ok()).unwrap_or_default();
+        let (sender, receiver) = mpsc::unbounded_channel();
+        if let Some(node) = self.node.as_ref().filter(|node| node.version > from) {
+            let _sent = sender.send(line(&json!({"type": "MODIFIED", "object": node.json()})));
+        }
+        self.watches.push(sender);
+        let lines = futures::stream::unfold(receiver, async |mut receiver| {
+            Some((receiver.recv().await?, receiver))
+        });
+        Response::new(Body::from_stream(lines.map(Ok::<_, Infallible>)))
+    }
+
+    fn changed(&mut self, kind: &str) {
+        self.version += 1;
+        let Some(node) = &mut self.node else { return };
+        node.version = self.version;
+        let event = line(&json!({"type": kind, "object": node.json()}));
+        self.watches
+            .retain(|watch| watch.send(event.clone()).is_ok());
+    }
+}
+
+fn reason(code: u16) -> &'static str {
+    match code {
+        403 => "Forbidden",
+        404 => "NotFound",
+        500 => "InternalError",
+        _ => "",
+    }
+}
+
+fn status(code: u16, reason: &str, causes: Value) -> Value {
+    json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": code, "reason": reason,
+        "message": format!("the fake says {code}"), "details": {"causes": causes}})
+}
+
+fn answer(body: Value) -> Response<Body> {
+    let code = if body["kind"] == "Status" {
+        body["code"].as_u64()
+    } else {
+        None
+    };
+    let code = code
+        .and_then(|code| u16::try_from(code).ok())
+        .unwrap_or(200);
+    let mut response = Response::new(Body::from(body.to_string()));
+    *response.status_mut() = http::StatusCode::from_u16(code).expect("a status");
+    response
+}
+
+fn line(event: &Value) -> Bytes {
+    Bytes::from(format!("{event}\n"))
+}

@@ -1,0 +1,647 @@
+//! A hypervisor in memory, with guests that behave as those of `tests/lab` do on a real one.
+//!
+//! Time is tokio's, so that a test can let it pass at once.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
+
+use tokio::sync::{Notify, broadcast, watch};
+use tokio::time::{Instant, sleep};
+use virtnode::domain::{BalloonStats, DomainState, IdSet, Stats, VcpuStats};
+use virtnode::hotplug::{Event, GuestVcpus, Ost, SlotKind};
+use virtnode::hypervisor::{
+    Change, Connection, DomainControl, DomainId, DomainStats, HypervisorError, LiveDomain, Notice,
+    Notices, Scope,
+};
+use virtnode::units::{Bytes, KiB};
+
+/// How long a question takes.
+const QUESTION: Duration = Duration::from_millis(2);
+/// How long libvirt takes to plug.
+const PLUG: Duration = Duration::from_millis(30);
+/// How long a guest takes to answer.
+const GUEST: Duration = Duration::from_millis(100);
+/// How long libvirt waits for an unplug.
+const UNPLUG: Duration = Duration::from_secs(5);
+const MIB: u64 = 1 << 20;
+const BOOT: u64 = 512 * MIB;
+
+/// What a guest does with vCPUs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Cpus {
+    /// Brings them online by itself.
+    Onlines,
+    /// Leaves them offline until it is told.
+    LeavesOffline,
+    /// Says yes and throws all but the first away (`nr_cpus=1`).
+    ThrowsAway,
+    /// Says nothing: still in its firmware.
+    Silent,
+    /// Takes them, and lets none go.
+    KeepsThem,
+}
+
+/// What a guest does with memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Blocks {
+    /// Brings it online.
+    Onlines,
+    /// Takes it and leaves it offline.
+    LeavesOffline,
+    /// Has no driver.
+    NoDriver,
+    /// Takes all, gives only half back.
+    GivesHalfBack,
+}
+
+/// What a call to change the domain meets.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Calls {
+    /// It is carried out.
+    Work,
+    /// It never comes back, nor do questions about the domain's memory.
+    Hang,
+    /// libvirt answers with this error.
+    Fail(HypervisorError),
+    /// The connection breaks in the middle; before it did, the call was carried out or not.
+    Break {
+        /// Whether it was.
+        done: bool,
+    },
+}
+
+/// What a guest is like.
+#[derive(Debug, Clone)]
+pub(crate) struct FakeGuest {
+    pub(crate) cpus: Cpus,
+    pub(crate) blocks: Blocks,
+    pub(crate) calls: Calls,
+    pub(crate) agent: bool,
+    pub(crate) vcpus: u32,
+}
+
+impl Default for FakeGuest {
+    fn default() -> Self {
+        Self {
+            cpus: Cpus::Onlines,
+            blocks: Blocks::Onlines,
+            calls: Calls::Work,
+            agent: true,
+            vcpus: 1,
+        }
+    }
+}
+
+/// A domain in memory.
+#[derive(Debug, Clone)]
+struct FakeDomain {
+    guest: FakeGuest,
+    uuid: String,
+    number: u32,
+    state: DomainState,
+    /// What libvirt counts, what QEMU has, what the guest has and uses.
+    by_libvirt: u32,
+    in_qemu: u32,
+    present: IdSet,
+    online: IdSet,
+    online_since: BTreeMap<u32, Instant>,
+    /// virtio-mem.
+    requested: u64,
+    taken: u64,
+    total: u64,
+}
+
+/// The hypervisor.
+pub(crate) struct FakeControl {
+    domains: Mutex<BTreeMap<String, FakeDomain>>,
+    notices: broadcast::Sender<Notice>,
+    connection: watch::Sender<Connection>,
+    log: Mutex<Vec<(Instant, String)>>,
+    /// Told when a call to change something begins.
+    called: Notify,
+    started: Instant,
+    me: Weak<Self>,
+}
+
+impl FakeControl {
+    pub(crate) fn new() -> Arc<Self> {
+        Arc::new_cyclic(|me| Self {
+            domains: Mutex::default(),
+            notices: broadcast::Sender::new(1024),
+            connection: watch::Sender::new(Connection::Up(1)),
+            log: Mutex::default(),
+            called: Notify::new(),
+            started: Instant::now(),
+            me: me.clone(),
+        })
+    }
+
+    /// Starts a domain.
+    pub(crate) fn add(&self, name: &str, guest: FakeGuest) {
+        let mut domains = self.domains();
+        let number = u32::try_from(domains.len()).unwrap() + 1;
+        let ids: IdSet = (0..guest.vcpus).collect();
+        let now = Instant::now();
+        let domain = FakeDomain {
+            uuid: format!("00000000-0000-4000-8000-{number:012}"),
+            number,
+            state: DomainState::Running,
+            by_libvirt: guest.vcpus,
+            in_qemu: guest.vcpus,
+            present: ids.clone(),
+            online_since: ids.iter().map(|id| (id, now)).collect(),
+            online: ids,
+            requested: 0,
+            taken: 0,
+            total: BOOT - 100 * MIB,
+            guest,
+        };
+        domains.insert(name.to_owned(), domain);
+    }
+
+    /// What has been called to change something, in order.
+    pub(crate) fn calls(&self) -> Vec<String> {
+        let log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
+        log.iter().map(|(_, call)| call.clone()).collect()
+    }
+
+    /// Returns when the next call to change something has begun.
+    pub(crate) async fn called(&self) {
+        self.called.notified().await;
+    }
+
+    /// How many vCPUs the guest uses, by its own word.
+    pub(crate) fn online(&self, name: &str) -> u32 {
+        self.domains()[name].online.len()
+    }
+
+    /// Changes what a guest does from now on.
+    pub(crate) fn behaves(&self, name: &str, change: impl FnOnce(&mut FakeGuest)) {
+        let mut domains = self.domains();
+        change(&mut domains.get_mut(name).unwrap().guest);
+    }
+
+    /// The guest brings everything online that it has.
+    pub(crate) fn brings_online(&self, name: &str) {
+        let mut domains = self.domains();
+        domains.get_mut(name).unwrap().bring_online();
+    }
+
+    /// Somebody else unplugs vCPUs, and libvirt notices.
+    pub(crate) fn somebody_unplugs(&self, name: &str, count: u32) {
+        let ids: IdSet = (0..count).collect();
+        self.change(name, |domain| {
+            (domain.in_qemu, domain.by_libvirt) = (count, count);
+            (domain.present, domain.online) = (ids.clone(), ids);
+        });
+    }
+
+    /// Ends a domain.
+    pub(crate) fn destroy(&self, name: &str) {
+        let domain = self.domains().remove(name).unwrap();
+        self.tell(name, &domain, Event::Stopped("destroyed".to_owned()));
+    }
+
+    /// Resets a guest: it boots with all that is plugged.
+    pub(crate) fn reset(&self, name: &str) {
+        let mut domains = self.domains();
+        let domain = domains.get_mut(name).unwrap();
+        domain.present = (0..domain.in_qemu).collect();
+        domain.bring_online();
+        let domain = domain.clone();
+        drop(domains);
+        self.tell(name, &domain, Event::Reset);
+    }
+
+    /// Holds a guest's processors.
+    pub(crate) fn pause(&self, name: &str) {
+        self.domains().get_mut(name).unwrap().state = DomainState::Paused;
+    }
+
+    /// Breaks the connection, or makes it again.
+    pub(crate) fn connect(&self, up: bool) {
+        let connection = match up {
+            true => Connection::Up(2),
+            false => Connection::Down,
+        };
+        self.connection.send_replace(connection);
+        // Nobody listens: nobody minds.
+        self.notices.send(Notice::Gap).ok();
+    }
+
+    fn domains(&self) -> MutexGuard<'_, BTreeMap<String, FakeDomain>> {
+        self.domains.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn tell(&self, name: &str, domain: &FakeDomain, event: Event) {
+        let notice = Notice::Change {
+            domain: DomainId {
+                name: name.to_owned(),
+                uuid: domain.uuid.clone(),
+            },
+            at: Instant::now().into_std(),
+            change: Change::Event(event),
+        };
+        self.notices.send(notice).ok();
+    }
+
+    fn ost(&self, name: &str, domain: &FakeDomain, id: u32, source: u32, status: u32) {
+        let gone = source == 3 && status == 0;
+        let ost = Ost {
+            device: (!gone).then(|| format!("vcpu{id}")),
+            slot: id,
+            kind: SlotKind::Cpu,
+            source,
+            status,
+        };
+        self.tell(name, domain, Event::Ost(ost));
+    }
+
+    async fn question(&self) -> Result<(), HypervisorError> {
+        sleep(QUESTION).await;
+        match *self.connection.borrow() {
+            Connection::Up(_) => Ok(()),
+            Connection::Down => Err(HypervisorError::Unavailable("it is gone".to_owned())),
+        }
+    }
+
+    fn find(&self, domain: &DomainId) -> Result<(String, FakeDomain), HypervisorError> {
+        let domains = self.domains();
+        let found = domains.iter().find(|(_, have)| have.uuid == domain.uuid);
+        found
+            .map(|(name, have)| (name.clone(), have.clone()))
+            .ok_or_else(|| HypervisorError::DomainNotFound(domain.name.clone()))
+    }
+
+    /// Notes a call, and does what calls meet with this domain; says whether it is carried out,
+    /// and whether it fails afterwards.
+    async fn begin(
+        &self,
+        call: String,
+        domain: &DomainId,
+    ) -> Result<(String, Option<HypervisorError>), HypervisorError> {
+        self.log
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push((Instant::now(), call));
+        self.called.notify_one();
+        self.question().await?;
+        let (name, have) = self.find(domain)?;
+        let lost = HypervisorError::Unavailable("the connection broke".to_owned());
+        match have.guest.calls {
+            Calls::Work => Ok((name, None)),
+            Calls::Hang => std::future::pending().await,
+            Calls::Fail(error) => Err(error),
+            Calls::Break { done: true } => Ok((name, Some(lost))),
+            Calls::Break { done: false } => Err(lost),
+        }
+    }
+
+    fn change<T>(&self, name: &str, change: impl FnOnce(&mut FakeDomain) -> T) -> Option<T> {
+        self.domains().get_mut(name).map(change)
+    }
+
+    /// The guest is told of new vCPUs.
+    async fn plug(&self, name: &str, count: u32) {
+        sleep(PLUG).await;
+        let before = self.change(name, |domain| {
+            let before = domain.in_qemu;
+            (domain.in_qemu, domain.by_libvirt) = (count, count);
+            before
+        });
+        let Some(before) = before else { return };
+        let Ok((_, domain)) = self.find_by_name(name) else {
+            return;
+        };
+        if domain.guest.cpus == Cpus::Silent || domain.state != DomainState::Running {
+            return;
+        }
+        for id in before..count {
+            self.change(name, |domain| {
+                if domain.guest.cpus != Cpus::ThrowsAway {
+                    domain.present.insert(id);
+                }
+                if matches!(domain.guest.cpus, Cpus::Onlines | Cpus::KeepsThem) {
+                    domain.bring_online();
+                }
+            });
+            self.ost(name, &domain, id, 1, 0);
+        }
+    }
+
+    /// The guest is asked to let vCPUs go, one after another, as libvirt does; libvirt takes what
+    /// the guest did for a timeout, and finds out when it is told again.
+    async fn unplug(&self, name: &str, count: u32) -> Result<(), HypervisorError> {
+        let timed_out = || HypervisorError::UnplugPending {
+            call: "set-vcpus",
+            message: "vcpu unplug request timed out".to_owned(),
+        };
+        loop {
+            let Ok((_, domain)) = self.find_by_name(name) else {
+                return Err(HypervisorError::DomainNotFound(name.to_owned()));
+            };
+            if domain.by_libvirt <= count {
+                return Ok(());
+            }
+            if domain.by_libvirt > domain.in_qemu {
+                self.change(name, |domain| domain.by_libvirt -= 1);
+                continue;
+            }
+            let id = domain.in_qemu - 1;
+            let asked = Instant::now();
+            sleep(GUEST).await;
+            self.ost(name, &domain, id, 3, 0x84);
+            match domain.guest.cpus {
+                Cpus::KeepsThem => self.ost(name, &domain, id, 3, 0x82),
+                Cpus::Silent => {}
+                _ => {
+                    self.change(name, |domain| {
+                        domain.in_qemu = id;
+                        let gone: IdSet = [id].into_iter().collect();
+                        domain.present = domain.present.without(&gone);
+                        domain.online = domain.online.without(&gone);
+                    });
+                    let path = format!("/machine/peripheral/vcpu{id}/lapic");
+                    let deleted = Event::DeviceDeleted { device: None, path };
+                    self.tell(name, &domain, deleted);
+                    self.ost(name, &domain, id, 3, 0);
+                }
+            }
+            tokio::time::sleep_until(asked + UNPLUG).await;
+            return Err(timed_out());
+        }
+    }
+
+    fn find_by_name(&self, name: &str) -> Result<(String, FakeDomain), HypervisorError> {
+        let domains = self.domains();
+        let found = domains.get(name).cloned();
+        found
+            .map(|domain| (name.to_owned(), domain))
+            .ok_or_else(|| HypervisorError::DomainNotFound(name.to_owned()))
+    }
+}
+
+impl FakeDomain {
+    fn bring_online(&mut self) {
+        let now = Instant::now();
+        for id in self.present.iter() {
+            self.online_since.entry(id).or_insert(now);
+        }
+        self.online = self.present.clone();
+    }
+
+    fn id(&self, name: &str) -> DomainId {
+        DomainId {
+            name: name.to_owned(),
+            uuid: self.uuid.clone(),
+        }
+    }
+
+    /// The live XML, of what matters.
+    fn xml(&self, name: &str) -> String {
+        let channel = match self.guest.agent {
+            true => {
+                "<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0' \
+                 state='connected'/></channel>"
+            }
+            false => "",
+        };
+        let boot = BOOT / 1024;
+        let yes_no = |yes| if yes { "yes" } else { "no" };
+        let vcpu = |id: u32| {
+            let (enabled, hotpluggable) = (yes_no(id < self.by_libvirt), yes_no(id > 0));
+            format!("<vcpu id='{id}' enabled='{enabled}' hotpluggable='{hotpluggable}'/>")
+        };
+        let vcpus: String = (0..4).map(vcpu).collect();
+        format!(
+            "<domain type='qemu' id='{}'><name>{name}</name><uuid>{}</uuid>\
+             <maxMemory slots='4' unit='KiB'>4194304</maxMemory>\
+             <memory unit='KiB'>{}</memory><vcpu current='{}'>4</vcpu>\
+             <vcpus>{vcpus}</vcpus><os><type arch='x86_64' machine='pc-q35-10.0'>hvm</type></os>\
+             <features><acpi/></features>\
+             <cpu><numa><cell id='0' cpus='0-3' memory='{boot}' unit='KiB'/></numa></cpu>\
+             <devices><memory model='virtio-mem'><target><size unit='KiB'>2097152</size>\
+             <node>0</node><block unit='KiB'>2048</block>\
+             <requested unit='KiB'>{}</requested><current unit='KiB'>{}</current></target>\
+             <alias name='ua-mem0'/></memory>{channel}\
+             <memballoon model='virtio'><stats period='1'/></memballoon></devices></domain>",
+            self.number,
+            self.uuid,
+            boot + 2_097_152,
+            self.by_libvirt,
+            self.requested / 1024,
+            self.taken / 1024,
+        )
+    }
+
+    fn stats(&self, started: Instant) -> Stats {
+        let now = Instant::now();
+        let ran = |id: u32| {
+            let since = self.online_since.get(&id);
+            let since = since.filter(|_| self.online.contains(id));
+            let ran = since.map_or(Duration::ZERO, |since| now - *since);
+            // in ticks of 10 ms, as libvirt counts
+            u64::try_from(ran.as_millis()).unwrap() / 10 * 10_000_000
+        };
+        let told = (now - started).as_secs() + 1_000_000_000_000;
+        Stats {
+            vcpus: (0..self.by_libvirt)
+                .map(|id| {
+                    let stats = VcpuStats {
+                        time: Some(ran(id)),
+                        exits: None,
+                    };
+                    (id, stats)
+                })
+                .collect(),
+            balloon: BalloonStats {
+                current: Some(Bytes::new(BOOT + self.taken)),
+                total: Some(Bytes::new(self.total)),
+                usable: None,
+                updated: Some(told),
+            },
+        }
+    }
+}
+
+impl DomainControl for FakeControl {
+    async fn find_domain(&self, name_or_uuid: &str) -> Result<DomainId, HypervisorError> {
+        self.question().await?;
+        let domains = self.domains();
+        let found = domains
+            .iter()
+            .find(|(name, domain)| *name == name_or_uuid || domain.uuid == name_or_uuid);
+        found
+            .map(|(name, domain)| domain.id(name))
+            .ok_or_else(|| HypervisorError::DomainNotFound(name_or_uuid.to_owned()))
+    }
+
+    async fn domain(&self, domain: &DomainId) -> Result<LiveDomain, HypervisorError> {
+        self.question().await?;
+        let (name, have) = self.find(domain)?;
+        Ok(LiveDomain {
+            id: have.id(&name),
+            state: have.state,
+            persistent: false,
+            xml: have.xml(&name),
+        })
+    }
+
+    async fn all_domain_stats(&self) -> Result<Vec<DomainStats>, HypervisorError> {
+        self.question().await?;
+        let domains = self.domains();
+        Ok(domains
+            .iter()
+            .map(|(name, domain)| DomainStats {
+                id: domain.id(name),
+                state: domain.state,
+                stats: domain.stats(self.started),
+            })
+            .collect())
+    }
+
+    async fn domain_stats(&self, domain: &DomainId) -> Result<DomainStats, HypervisorError> {
+        self.question().await?;
+        let (name, have) = self.find(domain)?;
+        Ok(DomainStats {
+            id: have.id(&name),
+            state: have.state,
+            stats: have.stats(self.started),
+        })
+    }
+
+    async fn memory_stats(&self, domain: &DomainId) -> Result<BalloonStats, HypervisorError> {
+        Ok(self.domain_stats(domain).await?.stats.balloon)
+    }
+
+    async fn guest_vcpus(&self, domain: &DomainId) -> Result<GuestVcpus, HypervisorError> {
+        self.question().await?;
+        let (_, have) = self.find(domain)?;
+        match have.guest.agent {
+            true => Ok(GuestVcpus {
+                vcpus: have.present,
+                online: have.online,
+            }),
+            false => Err(HypervisorError::AgentUnavailable {
+                call: "guest-vcpus",
+                message: "the agent is not connected".to_owned(),
+            }),
+        }
+    }
+
+    async fn set_guest_vcpus(
+        &self,
+        domain: &DomainId,
+        vcpus: &IdSet,
+        online: bool,
+    ) -> Result<(), HypervisorError> {
+        assert!(online, "nobody takes CPUs offline");
+        let call = format!("set-guest-vcpus {} {vcpus}", domain.name);
+        let (name, error) = self.begin(call, domain).await?;
+        self.change(&name, FakeDomain::bring_online);
+        error.map_or(Ok(()), Err)
+    }
+
+    async fn set_agent_timeout(&self, _: &DomainId, _: Duration) -> Result<(), HypervisorError> {
+        Ok(())
+    }
+
+    async fn set_vcpus(
+        &self,
+        domain: &DomainId,
+        vcpus: u32,
+        _: Scope,
+    ) -> Result<(), HypervisorError> {
+        let (me, domain) = (self.me.upgrade().unwrap(), domain.clone());
+        // What has begun goes on when nobody waits for it any more.
+        let work = tokio::spawn(async move {
+            let call = format!("set-vcpus {} {vcpus}", domain.name);
+            let (name, error) = me.begin(call, &domain).await?;
+            let (_, have) = me.find(&domain)?;
+            match vcpus < have.by_libvirt {
+                true => me.unplug(&name, vcpus).await?,
+                false => me.plug(&name, vcpus).await,
+            }
+            error.map_or(Ok(()), Err)
+        });
+        work.await.unwrap()
+    }
+
+    async fn update_device(
+        &self,
+        domain: &DomainId,
+        _: &str,
+        _: Scope,
+    ) -> Result<(), HypervisorError> {
+        let call = format!("update-device {}", domain.name);
+        self.begin(call, domain).await?;
+        Ok(())
+    }
+
+    async fn resize_virtio_mem(
+        &self,
+        domain: &DomainId,
+        alias: &str,
+        requested: KiB,
+    ) -> Result<(), HypervisorError> {
+        assert_eq!(alias, "ua-mem0");
+        let requested = Bytes::from(requested).get();
+        let call = format!("resize-virtio-mem {} {}", domain.name, requested / MIB);
+        let (name, error) = self.begin(call, domain).await?;
+        sleep(PLUG).await;
+        let size = self.change(&name, |domain| {
+            let before = domain.taken;
+            domain.requested = requested;
+            match domain.guest.blocks {
+                Blocks::NoDriver => return None,
+                Blocks::GivesHalfBack if requested < before => {
+                    domain.taken = before - (before - requested) / 2;
+                }
+                _ => domain.taken = requested,
+            }
+            if domain.guest.blocks != Blocks::LeavesOffline {
+                domain.total = domain.total - before + domain.taken;
+            }
+            Some((domain.taken, domain.clone()))
+        });
+        if let Some(Some((taken, have))) = size {
+            let event = Event::MemorySize {
+                device: "ua-mem0".to_owned(),
+                size: Bytes::new(taken),
+            };
+            self.tell(&name, &have, event);
+        }
+        error.map_or(Ok(()), Err)
+    }
+
+    async fn attach_device(
+        &self,
+        domain: &DomainId,
+        _: &str,
+        _: Scope,
+    ) -> Result<(), HypervisorError> {
+        let call = format!("attach-device {}", domain.name);
+        self.begin(call, domain).await?;
+        Ok(())
+    }
+
+    async fn detach_device(
+        &self,
+        domain: &DomainId,
+        alias: &str,
+        _: Scope,
+    ) -> Result<(), HypervisorError> {
+        let call = format!("detach-device {} {alias}", domain.name);
+        self.begin(call, domain).await?;
+        Ok(())
+    }
+
+    fn notices(&self) -> Notices {
+        Notices::new(self.notices.subscribe())
+    }
+
+    fn listening(&self) -> watch::Receiver<Connection> {
+        self.connection.subscribe()
+    }
+}

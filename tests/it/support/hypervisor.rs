@@ -1,0 +1,100 @@
+//! A hypervisor in memory: real documents, and faults on demand.
+
+use std::fs;
+use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::watch;
+use virtnode::capability::Version;
+use virtnode::hypervisor::{
+    Connection, DomainCapabilitiesQuery, Hypervisor, HypervisorError, RunningDomain, Versions,
+};
+
+/// What it answers; a test changes it between probes.
+pub(crate) struct Answers {
+    pub(crate) capabilities: Result<String, HypervisorError>,
+    pub(crate) domain_capabilities: Result<String, HypervisorError>,
+    pub(crate) domains: Vec<RunningDomain>,
+}
+
+/// A hypervisor in memory.
+pub(crate) struct InMemory {
+    answers: Mutex<Answers>,
+    connection: watch::Sender<Connection>,
+}
+
+impl InMemory {
+    /// One that answers as the captured Debian 13 host did, without running domains.
+    pub(crate) fn debian_13() -> Self {
+        let directory = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("tests/fixtures/debian13-libvirt-11.3.0-qemu-10.0");
+        let read = |file: &str| Ok(fs::read_to_string(directory.join(file)).unwrap());
+        Self {
+            answers: Mutex::new(Answers {
+                capabilities: read("capabilities.xml"),
+                domain_capabilities: read("dc-x86_64-q35-kvm.xml"),
+                domains: Vec::new(),
+            }),
+            connection: watch::Sender::new(Connection::Up(1)),
+        }
+    }
+
+    /// What it answers from now on.
+    pub(crate) fn answers(&self) -> MutexGuard<'_, Answers> {
+        self.answers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes every line of the capabilities that names this machine go away.
+    pub(crate) fn drop_machine(&self, machine: &str) {
+        let mut answers = self.answers();
+        let name = format!(">{machine}<");
+        let capabilities = answers.capabilities.as_ref().unwrap();
+        let kept = capabilities.lines().filter(|line| !line.contains(&name));
+        answers.capabilities = Ok(kept.collect::<Vec<_>>().join("\n"));
+    }
+}
+
+impl Hypervisor for InMemory {
+    async fn versions(&self) -> Result<Versions, HypervisorError> {
+        let hypervisor = Some(Version::new(10, 0, 2));
+        Ok(Versions {
+            libvirt: Version::new(11, 3, 0),
+            hypervisor,
+        })
+    }
+
+    async fn capabilities(&self) -> Result<String, HypervisorError> {
+        self.answers().capabilities.clone()
+    }
+
+    async fn domain_capabilities(
+        &self,
+        _: DomainCapabilitiesQuery,
+    ) -> Result<String, HypervisorError> {
+        self.answers().domain_capabilities.clone()
+    }
+
+    async fn baseline_cpu(
+        &self,
+        _: DomainCapabilitiesQuery,
+        _: String,
+    ) -> Result<String, HypervisorError> {
+        let message = "not in memory".to_owned();
+        Err(HypervisorError::Unsupported {
+            call: "baseline-cpu",
+            message,
+        })
+    }
+
+    async fn native_arguments(&self, _: String) -> Result<String, HypervisorError> {
+        Ok("/usr/bin/qemu-system-x86_64 -device intel-iommu,intremap=on,eim=on".to_owned())
+    }
+
+    async fn running_domains(&self) -> Result<Vec<RunningDomain>, HypervisorError> {
+        Ok(self.answers().domains.clone())
+    }
+
+    fn connection(&self) -> watch::Receiver<Connection> {
+        self.connection.subscribe()
+    }
+}
