@@ -9,7 +9,7 @@
 //!    nothing but the history, so an operation can be judged again after a restart, and a record
 //!    can be put right when the guest follows later.
 //!
-//! [`vcpus`] and [`memory`] have the same files with the same verbs: `preflight` (limits and
+//! `vcpus` and `memory` have the same files with the same verbs: `preflight` (limits and
 //! plan), `evidence` (what the history shows), `verdict` (what that proves) and `diagnosis` (what
 //! is wrong and what to do).
 //!
@@ -36,6 +36,10 @@ mod request;
 mod simulation;
 mod trail;
 mod trouble;
+#[cfg(test)]
+mod trouble_tests;
+#[cfg(test)]
+mod unplug_tests;
 mod vcpus;
 #[cfg(test)]
 mod vcpus_tests;

@@ -12,7 +12,6 @@ mod daemon_on_a_node;
 mod documents;
 mod executor;
 mod hotplug_cli;
-mod judgement;
 mod kube_server;
 mod lab;
 mod labeller;

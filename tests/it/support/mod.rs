@@ -1,6 +1,5 @@
 //! What the integration tests share: real parts to test against, and waiting for conditions.
 
-pub(crate) mod by_virsh;
 pub(crate) mod daemon;
 pub(crate) mod fake_api;
 pub(crate) mod fake_domains;
