@@ -36,6 +36,10 @@ mod request;
 mod simulation;
 mod trail;
 mod trouble;
+#[cfg(test)]
+mod trouble_tests;
+#[cfg(test)]
+mod unplug_tests;
 mod vcpus;
 #[cfg(test)]
 mod vcpus_tests;

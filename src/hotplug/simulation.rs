@@ -1,6 +1,8 @@
 //! A hypervisor and a guest for tests, in virtual time, which behave as the real ones were seen to
 //! in the lab; and a loop that keeps a history of them and does as [`judge`] says.
 
+mod behaviour;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
@@ -94,6 +96,8 @@ pub(super) enum Change {
     FindsLibvirt,
     FreesMemory,
     Onlines(u32),
+    /// A vCPU runs for a while, the guest's system knowing it or not.
+    Runs(u32),
 }
 
 /// A domain and its guest.
@@ -291,218 +295,6 @@ impl World {
         }
     }
 
-    /// What the hypervisor does when it is called.
-    fn call(&mut self, action: &Action) {
-        self.made.push(action.clone());
-        if let Some((number, message)) = self.fails.clone() {
-            return self.later(
-                self.call_takes,
-                Effect::Return(Return::Failed { number, message }),
-            );
-        }
-        let mut how = (self.call_takes, Return::Done);
-        match action {
-            Action::SetVcpus { count, .. } => {
-                let plugged = self.enabled();
-                for id in (0..*count).filter(|id| !plugged.contains(id)) {
-                    self.set_enabled(id, true);
-                    self.qemu.insert(id);
-                    self.times.insert(id, 0);
-                    self.later(ms(30), Effect::GuestSeesCpu(id));
-                }
-                for id in plugged.into_iter().filter(|id| id >= count).rev() {
-                    if !self.qemu.contains(&id) {
-                        self.set_enabled(id, false); // QEMU says it has no such device
-                        continue;
-                    }
-                    self.later(ms(20), Effect::GuestEjects(id));
-                    // libvirt waits for this one, and goes no further
-                    let keeps = self.habits.deaf || self.habits.keeps == Some(id);
-                    if self.forgetful || keeps {
-                        let message = "vcpu unplug request timed out. Unplug result must be \
-                                       manually inspected in the domain";
-                        how = (
-                            ms(5000),
-                            Return::Failed {
-                                number: 68,
-                                message: message.to_owned(),
-                            },
-                        );
-                        break;
-                    }
-                    how.0 += ms(100);
-                }
-            }
-            Action::OnlineVcpus { ids } => {
-                if self.habits.stuck {
-                    let message = "Input/output error".to_owned();
-                    how.1 = Return::Failed {
-                        number: 113,
-                        message,
-                    };
-                } else {
-                    self.online.extend(ids.iter());
-                }
-            }
-            Action::ResizeVirtioMem { alias, requested } => {
-                let device = self.domain.memory.devices.iter_mut();
-                let mut device = device.filter(|device| device.alias.as_ref() == Some(alias));
-                device.next().unwrap().requested = Some((*requested).into());
-                self.later(ms(100), Effect::GuestResizes(alias.clone()));
-            }
-            Action::AttachDimm { alias, size, node } => {
-                let slot = u32::try_from(self.domain.memory.dimms().count()).unwrap();
-                self.domain.memory.devices.push(MemoryDevice {
-                    model: MemoryModel::Dimm,
-                    alias: Some(alias.clone()),
-                    size: (*size).into(),
-                    requested: None,
-                    current: None,
-                    block: None,
-                    node: *node,
-                    slot: Some(slot),
-                });
-                self.later(ms(60), Effect::GuestSeesDimm(alias.clone()));
-            }
-        }
-        self.later(how.0, Effect::Return(how.1));
-    }
-
-    fn apply(&mut self, effect: Effect) {
-        let runs = self.domain.state.runs() && !self.habits.deaf && !self.gone;
-        match effect {
-            Effect::Return(how) => self.returned.push((self.now, how)),
-            Effect::Tests(change) => self.change(change),
-            Effect::TellsTotal => {
-                if runs {
-                    self.told = Some((self.total, seconds_of(self.now)));
-                }
-                self.later(ms(1000), Effect::TellsTotal);
-            }
-            // What a paused guest was about to do it does later.
-            effect if self.domain.state == DomainState::Paused => self.later(ms(50), effect),
-            _ if !runs => {}
-            Effect::GuestSeesCpu(id) => {
-                let name = Some(format!("vcpu{id}"));
-                if let Some(status) = self.habits.refuses {
-                    return self.ost(name, id, SlotKind::Cpu, 1, status);
-                }
-                // Thrown away or not: it says it is well.
-                if self.has.len() < self.habits.nr_cpus as usize {
-                    self.has.insert(id);
-                    if let Some(after) = self.habits.onlines_after {
-                        self.later(after, Effect::GuestOnlines(id));
-                    }
-                }
-                self.ost(name, id, SlotKind::Cpu, 1, 0);
-            }
-            Effect::GuestOnlines(id) => {
-                if self.has.contains(&id) && !self.habits.stuck {
-                    self.online.insert(id);
-                }
-            }
-            Effect::GuestEjects(id) => {
-                let name = format!("vcpu{id}");
-                self.ost(Some(name.clone()), id, SlotKind::Cpu, 3, 0x84);
-                if self.habits.keeps == Some(id) {
-                    return self.ost(Some(name), id, SlotKind::Cpu, 3, 0x82);
-                }
-                self.has.remove(&id);
-                self.online.remove(&id);
-                self.qemu.remove(&id);
-                self.times.remove(&id);
-                self.event(Event::DeviceDeleted {
-                    device: None,
-                    path: format!("/machine/peripheral/{name}/lapic"),
-                });
-                self.ost(None, id, SlotKind::Cpu, 3, 0);
-                if !self.forgetful {
-                    self.set_enabled(id, false);
-                }
-            }
-            Effect::GuestResizes(alias) => self.resize(&alias),
-            Effect::GuestSeesDimm(alias) => {
-                let size = self.domain.memory.device(&alias).unwrap().size;
-                let status = self.habits.refuses.unwrap_or(0);
-                if status == 0 && self.habits.blocks_online {
-                    self.total = self.total.saturating_add(size);
-                }
-                self.ost(Some(alias), 0, SlotKind::Dimm, 1, status);
-            }
-        }
-    }
-
-    fn resize(&mut self, alias: &str) {
-        if !self.habits.virtio_mem {
-            return;
-        }
-        let habits = self.habits.clone();
-        let mut devices = self.domain.memory.devices.iter_mut();
-        let device = devices
-            .find(|device| device.alias.as_deref() == Some(alias))
-            .unwrap();
-        let (requested, current) = (device.asked(), device.plugged());
-        let step = mib(128);
-        let next = match requested > current {
-            true => current
-                .saturating_add(step)
-                .min(requested)
-                .min(habits.takes_at_most),
-            false => current
-                .saturating_sub(step)
-                .max(requested)
-                .max(habits.pinned.min(current)),
-        };
-        device.current = Some(next);
-        if next == current {
-            return;
-        }
-        if habits.blocks_online {
-            self.total = self.total.saturating_add(next).saturating_sub(current);
-        }
-        self.event(Event::MemorySize {
-            device: alias.to_owned(),
-            size: next,
-        });
-        self.later(ms(150), Effect::GuestResizes(alias.to_owned()));
-    }
-
-    fn change(&mut self, change: Change) {
-        match change {
-            Change::Destroy => {
-                self.gone = true;
-                self.event(Event::Stopped("destroyed".to_owned()));
-            }
-            Change::Pause => {
-                self.domain.state = DomainState::Paused;
-                self.event(Event::Paused);
-            }
-            Change::Resume => {
-                self.domain.state = DomainState::Running;
-                self.event(Event::Resumed);
-            }
-            Change::Reset => {
-                self.event(Event::Reset);
-                // It finds all CPUs that QEMU has, and boots them as far as it has room.
-                let room = self.habits.nr_cpus as usize;
-                self.has = self.qemu.iter().copied().take(room).collect();
-                self.online = self.has.clone();
-                self.told = None;
-            }
-            Change::AgentDies => self.habits.agent = false,
-            Change::LosesLibvirt => {
-                self.lost = true;
-                self.returned.push((self.now, Return::Lost));
-            }
-            Change::FindsLibvirt => self.lost = false,
-            Change::FreesMemory => {
-                self.habits.pinned = Bytes::ZERO;
-                self.later(ms(10), Effect::GuestResizes("ua-mem0".to_owned()));
-            }
-            Change::Onlines(id) => self.apply(Effect::GuestOnlines(id)),
-        }
-    }
-
     /// Lets time pass up to that moment.
     fn pass(&mut self, until: Moment) {
         while self.now < until {
@@ -681,4 +473,29 @@ impl Ended {
 /// The vCPUs by number, for a test.
 pub(super) fn ids(text: &str) -> IdSet {
     text.parse().unwrap()
+}
+
+/// A guest that brings CPUs online by itself.
+pub(super) fn onlines() -> Habits {
+    Habits {
+        onlines_after: Some(ms(100)),
+        ..Habits::default()
+    }
+}
+
+/// The same without an agent.
+pub(super) fn without_agent(habits: Habits) -> Habits {
+    Habits {
+        agent: false,
+        ..habits
+    }
+}
+
+/// Where the evidence of an outcome comes from.
+pub(super) fn sources(ended: &Ended) -> Vec<Source> {
+    let evidence = &ended.outcome().evidence;
+    let mut sources: Vec<Source> = evidence.iter().map(|piece| piece.source).collect();
+    sources.sort_unstable();
+    sources.dedup();
+    sources
 }

@@ -58,6 +58,21 @@ pub(super) fn offline(short: Bytes) -> Diagnosis {
     )
 }
 
+/// A DIMM is there, and the guest's total did not follow.
+pub(super) fn dimm_unused(short: Bytes) -> Diagnosis {
+    Diagnosis::new(
+        "memory-offline",
+        format!(
+            "the guest said through ACPI that it took the DIMM, and its own total lacks {short}: \
+             the memory blocks were not brought online, or its kernel threw the DIMM away"
+        ),
+        "write 'online' to /sys/devices/system/memory/auto_online_blocks in the guest, or boot it \
+         with memhp_default_state=online; if there are no new /sys/devices/system/memory/memory*, \
+         the DIMM is not a multiple of the guest's block_size_bytes there: 128 MiB on most x86 \
+         guests, up to 2 GiB on those that booted with 64 GiB or more",
+    )
+}
+
 /// The memory is there, and the balloon has taken it away again.
 pub(super) fn ballooned(held: Bytes) -> Diagnosis {
     Diagnosis::new(

@@ -174,13 +174,8 @@ fn attach(size: Bytes, domain: &Domain) -> Result<Action, Infeasible> {
             slots: memory.slots,
         });
     }
-    // libvirt rounds a live DIMM up, and then there would be more than was asked for
-    // (qemuDomainGetMemoryModuleSizeAlignment, libvirt 11.3).
     let arch = domain.arch.as_deref().unwrap_or_default();
-    let unit = Bytes::new(match arch {
-        "ppc64" | "ppc64le" => 256 << 20,
-        _ => 1 << 20,
-    });
+    let unit = dimm_unit(arch);
     let in_unit = |bytes: Bytes| {
         KiB::try_from(bytes)
             .ok()
@@ -199,6 +194,21 @@ fn attach(size: Bytes, domain: &Domain) -> Result<Action, Infeasible> {
         alias: free_alias(domain),
         size: dimm,
         node,
+    })
+}
+
+/// What a DIMM must be a multiple of.
+///
+/// Elsewhere libvirt rounds a live DIMM up, and then there would be more than was asked for
+/// (`qemuDomainGetMemoryModuleSizeAlignment`, libvirt 11.3). On x86 and arm64 Linux takes no less
+/// than 128 MiB at a time (`SECTION_SIZE_BITS`), says "success" through ACPI to any other DIMM,
+/// and throws it away (measured); and such a DIMM puts every later one at an address that is
+/// not a multiple of 128 MiB, so that Linux throws those away as well.
+fn dimm_unit(arch: &str) -> Bytes {
+    Bytes::new(match arch {
+        "ppc64" | "ppc64le" => 256 << 20,
+        "x86_64" | "i686" | "aarch64" => 128 << 20,
+        _ => 1 << 20,
     })
 }
 

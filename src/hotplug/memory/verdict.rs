@@ -284,6 +284,7 @@ impl Case<'_> {
         let held = plugged.saturating_sub(balloon.unwrap_or(plugged));
         match held > Bytes::ZERO && held >= missing.part(2) {
             true => diagnosis::ballooned(held),
+            false if planned_dimm(self.history).is_some() => diagnosis::dimm_unused(missing),
             false => diagnosis::offline(missing),
         }
     }

@@ -141,29 +141,23 @@ pub(super) fn peripheral(path: &str) -> Option<&str> {
 /// Once is enough for one that was there. A new one may run for a moment without the guest's
 /// system knowing it: a firmware with Secure Boot starts each new CPU once to set it up, and then
 /// lets it wait. So a new one must have run at two different times.
+///
+/// After a reset the firmware runs all of them, some firmwares for as long as they are at work:
+/// only what runs when there was time to boot counts.
 fn runs(history: &History, id: u32, new: bool) -> bool {
-    let reset = history.reset().is_some();
-    let (mut last, needed) = match (new, reset) {
-        (true, false) => (Some(NEVER_RAN), 2),
-        (false, false) => (
-            history
-                .before
-                .stats
-                .as_ref()
-                .and_then(|s| s.vcpus.get(&id))
-                .copied(),
-            1,
-        ),
-        // After a reset all start anew, and the firmware runs them all.
-        (_, true) => (None, 3),
+    let booted = history
+        .reset()
+        .map(|reset| history.patient_until(reset, history.terms.patience.offline));
+    let before = history.before.stats.as_ref();
+    let (mut last, needed) = match (booted, new) {
+        (Some(_), _) => (None, 2),
+        (None, true) => (Some(NEVER_RAN), 2),
+        (None, false) => (before.and_then(|stats| stats.vcpus.get(&id)).copied(), 1),
     };
     let mut grown = 0;
-    for observation in history.since_epoch() {
-        let Some(now) = observation
-            .stats
-            .as_ref()
-            .and_then(|stats| stats.vcpus.get(&id))
-        else {
+    for seen in history.since_epoch() {
+        let now = seen.stats.as_ref().and_then(|stats| stats.vcpus.get(&id));
+        let Some(now) = now.filter(|_| booted.is_none_or(|booted| seen.at >= booted)) else {
             continue;
         };
         if last.is_some_and(|last| grew(last, *now)) {

@@ -1,0 +1,159 @@
+//! The truth table of what comes between: ends, resets, errors, answers that never come.
+
+use super::simulation::{Change, Habits, World, ms, onlines, without_agent};
+use super::*;
+
+#[test]
+fn a_domain_that_does_not_run_is_not_touched() {
+    use crate::domain::DomainState;
+    for state in [
+        DomainState::Paused,
+        DomainState::ShutOff,
+        DomainState::Suspended,
+        DomainState::Crashed,
+    ] {
+        let mut world = World::new(1, onlines());
+        world.domain.state = state;
+        assert_eq!(
+            world.vcpus(2).verdict(),
+            Verdict::DomainNotRunning,
+            "{state}"
+        );
+        assert!(world.made.is_empty());
+    }
+}
+
+#[test]
+fn whatever_ends_the_domain_ends_the_operation() {
+    let mut world = World::new(1, Habits::default()).at(ms(500), Change::Destroy);
+    let ended = world.vcpus(3);
+    assert_eq!(ended.verdict(), Verdict::DomainNotRunning);
+    assert!(ended.took(&world) < ms(1000));
+
+    let mut world = World::new(1, Habits::default()).at(ms(300), Change::Pause);
+    let ended = world.vcpus(3);
+    assert_eq!(ended.verdict(), Verdict::DomainNotRunning);
+
+    let paused_for_a_while = World::new(1, onlines()).at(ms(60), Change::Pause);
+    let mut world = paused_for_a_while.at(ms(8000), Change::Resume);
+    assert_eq!(world.vcpus(3).verdict(), Verdict::Verified);
+    assert!(world.really_uses(3));
+}
+
+#[test]
+fn a_reset_starts_the_evidence_anew() {
+    let mut world = World::new(1, Habits::default()).at(ms(1000), Change::Reset);
+    let ended = world.vcpus(3);
+    assert_eq!(
+        ended.verdict(),
+        Verdict::Verified,
+        "a booting guest takes all that is there"
+    );
+    assert!(world.really_uses(3));
+    let mut world = World::new(1, without_agent(Habits::default())).at(ms(1000), Change::Reset);
+    assert_eq!(world.vcpus(3).verdict(), Verdict::Verified);
+    // A firmware that keeps all vCPUs running for as long as it is at work is no guest.
+    let habits = Habits {
+        nr_cpus: 1,
+        ..without_agent(Habits::default())
+    };
+    let mut world = World::new(1, habits).at(ms(1000), Change::Reset);
+    for after in (1_100..9_000).step_by(100) {
+        world = world.at(ms(after), Change::Runs(2));
+        world = world.at(ms(after), Change::Runs(1));
+    }
+    assert_ne!(world.vcpus(3).verdict(), Verdict::Verified);
+    // What ran before the reset does not run now.
+    let habits = Habits {
+        nr_cpus: 1,
+        ..without_agent(Habits::default())
+    };
+    let mut world = World::new(1, habits).at(ms(1000), Change::Reset);
+    assert_ne!(world.vcpus(3).verdict(), Verdict::Verified);
+}
+
+#[test]
+fn an_error_of_libvirt_is_the_verdict_after_a_look() {
+    let mut world = World::new(1, onlines());
+    let text = "internal error: unable to execute QEMU command 'device_add': cpu hotplug with SMI \
+                wasn't enabled by firmware";
+    world.fails = Some((1, text.to_owned()));
+    let ended = world.vcpus(3);
+    assert_eq!(
+        (ended.verdict(), ended.diagnosis()),
+        (Verdict::HypervisorError, "firmware-smi")
+    );
+    assert_eq!(ended.outcome().message, text);
+    assert_eq!(world.made.len(), 1);
+
+    let mut world = World::new(1, onlines());
+    world.fails = Some((
+        55,
+        "Requested operation is not valid: domain is not running".to_owned(),
+    ));
+    assert_eq!(world.vcpus(3).verdict(), Verdict::DomainNotRunning);
+
+    let mut world = World::new(1, onlines());
+    let lock = "Timed out during operation: cannot acquire state change lock (held by monitor=x)";
+    world.fails = Some((68, lock.to_owned()));
+    world.call_takes = ms(7000);
+    let ended = world.vcpus(3);
+    assert_eq!(ended.verdict(), Verdict::Busy);
+    assert!(world.made.len() > 1, "it is tried again");
+}
+
+#[test]
+fn a_call_without_an_answer_is_observed_and_not_repeated() {
+    // libvirt did it, and we lost sight of it.
+    let lost = World::new(1, onlines()).at(ms(20), Change::LosesLibvirt);
+    let mut world = lost.at(ms(3000), Change::FindsLibvirt);
+    assert_eq!(world.vcpus(3).verdict(), Verdict::Verified);
+    assert_eq!(world.made.len(), 1);
+
+    let mut world = World::new(1, onlines()).at(ms(20), Change::LosesLibvirt);
+    let ended = world.vcpus(3);
+    assert_eq!(ended.verdict(), Verdict::HypervisorUnavailable);
+    assert_eq!(world.made.len(), 1);
+
+    // This program was killed before libvirt got the call.
+    let world = World::new(1, onlines());
+    let terms = world.terms(Require::Online, 30);
+    let request = HotplugRequest::Vcpus {
+        count: 3,
+        online: false,
+    };
+    let before = world.observe();
+    let Preflight::Ready(plan) = preflight(&request, &before, &Host::default()) else {
+        panic!();
+    };
+    let mut history = History::new(request, terms, plan.clone(), before, true);
+    history.called(world.now, plan.actions[0].clone());
+    let journal = serde_json::to_string(&history).unwrap();
+    let mut history: History = serde_json::from_str(&journal).unwrap();
+    history.returned(world.now.after(ms(5)), Return::Lost);
+    let mut world = world;
+    let outcome = world.go_on(&mut history);
+    assert_eq!(
+        outcome.verdict,
+        Verdict::HypervisorError,
+        "{}",
+        outcome.message
+    );
+    assert!(world.made.is_empty());
+}
+
+#[test]
+fn a_frozen_libvirt_leaves_the_request_pending() {
+    let mut world = World::new(
+        1,
+        Habits {
+            deaf: true,
+            ..onlines()
+        },
+    );
+    world.call_takes = ms(100_000);
+    world.domain.vcpus.each[1].enabled = false;
+    let ended = world.vcpus(3);
+    // It is plugged by the XML's word, and the guest is silent.
+    assert_eq!(ended.verdict(), Verdict::GuestSilent);
+}

@@ -1,0 +1,124 @@
+//! The truth table of vCPUs that are to go, on the simulated guest.
+
+use super::simulation::{Habits, World, ms, onlines, sources};
+use super::*;
+
+#[test]
+fn an_unplug_is_verified_although_libvirt_says_it_timed_out() {
+    let mut world = World::new(3, onlines());
+    let ended = world.vcpus(2);
+    assert_eq!(ended.verdict(), Verdict::Verified);
+    assert!(world.really_uses(2));
+    assert_eq!(
+        world.made.len(),
+        2,
+        "libvirt is told again: {:?}",
+        world.made
+    );
+    assert!(
+        ended
+            .outcome()
+            .hypervisor_error
+            .as_ref()
+            .unwrap()
+            .contains("timed out")
+    );
+    assert!(sources(&ended).contains(&Source::DeviceEvent));
+
+    // Two at once: libvirt takes them one after the other.
+    let mut world = World::new(3, onlines());
+    assert_eq!(world.vcpus(1).verdict(), Verdict::Verified);
+    assert!(world.really_uses(1));
+    assert_eq!(world.made.len(), 3);
+
+    // A libvirt that notices by itself is told once.
+    let mut world = World::new(3, onlines());
+    world.forgetful = false;
+    assert_eq!(world.vcpus(1).verdict(), Verdict::Verified);
+    assert_eq!(world.made.len(), 1);
+}
+
+#[test]
+fn an_unplug_is_found_out_without_events_too() {
+    for agent in [true, false] {
+        let mut world = World::new(3, Habits { agent, ..onlines() });
+        world.monitor_events = false;
+        assert_eq!(world.vcpus(2).verdict(), Verdict::Verified, "agent {agent}");
+        assert_eq!(world.made.len(), 2);
+    }
+}
+
+#[test]
+fn an_acknowledged_unplug_does_not_wait_for_libvirt() {
+    let mut world = World::new(3, onlines());
+    let terms = world.terms(Require::Acknowledged, 30);
+    let ended = world.carry_out(
+        HotplugRequest::Vcpus {
+            count: 2,
+            online: false,
+        },
+        terms,
+    );
+    assert_eq!(ended.verdict(), Verdict::Verified);
+    assert!(ended.took(&world) < ms(1000));
+}
+
+#[test]
+fn a_guest_that_keeps_a_cpu_is_found_out_before_libvirt_gives_up() {
+    let habits = Habits {
+        keeps: Some(2),
+        ..onlines()
+    };
+    let mut world = World::new(3, habits);
+    let ended = world.vcpus(2);
+    assert_eq!(
+        (ended.verdict(), ended.diagnosis()),
+        (Verdict::GuestRefused, "cpu-in-use")
+    );
+    assert!(ended.took(&world) <= ms(1000));
+    assert_eq!(world.made.len(), 1);
+
+    // A later success puts the record right.
+    let mut history = ended.into_history();
+    world.habits.keeps = None;
+    world.forgetful = false;
+    world.look_again(&mut history, ms(6000));
+    world.vcpus(2);
+    let outcome = world.look_again(&mut history, ms(200));
+    assert_eq!(outcome.verdict, Verdict::Verified);
+}
+
+#[test]
+fn one_of_two_kept_is_a_part() {
+    let habits = Habits {
+        keeps: Some(1),
+        ..onlines()
+    };
+    let mut world = World::new(3, habits);
+    let ended = world.vcpus(1);
+    assert_eq!(
+        ended.verdict(),
+        Verdict::PartiallyApplied,
+        "{:?}",
+        ended.outcome()
+    );
+    assert_eq!(
+        ended.outcome().after,
+        Extent::Vcpus {
+            vcpus: 2,
+            online: Some(2)
+        }
+    );
+}
+
+#[test]
+fn an_unplug_that_nobody_answers_stands() {
+    let habits = Habits {
+        deaf: true,
+        ..Habits::default()
+    };
+    let mut world = World::new(3, habits);
+    let ended = world.vcpus(2);
+    assert_eq!(ended.verdict(), Verdict::Pending);
+    assert!(world.made.len() <= 2);
+}
