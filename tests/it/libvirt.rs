@@ -395,9 +395,14 @@ async fn what_cannot_be_reached_is_said_clearly() {
     // The file stays when nobody listens any more.
     drop(UnixListener::bind(&socket).unwrap());
     let refused = format!("qemu+unix:///system?socket={}", socket.display());
+    let absent = directory.path().join("absent");
+    let absent = format!("qemu+unix:///system?socket={}", absent.display());
     for (uri, word) in [
         (refused.as_str(), "refused"),
-        ("nonsense:///system", "nonsense"),
+        (absent.as_str(), "No such file"),
+        // A scheme that no driver knows is handed to a remote libvirt; one over TCP to a port that
+        // nothing can listen on asks nobody, whatever runs on this machine.
+        ("nonsense+tcp://127.0.0.1:1/system", "127.0.0.1:1"),
         ("qemu\0:///", "NUL"),
     ] {
         let (libvirt, metrics) = start(uri, |_| {});
