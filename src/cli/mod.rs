@@ -14,7 +14,6 @@ mod report;
 mod run;
 
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::Context;
@@ -73,7 +72,7 @@ fn version() -> &'static str {
 }
 
 /// Parses the arguments, runs the command, and says what went wrong.
-pub fn main() -> ExitCode {
+pub fn main() -> Exit {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
@@ -83,17 +82,17 @@ pub fn main() -> ExitCode {
             };
             // A closed pipe is the reader's wish.
             let _closed = error.print();
-            return status.into();
+            return status;
         }
     };
     match cli.run() {
-        Ok(exit) => exit.into(),
+        Ok(exit) => exit,
         Err(error) => {
             let exit = Exit::of(&error);
             if !exit::is_broken_pipe(&error) {
                 output::complain(&format!("virtnode: {error:#}"));
             }
-            exit.into()
+            exit
         }
     }
 }

@@ -338,8 +338,7 @@ async fn supervise(parts: &mut JoinSet<&'static str>) -> anyhow::Result<()> {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
         }
-        #[expect(clippy::exit, reason = "the operator asked twice")]
-        std::process::exit(130);
+        crate::ffi::leave(130);
     });
     Ok(())
 }
