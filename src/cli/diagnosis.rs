@@ -179,12 +179,13 @@ fn write_unseen(text: &mut String, unseen: &[Unseen]) -> std::fmt::Result {
     writeln!(text)
 }
 
-/// Writes words in lines that are not too wide.
+/// Writes words in lines that are not too wide. What is between backquotes stays on one line.
 fn wrap(text: &mut String, words: &str, first: &str, others: &str) -> std::fmt::Result {
     let mut line = first.to_owned();
     let mut is_empty = true;
-    for word in words.split(' ').filter(|word| !word.is_empty()) {
-        if !is_empty && line.chars().count() + 1 + word.chars().count() > WIDTH {
+    for word in unbroken(words) {
+        let is_too_long = line.chars().count() + 1 + word.chars().count() > WIDTH;
+        if !is_empty && is_too_long {
             writeln!(text, "{line}")?;
             line = others.to_owned();
             is_empty = true;
@@ -192,8 +193,99 @@ fn wrap(text: &mut String, words: &str, first: &str, others: &str) -> std::fmt::
         if !is_empty {
             line.push(' ');
         }
-        line.push_str(word);
+        line.push_str(&word);
         is_empty = false;
     }
     writeln!(text, "{line}")
+}
+
+/// The words, those between backquotes as one.
+fn unbroken(words: &str) -> Vec<String> {
+    let mut all: Vec<String> = Vec::new();
+    let mut in_quotes = false;
+    for word in words.split(' ').filter(|word| !word.is_empty()) {
+        match all.last_mut() {
+            Some(last) if in_quotes => {
+                last.push(' ');
+                last.push_str(word);
+            }
+            _ => all.push(word.to_owned()),
+        }
+        in_quotes ^= word.matches('`').count() % 2 == 1;
+    }
+    all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::diagnosis::Check;
+
+    fn finding(domain: Option<&str>, severity: Severity, command: &str) -> Finding {
+        Finding {
+            check: Check::GuestAgent,
+            severity,
+            domain: domain.map(str::to_owned),
+            what: "its agent does not answer".to_owned(),
+            why: Some("Nobody can tell.".to_owned()),
+            remedy: Some(Remedy::on_host([command], "Then wait.")),
+        }
+    }
+
+    #[test]
+    fn domains_with_the_same_trouble_are_told_together_and_errors_first() {
+        let diagnosis = Diagnosis {
+            findings: vec![
+                finding(Some("b"), Severity::Warning, "cure b"),
+                finding(Some("a\u{1b}[2J"), Severity::Warning, "cure a"),
+                finding(None, Severity::Error, "cure all"),
+                Finding {
+                    severity: Severity::Ok,
+                    ..finding(None, Severity::Ok, "")
+                },
+            ],
+            unseen: vec![Unseen {
+                check: Check::Iommu,
+                what: "nothing".to_owned(),
+                remedy: None,
+            }],
+        };
+        let expected = "\
+ERROR guest-agent: its agent does not answer
+    Nobody can tell.
+    Cure, as root here:
+      cure all
+    Then wait.
+
+WARNING guest-agent: 2 domains (b, a\\u{1b}[2J): its agent does not answer
+    Nobody can tell.
+    Cure, as root here:
+      cure b
+      cure a
+    Then wait.
+
+Not looked at:
+  iommu: nothing
+
+Looked at, and nothing to do:
+  guest-agent  its agent does not answer
+
+1 error, 2 warnings, 1 ok, 1 not looked at.
+";
+        assert_eq!(show(&diagnosis), expected);
+    }
+
+    #[test]
+    fn what_is_to_be_copied_stays_on_one_line() {
+        let mut text = String::new();
+        let words = format!(
+            "{} `echo 'a b c' >file`, then {}",
+            "x".repeat(80),
+            "y".repeat(80)
+        );
+        wrap(&mut text, &words, "", "  ").unwrap();
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(lines.len(), 3, "{text}");
+        assert_eq!(lines[1], "  `echo 'a b c' >file`, then");
+    }
 }

@@ -128,7 +128,7 @@ fn rights(observed: &Observed, (mode, uid, gid): (u32, u32, u32), diagnosis: &mu
         host.accounts.user_name(uid),
         host.accounts.group_name(gid)
     );
-    let seen = format!("/dev/kvm is {} {owners}", permissions(mode));
+    let seen = format!("/dev/kvm is c{} {owners}", permissions(mode));
     let Some(qemu) = accounts::qemu(observed) else {
         return diagnosis.unseen(
             CHECK,
@@ -172,9 +172,11 @@ fn cure(host: &Host, qemu: &Account) -> Remedy {
     }
     // Last, since it is the device's change that makes libvirt look again.
     commands.push(open_to(KVM));
-    Remedy::on_host(
-        commands,
-        "libvirt notices by itself. If it comes back after a reboot, tell udev: echo \
-         'KERNEL==\"kvm\", GROUP=\"kvm\", MODE=\"0660\"' >/etc/udev/rules.d/65-kvm.rules",
-    )
+    let mut text = "libvirt notices by itself.".to_owned();
+    if host.udev {
+        let rule = r#"KERNEL=="kvm", GROUP="kvm", MODE="0660""#;
+        commands.push(format!("echo '{rule}' >/etc/udev/rules.d/65-kvm.rules"));
+        text.push_str(" The last keeps it so after a reboot.");
+    }
+    Remedy::on_host(commands, text)
 }

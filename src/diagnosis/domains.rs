@@ -2,10 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use super::finding::{Check, Diagnosis, Finding, Remedy, Severity, counted, quoted};
+use super::finding::{Check, Diagnosis, Finding, Place, Remedy, Severity, counted, quoted};
 use super::libvirt::virsh;
 use super::observed::{Agent, DomainSeen, Look, Observed};
-use crate::domain::{AgentChannel, IdSet};
+use crate::domain::{AgentChannel, Device, IdSet};
 
 /// The domains that could be looked at closely.
 fn looked(domains: &[DomainSeen]) -> impl Iterator<Item = (&DomainSeen, &Look)> {
@@ -125,7 +125,7 @@ fn check_agents(observed: &Observed, domains: &[DomainSeen], diagnosis: &mut Dia
             _ if !seen.state.runs() => continue,
             (_, AgentChannel::Absent) => (
                 "it has no channel for a guest agent".to_owned(),
-                Remedy::on_host([attach_channel(observed, seen, look)], INSTALL),
+                attach_channel(observed, seen, look),
             ),
             (_, AgentChannel::Disconnected) => (
                 "nobody in the guest has opened the guest agent's channel".to_owned(),
@@ -164,14 +164,37 @@ fn check_agents(observed: &Observed, domains: &[DomainSeen], diagnosis: &mut Dia
 const INSTALL: &str = "The guest needs the package qemu-guest-agent (Windows: virtio-win's guest \
                        tools), and its service running.";
 
-fn attach_channel(observed: &Observed, seen: &DomainSeen, look: &Look) -> String {
-    let config = if look.persistent { " --config" } else { "" };
-    format!(
+/// How a domain gets a channel: while it runs if it has a controller for it, since such a controller
+/// cannot be plugged (libvirt 11.3: "no virtio-serial controllers are available"); else with its next
+/// start, if it has a definition.
+fn attach_channel(observed: &Observed, seen: &DomainSeen, look: &Look) -> Remedy {
+    let is_controller = |device: &Device| device.alias.starts_with("virtio-serial");
+    let now = look.domain.devices.iter().any(is_controller);
+    let (flags, text) = match (now, look.persistent) {
+        (true, true) => ("--live --config", INSTALL.to_owned()),
+        (true, false) => ("--live", INSTALL.to_owned()),
+        (false, true) => (
+            "--config",
+            format!(
+                "It holds from the domain's next start, not from a reboot of the guest. {INSTALL}"
+            ),
+        ),
+        (false, false) => {
+            return Remedy::words(
+                Place::Host,
+                format!(
+                    "Whoever makes this domain has to give it one: it has no definition of its own. {INSTALL}"
+                ),
+            );
+        }
+    };
+    let command = format!(
         "echo \"<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/>\
-         </channel>\" | {} attach-device {} /dev/stdin --live{config}",
+         </channel>\" | {} attach-device {} /dev/stdin {flags}",
         virsh(observed),
         called(seen)
-    )
+    );
+    Remedy::on_host([command], text)
 }
 
 fn check_vcpus(domains: &[DomainSeen], diagnosis: &mut Diagnosis) {
@@ -195,7 +218,7 @@ fn check_vcpus(domains: &[DomainSeen], diagnosis: &mut Diagnosis) {
                     format!(
                         "Take nr_cpus= or possible_cpus= from the guest's kernel command line, or \
                          make them larger, and reboot it. Until then, to take back what it does not \
-                         use, on the host: virtnode hotplug vcpus {name} {}",
+                         use, on the host: `virtnode hotplug vcpus {name} {}`",
                         guest.vcpus.len().max(look.domain.vcpus.fixed())
                     ),
                 ),
@@ -208,8 +231,8 @@ fn check_vcpus(domains: &[DomainSeen], diagnosis: &mut Diagnosis) {
                 Remedy::on_host(
                     [format!("virtnode hotplug vcpus {name} {count} --online")],
                     "It brings them online through the guest agent and proves it. For those that \
-                     come later the guest needs a udev rule: SUBSYSTEM==\"cpu\", ACTION==\"add\", \
-                     ATTR{online}=\"1\"",
+                     come later the guest needs a udev rule: `SUBSYSTEM==\"cpu\", ACTION==\"add\", \
+                     ATTR{online}=\"1\"`",
                 ),
             ),
             Agent::Answered(_) => {
@@ -222,7 +245,7 @@ fn check_vcpus(domains: &[DomainSeen], diagnosis: &mut Diagnosis) {
                     format!("vCPUs {idle} are plugged and have never run"),
                     Remedy::in_guest(
                         ["cat /sys/devices/system/cpu/present /sys/devices/system/cpu/online"],
-                        "They are offline (echo 1 >/sys/devices/system/cpu/cpuN/online), or the \
+                        "They are offline (`echo 1 >/sys/devices/system/cpu/cpuN/online`), or the \
                          guest threw them away (nr_cpus= on its kernel command line). With its agent \
                          virtnode could tell.",
                     ),
@@ -375,7 +398,7 @@ fn check_machine_types(observed: &Observed, domains: &[DomainSeen], diagnosis: &
                  ask to be activated again).",
             ),
             _ => Remedy::words(
-                super::finding::Place::Host,
+                Place::Host,
                 "Whoever made the domain has to give it a newer machine type and start it anew.",
             ),
         };

@@ -38,6 +38,8 @@ pub struct Host {
     pub in_container: bool,
     /// Whether systemd runs the machine.
     pub systemd: bool,
+    /// Whether udev takes rules (/etc/udev/rules.d).
+    pub udev: bool,
     /// `ID` and `ID_LIKE` of os-release.
     pub distribution: Vec<String>,
     /// The CPU; `None` if /proc/cpuinfo cannot be read.

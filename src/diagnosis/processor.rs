@@ -94,7 +94,12 @@ pub(super) fn check_extensions(observed: &Observed, diagnosis: &mut Diagnosis) {
         Some(hypervisor) => format!("; this machine is itself a guest ({hypervisor})"),
         None => String::new(),
     };
-    match extensions(host) {
+    let shown = extensions(host);
+    if let (Some(most), false) = (host.kvm.max_vcpus, matches!(shown, Extensions::Shown(_))) {
+        let what = format!("KVM answers: up to {most} vCPUs in a domain{guest}");
+        return diagnosis.ok(check, what);
+    }
+    match shown {
         Extensions::Shown(how) => diagnosis.ok(check, format!("{how}{guest}")),
         _ if kvm_works(host) || has_device(host) => {
             diagnosis.ok(

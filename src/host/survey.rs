@@ -45,12 +45,14 @@ pub fn survey(root: &Path, socket: Option<&Path>) -> Host {
     let is_here = root == Path::new("/");
     let arch = super::arch(root);
     let in_pod = is_here && std::env::var_os("KUBERNETES_SERVICE_HOST").is_some();
-    let in_container = in_pod || exists(root, &[".dockerenv", "run/.containerenv"]);
+    let has_mark = in_pod || exists(root, &[".dockerenv", "run/.containerenv"]);
+    let in_container = has_mark && !has_initial_namespaces(root);
     let cpu = cpu(root, &arch);
     Host {
         is_root: Uid::effective().is_root(),
         in_container,
         systemd: exists(root, &["run/systemd/system"]),
+        udev: exists(root, &["etc/udev/rules.d"]),
         distribution: distribution(root),
         guest_of: guest_of(root, &arch, cpu.as_ref()),
         cpu,
@@ -90,6 +92,22 @@ pub fn survey(root: &Path, socket: Option<&Path>) -> Host {
         accounts: accounts(root),
         arch,
     }
+}
+
+/// Whether this process lives in the machine's own namespaces, whatever a file that an image brought
+/// says. Their numbers are fixed (`PROC_*_INIT_INO`, linux/proc_ns.h).
+fn has_initial_namespaces(root: &Path) -> bool {
+    [
+        ("ipc", 0xEFFF_FFFF_u32),
+        ("uts", 0xEFFF_FFFE),
+        ("pid", 0xEFFF_FFFC),
+        ("cgroup", 0xEFFF_FFFB),
+    ]
+    .iter()
+    .all(|(kind, number)| {
+        let link = fs::read_link(root.join("proc/self/ns").join(kind));
+        link.is_ok_and(|link| link == Path::new(&format!("{kind}:[{number}]")))
+    })
 }
 
 /// Whose mounts and sockets are looked at. Seen through a mount of the host's root, "self" would
@@ -168,7 +186,7 @@ fn guest_of(root: &Path, arch: &str, cpu: Option<&Cpu>) -> Option<String> {
     if matches!(arch, "x86_64" | "i686") {
         let flagged = cpu?.flags.contains("hypervisor");
         return flagged.then(|| match (vendor.as_str(), product.as_str()) {
-            ("", _) => "of a hypervisor that does not say its name".to_owned(),
+            ("", _) => "a hypervisor without a name".to_owned(),
             (vendor, "") => vendor.to_owned(),
             (vendor, product) => format!("{vendor} {product}"),
         });
