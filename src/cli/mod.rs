@@ -2,6 +2,8 @@
 
 mod capabilities;
 mod cleanup;
+mod diagnosis;
+mod doctor;
 mod exit;
 mod generate;
 mod hotplug;
@@ -54,6 +56,8 @@ enum Command {
     Hotplug(hotplug::Hotplug),
     /// The hotplug operations this node has done or is doing
     Operations(operations::Operations),
+    /// Look this node over: each thing that is wrong, why it matters, and the command that cures it
+    Doctor(doctor::Doctor),
     /// Remove what this program published, and nothing else
     Cleanup,
     /// Print a completion script for a shell
@@ -119,6 +123,7 @@ impl Cli {
             Command::Capabilities(arguments) => arguments.run(&config),
             Command::Hotplug(arguments) => arguments.run(&config),
             Command::Operations(arguments) => arguments.run(&config),
+            Command::Doctor(arguments) => arguments.run(&config),
             Command::Cleanup => cleanup::run(&config),
             Command::Completions(_) | Command::Man(_) => Ok(Exit::Done),
         }

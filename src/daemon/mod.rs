@@ -23,6 +23,7 @@ use tracing::{error, info, warn};
 
 use crate::cluster::{Cluster, ClusterConfig};
 use crate::config::{Config, Target};
+use crate::doctor::{Doctor, Scope};
 use crate::hypervisor::{ControlConfig, Libvirt, LibvirtConfig, LibvirtControl};
 use crate::label::{LabelKey, LabelSet, LabelValue};
 use crate::labeller::{Labeller, Outlets};
@@ -143,6 +144,23 @@ async fn start(
     let inventory = Arc::clone(&metrics.inventory);
     let health = Arc::new(Health::new(labeller.progress(), synced).with_domains(inventory));
     let monitor = Monitor::new(Arc::clone(&control), Arc::clone(&metrics.inventory));
+    let scope = Scope {
+        root: Path::new("/").to_owned(),
+        uri: config.connect.clone(),
+        policy: config.policy.clone(),
+    };
+    let doctor = Doctor::new(
+        scope,
+        config.probe_interval,
+        labeller.latest(),
+        monitor.sight(),
+        Arc::clone(&metrics),
+    );
+    let token = stop.clone();
+    parts.spawn(async move {
+        doctor.run(token).await;
+        "the doctor"
+    });
     let token = stop.clone();
     parts.spawn(async move {
         monitor.run(token).await;

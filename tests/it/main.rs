@@ -9,6 +9,8 @@ mod cluster;
 mod control;
 mod daemon;
 mod daemon_on_a_node;
+mod doctor;
+mod doctor_domains;
 mod documents;
 mod executor;
 mod hotplug_cli;
