@@ -14,6 +14,7 @@
 pub mod capability;
 pub mod cli;
 pub mod cluster;
+pub mod compat;
 pub mod config;
 pub mod daemon;
 pub mod domain;

@@ -1,0 +1,24 @@
+//! Whether a domain would run on a node, and why not. Pure.
+//!
+//! ```text
+//! domain XML ─▶ Requirement ─┐
+//!                            ├─ fits ─▶ Fit: an answer, findings, headroom
+//! NodeFacts ───▶ Offer ──────┘
+//! ```
+//!
+//! [`Requirement`] is what one domain needs of any node; [`Offer`] is what one node has for
+//! domains of one architecture and domain type, from whatever source: live facts, documents,
+//! labels. [`fits`] compares the two. What is unknown of the node stays unknown in the answer.
+
+mod finding;
+mod fit;
+mod offer;
+mod requirement;
+
+pub use finding::{Answer, Code, Finding, Severity, Stage};
+pub use fit::{Fit, fits};
+pub use offer::{Offer, OfferedMachine};
+pub use requirement::{
+    Check, CpuRequirement, HostDevices, IoApic, Iommu, IommuModel, PciControllers, Requirement,
+    Shape, VcpuRequirement,
+};

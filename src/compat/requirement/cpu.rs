@@ -1,0 +1,120 @@
+//! `<cpu>` of a domain.
+
+use serde::Serialize;
+
+use super::Shape;
+use crate::capability::PolicyFeature;
+use crate::xml::{Cursor, Element, Problem};
+
+/// What a domain asks of its CPU.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct CpuRequirement {
+    /// `custom`, `host-model`, `host-passthrough`, `maximum`; none for the emulator's default.
+    pub mode: Option<String>,
+    /// The named model.
+    pub model: Option<String>,
+    /// `forbid`, or whether libvirt may take another model that is close: `allow`, its default.
+    pub fallback: Option<String>,
+    /// `minimum`, `exact` (libvirt's default) or `strict`.
+    #[serde(rename = "match")]
+    pub matching: Option<String>,
+    /// What libvirt is to verify before a start.
+    pub check: Option<Check>,
+    /// The vendor that the host must have.
+    pub vendor: Option<String>,
+    /// The features beside the model, with their policies.
+    pub features: Vec<PolicyFeature>,
+    /// `migratable=` of host-passthrough and maximum.
+    pub migratable: Option<bool>,
+}
+
+/// `<cpu check=…>`: what libvirt verifies before a start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Check {
+    /// Nothing: QEMU drops the features it does not have.
+    None,
+    /// The definition against what libvirt knows of the host.
+    Partial,
+    /// The CPU that QEMU really made against the definition.
+    Full,
+}
+
+impl CpuRequirement {
+    /// The features that the domain cannot do without.
+    pub fn required(&self) -> impl Iterator<Item = &str> {
+        self.with_policy(&["require"])
+    }
+
+    /// The features that must not be there.
+    pub fn forbidden(&self) -> impl Iterator<Item = &str> {
+        self.with_policy(&["forbid"])
+    }
+
+    fn with_policy(&self, policies: &'static [&'static str]) -> impl Iterator<Item = &str> {
+        self.features
+            .iter()
+            // libvirt's default policy is `require`
+            .filter(|f| policies.contains(&f.policy.as_deref().unwrap_or("require")))
+            .map(|feature| feature.name.as_str())
+    }
+}
+
+/// The element, with the topology that belongs to the vCPUs.
+pub(super) fn read(
+    cursor: &mut Cursor<'_>,
+    element: &Element<'_>,
+) -> Result<(CpuRequirement, Option<Shape>), Problem> {
+    let mut cpu = CpuRequirement {
+        mode: element.text("mode")?,
+        matching: element.text("match")?,
+        migratable: element.yes_no("migratable")?,
+        check: match element.attribute("check")?.as_deref() {
+            Some("none") => Some(Check::None),
+            Some("partial") => Some(Check::Partial),
+            Some("full") => Some(Check::Full),
+            _ => None,
+        },
+        ..CpuRequirement::default()
+    };
+    let mut topology = None;
+    cursor.children(|cursor, child| {
+        match child.name() {
+            "model" => {
+                cpu.fallback = child.text("fallback")?;
+                cpu.model = Some(cursor.text()?).filter(|model| !model.is_empty());
+            }
+            "vendor" => cpu.vendor = Some(cursor.text()?).filter(|vendor| !vendor.is_empty()),
+            "feature" => cpu.features.extend(read_feature(child)?),
+            "topology" => topology = Some(read_topology(child)?),
+            _ => cursor.unknown(),
+        }
+        Ok(())
+    })?;
+    // A model without a mode is a custom one (`virCPUDefParseXML`).
+    if cpu.mode.is_none() && cpu.model.is_some() {
+        cpu.mode = Some("custom".to_owned());
+    }
+    Ok((cpu, topology))
+}
+
+fn read_feature(element: &Element<'_>) -> Result<Option<PolicyFeature>, Problem> {
+    let policy = element.text("policy")?;
+    let name = element.text("name")?.filter(|name| !name.is_empty());
+    Ok(name.map(|name| PolicyFeature { name, policy }))
+}
+
+fn read_topology(element: &Element<'_>) -> Result<Shape, Problem> {
+    let count = |name| {
+        let count = element.parsed(name, "number")?;
+        Ok::<u32, Problem>(count.unwrap_or(1))
+    };
+    Ok(Shape {
+        sockets: count("sockets")?,
+        dies: count("dies")?,
+        clusters: count("clusters")?,
+        cores: count("cores")?,
+        threads: count("threads")?,
+    })
+}
