@@ -34,8 +34,10 @@ pub enum Severity {
 pub enum Stage {
     /// libvirt refuses the definition.
     Define,
-    /// The definition is taken, and the domain does not start.
+    /// libvirt takes the definition and refuses to start it; a dry run shows that too.
     Start,
+    /// libvirt starts the emulator, and that gives up. No dry run shows it.
+    Emulator,
 }
 
 /// One thing that was found.
@@ -80,11 +82,26 @@ impl Finding {
         self
     }
 
-    /// What libvirt or QEMU says when the domain is to start.
+    /// What libvirt says when it refuses to start the domain.
     #[must_use]
     pub fn at_start(mut self, words: impl Into<String>) -> Self {
         self.words = Some(words.into());
         self.stage = Some(Stage::Start);
+        self
+    }
+
+    /// What QEMU says when it gives up; libvirt puts its own words around it.
+    #[must_use]
+    pub fn in_emulator(mut self, words: impl Into<String>) -> Self {
+        self.words = Some(words.into());
+        self.stage = Some(Stage::Emulator);
+        self
+    }
+
+    /// When it will fail, where the words are not known.
+    #[must_use]
+    pub fn stage(mut self, stage: Stage) -> Self {
+        self.stage = Some(stage);
         self
     }
 

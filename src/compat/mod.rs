@@ -16,7 +16,7 @@ mod offer;
 mod requirement;
 
 pub use finding::{Answer, Code, Finding, Severity, Stage};
-pub use fit::{Fit, fits};
+pub use fit::{Fit, Headroom, MemoryRoom, VcpuRoom, fits};
 pub use offer::{Offer, OfferedMachine};
 pub use requirement::{
     Check, CpuRequirement, HostDevices, IoApic, Iommu, IommuModel, PciControllers, Requirement,

@@ -16,6 +16,8 @@ use crate::units::{Bytes, KiB};
 pub struct Offer {
     /// The guest architecture that this is about.
     pub arch: Option<String>,
+    /// The host's own architecture.
+    pub native_arch: Option<String>,
     /// The domain type that this is about.
     pub virt_type: Option<String>,
     /// The domain types of the architecture, the best first; empty if there is no emulator for it.
@@ -71,9 +73,10 @@ impl Offer {
     /// node's own and the best.
     pub fn from_facts(facts: &NodeFacts, arch: Option<&str>, virt_type: Option<&str>) -> Self {
         let arch = arch.or_else(|| facts.native_arch());
-        let virt_type = virt_type.or_else(|| facts.best_domain_type(arch?));
+        let virt_type = virt_type.or_else(|| arch.and_then(|arch| facts.best_domain_type(arch)));
         let mut offer = Self {
             arch: arch.map(str::to_owned),
+            native_arch: facts.native_arch().map(str::to_owned),
             virt_type: virt_type.map(str::to_owned),
             libvirt_version: facts.libvirt_version,
             qemu_version: facts.qemu_version(),

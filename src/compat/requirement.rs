@@ -26,6 +26,8 @@ pub struct Requirement {
     pub name: Option<String>,
     /// The domain type, `kvm`.
     pub virt_type: Option<String>,
+    /// Whether it is the live XML of a running domain, in which libvirt wrote down its choices.
+    pub live: bool,
     /// `hvm`, or another driver's type of guest.
     pub os_type: Option<String>,
     /// The guest architecture; libvirt takes the host's if there is none.
@@ -40,6 +42,8 @@ pub struct Requirement {
     pub io_apic: Option<IoApic>,
     /// `<features><gic version=…>`: `2`, `3` or `host`.
     pub gic_version: Option<String>,
+    /// Whether the guest has ACPI.
+    pub acpi: bool,
     /// The virtual IOMMU.
     pub iommu: Option<Iommu>,
     /// `<os firmware=…>`: `efi` or `bios`, chosen by libvirt from what the node has.
@@ -76,6 +80,9 @@ pub struct VcpuRequirement {
     pub current: u64,
     /// The arrangement, if the definition has one.
     pub topology: Option<Shape>,
+    /// The arrangement's attribute that libvirt wants and that is missing.
+    #[serde(skip)]
+    pub topology_lacks: Option<&'static str>,
 }
 
 /// `<topology>`, in full.
@@ -91,6 +98,19 @@ pub struct Shape {
     pub cores: u32,
     /// Threads of a core.
     pub threads: u32,
+}
+
+impl Default for Shape {
+    /// One of each.
+    fn default() -> Self {
+        Self {
+            sockets: 1,
+            dies: 1,
+            clusters: 1,
+            cores: 1,
+            threads: 1,
+        }
+    }
 }
 
 impl Shape {
@@ -135,13 +155,14 @@ impl Requirement {
     pub fn parse(document: &str, bytes: &[u8]) -> Result<Self, ParseError> {
         let mut requirement = xml::read(document, bytes, &["domain"], |cursor, root| {
             let mut requirement = Self {
+                live: root.attribute("id")?.is_some(),
                 virt_type: root.text("type")?.filter(|text| !text.is_empty()),
                 ..Self::default()
             };
             requirement.vcpus = VcpuRequirement {
                 maximum: 1,
                 current: 1,
-                topology: None,
+                ..VcpuRequirement::default()
             };
             requirement.read(cursor)?;
             Ok(requirement)
@@ -166,9 +187,7 @@ impl Requirement {
                 }
                 "features" => read_features(cursor, self)?,
                 "cpu" => {
-                    let (cpu, topology) = cpu::read(cursor, child)?;
-                    self.cpu = cpu;
-                    self.vcpus.topology = topology;
+                    self.cpu = cpu::read(cursor, child, &mut self.vcpus)?;
                 }
                 "launchSecurity" => self.launch_security = child.text("type")?,
                 "memoryBacking" => self.read_backing(cursor)?,

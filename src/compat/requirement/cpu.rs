@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::Shape;
+use super::{Shape, VcpuRequirement};
 use crate::capability::PolicyFeature;
 use crate::xml::{Cursor, Element, Problem};
 
@@ -19,7 +19,7 @@ pub struct CpuRequirement {
     /// `minimum`, `exact` (libvirt's default) or `strict`.
     #[serde(rename = "match")]
     pub matching: Option<String>,
-    /// What libvirt is to verify before a start.
+    /// What libvirt is to verify before a start; without it libvirt decides by the mode.
     pub check: Option<Check>,
     /// The vendor that the host must have.
     pub vendor: Option<String>,
@@ -47,6 +47,11 @@ impl CpuRequirement {
         self.with_policy(&["require"])
     }
 
+    /// The features that the guest is to be told of whether they are there or not.
+    pub fn forced(&self) -> impl Iterator<Item = &str> {
+        self.with_policy(&["force"])
+    }
+
     /// The features that must not be there.
     pub fn forbidden(&self) -> impl Iterator<Item = &str> {
         self.with_policy(&["forbid"])
@@ -61,11 +66,12 @@ impl CpuRequirement {
     }
 }
 
-/// The element, with the topology that belongs to the vCPUs.
+/// The element; the topology in it belongs to the vCPUs.
 pub(super) fn read(
     cursor: &mut Cursor<'_>,
     element: &Element<'_>,
-) -> Result<(CpuRequirement, Option<Shape>), Problem> {
+    vcpus: &mut VcpuRequirement,
+) -> Result<CpuRequirement, Problem> {
     let mut cpu = CpuRequirement {
         mode: element.text("mode")?,
         matching: element.text("match")?,
@@ -78,7 +84,6 @@ pub(super) fn read(
         },
         ..CpuRequirement::default()
     };
-    let mut topology = None;
     cursor.children(|cursor, child| {
         match child.name() {
             "model" => {
@@ -87,7 +92,10 @@ pub(super) fn read(
             }
             "vendor" => cpu.vendor = Some(cursor.text()?).filter(|vendor| !vendor.is_empty()),
             "feature" => cpu.features.extend(read_feature(child)?),
-            "topology" => topology = Some(read_topology(child)?),
+            "topology" => {
+                vcpus.topology = Some(read_topology(child)?);
+                vcpus.topology_lacks = lacking(child)?;
+            }
             _ => cursor.unknown(),
         }
         Ok(())
@@ -96,7 +104,7 @@ pub(super) fn read(
     if cpu.mode.is_none() && cpu.model.is_some() {
         cpu.mode = Some("custom".to_owned());
     }
-    Ok((cpu, topology))
+    Ok(cpu)
 }
 
 fn read_feature(element: &Element<'_>) -> Result<Option<PolicyFeature>, Problem> {
@@ -117,4 +125,14 @@ fn read_topology(element: &Element<'_>) -> Result<Shape, Problem> {
         cores: count("cores")?,
         threads: count("threads")?,
     })
+}
+
+/// libvirt wants these three (`virCPUDefParseXML`).
+fn lacking(element: &Element<'_>) -> Result<Option<&'static str>, Problem> {
+    for name in ["sockets", "cores", "threads"] {
+        if element.attribute(name)?.is_none() {
+            return Ok(Some(name));
+        }
+    }
+    Ok(None)
 }

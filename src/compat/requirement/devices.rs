@@ -99,6 +99,10 @@ pub struct PciControllers {
     /// The buses that devices and other controllers sit on.
     #[serde(skip)]
     pub taken: Vec<u32>,
+    /// How many of the two devices that libvirt adds by itself and that want PCI, a USB
+    /// controller and a balloon, are declined by `model='none'`.
+    #[serde(skip)]
+    pub declined: u32,
 }
 
 impl PciControllers {
@@ -122,6 +126,7 @@ pub(super) fn read_features(
                     _ => None,
                 };
             }
+            "acpi" => requirement.acpi = true,
             "gic" => requirement.gic_version = child.text("version")?,
             _ => cursor.unknown(),
         }
@@ -147,6 +152,11 @@ pub(super) fn read(cursor: &mut Cursor<'_>, requirement: &mut Requirement) -> Re
                 {
                     let index: Option<u32> = child.parsed("index", "number of a controller")?;
                     requirement.pci.root_ports.extend(index);
+                }
+                ("controller", Some("usb")) | ("memballoon", _)
+                    if child.attribute("model")?.as_deref() == Some("none") =>
+                {
+                    requirement.pci.declined += 1;
                 }
                 _ => {}
             }
