@@ -5,7 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::Serialize;
 
 use crate::capability::{
-    CpuModes, Eim, HostFacts, NodeFacts, Pages, Section, VcpuMax, Version, is_x86,
+    CpuDefinition, CpuModes, Eim, HostFacts, NodeFacts, Pages, PolicyFeature, Section, VcpuMax,
+    Version, is_x86,
 };
 use crate::units::{Bytes, KiB};
 
@@ -95,6 +96,16 @@ impl Offer {
         }
         offer.take_host(facts);
         offer
+    }
+
+    /// The CPU features of a `<cpu>` that hypervisor-cpu-baseline printed for this very
+    /// architecture and domain type.
+    pub fn take_features(&mut self, baseline: &CpuDefinition) {
+        let is_given = |feature: &&PolicyFeature| {
+            matches!(feature.policy.as_deref(), None | Some("require" | "force"))
+        };
+        let given = baseline.features.iter().filter(is_given);
+        self.cpu_features = Some(given.map(|feature| feature.name.clone()).collect());
     }
 
     /// The canonical name of a machine type, or of an alias of one here.

@@ -1,5 +1,6 @@
 //! `<cpu>` of a domain.
 
+use quick_xml::events::BytesText;
 use serde::Serialize;
 
 use super::{Shape, VcpuRequirement};
@@ -42,6 +43,33 @@ pub enum Check {
 }
 
 impl CpuRequirement {
+    /// The named model with its features as the `<cpu>` that libvirt compares with what the
+    /// hypervisor has; `None` without a model.
+    pub fn to_xml(&self) -> Option<String> {
+        let model = self.model.as_deref()?;
+        let mut writer = quick_xml::Writer::new(Vec::new());
+        let matching = self.matching.as_deref().unwrap_or("exact");
+        writer
+            .create_element("cpu")
+            .with_attributes([("mode", "custom"), ("match", matching)])
+            .write_inner_content(|writer| {
+                writer
+                    .create_element("model")
+                    .with_attribute(("fallback", "forbid"))
+                    .write_text_content(BytesText::new(model))?;
+                for feature in &self.features {
+                    let policy = feature.policy.as_deref().unwrap_or("require");
+                    writer
+                        .create_element("feature")
+                        .with_attributes([("policy", policy), ("name", &feature.name)])
+                        .write_empty()?;
+                }
+                Ok(())
+            })
+            .ok()?;
+        String::from_utf8(writer.into_inner()).ok()
+    }
+
     /// The features that the domain cannot do without.
     pub fn required(&self) -> impl Iterator<Item = &str> {
         self.with_policy(&["require"])
