@@ -2,8 +2,8 @@
 //!
 //! The arrows point down only; ARCHITECTURE.md has the picture and the rules.
 //!
-//! * [`xml`], [`units`], [`capability`], [`domain`], [`label`], [`hotplug`], [`operation`],
-//!   [`diagnosis`]: the pure core. libvirt's documents as facts, facts as labels, evidence as verdicts; text and values in,
+//! * [`xml`], [`units`], [`capability`], [`domain`], [`label`], [`compat`], [`diagnosis`],
+//!   [`hotplug`], [`operation`]: the pure core. libvirt's documents as facts, facts as labels, evidence as verdicts; text and values in,
 //!   values out.
 //! * [`hypervisor`], [`host`], [`cluster`], [`publish`], [`journal`]: adapters, one for each outside
 //!   system;
@@ -14,6 +14,7 @@
 pub mod capability;
 pub mod cli;
 pub mod cluster;
+pub mod compat;
 pub mod config;
 pub mod daemon;
 pub mod diagnosis;

@@ -1,6 +1,7 @@
 //! The command line: one file for each command.
 
 mod capabilities;
+mod check;
 mod cleanup;
 mod diagnosis;
 mod doctor;
@@ -52,6 +53,8 @@ enum Command {
     Labels(labels::Labels),
     /// The facts behind the labels: CPU, machine types, models with blockers, IOMMU, versions
     Capabilities(capabilities::Capabilities),
+    /// Would a domain run here? Every reason and remedy, and how much room it has to grow
+    Check(check::Check),
     /// Change a running domain, and prove that its guest has taken it
     Hotplug(hotplug::Hotplug),
     /// The hotplug operations this node has done or is doing
@@ -121,6 +124,7 @@ impl Cli {
             Command::Run => run::run(config),
             Command::Labels(arguments) => arguments.run(&config),
             Command::Capabilities(arguments) => arguments.run(&config),
+            Command::Check(arguments) => arguments.run(&config),
             Command::Hotplug(arguments) => arguments.run(&config),
             Command::Operations(arguments) => arguments.run(&config),
             Command::Doctor(arguments) => arguments.run(&config),

@@ -1,7 +1,7 @@
 //! Every call that Rust cannot check, and nothing else: the one directory with `unsafe`.
 //!
 //! * libvirt's functions that the crate `virt` lacks: of a connection ([`Watched`],
-//!   [`baseline_hypervisor_cpu`]), of its domains, their statistics and their events
+//!   [`baseline_hypervisor_cpu`], [`compare_hypervisor_cpu`]), of its domains, their statistics and their events
 //!   ([`Subscription`]);
 //! * KVM's ioctls ([`kvm_extension`], [`kvm_msr_indices`]);
 //! * the end of the process ([`leave`]).
@@ -18,7 +18,7 @@ mod parameters;
 
 use std::ffi::{CStr, c_char};
 
-pub use self::connection::{CloseReason, Watched, baseline_hypervisor_cpu};
+pub use self::connection::{CloseReason, Watched, baseline_hypervisor_cpu, compare_hypervisor_cpu};
 pub use self::domain::{
     DomainRecord, all_domain_stats, detach_device_alias, domain_stats, guest_vcpus,
     set_agent_response_timeout, set_guest_vcpus,

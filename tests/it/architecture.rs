@@ -32,8 +32,9 @@ fn code(text: &str) -> impl Iterator<Item = &str> {
         .filter(|line| !line.trim_start().starts_with("//"))
 }
 
-const CORE: [&str; 8] = [
+const CORE: [&str; 9] = [
     "capability",
+    "compat",
     "diagnosis",
     "domain",
     "hotplug",
