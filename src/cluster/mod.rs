@@ -7,6 +7,7 @@ mod config;
 mod error;
 mod events;
 mod managed_fields;
+pub mod objects;
 mod watch;
 
 use std::collections::BTreeMap;

@@ -16,6 +16,7 @@ mod kube_server;
 mod lab;
 mod labeller;
 mod libvirt;
+mod objects;
 mod publish_node;
 mod support;
 mod truth_table;
