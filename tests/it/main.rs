@@ -7,6 +7,7 @@ mod architecture;
 mod cli;
 mod cluster;
 mod control;
+mod controller;
 mod daemon;
 mod daemon_on_a_node;
 mod documents;
