@@ -8,7 +8,8 @@
 //! * [`hypervisor`], [`host`], [`cluster`], [`publish`], [`journal`]: adapters, one for each outside
 //!   system;
 //!   [`ffi`] holds the calls that need `unsafe`.
-//! * [`probe`], [`labeller`], [`executor`], [`monitor`] and [`doctor`]: services that join the core and the adapters.
+//! * [`probe`], [`labeller`], [`executor`], [`controller`], [`monitor`] and [`doctor`]: services
+//!   that join the core and the adapters.
 //! * [`config`], [`telemetry`], [`daemon`] and [`cli`]: wiring.
 
 pub mod capability;
@@ -16,6 +17,7 @@ pub mod cli;
 pub mod cluster;
 pub mod compat;
 pub mod config;
+pub mod controller;
 pub mod daemon;
 pub mod diagnosis;
 pub mod doctor;

@@ -3,6 +3,7 @@
 mod capabilities;
 mod check;
 mod cleanup;
+mod crd;
 mod diagnosis;
 mod doctor;
 mod exit;
@@ -63,6 +64,8 @@ enum Command {
     Doctor(doctor::Doctor),
     /// Remove what this program published, and nothing else
     Cleanup,
+    /// Print the definitions of the custom resources, for `kubectl apply`
+    Crd,
     /// Print a completion script for a shell
     Completions(generate::Completions),
     /// Print the manual page, or write one for each command into a directory
@@ -113,6 +116,7 @@ impl Cli {
         } = self;
         // Commands that ask nothing local do not need a readable configuration.
         match command {
+            Command::Crd => return crd::run(),
             Command::Completions(arguments) => return arguments.run(Cli::command()),
             Command::Man(arguments) => return arguments.run(Cli::command()),
             _ => {}
@@ -129,7 +133,7 @@ impl Cli {
             Command::Operations(arguments) => arguments.run(&config),
             Command::Doctor(arguments) => arguments.run(&config),
             Command::Cleanup => cleanup::run(&config),
-            Command::Completions(_) | Command::Man(_) => Ok(Exit::Done),
+            Command::Crd | Command::Completions(_) | Command::Man(_) => Ok(Exit::Done),
         }
     }
 }
