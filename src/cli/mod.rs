@@ -122,10 +122,10 @@ impl Cli {
             _ => {}
         }
         let in_cluster = std::env::var_os("KUBERNETES_SERVICE_HOST").is_some();
-        let config = Config::load(config.as_deref(), &settings, in_cluster)
-            .map_err(|error| Failure::new(Exit::Usage, error))?;
+        let load = || Config::load(config.as_deref(), &settings, in_cluster);
+        let config = load().map_err(|error| Failure::new(Exit::Usage, error))?;
         match command {
-            Command::Run => run::run(config),
+            Command::Run => run::run(config, || load().map(drop)),
             Command::Labels(arguments) => arguments.run(&config),
             Command::Capabilities(arguments) => arguments.run(&config),
             Command::Check(arguments) => arguments.run(&config),
