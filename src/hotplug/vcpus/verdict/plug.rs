@@ -86,10 +86,12 @@ impl Case<'_> {
             .iter()
             .filter(|call| is_online(call))
             .collect();
+        // One whose answer was lost may not have reached the agent, and telling it twice is harmless.
         let tried = |ids: &IdSet| {
             calls.iter().any(|call| {
-            matches!(&call.action, Action::OnlineVcpus { ids: told } if ids.without(told).is_empty())
-        })
+                let heard = !matches!(call.returned, Some((_, Return::Lost)));
+                heard && matches!(&call.action, Action::OnlineVcpus { ids: told } if ids.without(told).is_empty())
+            })
         };
         if online
             && !self.over
