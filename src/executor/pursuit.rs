@@ -233,7 +233,8 @@ impl<C: DomainControl> Pursuit<C> {
                 self.looked(look);
             }
             () = sleep_until(next_look), if self.look.is_none() => self.begin_look(),
-            () = sleep_until(until) => {}
+            // What time alone decides, it decides about what is then.
+            () = sleep_until(until) => self.look_soon(),
         }
         self.take_notices();
     }

@@ -162,7 +162,7 @@ fn a_call_that_never_got_there_is_made_again_when_that_is_seen() {
     world.domain.memory.devices[0].requested = Some(mib(256));
     world.domain.memory.devices[0].current = Some(mib(256));
     world.go_on(&mut history);
-    let aliases: Vec<_> = world.made.iter().map(|action| match action {
+    let aliases = world.made.iter().map(|action| match action {
         Action::ResizeVirtioMem { alias, .. } => alias.as_str(),
         other => panic!("{other:?}"),
     });

@@ -409,8 +409,6 @@ async fn nothing_is_done_twice_however_often_it_starts_anew() {
         node.control.add("vm", FakeGuest::default());
         let id = node.executor.submit(vcpus("vm", 3)).await.unwrap();
         tokio::time::sleep(Duration::from_millis(millis)).await;
-        let called = !node.control.calls().is_empty();
-        let ended_in_a_call = called && node.control.online("vm") == 1;
         node.restart().await;
         let record = node.ends(&id).await;
         assert_eq!(
@@ -419,10 +417,12 @@ async fn nothing_is_done_twice_however_often_it_starts_anew() {
             "after {millis} ms: {record:#?}"
         );
         assert_eq!(node.control.online("vm"), 3);
-        // A call that it did not live to see carried out never was, here: that one is made again.
-        let calls = node.control.calls().len();
-        let expected = if ended_in_a_call { 2 } else { 1 };
-        assert_eq!(calls, expected, "after {millis} ms");
+        // Also if it ended between the journal's word and the call, which then is made later.
+        assert_eq!(
+            node.control.calls(),
+            ["set-vcpus vm 3"],
+            "after {millis} ms"
+        );
         node.restart().await;
         assert_eq!(node.executor.operation(&id), Some(record));
     }

@@ -94,7 +94,7 @@ async fn shut_off_by_the_guest_itself_in_the_middle() {
     let guest = node.guest(words("lab.cpus=offline")).await;
     let id = node.submit(vcpus(3)).await;
     node.sees_offline(&id).await;
-    guest.runs("/bin/poweroff", &["-f"]).unwrap();
+    guest.runs("/bin/busybox", &["poweroff", "-f"]).unwrap();
     let record = node.ends(&id).await;
     is(&record, Verdict::DomainNotRunning);
     says(&record, "shut down");

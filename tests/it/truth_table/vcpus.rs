@@ -129,7 +129,7 @@ async fn refuses_to_give_a_cpu_up_and_lets_it_go_later() {
     assert_eq!(guest.witness().unwrap().online, "0-2");
 
     // Now it could, and somebody else asks it to. libvirt does not notice that it does.
-    guest.runs("/bin/pkill", &["-f", "sleep 1000000"]).unwrap();
+    guest.runs("/bin/busybox", &["killall", "sleep"]).unwrap();
     let asked_again = async || {
         node.libvirtd.virsh(&["setvcpus", "guest", "2"]).ok();
         let sees = guest.witness()?;
@@ -162,7 +162,7 @@ async fn cores_with_two_threads() {
 #[tokio::test]
 async fn still_in_its_firmware() {
     let node = Node::start().await;
-    node.libvirtd.start_firmware("guest", 2).unwrap();
+    node.libvirtd.start_firmware("guest", 4).unwrap();
     let id = node.submit_within(vcpus(2), Duration::from_secs(8)).await;
     is(&node.ends(&id).await, Verdict::GuestSilent);
 }
