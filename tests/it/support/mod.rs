@@ -12,6 +12,7 @@ pub(crate) mod libvirtd;
 pub(crate) mod operations;
 pub(crate) mod prometheus;
 pub(crate) mod publisher;
+pub(crate) mod relay;
 
 use std::time::Duration;
 
