@@ -12,6 +12,7 @@ mod daemon_on_a_node;
 mod documents;
 mod executor;
 mod hotplug_cli;
+mod killed;
 mod kube_server;
 mod lab;
 mod labeller;

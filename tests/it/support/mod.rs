@@ -9,6 +9,7 @@ pub(crate) mod kube;
 pub(crate) mod libvirtd;
 pub(crate) mod operations;
 pub(crate) mod publisher;
+pub(crate) mod relay;
 
 use std::time::Duration;
 
