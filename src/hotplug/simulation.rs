@@ -359,6 +359,14 @@ impl World {
         Ended::Judged(Box::new((outcome, history)))
     }
 
+    /// Waits as it is told until the next step is such a one.
+    pub(super) fn go_on_until(&mut self, history: &mut History, wanted: impl Fn(&Step) -> bool) {
+        while !wanted(&judge(history, self.now)) {
+            self.pass(self.now.after(LOOK));
+            self.report(history);
+        }
+    }
+
     /// Goes on with an operation until there is a verdict.
     pub(super) fn go_on(&mut self, history: &mut History) -> Outcome {
         for _ in 0..10_000 {

@@ -205,6 +205,26 @@ fn a_call_that_is_lost_again_and_again_is_given_up() {
     assert_eq!(calls, 3);
 }
 
+/// The agent may not have been told: what it is told is absolute too.
+#[test]
+fn an_agent_that_may_not_have_been_told_is_told_again() {
+    let mut world = World::new(1, Habits::default());
+    let (count, online) = (3, true);
+    let mut history = killed(&world, HotplugRequest::Vcpus { count, online });
+    world.made.push(history.calls()[0].action.clone());
+    world.call_again(0);
+    let before = world.made.len();
+    world.go_on_until(&mut history, |step| matches!(step, Step::Call(_)));
+    let Step::Call(told) = judge(&history, world.now) else {
+        panic!();
+    };
+    history.called(world.now, told.clone());
+    history.lost(world.now);
+    let outcome = world.go_on(&mut history);
+    assert_eq!(outcome.verdict, Verdict::Verified, "{}", outcome.message);
+    assert_eq!(world.made[before..], [told]);
+}
+
 /// Too early to tell at the deadline is no error: libvirt may be about to do it.
 #[test]
 fn a_lost_call_may_still_be_carried_out() {

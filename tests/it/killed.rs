@@ -22,20 +22,18 @@ use crate::support::relay::{
 const LONG: Duration = Duration::from_secs(120);
 
 /// A daemon and what it is on.
-struct Node<'l> {
-    libvirtd: &'l Libvirtd,
+struct Node {
     relay: Relay,
     /// `None` only while it is killed.
     daemon: Option<Daemon>,
 }
 
-impl<'l> Node<'l> {
-    async fn start(libvirtd: &'l Libvirtd) -> Self {
+impl Node {
+    async fn start(libvirtd: &Libvirtd) -> Self {
         let relay = Relay::start(libvirtd).unwrap();
         let daemon = Daemon::start(relay.uri(), &[]).await.unwrap();
         daemon.ready().await.unwrap();
         Self {
-            libvirtd,
             relay,
             daemon: Some(daemon),
         }
@@ -90,12 +88,12 @@ impl<'l> Node<'l> {
         let returned = calls.last().is_some_and(|call| !call["returned"].is_null());
         (calls.len(), returned)
     }
+}
 
-    /// How many vCPUs libvirt counts.
-    fn counted(&self, domain: &str) -> u32 {
-        let count = self.libvirtd.virsh(&["vcpucount", domain, "--live"]);
-        count.unwrap().trim().parse().unwrap()
-    }
+/// How many vCPUs libvirt counts.
+fn counted(libvirtd: &Libvirtd, domain: &str) -> u32 {
+    let count = libvirtd.virsh(&["vcpucount", domain, "--live"]);
+    count.unwrap().trim().parse().unwrap()
 }
 
 #[tokio::test]
@@ -188,7 +186,7 @@ async fn while_vcpus_are_plugged() {
     })
     .await
     .unwrap();
-    assert_eq!(node.counted("guest"), 7);
+    assert_eq!(counted(&libvirtd, "guest"), 7);
     guest.sees(|guest| guest.online == "0-6").await.unwrap();
     assert_eq!(node.record(&id).unwrap(), record);
 }
@@ -214,7 +212,7 @@ async fn while_a_vcpu_is_unplugged() {
     node.kill(false).await;
     node.is_verified(&id).await;
     guest.sees(|guest| guest.online == "0-1").await.unwrap();
-    assert_eq!(node.counted("guest"), 2);
+    assert_eq!(counted(&libvirtd, "guest"), 2);
     // Once, and once more where libvirt does not notice that the vCPU went.
     let calls = node.relay.passed(SET_VCPUS);
     assert!((1..=2).contains(&calls), "{calls}");
@@ -224,7 +222,7 @@ async fn while_a_vcpu_is_unplugged() {
     guest.sees(|guest| guest.online == "0").await.unwrap();
     node.kill(false).await;
     node.is_verified(&id).await;
-    assert_eq!(node.counted("guest"), 1);
+    assert_eq!(counted(&libvirtd, "guest"), 1);
     assert_eq!(guest.witness().unwrap().online, "0");
     let calls = node.relay.passed(SET_VCPUS) - calls;
     assert!((1..=2).contains(&calls), "{calls}");
@@ -321,7 +319,11 @@ async fn at_any_other_time() {
         .unwrap();
         node.kill(false).await;
         node.is_verified(&id).await;
-        assert_eq!(node.counted("guest"), count, "after {messages} messages");
+        assert_eq!(
+            counted(&libvirtd, "guest"),
+            count,
+            "after {messages} messages"
+        );
         let calls = node.relay.passed(SET_VCPUS) - before;
         assert_eq!(calls, 1, "after {messages} messages");
     }
@@ -353,7 +355,29 @@ async fn while_it_waits_for_a_late_completion() {
         let verified = |record: &Record| record.verdict == Some(Verdict::Verified);
         let record = node.becomes(&id, verified).await;
         assert!(record.corrected > record.finished, "{record:#?}");
-        assert_eq!(node.counted("guest"), count);
+        assert_eq!(counted(&libvirtd, "guest"), count);
         assert_eq!(node.relay.passed(SET_VCPUS) - before, 1);
+    }
+}
+
+/// The same for the other side: libvirtd killed with a call that it had not begun, and with one
+/// whose answer it owed.
+#[tokio::test]
+async fn libvirtd_in_the_middle_of_a_call() {
+    let mut libvirtd = Libvirtd::start().unwrap();
+    libvirtd.start_firmware("guest", 8).unwrap();
+    let node = Node::start(&libvirtd).await;
+    for (count, hold) in [(2, Hold::Request(SET_VCPUS)), (3, Hold::Answer(SET_VCPUS))] {
+        let before = node.relay.passed(SET_VCPUS);
+        node.relay.hold(hold);
+        let body = json!({"count": count, "require": "accepted"});
+        let id = node.ask("guest", "vcpus", &body);
+        node.relay.holds().unwrap();
+        libvirtd.kill().unwrap();
+        node.relay.release(false);
+        libvirtd.restart().unwrap();
+        node.is_verified(&id).await;
+        assert_eq!(counted(&libvirtd, "guest"), count);
+        assert_eq!(node.relay.passed(SET_VCPUS) - before, 1, "{hold:?}");
     }
 }
