@@ -41,3 +41,29 @@ pub fn peer_groups(socket: BorrowedFd<'_>) -> io::Result<Vec<u32>> {
         groups.resize(found, 0);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    #[test]
+    fn the_groups_of_who_connects_are_the_kernels() {
+        let (here, _there) = UnixStream::pair().unwrap();
+        let own = nix::unistd::getgroups().unwrap();
+        let mut own: Vec<u32> = own.into_iter().map(nix::unistd::Gid::as_raw).collect();
+        let mut found = peer_groups(here.as_fd()).unwrap();
+        own.sort_unstable();
+        found.sort_unstable();
+        assert_eq!(found, own);
+    }
+
+    #[test]
+    fn what_is_no_local_socket_has_none() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let groups = peer_groups(listener.as_fd());
+        assert!(groups.is_err() || groups.is_ok_and(|groups| groups.is_empty()));
+    }
+}
