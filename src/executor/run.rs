@@ -156,9 +156,16 @@ impl<C: DomainControl> Operation<C> {
         let text = target.uuid.as_deref().unwrap_or(&target.name).to_owned();
         let mut pauses = self.pauses();
         let give_up = self.give_up();
+        let mut last = None;
         loop {
             let asked = timeout_at(give_up, control.find_domain(&text)).await;
-            let asked = asked.unwrap_or_else(|_| Err(no_answer(self.executor.options.reach)));
+            let asked = asked.unwrap_or_else(|_| {
+                // What was last said tells more than that there was no time for another answer.
+                Err(last
+                    .take()
+                    .unwrap_or_else(|| no_answer(self.executor.options.reach)))
+            });
+            last = asked.as_ref().err().cloned();
             let why = match asked.map_err(contact) {
                 Ok(domain) => {
                     let place = self.executor.domains.join(&domain.uuid, ticket);

@@ -8,6 +8,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use anyhow::ensure;
 use rstest::rstest;
 use tempfile::TempDir;
 use tokio::time::{Instant, timeout};
@@ -19,6 +20,7 @@ use virtnode::journal::Journal;
 use virtnode::units::{Bytes, KiB};
 
 use crate::support::backend::{Backend, InMemory, NAME, Real, Witness};
+use crate::support::eventually;
 use crate::support::fake_domains::{Blocks, Cpus, FakeGuest};
 use crate::support::guest::MorePossible;
 
@@ -223,8 +225,14 @@ async fn row<B: Backend>(like: FakeGuest, steps: Vec<Step>) {
             let (least, most) = (more - more / 16, more + 20);
             let at_least = boot.saturating_add(Bytes::from_mib(least).unwrap());
             let at_most = boot.saturating_add(Bytes::from_mib(most).unwrap());
-            let total = guest.total();
-            assert!(total >= at_least && total <= at_most, "{boot} → {total}");
+            // It says so a moment later.
+            eventually(LONG, async || {
+                let total = guest.total();
+                ensure!(total >= at_least && total <= at_most, "{boot} → {total}");
+                Ok(())
+            })
+            .await
+            .unwrap();
         }
     }
 }
