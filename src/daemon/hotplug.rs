@@ -20,17 +20,19 @@ pub struct Carried<C>(Arc<Executor<C>>);
 
 impl<C: DomainControl> Carried<C> {
     /// Starts an executor with its journal below the state directory. What the journal holds
-    /// unfinished is taken up.
+    /// unfinished is taken up. `deep_verify` taints the domains that are changed.
     ///
     /// # Errors
     /// The journal cannot be opened or read.
     pub fn start(
         control: Arc<C>,
         state_directory: &Path,
+        deep_verify: bool,
         metrics: &Arc<Metrics>,
     ) -> anyhow::Result<Self> {
         let journal = Journal::open(state_directory).context("cannot open the journal")?;
         let options = Options {
+            deep_verify,
             available_memory: Arc::new(|| host::available_memory(Path::new("/"))),
             ..Options::default()
         };

@@ -277,7 +277,8 @@ fn start_hotplug(
         .with_context(|| format!("cannot serve the local API at {}", config.socket.display()))?;
     let mut carried = None;
     if config.hotplug {
-        let started = Carried::start(Arc::clone(control), &config.state_directory, metrics)
+        let (state, deep) = (&config.state_directory, config.deep_verify);
+        let started = Carried::start(Arc::clone(control), state, deep, metrics)
             .context("hotplug cannot be served (hotplug.enabled: false switches it off)")?;
         let started = Arc::new(started);
         carried = Some(Arc::clone(&started));

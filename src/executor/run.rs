@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
@@ -16,7 +16,7 @@ use super::pursuit::Pursuit;
 use crate::hotplug::{
     Contact, History, Host, HotplugRequest, Preflight, Terms, Verdict, extent, preflight,
 };
-use crate::hypervisor::{Connection, DomainControl, DomainId};
+use crate::hypervisor::{Connection, DomainControl, DomainId, HypervisorError};
 use crate::journal::Entry;
 use crate::operation::{OperationId, Record, State};
 
@@ -140,6 +140,13 @@ pub(super) fn last_of_each_domain(entries: &[Entry]) -> HashSet<OperationId> {
     last.into_values().map(|(_, id)| id.clone()).collect()
 }
 
+fn no_answer(after: Duration) -> HypervisorError {
+    HypervisorError::Timeout {
+        call: "find-domain",
+        after,
+    }
+}
+
 /// The last moment that an entry knows: a clock that was put back must not be before it.
 fn latest(entry: &Entry) -> crate::hotplug::Moment {
     let history = entry.history.as_ref();
@@ -218,8 +225,18 @@ impl<C: DomainControl> Operation<C> {
         let target = &self.entry.record.domain;
         let text = target.uuid.as_deref().unwrap_or(&target.name).to_owned();
         let mut pauses = self.pauses();
+        let give_up = self.give_up();
+        let mut last = None;
         loop {
-            let why = match control.find_domain(&text).await.map_err(contact) {
+            let asked = timeout_at(give_up, control.find_domain(&text)).await;
+            let asked = asked.unwrap_or_else(|_| {
+                // What was last said tells more than that there was no time for another answer.
+                Err(last
+                    .take()
+                    .unwrap_or_else(|| no_answer(self.executor.options.reach)))
+            });
+            last = asked.as_ref().err().cloned();
+            let why = match asked.map_err(contact) {
                 Ok(domain) => {
                     let place = self.executor.domains.join(&domain.uuid, ticket);
                     self.entry.record.domain.name.clone_from(&domain.name);
@@ -232,10 +249,33 @@ impl<C: DomainControl> Operation<C> {
                     return Found::Nothing;
                 }
                 Err(Contact::Unreachable(why)) => why,
+                Err(Contact::Held) => "it does not tell of the domain".to_owned(),
             };
+            if Instant::now() >= give_up {
+                self.unreachable(&why).await;
+                return Found::Nothing;
+            }
             self.awaits(&format!("the hypervisor: {why}"));
-            sleep(pauses.next()).await;
+            sleep_until(give_up.min(Instant::now() + pauses.next())).await;
         }
+    }
+
+    /// When a hypervisor that is away is waited for no longer. What was begun is not given up
+    /// before the deadline.
+    fn give_up(&self) -> Instant {
+        match self.entry.history {
+            Some(_) => self.deadline(),
+            None => Instant::now() + self.executor.options.reach,
+        }
+    }
+
+    /// The hypervisor is away, and nothing was asked of it yet.
+    async fn unreachable(&mut self, why: &str) {
+        let message = format!(
+            "the hypervisor cannot be reached: {why}; nothing was changed: see that libvirtd or \
+             virtqemud runs and answers, and ask again"
+        );
+        self.end(Verdict::HypervisorUnavailable, message).await;
     }
 
     /// There is no such domain, or not any more.
@@ -295,6 +335,7 @@ impl<C: DomainControl> Operation<C> {
     async fn prepare(&mut self, looks: &Looks<C>) -> Option<(History, Option<SilentAgent>)> {
         let mut pauses = self.pauses();
         let mut silent = None;
+        let give_up = self.give_up();
         loop {
             let Look { seen, agent } = looks.look(silent).await;
             silent = agent;
@@ -304,7 +345,17 @@ impl<C: DomainControl> Operation<C> {
                     self.absent().await;
                     return None;
                 }
+                Err(Contact::Held) => {
+                    self.obstacle = Verdict::Busy;
+                    self.awaits("something else that is being done to the domain to end");
+                    sleep(pauses.next()).await;
+                    continue;
+                }
                 Err(Contact::Unreachable(why)) => {
+                    if !self.hears() && Instant::now() >= give_up {
+                        self.unreachable(&why).await;
+                        return None;
+                    }
                     self.obstacle = Verdict::HypervisorUnavailable;
                     self.awaits(&format!("the hypervisor: {why}"));
                     sleep(pauses.next()).await;
@@ -320,14 +371,14 @@ impl<C: DomainControl> Operation<C> {
                         deadline: self.entry.record.deadline,
                         patience: self.executor.options.patience,
                     };
-                    let listening = *self.executor.control.listening().borrow();
-                    let hears = listening != Connection::Down;
+                    // By events, or by asking for what they would have told.
+                    let hears = self.hears() || seen.answers.is_some();
                     let history = History::new(request.clone(), terms, plan, seen, hears);
                     return Some((history, silent));
                 }
                 Preflight::Blocked(job) => {
                     self.obstacle = Verdict::Busy;
-                    self.awaits(&job);
+                    self.awaits(&format!("{job} to end"));
                     sleep(pauses.next()).await;
                 }
                 Preflight::Rejected(rejection) => {
@@ -339,6 +390,11 @@ impl<C: DomainControl> Operation<C> {
                 }
             }
         }
+    }
+
+    /// Whether the hypervisor tells what happens.
+    fn hears(&self) -> bool {
+        *self.executor.control.listening().borrow() != Connection::Down
     }
 
     fn host(&self) -> Host {

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Action, Event, HotplugRequest, Moment, Observation, Plan, Terms};
+use super::{Action, Event, HotplugRequest, Moment, Observation, Ost, Plan, Terms};
 
 /// Bounds for what is kept; an operation that takes its time is looked at many times.
 const MOST_OBSERVATIONS: usize = 96;
@@ -71,6 +71,8 @@ pub enum Contact {
     Absent,
     /// The hypervisor could not be asked, and why.
     Unreachable(String),
+    /// The hypervisor answers, but not about this domain: something is being done to it.
+    Held,
 }
 
 impl History {
@@ -99,6 +101,7 @@ impl History {
     /// some between them are kept.
     pub fn observed(&mut self, observation: Observation) {
         self.contact = None;
+        self.learn(&observation);
         self.observations.push(observation);
         if self.observations.len() > MOST_OBSERVATIONS {
             let recent = MOST_OBSERVATIONS / 2;
@@ -107,6 +110,29 @@ impl History {
                 index += 1;
                 index > recent || index % 2 == 1
             });
+        }
+    }
+
+    /// What QEMU remembers of the guest's answers and nobody heard counts as heard when it was
+    /// looked at. After a reset it may be the answer of who was there before.
+    fn learn(&mut self, observation: &Observation) {
+        let (Some(before), Some(now)) = (&self.before.answers, &observation.answers) else {
+            return;
+        };
+        if observation.at < self.epoch() || self.reset().is_some() {
+            return;
+        }
+        let heard = |answer: &Ost| {
+            self.events()
+                .any(|(_, event)| matches!(event, Event::Ost(heard) if heard.is_of_slot(answer)))
+        };
+        let news: Vec<Ost> = now
+            .iter()
+            .filter(|answer| !before.contains(answer) && !heard(answer))
+            .cloned()
+            .collect();
+        for answer in news {
+            self.happened(observation.at, Event::Ost(answer));
         }
     }
 

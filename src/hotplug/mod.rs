@@ -84,12 +84,13 @@ pub fn preflight(request: &HotplugRequest, seen: &Observation, host: &Host) -> P
         Ok(plan) => plan,
         Err(limit) => return Preflight::Rejected(limit.into()),
     };
-    if !state.runs() {
-        let remedy = "its guest cannot take anything; resume it first";
-        return Preflight::Rejected(Rejection::NotRunning(state, remedy));
-    }
-    match &seen.job {
-        Some(job) if !plan.actions.is_empty() => Preflight::Blocked(job.clone()),
+    match seen.job {
+        // Many a job pauses the domain until it is over.
+        Some(job) if job.holds_changes() && !plan.actions.is_empty() => Preflight::Blocked(job),
+        _ if !state.runs() => {
+            let remedy = "its guest cannot take anything; resume it first";
+            Preflight::Rejected(Rejection::NotRunning(state, remedy))
+        }
         _ => Preflight::Ready(plan),
     }
 }

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::{Infeasible, Observation, Verdict};
-use crate::domain::{Domain, DomainState, IdSet};
+use crate::domain::{Domain, DomainState, IdSet, Job};
 use crate::units::{Bytes, KiB};
 
 /// One call to the hypervisor. Every one names what is wanted in the end, so that making it twice
@@ -102,8 +102,8 @@ pub enum Preflight {
     /// It can be done, by this plan.
     Ready(Plan),
     /// It cannot be done as long as something else is being done to the domain: look again later,
-    /// and say `Busy` at the deadline. The text says what it is.
-    Blocked(String),
+    /// and say `Busy` at the deadline.
+    Blocked(Job),
     /// It cannot be done. Nothing was changed.
     Rejected(Rejection),
 }

@@ -292,6 +292,7 @@ impl World {
             }),
             agent,
             job: None,
+            answers: None,
         }
     }
 

@@ -4,7 +4,7 @@
 use super::history::{Call, Contact, History, Return};
 use super::outcome::{Diagnosis, Finding, Ruling};
 use super::{Action, Event, Moment, Verdict};
-use crate::domain::DomainState;
+use crate::domain::{DomainState, Job};
 
 /// libvirt's error numbers (virterror.h) that mean something here.
 const NO_DOMAIN: u32 = 42;
@@ -84,7 +84,10 @@ pub(super) fn after_call(history: &History, now: Moment, done: bool) -> Option<R
             Failure::UnplugTimedOut => None,
             Failure::Locked if over => Some(Ruling::Found(Finding::new(
                 Verdict::Busy,
-                format!("something else held the domain until the deadline: {message}"),
+                format!(
+                    "{} held the domain until the deadline: {message}",
+                    holder(history)
+                ),
             ))),
             Failure::Locked if history.may_call() => Some(Ruling::Call(call.action.clone())),
             Failure::Locked => None,
@@ -177,13 +180,29 @@ fn still_running(history: &History) -> Ruling {
         Some(Contact::Unreachable(why)) => unreachable(why),
         _ if was_locked(history) => Finding::new(
             Verdict::Busy,
-            "something else held the domain until the deadline; the last try is still outstanding",
+            format!(
+                "{} held the domain until the deadline; the last try is still outstanding",
+                holder(history)
+            ),
+        ),
+        _ if history.latest().job.is_some_and(Job::holds_changes) => Finding::new(
+            Verdict::Busy,
+            format!(
+                "{} held the domain until the deadline; libvirt may still carry the call out",
+                holder(history)
+            ),
         ),
         _ => Finding::new(
             Verdict::Pending,
             "libvirt has not answered the call by the deadline: it may still carry it out",
         ),
     })
+}
+
+/// What else is being done to the domain.
+fn holder(history: &History) -> String {
+    let job = history.latest().job;
+    job.map_or("something else".to_owned(), |job| job.to_string())
 }
 
 /// Whether libvirt could not get hold of the domain before.
@@ -209,9 +228,13 @@ pub(super) fn at_deadline(history: &History) -> Option<Finding> {
         Some(Contact::Unreachable(why)) => Some(unreachable(why)),
         _ if !history.latest().domain.state.runs() => {
             let state = history.latest().domain.state;
+            let why = match history.latest().job {
+                Some(job) => format!(" by {job}: wait until that is over"),
+                None => ": resume it".to_owned(),
+            };
             Some(Finding::new(
                 Verdict::DomainNotRunning,
-                format!("the domain is {state}, so its guest cannot take anything: resume it"),
+                format!("the domain is {state}, so its guest cannot take anything{why}"),
             ))
         }
         _ => None,

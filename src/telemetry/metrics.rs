@@ -30,13 +30,14 @@ pub const CALLS: [&str; 8] = [
 ];
 
 /// The names of the calls about domains.
-pub const DOMAIN_CALLS: [&str; 12] = [
+pub const DOMAIN_CALLS: [&str; 13] = [
     "find-domain",
     "domain",
     "all-domain-stats",
     "domain-stats",
     "memory-stats",
     "guest-vcpus",
+    "acpi-answers",
     "set-guest-vcpus",
     "agent-timeout",
     "set-vcpus",

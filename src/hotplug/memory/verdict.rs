@@ -282,10 +282,13 @@ impl Case<'_> {
             .as_ref()
             .and_then(|stats| stats.balloon.current);
         let held = plugged.saturating_sub(balloon.unwrap_or(plugged));
-        match held > Bytes::ZERO && held >= missing.part(2) {
-            true => diagnosis::ballooned(held),
-            false if planned_dimm(self.history).is_some() => diagnosis::dimm_unused(missing),
-            false => diagnosis::offline(missing),
+        match (
+            held > Bytes::ZERO && held >= missing.part(2),
+            planned_dimm(self.history),
+        ) {
+            (true, _) => diagnosis::ballooned(held),
+            (_, Some((alias, size))) => diagnosis::dimm_unused(alias, size, missing),
+            _ => diagnosis::offline(missing),
         }
     }
 
