@@ -67,7 +67,32 @@ const NOT_ASKED: [Code; 5] = [
 /// Where something was unknown and the hypervisor knows, its word decides. Where the two differ,
 /// both are said, and the answer is the less hopeful one.
 #[must_use]
-pub fn confirm(mut fit: Fit, confirmation: &Confirmation) -> Fit {
+pub fn confirm(fit: Fit, confirmation: &Confirmation) -> Fit {
+    let doubt = doubt_about_cpu(&fit, confirmation.cpu.as_ref());
+    confirm_dry_run(fit, confirmation).with(doubt)
+}
+
+/// What is to be said where the comparison of CPUs differs from what was computed.
+fn doubt_about_cpu(fit: &Fit, cpu: Option<&CpuComparison>) -> Option<Finding> {
+    let named = |finding: &&Finding| matches!(finding.code, Code::CpuModel | Code::CpuFeature);
+    let about_cpu = || fit.findings.iter().filter(named);
+    let is_refused = |f: &Finding| f.severity == Severity::Blocks && f.stage == Some(Stage::Start);
+    match cpu? {
+        CpuComparison::Incompatible { words } if about_cpu().next().is_none() => {
+            let message = "libvirt's comparison of CPUs finds something missing that was not \
+                           foreseen";
+            Some(Finding::new(Severity::Warning, Code::Hypervisor, message).at_start(words))
+        }
+        CpuComparison::Identical | CpuComparison::Superset if about_cpu().any(is_refused) => {
+            let message = "libvirt's comparison of CPUs finds nothing missing, against what is \
+                           computed above: one of the two is wrong; please tell us";
+            Some(Finding::new(Severity::Warning, Code::Hypervisor, message))
+        }
+        _ => None,
+    }
+}
+
+fn confirm_dry_run(mut fit: Fit, confirmation: &Confirmation) -> Fit {
     match &confirmation.dry_run {
         DryRun::Refused { words } => {
             // Unknown findings that this explains have served.

@@ -138,6 +138,18 @@ impl<'a> Case<'a> {
         self.is_x86() && self.domain.vcpus.maximum > MOST_WITHOUT_EIM
     }
 
+    /// The clause that people miss: with fewer vCPUs to start with it is no different.
+    fn maximum_counts(&self) -> String {
+        let vcpus = &self.domain.vcpus;
+        match vcpus.current < vcpus.maximum {
+            true => format!(
+                "; the maximum counts, not the {} to start with",
+                vcpus.current
+            ),
+            false => String::new(),
+        }
+    }
+
     /// Whether libvirt is at least this version; `None` if it is not known.
     fn libvirt_is(&self, version: Version) -> Option<bool> {
         self.node.libvirt_version.map(|have| have >= version)

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on should panic")]
 
+mod agreement;
 mod api;
 mod architecture;
 mod cli;
@@ -11,6 +12,7 @@ mod daemon;
 mod daemon_on_a_node;
 mod documents;
 mod executor;
+mod foretold;
 mod hotplug_cli;
 mod kube_server;
 mod lab;

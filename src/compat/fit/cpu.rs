@@ -36,7 +36,11 @@ pub(super) fn check(case: &Case<'_>, findings: &mut Vec<Finding>) {
                     or_any(case)
                 ),
             )
-            .remedy("give --domain-capabilities what `virsh domcapabilities` prints on the node"),
+            .remedy(format!(
+                "give --domain-capabilities what `virsh domcapabilities --virttype {}` prints on \
+                 the node",
+                or_any(case)
+            )),
         );
         return;
     };
@@ -317,14 +321,14 @@ fn model_remedy(case: &Case<'_>, model: &CpuModel) -> String {
         .filter(|other| other.vendor == model.vendor && other.canonical.is_some())
         .map(|other| other.name.as_str())
         .collect();
-    let mut remedy = "use host-model, choose a node that has them".to_owned();
-    if let (false, Some(vendor)) = (usable.is_empty(), &model.vendor) {
-        remedy = format!(
-            "{remedy}, or a model of {vendor} that is usable here: {}",
+    match (&model.vendor, usable.is_empty()) {
+        (Some(vendor), false) => format!(
+            "use host-model, choose a node that has them, or take a model of {vendor} that is \
+             usable here: {}",
             named(usable)
-        );
+        ),
+        _ => "use host-model, or choose a node that has them".to_owned(),
     }
-    remedy
 }
 
 fn stage_of(check: Check) -> Stage {

@@ -155,8 +155,9 @@ fn check_automatic(case: &Case<'_>, findings: &mut Vec<Finding>) {
     let vcpus = &case.domain.vcpus;
     let why = format!(
         "{} vCPUs are more than {MOST_WITHOUT_EIM} and need a virtual IOMMU with extended \
-         interrupt mode; the maximum counts, not the {} to start with",
-        vcpus.maximum, vcpus.current
+         interrupt mode{}",
+        vcpus.maximum,
+        case.maximum_counts()
     );
     match case.node.eim {
         Some(Eim::Auto) if case.domain.io_apic == Some(IoApic::Kvm) => {
@@ -178,7 +179,7 @@ fn check_automatic(case: &Case<'_>, findings: &mut Vec<Finding>) {
             .remedy(format!("write {WHOLE}; or lower <vcpu> to 255")),
         ),
         Some(Eim::None) => findings.push(
-            blocks(Code::Eim, format!("{why}, which this node cannot give"))
+            blocks(Code::Eim, format!("{why}, and this node cannot give that"))
                 .at_define(unsupported(NEEDS_EIM))
                 .remedy("lower <vcpu> to 255, or update libvirt and QEMU"),
         ),
@@ -242,9 +243,9 @@ fn check_intel(case: &Case<'_>, iommu: &Iommu, findings: &mut Vec<Finding>) {
                     Code::Eim,
                     format!(
                         "{} vCPUs are more than {MOST_WITHOUT_EIM} and need extended interrupt \
-                         mode on the IOMMU, which is off; the maximum counts, not the {} to start \
-                         with",
-                        case.domain.vcpus.maximum, case.domain.vcpus.current
+                         mode on the IOMMU, which is off{}",
+                        case.domain.vcpus.maximum,
+                        case.maximum_counts()
                     ),
                 )
                 .at_define(unsupported(NEEDS_EIM))
@@ -306,6 +307,7 @@ fn check_other(case: &Case<'_>, iommu: &Iommu, findings: &mut Vec<Finding>) {
                     case.domain.vcpus.maximum
                 ),
             )
+            .in_emulator("AMD IOMMU with x2APIC configuration requires xtsup=on")
             .remedy("write xtsup='on' at its <driver>, or leave it out: libvirt turns it on"),
         ),
         Some(true) => {}

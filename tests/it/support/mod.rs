@@ -1,6 +1,7 @@
 //! What the integration tests share: real parts to test against, and waiting for conditions.
 
 pub(crate) mod daemon;
+pub(crate) mod domains;
 pub(crate) mod fake_api;
 pub(crate) mod fake_domains;
 pub(crate) mod guest;
