@@ -10,6 +10,8 @@ mod iommu;
 mod machine;
 mod memory;
 mod node;
+#[cfg(test)]
+mod rules_tests;
 mod vcpus;
 
 use serde::Serialize;

@@ -5,6 +5,7 @@
 mod agreement;
 mod api;
 mod architecture;
+mod check;
 mod cli;
 mod cluster;
 mod control;

@@ -1,6 +1,7 @@
 //! The virtual IOMMU: extended interrupt mode, interrupt remapping and the split I/O APIC, as the
 //! definition gives them and as libvirt completes them by itself.
 
+use super::machine::WITHOUT_PCI;
 use super::{Case, MOST_WITHOUT_EIM, unsupported};
 use crate::capability::{Eim, Version};
 use crate::compat::{Code, Finding, IoApic, Iommu, IommuModel, Severity};
@@ -30,6 +31,9 @@ pub(super) fn check(case: &Case<'_>, findings: &mut Vec<Finding>) {
     let domain = case.domain;
     if let Some(iommu) = &domain.iommu {
         check_model(case, iommu, findings);
+        if iommu.model == IommuModel::Virtio {
+            check_virtio(case, findings);
+        }
         check_migration(case, iommu, findings);
     }
     if case.is_x86() {
@@ -132,6 +136,32 @@ fn check_model(case: &Case<'_>, iommu: &Iommu, findings: &mut Vec<Finding>) {
                 true => "use machine type q35, or leave <iommu> out",
                 false => "leave <iommu> out, or use one that the machine type has",
             }),
+        );
+    }
+}
+
+/// The paravirtual IOMMU is a PCI device that ACPI tables describe.
+fn check_virtio(case: &Case<'_>, findings: &mut Vec<Finding>) {
+    if case.is_x86() && case.machine.is_some_and(|name| WITHOUT_PCI.contains(&name)) {
+        findings.push(
+            blocks(
+                Code::Iommu,
+                "an IOMMU of model virtio is a PCI device, and the machine type has no PCI"
+                    .to_owned(),
+            )
+            .at_define("XML error: No PCI buses available")
+            .remedy("use machine type q35, or leave <iommu> out"),
+        );
+    }
+    if !case.domain.acpi {
+        findings.push(
+            blocks(
+                Code::Iommu,
+                "an IOMMU of model virtio reaches its guest through ACPI, and the domain has none"
+                    .to_owned(),
+            )
+            .at_define(unsupported("IOMMU device: 'virtio' requires ACPI"))
+            .remedy("add <acpi/> to <features>"),
         );
     }
 }
