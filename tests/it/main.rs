@@ -2,8 +2,10 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on should panic")]
 
+mod agreement;
 mod api;
 mod architecture;
+mod check;
 mod cli;
 mod cluster;
 mod contract;
@@ -15,6 +17,7 @@ mod doctor;
 mod doctor_domains;
 mod documents;
 mod executor;
+mod foretold;
 mod hotplug_cli;
 mod killed;
 mod kube_server;

@@ -185,6 +185,40 @@ impl Libvirtd {
         Ok(kill(Pid::from_raw(pid.trim().parse()?), signal)?)
     }
 
+    /// Starts a definition, paused, and ends it again; or what virsh said.
+    pub(crate) fn start_and_end(&self, xml: &str) -> Result<(), String> {
+        self.with_file(xml, &["create", "--paused"])?;
+        let destroyed = self.try_virsh(&["destroy", &name_in(xml)]);
+        assert!(
+            destroyed.is_ok_and(|output| output.status.success()),
+            "{xml}"
+        );
+        Ok(())
+    }
+
+    /// Defines a domain and undefines it again; or what virsh said.
+    pub(crate) fn define(&self, xml: &str) -> Result<(), String> {
+        self.with_file(xml, &["define"])?;
+        let undefined = self.try_virsh(&["undefine", &name_in(xml)]);
+        assert!(
+            undefined.is_ok_and(|output| output.status.success()),
+            "{xml}"
+        );
+        Ok(())
+    }
+
+    /// A command about a file with this content.
+    fn with_file(&self, xml: &str, command: &[&str]) -> Result<(), String> {
+        let file = tempfile::NamedTempFile::new_in(self.directory.path()).unwrap();
+        fs::write(file.path(), xml).unwrap();
+        let path = file.path().to_string_lossy().into_owned();
+        let output = self.try_virsh(&[command, &[&path]].concat()).unwrap();
+        match output.status.success() {
+            true => Ok(()),
+            false => Err(String::from_utf8_lossy(&output.stderr).into_owned()),
+        }
+    }
+
     /// Ends a domain.
     pub(crate) fn end_domain(&self, name: &str) -> anyhow::Result<()> {
         self.virsh(&["destroy", name])?;
@@ -262,6 +296,15 @@ impl Drop for Libvirtd {
         // For the next test, so that it need not ask the emulators again.
         copy_files(&self.capability_cache(), &seed()).ok();
     }
+}
+
+/// The domain's name in a definition.
+fn name_in(xml: &str) -> String {
+    let name = xml
+        .split_once("<name>")
+        .and_then(|(_, rest)| rest.split_once("</name>"));
+    name.map(|(name, _)| name.to_owned())
+        .expect("it has a name")
 }
 
 /// Hands a directory with all in it to the daemon's user.
