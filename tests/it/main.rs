@@ -9,6 +9,7 @@ mod cluster;
 mod control;
 mod daemon;
 mod daemon_on_a_node;
+mod dist;
 mod documents;
 mod executor;
 mod hotplug_cli;
