@@ -13,6 +13,7 @@ mod control;
 mod controller;
 mod daemon;
 mod daemon_on_a_node;
+mod dist;
 mod doctor;
 mod doctor_domains;
 mod documents;
