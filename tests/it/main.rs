@@ -19,3 +19,4 @@ mod libvirt;
 mod publish_node;
 mod support;
 mod truth_table;
+mod virtualization;
