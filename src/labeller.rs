@@ -192,7 +192,9 @@ impl<H: Hypervisor> Labeller<H> {
         self.tell_failures(&reading.failures);
         self.count(reading);
         if let Some(pictures) = &self.outlets.pictures {
-            let picture = Picture::new(reading, self.published.retained(), Timestamp::now());
+            let retained = self.published.retained();
+            let wanted = &self.policy.guest_architectures;
+            let picture = Picture::new(reading, retained, wanted, Timestamp::now());
             pictures.send_replace(Some(Arc::new(picture)));
         }
         let emulators = emulators(&reading.facts);

@@ -103,7 +103,8 @@ pub struct NodeVirtualizationStatus {
     pub security: Vec<String>,
     /// What guests can have of a CPU.
     pub cpu: Cpu,
-    /// The machine types of each guest architecture, the host's own first.
+    /// The guest architectures, the host's own first. Machine types are listed for that one, and
+    /// for those that the daemon's configuration names in labels.guestArchitectures.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub guests: Vec<Guest>,
     /// Running domains that keep a label on the Node that the hypervisor no longer stands for.
@@ -196,7 +197,7 @@ pub struct CpuModel {
     pub blockers: Vec<String>,
 }
 
-/// The machine types of one guest architecture.
+/// One guest architecture.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Guest {

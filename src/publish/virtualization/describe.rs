@@ -14,13 +14,14 @@ const HOLDS_MAX: usize = 32;
 /// So much of a domain's name, which is its owner's text.
 const NAME_MAX: usize = 100;
 
-/// What the facts say, without conditions and times.
-pub(super) fn describe(facts: &NodeFacts) -> NodeVirtualizationStatus {
+/// What the facts say, without conditions and times. Of other architectures than the host's, the
+/// machine types are told of those that are `wanted`.
+pub(super) fn describe(facts: &NodeFacts, wanted: &[String]) -> NodeVirtualizationStatus {
     let arch = facts.native_arch();
     let host = facts.host.as_ref();
     let capabilities = facts.capabilities.as_ref();
     let text = |version: Option<crate::capability::Version>| version.map(|v| v.to_string());
-    let guests = guests(facts);
+    let guests = guests(facts, wanted);
     let largest = capabilities.and(arch).map(|arch| {
         let machines = facts.machines(arch);
         CanonicalMachine::largest_max(&facts.canonical_machines(arch, &machines))
@@ -130,16 +131,20 @@ fn models(models: &[Model]) -> Vec<CpuModel> {
 }
 
 /// The guest architectures, the host's own first, the others by name.
-fn guests(facts: &NodeFacts) -> Vec<Guest> {
+fn guests(facts: &NodeFacts, wanted: &[String]) -> Vec<Guest> {
     let native = facts.native_arch();
     let listed = facts.capabilities.iter().flat_map(|c| &c.guests);
     let mut archs: Vec<&str> = listed.map(|guest| guest.arch.as_str()).collect();
     archs.sort_unstable_by_key(|arch| (Some(*arch) != native, *arch));
     archs.dedup();
-    archs.into_iter().map(|arch| guest(facts, arch)).collect()
+    let tells = |arch: &str| Some(arch) == native || wanted.iter().any(|wanted| wanted == arch);
+    archs
+        .into_iter()
+        .map(|arch| guest(facts, arch, tells(arch)))
+        .collect()
 }
 
-fn guest(facts: &NodeFacts, arch: &str) -> Guest {
+fn guest(facts: &NodeFacts, arch: &str, with_machines: bool) -> Guest {
     let best = facts.best_domain_type(arch);
     let listed = facts.capabilities.iter().flat_map(|c| &c.guests);
     let offered = listed
@@ -168,7 +173,10 @@ fn guest(facts: &NodeFacts, arch: &str) -> Guest {
     Guest {
         architecture: arch.to_owned(),
         domain_types: owned(&domain_types),
-        machines: canonical.iter().map(machine).collect(),
+        machines: match with_machines {
+            true => canonical.iter().map(machine).collect(),
+            false => Vec::new(),
+        },
     }
 }
 

@@ -23,9 +23,15 @@ pub struct Picture {
 }
 
 impl Picture {
-    /// Of a reading, and of the labels that are kept though it does not call for them.
-    pub fn new(reading: &Reading, retained: &[Retained], at: Timestamp) -> Self {
-        let mut facts = describe(&reading.facts);
+    /// Of a reading, and of the labels that are kept though it does not call for them. Machine
+    /// types of other architectures than the host's are told of those that are `wanted`.
+    pub fn new(
+        reading: &Reading,
+        retained: &[Retained],
+        wanted: &[String],
+        at: Timestamp,
+    ) -> Self {
+        let mut facts = describe(&reading.facts, wanted);
         facts.holds = holds(retained, &reading.domains);
         Self {
             facts,
@@ -48,7 +54,6 @@ impl Picture {
         let mut status = self.facts.clone();
         let failed: Vec<Source> = self.failures.iter().map(|failure| failure.source).collect();
         keep(&mut status, before, &failed);
-        fit(&mut status, STATUS_MAX);
         status.last_probe_time = match self.failures.is_empty() {
             true => Some(time(self.at)),
             false => before.last_probe_time.clone(),
@@ -66,6 +71,7 @@ impl Picture {
                 }
             })
             .into();
+        fit(&mut status, STATUS_MAX);
         status
     }
 
