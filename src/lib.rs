@@ -8,13 +8,14 @@
 //! * [`hypervisor`], [`host`], [`cluster`], [`publish`], [`journal`]: adapters, one for each outside
 //!   system;
 //!   [`ffi`] holds the calls that need `unsafe`.
-//! * [`probe`], [`labeller`] and [`executor`]: services that join the core and the adapters.
+//! * [`probe`], [`labeller`], [`executor`] and [`controller`]: services that join the core and the adapters.
 //! * [`config`], [`telemetry`], [`daemon`] and [`cli`]: wiring.
 
 pub mod capability;
 pub mod cli;
 pub mod cluster;
 pub mod config;
+pub mod controller;
 pub mod daemon;
 pub mod domain;
 pub mod executor;

@@ -2,6 +2,7 @@
 
 mod capabilities;
 mod cleanup;
+mod crd;
 mod exit;
 mod generate;
 mod hotplug;
@@ -57,6 +58,8 @@ enum Command {
     Operations(operations::Operations),
     /// Remove what this program published, and nothing else
     Cleanup,
+    /// Print the definitions of the custom resources, for `kubectl apply`
+    Crd,
     /// Print a completion script for a shell
     Completions(generate::Completions),
     /// Print the manual page, or write one for each command into a directory
@@ -107,6 +110,7 @@ impl Cli {
         } = self;
         // Commands that ask nothing local do not need a readable configuration.
         match command {
+            Command::Crd => return crd::run(),
             Command::Completions(arguments) => return arguments.run(Cli::command()),
             Command::Man(arguments) => return arguments.run(Cli::command()),
             _ => {}
@@ -121,7 +125,7 @@ impl Cli {
             Command::Hotplug(arguments) => arguments.run(&config),
             Command::Operations(arguments) => arguments.run(&config),
             Command::Cleanup => cleanup::run(&config),
-            Command::Completions(_) | Command::Man(_) => Ok(Exit::Done),
+            Command::Crd | Command::Completions(_) | Command::Man(_) => Ok(Exit::Done),
         }
     }
 }

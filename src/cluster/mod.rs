@@ -6,6 +6,7 @@
 mod config;
 mod error;
 mod events;
+mod hotplugs;
 mod managed_fields;
 pub mod objects;
 mod pulse;
@@ -32,6 +33,7 @@ use crate::label::ownership::Shown;
 pub use config::ClusterConfig;
 pub use error::{ClusterError, Object, Refusal};
 pub use events::{Happening, HappeningKind, WrittenEvent};
+pub use hotplugs::{HotplugChange, HotplugObject, HotplugObjects};
 pub use retry::Retry;
 pub use watch::Seen;
 
@@ -215,7 +217,8 @@ impl Cluster {
         verb: &'static str,
         answer: impl Future<Output = kube::Result<T>>,
     ) -> Result<T, ClusterError> {
-        self.call_about(Object::node(&self.node), verb, answer).await
+        self.call_about(Object::node(&self.node), verb, answer)
+            .await
     }
 
     async fn call_about<T>(

@@ -60,8 +60,12 @@ impl Cluster {
         // Nobody else has any business in it.
         let params = PatchParams::apply(FIELD_MANAGER).force();
         let patch = Patch::Apply(&object);
-        self.call_about(self.nvirt(), "patch", api.patch(&self.node, &params, &patch))
-            .await
+        self.call_about(
+            self.nvirt(),
+            "patch",
+            api.patch(&self.node, &params, &patch),
+        )
+        .await
     }
 
     /// Watches the metadata of the object, and never ends: its resource version at the start and

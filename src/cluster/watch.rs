@@ -54,9 +54,7 @@ impl Cluster {
     where
         K: Resource + Clone + DeserializeOwned + Debug + Send + 'static,
     {
-        let config = config
-            .timeout(fastrand::u32(WATCH_SECONDS))
-            .any_semantic();
+        let config = config.timeout(fastrand::u32(WATCH_SECONDS)).any_semantic();
         let cluster = self.clone();
         watcher(objects, config)
             .default_backoff()

@@ -23,8 +23,9 @@ use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
-use crate::cluster::{Cluster, ClusterConfig};
+use crate::cluster::{Cluster, ClusterConfig, HotplugObjects};
 use crate::config::{Config, Target};
+use crate::controller::{self, Controller};
 use crate::hypervisor::{ControlConfig, Libvirt, LibvirtConfig, LibvirtControl};
 use crate::label::{LabelKey, LabelSet, LabelValue};
 use crate::labeller::{Labeller, Outlets};
@@ -122,7 +123,15 @@ async fn start(
     let mut on_node = None;
     if config.publishes_to(Target::Node) {
         let cluster = Cluster::connect(cluster_config(config)?).await?;
-        let events = cluster::start(&cluster, config, &hypervisor, &metrics, &mut outlets, stop, parts);
+        let events = cluster::start(
+            &cluster,
+            config,
+            &hypervisor,
+            &metrics,
+            &mut outlets,
+            stop,
+            parts,
+        );
         on_node = Some((events.clone(), cluster.node_reference()));
         let options = Options {
             force_conflicts: config.force_conflicts,
@@ -155,8 +164,25 @@ async fn start(
         "the monitor of running domains"
     });
     // Labels do not wait for a socket or a journal that cannot be made.
-    if let Err(error) = start_hotplug(config, &control, &metrics, on_node, stop, parts) {
-        error!("hotplug is off until the next start: {error:#}");
+    match start_hotplug(config, &control, &metrics, on_node, stop, parts) {
+        Ok(Some(carried)) if config.hotplug_objects => {
+            if let Some((cluster, ..)) = &node {
+                let options = controller::Options {
+                    start_jitter: config.start_jitter,
+                    ..controller::Options::default()
+                };
+                let objects = HotplugObjects::new(cluster);
+                let counted = Arc::clone(&metrics);
+                let controller = Controller::new(objects, carried.executor(), counted, options);
+                let token = stop.clone();
+                parts.spawn(async move {
+                    controller.run(token).await;
+                    "the controller of DomainHotplug objects"
+                });
+            }
+        }
+        Ok(_) => {}
+        Err(error) => error!("hotplug is off until the next start: {error:#}"),
     }
     if let Some((cluster, publisher, to_publish, found)) = node {
         let memory = config.state_directory.join(NODE_LABELS_FILE);
@@ -216,7 +242,7 @@ pub(crate) fn control_config(config: &Config) -> ControlConfig {
     }
 }
 
-/// Starts the executor and the local API.
+/// Starts the executor and the local API. `None` if hotplug is switched off.
 fn start_hotplug(
     config: &Config,
     control: &Arc<LibvirtControl>,
@@ -224,15 +250,20 @@ fn start_hotplug(
     on_node: Option<(Events, ObjectReference)>,
     stop: &CancellationToken,
     parts: &mut JoinSet<&'static str>,
-) -> anyhow::Result<()> {
+) -> anyhow::Result<Option<Arc<Carried<LibvirtControl>>>> {
     // First: it also keeps a second daemon away from the journal.
     let gid = config.allowed_gids.first().copied();
     let socket = api::bind(&config.socket, gid)
         .with_context(|| format!("cannot serve the local API at {}", config.socket.display()))?;
     let mut carried = None;
     if config.hotplug {
-        let started = Carried::start(Arc::clone(control), &config.state_directory, metrics, on_node)
-            .context("hotplug cannot be served (hotplug.enabled: false switches it off)")?;
+        let started = Carried::start(
+            Arc::clone(control),
+            &config.state_directory,
+            metrics,
+            on_node,
+        )
+        .context("hotplug cannot be served (hotplug.enabled: false switches it off)")?;
         let started = Arc::new(started);
         carried = Some(Arc::clone(&started));
         let (token, metrics) = (stop.clone(), Arc::clone(metrics));
@@ -243,7 +274,7 @@ fn start_hotplug(
         });
     }
     let access = Access::new(config.allowed_uids.clone(), config.allowed_gids.clone());
-    let router = api::router(carried, Arc::clone(metrics), access);
+    let router = api::router(carried.clone(), Arc::clone(metrics), access);
     let serving = api::serve(socket, router);
     info!(socket = %config.socket.display(), hotplug = config.hotplug, "serving the local API");
     let token = stop.clone();
@@ -251,7 +282,7 @@ fn start_hotplug(
         token.run_until_cancelled(serving).await;
         "the local API"
     });
-    Ok(())
+    Ok(carried)
 }
 
 /// Keeps what the Node has from us in a file, for the next run. A read-only state directory costs

@@ -114,12 +114,7 @@ enum Outcome {
 
 impl NodePublisher {
     /// Nothing is sent before [`Self::run`]. To be called within the runtime.
-    pub fn new(
-        cluster: Cluster,
-        events: Events,
-        metrics: Arc<Metrics>,
-        options: Options,
-    ) -> Self {
+    pub fn new(cluster: Cluster, events: Events, metrics: Arc<Metrics>, options: Options) -> Self {
         let started = Instant::now();
         Self {
             events,
@@ -198,7 +193,10 @@ impl NodePublisher {
         if !self.only_to_be_sure {
             return None;
         }
-        let rest = self.options.fallback.checked_sub(self.cluster.watch_heard()?)?;
+        let rest = self
+            .options
+            .fallback
+            .checked_sub(self.cluster.watch_heard()?)?;
         if self.state.borrow().synced {
             self.metrics.sync_last_success.set(now_seconds());
         }

@@ -185,7 +185,10 @@ impl VirtualizationPublisher {
             Ok(()) => {
                 self.failures = 0;
                 if self.told.take().is_some() {
-                    tracing::info!(node = self.cluster.node(), "the NodeVirtualization is published again");
+                    tracing::info!(
+                        node = self.cluster.node(),
+                        "the NodeVirtualization is published again"
+                    );
                 }
                 if self.changes.is_none() {
                     self.changes = Some(self.cluster.watch_virtualization().boxed());
@@ -195,7 +198,11 @@ impl VirtualizationPublisher {
         }
     }
 
-    async fn sync(&mut self, picture: &Picture, connection: Connection) -> Result<(), ClusterError> {
+    async fn sync(
+        &mut self,
+        picture: &Picture,
+        connection: Connection,
+    ) -> Result<(), ClusterError> {
         let published = match self.published.take() {
             Some(published) => published,
             None => match self.cluster.virtualization().await? {
@@ -215,7 +222,10 @@ impl VirtualizationPublisher {
         let status = picture.status(published.known(), connection, Timestamp::now());
         // An object without its Node would stay for ever.
         let node = self.cluster.observe().await?;
-        let object = self.cluster.apply_virtualization(&status, &node.uid).await?;
+        let object = self
+            .cluster
+            .apply_virtualization(&status, &node.uid)
+            .await?;
         tracing::info!(node = self.cluster.node(), "NodeVirtualization written");
         self.published = Some(Published::new(object, Some(status), &self.options));
         Ok(())
@@ -256,7 +266,10 @@ impl Published {
         let probed: Option<Timestamp> = probed.and_then(|time| time.parse().ok());
         let age = probed.map(|at| Timestamp::now().duration_since(at).unsigned_abs());
         let late = 1.0 + 0.1 * fastrand::f64();
-        let rest = options.refresh.mul_f64(late).saturating_sub(age.unwrap_or_default());
+        let rest = options
+            .refresh
+            .mul_f64(late)
+            .saturating_sub(age.unwrap_or_default());
         Self {
             resource_version: object.metadata.resource_version.unwrap_or_default(),
             shown,

@@ -96,7 +96,14 @@ fn adapters_do_not_know_each_other_or_the_services() {
         for (path, text) in sources(adapter) {
             for line in code(&text) {
                 let others = adapters.iter().filter(|other| **other != adapter);
-                for other in others.chain(&["executor", "probe", "labeller", "daemon", "cli"]) {
+                for other in others.chain(&[
+                    "executor",
+                    "controller",
+                    "probe",
+                    "labeller",
+                    "daemon",
+                    "cli",
+                ]) {
                     let word = format!("crate::{}", other.trim_end_matches(".rs"));
                     assert!(
                         !line.contains(&word),

@@ -64,7 +64,10 @@ fn a_real_node_is_told_as_a_whole() {
     assert_eq!(status.architecture.as_deref(), Some("x86_64"));
     assert_eq!(status.accelerator.as_deref(), Some("kvm"));
     assert_eq!(status.versions.qemu.as_deref(), Some("10.0.2"));
-    assert_eq!(status.last_probe_time.as_deref(), Some("1970-01-01T00:00:00Z"));
+    assert_eq!(
+        status.last_probe_time.as_deref(),
+        Some("1970-01-01T00:00:00Z")
+    );
     let native = &status.guests[0];
     assert_eq!(native.architecture, "x86_64");
     assert_eq!(native.domain_types, ["kvm", "qemu"]);
@@ -76,29 +79,51 @@ fn a_real_node_is_told_as_a_whole() {
     assert!(native.machines.iter().any(|machine| machine.deprecated));
     // Others are named; their machine types only where the configuration wants them.
     assert!(status.guests.len() > 1);
-    assert!(status.guests[1..].iter().all(|guest| guest.machines.is_empty()));
+    assert!(
+        status.guests[1..]
+            .iter()
+            .all(|guest| guest.machines.is_empty())
+    );
     let wanted = ["aarch64".to_owned()];
     let picture = Picture::new(&reading(), &[], &wanted, at(0)).facts;
     let foreign = |guest: &&Guest| guest.architecture != "x86_64" && !guest.machines.is_empty();
     let foreign: Vec<_> = picture.guests.iter().filter(foreign).collect();
     assert_eq!(foreign.len(), 1);
     assert_eq!(foreign[0].architecture, "aarch64");
-    assert!(foreign[0].machines.iter().any(|machine| machine.name == "virt-10.0"));
+    assert!(
+        foreign[0]
+            .machines
+            .iter()
+            .any(|machine| machine.name == "virt-10.0")
+    );
 
     let model = |name: &str| {
         let found = status.cpu.models.iter().find(|model| model.name == name);
         found.unwrap_or_else(|| panic!("no {name}")).clone()
     };
-    let blocked: Vec<_> = status.cpu.models.iter().filter(|m| !m.blockers.is_empty()).collect();
+    let blocked: Vec<_> = status
+        .cpu
+        .models
+        .iter()
+        .filter(|m| !m.blockers.is_empty())
+        .collect();
     assert!(!blocked.is_empty());
     assert!(blocked.iter().all(|model| model.usable == "no"));
     // An alias has the blockers of the model that it means, which are told there.
     let alias = model("EPYC-Genoa");
     assert_eq!(alias.alias_of.as_deref(), Some("EPYC-Genoa-v1"));
     assert!(alias.blockers.is_empty());
-    let usable = status.cpu.models.iter().filter(|m| m.usable == "yes").count();
+    let usable = status
+        .cpu
+        .models
+        .iter()
+        .filter(|m| m.usable == "yes")
+        .count();
     assert_eq!(status.cpu.usable_models, u32::try_from(usable).ok());
-    assert_eq!(model("EPYC-Genoa-v1").blockers.is_empty(), model("EPYC-Genoa-v1").usable == "yes");
+    assert_eq!(
+        model("EPYC-Genoa-v1").blockers.is_empty(),
+        model("EPYC-Genoa-v1").usable == "yes"
+    );
     assert!(Condition::find(&status.conditions, PROBED).unwrap().holds());
 }
 
@@ -114,7 +139,11 @@ fn qemu_11() -> Reading {
         .map(|model| CpuModel {
             name: format!("{}-v11", model.name),
             canonical: model.canonical.as_ref().map(|name| format!("{name}-v11")),
-            blockers: [&model.blockers[..], &model.blockers[..model.blockers.len() / 2]].concat(),
+            blockers: [
+                &model.blockers[..],
+                &model.blockers[..model.blockers.len() / 2],
+            ]
+            .concat(),
             ..model.clone()
         })
         .collect();
@@ -148,7 +177,10 @@ fn large() -> Reading {
         blockers: features.clone(),
         ..CpuModel::default()
     });
-    reading.facts.domain_capabilities[0].cpu.models.extend(models);
+    reading.facts.domain_capabilities[0]
+        .cpu
+        .models
+        .extend(models);
     let capabilities = reading.facts.capabilities.as_mut().unwrap();
     let guest = capabilities.guests[0].clone();
     for n in 0..30 {
@@ -166,7 +198,11 @@ fn a_large_node_is_told_in_less_than_64_kib_and_says_what_is_missing() {
     let wanted: Vec<String> = (0..30).map(|n| format!("arch{n}")).collect();
     let none = NodeVirtualizationStatus::default();
     let status = Picture::new(&reading, &[], &wanted, at(0)).status(&none, UP, at(0));
-    println!("a large one: {} bytes without {:?}", size(&status), status.omitted);
+    println!(
+        "a large one: {} bytes without {:?}",
+        size(&status),
+        status.omitted
+    );
     assert!(size(&status) <= 56 * 1024);
     assert_eq!(status.omitted, ["foreignMachines", "blockers"]);
     // What decides whether a domain fits is there.
@@ -241,7 +277,13 @@ fn what_cannot_be_read_stays_as_it_was() {
     let reason = "Versions:Unavailable,Capabilities:Unavailable,DomainCapabilities:Unavailable,\
                   CpuBaseline:Unavailable,Domains:Unavailable";
     assert_eq!(probed.reason, reason);
-    assert!(probed.message.ends_with("cannot be read: no connection after 7 s"), "{}", probed.message);
+    assert!(
+        probed
+            .message
+            .ends_with("cannot be read: no connection after 7 s"),
+        "{}",
+        probed.message
+    );
     assert_eq!(probed.last_transition_time, "1970-01-01T00:01:40Z");
     let connected = Condition::find(&after.conditions, HYPERVISOR_CONNECTED).unwrap();
     assert!(!connected.holds());
@@ -257,7 +299,10 @@ fn what_cannot_be_read_stays_as_it_was() {
     // And back.
     let back = Picture::new(&reading(), &[], &[], at(300)).status(&after, UP, at(300));
     assert!(back.conditions.iter().all(Condition::holds));
-    assert_eq!(back.last_probe_time.as_deref(), Some("1970-01-01T00:05:00Z"));
+    assert_eq!(
+        back.last_probe_time.as_deref(),
+        Some("1970-01-01T00:05:00Z")
+    );
     assert_eq!(back.iommu, before.iommu);
 }
 
@@ -314,7 +359,10 @@ fn every_field_is_explained() {
     fn check(path: &str, schema: &Value) {
         for (name, field) in schema["properties"].as_object().into_iter().flatten() {
             let path = format!("{path}.{name}");
-            assert!(field["description"].is_string(), "{path} has no description");
+            assert!(
+                field["description"].is_string(),
+                "{path} has no description"
+            );
             assert!(field.get("default").is_none(), "{path} has a default");
             check(&path, field);
             check(&path, &field["items"]);
@@ -326,8 +374,24 @@ fn every_field_is_explained() {
     assert!(schema["properties"]["status"]["properties"]["guests"].is_object());
     check("", schema);
     let columns = version["additionalPrinterColumns"].as_array().unwrap();
-    let columns: Vec<_> = columns.iter().map(|column| column["name"].as_str().unwrap()).collect();
-    let wanted = ["Node", "Accelerator", "QEMU", "libvirt", "Max-vCPUs", "IOMMU", "Models", "Probed"];
+    let columns: Vec<_> = columns
+        .iter()
+        .map(|column| column["name"].as_str().unwrap())
+        .collect();
+    let wanted = [
+        "Node",
+        "Accelerator",
+        "QEMU",
+        "libvirt",
+        "Max-vCPUs",
+        "IOMMU",
+        "Models",
+        "Probed",
+    ];
     assert_eq!(columns, wanted);
-    assert!(version.get("subresources").is_none_or(|s| s.as_object().is_none_or(|s| s.is_empty())));
+    assert!(
+        version
+            .get("subresources")
+            .is_none_or(|s| s.as_object().is_none_or(|s| s.is_empty()))
+    );
 }

@@ -38,8 +38,9 @@ impl Condition {
     /// the same, else `now`.
     #[must_use]
     pub fn after(mut self, former: &[Self], now: Timestamp) -> Self {
-        let former = Self::find(former, &self.kind)
-            .filter(|former| former.status == self.status && !former.last_transition_time.is_empty());
+        let former = Self::find(former, &self.kind).filter(|former| {
+            former.status == self.status && !former.last_transition_time.is_empty()
+        });
         self.last_transition_time = match former {
             Some(former) => former.last_transition_time.clone(),
             None => time(now),

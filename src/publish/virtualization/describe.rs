@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use crate::capability::{CanonicalMachine, CpuModel as Model, HostFacts, NodeFacts, Usable, VcpuMax};
+use crate::capability::{
+    CanonicalMachine, CpuModel as Model, HostFacts, NodeFacts, Usable, VcpuMax,
+};
 use crate::cluster::objects::node_virtualization::{
     Cpu, CpuModel, Guest, Hold, Iommu, Machine, NodeVirtualizationStatus, Tsc, Versions,
 };
@@ -107,7 +109,10 @@ fn cpu(facts: &NodeFacts) -> Cpu {
 fn models(models: &[Model]) -> Vec<CpuModel> {
     let by_name: BTreeMap<&str, &Model> = models.iter().map(|m| (m.name.as_str(), m)).collect();
     let describe = |model: &Model| {
-        let meant = model.canonical.as_deref().and_then(|name| by_name.get(name));
+        let meant = model
+            .canonical
+            .as_deref()
+            .and_then(|name| by_name.get(name));
         // libvirt prints them twice.
         let told = meant.is_some_and(|meant| meant.blockers == model.blockers);
         CpuModel {
@@ -157,7 +162,9 @@ fn guest(facts: &NodeFacts, arch: &str, with_machines: bool) -> Guest {
     let canonical = facts.canonical_machines(arch, &machines);
     let machine = |here: &CanonicalMachine<'_>| {
         let same = || machines.iter().filter(|m| m.canonical_name() == here.name);
-        let by_qemu = same().map(|m| m.max_vcpus).fold(VcpuMax::Unknown, VcpuMax::min);
+        let by_qemu = same()
+            .map(|m| m.max_vcpus)
+            .fold(VcpuMax::Unknown, VcpuMax::min);
         let max_vcpus = here.effective_max.number();
         Machine {
             name: here.name.to_owned(),

@@ -25,12 +25,7 @@ pub struct Picture {
 impl Picture {
     /// Of a reading, and of the labels that are kept though it does not call for them. Machine
     /// types of other architectures than the host's are told of those that are `wanted`.
-    pub fn new(
-        reading: &Reading,
-        retained: &[Retained],
-        wanted: &[String],
-        at: Timestamp,
-    ) -> Self {
+    pub fn new(reading: &Reading, retained: &[Retained], wanted: &[String], at: Timestamp) -> Self {
         let mut facts = describe(&reading.facts, wanted);
         facts.holds = holds(retained, &reading.domains);
         Self {
@@ -60,16 +55,16 @@ impl Picture {
         };
         let conditions = [self.probed(), connected(connection)];
         status.conditions = conditions
-            .map(|condition| {
-                match Condition::find(&before.conditions, &condition.kind) {
+            .map(
+                |condition| match Condition::find(&before.conditions, &condition.kind) {
                     Some(same)
                         if same.status == condition.status && same.reason == condition.reason =>
                     {
                         same.clone()
                     }
                     _ => condition.after(&before.conditions, now),
-                }
-            })
+                },
+            )
             .into();
         fit(&mut status, STATUS_MAX);
         status
@@ -77,10 +72,17 @@ impl Picture {
 
     fn probed(&self) -> Condition {
         if self.failures.is_empty() {
-            return Condition::new(PROBED, true, "EverySourceRead", "Every source could be read.");
+            return Condition::new(
+                PROBED,
+                true,
+                "EverySourceRead",
+                "Every source could be read.",
+            );
         }
         // Which sources, and why: a reason is a word, and `,` and `:` are letters of it.
-        let word = |failure: &Failure| format!("{}:{}", camel(failure.source.as_str()), camel(failure.code));
+        let word = |failure: &Failure| {
+            format!("{}:{}", camel(failure.source.as_str()), camel(failure.code))
+        };
         let reasons: Vec<_> = self.failures.iter().map(word).collect();
         let mut sentences: Vec<&str> = self.failures.iter().map(|f| f.message.as_str()).collect();
         sentences.dedup();
@@ -110,7 +112,11 @@ fn connected(connection: Connection) -> Condition {
 }
 
 /// Keeps of what is known what rests on a source that failed, as the labels do.
-fn keep(status: &mut NodeVirtualizationStatus, before: &NodeVirtualizationStatus, failed: &[Source]) {
+fn keep(
+    status: &mut NodeVirtualizationStatus,
+    before: &NodeVirtualizationStatus,
+    failed: &[Source],
+) {
     use Source::{Capabilities, CpuBaseline, DomainCapabilities, Domains, Host, Versions};
     let fails = |sources: &[Source]| sources.iter().any(|source| failed.contains(source));
     let models = [Capabilities, DomainCapabilities];

@@ -1,5 +1,6 @@
 //! What the integration tests share: real parts to test against, and waiting for conditions.
 
+pub(crate) mod controller;
 pub(crate) mod daemon;
 pub(crate) mod fake_api;
 pub(crate) mod fake_domains;
