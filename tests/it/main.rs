@@ -22,3 +22,4 @@ mod publish_node;
 mod support;
 mod truth_table;
 mod virtualization;
+mod virtualization_cluster;

@@ -62,7 +62,6 @@ pub struct NodeVirtualizationStatus {
     /// `Probed`: whether the last probe could read every source, and if not, which ones.
     /// `HypervisorConnected`: whether there is a connection to libvirt.
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
     pub conditions: Vec<Condition>,
     /// Parts that were left out because the object would have been larger than 56 KiB, in the
     /// order in which they are given up: `foreignMachines`, `blockers`, `unusableModels`,

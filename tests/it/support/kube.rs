@@ -14,12 +14,13 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use ::kube::api::{Api, Patch, PatchParams, PostParams};
+use ::kube::api::{Api, ApiResource, DynamicObject, Patch, PatchParams, PostParams};
+use ::kube::core::{GroupVersionKind, TypeMeta};
 use ::kube::{Client, Error};
 use anyhow::{Context as _, ensure};
-use k8s_openapi::api::authentication::v1::{TokenRequest, TokenRequestSpec};
-use k8s_openapi::api::core::v1::{Namespace, Node, ServiceAccount};
-use serde_json::json;
+use k8s_openapi::api::authentication::v1::{BoundObjectReference, TokenRequest, TokenRequestSpec};
+use k8s_openapi::api::core::v1::{Namespace, Node, Pod, ServiceAccount};
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use self::access::{Access, client_of};
@@ -190,6 +191,107 @@ impl KubeServer {
         self.access.of_token(&format!("{namespace}-{name}"), &token)
     }
 
+    /// The configuration of a client with the token that a pod of a service account has on a
+    /// node. Namespace and account must exist; the pod is created, and never runs.
+    pub(crate) async fn pod_kubeconfig(
+        &self,
+        namespace: &str,
+        account: &str,
+        node: &str,
+    ) -> anyhow::Result<PathBuf> {
+        let pods: Api<Pod> = Api::namespaced(self.client(), namespace);
+        let pod = serde_json::from_value(json!({
+            "metadata": {"generateName": format!("{account}-")},
+            "spec": {
+                "nodeName": node,
+                "serviceAccountName": account,
+                "containers": [{"name": account, "image": "example.com/virtnode"}],
+            },
+        }))?;
+        let pod = pods.create(&PostParams::default(), &pod).await?;
+        let name = pod.metadata.name.context("a pod without a name")?;
+        let request = TokenRequest {
+            spec: TokenRequestSpec {
+                expiration_seconds: Some(3600),
+                bound_object_ref: Some(BoundObjectReference {
+                    api_version: Some("v1".to_owned()),
+                    kind: Some("Pod".to_owned()),
+                    name: Some(name.clone()),
+                    uid: pod.metadata.uid,
+                }),
+                ..Default::default()
+            },
+            ..Default::default()
+        };
+        let accounts: Api<ServiceAccount> = Api::namespaced(self.client(), namespace);
+        let post = PostParams::default();
+        let answer = accounts
+            .create_token_request(account, &post, &request)
+            .await?;
+        let token = answer
+            .status
+            .context("a token request without a token")?
+            .token;
+        self.access.of_token(&name, &token)
+    }
+
+    /// A client with the [configuration](Self::pod_kubeconfig) of a pod.
+    pub(crate) async fn pod_client(
+        &self,
+        namespace: &str,
+        account: &str,
+        node: &str,
+    ) -> anyhow::Result<Client> {
+        client_of(&self.pod_kubeconfig(namespace, account, node).await?).await
+    }
+
+    /// Creates or changes every object of a manifest, as `kubectl apply --server-side` does, and
+    /// waits until definitions of resources are in force.
+    pub(crate) async fn apply_manifest(&self, manifest: &str) -> anyhow::Result<()> {
+        for object in documents(manifest)? {
+            let name = object["metadata"]["name"].as_str().context("a name")?;
+            let types: TypeMeta = serde_json::from_value(object.clone())?;
+            let resource = ApiResource::from_gvk(&GroupVersionKind::try_from(&types)?);
+            let api: Api<DynamicObject> = match object["metadata"]["namespace"].as_str() {
+                Some(namespace) => Api::namespaced_with(self.client(), namespace, &resource),
+                None => Api::all_with(self.client(), &resource),
+            };
+            let params = PatchParams::apply("virtnode-test").force();
+            let applied = api.patch(name, &params, &Patch::Apply(&object)).await;
+            applied.with_context(|| format!("{} {name}", types.kind))?;
+            if types.kind == "CustomResourceDefinition" {
+                let of = |field: &str| object["spec"][field].as_str().unwrap_or_default();
+                let version = object["spec"]["versions"][0]["name"].as_str();
+                let plural = object["spec"]["names"]["plural"].as_str();
+                let path = format!(
+                    "/apis/{}/{}/{}",
+                    of("group"),
+                    version.unwrap_or_default(),
+                    plural.unwrap_or_default()
+                );
+                eventually(Duration::from_secs(60), async || {
+                    get(&self.admin, &path).await
+                })
+                .await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the server has this resource, by what it says itself.
+    pub(crate) async fn has(&self, group_version: &str, plural: &str) -> anyhow::Result<bool> {
+        let groups = self.admin.list_api_groups().await?;
+        let mut versions = groups.groups.iter().flat_map(|group| &group.versions);
+        if !versions.any(|version| version.group_version == group_version) {
+            return Ok(false);
+        }
+        let resources = self.admin.list_api_group_resources(group_version).await?;
+        Ok(resources
+            .resources
+            .iter()
+            .any(|resource| resource.name == plural))
+    }
+
     /// A client with the [configuration](Self::service_account_kubeconfig) of a service account.
     pub(crate) async fn service_account_client(
         &self,
@@ -298,6 +400,19 @@ fn spawn_etcd(
         format!("--initial-cluster=default={peer_url}"),
     ];
     Process::start(&binaries.dir.join("etcd"), &args, dir.join("etcd.log"))
+}
+
+/// The documents of a manifest.
+pub(crate) fn documents(manifest: &str) -> anyhow::Result<Vec<Value>> {
+    let documents = manifest.split("\n---\n");
+    let is_empty = |text: &&str| {
+        text.lines()
+            .all(|line| line.trim().is_empty() || line.starts_with('#') || line == "---")
+    };
+    documents
+        .filter(|text| !is_empty(text))
+        .map(|text| Ok(serde_saphyr::from_str(text)?))
+        .collect()
 }
 
 /// Where the programs are and which release they are of.
