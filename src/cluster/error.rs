@@ -221,7 +221,8 @@ impl ClusterError {
                 object,
                 message,
             },
-            status if status.is_not_found() || is_gone => match object.kind {
+            // The answer for a kind that the server does not know is plain text.
+            status if status.is_not_found() || status.code == 404 || is_gone => match object.kind {
                 "Node" => Self::NodeNotFound { node: object.name },
                 _ => Self::NotFound { object },
             },

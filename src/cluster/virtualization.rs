@@ -20,10 +20,11 @@ impl Cluster {
     pub async fn virtualization(&self) -> Result<Option<NodeVirtualization>, ClusterError> {
         let api = Api::<NodeVirtualization>::all(self.client.clone());
         let answer = async {
-            match api.get_opt(&self.node).await {
+            match api.get(&self.node).await {
                 // As another daemon wrote it; ours will replace it.
                 Err(kube::Error::SerdeError(_)) => Ok(None),
-                answer => answer,
+                Err(kube::Error::Api(status)) if status.code == 404 => Ok(None),
+                answer => answer.map(Some),
             }
         };
         self.call_about(self.nvirt(), "get", answer).await

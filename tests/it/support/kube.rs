@@ -245,8 +245,8 @@ impl KubeServer {
         client_of(&self.pod_kubeconfig(namespace, account, node).await?).await
     }
 
-    /// Creates or changes every object of a manifest, as `kubectl apply --server-side` does, and
-    /// waits until definitions of resources are in force.
+    /// Creates or changes every object of a manifest, and waits until definitions of resources are
+    /// in force. A server drops what it does not know of them.
     pub(crate) async fn apply_manifest(&self, manifest: &str) -> anyhow::Result<()> {
         for object in documents(manifest)? {
             let name = object["metadata"]["name"].as_str().context("a name")?;
@@ -256,8 +256,14 @@ impl KubeServer {
                 Some(namespace) => Api::namespaced_with(self.client(), namespace, &resource),
                 None => Api::all_with(self.client(), &resource),
             };
-            let params = PatchParams::apply("virtnode-test").force();
-            let applied = api.patch(name, &params, &Patch::Apply(&object)).await;
+            let wanted: DynamicObject = serde_json::from_value(object.clone())?;
+            let applied = match api.create(&PostParams::default(), &wanted).await {
+                Err(Error::Api(status)) if status.is_already_exists() => {
+                    let patch = Patch::Merge(&wanted);
+                    api.patch(name, &PatchParams::default(), &patch).await
+                }
+                created => created,
+            };
             applied.with_context(|| format!("{} {name}", types.kind))?;
             if types.kind == "CustomResourceDefinition" {
                 let of = |field: &str| object["spec"][field].as_str().unwrap_or_default();
