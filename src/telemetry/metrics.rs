@@ -11,6 +11,7 @@ use prometheus::{
     Opts, Registry, TextEncoder,
 };
 
+use super::cluster::ClusterMetrics;
 use super::hotplug::HotplugMetrics;
 use super::inventory::{Inventory, InventoryCollector};
 use crate::diagnosis::{Check, Severity};
@@ -110,6 +111,8 @@ pub struct Metrics {
     pub inventory: Arc<Inventory>,
     /// Verified hotplug.
     pub hotplug: HotplugMetrics,
+    /// What the cluster is told beside labels.
+    pub cluster: ClusterMetrics,
 }
 
 impl Metrics {
@@ -217,6 +220,7 @@ impl Metrics {
             )?,
             inventory: new.inventory()?,
             hotplug: HotplugMetrics::register(&new)?,
+            cluster: ClusterMetrics::register(&new)?,
             registry,
         };
         metrics.register_constants()?;
