@@ -13,6 +13,7 @@ mod daemon_on_a_node;
 mod documents;
 mod executor;
 mod hotplug_cli;
+mod hotplug_objects;
 mod kube_server;
 mod lab;
 mod labeller;
