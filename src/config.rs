@@ -177,7 +177,7 @@ pub struct Settings {
     )]
     pub log_format: Option<LogFormat>,
 
-    /// Which log lines are written, in the syntax of tracing's EnvFilter [default: info]
+    /// Which log lines are written, as LEVEL or TARGET=LEVEL, separated by commas [default: info]
     #[arg(long, env = "VIRTNODE_LOG", value_name = "FILTER", global = true)]
     pub log: Option<String>,
 

@@ -16,8 +16,8 @@ use crate::capability::{CanonicalMachine, NodeFacts};
 use crate::host;
 use crate::hypervisor::{Connection, Hypervisor};
 use crate::label::{
-    Change, FAMILIES, Invalid, LabelSet, Policy, Probe, Published, RetentionReason, Source, derive,
-    family,
+    Change, FAMILIES, Invalid, LabelSet, Policy, Probe, Published, Rejected, RetentionReason,
+    Source, derive, family,
 };
 use crate::probe::{Failure, Prober, Reading};
 use crate::publish::file::{FilePublisher, Report};
@@ -55,6 +55,15 @@ pub struct Progress {
     pub file_problem: Option<String>,
 }
 
+/// The last probe, for those who want to know more than labels.
+#[derive(Debug, Clone, Default)]
+pub struct Latest {
+    /// What it read.
+    pub reading: Reading,
+    /// Labels that were left out.
+    pub rejected: Vec<Rejected>,
+}
+
 /// Keeps the published labels true.
 pub struct Labeller<H> {
     prober: Prober<H>,
@@ -65,9 +74,10 @@ pub struct Labeller<H> {
     outlets: Outlets,
     metrics: Arc<Metrics>,
     progress: watch::Sender<Progress>,
+    latest: watch::Sender<Option<Arc<Latest>>>,
 
     published: Published,
-    rejected: Vec<crate::label::Rejected>,
+    rejected: Vec<Rejected>,
     /// The emulators that capabilities were read from.
     emulators: Vec<String>,
 }
@@ -102,6 +112,7 @@ impl<H: Hypervisor> Labeller<H> {
             outlets,
             metrics,
             progress: watch::Sender::new(progress),
+            latest: watch::Sender::new(None),
             published: Published::starting_from(before),
             rejected: Vec::new(),
             emulators: Vec::new(),
@@ -111,6 +122,11 @@ impl<H: Hypervisor> Labeller<H> {
     /// How far it is, and every change of that.
     pub fn progress(&self) -> watch::Receiver<Progress> {
         self.progress.subscribe()
+    }
+
+    /// The last probe, and each that follows.
+    pub fn latest(&self) -> watch::Receiver<Option<Arc<Latest>>> {
+        self.latest.subscribe()
     }
 
     /// Probes and publishes until `token` is cancelled. The labels stay then.
@@ -164,6 +180,10 @@ impl<H: Hypervisor> Labeller<H> {
             if may_write_node {
                 self.hand_over_to_node();
             }
+            self.latest.send_replace(Some(Arc::new(Latest {
+                reading,
+                rejected: self.rejected.clone(),
+            })));
             fingerprint = host::fingerprint(&self.root, &self.emulators);
             next = Instant::now() + wait;
         }

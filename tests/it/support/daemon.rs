@@ -52,11 +52,21 @@ impl Daemon {
         uri: &str,
         arguments: &[&str],
     ) -> anyhow::Result<Self> {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_virtnode"));
+        command.env_clear().arg("run");
+        Self::spawn(directory, command, uri, arguments).await
+    }
+
+    /// Starts one by a command that is the program or becomes it, up to `run`.
+    pub(crate) async fn spawn(
+        directory: TempDir,
+        mut command: Command,
+        uri: &str,
+        arguments: &[&str],
+    ) -> anyhow::Result<Self> {
         let log = directory.path().join("log");
-        let child = Command::new(env!("CARGO_BIN_EXE_virtnode"))
-            .env_clear()
+        let child = command
             .args([
-                "run",
                 "--connect",
                 uri,
                 "--listen",
@@ -181,12 +191,14 @@ impl Daemon {
             .sum()
     }
 
+    /// Its process.
+    pub(crate) fn pid(&self) -> anyhow::Result<Pid> {
+        Ok(Pid::from_raw(i32::try_from(self.child.id())?))
+    }
+
     /// Asks it to stop, and gives its state directory for the next one.
     pub(crate) async fn stop(mut self) -> anyhow::Result<(ExitStatus, TempDir)> {
-        kill(
-            Pid::from_raw(i32::try_from(self.child.id())?),
-            Signal::SIGTERM,
-        )?;
+        kill(self.pid()?, Signal::SIGTERM)?;
         let status = eventually(LONG, async || {
             self.child.try_wait()?.context("it is still running")
         })

@@ -78,6 +78,8 @@ pub(crate) struct FakeGuest {
     pub(crate) blocks: Blocks,
     pub(crate) calls: Calls,
     pub(crate) agent: bool,
+    /// Whether its agent takes questions and never answers.
+    pub(crate) agent_hangs: bool,
     pub(crate) vcpus: u32,
 }
 
@@ -88,6 +90,7 @@ impl Default for FakeGuest {
             blocks: Blocks::Onlines,
             calls: Calls::Work,
             agent: true,
+            agent_hangs: false,
             vcpus: 1,
         }
     }
@@ -518,6 +521,9 @@ impl DomainControl for FakeControl {
     async fn guest_vcpus(&self, domain: &DomainId) -> Result<GuestVcpus, HypervisorError> {
         self.question().await?;
         let (_, have) = self.find(domain)?;
+        if have.guest.agent_hangs {
+            std::future::pending::<()>().await;
+        }
         match have.guest.agent {
             true => Ok(GuestVcpus {
                 vcpus: have.present,

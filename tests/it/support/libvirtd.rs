@@ -199,7 +199,8 @@ impl Libvirtd {
         self.directory.path().join(below)
     }
 
-    fn socket(&self) -> PathBuf {
+    /// Its socket.
+    pub(crate) fn socket(&self) -> PathBuf {
         self.path(match self.daemon.ends_with("virtqemud") {
             true => "run/libvirt/virtqemud-sock",
             false => "run/libvirt/libvirt-sock",

@@ -7,8 +7,10 @@ pub(crate) mod fake_domains;
 pub(crate) mod guest;
 pub(crate) mod hypervisor;
 pub(crate) mod kube;
+pub(crate) mod kustomize;
 pub(crate) mod libvirtd;
 pub(crate) mod operations;
+pub(crate) mod prometheus;
 pub(crate) mod publisher;
 
 use std::time::Duration;
