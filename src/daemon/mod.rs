@@ -23,9 +23,9 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
 use crate::cluster::{Cluster, ClusterConfig, HotplugObjects};
-use crate::doctor::{Doctor, Scope};
-use crate::controller::{self, Controller};
 use crate::config::{Config, ConfigError, Target};
+use crate::controller::{self, Controller};
+use crate::doctor::{Doctor, Scope};
 use crate::hypervisor::{ControlConfig, Libvirt, LibvirtConfig, LibvirtControl};
 use crate::label::{LabelKey, LabelSet, LabelValue};
 use crate::labeller::{Labeller, Outlets};

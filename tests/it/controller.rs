@@ -446,6 +446,42 @@ async fn an_object_that_is_deleted_in_the_middle_leaves_its_record() -> anyhow::
     Ok(())
 }
 
+#[tokio::test(start_paused = true)]
+async fn what_came_of_an_object_is_not_said_of_its_namesake() -> anyhow::Result<()> {
+    let api = FakeApi::with_node();
+    let node = HotplugNode::start(cluster(&api));
+    node.control.add("vm", slow());
+    api.make("x", vcpus("vm", 3));
+    object(&api, "x", running).await?;
+    // All this happens while nobody sees it.
+    api.mute_watches();
+    let first = api.object("x").unwrap()["metadata"]["uid"].clone();
+    api.delete("x");
+    api.make("x", vcpus("vm", 2));
+    until(|| api.asked("hotplug-get") > 0).await?;
+    assert!(node.operations_of("x")[0].is_done());
+    let second = api.object("x").unwrap();
+    assert!(
+        second["status"].is_null() && second["metadata"]["uid"] != first,
+        "{second:#}"
+    );
+    Ok(())
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_change_by_somebody_else_delays_no_verdict() -> anyhow::Result<()> {
+    let api = FakeApi::with_node();
+    let node = HotplugNode::start(cluster(&api));
+    node.control.add("vm", slow());
+    api.make("x", vcpus("vm", 3));
+    object(&api, "x", running).await?;
+    api.mute_watches();
+    api.change_spec("x", |_| {});
+    assert_eq!(verdict(&ends(&api, "x").await?), Some("GuestOffline"));
+    assert_eq!(api.asked("hotplug-get"), 1);
+    Ok(())
+}
+
 #[tokio::test]
 async fn an_object_is_deleted_after_its_time_to_live_and_not_before() -> anyhow::Result<()> {
     let api = FakeApi::with_node();
