@@ -197,6 +197,11 @@ impl<C: DomainControl> Executor<C> {
         self.table().newest_first()
     }
 
+    /// The operation that somebody asked for with that key, if it is known.
+    pub fn asked_with(&self, asked_by: &AskedBy, key: &str) -> Option<OperationId> {
+        self.table().by_key(asked_by, key)
+    }
+
     /// An operation as it is now and whenever it changes, what is awaited included. It ends when
     /// the operation is so old that it is forgotten.
     pub fn watch(&self, id: &OperationId) -> Option<watch::Receiver<Record>> {

@@ -21,6 +21,7 @@ mod events;
 mod executor;
 mod foretold;
 mod hotplug_cli;
+mod hotplug_objects;
 mod killed;
 mod kube_server;
 mod lab;

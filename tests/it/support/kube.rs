@@ -6,6 +6,7 @@
 
 mod access;
 mod audit;
+pub(crate) mod objects;
 mod pki;
 pub(super) mod process;
 
