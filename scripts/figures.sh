@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Measures the README's figures in this run and prints them as a table, each beside what it is
-# to be compared with: the benchmark benches/labels.rs, and benches/daemon.rs with the release
-# build of the daemon on a libvirt and a Kubernetes of its own. It takes about three minutes
-# after the build. Everything it starts is stopped at its end, also on Ctrl-C.
+# to be compared with: the benchmark benches/labels.rs, and benches/daemon.rs and benches/hotplug.rs
+# with the release build of the daemon on a libvirt and a Kubernetes of their own. It takes about
+# fifteen minutes after the build. Everything it starts is stopped at its end, also on Ctrl-C.
 #
 # With the name of a file as its argument it writes the table there as well.
 set -euo pipefail
@@ -133,6 +133,10 @@ labels_rows
 note "measuring the daemon"
 VIRTNODE=$scratch/virtnode bench daemon >"$scratch/daemon"
 grep -v '^#' "$scratch/daemon" >>"$rows"
+note "measuring hotplug"
+VIRTNODE=$scratch/virtnode bench hotplug >>"$rows"
+size=$(stat -c %s "$scratch/virtnode")
+row "the program" "$(awk -v bytes="$size" 'BEGIN { printf "%.1f MB", bytes / 1e6 }')"
 
 {
   conditions

@@ -177,7 +177,7 @@ pub struct Settings {
     )]
     pub log_format: Option<LogFormat>,
 
-    /// Which log lines are written, in the syntax of tracing's EnvFilter [default: info]
+    /// Which log lines are written, as LEVEL or TARGET=LEVEL, separated by commas [default: info]
     #[arg(long, env = "VIRTNODE_LOG", value_name = "FILTER", global = true)]
     pub log: Option<String>,
 
@@ -220,6 +220,8 @@ pub struct ApiSettings {
 pub struct HotplugSettings {
     /// Whether domains are changed here; yes unless it says no.
     pub enabled: Option<bool>,
+    /// Whether DomainHotplug objects of the cluster are taken on; yes unless it says no.
+    pub objects: Option<bool>,
 }
 
 /// The validated whole.
@@ -253,6 +255,8 @@ pub struct Config {
     pub allowed_gids: Vec<u32>,
     /// Whether domains are changed here.
     pub hotplug: bool,
+    /// Whether DomainHotplug objects are taken on, where there is a cluster.
+    pub hotplug_objects: bool,
     /// The time between probes.
     pub probe_interval: Duration,
     /// The longest random wait before the first write to the API server.
@@ -346,6 +350,7 @@ impl Config {
             allowed_uids: file.api.allowed_uids,
             allowed_gids: file.api.allowed_gids,
             hotplug: file.hotplug.enabled.unwrap_or(true),
+            hotplug_objects: file.hotplug.objects.unwrap_or(true),
             probe_interval: seconds(
                 "probeIntervalSeconds",
                 later.probe_interval_seconds.or(file.probe_interval_seconds),
@@ -478,6 +483,7 @@ api:
   allowedGids: [36]
 hotplug:
   enabled: false
+  objects: false
 ";
         let config = join(text, Settings::default()).unwrap();
         assert_eq!(config.publish, [Target::File, Target::Node]);
@@ -485,7 +491,7 @@ hotplug:
         assert_eq!(config.allowed_uids, Some(vec![0, 107]));
         assert_eq!(config.allowed_gids, [36]);
         assert_eq!(config.socket, Path::new("/run/x.sock"));
-        assert!(!config.hotplug);
+        assert!(!config.hotplug && !config.hotplug_objects);
         assert_eq!(config.policy.guest_architectures, ["aarch64"]);
         assert!(
             config

@@ -128,8 +128,11 @@ impl<C: DomainControl> Monitor<C> {
         }
     }
 
-    /// One reading.
-    async fn refresh(&mut self) -> Result<(), HypervisorError> {
+    /// One reading: of the statistics, and of the domains that something happened to.
+    ///
+    /// # Errors
+    /// The hypervisor's; the inventory stays as it was.
+    pub async fn refresh(&mut self) -> Result<(), HypervisorError> {
         let running = self.control.all_domain_stats().await?;
         let there: HashSet<&str> = running.iter().map(|stats| stats.id.uuid.as_str()).collect();
         self.known.retain(|uuid, _| there.contains(uuid.as_str()));

@@ -6,7 +6,10 @@
 mod config;
 mod error;
 mod events;
+mod hotplugs;
 mod managed_fields;
+pub mod objects;
+mod retry;
 mod watch;
 
 use std::collections::BTreeMap;
@@ -24,8 +27,10 @@ use crate::label::LabelSet;
 use crate::label::ownership::Shown;
 
 pub use config::ClusterConfig;
-pub use error::{ClusterError, Refusal};
+pub use error::{ClusterError, Object, Refusal};
 pub use events::{NodeEvent, NodeEvents};
+pub use hotplugs::{HotplugChange, HotplugObject, HotplugObjects};
+pub use retry::Retry;
 pub use watch::Seen;
 
 /// The name under which the API server keeps account of what is ours.
@@ -196,16 +201,27 @@ impl Cluster {
         verb: &'static str,
         answer: impl Future<Output = kube::Result<T>>,
     ) -> Result<T, ClusterError> {
+        self.call_about(Object::node(&self.node), verb, answer)
+            .await
+    }
+
+    async fn call_about<T>(
+        &self,
+        object: Object,
+        verb: &'static str,
+        answer: impl Future<Output = kube::Result<T>>,
+    ) -> Result<T, ClusterError> {
         match tokio::time::timeout(self.deadline, answer).await {
-            Ok(answer) => answer.map_err(|error| self.error(verb, error)),
+            Ok(answer) => answer.map_err(|error| self.error(object, verb, error)),
             Err(_) => Err(ClusterError::Timeout {
                 verb,
+                object,
                 after: self.deadline,
             }),
         }
     }
 
-    fn error(&self, verb: &'static str, error: kube::Error) -> ClusterError {
-        ClusterError::from_call(verb, &self.node, self.deadline, error)
+    fn error(&self, object: Object, verb: &'static str, error: kube::Error) -> ClusterError {
+        ClusterError::from_call(verb, object, self.deadline, error)
     }
 }

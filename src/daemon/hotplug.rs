@@ -39,6 +39,11 @@ impl<C: DomainControl> Carried<C> {
         Ok(Self(executor))
     }
 
+    /// The executor itself.
+    pub fn executor(&self) -> Arc<Executor<C>> {
+        Arc::clone(&self.0)
+    }
+
     /// Ends all work; what is unfinished stays in the journal.
     pub async fn stop(&self) {
         self.0.stop().await;

@@ -7,6 +7,7 @@ mod http;
 mod listener;
 mod socket;
 
+use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,8 +22,9 @@ use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
-use crate::cluster::{Cluster, ClusterConfig};
-use crate::config::{Config, Target};
+use crate::cluster::{Cluster, ClusterConfig, HotplugObjects};
+use crate::config::{Config, ConfigError, Target};
+use crate::controller::{self, Controller};
 use crate::doctor::{Doctor, Scope};
 use crate::hypervisor::{ControlConfig, Libvirt, LibvirtConfig, LibvirtControl};
 use crate::label::{LabelKey, LabelSet, LabelValue};
@@ -62,11 +64,24 @@ pub fn cluster_config(config: &Config) -> anyhow::Result<ClusterConfig> {
     })
 }
 
-/// Runs until a signal asks to stop or a part ends by itself. Published labels stay.
+/// Why the daemon ended without an error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ending {
+    /// It was told to stop.
+    Stop,
+    /// It was told to read its configuration anew, and that can be used: start again.
+    Reload,
+}
+
+/// Runs until a signal asks to stop or to reload, or a part ends by itself. Published labels
+/// stay. `check` reads the configuration anew: one that is wrong does not end the daemon.
 ///
 /// # Errors
 /// A part that cannot be started, or that ended without being asked to.
-pub async fn run(config: Config) -> anyhow::Result<()> {
+pub async fn run(
+    config: Config,
+    check: impl Fn() -> Result<(), ConfigError>,
+) -> anyhow::Result<Ending> {
     info!(
         version = env!("CARGO_PKG_VERSION"),
         commit = env!("VIRTNODE_COMMIT"),
@@ -84,8 +99,11 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     start(&config, listener, &stop, &mut parts).await?;
     // Where no service manager listens this does nothing.
     let _nobody = sd_notify::notify(&[NotifyState::Ready]);
-    let outcome = supervise(&mut parts).await;
-    let _nobody = sd_notify::notify(&[NotifyState::Stopping]);
+    let outcome = supervise(&mut parts, check).await;
+    let _nobody = match outcome {
+        Ok(Ending::Reload) => sd_notify::notify(&[NotifyState::Reloading]),
+        _ => sd_notify::notify(&[NotifyState::Stopping]),
+    };
     stop.cancel();
     let ended = timeout(GRACE, async { while parts.join_next().await.is_some() {} }).await;
     if ended.is_err() {
@@ -167,8 +185,25 @@ async fn start(
         "the monitor of running domains"
     });
     // Labels do not wait for a socket or a journal that cannot be made.
-    if let Err(error) = start_hotplug(config, &control, &metrics, stop, parts) {
-        error!("hotplug is off until the next start: {error:#}");
+    match start_hotplug(config, &control, &metrics, stop, parts) {
+        Ok(Some(carried)) if config.hotplug_objects => {
+            if let Some((cluster, ..)) = &node {
+                let options = controller::Options {
+                    start_jitter: config.start_jitter,
+                    ..controller::Options::default()
+                };
+                let objects = HotplugObjects::new(cluster);
+                let counted = Arc::clone(&metrics);
+                let controller = Controller::new(objects, carried.executor(), counted, options);
+                let token = stop.clone();
+                parts.spawn(async move {
+                    controller.run(token).await;
+                    "the controller of DomainHotplug objects"
+                });
+            }
+        }
+        Ok(_) => {}
+        Err(error) => error!("hotplug is off until the next start: {error:#}"),
     }
     if let Some((cluster, publisher, to_publish, found)) = node {
         let memory = config.state_directory.join(NODE_LABELS_FILE);
@@ -228,14 +263,14 @@ pub(crate) fn control_config(config: &Config) -> ControlConfig {
     }
 }
 
-/// Starts the executor and the local API.
+/// Starts the executor and the local API. `None` if hotplug is switched off.
 fn start_hotplug(
     config: &Config,
     control: &Arc<LibvirtControl>,
     metrics: &Arc<Metrics>,
     stop: &CancellationToken,
     parts: &mut JoinSet<&'static str>,
-) -> anyhow::Result<()> {
+) -> anyhow::Result<Option<Arc<Carried<LibvirtControl>>>> {
     // First: it also keeps a second daemon away from the journal.
     let gid = config.allowed_gids.first().copied();
     let socket = api::bind(&config.socket, gid)
@@ -254,7 +289,7 @@ fn start_hotplug(
         });
     }
     let access = Access::new(config.allowed_uids.clone(), config.allowed_gids.clone());
-    let router = api::router(carried, Arc::clone(metrics), access);
+    let router = api::router(carried.clone(), Arc::clone(metrics), access);
     let serving = api::serve(socket, router);
     info!(socket = %config.socket.display(), hotplug = config.hotplug, "serving the local API");
     let token = stop.clone();
@@ -262,7 +297,7 @@ fn start_hotplug(
         token.run_until_cancelled(serving).await;
         "the local API"
     });
-    Ok(())
+    Ok(carried)
 }
 
 /// Keeps what the Node has from us in a file, for the next run. A read-only state directory costs
@@ -337,18 +372,38 @@ async fn beat(health: &Health) {
     }
 }
 
-/// Waits for a signal to stop, or for a part to end, which none should.
-async fn supervise(parts: &mut JoinSet<&'static str>) -> anyhow::Result<()> {
+/// Waits for a signal, or for a part to end, which none should.
+async fn supervise(
+    parts: &mut JoinSet<&'static str>,
+    check: impl Fn() -> Result<(), ConfigError>,
+) -> anyhow::Result<Ending> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    tokio::select! {
-        _ = terminate.recv() => info!("told to stop by SIGTERM"),
-        _ = interrupt.recv() => info!("told to stop by SIGINT"),
-        ended = parts.join_next() => match ended {
-            Some(Ok(part)) => bail!("{part} ended by itself"),
-            Some(Err(error)) => bail!("a part of the daemon failed: {error}"),
-            None => bail!("no part of the daemon is left"),
-        },
+    let mut hangup = signal(SignalKind::hangup())?;
+    // A terminal that is closed ends what runs on it. Asked now: a closed one is none any more.
+    let on_terminal = std::io::stderr().is_terminal();
+    loop {
+        tokio::select! {
+            _ = terminate.recv() => info!("told to stop by SIGTERM"),
+            _ = interrupt.recv() => info!("told to stop by SIGINT"),
+            _ = hangup.recv() => match check() {
+                _ if on_terminal => info!("its terminal is closed"),
+                Ok(()) => {
+                    info!("told to reload by SIGHUP; starting again");
+                    return Ok(Ending::Reload);
+                }
+                Err(error) => {
+                    error!(%error, "told to reload by SIGHUP, but the configuration cannot be used; going on as before");
+                    continue;
+                }
+            },
+            ended = parts.join_next() => match ended {
+                Some(Ok(part)) => bail!("{part} ended by itself"),
+                Some(Err(error)) => bail!("a part of the daemon failed: {error}"),
+                None => bail!("no part of the daemon is left"),
+            },
+        }
+        break;
     }
     // A second signal does not wait.
     tokio::spawn(async move {
@@ -356,8 +411,7 @@ async fn supervise(parts: &mut JoinSet<&'static str>) -> anyhow::Result<()> {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
         }
-        #[expect(clippy::exit, reason = "the operator asked twice")]
-        std::process::exit(130);
+        crate::ffi::leave(130);
     });
-    Ok(())
+    Ok(Ending::Stop)
 }

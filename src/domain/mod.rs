@@ -15,6 +15,7 @@ mod vcpus;
 pub use devices::{AgentChannel, Balloon, Device};
 pub use facts::{Cpu, Domain, Topology};
 pub use idset::{IdSet, NotAnIdSet};
+pub(crate) use memory::scaled;
 pub use memory::{Memory, MemoryDevice, MemoryModel, NumaCell};
 pub use needs::Needs;
 pub use state::DomainState;

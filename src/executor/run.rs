@@ -1,5 +1,6 @@
 //! The life of one operation.
 
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,11 +14,11 @@ use super::lines::Place;
 use super::look::{Look, Looks, SilentAgent, contact};
 use super::pursuit::Pursuit;
 use crate::hotplug::{
-    Contact, History, Host, HotplugRequest, Preflight, Return, Terms, Verdict, extent, preflight,
+    Contact, History, Host, HotplugRequest, Preflight, Terms, Verdict, extent, preflight,
 };
 use crate::hypervisor::{Connection, DomainControl, DomainId};
 use crate::journal::Entry;
-use crate::operation::{Record, State};
+use crate::operation::{OperationId, Record, State};
 
 /// How long after a restart an operation whose deadline has passed may still wait for a look.
 const GRACE: Duration = Duration::from_secs(15);
@@ -48,16 +49,46 @@ impl<C: DomainControl> Executor<C> {
         self.tasks.spawn(Arc::clone(self).run(entry, place, ticket));
     }
 
+    /// Goes on watching an operation that an earlier life of this program watched after its
+    /// verdict, for as long as is left of the time for it.
+    pub(super) fn watch_on(self: &Arc<Self>, mut entry: Entry) {
+        let clock = self.clock.not_before(latest(&entry));
+        let record = &entry.record;
+        let (Some(finished), Some(uuid)) = (record.finished, &record.domain.uuid) else {
+            return;
+        };
+        let may_change = record.verdict.is_some_and(Verdict::may_change);
+        if !may_change || clock.now() >= finished.after(self.options.follow) {
+            return;
+        }
+        let Some(mut history) = entry.history.take() else {
+            return;
+        };
+        let domain = DomainId {
+            name: record.domain.name.clone(),
+            uuid: uuid.clone(),
+        };
+        let Some(token) = self.follow(&domain, record) else {
+            return;
+        };
+        info!(id = %record.id, "an operation is watched again");
+        history.lost(clock.now());
+        let executor = Arc::clone(self);
+        let operation = Operation::new(executor, entry, clock);
+        let notices = self.control.notices();
+        let looks = operation.looks(&domain);
+        let pursuit = Pursuit::new(operation, domain, looks, notices, history, None);
+        let stop = self.stop.clone();
+        self.tasks.spawn(async move {
+            stop.run_until_cancelled(pursuit.watch(token)).await;
+        });
+    }
+
     /// Carries an operation out, or as far as there is time before this program ends.
     pub(super) async fn run(self: Arc<Self>, entry: Entry, place: Place, ticket: u64) {
         let stop = self.stop.clone();
         let clock = self.clock.not_before(latest(&entry));
-        let operation = Operation {
-            executor: self,
-            entry,
-            clock,
-            obstacle: Verdict::HypervisorUnavailable,
-        };
+        let operation = Operation::new(self, entry, clock);
         tokio::select! {
             biased;
             () = stop.cancelled() => {}
@@ -96,6 +127,19 @@ impl<C: DomainControl> Executor<C> {
     }
 }
 
+/// Of each domain the operation that began last: the others are not its latest word.
+pub(super) fn last_of_each_domain(entries: &[Entry]) -> HashSet<OperationId> {
+    let mut last = HashMap::new();
+    for record in entries.iter().map(|entry| &entry.record) {
+        let (Some(uuid), Some(started)) = (&record.domain.uuid, record.started) else {
+            continue;
+        };
+        let known = last.entry(uuid).or_insert((started, &record.id));
+        *known = (*known).max((started, &record.id));
+    }
+    last.into_values().map(|(_, id)| id.clone()).collect()
+}
+
 /// The last moment that an entry knows: a clock that was put back must not be before it.
 fn latest(entry: &Entry) -> crate::hotplug::Moment {
     let history = entry.history.as_ref();
@@ -105,16 +149,42 @@ fn latest(entry: &Entry) -> crate::hotplug::Moment {
         Some(call.returned.as_ref().map_or(call.started, |(at, _)| *at))
     });
     let record = &entry.record;
-    [seen, called, record.started, Some(record.created)]
+    let told = [record.started, record.finished, record.corrected];
+    [seen, called]
         .into_iter()
+        .chain(told)
         .flatten()
-        .max()
-        .unwrap_or(record.created)
+        .fold(record.created, Ord::max)
 }
 
 impl<C: DomainControl> Operation<C> {
+    fn new(executor: Arc<Executor<C>>, entry: Entry, clock: Clock) -> Self {
+        Self {
+            executor,
+            entry,
+            clock,
+            obstacle: Verdict::HypervisorUnavailable,
+        }
+    }
+
+    fn looks(&self, domain: &DomainId) -> Arc<Looks<C>> {
+        let asks_agent = matches!(self.entry.order.request, HotplugRequest::Vcpus { .. });
+        Arc::new(Looks::new(
+            Arc::clone(&self.executor.control),
+            domain.clone(),
+            self.clock,
+            &self.executor.options,
+            asks_agent,
+        ))
+    }
+
     async fn run(mut self, place: Place, ticket: u64) {
         let deadline = self.deadline();
+        let record = &self.entry.record;
+        if self.entry.history.is_none() && self.clock.now() >= record.deadline {
+            let message = "the deadline passed while virtnode was not running: nothing was changed";
+            return self.end(self.obstacle, message.to_owned()).await;
+        }
         let found = match timeout_at(deadline, self.find(place, ticket)).await {
             Ok(found) => found,
             Err(_) => return self.not_begun().await,
@@ -199,14 +269,7 @@ impl<C: DomainControl> Operation<C> {
         record.awaits("a look at the domain", self.clock.now());
         self.publish();
         self.executor.listener.changed(&self.entry.record);
-        let asks_agent = matches!(self.entry.order.request, HotplugRequest::Vcpus { .. });
-        let looks = Arc::new(Looks::new(
-            Arc::clone(&self.executor.control),
-            domain.clone(),
-            self.clock,
-            &self.executor.options,
-            asks_agent,
-        ));
+        let looks = self.looks(&domain);
         let (history, agent) = match self.entry.history.take() {
             Some(history) => self.take_up(history, &looks, deadline).await,
             None => match timeout_at(deadline, self.prepare(&looks)).await {
@@ -288,20 +351,14 @@ impl<C: DomainControl> Operation<C> {
     }
 
     /// Goes on with a history of an earlier life: a call that had not come back never will. The
-    /// domain is looked at before anything is decided.
+    /// domain is looked at before anything is decided, until it shows what became of that call.
     async fn take_up(
         &mut self,
         mut history: History,
         looks: &Looks<C>,
         deadline: Instant,
     ) -> (History, Option<SilentAgent>) {
-        let is_open = history
-            .calls()
-            .last()
-            .is_some_and(|call| matches!(call.returned, None | Some((_, Return::Overdue))));
-        if is_open {
-            history.returned(self.clock.now(), Return::Lost);
-        }
+        history.lost(self.clock.now());
         let mut pauses = self.pauses();
         let mut silent = None;
         let first = async {
@@ -309,7 +366,12 @@ impl<C: DomainControl> Operation<C> {
                 let Look { seen, agent } = looks.look(silent.take()).await;
                 silent = agent;
                 match seen {
-                    Ok(seen) => return history.observed(seen),
+                    Ok(seen) => {
+                        history.observed(seen);
+                        if !history.is_unsettled() {
+                            return;
+                        }
+                    }
                     Err(contact) => {
                         let absent = contact == Contact::Absent;
                         history.out_of_contact(self.clock.now(), contact);

@@ -58,7 +58,8 @@ pub enum Return {
     },
     /// Not in time: it may still be running over there.
     Overdue,
-    /// Not at all: the connection or this program ended. Whether libvirt got it is not known.
+    /// Not at all: the connection or this program ended. Whether libvirt got it is found out by
+    /// looking.
     Lost,
 }
 
@@ -139,6 +140,22 @@ impl History {
         }
     }
 
+    /// Notes that nobody will hear any more how the last call came back, if that is not known yet:
+    /// who made it has ended.
+    pub fn lost(&mut self, at: Moment) {
+        if self.running_call().is_some() {
+            self.returned(at, Return::Lost);
+        }
+    }
+
+    /// Whether the last call's answer was lost and it is too early to tell what became of it: look
+    /// again.
+    pub fn is_unsettled(&self) -> bool {
+        self.calls
+            .last()
+            .is_some_and(|call| super::trouble::is_unsettled(self, call))
+    }
+
     /// The calls made, in order.
     pub fn calls(&self) -> &[Call] {
         &self.calls
@@ -149,6 +166,20 @@ impl History {
         self.calls.len() < MOST_CALLS
     }
 
+    /// How often the answer to such a call was lost.
+    pub(super) fn times_lost(&self, action: &Action) -> usize {
+        let lost = |call: &&Call| {
+            call.action == *action && matches!(call.returned, Some((_, Return::Lost)))
+        };
+        self.calls.iter().filter(lost).count()
+    }
+
+    /// How many looks were begun since that moment.
+    pub(super) fn looks_since(&self, moment: Moment) -> usize {
+        let since = self.observations.iter().rev();
+        since.take_while(|seen| seen.at >= moment).count()
+    }
+
     /// The call that is running.
     pub(super) fn running_call(&self) -> Option<&Call> {
         self.calls
@@ -156,8 +187,8 @@ impl History {
             .filter(|call| matches!(call.returned, None | Some((_, Return::Overdue))))
     }
 
-    /// The first action of the plan that was never called. One that was, is not called again,
-    /// whatever became of it: it is observed.
+    /// The first action of the plan that was never called. What became of one that was, is
+    /// observed.
     pub(super) fn next_planned(&self) -> Option<&Action> {
         self.plan
             .actions

@@ -380,6 +380,12 @@ impl World {
         panic!("no verdict: {history:?}");
     }
 
+    /// Somebody makes that call of those that were made once more.
+    pub(super) fn call_again(&mut self, number: usize) {
+        let action = self.made[number].clone();
+        self.call(&action);
+    }
+
     /// Lets time pass after a verdict, and judges again.
     pub(super) fn look_again(&mut self, history: &mut History, after: Duration) -> Outcome {
         let until = self.now.after(after);

@@ -23,7 +23,7 @@ use crate::label::ownership::{Action, Decision, Memory, Shown, Situation, decide
 use crate::telemetry::metrics::{Metrics, now_seconds};
 
 pub use self::report::{Problem, SyncState};
-pub use self::trouble::Retry;
+pub use crate::cluster::Retry;
 
 /// So often in a row an apply may be refused because the Node changed meanwhile.
 const ROUNDS: usize = 5;

@@ -20,6 +20,20 @@ pub const ACTIONS: [&str; 4] = ["plug", "unplug", "keep", "unknown"];
 /// the verdict.
 pub const PHASES: [&str; 2] = ["execute", "verify"];
 
+/// The calls to the API server about DomainHotplug objects, as in the label `call`.
+pub const OBJECT_CALLS: [&str; 4] = ["watch", "status", "own", "delete"];
+
+/// Why they fail, as in the label `reason`.
+pub const OBJECT_FAILURES: [&str; 7] = [
+    "api-unreachable",
+    "api-timeout",
+    "api-forbidden",
+    "api-not-found",
+    "api-node-not-found",
+    "api-rejected",
+    "api-conflict",
+];
+
 /// The word of an extent's resource.
 pub fn resource(extent: Extent) -> &'static str {
     match extent {
@@ -53,14 +67,20 @@ pub struct HotplugMetrics {
     duration: HistogramVec,
     in_progress: IntGauge,
     oldest: Gauge,
+    deadline: Gauge,
     journal: IntGaugeVec,
     journal_failures: IntCounter,
+    objects_watched: IntGauge,
+    object_calls: IntCounterVec,
+    object_failures: IntCounterVec,
     open: Mutex<HashMap<OperationId, Open>>,
 }
 
 /// An operation without a verdict.
 struct Open {
     asked: Moment,
+    /// By when it is to have one.
+    deadline: Moment,
     /// Whether it is among the requests: what it does is known only after a look at the domain.
     counted: bool,
 }
@@ -93,6 +113,10 @@ impl HotplugMetrics {
                 "virtnode_hotplug_oldest_in_progress_timestamp_seconds",
                 "When the oldest operation without a verdict was asked for; 0 if there is none.",
             )?,
+            deadline: new.float_gauge(
+                "virtnode_hotplug_earliest_deadline_timestamp_seconds",
+                "The earliest deadline of the operations without a verdict; 0 if there is none.",
+            )?,
             journal: new.gauges(
                 "virtnode_journal_records",
                 "Records in the journal, by how far the operation is.",
@@ -101,6 +125,21 @@ impl HotplugMetrics {
             journal_failures: new.counter(
                 "virtnode_journal_write_failures_total",
                 "Times that the journal could not be written.",
+            )?,
+            objects_watched: new.gauge(
+                "virtnode_hotplug_objects_watched",
+                "1 while the DomainHotplug objects of this node are watched.",
+            )?,
+            object_calls: new.counters(
+                "virtnode_hotplug_object_calls_total",
+                "Calls to the API server to say something of a DomainHotplug object, to own it or to \
+                 delete it.",
+                &["call"],
+            )?,
+            object_failures: new.counters(
+                "virtnode_hotplug_object_call_failures_total",
+                "Calls about DomainHotplug objects that failed, and failures of their watch.",
+                &["call", "reason"],
             )?,
             open: Mutex::default(),
         };
@@ -121,6 +160,14 @@ impl HotplugMetrics {
         }
         for state in STATES.map(State::as_str) {
             metrics.journal.with_label_values(&[state]);
+        }
+        for call in OBJECT_CALLS {
+            if call != "watch" {
+                metrics.object_calls.with_label_values(&[call]);
+            }
+            for reason in OBJECT_FAILURES {
+                metrics.object_failures.with_label_values(&[call, reason]);
+            }
         }
         Ok(metrics)
     }
@@ -145,6 +192,7 @@ impl HotplugMetrics {
                 }
                 let now = Open {
                     asked: record.created,
+                    deadline: record.deadline,
                     counted: counted || record.before.is_some(),
                 };
                 open.insert(record.id.clone(), now);
@@ -154,6 +202,8 @@ impl HotplugMetrics {
         self.in_progress
             .set(i64::try_from(open.len()).unwrap_or(i64::MAX));
         self.oldest.set(oldest.map_or(0.0, seconds));
+        let deadline = open.values().map(|open| open.deadline).min();
+        self.deadline.set(deadline.map_or(0.0, seconds));
     }
 
     fn count_request(&self, record: &Record) {
@@ -187,6 +237,23 @@ impl HotplugMetrics {
     /// The journal could not be written.
     pub fn journal_failed(&self) {
         self.journal_failures.inc();
+    }
+
+    /// Whether the DomainHotplug objects of this node are watched.
+    pub fn objects_watched(&self, watched: bool) {
+        self.objects_watched.set(watched.into());
+    }
+
+    /// A call about a DomainHotplug object is made: one of [`OBJECT_CALLS`].
+    pub fn object_call(&self, call: &'static str) {
+        self.object_calls.with_label_values(&[call]).inc();
+    }
+
+    /// A call about DomainHotplug objects failed, for one of [`OBJECT_FAILURES`].
+    pub fn object_call_failed(&self, call: &'static str, reason: &'static str) {
+        self.object_failures
+            .with_label_values(&[call, reason])
+            .inc();
     }
 
     /// What the journal holds: how far each record's operation is.
@@ -288,6 +355,7 @@ mod tests {
         metrics.hotplug.changed(&second);
         holds("virtnode_hotplug_in_progress 2");
         holds("virtnode_hotplug_oldest_in_progress_timestamp_seconds 2.5");
+        holds("virtnode_hotplug_earliest_deadline_timestamp_seconds 62.5");
         first.state = State::Running;
         metrics.hotplug.changed(&first);
         first.before = Some(vcpus(1));
@@ -301,6 +369,7 @@ mod tests {
         metrics.hotplug.changed(&first);
         holds("virtnode_hotplug_in_progress 1");
         holds("virtnode_hotplug_oldest_in_progress_timestamp_seconds 3");
+        holds("virtnode_hotplug_earliest_deadline_timestamp_seconds 63");
         first.verdict = Some(Verdict::Verified);
         first.corrected = Some(Moment::from_millis(9000));
         metrics.hotplug.changed(&first);

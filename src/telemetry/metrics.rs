@@ -18,12 +18,13 @@ use crate::hypervisor::HypervisorError;
 use crate::label::{FAMILIES, Invalid, RetentionReason, Source};
 
 /// The names of the calls to libvirt about itself, as in the metrics' label `call`.
-pub const CALLS: [&str; 7] = [
+pub const CALLS: [&str; 8] = [
     "open",
     "versions",
     "capabilities",
     "domain-capabilities",
     "baseline-cpu",
+    "compare-cpu",
     "native-arguments",
     "running-domains",
 ];

@@ -51,9 +51,9 @@ impl Lab {
         Ok(lab)
     }
 
-    /// Gives the daemon's account the rights that `manifests/rbac.yaml` gives it.
+    /// Gives the daemon's account the rights that `manifests/base/rbac.yaml` gives it.
     async fn allow_as_shipped(&self) -> anyhow::Result<()> {
-        let manifest = include_str!("../../manifests/rbac.yaml");
+        let manifest = include_str!("../../manifests/base/rbac.yaml");
         let of_kind = |kind: &str| {
             let kind = format!("kind: {kind}\n");
             manifest

@@ -363,21 +363,22 @@ async fn an_error_of_libvirt_is_told_in_its_words() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_call_whose_answer_is_lost_is_not_made_again() {
+async fn a_call_whose_answer_is_lost_is_made_again_only_if_it_was_not_carried_out() {
     let node = Node::new();
-    for (name, done, verdict) in [
-        ("done", true, Verdict::Verified),
-        ("not", false, Verdict::HypervisorError),
+    for (name, done, verdict, calls) in [
+        ("done", true, Verdict::Verified, 1),
+        ("never", false, Verdict::HypervisorError, 3),
     ] {
         let breaks = FakeGuest {
             calls: Calls::Break { done },
             ..FakeGuest::default()
         };
         node.control.add(name, breaks);
+        let before = node.control.calls().len();
         let record = node.ask(vcpus(name, 3)).await;
         assert_eq!(record.verdict, Some(verdict), "{record:#?}");
+        assert_eq!(node.control.calls().len() - before, calls, "{name}");
     }
-    assert_eq!(node.control.calls().len(), 2);
 }
 
 #[tokio::test(start_paused = true)]
@@ -410,18 +411,18 @@ async fn nothing_is_done_twice_however_often_it_starts_anew() {
         tokio::time::sleep(Duration::from_millis(millis)).await;
         node.restart().await;
         let record = node.ends(&id).await;
-        // It may have ended between the journal's word and the call: nobody can tell then whether
-        // libvirt got it, so it is not made again, and whoever asked is told to ask again.
-        let (verdict, calls) = match node.control.online("vm") {
-            1 => (Verdict::HypervisorError, 0),
-            _ => (Verdict::Verified, 1),
-        };
         assert_eq!(
             record.verdict,
-            Some(verdict),
+            Some(Verdict::Verified),
             "after {millis} ms: {record:#?}"
         );
-        assert_eq!(node.control.calls().len(), calls, "after {millis} ms");
+        assert_eq!(node.control.online("vm"), 3);
+        // Also if it ended between the journal's word and the call, which then is made later.
+        assert_eq!(
+            node.control.calls(),
+            ["set-vcpus vm 3"],
+            "after {millis} ms"
+        );
         node.restart().await;
         assert_eq!(node.executor.operation(&id), Some(record));
     }
@@ -440,6 +441,63 @@ async fn an_unfinished_operation_is_looked_at_even_after_its_deadline() {
     let record = node.ends(&id).await;
     assert_eq!(record.verdict, Some(Verdict::Verified), "{record:#?}");
     assert_eq!(node.control.calls(), ["set-vcpus vm 3"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_operation_with_a_verdict_is_watched_on_by_the_next_life() {
+    let mut node = Node::new();
+    for name in ["vm", "changed", "old"] {
+        node.control.add(name, guest(Cpus::LeavesOffline, true));
+    }
+    let mut ids = Vec::new();
+    for (name, count) in [("vm", 2), ("vm", 3), ("changed", 3), ("old", 3)] {
+        let id = node.executor.submit(vcpus(name, count)).await.unwrap();
+        let record = node.ends(&id).await;
+        assert_eq!(record.verdict, Some(Verdict::GuestOffline), "{record:#?}");
+        ids.push(id);
+    }
+    node.executor.stop().await;
+    for name in ["vm", "changed"] {
+        node.control.brings_online(name);
+    }
+    node.restart().await;
+    for id in [&ids[1], &ids[2]] {
+        let verified = |record: &Record| record.verdict == Some(Verdict::Verified);
+        let record = node.becomes(id, verified).await;
+        assert!(record.corrected.is_some(), "{record:#?}");
+    }
+    // The first on "vm" was not its last; nothing else was called.
+    let first = node.executor.operation(&ids[0]).unwrap();
+    assert_eq!(first.verdict, Some(Verdict::GuestOffline));
+    assert_eq!(node.control.calls().len(), 4);
+
+    // For a while, not for ever: the time goes on where it was.
+    tokio::time::sleep(Options::default().follow).await;
+    node.control.brings_online("old");
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    let old = node.executor.operation(&ids[3]).unwrap();
+    assert_eq!(old.verdict, Some(Verdict::GuestOffline));
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_operation_whose_deadline_passed_while_nobody_was_there_is_not_begun() {
+    let mut node = Node::new();
+    node.control.add("vm", FakeGuest::default());
+    node.control.connect(false);
+    let id = node.executor.submit(vcpus("vm", 3)).await.unwrap();
+    node.executor.stop().await;
+    // Its clock is the wall's, which does not pass here: the deadline is put back instead.
+    let file = node.state.path().join(format!("operations/{id}.json"));
+    let text = std::fs::read_to_string(&file).unwrap();
+    let mut entry: serde_json::Value = serde_json::from_str(&text).unwrap();
+    entry["entry"]["record"]["deadline"] = entry["entry"]["record"]["created"].clone();
+    std::fs::write(&file, entry.to_string()).unwrap();
+    node.control.connect(true);
+    node.restart().await;
+    let record = node.ends(&id).await;
+    assert_eq!(record.verdict, Some(Verdict::HypervisorUnavailable));
+    assert!(record.message.unwrap().contains("was not running"));
+    assert!(node.control.calls().is_empty());
 }
 
 #[tokio::test(start_paused = true)]

@@ -10,7 +10,10 @@ use virt::sys;
 use super::notices::{self, Announcer};
 use super::{LibvirtConfig, event_loop, failure};
 use crate::capability::Version;
-use crate::ffi::{CloseReason, Subscription, Watched, baseline_hypervisor_cpu};
+use crate::compat::CpuComparison;
+use crate::ffi::{
+    CloseReason, Subscription, Watched, baseline_hypervisor_cpu, compare_hypervisor_cpu,
+};
 use crate::hypervisor::{DomainCapabilitiesQuery, HypervisorError, RunningDomain, Versions};
 
 /// The first libvirt with `EXPAND_CPU_FEATURES`, and with `SUPPORTED_CPU_FEATURES`.
@@ -139,6 +142,30 @@ impl Session {
         let flags = sys::VIR_CONNECT_BASELINE_CPU_EXPAND_FEATURES;
         baseline_hypervisor_cpu(&self.connect, arch, machine, virt_type, cpu, flags)
             .map_err(|error| self.sort(CALL, &error))
+    }
+
+    pub(super) fn compare_cpu(
+        &self,
+        query: &DomainCapabilitiesQuery,
+        cpu: &str,
+    ) -> Result<CpuComparison, HypervisorError> {
+        const CALL: &str = "compare-cpu";
+        let (arch, machine, virt_type) = choice(CALL, query)?;
+        let flags = sys::VIR_CONNECT_COMPARE_CPU_FAIL_INCOMPATIBLE;
+        let answer = compare_hypervisor_cpu(&self.connect, arch, machine, virt_type, cpu, flags);
+        match answer {
+            Ok(sys::VIR_CPU_COMPARE_IDENTICAL) => Ok(CpuComparison::Identical),
+            Ok(sys::VIR_CPU_COMPARE_SUPERSET) => Ok(CpuComparison::Superset),
+            Ok(_) => Ok(CpuComparison::Incompatible {
+                words: String::new(),
+            }),
+            Err(error) if error.code().to_raw() == sys::VIR_ERR_CPU_INCOMPATIBLE => {
+                Ok(CpuComparison::Incompatible {
+                    words: error.message().to_owned(),
+                })
+            }
+            Err(error) => Err(self.sort(CALL, &error)),
+        }
     }
 
     pub(super) fn native_arguments(&self, domain: &str) -> Result<String, HypervisorError> {

@@ -7,7 +7,7 @@
 mod access;
 mod audit;
 mod pki;
-mod process;
+pub(super) mod process;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -17,8 +17,8 @@ use std::time::Duration;
 use ::kube::api::{Api, Patch, PatchParams, PostParams};
 use ::kube::{Client, Error};
 use anyhow::{Context as _, ensure};
-use k8s_openapi::api::authentication::v1::{TokenRequest, TokenRequestSpec};
-use k8s_openapi::api::core::v1::{Namespace, Node, ServiceAccount};
+use k8s_openapi::api::authentication::v1::{BoundObjectReference, TokenRequest, TokenRequestSpec};
+use k8s_openapi::api::core::v1::{Namespace, Node, Pod, ServiceAccount};
 use serde_json::json;
 use tempfile::TempDir;
 
@@ -188,6 +188,36 @@ impl KubeServer {
             .context("a token request without a token")?
             .token;
         self.access.of_token(&format!("{namespace}-{name}"), &token)
+    }
+
+    /// The configuration of a client with a pod's token of its service account.
+    pub(crate) async fn pod_kubeconfig(&self, pod: &Pod, account: &str) -> anyhow::Result<PathBuf> {
+        let of_pod = |field: &Option<String>| field.clone().context("a pod that is not created");
+        let namespace = of_pod(&pod.metadata.namespace)?;
+        let name = of_pod(&pod.metadata.name)?;
+        let request = TokenRequest {
+            spec: TokenRequestSpec {
+                expiration_seconds: Some(3600),
+                bound_object_ref: Some(BoundObjectReference {
+                    api_version: Some("v1".to_owned()),
+                    kind: Some("Pod".to_owned()),
+                    name: Some(name.clone()),
+                    uid: pod.metadata.uid.clone(),
+                }),
+                ..Default::default()
+            },
+            ..Default::default()
+        };
+        let accounts: Api<ServiceAccount> = Api::namespaced(self.client(), &namespace);
+        let post = PostParams::default();
+        let answer = accounts
+            .create_token_request(account, &post, &request)
+            .await?;
+        let token = answer
+            .status
+            .context("a token request without a token")?
+            .token;
+        self.access.of_token(&name, &token)
     }
 
     /// A client with the [configuration](Self::service_account_kubeconfig) of a service account.

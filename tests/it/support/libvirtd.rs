@@ -162,6 +162,29 @@ impl Libvirtd {
         Ok(())
     }
 
+    /// Starts a domain that has nothing to boot from: it stays in its firmware, with so many vCPUs
+    /// possible. Each is one thread of a core of four.
+    pub(crate) fn start_firmware(&self, name: &str, vcpus: u32) -> anyhow::Result<()> {
+        let file = self.path(&format!("{name}.xml"));
+        let sockets = vcpus.div_ceil(4);
+        let xml = format!(
+            "<domain type='qemu'><name>{name}</name><memory unit='MiB'>32</memory>\
+             <vcpu current='1'>{vcpus}</vcpu><os><type arch='x86_64' machine='q35'>hvm</type></os>\
+             <features><acpi/><apic/></features>\
+             <cpu><topology sockets='{sockets}' cores='2' threads='2'/></cpu></domain>"
+        );
+        fs::write(&file, xml)?;
+        self.virsh(&["create", &file.to_string_lossy()])?;
+        Ok(())
+    }
+
+    /// Sends a signal to a domain's emulator.
+    pub(crate) fn signal_emulator(&self, name: &str, signal: Signal) -> anyhow::Result<()> {
+        let file = self.path(&format!("run/libvirt/qemu/run/{name}.pid"));
+        let pid = fs::read_to_string(&file).with_context(|| format!("no {}", file.display()))?;
+        Ok(kill(Pid::from_raw(pid.trim().parse()?), signal)?)
+    }
+
     /// Ends a domain.
     pub(crate) fn end_domain(&self, name: &str) -> anyhow::Result<()> {
         self.virsh(&["destroy", name])?;
@@ -199,7 +222,8 @@ impl Libvirtd {
         self.directory.path().join(below)
     }
 
-    fn socket(&self) -> PathBuf {
+    /// Its socket.
+    pub(crate) fn socket(&self) -> PathBuf {
         self.path(match self.daemon.ends_with("virtqemud") {
             true => "run/libvirt/virtqemud-sock",
             false => "run/libvirt/libvirt-sock",
