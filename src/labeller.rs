@@ -63,7 +63,9 @@ pub struct Progress {
 #[derive(Debug, Clone, Default)]
 pub struct Latest {
     /// What it read.
-    pub reading: Reading,
+    pub facts: Arc<NodeFacts>,
+    /// What it could not read.
+    pub failures: Vec<Failure>,
     /// Labels that were left out.
     pub rejected: Vec<Rejected>,
 }
@@ -185,7 +187,8 @@ impl<H: Hypervisor> Labeller<H> {
                 self.hand_over_to_node();
             }
             self.latest.send_replace(Some(Arc::new(Latest {
-                reading,
+                facts: Arc::new(reading.facts),
+                failures: reading.failures,
                 rejected: self.rejected.clone(),
             })));
             fingerprint = host::fingerprint(&self.root, &self.emulators);
