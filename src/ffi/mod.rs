@@ -4,7 +4,7 @@
 //!   [`baseline_hypervisor_cpu`]), of its domains, their statistics and their events
 //!   ([`Subscription`]);
 //! * KVM's ioctls ([`kvm_extension`], [`kvm_msr_indices`]);
-//! * the end of the process ([`leave`]).
+//! * the end of the process ([`leave()`]).
 //!
 //! All of it is safe to call. What libvirt hands out is copied and freed here; what libvirt calls
 //! back cannot unwind into it.
