@@ -5,7 +5,7 @@
 #
 #   scripts/dist.sh [DIRECTORY]
 #
-# VIRTNODE names a program to pack instead of building one (for the tests).
+# For the tests: VIRTNODE names a program to pack instead of building one, LEVEL is gzip's.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -13,6 +13,7 @@ umask 022
 export LC_ALL=C TZ=UTC
 
 output=${1:-dist}
+level=${LEVEL:-9}
 version=$(sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
 # Of the commit, not of now.
 SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct 2>/dev/null || stat -c %Y CHANGELOG.md)}
@@ -111,7 +112,7 @@ if [ -d /run/systemd/system ]; then
 fi
 POSTRM
   chmod 755 "$root"/DEBIAN/{postinst,prerm,postrm}
-  dpkg-deb -Zgzip -z9 --root-owner-group --build "$root" "$output/virtnode_${version}_$architecture.deb" >&2
+  dpkg-deb -Zgzip "-z$level" --root-owner-group --build "$root" "$output/virtnode_${version}_$architecture.deb" >&2
 }
 
 program=${VIRTNODE:-}
@@ -121,7 +122,7 @@ name=virtnode-$version-$(uname -m)-linux
 stage "$scratch/$name"
 tar -C "$scratch" --sort=name --mtime="@$SOURCE_DATE_EPOCH" --owner=0 --group=0 --numeric-owner \
   --pax-option=exthdr.name=%d/PaxHeaders/%f,delete=atime,delete=ctime -c "$name" |
-  gzip -9n >"$output/$name.tar.gz"
+  gzip -n "-$level" >"$output/$name.tar.gz"
 if command -v dpkg-deb >/dev/null; then
   package "$scratch/$name"
 fi

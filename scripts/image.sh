@@ -72,8 +72,9 @@ base_image() { # name, package...
 without_registry() {
   local cargo_home rustup_home
   ((EUID == 0)) || die "--local needs root, for debootstrap and chroot"
-  command -v buildah >/dev/null && command -v debootstrap >/dev/null ||
-    die "--local needs buildah and debootstrap: apt-get install --no-install-recommends buildah debootstrap"
+  if ! command -v buildah >/dev/null || ! command -v debootstrap >/dev/null; then
+    die "--local needs buildah and debootstrap: scripts/install-deps.sh image"
+  fi
   # shellcheck disable=SC1091 # the system's own file
   release=$(. /etc/os-release && echo "$VERSION_CODENAME")
   # shellcheck disable=SC2016 # apt's own placeholder

@@ -3,7 +3,7 @@
 # through sudo. Known on Debian 12, Debian 13 and Ubuntu 24.04. When nothing is missing it
 # prints nothing and asks dpkg once.
 #
-#   scripts/install-deps.sh [build|lint|demo|test]      build when none is named
+#   scripts/install-deps.sh [build|lint|demo|test|image]      build when none is named
 #
 # The Rust toolchain is checked for, never installed.
 set -euo pipefail
@@ -71,12 +71,13 @@ packages_for() { # purpose, release, whether libvirt and QEMU come from backport
   case $1 in
   build) printf '%s\n' "${build[@]}" ;;
   lint) printf '%s\n' "${build[@]}" shellcheck ;;
-  demo | test)
+  demo | test | image)
     printf '%s\n' "${build[@]}" "${demo[@]}"
     emulator_package "$2" "$3"
     system_package "$2" "$3"
     ;;&
-  test) printf '%s\n' openssl ;;
+  test) printf '%s\n' openssl systemd ;;
+  image) printf '%s\n' buildah debootstrap ;;
   esac
 }
 
@@ -171,8 +172,8 @@ update() {
 
 purpose=${1:-build}
 case $purpose in
-build | lint | demo | test) ;;
-*) die "'$purpose' is none of build, lint, demo, test." ;;
+build | lint | demo | test | image) ;;
+*) die "'$purpose' is none of build, lint, demo, test, image." ;;
 esac
 
 check_rust

@@ -17,8 +17,8 @@ use crate::diagnosis::observed::{Daemon, DomainSeen, Libvirt, Observed, Trouble}
 use crate::diagnosis::{Check, Diagnosis, Severity, diagnose};
 use crate::domain::MemoryDevice;
 use crate::host;
-use crate::hypervisor::{DomainControl, Hypervisor, HypervisorError};
-use crate::label::{Policy, derive};
+use crate::hypervisor::{DomainControl, DomainId, Hypervisor, HypervisorError};
+use crate::label::{Policy, Source, derive};
 use crate::labeller::Latest;
 use crate::monitor::{Patience, Sight, look};
 use crate::probe::{Failure, Prober};
@@ -65,7 +65,7 @@ pub async fn look_over<H: Hypervisor, C: DomainControl>(
             uri: scope.uri.clone(),
             ..Libvirt::default()
         },
-        facts: NodeFacts::default(),
+        facts: Arc::new(NodeFacts::default()),
         rejected: Vec::new(),
         domains: Ok(Vec::new()),
         daemon,
@@ -86,7 +86,7 @@ pub async fn look_over<H: Hypervisor, C: DomainControl>(
         Ok(reading) => {
             observed.rejected = derive(&reading.facts, &scope.policy).rejected;
             take_failures(&mut observed.libvirt, &reading.failures);
-            observed.facts = reading.facts;
+            observed.facts = Arc::new(reading.facts);
         }
         Err(_) => observed.libvirt.unanswered.push((
             "capabilities".to_owned(),
@@ -106,7 +106,10 @@ fn trouble(error: &HypervisorError) -> Trouble {
 
 /// What libvirt did not answer: the connection as a whole, or single questions by virsh's words.
 fn take_failures(libvirt: &mut Libvirt, failures: &[Failure]) {
-    if let Some(failure) = failures.iter().find(|f| f.code == "unavailable") {
+    // The baseline is called unavailable also where the document was that it rests on.
+    let lost =
+        |failure: &&Failure| failure.code == "unavailable" && failure.source != Source::CpuBaseline;
+    if let Some(failure) = failures.iter().find(lost) {
         libvirt.trouble = Some(Trouble {
             code: failure.code,
             message: failure.message.clone(),
@@ -115,13 +118,13 @@ fn take_failures(libvirt: &mut Libvirt, failures: &[Failure]) {
     }
     libvirt.unanswered = failures
         .iter()
+        .filter(|failure| failure.code != "unavailable")
         .map(|failure| {
             let question = match failure.source {
-                crate::label::Source::DomainCapabilities => "domcapabilities",
-                crate::label::Source::CpuBaseline => "domcapabilities",
-                crate::label::Source::Domains => "list",
-                crate::label::Source::Versions => "version",
-                _ => "capabilities",
+                Source::Versions => "version",
+                Source::DomainCapabilities | Source::CpuBaseline => "domcapabilities",
+                Source::Domains => "list",
+                Source::Capabilities | Source::Host => "capabilities",
             };
             (question.to_owned(), failure.message.clone())
         })
@@ -170,7 +173,7 @@ async fn look_at_domains<C: DomainControl>(control: &C) -> Result<Vec<DomainSeen
 /// Looks at these domains, some at a time, until the time for all is over.
 async fn look_at<C: DomainControl>(control: &C, seen: &mut [DomainSeen], which: Vec<usize>) {
     let ids = which.into_iter().map(|at| {
-        let id = crate::hypervisor::DomainId {
+        let id = DomainId {
             name: seen[at].name.clone(),
             uuid: seen[at].uuid.clone(),
         };
@@ -262,7 +265,7 @@ impl Doctor {
             uri: self.scope.uri.clone(),
             ..Libvirt::default()
         };
-        take_failures(&mut libvirt, &latest.reading.failures);
+        take_failures(&mut libvirt, &latest.failures);
         let sight = self.sight.borrow_and_update().clone();
         let domains = match sight {
             Some(Ok(domains)) => Ok(domains.to_vec()),
@@ -272,7 +275,7 @@ impl Doctor {
         let mut observed = Observed {
             host: host::survey(&self.scope.root, socket_of(&self.scope.uri)),
             libvirt,
-            facts: latest.reading.facts.clone(),
+            facts: Arc::clone(&latest.facts),
             rejected: latest.rejected.clone(),
             domains,
             daemon: match self.metrics.encode() {
@@ -339,5 +342,43 @@ impl Doctor {
             found.push(line);
         }
         self.told = found;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn failure(source: Source, code: &'static str) -> Failure {
+        Failure {
+            source,
+            code,
+            message: "why".to_owned(),
+        }
+    }
+
+    #[test]
+    fn a_document_that_is_late_is_no_lost_connection() {
+        let mut libvirt = Libvirt::default();
+        let late = [
+            failure(Source::DomainCapabilities, "timeout"),
+            failure(Source::CpuBaseline, "unavailable"),
+        ];
+        take_failures(&mut libvirt, &late);
+        assert_eq!(libvirt.trouble, None);
+        let expected = ("domcapabilities".to_owned(), "why".to_owned());
+        assert_eq!(libvirt.unanswered, [expected]);
+        take_failures(&mut libvirt, &[failure(Source::Versions, "unavailable")]);
+        assert_eq!(
+            libvirt.trouble.map(|trouble| trouble.code),
+            Some("unavailable")
+        );
+    }
+
+    #[test]
+    fn the_socket_is_the_uris() {
+        let uri = "qemu+unix:///system?name=qemu:///session&socket=/run/x/libvirt-sock";
+        assert_eq!(socket_of(uri), Some(Path::new("/run/x/libvirt-sock")));
+        assert_eq!(socket_of("qemu:///system"), None);
     }
 }

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use k8s_openapi::jiff::Timestamp;
 use tokio::sync::{oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 use tokio_util::sync::CancellationToken;
@@ -21,6 +22,7 @@ use crate::label::{
 };
 use crate::probe::{Failure, Prober, Reading};
 use crate::publish::file::{FilePublisher, Report};
+use crate::publish::virtualization::Picture;
 use crate::telemetry::Metrics;
 use crate::telemetry::metrics::now_seconds;
 
@@ -40,6 +42,8 @@ pub struct Outlets {
     /// What the Node has of ours, as soon as that is known. Before that no set is handed to the
     /// Node's publisher: what it lacks would be removed without proof.
     pub found_on_node: Option<oneshot::Receiver<LabelSet>>,
+    /// What labels cannot carry, for the `NodeVirtualization`'s publisher.
+    pub pictures: Option<watch::Sender<Option<Arc<Picture>>>>,
 }
 
 /// How far the labeller is, for readiness.
@@ -59,7 +63,9 @@ pub struct Progress {
 #[derive(Debug, Clone, Default)]
 pub struct Latest {
     /// What it read.
-    pub reading: Reading,
+    pub facts: Arc<NodeFacts>,
+    /// What it could not read.
+    pub failures: Vec<Failure>,
     /// Labels that were left out.
     pub rejected: Vec<Rejected>,
 }
@@ -181,7 +187,8 @@ impl<H: Hypervisor> Labeller<H> {
                 self.hand_over_to_node();
             }
             self.latest.send_replace(Some(Arc::new(Latest {
-                reading,
+                facts: Arc::new(reading.facts),
+                failures: reading.failures,
                 rejected: self.rejected.clone(),
             })));
             fingerprint = host::fingerprint(&self.root, &self.emulators);
@@ -207,6 +214,12 @@ impl<H: Hypervisor> Labeller<H> {
         self.tell_changes(&changes);
         self.tell_failures(&reading.failures);
         self.count(reading);
+        if let Some(pictures) = &self.outlets.pictures {
+            let retained = self.published.retained();
+            let wanted = &self.policy.guest_architectures;
+            let picture = Picture::new(reading, retained, wanted, Timestamp::now());
+            pictures.send_replace(Some(Arc::new(picture)));
+        }
         let emulators = emulators(&reading.facts);
         if !emulators.is_empty() {
             self.emulators = emulators;

@@ -1,5 +1,6 @@
 //! `virtnode doctor`.
 
+use std::io::{IsTerminal, Write as _};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -57,6 +58,7 @@ impl Doctor {
             "--root {}: there is no such directory",
             self.root.display()
         );
+        let waiting = Waiting::show();
         let observed = runtime()?.block_on(async {
             let daemon = daemon(config).await;
             let scope = Scope {
@@ -78,6 +80,7 @@ impl Doctor {
             let libvirt = Arc::new(Libvirt::start(libvirt, metrics));
             look_over(&scope, libvirt, &control, daemon).await
         });
+        drop(waiting);
         let diagnosis = diagnose(&observed);
         match self.output {
             Output::Table => print(&show(&diagnosis))?,
@@ -88,6 +91,35 @@ impl Doctor {
             Severity::Error => Exit::Failed,
         })
     }
+}
+
+/// A line on the terminal while it is looked; taken away at the end.
+struct Waiting {
+    on_terminal: bool,
+}
+
+impl Waiting {
+    fn show() -> Self {
+        let on_terminal = std::io::stderr().is_terminal();
+        if on_terminal {
+            write("Looking at the host, libvirt and its domains; a slow libvirt takes a minute …");
+        }
+        Self { on_terminal }
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        if self.on_terminal {
+            write("\r\u{1b}[2K");
+        }
+    }
+}
+
+fn write(text: &str) {
+    let mut err = std::io::stderr().lock();
+    // A closed terminal is the reader's wish.
+    let _closed = write!(err, "{text}").and_then(|()| err.flush());
 }
 
 /// The daemon of this node, by its metrics; if those cannot be had, by its socket.

@@ -2,6 +2,7 @@
 
 use std::fmt::Debug;
 use std::future;
+use std::time::Duration;
 
 use futures::{Stream, StreamExt};
 use k8s_openapi::api::core::v1::Node;
@@ -9,7 +10,6 @@ use kube::api::Api;
 use kube::core::{PartialObjectMeta, Resource};
 use kube::runtime::watcher::{self, watcher};
 use kube::runtime::{WatchStreamExt, watcher::Event};
-
 use serde::de::DeserializeOwned;
 
 use super::{Cluster, ClusterError, NodeState, Object};
@@ -68,7 +68,12 @@ impl Cluster {
             })
     }
 
-    pub(super) fn watch_error(&self, object: Object, error: watcher::Error) -> ClusterError {
+    /// How long ago the watch of the Node was last heard, be it by a bookmark; `None` if never.
+    pub fn watch_heard(&self) -> Option<Duration> {
+        self.pulse.age()
+    }
+
+    fn watch_error(&self, object: Object, error: watcher::Error) -> ClusterError {
         match error {
             watcher::Error::InitialListFailed(error) => self.error(object, "list", error),
             watcher::Error::WatchStartFailed(error) | watcher::Error::WatchFailed(error) => {

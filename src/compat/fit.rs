@@ -10,6 +10,8 @@ mod iommu;
 mod machine;
 mod memory;
 mod node;
+#[cfg(test)]
+mod rules_tests;
 mod vcpus;
 
 use serde::Serialize;
@@ -136,6 +138,18 @@ impl<'a> Case<'a> {
 
     fn needs_eim(&self) -> bool {
         self.is_x86() && self.domain.vcpus.maximum > MOST_WITHOUT_EIM
+    }
+
+    /// The clause that people miss: with fewer vCPUs to start with it is no different.
+    fn maximum_counts(&self) -> String {
+        let vcpus = &self.domain.vcpus;
+        match vcpus.current < vcpus.maximum {
+            true => format!(
+                "; the maximum counts, not the {} to start with",
+                vcpus.current
+            ),
+            false => String::new(),
+        }
     }
 
     /// Whether libvirt is at least this version; `None` if it is not known.

@@ -392,7 +392,7 @@ fn tell(node: &str, error: &ClusterError, is_unselectable: bool) {
     match error {
         ClusterError::NotFound { .. } => info!(
             node,
-            "this cluster does not know DomainHotplug objects (manifests/crds.yaml defines them); \
+            "this cluster does not know DomainHotplug objects (manifests/base/crds.yaml defines them); \
              looking for them now and then"
         ),
         _ if is_unselectable => warn!(

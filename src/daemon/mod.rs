@@ -1,6 +1,7 @@
 //! The daemon: builds every part, joins them, and ends when one of them does.
 
 pub mod api;
+mod cluster;
 mod health;
 pub mod hotplug;
 mod http;
@@ -13,6 +14,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use k8s_openapi::api::core::v1::ObjectReference;
 use sd_notify::NotifyState;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
@@ -30,6 +32,7 @@ use crate::hypervisor::{ControlConfig, Libvirt, LibvirtConfig, LibvirtControl};
 use crate::label::{LabelKey, LabelSet, LabelValue};
 use crate::labeller::{Labeller, Outlets};
 use crate::monitor::Monitor;
+use crate::publish::events::Events;
 use crate::publish::file::{self, FilePublisher, NODE_LABELS_FILE, Report};
 use crate::publish::node::{NodePublisher, Options, SyncState};
 use crate::telemetry::Metrics;
@@ -135,14 +138,25 @@ async fn start(
         ..Outlets::default()
     };
     let mut node = None;
+    let mut on_node = None;
     if config.publishes_to(Target::Node) {
         let cluster = Cluster::connect(cluster_config(config)?).await?;
+        let events = cluster::start(
+            &cluster,
+            config,
+            &hypervisor,
+            &metrics,
+            &mut outlets,
+            stop,
+            parts,
+        );
+        on_node = Some((events.clone(), cluster.node_reference()));
         let options = Options {
             force_conflicts: config.force_conflicts,
             start_jitter: config.start_jitter,
             ..Options::default()
         };
-        let publisher = NodePublisher::new(cluster.clone(), Arc::clone(&metrics), options);
+        let publisher = NodePublisher::new(cluster.clone(), events, Arc::clone(&metrics), options);
         let (desired, to_publish) = watch::channel(None);
         let (found, found_on_node) = oneshot::channel();
         outlets.node = Some(desired);
@@ -185,7 +199,7 @@ async fn start(
         "the monitor of running domains"
     });
     // Labels do not wait for a socket or a journal that cannot be made.
-    match start_hotplug(config, &control, &metrics, stop, parts) {
+    match start_hotplug(config, &control, &metrics, on_node, stop, parts) {
         Ok(Some(carried)) if config.hotplug_objects => {
             if let Some((cluster, ..)) = &node {
                 let options = controller::Options {
@@ -268,6 +282,7 @@ fn start_hotplug(
     config: &Config,
     control: &Arc<LibvirtControl>,
     metrics: &Arc<Metrics>,
+    on_node: Option<(Events, ObjectReference)>,
     stop: &CancellationToken,
     parts: &mut JoinSet<&'static str>,
 ) -> anyhow::Result<Option<Arc<Carried<LibvirtControl>>>> {
@@ -277,7 +292,8 @@ fn start_hotplug(
         .with_context(|| format!("cannot serve the local API at {}", config.socket.display()))?;
     let mut carried = None;
     if config.hotplug {
-        let started = Carried::start(Arc::clone(control), &config.state_directory, metrics)
+        let (state, deep) = (&config.state_directory, config.deep_verify);
+        let started = Carried::start(Arc::clone(control), state, deep, metrics, on_node)
             .context("hotplug cannot be served (hotplug.enabled: false switches it off)")?;
         let started = Arc::new(started);
         carried = Some(Arc::clone(&started));

@@ -67,10 +67,8 @@ impl Accounts {
             .map(|(gid, _)| *gid);
         Account {
             uid,
-            gids: member
-                .chain(gid)
-                .chain(own.filter(|_| gid.is_none()))
-                .collect(),
+            // As libvirt gives them to QEMU (virGetGroupList): the one that is set comes on top.
+            gids: member.chain(gid).chain(own).collect(),
             name,
         }
     }

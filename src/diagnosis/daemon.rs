@@ -148,7 +148,8 @@ pub(super) fn check_labels(observed: &Observed, diagnosis: &mut Diagnosis) {
         return;
     }
     match (&observed.facts.capabilities, &observed.daemon) {
-        (Some(_), _) => diagnosis.ok(check, "none left out, none left to others"),
+        (Some(_), Daemon::Runs { .. }) => diagnosis.ok(check, "none left out, none left to others"),
+        (Some(_), _) => diagnosis.ok(check, "none left out"),
         (None, _) => diagnosis.unseen(
             check,
             "what labels there are, which rests on libvirt: see libvirt-connection",

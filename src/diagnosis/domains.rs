@@ -127,10 +127,9 @@ fn check_agents(observed: &Observed, domains: &[DomainSeen], diagnosis: &mut Dia
                 "it has no channel for a guest agent".to_owned(),
                 attach_channel(observed, seen, look),
             ),
-            (_, AgentChannel::Disconnected) => (
-                "nobody in the guest has opened the guest agent's channel".to_owned(),
-                Remedy::in_guest(["systemctl enable --now qemu-guest-agent"], INSTALL),
-            ),
+            // Of a channel that was plugged libvirt knows no state at first.
+            (Agent::Silent(why), _) if why.contains("agent is not connected") => nobody(),
+            (_, AgentChannel::Disconnected) => nobody(),
             (Agent::Silent(why), _) => (
                 format!("its guest agent does not answer: {why}"),
                 Remedy::in_guest(
@@ -159,6 +158,14 @@ fn check_agents(observed: &Observed, domains: &[DomainSeen], diagnosis: &mut Dia
             },
         );
     }
+}
+
+/// Nobody in the guest listens.
+fn nobody() -> (String, Remedy) {
+    (
+        "nobody in the guest has opened the guest agent's channel".to_owned(),
+        Remedy::in_guest(["systemctl enable --now qemu-guest-agent"], INSTALL),
+    )
 }
 
 const INSTALL: &str = "The guest needs the package qemu-guest-agent (Windows: virtio-win's guest \

@@ -18,7 +18,7 @@ pub struct Observed {
     /// libvirt.
     pub libvirt: Libvirt,
     /// What libvirt and the host say of what the node can run.
-    pub facts: NodeFacts,
+    pub facts: Arc<NodeFacts>,
     /// Labels that were left out.
     pub rejected: Vec<Rejected>,
     /// The running domains, or why they could not be listed.

@@ -15,7 +15,7 @@ use crate::units::Bytes;
 /// A Debian host that is well: libvirt 11.3 with QEMU 10.0, KVM open to QEMU, a daemon.
 fn well() -> Observed {
     let capabilities =
-        std::fs::read("tests/fixtures/debian13-libvirt-11.3.0-qemu-10.0/capabilities.xml").unwrap();
+        include_bytes!("../../tests/fixtures/debian13-libvirt-11.3.0-qemu-10.0/capabilities.xml");
     let node = |mode, gid| Device::Node {
         number: (10, 232),
         mode,
@@ -81,12 +81,12 @@ fn well() -> Observed {
             uri: "qemu:///system".to_owned(),
             ..Libvirt::default()
         },
-        facts: NodeFacts {
+        facts: Arc::new(NodeFacts {
             libvirt_version: Some(Version::new(11, 3, 0)),
             hypervisor_version: Some(Version::new(10, 0, 2)),
-            capabilities: Some(Capabilities::parse("c", &capabilities).unwrap()),
+            capabilities: Some(Capabilities::parse("c", capabilities).unwrap()),
             ..NodeFacts::default()
-        },
+        }),
         rejected: Vec::new(),
         domains: Ok(Vec::new()),
         daemon: daemon(990.0, 0),
@@ -171,8 +171,17 @@ fn the_capability_cache_trap() {
         commands(&trap)[0],
         "usermod --append --groups kvm libvirt-qemu"
     );
+    // As Debian makes the user: KVM's group is its first.
+    users_first_group(&mut observed, 107);
+    assert_eq!(of(&observed, Check::KvmDevice).severity, Severity::Ok);
+    users_first_group(&mut observed, 64055);
     close(&mut observed, 0o666, 0);
     assert_eq!(of(&observed, Check::KvmDevice).severity, Severity::Ok);
+}
+
+fn users_first_group(observed: &mut Observed, gid: u32) {
+    let users = &mut observed.host.accounts.users;
+    users.insert("libvirt-qemu".to_owned(), (64055, gid));
 }
 
 #[rstest]
@@ -201,7 +210,7 @@ fn a_device_that_is_not_kvms(
 #[test]
 fn a_session_runs_qemu_as_its_user() {
     let mut observed = well();
-    observed.facts.capabilities = None;
+    Arc::make_mut(&mut observed.facts).capabilities = None;
     observed.libvirt.uri = "qemu:///session".to_owned();
     observed.host.accounts.own_uid = 1000;
     let trap = of(&observed, Check::KvmDevice);
@@ -295,14 +304,14 @@ fn without_virtlogd_no_domain_starts_unless_it_is_not_wanted() {
 #[test]
 fn what_versions_lack_is_told() {
     let mut observed = well();
-    observed.facts.libvirt_version = Some(Version::new(9, 0, 0));
+    Arc::make_mut(&mut observed.facts).libvirt_version = Some(Version::new(9, 0, 0));
     let finding = of(&observed, Check::Versions);
     assert_eq!(finding.severity, Severity::Warning);
     assert!(finding.remedy.unwrap().text.contains("eim='on'"));
     // What was found out by trying counts for more than versions.
-    observed.facts.eim = Some(Eim::Auto);
+    Arc::make_mut(&mut observed.facts).eim = Some(Eim::Auto);
     assert_eq!(of(&observed, Check::Versions).severity, Severity::Ok);
-    observed.facts.libvirt_version = Some(Version::new(7, 0, 0));
+    Arc::make_mut(&mut observed.facts).libvirt_version = Some(Version::new(7, 0, 0));
     let finding = of(&observed, Check::Versions);
     assert!(finding.what.contains("no virtio-mem"), "{finding:#?}");
 }

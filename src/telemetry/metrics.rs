@@ -11,6 +11,7 @@ use prometheus::{
     Opts, Registry, TextEncoder,
 };
 
+use super::cluster::ClusterMetrics;
 use super::hotplug::HotplugMetrics;
 use super::inventory::{Inventory, InventoryCollector};
 use crate::diagnosis::{Check, Severity};
@@ -30,13 +31,14 @@ pub const CALLS: [&str; 8] = [
 ];
 
 /// The names of the calls about domains.
-pub const DOMAIN_CALLS: [&str; 12] = [
+pub const DOMAIN_CALLS: [&str; 13] = [
     "find-domain",
     "domain",
     "all-domain-stats",
     "domain-stats",
     "memory-stats",
     "guest-vcpus",
+    "acpi-answers",
     "set-guest-vcpus",
     "agent-timeout",
     "set-vcpus",
@@ -109,6 +111,8 @@ pub struct Metrics {
     pub inventory: Arc<Inventory>,
     /// Verified hotplug.
     pub hotplug: HotplugMetrics,
+    /// What the cluster is told beside labels.
+    pub cluster: ClusterMetrics,
 }
 
 impl Metrics {
@@ -216,6 +220,7 @@ impl Metrics {
             )?,
             inventory: new.inventory()?,
             hotplug: HotplugMetrics::register(&new)?,
+            cluster: ClusterMetrics::register(&new)?,
             registry,
         };
         metrics.register_constants()?;

@@ -255,34 +255,32 @@ async fn exercise<'l>(
     .await?;
     libvirtd.restart()?;
     let libvirtd = &*libvirtd;
-    let web = Guest::start(
-        libvirtd,
-        &GuestConfig {
-            name: "web",
-            ..Default::default()
-        },
-    )
-    .await?;
+    let web = GuestConfig {
+        name: "web",
+        words: "lab.blocks=online",
+        ..Default::default()
+    };
+    let web = Guest::start(libvirtd, &web).await?;
     let old = GuestConfig {
         name: "old",
         words: "nr_cpus=1",
         ..Default::default()
     };
     let old = Guest::start(libvirtd, &old).await?;
-    for (domain, vcpus) in [
+    let vcpus = [
         ("web", "2"),
         ("web", "3"),
         ("old", "2"),
         ("web", "4"),
         ("web", "9"),
-        ("web", "2"),
-    ] {
+    ];
+    for (domain, vcpus) in vcpus {
         hotplug(&["vcpus", domain, vcpus, "--online", "--timeout", "20"])?;
     }
     for size in ["1GiB", "1536MiB", "2GiB", "1GiB"] {
         hotplug(&["memory", "web", size, "--timeout", "20"])?;
     }
-    hotplug(&["vcpus", "web", "4", "--online", "--timeout", "20"])?;
+    hotplug(&["vcpus", "web", "3", "--timeout", "20"])?;
     let seen = daemon.metric("virtnode_probe_attempts_total{source=\"host\"}")?;
     eventually(LONG, async || {
         let probes = daemon.metric("virtnode_probe_attempts_total{source=\"host\"}")?;

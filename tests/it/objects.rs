@@ -23,12 +23,12 @@ fn printed() -> String {
 
 #[test]
 fn the_committed_definitions_are_those_of_the_program() {
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/manifests/crds.yaml");
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/manifests/base/crds.yaml");
     let committed = fs::read_to_string(path).unwrap();
     assert_eq!(
         committed,
         printed(),
-        "run `virtnode crd >manifests/crds.yaml`"
+        "run `virtnode crd >manifests/base/crds.yaml`"
     );
 }
 

@@ -3,6 +3,7 @@
 use std::fmt::Write;
 
 use super::Report;
+use crate::cli::report::plain;
 use crate::compat::{
     Answer, Confirmation, CpuComparison, DryRun, Finding, Headroom, Severity, Stage,
 };
@@ -127,10 +128,11 @@ fn show_headroom(text: &mut String, room: &Headroom) {
     };
     line(text, &format!("  memory       {}; {more}", memory.plugged));
     if let Some(free) = room.free_root_ports {
-        line(
-            text,
-            &format!("  devices      {free} PCIe root ports are free"),
-        );
+        let ports = match free {
+            1 => "1 PCIe root port is free".to_owned(),
+            _ => format!("{free} PCIe root ports are free"),
+        };
+        line(text, &format!("  devices      {ports}"));
     }
     let agent = match room.agent {
         AgentChannel::Absent => "no channel",
@@ -155,7 +157,10 @@ fn show_confirmation(text: &mut String, report: &Report) {
         None => "no answer",
     };
     let words = match dry_run {
-        DryRun::Accepted => format!("dry run: libvirt would start it ({agrees})"),
+        DryRun::Accepted if emulator_refuses(report) => {
+            format!("dry run: libvirt takes it ({agrees}); what QEMU says then, no dry run shows")
+        }
+        DryRun::Accepted => format!("dry run: libvirt takes it ({agrees})"),
         DryRun::Refused { words } => {
             format!("dry run: libvirt refuses it ({agrees}): {}", plain(words))
         }
@@ -166,6 +171,10 @@ fn show_confirmation(text: &mut String, report: &Report) {
         None => return,
         Some(CpuComparison::Identical) => "CPU: the same as the hypervisor's".to_owned(),
         Some(CpuComparison::Superset) => "CPU: the hypervisor has all of it, and more".to_owned(),
+        // The dry run said it already.
+        Some(CpuComparison::Incompatible { words }) if is_refused_with(dry_run, words) => {
+            "CPU: the hypervisor does not have all of it, in the same words".to_owned()
+        }
         Some(CpuComparison::Incompatible { words }) => {
             format!(
                 "CPU: the hypervisor does not have all of it: {}",
@@ -177,6 +186,15 @@ fn show_confirmation(text: &mut String, report: &Report) {
         }
     };
     wrapped(text, "  ", "    ", &words);
+}
+
+fn emulator_refuses(report: &Report) -> bool {
+    let mut blocking = report.fit.blocking();
+    blocking.any(|finding| finding.stage == Some(Stage::Emulator))
+}
+
+fn is_refused_with(dry_run: &DryRun, words: &str) -> bool {
+    matches!(dry_run, DryRun::Refused { words: said } if said == words)
 }
 
 fn line(text: &mut String, words: &str) {
@@ -201,16 +219,4 @@ fn wrapped(text: &mut String, first: &str, next: &str, paragraph: &str) {
         is_bare = false;
     }
     line(text, &current);
-}
-
-/// Tenants' text without what would move the cursor.
-fn plain(text: &str) -> String {
-    let mut shown = String::with_capacity(text.len());
-    for c in text.chars() {
-        match c.is_control() {
-            true => shown.extend(c.escape_default()),
-            false => shown.push(c),
-        }
-    }
-    shown
 }

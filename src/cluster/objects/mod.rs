@@ -1,12 +1,16 @@
 //! The custom resources of group `virtnode.io`, as types; `virtnode crd` prints their definitions.
 
+pub mod condition;
 pub mod domain_hotplug;
+pub mod node_virtualization;
 
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::CustomResourceExt;
 use serde_json::Value;
 
+pub use condition::Condition;
 pub use domain_hotplug::{DomainHotplug, DomainHotplugSpec, DomainHotplugStatus};
+pub use node_virtualization::{NodeVirtualization, NodeVirtualizationStatus};
 
 /// The label by which a node's daemon finds the objects that are its own; the value is the name
 /// of the Node.
@@ -14,7 +18,8 @@ pub const NODE_LABEL: &str = "virtnode.io/node";
 
 /// The definition of every custom resource, as the API server takes it.
 pub fn definitions() -> Vec<Value> {
-    let definitions: [CustomResourceDefinition; 1] = [DomainHotplug::crd()];
+    let definitions: [CustomResourceDefinition; 2] =
+        [DomainHotplug::crd(), NodeVirtualization::crd()];
     let as_json = |definition| {
         let mut definition = serde_json::to_value(definition).unwrap_or_default();
         structural(&mut definition);

@@ -9,6 +9,7 @@ use crate::compat::{Check, Code, Finding, Severity, Stage};
 
 pub(super) fn check(case: &Case<'_>, findings: &mut Vec<Finding>) {
     let cpu = &case.domain.cpu;
+    check_policies(case, findings);
     let mode = match (cpu.mode.as_deref(), cpu.model.as_deref()) {
         (None | Some("custom"), None) => {
             if !cpu.features.is_empty() {
@@ -36,7 +37,11 @@ pub(super) fn check(case: &Case<'_>, findings: &mut Vec<Finding>) {
                     or_any(case)
                 ),
             )
-            .remedy("give --domain-capabilities what `virsh domcapabilities` prints on the node"),
+            .remedy(format!(
+                "give --domain-capabilities what `virsh domcapabilities --virttype {}` prints on \
+                 the node",
+                or_any(case)
+            )),
         );
         return;
     };
@@ -46,6 +51,7 @@ pub(super) fn check(case: &Case<'_>, findings: &mut Vec<Finding>) {
             let there = modes.host_model.as_ref().is_some_and(|mode| mode.supported);
             check_mode(case, mode, there, findings);
             if there {
+                check_forbidden_in_host_model(case, modes, findings);
                 check_features(case, findings);
             }
         }
@@ -317,14 +323,14 @@ fn model_remedy(case: &Case<'_>, model: &CpuModel) -> String {
         .filter(|other| other.vendor == model.vendor && other.canonical.is_some())
         .map(|other| other.name.as_str())
         .collect();
-    let mut remedy = "use host-model, choose a node that has them".to_owned();
-    if let (false, Some(vendor)) = (usable.is_empty(), &model.vendor) {
-        remedy = format!(
-            "{remedy}, or a model of {vendor} that is usable here: {}",
+    match (&model.vendor, usable.is_empty()) {
+        (Some(vendor), false) => format!(
+            "use host-model, choose a node that has them, or take a model of {vendor} that is \
+             usable here: {}",
             named(usable)
-        );
+        ),
+        _ => "use host-model, or choose a node that has them".to_owned(),
     }
-    remedy
 }
 
 fn stage_of(check: Check) -> Stage {
@@ -371,7 +377,6 @@ fn check_features_beyond(
     {
         check = Check::None;
     }
-    check_policies(case, findings);
     let asked: BTreeSet<&str> = match check {
         Check::Full => cpu.required().chain(cpu.forced()).collect(),
         _ => cpu.required().collect(),
@@ -401,7 +406,7 @@ fn check_features_beyond(
         .filter(|feature| !has.contains(*feature) && !named_already.contains(feature))
         .collect();
     if !missing.is_empty() {
-        check_missing(case, check, &missing, findings);
+        check_missing(check, &missing, findings);
     }
     let provided: Vec<&str> = cpu
         .forbidden()
@@ -428,12 +433,7 @@ fn check_features_beyond(
     }
 }
 
-fn check_missing(
-    case: &Case<'_>,
-    check: Check,
-    missing: &BTreeSet<&str>,
-    findings: &mut Vec<Finding>,
-) {
+fn check_missing(check: Check, missing: &BTreeSet<&str>, findings: &mut Vec<Finding>) {
     let list = named(missing.iter().copied());
     if check != Check::None {
         let finding = Finding::new(
@@ -445,39 +445,68 @@ fn check_missing(
         findings.push(missing_words(finding, check, missing));
         return;
     }
-    let heard_of = features_in_documents(case);
-    let (known, strange): (Vec<&str>, Vec<&str>) = missing
-        .iter()
-        .copied()
-        .partition(|feature| heard_of.contains(feature));
-    if !known.is_empty() {
-        findings.push(
-            Finding::new(
-                Severity::Warning,
-                Code::CpuFeature,
-                format!(
-                    "the guest will lack CPU features that the domain requires, and nothing \
-                     checks it: {}",
-                    named(known)
-                ),
-            )
-            .remedy(
-                "write check='partial' to have libvirt refuse it, or choose a node that has them",
+    findings.push(
+        Finding::new(
+            Severity::Warning,
+            Code::CpuFeature,
+            format!(
+                "the guest will lack CPU features that the domain requires, and nothing checks \
+                 it: {list}"
             ),
-        );
+        )
+        .remedy("write check='partial' to have libvirt refuse it, or choose a node that has them"),
+    );
+}
+
+/// Names that may be libvirt's or not: it knows them by a list of its own, and its documents have
+/// only those that matter for this host. A running domain's are known.
+fn check_names(case: &Case<'_>, findings: &mut Vec<Finding>) {
+    if case.domain.live || !case.is_x86() {
+        return;
     }
-    if !strange.is_empty() {
+    let (Some(given), Some(_)) = (&case.node.cpu_features, &case.node.cpu) else {
+        return;
+    };
+    let heard_of = features_in_documents(case);
+    let names = case.domain.cpu.features.iter().map(|f| f.name.as_str());
+    let strange: Vec<&str> = names
+        .filter(|name| !heard_of.contains(name) && !given.contains(*name))
+        .collect();
+    let Some(first) = strange.first() else { return };
+    findings.push(
+        Finding::new(
+            Severity::Unknown,
+            Code::CpuFeature,
+            format!(
+                "libvirt may not know a CPU feature of the name {}: none of its documents has it",
+                named(strange.iter().copied())
+            ),
+        )
+        .at_start(unsupported(format!("unknown CPU feature: {first}")))
+        .remedy("check the spelling (libvirt's, such as sse4.2), or leave it out"),
+    );
+}
+
+/// What libvirt writes into the host model stays there (`x86UpdateHostModel`), whatever `check`
+/// says.
+fn check_forbidden_in_host_model(case: &Case<'_>, modes: &CpuModes, findings: &mut Vec<Finding>) {
+    let host = modes.host_model.iter().flat_map(|host| &host.features);
+    let has: BTreeSet<&str> = host
+        .filter(|f| matches!(f.policy.as_deref(), None | Some("require" | "force")))
+        .map(|feature| feature.name.as_str())
+        .collect();
+    if let Some(name) = case.domain.cpu.forbidden().find(|name| has.contains(name)) {
         findings.push(
             Finding::new(
-                Severity::Unknown,
+                Severity::Blocks,
                 Code::CpuFeature,
-                format!(
-                    "the hypervisor cannot give {}, and libvirt may not know the name",
-                    named(strange.iter().copied())
-                ),
+                format!("the host model has CPU feature {name}, which the domain forbids"),
             )
-            .at_start(unsupported(format!("unknown CPU feature: {}", strange[0])))
-            .remedy("check the spelling (libvirt's, such as sse4.2), or leave it out"),
+            .at_start(format!(
+                "the CPU is incompatible with host CPU: Host CPU provides forbidden feature \
+                 '{name}'"
+            ))
+            .remedy("use policy='disable' to hide it from the guest"),
         );
     }
 }
@@ -499,6 +528,7 @@ fn features_in_documents<'c>(case: &'c Case<'_>) -> BTreeSet<&'c str> {
 }
 
 fn check_policies(case: &Case<'_>, findings: &mut Vec<Finding>) {
+    check_names(case, findings);
     let mut seen = BTreeSet::new();
     for feature in &case.domain.cpu.features {
         let name = &feature.name;

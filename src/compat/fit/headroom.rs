@@ -126,8 +126,12 @@ fn vcpu_room(case: &Case<'_>, hints: &mut Vec<String>) -> Option<VcpuRoom> {
             .collect();
     }
     if plugs && plugged == vcpus.maximum {
+        let all = match plugged {
+            1 => "its only vCPU is".to_owned(),
+            _ => format!("all {plugged} vCPUs are"),
+        };
         hints.push(format!(
-            "all {plugged} vCPUs are there from the start: for room to grow write \
+            "{all} there from the start: for room to grow write \
              <vcpu current='{plugged}'> with a larger maximum"
         ));
     }

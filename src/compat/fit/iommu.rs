@@ -1,6 +1,7 @@
 //! The virtual IOMMU: extended interrupt mode, interrupt remapping and the split I/O APIC, as the
 //! definition gives them and as libvirt completes them by itself.
 
+use super::machine::WITHOUT_PCI;
 use super::{Case, MOST_WITHOUT_EIM, unsupported};
 use crate::capability::{Eim, Version};
 use crate::compat::{Code, Finding, IoApic, Iommu, IommuModel, Severity};
@@ -30,6 +31,9 @@ pub(super) fn check(case: &Case<'_>, findings: &mut Vec<Finding>) {
     let domain = case.domain;
     if let Some(iommu) = &domain.iommu {
         check_model(case, iommu, findings);
+        if iommu.model == IommuModel::Virtio {
+            check_virtio(case, findings);
+        }
         check_migration(case, iommu, findings);
     }
     if case.is_x86() {
@@ -136,6 +140,32 @@ fn check_model(case: &Case<'_>, iommu: &Iommu, findings: &mut Vec<Finding>) {
     }
 }
 
+/// The paravirtual IOMMU is a PCI device that ACPI tables describe.
+fn check_virtio(case: &Case<'_>, findings: &mut Vec<Finding>) {
+    if case.is_x86() && case.machine.is_some_and(|name| WITHOUT_PCI.contains(&name)) {
+        findings.push(
+            blocks(
+                Code::Iommu,
+                "an IOMMU of model virtio is a PCI device, and the machine type has no PCI"
+                    .to_owned(),
+            )
+            .at_define("XML error: No PCI buses available")
+            .remedy("use machine type q35, or leave <iommu> out"),
+        );
+    }
+    if !case.domain.acpi {
+        findings.push(
+            blocks(
+                Code::Iommu,
+                "an IOMMU of model virtio reaches its guest through ACPI, and the domain has none"
+                    .to_owned(),
+            )
+            .at_define(unsupported("IOMMU device: 'virtio' requires ACPI"))
+            .remedy("add <acpi/> to <features>"),
+        );
+    }
+}
+
 fn check_migration(case: &Case<'_>, iommu: &Iommu, findings: &mut Vec<Finding>) {
     let stays = case.node.qemu_version.is_some_and(|qemu| qemu <= AMD_STAYS);
     if iommu.model == IommuModel::Amd && stays {
@@ -155,8 +185,9 @@ fn check_automatic(case: &Case<'_>, findings: &mut Vec<Finding>) {
     let vcpus = &case.domain.vcpus;
     let why = format!(
         "{} vCPUs are more than {MOST_WITHOUT_EIM} and need a virtual IOMMU with extended \
-         interrupt mode; the maximum counts, not the {} to start with",
-        vcpus.maximum, vcpus.current
+         interrupt mode{}",
+        vcpus.maximum,
+        case.maximum_counts()
     );
     match case.node.eim {
         Some(Eim::Auto) if case.domain.io_apic == Some(IoApic::Kvm) => {
@@ -178,7 +209,7 @@ fn check_automatic(case: &Case<'_>, findings: &mut Vec<Finding>) {
             .remedy(format!("write {WHOLE}; or lower <vcpu> to 255")),
         ),
         Some(Eim::None) => findings.push(
-            blocks(Code::Eim, format!("{why}, which this node cannot give"))
+            blocks(Code::Eim, format!("{why}, and this node cannot give that"))
                 .at_define(unsupported(NEEDS_EIM))
                 .remedy("lower <vcpu> to 255, or update libvirt and QEMU"),
         ),
@@ -242,9 +273,9 @@ fn check_intel(case: &Case<'_>, iommu: &Iommu, findings: &mut Vec<Finding>) {
                     Code::Eim,
                     format!(
                         "{} vCPUs are more than {MOST_WITHOUT_EIM} and need extended interrupt \
-                         mode on the IOMMU, which is off; the maximum counts, not the {} to start \
-                         with",
-                        case.domain.vcpus.maximum, case.domain.vcpus.current
+                         mode on the IOMMU, which is off{}",
+                        case.domain.vcpus.maximum,
+                        case.maximum_counts()
                     ),
                 )
                 .at_define(unsupported(NEEDS_EIM))
@@ -306,6 +337,7 @@ fn check_other(case: &Case<'_>, iommu: &Iommu, findings: &mut Vec<Finding>) {
                     case.domain.vcpus.maximum
                 ),
             )
+            .in_emulator("AMD IOMMU with x2APIC configuration requires xtsup=on")
             .remedy("write xtsup='on' at its <driver>, or leave it out: libvirt turns it on"),
         ),
         Some(true) => {}

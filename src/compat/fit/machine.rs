@@ -4,7 +4,7 @@ use super::{Case, named, unsupported};
 use crate::compat::{Code, Finding, Severity};
 
 /// The machine types of x86 without PCI.
-const WITHOUT_PCI: [&str; 2] = ["isapc", "microvm"];
+pub(super) const WITHOUT_PCI: [&str; 2] = ["isapc", "microvm"];
 
 pub(super) fn check(case: &Case<'_>, findings: &mut Vec<Finding>) {
     check_os_type(case, findings);

@@ -41,9 +41,10 @@ pub(super) fn check(case: &Case<'_>, findings: &mut Vec<Finding>) {
     check_granularity(case, findings);
     if case.needs_eim() && !case.is_q35() {
         let message = format!(
-            "{} vCPUs are more than {MOST_WITHOUT_EIM}, which x86 has only with machine type q35; \
-             the maximum counts, not the {} to start with",
-            vcpus.maximum, vcpus.current
+            "{} vCPUs are more than {MOST_WITHOUT_EIM}, which x86 has only with machine type \
+             q35{}",
+            vcpus.maximum,
+            case.maximum_counts()
         );
         findings.push(
             blocks(Code::VcpusQ35, message)
@@ -298,7 +299,8 @@ fn check_gic(case: &Case<'_>, findings: &mut Vec<Finding>) {
 /// powers of two has wide IDs even with few vCPUs.
 fn check_apic_ids(case: &Case<'_>, findings: &mut Vec<Finding>) {
     let vcpus = &case.domain.vcpus;
-    if !case.is_x86() {
+    // More than 255 without q35 are refused anyway.
+    if !case.is_x86() || (case.needs_eim() && !case.is_q35()) {
         return;
     }
     let Some(highest) = highest_id(case, vcpus.maximum) else {

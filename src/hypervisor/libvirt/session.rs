@@ -186,7 +186,12 @@ impl Session {
                 }
                 Ok(None) => {}
                 Err(error) if failure::is_gone(&error) => {}
-                Err(error) => return Err(self.sort("running-domains", &error)),
+                Err(error) => {
+                    // Those that are known need not be read again: the next time only this one
+                    // can hold it up, which is new and has something done to it just now.
+                    self.domains.extend(known);
+                    return Err(self.sort("running-domains", &error));
+                }
             }
         }
         let domains = self.domains.values().map(|(_, domain)| domain.clone());
