@@ -381,38 +381,51 @@ fn check_features_beyond(
         Check::Full => cpu.required().chain(cpu.forced()).collect(),
         _ => cpu.required().collect(),
     };
-    if asked.is_empty() && cpu.forbidden().next().is_none() {
+    let gives = |feature: &&str| case.node.gives(feature);
+    let missing: BTreeSet<&str> = asked
+        .iter()
+        .copied()
+        .filter(|feature| gives(feature) == Some(false) && !named_already.contains(feature))
+        .collect();
+    if !missing.is_empty() {
+        check_missing(check, &missing, findings);
+    }
+    if check == Check::None {
         return;
     }
-    let Some(has) = &case.node.cpu_features else {
+    let forbidden: BTreeSet<&str> = match check {
+        Check::Partial => cpu.forbidden().collect(),
+        _ => BTreeSet::new(),
+    };
+    let open: Vec<&str> = asked
+        .union(&forbidden)
+        .copied()
+        .filter(|feature| gives(feature).is_none())
+        .collect();
+    if !open.is_empty() {
         findings.push(
             Finding::new(
                 Severity::Unknown,
                 Code::CpuFeature,
                 format!(
-                    "which CPU features the hypervisor can give domains of type {} is not known",
-                    or_any(case)
+                    "whether the hypervisor can give domains of type {} these CPU features is not \
+                     known: {}",
+                    or_any(case),
+                    named(open)
                 ),
             )
             .stage(stage_of(check))
             .remedy(
-                "give --supported-features what `virsh hypervisor-cpu-baseline --features` prints",
+                "give --supported-features what `virsh hypervisor-cpu-baseline --features` prints \
+                 for the node's best domain type",
             ),
         );
-        return;
-    };
-    let missing: BTreeSet<&str> = asked
-        .into_iter()
-        .filter(|feature| !has.contains(*feature) && !named_already.contains(feature))
-        .collect();
-    if !missing.is_empty() {
-        check_missing(check, &missing, findings);
     }
-    let provided: Vec<&str> = cpu
-        .forbidden()
-        .filter(|feature| has.contains(*feature))
+    let provided: Vec<&str> = forbidden
+        .into_iter()
+        .filter(|feature| gives(feature) == Some(true))
         .collect();
-    if !provided.is_empty() && check == Check::Partial {
+    if !provided.is_empty() {
         findings.push(
             Finding::new(
                 Severity::Blocks,
