@@ -45,6 +45,7 @@ pub(super) fn check(case: &Case<'_>, findings: &mut Vec<Finding>) {
         );
         return;
     };
+    check_full(case, findings);
     match mode {
         "custom" => check_custom(case, modes, findings),
         "host-model" => {
@@ -81,6 +82,25 @@ pub(super) fn check(case: &Case<'_>, findings: &mut Vec<Finding>) {
             .remedy("use host-model, host-passthrough, maximum, or custom with a <model>"),
         ),
     }
+}
+
+/// `check='full'`: a new domain's CPU seldom is what libvirt's own list says, feature by feature.
+/// What QEMU adds by itself shows only when it starts: `hypervisor`, or `ht` for several threads or
+/// cores. A running domain's definition has all of it written down.
+fn check_full(case: &Case<'_>, findings: &mut Vec<Finding>) {
+    if effective_check(case) != Check::Full || case.domain.live {
+        return;
+    }
+    findings.push(
+        Finding::new(
+            Severity::Unknown,
+            Code::CpuModel,
+            "check='full' holds the CPU that QEMU makes against libvirt's own list, feature by \
+             feature; what QEMU adds to it shows only when the domain starts",
+        )
+        .in_emulator("operation failed: guest CPU doesn't match specification: ")
+        .remedy("write check='partial', or start it once so and take <cpu> from its live XML"),
+    );
 }
 
 fn or_any<'c>(case: &'c Case<'_>) -> &'c str {
@@ -159,23 +179,6 @@ fn check_custom(case: &Case<'_>, modes: &CpuModes, findings: &mut Vec<Finding>) 
     check_vendor(case, modes, findings);
     let lacking = check_model(case, model, findings);
     check_features_beyond(case, &lacking, findings);
-    if effective_check(case) == Check::Full
-        && cpu.matching.as_deref() != Some("minimum")
-        && !case.domain.live
-    {
-        findings.push(
-            Finding::new(
-                Severity::Unknown,
-                Code::CpuModel,
-                format!(
-                    "check='full' holds the CPU that QEMU makes of {name} against libvirt's own \
-                     list, feature by feature; what QEMU adds shows only when the domain starts"
-                ),
-            )
-            .stage(Stage::Emulator)
-            .remedy("write check='partial', or start it once and take <cpu> from its live XML"),
-        );
-    }
 }
 
 /// A model that libvirt does not list for this emulator.
