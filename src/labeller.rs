@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use k8s_openapi::jiff::Timestamp;
 use tokio::sync::{oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 use tokio_util::sync::CancellationToken;
@@ -16,11 +17,12 @@ use crate::capability::{CanonicalMachine, NodeFacts};
 use crate::host;
 use crate::hypervisor::{Connection, Hypervisor};
 use crate::label::{
-    Change, FAMILIES, Invalid, LabelSet, Policy, Probe, Published, RetentionReason, Source, derive,
-    family,
+    Change, FAMILIES, Invalid, LabelSet, Policy, Probe, Published, Rejected, RetentionReason,
+    Source, derive, family,
 };
 use crate::probe::{Failure, Prober, Reading};
 use crate::publish::file::{FilePublisher, Report};
+use crate::publish::virtualization::Picture;
 use crate::telemetry::Metrics;
 use crate::telemetry::metrics::now_seconds;
 
@@ -40,6 +42,8 @@ pub struct Outlets {
     /// What the Node has of ours, as soon as that is known. Before that no set is handed to the
     /// Node's publisher: what it lacks would be removed without proof.
     pub found_on_node: Option<oneshot::Receiver<LabelSet>>,
+    /// What labels cannot carry, for the `NodeVirtualization`'s publisher.
+    pub pictures: Option<watch::Sender<Option<Arc<Picture>>>>,
 }
 
 /// How far the labeller is, for readiness.
@@ -55,6 +59,17 @@ pub struct Progress {
     pub file_problem: Option<String>,
 }
 
+/// The last probe, for those who want to know more than labels.
+#[derive(Debug, Clone, Default)]
+pub struct Latest {
+    /// What it read.
+    pub facts: Arc<NodeFacts>,
+    /// What it could not read.
+    pub failures: Vec<Failure>,
+    /// Labels that were left out.
+    pub rejected: Vec<Rejected>,
+}
+
 /// Keeps the published labels true.
 pub struct Labeller<H> {
     prober: Prober<H>,
@@ -65,9 +80,10 @@ pub struct Labeller<H> {
     outlets: Outlets,
     metrics: Arc<Metrics>,
     progress: watch::Sender<Progress>,
+    latest: watch::Sender<Option<Arc<Latest>>>,
 
     published: Published,
-    rejected: Vec<crate::label::Rejected>,
+    rejected: Vec<Rejected>,
     /// The emulators that capabilities were read from.
     emulators: Vec<String>,
 }
@@ -102,6 +118,7 @@ impl<H: Hypervisor> Labeller<H> {
             outlets,
             metrics,
             progress: watch::Sender::new(progress),
+            latest: watch::Sender::new(None),
             published: Published::starting_from(before),
             rejected: Vec::new(),
             emulators: Vec::new(),
@@ -111,6 +128,11 @@ impl<H: Hypervisor> Labeller<H> {
     /// How far it is, and every change of that.
     pub fn progress(&self) -> watch::Receiver<Progress> {
         self.progress.subscribe()
+    }
+
+    /// The last probe, and each that follows.
+    pub fn latest(&self) -> watch::Receiver<Option<Arc<Latest>>> {
+        self.latest.subscribe()
     }
 
     /// Probes and publishes until `token` is cancelled. The labels stay then.
@@ -164,6 +186,11 @@ impl<H: Hypervisor> Labeller<H> {
             if may_write_node {
                 self.hand_over_to_node();
             }
+            self.latest.send_replace(Some(Arc::new(Latest {
+                facts: Arc::new(reading.facts),
+                failures: reading.failures,
+                rejected: self.rejected.clone(),
+            })));
             fingerprint = host::fingerprint(&self.root, &self.emulators);
             next = Instant::now() + wait;
         }
@@ -187,6 +214,12 @@ impl<H: Hypervisor> Labeller<H> {
         self.tell_changes(&changes);
         self.tell_failures(&reading.failures);
         self.count(reading);
+        if let Some(pictures) = &self.outlets.pictures {
+            let retained = self.published.retained();
+            let wanted = &self.policy.guest_architectures;
+            let picture = Picture::new(reading, retained, wanted, Timestamp::now());
+            pictures.send_replace(Some(Arc::new(picture)));
+        }
         let emulators = emulators(&reading.facts);
         if !emulators.is_empty() {
             self.emulators = emulators;

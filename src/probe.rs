@@ -1,7 +1,6 @@
 //! Reading all the facts of a node: which questions are asked, in which order, and what a failed
 //! one means for the rest.
 
-use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -62,10 +61,23 @@ pub struct Reading {
     pub facts: NodeFacts,
     /// What running domains stand on.
     pub in_use: InUse,
+    /// Each of them.
+    pub domains: Vec<DomainInUse>,
     /// How many domains run; `None` if that could not be read.
     pub running_domains: Option<usize>,
     /// The sources that could not be read.
     pub failures: Vec<Failure>,
+}
+
+/// What one running domain stands on.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct DomainInUse {
+    /// Its name.
+    pub name: String,
+    /// Its UUID.
+    pub uuid: String,
+    /// What it needs of the node.
+    pub in_use: InUse,
 }
 
 /// Asks a hypervisor and the host for everything.
@@ -248,26 +260,26 @@ impl<H: Hypervisor> Prober<H> {
             return;
         };
         reading.running_domains = Some(domains.len());
-        let mut machines = BTreeSet::new();
-        let mut cpu_models = BTreeSet::new();
-        let mut cpu_features = BTreeSet::new();
         for domain in domains {
             let name = format!("domain {}", domain.uuid);
             let needs = Needs::parse(&name, domain.xml.as_bytes());
             match understood(Source::Domains, needs) {
                 Ok(needs) => {
-                    machines.extend(needs.machine);
-                    cpu_models.extend(needs.cpu_model);
-                    cpu_features.extend(needs.cpu_features);
+                    let in_use = InUse {
+                        machines: needs.machine.into_iter().collect(),
+                        cpu_models: needs.cpu_model.into_iter().collect(),
+                        cpu_features: needs.cpu_features.into_iter().collect(),
+                    };
+                    reading.in_use.extend(&in_use);
+                    reading.domains.push(DomainInUse {
+                        name: domain.name,
+                        uuid: domain.uuid,
+                        in_use,
+                    });
                 }
                 Err(failure) => self.failed(reading, failure),
             }
         }
-        reading.in_use = InUse {
-            machines,
-            cpu_models,
-            cpu_features,
-        };
     }
 
     /// Counts an outcome, and keeps a failure in the reading.

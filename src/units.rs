@@ -95,6 +95,11 @@ impl Bytes {
         }
     }
 
+    /// As a Kubernetes quantity: `2Gi`, `938512Ki`.
+    pub fn quantity(self) -> String {
+        self.to_string().trim_end_matches('B').to_owned()
+    }
+
     /// One `parts`-th of this, rounded down; nothing if `parts` is zero.
     pub fn part(self, parts: u64) -> Self {
         Self(self.0.checked_div(parts).unwrap_or(0))

@@ -275,7 +275,7 @@ impl NodeFacts {
     ///
     /// KVM's own answer, and what shows in a document whose maximum is below its machine's:
     /// libvirt prints the lower of the two (`virQEMUCapsFillDomainCaps`).
-    fn accelerator_limit(&self, arch: &str, machines: &[Machine]) -> VcpuMax {
+    pub(crate) fn accelerator_limit(&self, arch: &str, machines: &[Machine]) -> VcpuMax {
         if self.best_domain_type(arch) != Some("kvm") {
             return VcpuMax::Unknown;
         }
@@ -357,6 +357,49 @@ impl NodeFacts {
         names.sort_unstable();
         names.dedup();
         names
+    }
+
+    /// The kinds of confidential guests and enclaves: `sev`, `sev-es`, `sev-snp`, `tdx`, `sgx`,
+    /// `s390-pv`. `launchSecurity` (libvirt 10.5) names types that have no element of their own,
+    /// such as SEV-SNP.
+    pub fn security(&self) -> Vec<&'static str> {
+        let Some(document) = self.primary_document() else {
+            return Vec::new();
+        };
+        let es_guests = document.sev.as_ref().and_then(|sev| sev.max_es_guests);
+        let offered = |name| document.has_feature(name) || document.launches(name);
+        let kinds = [
+            ("sev", document.sev.is_some()),
+            ("sev-es", es_guests.is_some_and(|guests| guests > 0)),
+            ("sev-snp", document.launches("sev-snp")),
+            ("tdx", offered("tdx")),
+            ("sgx", document.sgx.is_some()),
+            ("s390-pv", offered("s390-pv")),
+        ];
+        let there = kinds.into_iter().filter(|(_, there)| *there);
+        there.map(|(kind, _)| kind).collect()
+    }
+
+    /// The names of Hyper-V enlightenments: libvirt's own list, or KVM's under libvirt's names
+    /// where libvirt is too old to say (before 9.0).
+    pub fn enlightenments(&self) -> Vec<&str> {
+        let document = self.primary_document();
+        if let Some(hyperv) = document.and_then(|document| document.hyperv.as_ref()) {
+            return hyperv.enlightenments.iter().map(String::as_str).collect();
+        }
+        let by_kvm = self.accelerator() == Some(Accelerator::Kvm) && document.is_some();
+        let offered = self.host.as_ref().and_then(|host| host.kvm_hyperv.as_ref());
+        offered
+            .filter(|_| by_kvm)
+            .into_iter()
+            .flat_map(|kvm| kvm.iter())
+            .filter_map(|name| match name {
+                "synictimer" => Some("stimer"),
+                // Not enlightenments of libvirt's, or parts of others.
+                "base" | "time" | "synic2" => None,
+                name => Some(name),
+            })
+            .collect()
     }
 }
 

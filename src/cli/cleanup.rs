@@ -13,14 +13,23 @@ pub(super) fn run(config: &Config) -> anyhow::Result<Exit> {
     if config.publishes_to(Target::Node) {
         let gone = runtime()?.block_on(async {
             let cluster = Cluster::connect(cluster_config(config)?).await?;
-            anyhow::Ok((cluster.node().to_owned(), cluster.clear().await?))
+            let keys = cluster.clear().await?;
+            // Not everybody has the definition, or the right to look.
+            let object = cluster.virtualization().await.ok().flatten();
+            anyhow::Ok((cluster.node().to_owned(), keys, object.is_some()))
         })?;
-        let (node, keys) = gone;
+        let (node, keys, has_object) = gone;
         told.push_str(&match keys.len() {
             0 => format!("Node {node}: no label there is ours.\n"),
             1 => format!("Node {node}: 1 label removed.\n"),
             count => format!("Node {node}: {count} labels removed.\n"),
         });
+        if has_object {
+            // The daemon has no right to delete it, and needs none.
+            told.push_str(&format!(
+                "NodeVirtualization {node}: left; it goes with the Node, or by `kubectl delete nodevirtualization {node}`.\n"
+            ));
+        }
         file::remove(&config.state_directory.join(NODE_LABELS_FILE))?;
     }
     if config.publishes_to(Target::File) {

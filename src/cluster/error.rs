@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::error::Error;
+use std::fmt;
 use std::time::Duration;
 
 use kube::core::Status;
@@ -9,7 +10,34 @@ use thiserror::Error;
 
 use crate::label::ownership::Owner;
 
-/// A call that failed. The texts say which Node, what is missing and what to do about it;
+/// What a call was about.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Object {
+    /// Its kind, `Node`.
+    pub kind: &'static str,
+    /// The resource that rights are for, `nodes`.
+    pub resource: &'static str,
+    /// Its name.
+    pub name: String,
+}
+
+impl Object {
+    pub(super) fn node(name: &str) -> Self {
+        Self {
+            kind: "Node",
+            resource: "nodes",
+            name: name.to_owned(),
+        }
+    }
+}
+
+impl fmt::Display for Object {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.kind, self.name)
+    }
+}
+
+/// A call that failed. The texts say which object, what is missing and what to do about it;
 /// [`ClusterError::code`] is the bounded word for metrics.
 #[derive(Debug, Error)]
 pub enum ClusterError {
@@ -32,10 +60,12 @@ pub enum ClusterError {
         reason: String,
     },
     /// The answer did not come in time. What was asked may have been done.
-    #[error("the API server did not answer ({verb} Node) within {after:?}")]
+    #[error("the API server did not answer ({verb} {}) within {after:?}", .object.kind)]
     Timeout {
         /// What was asked.
         verb: &'static str,
+        /// Of which object.
+        object: Object,
         /// How long was waited.
         after: Duration,
     },
@@ -49,25 +79,25 @@ pub enum ClusterError {
     },
     /// The right to do this is missing.
     #[error(
-        "virtnode may not {verb} Node {node}: {message}; grant its user or ServiceAccount the right `{verb}` on `nodes` (a ClusterRole with get, list, watch and patch)"
+        "virtnode may not {verb} {object}: {message}; grant its user or ServiceAccount the right `{verb}` on `{}` (manifests/base/rbac.yaml has all it needs)", .object.resource
     )]
     Forbidden {
         /// The right that is missing.
         verb: &'static str,
-        /// The Node.
-        node: String,
+        /// Of which object.
+        object: Object,
         /// The API server's own text.
         message: String,
     },
     /// An admission policy or webhook said no.
     #[error(
-        "an admission policy of the cluster does not let virtnode {verb} Node {node}: {message}; the policy must allow virtnode's own labels on the Node that it runs on"
+        "an admission policy of the cluster does not let virtnode {verb} {object}: {message}; the policy must allow virtnode's own labels on the Node that it runs on, and its own objects of that node"
     )]
     Denied {
         /// What was asked.
         verb: &'static str,
-        /// The Node.
-        node: String,
+        /// Of which object.
+        object: Object,
         /// The API server's own text.
         message: String,
     },
@@ -78,6 +108,12 @@ pub enum ClusterError {
     NodeNotFound {
         /// The Node.
         node: String,
+    },
+    /// There is no such object, or the cluster does not know its kind.
+    #[error("the cluster has no {object}, or its definition is missing (manifests/base/crds.yaml)")]
+    NotFound {
+        /// The object.
+        object: Object,
     },
     /// Others own labels of the set with other values, or the Node changed while it was looked at.
     #[error("the labels of Node {node} changed hands while they were applied: {message}")]
@@ -90,12 +126,12 @@ pub enum ClusterError {
         message: String,
     },
     /// The API server answered with any other error, or with something that cannot be read.
-    #[error("the API server failed to {verb} Node {node}: {message}")]
+    #[error("the API server failed to {verb} {object}: {message}")]
     Rejected {
         /// What was asked.
         verb: &'static str,
-        /// The Node.
-        node: String,
+        /// Of which object.
+        object: Object,
         /// The API server's own text.
         message: String,
         /// How long it wants to be left alone.
@@ -116,6 +152,7 @@ impl ClusterError {
                 "api-forbidden"
             }
             Self::NodeName(_) | Self::NodeNotFound { .. } => "api-node-not-found",
+            Self::NotFound { .. } => "api-not-found",
             Self::Conflict { .. } => "api-conflict",
             Self::Rejected { .. } => "api-rejected",
         }
@@ -123,20 +160,24 @@ impl ClusterError {
 
     /// Whether somebody has to do something before the call can succeed.
     pub fn needs_people(&self) -> bool {
-        matches!(self.code(), "api-forbidden" | "api-node-not-found")
+        matches!(
+            self.code(),
+            "api-forbidden" | "api-node-not-found" | "api-not-found"
+        )
     }
 
     pub(super) fn from_call(
         verb: &'static str,
-        node: &str,
+        object: Object,
         deadline: Duration,
         error: kube::Error,
     ) -> Self {
         match error {
-            kube::Error::Api(status) => Self::from_status(verb, node, *status),
+            kube::Error::Api(status) => Self::from_status(verb, object, *status),
             kube::Error::Service(error) if error.is::<tower::timeout::error::Elapsed>() => {
                 Self::Timeout {
                     verb,
+                    object,
                     after: deadline,
                 }
             }
@@ -144,7 +185,7 @@ impl ClusterError {
                 message: error.to_string(),
             },
             kube::Error::SerdeError(_) | kube::Error::FromUtf8(_) => {
-                Self::rejected(verb, node, format!("its answer makes no sense: {error}"))
+                Self::rejected(verb, object, format!("its answer makes no sense: {error}"))
             }
             error => Self::Unreachable {
                 reason: innermost(&error),
@@ -152,7 +193,7 @@ impl ClusterError {
         }
     }
 
-    pub(super) fn from_status(verb: &'static str, node: &str, status: Status) -> Self {
+    pub(super) fn from_status(verb: &'static str, object: Object, status: Status) -> Self {
         let retry_after = status
             .details
             .as_ref()
@@ -162,7 +203,6 @@ impl ClusterError {
         let is_other_node = by_uid
             .into_iter()
             .any(|cause| cause.field == "metadata.uid");
-        let node = node.to_owned();
         let message = status.message.clone();
         // "uid mismatch: the provided object specified uid …, and no existing object was found"
         let is_gone = status.is_conflict() && message.contains("no existing object was found");
@@ -172,18 +212,22 @@ impl ClusterError {
         match status {
             _ if is_denied => Self::Denied {
                 verb,
-                node,
+                object,
                 message,
             },
             status if status.code == 401 => Self::Unauthorized { message },
             status if status.is_forbidden() => Self::Forbidden {
                 verb,
-                node,
+                object,
                 message,
             },
-            status if status.is_not_found() || is_gone => Self::NodeNotFound { node },
+            // The answer for a kind that the server does not know is plain text.
+            status if status.is_not_found() || status.code == 404 || is_gone => match object.kind {
+                "Node" => Self::NodeNotFound { node: object.name },
+                _ => Self::NotFound { object },
+            },
             status if status.is_conflict() || is_other_node => Self::Conflict {
-                node,
+                node: object.name,
                 refusal: owners,
                 message,
             },
@@ -193,7 +237,7 @@ impl ClusterError {
                 let retry_after = retry_after.map(|after| Duration::from_secs(after.into()));
                 Self::Rejected {
                     verb,
-                    node,
+                    object,
                     message,
                     retry_after,
                 }
@@ -201,10 +245,10 @@ impl ClusterError {
         }
     }
 
-    fn rejected(verb: &'static str, node: &str, message: String) -> Self {
+    fn rejected(verb: &'static str, object: Object, message: String) -> Self {
         Self::Rejected {
             verb,
-            node: node.to_owned(),
+            object,
             message,
             retry_after: None,
         }

@@ -3,7 +3,7 @@ use crate::telemetry::metrics::SYNC_FAILURES;
 
 fn of(status: serde_json::Value) -> ClusterError {
     let status = serde_json::from_value(status).unwrap();
-    let error = ClusterError::from_status("patch", "node-a", status);
+    let error = ClusterError::from_status("patch", Object::node("node-a"), status);
     assert!(SYNC_FAILURES.contains(&error.code()));
     error
 }

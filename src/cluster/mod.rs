@@ -1,4 +1,4 @@
-//! The Kubernetes API server: the own Node, its labels, events on it.
+//! The Kubernetes API server: the own Node, its labels, its `NodeVirtualization`, and events.
 //!
 //! Thin: what is written and why is decided in [`crate::label::ownership`]. Every call has a
 //! deadline and is made once; who calls decides when to try again.
@@ -6,13 +6,19 @@
 mod config;
 mod error;
 mod events;
+mod hotplugs;
 mod managed_fields;
+pub mod objects;
+mod pulse;
+mod retry;
+mod virtualization;
 mod watch;
 
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::time::Duration;
 
+use http_body_util::BodyExt;
 use k8s_openapi::api::core::v1::Node;
 use kube::Client;
 use kube::api::{Api, Patch, PatchParams};
@@ -20,12 +26,15 @@ use kube::core::{ObjectMeta, PartialObjectMeta, PartialObjectMetaExt};
 use tower::Layer;
 use tower::timeout::TimeoutLayer;
 
+use self::pulse::Pulse;
 use crate::label::LabelSet;
 use crate::label::ownership::Shown;
 
 pub use config::ClusterConfig;
-pub use error::{ClusterError, Refusal};
-pub use events::{NodeEvent, NodeEvents};
+pub use error::{ClusterError, Object, Refusal};
+pub use events::{Happening, HappeningKind, WrittenEvent};
+pub use hotplugs::{HotplugChange, HotplugObject, HotplugObjects, Target};
+pub use retry::Retry;
 pub use watch::Seen;
 
 /// The name under which the API server keeps account of what is ours.
@@ -76,6 +85,7 @@ pub struct Cluster {
     nodes: Api<PartialObjectMeta<Node>>,
     node: String,
     deadline: Duration,
+    pulse: Pulse,
 }
 
 impl Cluster {
@@ -95,9 +105,19 @@ impl Cluster {
         // Until the answer begins; the end of it is awaited for `deadline` in `call`, and of a
         // watch for ever.
         let namespace = client.default_namespace().to_owned();
+        let pulse = Pulse::new();
+        let heard = pulse.clone();
         let send = tower::service_fn(move |request| {
-            let client = client.clone();
-            async move { client.send(request).await }
+            let (client, heard) = (client.clone(), heard.of(&request));
+            async move {
+                let answer = client.send(request).await?;
+                Ok::<_, kube::Error>(answer.map(|body| {
+                    body.map_frame(move |frame| {
+                        heard.iter().for_each(Pulse::beat);
+                        frame
+                    })
+                }))
+            }
         });
         let client = Client::new(TimeoutLayer::new(deadline).layer(send), namespace);
         Ok(Self {
@@ -105,6 +125,7 @@ impl Cluster {
             client,
             node,
             deadline,
+            pulse,
         })
     }
 
@@ -196,16 +217,27 @@ impl Cluster {
         verb: &'static str,
         answer: impl Future<Output = kube::Result<T>>,
     ) -> Result<T, ClusterError> {
+        self.call_about(Object::node(&self.node), verb, answer)
+            .await
+    }
+
+    async fn call_about<T>(
+        &self,
+        object: Object,
+        verb: &'static str,
+        answer: impl Future<Output = kube::Result<T>>,
+    ) -> Result<T, ClusterError> {
         match tokio::time::timeout(self.deadline, answer).await {
-            Ok(answer) => answer.map_err(|error| self.error(verb, error)),
+            Ok(answer) => answer.map_err(|error| self.error(object, verb, error)),
             Err(_) => Err(ClusterError::Timeout {
                 verb,
+                object,
                 after: self.deadline,
             }),
         }
     }
 
-    fn error(&self, verb: &'static str, error: kube::Error) -> ClusterError {
-        ClusterError::from_call(verb, &self.node, self.deadline, error)
+    fn error(&self, object: Object, verb: &'static str, error: kube::Error) -> ClusterError {
+        ClusterError::from_call(verb, object, self.deadline, error)
     }
 }

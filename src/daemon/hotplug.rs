@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
+use k8s_openapi::api::core::v1::ObjectReference;
 use tokio::sync::watch;
 
 use super::api::Operations;
@@ -13,6 +14,8 @@ use crate::host;
 use crate::hypervisor::DomainControl;
 use crate::journal::Journal;
 use crate::operation::{OperationId, Order, Record};
+use crate::publish::events::Events;
+use crate::publish::news;
 use crate::telemetry::Metrics;
 
 /// An executor as the local API uses it.
@@ -20,23 +23,35 @@ pub struct Carried<C>(Arc<Executor<C>>);
 
 impl<C: DomainControl> Carried<C> {
     /// Starts an executor with its journal below the state directory. What the journal holds
-    /// unfinished is taken up.
+    /// unfinished is taken up. `deep_verify` taints the domains that are changed. What does not end
+    /// well is told on the Node, if there is one.
     ///
     /// # Errors
     /// The journal cannot be opened or read.
     pub fn start(
         control: Arc<C>,
         state_directory: &Path,
+        deep_verify: bool,
         metrics: &Arc<Metrics>,
+        on_node: Option<(Events, ObjectReference)>,
     ) -> anyhow::Result<Self> {
         let journal = Journal::open(state_directory).context("cannot open the journal")?;
         let options = Options {
+            deep_verify,
             available_memory: Arc::new(|| host::available_memory(Path::new("/"))),
             ..Options::default()
         };
-        let told = Told(Arc::clone(metrics));
+        let told = Told {
+            metrics: Arc::clone(metrics),
+            on_node,
+        };
         let executor = Executor::start(control, journal, options, told)?;
         Ok(Self(executor))
+    }
+
+    /// The executor itself.
+    pub fn executor(&self) -> Arc<Executor<C>> {
+        Arc::clone(&self.0)
     }
 
     /// Ends all work; what is unfinished stays in the journal.
@@ -78,17 +93,25 @@ impl<C: DomainControl> Operations for Carried<C> {
     }
 }
 
-/// Passes what happens on to the metrics.
-struct Told(Arc<Metrics>);
+/// Passes what happens on to the metrics, and what does not end well to the Node.
+struct Told {
+    metrics: Arc<Metrics>,
+    on_node: Option<(Events, ObjectReference)>,
+}
 
 impl Listener for Told {
     fn changed(&self, record: &Record) {
-        self.0.hotplug.changed(record);
+        self.metrics.hotplug.changed(record);
+        if let Some((events, node)) = &self.on_node
+            && let Some(happening) = news::of_operation(node, record)
+        {
+            events.tell(happening);
+        }
     }
 
     fn concluded_after(&self, _: Duration) {}
 
     fn journal_failed(&self) {
-        self.0.hotplug.journal_failed();
+        self.metrics.hotplug.journal_failed();
     }
 }

@@ -1,6 +1,7 @@
 //! The daemon: builds every part, joins them, and ends when one of them does.
 
 pub mod api;
+mod cluster;
 mod health;
 pub mod hotplug;
 mod http;
@@ -13,6 +14,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use k8s_openapi::api::core::v1::ObjectReference;
 use sd_notify::NotifyState;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
@@ -22,12 +24,15 @@ use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
-use crate::cluster::{Cluster, ClusterConfig};
+use crate::cluster::{Cluster, ClusterConfig, HotplugObjects};
 use crate::config::{Config, ConfigError, Target};
+use crate::controller::{self, Controller};
+use crate::doctor::{Doctor, Scope};
 use crate::hypervisor::{ControlConfig, Libvirt, LibvirtConfig, LibvirtControl};
 use crate::label::{LabelKey, LabelSet, LabelValue};
 use crate::labeller::{Labeller, Outlets};
 use crate::monitor::Monitor;
+use crate::publish::events::Events;
 use crate::publish::file::{self, FilePublisher, NODE_LABELS_FILE, Report};
 use crate::publish::node::{NodePublisher, Options, SyncState};
 use crate::telemetry::Metrics;
@@ -133,14 +138,25 @@ async fn start(
         ..Outlets::default()
     };
     let mut node = None;
+    let mut on_node = None;
     if config.publishes_to(Target::Node) {
         let cluster = Cluster::connect(cluster_config(config)?).await?;
+        let events = cluster::start(
+            &cluster,
+            config,
+            &hypervisor,
+            &metrics,
+            &mut outlets,
+            stop,
+            parts,
+        );
+        on_node = Some((events.clone(), cluster.node_reference()));
         let options = Options {
             force_conflicts: config.force_conflicts,
             start_jitter: config.start_jitter,
             ..Options::default()
         };
-        let publisher = NodePublisher::new(cluster.clone(), Arc::clone(&metrics), options);
+        let publisher = NodePublisher::new(cluster.clone(), events, Arc::clone(&metrics), options);
         let (desired, to_publish) = watch::channel(None);
         let (found, found_on_node) = oneshot::channel();
         outlets.node = Some(desired);
@@ -160,14 +176,48 @@ async fn start(
     let inventory = Arc::clone(&metrics.inventory);
     let health = Arc::new(Health::new(labeller.progress(), synced).with_domains(inventory));
     let monitor = Monitor::new(Arc::clone(&control), Arc::clone(&metrics.inventory));
+    let scope = Scope {
+        root: Path::new("/").to_owned(),
+        uri: config.connect.clone(),
+        policy: config.policy.clone(),
+    };
+    let doctor = Doctor::new(
+        scope,
+        config.probe_interval,
+        labeller.latest(),
+        monitor.sight(),
+        Arc::clone(&metrics),
+    );
+    let token = stop.clone();
+    parts.spawn(async move {
+        doctor.run(token).await;
+        "the doctor"
+    });
     let token = stop.clone();
     parts.spawn(async move {
         monitor.run(token).await;
         "the monitor of running domains"
     });
     // Labels do not wait for a socket or a journal that cannot be made.
-    if let Err(error) = start_hotplug(config, &control, &metrics, stop, parts) {
-        error!("hotplug is off until the next start: {error:#}");
+    match start_hotplug(config, &control, &metrics, on_node, stop, parts) {
+        Ok(Some(carried)) if config.hotplug_objects => {
+            if let Some((cluster, ..)) = &node {
+                let options = controller::Options {
+                    start_jitter: config.start_jitter,
+                    ..controller::Options::default()
+                };
+                let objects = HotplugObjects::new(cluster);
+                let counted = Arc::clone(&metrics);
+                let controller = Controller::new(objects, carried.executor(), counted, options);
+                let token = stop.clone();
+                parts.spawn(async move {
+                    controller.run(token).await;
+                    "the controller of DomainHotplug objects"
+                });
+            }
+        }
+        Ok(_) => {}
+        Err(error) => error!("hotplug is off until the next start: {error:#}"),
     }
     if let Some((cluster, publisher, to_publish, found)) = node {
         let memory = config.state_directory.join(NODE_LABELS_FILE);
@@ -227,21 +277,23 @@ pub(crate) fn control_config(config: &Config) -> ControlConfig {
     }
 }
 
-/// Starts the executor and the local API.
+/// Starts the executor and the local API. `None` if hotplug is switched off.
 fn start_hotplug(
     config: &Config,
     control: &Arc<LibvirtControl>,
     metrics: &Arc<Metrics>,
+    on_node: Option<(Events, ObjectReference)>,
     stop: &CancellationToken,
     parts: &mut JoinSet<&'static str>,
-) -> anyhow::Result<()> {
+) -> anyhow::Result<Option<Arc<Carried<LibvirtControl>>>> {
     // First: it also keeps a second daemon away from the journal.
     let gid = config.allowed_gids.first().copied();
     let socket = api::bind(&config.socket, gid)
         .with_context(|| format!("cannot serve the local API at {}", config.socket.display()))?;
     let mut carried = None;
     if config.hotplug {
-        let started = Carried::start(Arc::clone(control), &config.state_directory, metrics)
+        let (state, deep) = (&config.state_directory, config.deep_verify);
+        let started = Carried::start(Arc::clone(control), state, deep, metrics, on_node)
             .context("hotplug cannot be served (hotplug.enabled: false switches it off)")?;
         let started = Arc::new(started);
         carried = Some(Arc::clone(&started));
@@ -253,7 +305,7 @@ fn start_hotplug(
         });
     }
     let access = Access::new(config.allowed_uids.clone(), config.allowed_gids.clone());
-    let router = api::router(carried, Arc::clone(metrics), access);
+    let router = api::router(carried.clone(), Arc::clone(metrics), access);
     let serving = api::serve(socket, router);
     info!(socket = %config.socket.display(), hotplug = config.hotplug, "serving the local API");
     let token = stop.clone();
@@ -261,7 +313,7 @@ fn start_hotplug(
         token.run_until_cancelled(serving).await;
         "the local API"
     });
-    Ok(())
+    Ok(carried)
 }
 
 /// Keeps what the Node has from us in a file, for the next run. A read-only state directory costs
@@ -375,8 +427,7 @@ async fn supervise(
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
         }
-        #[expect(clippy::exit, reason = "the operator asked twice")]
-        std::process::exit(130);
+        crate::ffi::leave(130);
     });
     Ok(Ending::Stop)
 }

@@ -43,8 +43,9 @@ impl Source {
     }
 }
 
-/// KubeVirt's prefixes that its labeller's keys have (node_labeller.go:52).
-const KUBEVIRT_PREFIXES: [&str; 9] = [
+/// KubeVirt's prefixes that its labeller's keys have (node_labeller.go:52). The admission policy
+/// of the KubeVirt overlay has them too.
+pub const KUBEVIRT_PREFIXES: [&str; 9] = [
     "cpu-feature.node.kubevirt.io",
     "cpu-model.node.kubevirt.io",
     "cpu-model-migration.node.kubevirt.io",
@@ -56,19 +57,25 @@ const KUBEVIRT_PREFIXES: [&str; 9] = [
     "machine-type.node.kubevirt.io",
 ];
 
-/// KubeVirt's keys under its plain prefix that its labeller writes. Others there are not ours:
+/// KubeVirt's other keys that its labeller writes. More there are not ours:
 /// `kubevirt.io/schedulable`, say.
-const KUBEVIRT_NAMES: [&str; 6] = ["realtime", "sev", "sev-es", "sev-snp", "s390-pv", "tdx"];
+pub const KUBEVIRT_KEYS: [&str; 7] = [
+    "kubevirt.io/realtime",
+    "kubevirt.io/sev",
+    "kubevirt.io/sev-es",
+    "kubevirt.io/sev-snp",
+    "kubevirt.io/s390-pv",
+    "kubevirt.io/tdx",
+    "node-labeller.kubevirt.io/obsolete-host-model",
+];
 
 /// Whether a key is one that this program writes, in either schema.
 pub fn is_ours(key: &LabelKey) -> bool {
     let prefix = key.prefix();
-    match prefix {
-        "kubevirt.io" => KUBEVIRT_NAMES.contains(&key.name()),
-        "node-labeller.kubevirt.io" => key.name() == "obsolete-host-model",
-        "virtnode.io" => true,
-        _ => prefix.ends_with(".virtnode.io") || KUBEVIRT_PREFIXES.contains(&prefix),
-    }
+    prefix == "virtnode.io"
+        || prefix.ends_with(".virtnode.io")
+        || KUBEVIRT_PREFIXES.contains(&prefix)
+        || KUBEVIRT_KEYS.contains(&key.as_str())
 }
 
 /// The families of labels, as in the metrics' label `family`.

@@ -17,7 +17,7 @@ mod reference;
 use std::collections::BTreeMap;
 
 pub use derive::{Derivation, Policy, Rejected, Schema, derive};
-pub use family::{FAMILIES, Source, family, is_ours, sources};
+pub use family::{FAMILIES, KUBEVIRT_KEYS, KUBEVIRT_PREFIXES, Source, family, is_ours, sources};
 pub use key::{Invalid, LabelKey, LabelValue};
 pub use kubevirt::DEFAULT_OBSOLETE_CPU_MODELS;
 pub use published::{Change, Changes, InUse, Probe, Published, Retained, RetentionReason};

@@ -2,7 +2,7 @@
 
 use super::{Derivation, Policy};
 use crate::capability::{
-    Accelerator, CanonicalMachine, DomainCapabilities, IommuKind, NodeFacts, Usable, VcpuMax,
+    CanonicalMachine, DomainCapabilities, IommuKind, NodeFacts, Usable, VcpuMax,
 };
 
 /// The prefix of what is said of the node as a whole.
@@ -29,10 +29,12 @@ pub(super) fn derive(facts: &NodeFacts, policy: &Policy, labels: &mut Derivation
     }
     if let Some(document) = facts.primary_document() {
         derive_cpu(document, policy, labels);
-        derive_security(document, labels);
+    }
+    for kind in facts.security() {
+        labels.add(NODE, kind, "true");
     }
     labels.add_all("cpu-feature.virtnode.io", facts.cpu_features());
-    labels.add_all("hyperv.virtnode.io", enlightenments(facts));
+    labels.add_all("hyperv.virtnode.io", facts.enlightenments());
     if let Some(eim) = facts.eim() {
         labels.add(NODE, "eim", eim.as_str());
     }
@@ -99,48 +101,6 @@ fn derive_cpu(document: &DomainCapabilities, policy: &Policy, labels: &mut Deriv
     if let Some(vendor) = host_model.and_then(|host_model| host_model.vendor.as_deref()) {
         labels.add(NODE, "cpu-vendor", vendor);
     }
-}
-
-/// Confidential guests and enclaves. `launchSecurity` (libvirt 10.5) names types that have no
-/// element of their own, such as SEV-SNP.
-fn derive_security(document: &DomainCapabilities, labels: &mut Derivation) {
-    let es_guests = document.sev.as_ref().and_then(|sev| sev.max_es_guests);
-    labels.add_if(document.sev.is_some(), NODE, "sev");
-    labels.add_if(es_guests.is_some_and(|guests| guests > 0), NODE, "sev-es");
-    labels.add_if(document.launches("sev-snp"), NODE, "sev-snp");
-    labels.add_if(
-        document.has_feature("tdx") || document.launches("tdx"),
-        NODE,
-        "tdx",
-    );
-    labels.add_if(document.sgx.is_some(), NODE, "sgx");
-    let s390_pv = document.has_feature("s390-pv") || document.launches("s390-pv");
-    labels.add_if(s390_pv, NODE, "s390-pv");
-}
-
-/// The names of Hyper-V enlightenments: libvirt's own list, or KVM's under libvirt's names where
-/// libvirt is too old to say (before 9.0).
-fn enlightenments(facts: &NodeFacts) -> Vec<&str> {
-    let document = facts.primary_document();
-    if let Some(hyperv) = document.and_then(|document| document.hyperv.as_ref()) {
-        return hyperv.enlightenments.iter().map(String::as_str).collect();
-    }
-    let by_kvm = facts.accelerator() == Some(Accelerator::Kvm) && document.is_some();
-    let offered = facts
-        .host
-        .as_ref()
-        .and_then(|host| host.kvm_hyperv.as_ref());
-    offered
-        .filter(|_| by_kvm)
-        .into_iter()
-        .flat_map(|kvm| kvm.iter())
-        .filter_map(|name| match name {
-            "synictimer" => Some("stimer"),
-            // Not enlightenments of libvirt's, or parts of others.
-            "base" | "time" | "synic2" => None,
-            name => Some(name),
-        })
-        .collect()
 }
 
 /// The counter and the IOMMU; live from the host, offline as far as libvirt's document goes.

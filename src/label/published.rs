@@ -25,6 +25,13 @@ pub struct InUse {
 }
 
 impl InUse {
+    /// Adds what others stand on.
+    pub fn extend(&mut self, other: &Self) {
+        self.machines.extend(other.machines.iter().cloned());
+        self.cpu_models.extend(other.cpu_models.iter().cloned());
+        self.cpu_features.extend(other.cpu_features.iter().cloned());
+    }
+
     /// Whether a running domain stands on this label, in either schema.
     pub fn needs(&self, key: &LabelKey) -> bool {
         let prefix = key.prefix();

@@ -17,13 +17,14 @@ use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use self::trouble::Trouble;
-use crate::cluster::{Cluster, ClusterError, NodeEvents, NodeState, Owners, Refusal, Seen};
+use super::events::Events;
+use crate::cluster::{Cluster, ClusterError, NodeState, Owners, Refusal, Seen};
 use crate::label::LabelSet;
 use crate::label::ownership::{Action, Decision, Memory, Shown, Situation, decide};
 use crate::telemetry::metrics::{Metrics, now_seconds};
 
 pub use self::report::{Problem, SyncState};
-pub use self::trouble::Retry;
+pub use crate::cluster::Retry;
 
 /// So often in a row an apply may be refused because the Node changed meanwhile.
 const ROUNDS: usize = 5;
@@ -38,7 +39,8 @@ pub struct Options {
     /// The first write is delayed at random by up to this, so that the nodes of a cluster do not
     /// all write at once.
     pub start_jitter: Duration,
-    /// So often, more or less, the Node is looked at without any reason.
+    /// After so long without a sign of life of the watch, more or less, the Node is looked at
+    /// without any other reason.
     pub fallback: Duration,
     /// When to try again.
     pub retry: Retry,
@@ -58,7 +60,7 @@ impl Default for Options {
 /// Keeps the labels of one Node as they should be.
 pub struct NodePublisher {
     cluster: Cluster,
-    events: NodeEvents,
+    events: Events,
     metrics: Arc<Metrics>,
     options: Options,
     state: watch::Sender<SyncState>,
@@ -72,6 +74,8 @@ pub struct NodePublisher {
     write_from: Instant,
     /// When to look at the Node next.
     due: Instant,
+    /// Whether there is no other reason for it than that nothing happened for long.
+    only_to_be_sure: bool,
     watch: Watch,
 }
 
@@ -110,10 +114,10 @@ enum Outcome {
 
 impl NodePublisher {
     /// Nothing is sent before [`Self::run`]. To be called within the runtime.
-    pub fn new(cluster: Cluster, metrics: Arc<Metrics>, options: Options) -> Self {
+    pub fn new(cluster: Cluster, events: Events, metrics: Arc<Metrics>, options: Options) -> Self {
         let started = Instant::now();
         Self {
-            events: NodeEvents::new(&cluster),
+            events,
             watch: Watch::new(&cluster),
             cluster,
             metrics,
@@ -125,6 +129,7 @@ impl NodePublisher {
             started,
             write_from: started + options.start_jitter.mul_f64(fastrand::f64()),
             due: started,
+            only_to_be_sure: false,
             options,
         }
     }
@@ -162,15 +167,41 @@ impl NodePublisher {
                     last_set = changed.is_err();
                     if !last_set {
                         self.desired = desired.borrow_and_update().clone();
-                        self.due = Instant::now();
+                        self.look_now();
                     }
                 }
                 Some(seen) = self.watch.stream.next() => self.saw(seen),
                 () = sleep_until(self.due) => {
-                    self.due = Instant::now() + self.look().await;
+                    let wait = match self.watched_for() {
+                        Some(rest) => rest,
+                        None => self.look().await,
+                    };
+                    self.due = Instant::now() + wait;
                 }
             }
         }
+    }
+
+    fn look_now(&mut self) {
+        self.due = Instant::now();
+        self.only_to_be_sure = false;
+    }
+
+    /// For how long there need be no look, if nothing but the time is a reason for one: the watch
+    /// was heard meanwhile, and told of nothing.
+    fn watched_for(&self) -> Option<Duration> {
+        if !self.only_to_be_sure {
+            return None;
+        }
+        let rest = self
+            .options
+            .fallback
+            .checked_sub(self.cluster.watch_heard()?)?;
+        if self.state.borrow().synced {
+            self.metrics.sync_last_success.set(now_seconds());
+        }
+        // Not for a moment only: the next bookmark may be a minute away.
+        Some(rest.max(self.options.fallback / 2))
     }
 
     /// The labels to publish, if there are any.
@@ -200,7 +231,7 @@ impl NodePublisher {
             }
         };
         if look && self.to_publish().is_some() {
-            self.due = Instant::now();
+            self.look_now();
         }
     }
 
@@ -241,6 +272,7 @@ impl NodePublisher {
 
     /// Looks at the Node and does what is to be done. Says when to look next.
     async fn look(&mut self) -> Duration {
+        self.only_to_be_sure = false;
         let Some(desired) = self.to_publish() else {
             return self.until_fallback();
         };
@@ -329,7 +361,8 @@ impl NodePublisher {
         self.watch.version.clone_from(&node.resource_version);
     }
 
-    fn until_fallback(&self) -> Duration {
+    fn until_fallback(&mut self) -> Duration {
+        self.only_to_be_sure = true;
         self.options.fallback.mul_f64(0.9 + 0.2 * fastrand::f64())
     }
 }

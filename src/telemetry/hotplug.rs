@@ -20,6 +20,20 @@ pub const ACTIONS: [&str; 4] = ["plug", "unplug", "keep", "unknown"];
 /// the verdict.
 pub const PHASES: [&str; 2] = ["execute", "verify"];
 
+/// The calls to the API server about DomainHotplug objects, as in the label `call`.
+pub const OBJECT_CALLS: [&str; 4] = ["watch", "status", "own", "delete"];
+
+/// Why they fail, as in the label `reason`.
+pub const OBJECT_FAILURES: [&str; 7] = [
+    "api-unreachable",
+    "api-timeout",
+    "api-forbidden",
+    "api-not-found",
+    "api-node-not-found",
+    "api-rejected",
+    "api-conflict",
+];
+
 /// The word of an extent's resource.
 pub fn resource(extent: Extent) -> &'static str {
     match extent {
@@ -56,6 +70,9 @@ pub struct HotplugMetrics {
     deadline: Gauge,
     journal: IntGaugeVec,
     journal_failures: IntCounter,
+    objects_watched: IntGauge,
+    object_calls: IntCounterVec,
+    object_failures: IntCounterVec,
     open: Mutex<HashMap<OperationId, Open>>,
 }
 
@@ -109,6 +126,21 @@ impl HotplugMetrics {
                 "virtnode_journal_write_failures_total",
                 "Times that the journal could not be written.",
             )?,
+            objects_watched: new.gauge(
+                "virtnode_hotplug_objects_watched",
+                "1 while the DomainHotplug objects of this node are watched.",
+            )?,
+            object_calls: new.counters(
+                "virtnode_hotplug_object_calls_total",
+                "Calls to the API server to say something of a DomainHotplug object, to own it or to \
+                 delete it.",
+                &["call"],
+            )?,
+            object_failures: new.counters(
+                "virtnode_hotplug_object_call_failures_total",
+                "Calls about DomainHotplug objects that failed, and failures of their watch.",
+                &["call", "reason"],
+            )?,
             open: Mutex::default(),
         };
         for resource in RESOURCES {
@@ -128,6 +160,14 @@ impl HotplugMetrics {
         }
         for state in STATES.map(State::as_str) {
             metrics.journal.with_label_values(&[state]);
+        }
+        for call in OBJECT_CALLS {
+            if call != "watch" {
+                metrics.object_calls.with_label_values(&[call]);
+            }
+            for reason in OBJECT_FAILURES {
+                metrics.object_failures.with_label_values(&[call, reason]);
+            }
         }
         Ok(metrics)
     }
@@ -197,6 +237,23 @@ impl HotplugMetrics {
     /// The journal could not be written.
     pub fn journal_failed(&self) {
         self.journal_failures.inc();
+    }
+
+    /// Whether the DomainHotplug objects of this node are watched.
+    pub fn objects_watched(&self, watched: bool) {
+        self.objects_watched.set(watched.into());
+    }
+
+    /// A call about a DomainHotplug object is made: one of [`OBJECT_CALLS`].
+    pub fn object_call(&self, call: &'static str) {
+        self.object_calls.with_label_values(&[call]).inc();
+    }
+
+    /// A call about DomainHotplug objects failed, for one of [`OBJECT_FAILURES`].
+    pub fn object_call_failed(&self, call: &'static str, reason: &'static str) {
+        self.object_failures
+            .with_label_values(&[call, reason])
+            .inc();
     }
 
     /// What the journal holds: how far each record's operation is.

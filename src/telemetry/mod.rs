@@ -1,5 +1,6 @@
 //! Logs and metrics.
 
+pub mod cluster;
 pub mod hotplug;
 mod inventory;
 pub mod log;

@@ -18,7 +18,7 @@ use virtnode::label::LabelSet;
 use virtnode::publish::node::Options;
 
 use crate::support::eventually;
-use crate::support::kube::KubeServer;
+use crate::support::kube::{KubeServer, RIGHTS};
 use crate::support::publisher::{Publisher, SOON, labels, until};
 
 const Q35: &str = "machine.virtnode.io/pc-q35-10.0";
@@ -53,17 +53,8 @@ impl Lab {
 
     /// Gives the daemon's account the rights that `manifests/base/rbac.yaml` gives it.
     async fn allow_as_shipped(&self) -> anyhow::Result<()> {
-        let manifest = include_str!("../../manifests/base/rbac.yaml");
-        let of_kind = |kind: &str| {
-            let kind = format!("kind: {kind}\n");
-            manifest
-                .split("---\n")
-                .find(|document| document.contains(&kind))
-                .context("not there")
-        };
-        let role: ClusterRole = serde_saphyr::from_str(of_kind("ClusterRole")?)?;
-        let binding: ClusterRoleBinding = serde_saphyr::from_str(of_kind("ClusterRoleBinding")?)?;
-        self.bind("virtnode", &role, &binding).await
+        self.server.apply_manifest(RIGHTS).await?;
+        self.allowed("virtnode").await
     }
 
     /// Gives a service account rights on nodes, and to write events.
@@ -94,7 +85,11 @@ impl Lab {
         Api::all(self.server.client())
             .create(&post, binding)
             .await?;
-        // The server learns of new rights a moment later.
+        self.allowed(account).await
+    }
+
+    /// The server learns of new rights a moment later.
+    async fn allowed(&self, account: &str) -> anyhow::Result<()> {
         let cluster = self.cluster_as(account, "no-such-node").await?;
         eventually(SOON, async || match cluster.observe().await {
             Err(ClusterError::NodeNotFound { .. }) => Ok(()),

@@ -37,6 +37,7 @@ impl Running {
             file: None,
             node: Some(desired),
             found_on_node,
+            ..Outlets::default()
         };
         let labeller = Labeller::new(
             Arc::clone(&hypervisor),

@@ -144,7 +144,7 @@ async fn every_overlay_applies_and_the_daemon_runs_under_its_account() -> anyhow
             .as_ref()
             .and_then(|spec| spec.service_account_name.clone());
         let account = account.context("a pod without an account")?;
-        let kubeconfig = server.pod_kubeconfig(&pod, &account).await?;
+        let kubeconfig = server.kubeconfig_of(&pod, &account).await?;
 
         let container = container(&objects)?;
         let directory = tempfile::tempdir()?;

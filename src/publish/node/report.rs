@@ -5,7 +5,7 @@ use std::fmt::{Display, Write as _};
 use std::sync::Arc;
 
 use super::NodePublisher;
-use crate::cluster::NodeEvent;
+use crate::cluster::{Happening, HappeningKind};
 use crate::label::ownership::{Action, Cause, Conflict, Decision};
 use crate::label::{LabelKey, LabelSet};
 
@@ -43,14 +43,22 @@ impl NodePublisher {
                 .iter()
                 .map(|key| tell(key, decision))
                 .collect();
-            self.event(NodeEvent::LabelConflict, "labels left to others", &told);
+            self.events.tell(Happening {
+                about: self.cluster.node_reference(),
+                kind: HappeningKind::Warning,
+                reason: "LabelConflict".to_owned(),
+                action: "LeaveLabel",
+                note: format!("labels left to others: {}", list(&told)),
+            });
         }
         if !decision.removed.is_empty() {
-            self.event(
-                NodeEvent::LabelsRemoved,
-                "no longer on this node",
-                &decision.removed,
-            );
+            self.events.tell(Happening {
+                about: self.cluster.node_reference(),
+                kind: HappeningKind::Normal,
+                reason: "LabelsRemoved".to_owned(),
+                action: "RemoveLabel",
+                note: format!("no longer on this node: {}", list(&decision.removed)),
+            });
         }
         self.state.send_if_modified(|state| {
             let new = SyncState {
@@ -121,13 +129,6 @@ impl NodePublisher {
             let labels = list(&decision.ended_conflicts);
             tracing::info!(node, %labels, "conflict over labels ended");
         }
-    }
-
-    /// In a task of its own: labels do not wait for events.
-    fn event<T: Display>(&self, event: NodeEvent, what: &str, items: &[T]) {
-        let note = format!("{what}: {}", list(items));
-        let events = self.events.clone();
-        tokio::spawn(async move { events.publish(event, &note).await });
     }
 }
 

@@ -1,6 +1,7 @@
-//! An API server in this process with one Node: who owns which label, server-side apply, a watch,
-//! and whatever can go wrong. For faults and races that a real server does not do on demand.
+//! An API server in this process with one Node and its DomainHotplug objects: who owns which label,
+//! server-side apply, watches, and whatever can go wrong. For faults and races that a real server does not do on demand.
 
+mod hotplugs;
 mod node;
 
 use std::convert::Infallible;
@@ -15,6 +16,7 @@ use kube::Client;
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
+use self::hotplugs::Hotplugs;
 pub(crate) use self::node::FakeNode;
 
 /// The fake and what happened to it; clones are the same one.
@@ -34,6 +36,7 @@ struct State {
     events: Vec<Value>,
     faults: Vec<(&'static str, Fault, usize)>,
     before_patch: Option<Change>,
+    hotplugs: Hotplugs,
 }
 
 /// What happens to a call instead of an answer.
@@ -102,7 +105,10 @@ impl FakeApi {
 
     /// Ends the watches, with an event of this status before if there is one.
     pub(crate) fn cut_watches(&self, last: Option<u16>) {
-        for watch in std::mem::take(&mut self.state().watches) {
+        let mut state = self.state();
+        let state = &mut *state;
+        let both = [&mut state.watches, &mut state.hotplugs.watches];
+        for watch in both.into_iter().flat_map(std::mem::take) {
             if let Some(code) = last {
                 let event = json!({"type": "ERROR", "object": status(code, "Expired", json!([]))});
                 watch.send(line(&event)).ok();
@@ -114,6 +120,7 @@ impl FakeApi {
     pub(crate) fn mute_watches(&self) {
         let mut state = self.state();
         let mut muted = std::mem::take(&mut state.watches);
+        muted.append(&mut state.hotplugs.watches);
         state.muted.append(&mut muted);
     }
 
@@ -154,6 +161,9 @@ impl FakeApi {
             ("GET", "/api/v1/nodes/node-a") => "get",
             ("PATCH", "/api/v1/nodes/node-a") => "patch",
             (_, path) if path.contains("/events") => "event",
+            (method, path) if path.starts_with(hotplugs::PATH) => {
+                hotplugs::verb(method, path, &query)
+            }
             (method, path) => panic!("unexpected {method} {path}"),
         };
         let fault = self.state().fault(verb);
@@ -165,6 +175,10 @@ impl FakeApi {
                 let mut busy = status(429, "TooManyRequests", json!([]));
                 busy["details"]["retryAfterSeconds"] = retry_after.into();
                 return Ok(answer(busy));
+            }
+            None if verb.starts_with("hotplug") => {
+                let path = parts.uri.path();
+                return Ok(self.state().hotplug(verb, path, &query, &body));
             }
             None => return Ok(self.state().carry_out(verb, &query, body)),
         }
@@ -223,10 +237,7 @@ impl State {
             let _sent = sender.send(line(&json!({"type": "MODIFIED", "object": node.json()})));
         }
         self.watches.push(sender);
-        let lines = futures::stream::unfold(receiver, async |mut receiver| {
-            Some((receiver.recv().await?, receiver))
-        });
-        Response::new(Body::from_stream(lines.map(Ok::<_, Infallible>)))
+        stream(receiver)
     }
 
     fn changed(&mut self, kind: &str) {
@@ -237,6 +248,14 @@ impl State {
         self.watches
             .retain(|watch| watch.send(event.clone()).is_ok());
     }
+}
+
+/// A body that goes on as long as its sender.
+fn stream(receiver: mpsc::UnboundedReceiver<Bytes>) -> Response<Body> {
+    let lines = futures::stream::unfold(receiver, async |mut receiver| {
+        Some((receiver.recv().await?, receiver))
+    });
+    Response::new(Body::from_stream(lines.map(Ok::<_, Infallible>)))
 }
 
 fn reason(code: u16) -> &'static str {

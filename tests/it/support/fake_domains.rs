@@ -2,19 +2,22 @@
 //!
 //! Time is tokio's, so that a test can let it pass at once.
 
+mod control;
+
 use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use tokio::sync::{Notify, broadcast, watch};
 use tokio::time::{Instant, sleep};
-use virtnode::domain::{BalloonStats, DomainState, IdSet, Stats, VcpuStats};
-use virtnode::hotplug::{Event, GuestVcpus, Ost, SlotKind};
-use virtnode::hypervisor::{
-    Change, Connection, DomainControl, DomainId, DomainStats, HypervisorError, LiveDomain, Notice,
-    Notices, Scope,
-};
-use virtnode::units::{Bytes, KiB};
+use virtnode::domain::{BalloonStats, DomainState, IdSet, Job, Stats, VcpuStats};
+use virtnode::hotplug::{Event, Ost, SlotKind};
+use virtnode::hypervisor::{Change, Connection, DomainId, HypervisorError, Notice};
+use virtnode::units::Bytes;
+
+use super::guest::MorePossible;
 
 /// How long a question takes.
 const QUESTION: Duration = Duration::from_millis(2);
@@ -26,6 +29,11 @@ const GUEST: Duration = Duration::from_millis(100);
 const UNPLUG: Duration = Duration::from_secs(5);
 const MIB: u64 = 1 << 20;
 const BOOT: u64 = 512 * MIB;
+/// How long libvirt waits for what else is being done to a domain.
+const LOCK: Duration = Duration::from_secs(30);
+/// What QEMU wants DIMMs to be a multiple of, and what Linux does.
+const DIMM: u64 = 2 * MIB;
+const LINUX_BLOCK: u64 = 128 * MIB;
 
 /// What a guest does with vCPUs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,7 +86,10 @@ pub(crate) struct FakeGuest {
     pub(crate) blocks: Blocks,
     pub(crate) calls: Calls,
     pub(crate) agent: bool,
+    /// Whether its agent takes questions and never answers.
+    pub(crate) agent_hangs: bool,
     pub(crate) vcpus: u32,
+    pub(crate) memory: MorePossible,
 }
 
 impl Default for FakeGuest {
@@ -88,7 +99,9 @@ impl Default for FakeGuest {
             blocks: Blocks::Onlines,
             calls: Calls::Work,
             agent: true,
+            agent_hangs: false,
             vcpus: 1,
+            memory: MorePossible::VirtioMem,
         }
     }
 }
@@ -110,6 +123,13 @@ struct FakeDomain {
     requested: u64,
     taken: u64,
     total: u64,
+    /// DIMMs by slot: alias and size.
+    dimms: BTreeMap<u32, (String, u64)>,
+    /// What is being done to it.
+    job: Option<Job>,
+    /// The guest's last answers, as QEMU remembers them.
+    answers: Vec<Ost>,
+    tainted: bool,
 }
 
 /// The hypervisor.
@@ -121,6 +141,8 @@ pub(crate) struct FakeControl {
     /// Told when a call to change something begins.
     called: Notify,
     started: Instant,
+    /// Whether QEMU's events reach nobody.
+    deaf: AtomicBool,
     me: Weak<Self>,
 }
 
@@ -133,6 +155,7 @@ impl FakeControl {
             log: Mutex::default(),
             called: Notify::new(),
             started: Instant::now(),
+            deaf: AtomicBool::new(false),
             me: me.clone(),
         })
     }
@@ -155,6 +178,10 @@ impl FakeControl {
             requested: 0,
             taken: 0,
             total: BOOT - 100 * MIB,
+            dimms: BTreeMap::new(),
+            job: None,
+            answers: Vec::new(),
+            tainted: false,
             guest,
         };
         domains.insert(name.to_owned(), domain);
@@ -195,6 +222,31 @@ impl FakeControl {
             (domain.in_qemu, domain.by_libvirt) = (count, count);
             (domain.present, domain.online) = (ids.clone(), ids);
         });
+    }
+
+    /// Something else is done to the domain, or not any more.
+    pub(crate) fn does(&self, name: &str, job: Option<Job>) {
+        self.change(name, |domain| domain.job = job);
+    }
+
+    /// What the guest's own total is.
+    pub(crate) fn total(&self, name: &str) -> Bytes {
+        Bytes::new(self.domains()[name].total)
+    }
+
+    /// Whether QEMU was asked past libvirt.
+    pub(crate) fn is_tainted(&self, name: &str) -> bool {
+        self.domains()[name].tainted
+    }
+
+    /// From now on nobody hears of QEMU's events.
+    pub(crate) fn loses_events(&self) {
+        self.deaf.store(true, Ordering::Relaxed);
+    }
+
+    /// Lets a guest's processors run again.
+    pub(crate) fn resume(&self, name: &str) {
+        self.change(name, |domain| domain.state = DomainState::Running);
     }
 
     /// Ends a domain.
@@ -243,7 +295,9 @@ impl FakeControl {
             at: Instant::now().into_std(),
             change: Change::Event(event),
         };
-        self.notices.send(notice).ok();
+        if !self.deaf.load(Ordering::Relaxed) {
+            self.notices.send(notice).ok();
+        }
     }
 
     fn ost(&self, name: &str, domain: &FakeDomain, id: u32, source: u32, status: u32) {
@@ -255,6 +309,15 @@ impl FakeControl {
             source,
             status,
         };
+        self.answer(name, domain, ost);
+    }
+
+    fn answer(&self, name: &str, domain: &FakeDomain, ost: Ost) {
+        self.change(name, |domain| {
+            let of_another = |answer: &Ost| (answer.kind, answer.slot) != (ost.kind, ost.slot);
+            domain.answers.retain(of_another);
+            domain.answers.push(ost.clone());
+        });
         self.tell(name, domain, Event::Ost(ost));
     }
 
@@ -288,6 +351,9 @@ impl FakeControl {
         self.called.notify_one();
         self.question().await?;
         let (name, have) = self.find(domain)?;
+        if have.job.is_some_and(Job::holds_changes) {
+            self.lock(&name).await?;
+        }
         let lost = HypervisorError::Unavailable("the connection broke".to_owned());
         match have.guest.calls {
             Calls::Work => Ok((name, None)),
@@ -295,6 +361,25 @@ impl FakeControl {
             Calls::Fail(error) => Err(error),
             Calls::Break { done: true } => Ok((name, Some(lost))),
             Calls::Break { done: false } => Err(lost),
+        }
+    }
+
+    /// Waits as libvirt does while something else is being done to the domain.
+    async fn lock(&self, name: &str) -> Result<(), HypervisorError> {
+        let until = Instant::now() + LOCK;
+        loop {
+            let held = |domain: &mut FakeDomain| domain.job.is_some_and(Job::holds_changes);
+            match self.change(name, held) {
+                None => return Err(HypervisorError::DomainNotFound(name.to_owned())),
+                Some(false) => return Ok(()),
+                Some(true) if Instant::now() >= until => {
+                    return Err(HypervisorError::Busy {
+                        call: "set-vcpus",
+                        message: "cannot acquire state change lock".to_owned(),
+                    });
+                }
+                Some(true) => sleep(GUEST).await,
+            }
         }
     }
 
@@ -408,6 +493,37 @@ impl FakeDomain {
             false => "",
         };
         let boot = BOOT / 1024;
+        let virtio_mem = self.guest.memory == MorePossible::VirtioMem;
+        let (maximum, cpu) = match self.guest.memory {
+            MorePossible::No => (String::new(), String::new()),
+            _ => (
+                "<maxMemory slots='4' unit='KiB'>4194304</maxMemory>".to_owned(),
+                format!(
+                    "<cpu><numa><cell id='0' cpus='0-3' memory='{boot}' unit='KiB'/></numa></cpu>"
+                ),
+            ),
+        };
+        let mut devices = match virtio_mem {
+            true => format!(
+                "<memory model='virtio-mem'><target><size unit='KiB'>2097152</size>\
+                 <node>0</node><block unit='KiB'>2048</block>\
+                 <requested unit='KiB'>{}</requested><current unit='KiB'>{}</current></target>\
+                 <alias name='ua-mem0'/></memory>",
+                self.requested / 1024,
+                self.taken / 1024,
+            ),
+            false => String::new(),
+        };
+        for (slot, (alias, size)) in &self.dimms {
+            let size = size / 1024;
+            write!(
+                devices,
+                "<memory model='dimm'><target><size unit='KiB'>{size}</size><node>0</node></target>\
+                 <alias name='{alias}'/><address type='dimm' slot='{slot}'/></memory>"
+            )
+            .unwrap();
+        }
+        let dimms: u64 = self.dimms.values().map(|(_, size)| size / 1024).sum();
         let yes_no = |yes| if yes { "yes" } else { "no" };
         let vcpu = |id: u32| {
             let (enabled, hotpluggable) = (yes_no(id < self.by_libvirt), yes_no(id > 0));
@@ -416,23 +532,20 @@ impl FakeDomain {
         let vcpus: String = (0..4).map(vcpu).collect();
         format!(
             "<domain type='qemu' id='{}'><name>{name}</name><uuid>{}</uuid>\
-             <maxMemory slots='4' unit='KiB'>4194304</maxMemory>\
-             <memory unit='KiB'>{}</memory><vcpu current='{}'>4</vcpu>\
+             {maximum}<memory unit='KiB'>{}</memory><vcpu current='{}'>4</vcpu>\
              <vcpus>{vcpus}</vcpus><os><type arch='x86_64' machine='pc-q35-10.0'>hvm</type></os>\
              <features><acpi/></features>\
-             <cpu><numa><cell id='0' cpus='0-3' memory='{boot}' unit='KiB'/></numa></cpu>\
-             <devices><memory model='virtio-mem'><target><size unit='KiB'>2097152</size>\
-             <node>0</node><block unit='KiB'>2048</block>\
-             <requested unit='KiB'>{}</requested><current unit='KiB'>{}</current></target>\
-             <alias name='ua-mem0'/></memory>{channel}\
+             {cpu}<devices>{devices}{channel}\
              <memballoon model='virtio'><stats period='1'/></memballoon></devices></domain>",
             self.number,
             self.uuid,
-            boot + 2_097_152,
+            boot + dimms + if virtio_mem { 2_097_152 } else { 0 },
             self.by_libvirt,
-            self.requested / 1024,
-            self.taken / 1024,
         )
+    }
+
+    fn plugged_dimms(&self) -> u64 {
+        self.dimms.values().map(|(_, size)| size).sum()
     }
 
     fn stats(&self, started: Instant) -> Stats {
@@ -456,192 +569,11 @@ impl FakeDomain {
                 })
                 .collect(),
             balloon: BalloonStats {
-                current: Some(Bytes::new(BOOT + self.taken)),
+                current: Some(Bytes::new(BOOT + self.taken + self.plugged_dimms())),
                 total: Some(Bytes::new(self.total)),
                 usable: None,
                 updated: Some(told),
             },
         }
-    }
-}
-
-impl DomainControl for FakeControl {
-    async fn find_domain(&self, name_or_uuid: &str) -> Result<DomainId, HypervisorError> {
-        self.question().await?;
-        let domains = self.domains();
-        let found = domains
-            .iter()
-            .find(|(name, domain)| *name == name_or_uuid || domain.uuid == name_or_uuid);
-        found
-            .map(|(name, domain)| domain.id(name))
-            .ok_or_else(|| HypervisorError::DomainNotFound(name_or_uuid.to_owned()))
-    }
-
-    async fn domain(&self, domain: &DomainId) -> Result<LiveDomain, HypervisorError> {
-        self.question().await?;
-        let (name, have) = self.find(domain)?;
-        Ok(LiveDomain {
-            id: have.id(&name),
-            state: have.state,
-            persistent: false,
-            xml: have.xml(&name),
-        })
-    }
-
-    async fn all_domain_stats(&self) -> Result<Vec<DomainStats>, HypervisorError> {
-        self.question().await?;
-        let domains = self.domains();
-        Ok(domains
-            .iter()
-            .map(|(name, domain)| DomainStats {
-                id: domain.id(name),
-                state: domain.state,
-                stats: domain.stats(self.started),
-            })
-            .collect())
-    }
-
-    async fn domain_stats(&self, domain: &DomainId) -> Result<DomainStats, HypervisorError> {
-        self.question().await?;
-        let (name, have) = self.find(domain)?;
-        Ok(DomainStats {
-            id: have.id(&name),
-            state: have.state,
-            stats: have.stats(self.started),
-        })
-    }
-
-    async fn memory_stats(&self, domain: &DomainId) -> Result<BalloonStats, HypervisorError> {
-        Ok(self.domain_stats(domain).await?.stats.balloon)
-    }
-
-    async fn guest_vcpus(&self, domain: &DomainId) -> Result<GuestVcpus, HypervisorError> {
-        self.question().await?;
-        let (_, have) = self.find(domain)?;
-        match have.guest.agent {
-            true => Ok(GuestVcpus {
-                vcpus: have.present,
-                online: have.online,
-            }),
-            false => Err(HypervisorError::AgentUnavailable {
-                call: "guest-vcpus",
-                message: "the agent is not connected".to_owned(),
-            }),
-        }
-    }
-
-    async fn set_guest_vcpus(
-        &self,
-        domain: &DomainId,
-        vcpus: &IdSet,
-        online: bool,
-    ) -> Result<(), HypervisorError> {
-        assert!(online, "nobody takes CPUs offline");
-        let call = format!("set-guest-vcpus {} {vcpus}", domain.name);
-        let (name, error) = self.begin(call, domain).await?;
-        self.change(&name, FakeDomain::bring_online);
-        error.map_or(Ok(()), Err)
-    }
-
-    async fn set_agent_timeout(&self, _: &DomainId, _: Duration) -> Result<(), HypervisorError> {
-        Ok(())
-    }
-
-    async fn set_vcpus(
-        &self,
-        domain: &DomainId,
-        vcpus: u32,
-        _: Scope,
-    ) -> Result<(), HypervisorError> {
-        let (me, domain) = (self.me.upgrade().unwrap(), domain.clone());
-        // What has begun goes on when nobody waits for it any more.
-        let work = tokio::spawn(async move {
-            let call = format!("set-vcpus {} {vcpus}", domain.name);
-            let (name, error) = me.begin(call, &domain).await?;
-            let (_, have) = me.find(&domain)?;
-            match vcpus < have.by_libvirt {
-                true => me.unplug(&name, vcpus).await?,
-                false => me.plug(&name, vcpus).await,
-            }
-            error.map_or(Ok(()), Err)
-        });
-        work.await.unwrap()
-    }
-
-    async fn update_device(
-        &self,
-        domain: &DomainId,
-        _: &str,
-        _: Scope,
-    ) -> Result<(), HypervisorError> {
-        let call = format!("update-device {}", domain.name);
-        self.begin(call, domain).await?;
-        Ok(())
-    }
-
-    async fn resize_virtio_mem(
-        &self,
-        domain: &DomainId,
-        alias: &str,
-        requested: KiB,
-    ) -> Result<(), HypervisorError> {
-        assert_eq!(alias, "ua-mem0");
-        let requested = Bytes::from(requested).get();
-        let call = format!("resize-virtio-mem {} {}", domain.name, requested / MIB);
-        let (name, error) = self.begin(call, domain).await?;
-        sleep(PLUG).await;
-        let size = self.change(&name, |domain| {
-            let before = domain.taken;
-            domain.requested = requested;
-            match domain.guest.blocks {
-                Blocks::NoDriver => return None,
-                Blocks::GivesHalfBack if requested < before => {
-                    domain.taken = before - (before - requested) / 2;
-                }
-                _ => domain.taken = requested,
-            }
-            if domain.guest.blocks != Blocks::LeavesOffline {
-                domain.total = domain.total - before + domain.taken;
-            }
-            Some((domain.taken, domain.clone()))
-        });
-        if let Some(Some((taken, have))) = size {
-            let event = Event::MemorySize {
-                device: "ua-mem0".to_owned(),
-                size: Bytes::new(taken),
-            };
-            self.tell(&name, &have, event);
-        }
-        error.map_or(Ok(()), Err)
-    }
-
-    async fn attach_device(
-        &self,
-        domain: &DomainId,
-        _: &str,
-        _: Scope,
-    ) -> Result<(), HypervisorError> {
-        let call = format!("attach-device {}", domain.name);
-        self.begin(call, domain).await?;
-        Ok(())
-    }
-
-    async fn detach_device(
-        &self,
-        domain: &DomainId,
-        alias: &str,
-        _: Scope,
-    ) -> Result<(), HypervisorError> {
-        let call = format!("detach-device {} {alias}", domain.name);
-        self.begin(call, domain).await?;
-        Ok(())
-    }
-
-    fn notices(&self) -> Notices {
-        Notices::new(self.notices.subscribe())
-    }
-
-    fn listening(&self) -> watch::Receiver<Connection> {
-        self.connection.subscribe()
     }
 }

@@ -6,6 +6,7 @@
 
 mod access;
 mod audit;
+pub(crate) mod objects;
 mod pki;
 pub(super) mod process;
 
@@ -14,18 +15,28 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use ::kube::api::{Api, Patch, PatchParams, PostParams};
+use ::kube::api::{Api, ApiResource, DynamicObject, Patch, PatchParams, PostParams};
+use ::kube::core::{GroupVersionKind, TypeMeta};
 use ::kube::{Client, Error};
 use anyhow::{Context as _, ensure};
 use k8s_openapi::api::authentication::v1::{BoundObjectReference, TokenRequest, TokenRequestSpec};
 use k8s_openapi::api::core::v1::{Namespace, Node, Pod, ServiceAccount};
-use serde_json::json;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use self::access::{Access, client_of};
 use self::pki::Authority;
 use self::process::{Process, free_ports, output_of};
 use super::eventually;
+
+/// The daemon's account and rights, as they are shipped.
+pub(crate) const RIGHTS: &str = concat!(
+    include_str!("../../../manifests/base/namespace.yaml"),
+    "---\n",
+    include_str!("../../../manifests/base/serviceaccount.yaml"),
+    "---\n",
+    include_str!("../../../manifests/base/rbac.yaml"),
+);
 
 pub(crate) use self::audit::AuditEvent;
 
@@ -190,8 +201,29 @@ impl KubeServer {
         self.access.of_token(&format!("{namespace}-{name}"), &token)
     }
 
+    /// The configuration of a client with the token that a new pod of a service account has on a
+    /// node. Namespace and account must exist; the pod is created, and never runs.
+    pub(crate) async fn pod_kubeconfig(
+        &self,
+        namespace: &str,
+        account: &str,
+        node: &str,
+    ) -> anyhow::Result<PathBuf> {
+        let pods: Api<Pod> = Api::namespaced(self.client(), namespace);
+        let pod = serde_json::from_value(json!({
+            "metadata": {"generateName": format!("{account}-")},
+            "spec": {
+                "nodeName": node,
+                "serviceAccountName": account,
+                "containers": [{"name": account, "image": "example.com/virtnode"}],
+            },
+        }))?;
+        let pod = pods.create(&PostParams::default(), &pod).await?;
+        self.kubeconfig_of(&pod, account).await
+    }
+
     /// The configuration of a client with a pod's token of its service account.
-    pub(crate) async fn pod_kubeconfig(&self, pod: &Pod, account: &str) -> anyhow::Result<PathBuf> {
+    pub(crate) async fn kubeconfig_of(&self, pod: &Pod, account: &str) -> anyhow::Result<PathBuf> {
         let of_pod = |field: &Option<String>| field.clone().context("a pod that is not created");
         let namespace = of_pod(&pod.metadata.namespace)?;
         let name = of_pod(&pod.metadata.name)?;
@@ -218,6 +250,69 @@ impl KubeServer {
             .context("a token request without a token")?
             .token;
         self.access.of_token(&name, &token)
+    }
+
+    /// A client with the [configuration](Self::pod_kubeconfig) of a pod.
+    pub(crate) async fn pod_client(
+        &self,
+        namespace: &str,
+        account: &str,
+        node: &str,
+    ) -> anyhow::Result<Client> {
+        client_of(&self.pod_kubeconfig(namespace, account, node).await?).await
+    }
+
+    /// Creates or changes every object of a manifest, and waits until definitions of resources are
+    /// in force. A server drops what it does not know of them.
+    pub(crate) async fn apply_manifest(&self, manifest: &str) -> anyhow::Result<()> {
+        for object in documents(manifest)? {
+            let name = object["metadata"]["name"].as_str().context("a name")?;
+            let types: TypeMeta = serde_json::from_value(object.clone())?;
+            let resource = ApiResource::from_gvk(&GroupVersionKind::try_from(&types)?);
+            let api: Api<DynamicObject> = match object["metadata"]["namespace"].as_str() {
+                Some(namespace) => Api::namespaced_with(self.client(), namespace, &resource),
+                None => Api::all_with(self.client(), &resource),
+            };
+            let wanted: DynamicObject = serde_json::from_value(object.clone())?;
+            let applied = match api.create(&PostParams::default(), &wanted).await {
+                Err(Error::Api(status)) if status.is_already_exists() => {
+                    let patch = Patch::Merge(&wanted);
+                    api.patch(name, &PatchParams::default(), &patch).await
+                }
+                created => created,
+            };
+            applied.with_context(|| format!("{} {name}", types.kind))?;
+            if types.kind == "CustomResourceDefinition" {
+                let of = |field: &str| object["spec"][field].as_str().unwrap_or_default();
+                let version = object["spec"]["versions"][0]["name"].as_str();
+                let plural = object["spec"]["names"]["plural"].as_str();
+                let path = format!(
+                    "/apis/{}/{}/{}",
+                    of("group"),
+                    version.unwrap_or_default(),
+                    plural.unwrap_or_default()
+                );
+                eventually(Duration::from_secs(60), async || {
+                    get(&self.admin, &path).await
+                })
+                .await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the server has this resource, by what it says itself.
+    pub(crate) async fn has(&self, group_version: &str, plural: &str) -> anyhow::Result<bool> {
+        let groups = self.admin.list_api_groups().await?;
+        let mut versions = groups.groups.iter().flat_map(|group| &group.versions);
+        if !versions.any(|version| version.group_version == group_version) {
+            return Ok(false);
+        }
+        let resources = self.admin.list_api_group_resources(group_version).await?;
+        Ok(resources
+            .resources
+            .iter()
+            .any(|resource| resource.name == plural))
     }
 
     /// A client with the [configuration](Self::service_account_kubeconfig) of a service account.
@@ -328,6 +423,19 @@ fn spawn_etcd(
         format!("--initial-cluster=default={peer_url}"),
     ];
     Process::start(&binaries.dir.join("etcd"), &args, dir.join("etcd.log"))
+}
+
+/// The documents of a manifest.
+pub(crate) fn documents(manifest: &str) -> anyhow::Result<Vec<Value>> {
+    let documents = manifest.split("\n---\n");
+    let is_empty = |text: &&str| {
+        text.lines()
+            .all(|line| line.trim().is_empty() || line.starts_with('#') || line == "---")
+    };
+    documents
+        .filter(|text| !is_empty(text))
+        .map(|text| Ok(serde_saphyr::from_str(text)?))
+        .collect()
 }
 
 /// Where the programs are and which release they are of.

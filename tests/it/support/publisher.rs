@@ -9,6 +9,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use virtnode::cluster::Cluster;
 use virtnode::label::LabelSet;
+use virtnode::publish::events::Events;
 use virtnode::publish::node::{NodePublisher, Options, SyncState};
 use virtnode::telemetry::metrics::Metrics;
 
@@ -50,9 +51,11 @@ impl Publisher {
         options: Options,
     ) -> Self {
         let metrics = Arc::new(Metrics::new());
-        let publisher = NodePublisher::new(cluster, metrics.clone(), options);
-        let desired = watch::Sender::new(Some(Arc::new(desired)));
         let token = CancellationToken::new();
+        let (events, writer) = Events::new(cluster.clone(), metrics.clone());
+        tokio::spawn(writer.run(token.clone()));
+        let publisher = NodePublisher::new(cluster, events, metrics.clone(), options);
+        let desired = watch::Sender::new(Some(Arc::new(desired)));
         let state = publisher.state();
         let run = publisher.run(desired.subscribe(), already_published, token.clone());
         Self {

@@ -20,6 +20,8 @@ pub(crate) struct AuditEvent {
     pub(crate) user: String,
     /// What the client calls itself.
     pub(crate) user_agent: String,
+    /// Such as `virtnode.io`; empty for the core's.
+    pub(crate) group: String,
     /// In the plural, such as `nodes`; empty for what is no resource, such as `/version`.
     pub(crate) resource: String,
     /// Such as `status`, or empty.
@@ -80,6 +82,8 @@ struct User {
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct ObjectRef {
+    #[serde(rename = "apiGroup")]
+    group: String,
     resource: String,
     subresource: String,
     name: String,
@@ -97,6 +101,7 @@ impl From<Logged> for AuditEvent {
             verb: logged.verb,
             user: logged.user.username,
             user_agent: logged.user_agent,
+            group: logged.object_ref.group,
             resource: logged.object_ref.resource,
             subresource: logged.object_ref.subresource,
             name: logged.object_ref.name,

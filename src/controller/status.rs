@@ -1,0 +1,214 @@
+//! What an object's status is to say, and whether that is worth a write. Pure.
+
+use std::time::Duration;
+
+use super::request::{Refusal, in_words};
+use crate::cluster::objects::DomainHotplugStatus;
+use crate::cluster::objects::domain_hotplug::{Condition, Witness};
+use crate::executor::SubmitError;
+use crate::hotplug::{Moment, Verdict};
+use crate::operation::{Record, State};
+
+/// How much evidence a status holds; an object of the cluster has bounds, the journal has all of it.
+const MOST_EVIDENCE: usize = 200;
+
+/// The longest text from outside that is passed on.
+const LONGEST_TEXT: usize = 2000;
+
+/// Why there is no operation for an object.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Hold {
+    /// Nothing will be done, unless the object is put right.
+    Refused(Refusal),
+    /// It will be taken on later.
+    Later(SubmitError),
+}
+
+impl Hold {
+    fn condition(&self) -> (&'static str, &'static str) {
+        match self {
+            Self::Refused(refusal) => ("False", refusal.reason()),
+            Self::Later(SubmitError::TooMany(_)) => ("Unknown", "TooManyOperations"),
+            Self::Later(_) => ("Unknown", "CannotBegin"),
+        }
+    }
+
+    fn message(&self) -> String {
+        match self {
+            Self::Refused(refusal) => format!("nothing was done: {refusal}"),
+            Self::Later(error) => format!("not taken on yet: {error}"),
+        }
+    }
+}
+
+/// The status of an object that was not taken on.
+pub(super) fn held(hold: &Hold, generation: i64, now: Moment) -> DomainHotplugStatus {
+    let (accepted, reason) = hold.condition();
+    let message = hold.message();
+    let succeeded = match hold {
+        Hold::Refused(_) => "False",
+        Hold::Later(_) => "Unknown",
+    };
+    let conditions = Conditions {
+        generation,
+        all: Vec::new(),
+    };
+    DomainHotplugStatus {
+        observed_generation: Some(generation),
+        message: Some(message.clone()),
+        conditions: conditions
+            .and("Accepted", accepted, reason, &message, now)
+            .and("Progressing", "False", reason, &message, now)
+            .and("Succeeded", succeeded, reason, &message, now)
+            .all,
+        ..DomainHotplugStatus::default()
+    }
+}
+
+/// The status of an object whose operation is that one. `taken_on` is the generation of the object
+/// when it was taken on, `changed` whether its spec is another one by now.
+pub(super) fn of(record: &Record, taken_on: i64, changed: bool) -> DomainHotplugStatus {
+    let request = in_words(&record.request);
+    let message = match (&record.message, &record.awaiting) {
+        (Some(message), _) => shortened(message),
+        (None, Some(awaiting)) => format!("waiting for {}", shortened(&awaiting.what)),
+        (None, None) => "waiting for its turn".to_owned(),
+    };
+    let (accepted, taken) = match changed {
+        false => ("Accepted", format!("{request} was taken on")),
+        true => (
+            "SpecChanged",
+            format!(
+                "{request} was taken on, as generation {taken_on} of the object asked for; the spec was \
+                 changed afterwards, which has no effect: make another object"
+            ),
+        ),
+    };
+    let (progressing, succeeded, reason) = match (record.state, record.verdict) {
+        (State::Done, Some(Verdict::Verified)) => ("False", "True", Verdict::Verified.as_str()),
+        (State::Done, Some(verdict)) => ("False", "False", verdict.as_str()),
+        (State::Queued, _) => ("True", "Unknown", "Queued"),
+        _ => ("True", "Unknown", "Running"),
+    };
+    let ended = record.finished.unwrap_or(record.created);
+    // A verdict that was put right became Verified then.
+    let judged = record.corrected.unwrap_or(ended);
+    let conditions = Conditions {
+        generation: taken_on,
+        all: Vec::new(),
+    };
+    DomainHotplugStatus {
+        observed_generation: Some(taken_on),
+        operation: Some(record.id.to_string()),
+        request: Some(request),
+        start_time: Some(record.created),
+        completion_time: record.finished.map(|_| judged),
+        verdict: record.verdict.map(|verdict| verdict.as_str().to_owned()),
+        message: Some(message.clone()),
+        before: record.before.map(Into::into),
+        requested: Some(record.requested.into()),
+        after: record.after.map(Into::into),
+        evidence: evidence(record),
+        hypervisor_error: record.hypervisor_error.as_deref().map(shortened),
+        diagnosis: record.diagnosis.clone().map(Into::into),
+        conditions: conditions
+            .and("Accepted", "True", accepted, &taken, record.created)
+            .and("Progressing", progressing, reason, &message, ended)
+            .and("Succeeded", succeeded, reason, &message, judged)
+            .all,
+    }
+}
+
+fn evidence(record: &Record) -> Vec<Witness> {
+    // What was seen last is what decided.
+    let skipped = record.evidence.len().saturating_sub(MOST_EVIDENCE);
+    let kept = record.evidence.iter().skip(skipped);
+    kept.map(|evidence| {
+        let mut witness = Witness::from(evidence.clone());
+        witness.detail = shortened(&witness.detail);
+        witness
+    })
+    .collect()
+}
+
+fn shortened(text: &str) -> String {
+    match text.char_indices().nth(LONGEST_TEXT) {
+        None => text.to_owned(),
+        Some((end, _)) => format!("{}…", &text[..end]),
+    }
+}
+
+struct Conditions {
+    generation: i64,
+    all: Vec<Condition>,
+}
+
+impl Conditions {
+    fn and(mut self, kind: &str, status: &str, reason: &str, message: &str, at: Moment) -> Self {
+        self.all.push(Condition {
+            kind: kind.to_owned(),
+            status: status.to_owned(),
+            reason: reason.to_owned(),
+            message: message.to_owned(),
+            last_transition_time: at,
+            observed_generation: Some(self.generation),
+        });
+        self
+    }
+}
+
+/// Whether an object's status says that nothing more will come: its operation has a verdict.
+pub(super) fn is_finished(status: &DomainHotplugStatus) -> bool {
+    status.completion_time.is_some()
+}
+
+/// When an object is to be deleted: so long after the verdict, or after it was refused.
+pub(super) fn expires(
+    status: &DomainHotplugStatus,
+    time_to_live: Option<Duration>,
+) -> Option<Moment> {
+    let refused = || {
+        let accepted = condition(status, "Accepted")?;
+        (accepted.status == "False").then_some(accepted.last_transition_time)
+    };
+    let ended = status.completion_time.or_else(refused)?;
+    Some(ended.after(time_to_live?))
+}
+
+/// What is worth a write in what `wanted` says beyond what is `shown`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum News {
+    /// Nothing, or only what is waited for.
+    None,
+    /// It was taken on: worth telling, unless the verdict comes at once.
+    Soon,
+    /// A step further, a verdict, or another one.
+    Now,
+}
+
+/// Compares what is to be said with what is shown.
+pub(super) fn news(shown: Option<&DomainHotplugStatus>, wanted: &DomainHotplugStatus) -> News {
+    let is_open = condition(wanted, "Progressing").is_some_and(|it| it.status == "True");
+    let Some(shown) = shown.filter(|shown| !shown.conditions.is_empty()) else {
+        return if is_open { News::Soon } else { News::Now };
+    };
+    let reasons = |status: &DomainHotplugStatus| -> Vec<(String, String)> {
+        let reason = |it: &Condition| (it.kind.clone(), it.reason.clone());
+        status.conditions.iter().map(reason).collect()
+    };
+    let same_step = shown.operation == wanted.operation && reasons(shown) == reasons(wanted);
+    let same_words = || shown.message == wanted.message;
+    let same_end = || shown.completion_time == wanted.completion_time;
+    match same_step && (is_open || (same_words() && same_end())) {
+        true => News::None,
+        false => News::Now,
+    }
+}
+
+fn condition<'s>(status: &'s DomainHotplugStatus, kind: &str) -> Option<&'s Condition> {
+    status.conditions.iter().find(|it| it.kind == kind)
+}
+
+#[cfg(test)]
+#[path = "status_tests.rs"]
+mod tests;

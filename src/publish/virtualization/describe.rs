@@ -1,0 +1,192 @@
+//! From facts to the status of a `NodeVirtualization`. Pure.
+
+use std::collections::BTreeMap;
+
+use crate::capability::{
+    CanonicalMachine, CpuModel as Model, HostFacts, NodeFacts, Usable, VcpuMax,
+};
+use crate::cluster::objects::node_virtualization::{
+    Cpu, CpuModel, Guest, Hold, Iommu, Machine, NodeVirtualizationStatus, Tsc, Versions,
+};
+use crate::label::{Retained, RetentionReason};
+use crate::probe::DomainInUse;
+
+/// So many domains are listed that hold labels.
+const HOLDS_MAX: usize = 32;
+/// So much of a domain's name, which is its owner's text.
+const NAME_MAX: usize = 100;
+
+/// What the facts say, without conditions and times. Of other architectures than the host's, the
+/// machine types are told of those that are `wanted`.
+pub(super) fn describe(facts: &NodeFacts, wanted: &[String]) -> NodeVirtualizationStatus {
+    let arch = facts.native_arch();
+    let host = facts.host.as_ref();
+    let capabilities = facts.capabilities.as_ref();
+    let text = |version: Option<crate::capability::Version>| version.map(|v| v.to_string());
+    let guests = guests(facts, wanted);
+    let largest = capabilities.and(arch).map(|arch| {
+        let machines = facts.machines(arch);
+        CanonicalMachine::largest_max(&facts.canonical_machines(arch, &machines))
+    });
+    NodeVirtualizationStatus {
+        architecture: arch.map(str::to_owned),
+        accelerator: facts.accelerator().map(|found| found.as_str().to_owned()),
+        max_vcpus: largest.and_then(VcpuMax::number),
+        kvm_max_vcpus: facts.kvm_max_vcpus,
+        eim: facts.eim().map(|eim| eim.as_str().to_owned()),
+        versions: Versions {
+            virtnode: Some(env!("CARGO_PKG_VERSION").to_owned()),
+            libvirt: text(facts.libvirt_version),
+            qemu: text(facts.qemu_version()),
+        },
+        iommu: host.map(iommu),
+        nested: host.map(|host| host.nested),
+        tsc: capabilities
+            .and_then(|capabilities| capabilities.host.cpu.as_ref()?.tsc)
+            .map(|tsc| Tsc {
+                frequency_hz: tsc.frequency_hz,
+                scaling: tsc.scaling,
+            }),
+        security: owned(&facts.security()),
+        cpu: cpu(facts),
+        guests,
+        ..NodeVirtualizationStatus::default()
+    }
+}
+
+/// The running domains behind labels that are kept for them, by name.
+pub(super) fn holds(retained: &[Retained], domains: &[DomainInUse]) -> Vec<Hold> {
+    let kept = || {
+        retained
+            .iter()
+            .filter(|label| label.reason == RetentionReason::DomainUsesIt)
+    };
+    let hold = |domain: &DomainInUse| {
+        let labels = kept().filter(|label| domain.in_use.needs(&label.key));
+        Hold {
+            domain: domain.name.chars().take(NAME_MAX).collect(),
+            uuid: domain.uuid.clone(),
+            labels: labels.map(|label| label.key.to_string()).collect(),
+        }
+    };
+    let mut holds: Vec<Hold> = domains
+        .iter()
+        .map(hold)
+        .filter(|hold| !hold.labels.is_empty())
+        .collect();
+    holds.sort_by(|a, b| (&a.domain, &a.uuid).cmp(&(&b.domain, &b.uuid)));
+    holds.truncate(HOLDS_MAX);
+    holds
+}
+
+fn iommu(host: &HostFacts) -> Iommu {
+    Iommu {
+        kind: host.iommu.as_str().to_owned(),
+        groups: host.iommu_groups,
+        vfio: host.vfio,
+        iommufd: host.iommufd,
+    }
+}
+
+fn cpu(facts: &NodeFacts) -> Cpu {
+    let Some(document) = facts.primary_document() else {
+        return Cpu::default();
+    };
+    let host_model = document.cpu.host_model.as_ref();
+    let host_model = host_model.filter(|host_model| host_model.supported);
+    let models = models(&document.cpu.models);
+    let usable = models.iter().filter(|model| model.usable == "yes").count();
+    Cpu {
+        vendor: host_model.and_then(|model| model.vendor.clone()),
+        host_model: host_model.and_then(|model| model.model.clone()),
+        usable_models: u32::try_from(usable).ok(),
+        models,
+        features: owned(&facts.cpu_features()),
+        hyperv: owned(&facts.enlightenments()),
+    }
+}
+
+fn models(models: &[Model]) -> Vec<CpuModel> {
+    let by_name: BTreeMap<&str, &Model> = models.iter().map(|m| (m.name.as_str(), m)).collect();
+    let describe = |model: &Model| {
+        let meant = model
+            .canonical
+            .as_deref()
+            .and_then(|name| by_name.get(name));
+        // libvirt prints them twice.
+        let told = meant.is_some_and(|meant| meant.blockers == model.blockers);
+        CpuModel {
+            name: model.name.clone(),
+            usable: match model.usable {
+                Some(Usable::Yes) => "yes",
+                Some(Usable::No) => "no",
+                Some(Usable::Unknown) | None => "unknown",
+            }
+            .to_owned(),
+            alias_of: model.canonical.clone(),
+            deprecated: model.deprecated,
+            blockers: if told {
+                Vec::new()
+            } else {
+                model.blockers.clone()
+            },
+        }
+    };
+    models.iter().map(describe).collect()
+}
+
+/// The guest architectures, the host's own first, the others by name.
+fn guests(facts: &NodeFacts, wanted: &[String]) -> Vec<Guest> {
+    let native = facts.native_arch();
+    let listed = facts.capabilities.iter().flat_map(|c| &c.guests);
+    let mut archs: Vec<&str> = listed.map(|guest| guest.arch.as_str()).collect();
+    archs.sort_unstable_by_key(|arch| (Some(*arch) != native, *arch));
+    archs.dedup();
+    let tells = |arch: &str| Some(arch) == native || wanted.iter().any(|wanted| wanted == arch);
+    archs
+        .into_iter()
+        .map(|arch| guest(facts, arch, tells(arch)))
+        .collect()
+}
+
+fn guest(facts: &NodeFacts, arch: &str, with_machines: bool) -> Guest {
+    let best = facts.best_domain_type(arch);
+    let listed = facts.capabilities.iter().flat_map(|c| &c.guests);
+    let offered = listed
+        .filter(|guest| guest.arch == arch)
+        .flat_map(|guest| &guest.domains);
+    let mut domain_types: Vec<&str> = offered.map(|domain| domain.virt_type.as_str()).collect();
+    domain_types.sort_unstable_by_key(|virt_type| (Some(*virt_type) != best, *virt_type));
+    domain_types.dedup();
+    let machines = facts.machines(arch);
+    let canonical = facts.canonical_machines(arch, &machines);
+    let machine = |here: &CanonicalMachine<'_>| {
+        let same = || machines.iter().filter(|m| m.canonical_name() == here.name);
+        let by_qemu = same()
+            .map(|m| m.max_vcpus)
+            .fold(VcpuMax::Unknown, VcpuMax::min);
+        let max_vcpus = here.effective_max.number();
+        Machine {
+            name: here.name.to_owned(),
+            max_vcpus,
+            qemu_max_vcpus: by_qemu.number().filter(|max| Some(*max) != max_vcpus),
+            aliases: same()
+                .filter(|m| m.canonical.is_some())
+                .map(|m| m.name.clone())
+                .collect(),
+            deprecated: here.deprecated,
+        }
+    };
+    Guest {
+        architecture: arch.to_owned(),
+        domain_types: owned(&domain_types),
+        machines: match with_machines {
+            true => canonical.iter().map(machine).collect(),
+            false => Vec::new(),
+        },
+    }
+}
+
+fn owned(names: &[&str]) -> Vec<String> {
+    names.iter().map(|name| (*name).to_owned()).collect()
+}

@@ -1,0 +1,193 @@
+//! What a probe showed, and what becomes of it beside what was known before.
+
+use k8s_openapi::jiff::Timestamp;
+
+use super::describe::{describe, holds};
+use super::fit::{STATUS_MAX, fit};
+use crate::cluster::objects::condition::time;
+use crate::cluster::objects::node_virtualization::{HYPERVISOR_CONNECTED, PROBED};
+use crate::cluster::objects::{Condition, NodeVirtualizationStatus};
+use crate::hypervisor::Connection;
+use crate::label::{Retained, Source};
+use crate::probe::{Failure, Reading};
+
+/// What one probe showed.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Picture {
+    /// The facts, as far as they could be read.
+    pub facts: NodeVirtualizationStatus,
+    /// The sources that could not be read.
+    pub failures: Vec<Failure>,
+    /// When that was.
+    pub at: Timestamp,
+}
+
+impl Picture {
+    /// Of a reading, and of the labels that are kept though it does not call for them. Machine
+    /// types of other architectures than the host's are told of those that are `wanted`.
+    pub fn new(reading: &Reading, retained: &[Retained], wanted: &[String], at: Timestamp) -> Self {
+        let mut facts = describe(&reading.facts, wanted);
+        facts.holds = holds(retained, &reading.domains);
+        Self {
+            facts,
+            failures: reading.failures.clone(),
+            at,
+        }
+    }
+
+    /// The status to publish, where `before` is what is published now.
+    ///
+    /// A part whose source could not be read stays as it was. A condition keeps its time until its
+    /// status changes, and its sentence until its status or reason does: sentences of libvirt's may
+    /// have numbers in them that are others each time.
+    pub fn status(
+        &self,
+        before: &NodeVirtualizationStatus,
+        connection: Connection,
+        now: Timestamp,
+    ) -> NodeVirtualizationStatus {
+        let mut status = self.facts.clone();
+        let failed: Vec<Source> = self.failures.iter().map(|failure| failure.source).collect();
+        keep(&mut status, before, &failed);
+        status.last_probe_time = match self.failures.is_empty() {
+            true => Some(time(self.at)),
+            false => before.last_probe_time.clone(),
+        };
+        let conditions = [self.probed(), connected(connection)];
+        status.conditions = conditions
+            .map(
+                |condition| match Condition::find(&before.conditions, &condition.kind) {
+                    Some(same)
+                        if same.status == condition.status && same.reason == condition.reason =>
+                    {
+                        same.clone()
+                    }
+                    _ => condition.after(&before.conditions, now),
+                },
+            )
+            .into();
+        fit(&mut status, STATUS_MAX);
+        status
+    }
+
+    fn probed(&self) -> Condition {
+        if self.failures.is_empty() {
+            return Condition::new(
+                PROBED,
+                true,
+                "EverySourceRead",
+                "Every source could be read.",
+            );
+        }
+        // Which sources, and why: a reason is a word, and `,` and `:` are letters of it.
+        let word = |failure: &Failure| {
+            format!("{}:{}", camel(failure.source.as_str()), camel(failure.code))
+        };
+        let reasons: Vec<_> = self.failures.iter().map(word).collect();
+        let mut sentences: Vec<&str> = self.failures.iter().map(|f| f.message.as_str()).collect();
+        sentences.dedup();
+        let text = format!(
+            "Facts stay as they were where they cannot be read: {}",
+            sentences.join("; ")
+        );
+        Condition::new(PROBED, false, &reasons.join(","), shorten(text))
+    }
+}
+
+fn connected(connection: Connection) -> Condition {
+    match connection {
+        Connection::Up(_) => Condition::new(
+            HYPERVISOR_CONNECTED,
+            true,
+            "Connected",
+            "There is a connection to libvirt.",
+        ),
+        Connection::Down => Condition::new(
+            HYPERVISOR_CONNECTED,
+            false,
+            "NotConnected",
+            "There is no connection to libvirt; virtnode goes on trying.",
+        ),
+    }
+}
+
+/// Keeps of what is known what rests on a source that failed, as the labels do.
+fn keep(
+    status: &mut NodeVirtualizationStatus,
+    before: &NodeVirtualizationStatus,
+    failed: &[Source],
+) {
+    use Source::{Capabilities, CpuBaseline, DomainCapabilities, Domains, Host, Versions};
+    let fails = |sources: &[Source]| sources.iter().any(|source| failed.contains(source));
+    let models = [Capabilities, DomainCapabilities];
+    let machines = [Versions, Capabilities, DomainCapabilities, Host];
+    let before = before.clone();
+    if !failed.is_empty() {
+        status.omitted = before.omitted;
+    }
+    if fails(&[Versions]) {
+        keep_one(&mut status.versions.libvirt, before.versions.libvirt);
+        keep_one(&mut status.versions.qemu, before.versions.qemu);
+    }
+    if fails(&[Capabilities]) {
+        keep_one(&mut status.architecture, before.architecture);
+        keep_one(&mut status.accelerator, before.accelerator);
+        keep_one(&mut status.tsc, before.tsc);
+    }
+    if fails(&machines) {
+        keep_one(&mut status.eim, before.eim);
+        keep_one(&mut status.max_vcpus, before.max_vcpus);
+        keep_all(&mut status.guests, before.guests);
+    }
+    if fails(&models) {
+        keep_all(&mut status.security, before.security);
+        keep_one(&mut status.cpu.vendor, before.cpu.vendor);
+        keep_one(&mut status.cpu.host_model, before.cpu.host_model);
+        keep_one(&mut status.cpu.usable_models, before.cpu.usable_models);
+        keep_all(&mut status.cpu.models, before.cpu.models);
+    }
+    if fails(&models) || fails(&[CpuBaseline]) {
+        keep_all(&mut status.cpu.features, before.cpu.features);
+    }
+    if fails(&models) || fails(&[Host]) {
+        keep_all(&mut status.cpu.hyperv, before.cpu.hyperv);
+    }
+    if fails(&[Host]) {
+        keep_one(&mut status.iommu, before.iommu);
+        keep_one(&mut status.nested, before.nested);
+        keep_one(&mut status.kvm_max_vcpus, before.kvm_max_vcpus);
+    }
+    if fails(&[Domains]) {
+        keep_all(&mut status.holds, before.holds);
+    }
+}
+
+fn keep_one<T>(here: &mut Option<T>, before: Option<T>) {
+    if before.is_some() {
+        *here = before;
+    }
+}
+
+fn keep_all<T>(here: &mut Vec<T>, before: Vec<T>) {
+    if !before.is_empty() {
+        *here = before;
+    }
+}
+
+/// `domain-capabilities` as `DomainCapabilities`.
+fn camel(word: &str) -> String {
+    let parts = word.split('-').map(|part| {
+        let mut letters = part.chars();
+        let first = letters.next().map(|letter| letter.to_ascii_uppercase());
+        first.into_iter().chain(letters).collect::<String>()
+    });
+    parts.collect()
+}
+
+fn shorten(text: String) -> String {
+    const MAX: usize = 1024;
+    match text.char_indices().nth(MAX) {
+        None => text,
+        Some((end, _)) => format!("{}…", &text[..end]),
+    }
+}

@@ -1,0 +1,643 @@
+//! DomainHotplug objects against a fake API server and a hypervisor in memory: every verdict, every
+//! wrong object, faults, races and restarts. Time passes at once unless a test says otherwise.
+
+use std::time::Duration;
+
+use anyhow::ensure;
+use rstest::rstest;
+use serde_json::{Value, json};
+use virtnode::cluster::Cluster;
+use virtnode::executor::Options as ExecutorOptions;
+use virtnode::hotplug::Verdict;
+use virtnode::hypervisor::HypervisorError;
+
+use crate::support::controller::{HotplugNode, becomes, condition};
+use crate::support::fake_api::{FakeApi, Fault};
+use crate::support::fake_domains::{Blocks, Calls, Cpus, FakeGuest};
+use crate::support::publisher::until;
+
+fn cluster(api: &FakeApi) -> Cluster {
+    Cluster::with_client(api.client(), "node-a", Duration::from_secs(1)).unwrap()
+}
+
+fn vcpus(domain: &str, count: u32) -> Value {
+    json!({"nodeName": "node-a", "domain": {"name": domain}, "vcpus": {"count": count},
+        "deadlineSeconds": 30})
+}
+
+fn memory(domain: &str, size: &str) -> Value {
+    json!({"nodeName": "node-a", "domain": {"name": domain}, "memory": {"size": size},
+        "deadlineSeconds": 30})
+}
+
+/// Waits until the object is so.
+async fn object(api: &FakeApi, name: &str, is: impl Fn(&Value) -> bool) -> anyhow::Result<Value> {
+    becomes(async || Ok(api.object(name).unwrap_or_default()), is).await
+}
+
+fn verdict(object: &Value) -> Option<&str> {
+    object["status"]["verdict"].as_str()
+}
+
+/// Waits for the verdict.
+async fn ends(api: &FakeApi, name: &str) -> anyhow::Result<Value> {
+    object(api, name, |object| verdict(object).is_some()).await
+}
+
+fn pair(status: &str, reason: &str) -> Option<(String, String)> {
+    Some((status.to_owned(), reason.to_owned()))
+}
+
+#[tokio::test(start_paused = true)]
+async fn every_verdict_is_told_with_its_reason_and_few_calls() -> anyhow::Result<()> {
+    let guest = |cpus, agent| FakeGuest {
+        cpus,
+        agent,
+        ..FakeGuest::default()
+    };
+    let blocks = |blocks| FakeGuest {
+        blocks,
+        ..FakeGuest::default()
+    };
+    let fails = |error| FakeGuest {
+        calls: Calls::Fail(error),
+        ..FakeGuest::default()
+    };
+    let failed = HypervisorError::Failed {
+        call: "set-vcpus",
+        number: 1,
+        message: "internal error".into(),
+    };
+    let cases = [
+        (
+            Verdict::Verified,
+            vcpus("vm", 3),
+            guest(Cpus::Onlines, true),
+        ),
+        (
+            Verdict::GuestOffline,
+            vcpus("vm", 3),
+            guest(Cpus::LeavesOffline, true),
+        ),
+        (
+            Verdict::GuestRefused,
+            vcpus("vm", 3),
+            guest(Cpus::ThrowsAway, true),
+        ),
+        (
+            Verdict::GuestSilent,
+            vcpus("vm", 3),
+            guest(Cpus::Silent, false),
+        ),
+        (
+            Verdict::Infeasible,
+            vcpus("vm", 8),
+            guest(Cpus::Onlines, true),
+        ),
+        (Verdict::HypervisorError, vcpus("vm", 3), fails(failed)),
+        (
+            Verdict::Verified,
+            memory("vm", "1Gi"),
+            blocks(Blocks::Onlines),
+        ),
+        (
+            Verdict::GuestOffline,
+            memory("vm", "1Gi"),
+            blocks(Blocks::LeavesOffline),
+        ),
+        (
+            Verdict::GuestSilent,
+            memory("vm", "1Gi"),
+            blocks(Blocks::NoDriver),
+        ),
+    ];
+    for (expected, spec, guest) in cases {
+        let api = FakeApi::with_node();
+        let node = HotplugNode::start(cluster(&api));
+        node.control.add("vm", guest);
+        api.make("x", spec);
+        let ended = ends(&api, "x").await?;
+        assert_eq!(verdict(&ended), Some(expected.as_str()), "{ended:#}");
+        let success = if expected == Verdict::Verified {
+            "True"
+        } else {
+            "False"
+        };
+        assert_eq!(condition(&ended, "Accepted"), pair("True", "Accepted"));
+        assert_eq!(
+            condition(&ended, "Progressing"),
+            pair("False", expected.as_str())
+        );
+        assert_eq!(
+            condition(&ended, "Succeeded"),
+            pair(success, expected.as_str())
+        );
+        let status = &ended["status"];
+        assert!(status["message"].is_string() && status["completionTime"].is_string());
+        assert!(status["requested"].is_object() && status["before"].is_object());
+        assert_eq!(
+            status["evidence"].is_array(),
+            expected != Verdict::Infeasible
+        );
+        until(|| api.object("x").unwrap()["metadata"]["ownerReferences"][0]["name"] == "node-a")
+            .await?;
+        let calls: usize = ["get", "hotplug-status", "hotplug-own"]
+            .map(|call| api.asked(call))
+            .iter()
+            .sum();
+        assert!(calls <= 4, "{calls} calls");
+    }
+    Ok(())
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_domain_that_is_not_there_or_does_not_run_is_told() -> anyhow::Result<()> {
+    let api = FakeApi::with_node();
+    let node = HotplugNode::start(cluster(&api));
+    node.control.add("paused", FakeGuest::default());
+    node.control.pause("paused");
+    api.make("absent", vcpus("nobody", 2));
+    api.make("paused", vcpus("paused", 2));
+    assert_eq!(
+        verdict(&ends(&api, "absent").await?),
+        Some("DomainNotFound")
+    );
+    assert_eq!(
+        verdict(&ends(&api, "paused").await?),
+        Some("DomainNotRunning")
+    );
+    node.control.connect(false);
+    api.make("away", vcpus("paused", 2));
+    assert_eq!(
+        verdict(&ends(&api, "away").await?),
+        Some("HypervisorUnavailable")
+    );
+    Ok(())
+}
+
+#[rstest]
+#[case::two(|spec: &mut Value| spec["memory"] = json!({"size": "2Gi"}), "both vcpus and memory")]
+#[case::none(|spec: &mut Value| spec["vcpus"] = Value::Null, "neither vcpus nor memory")]
+#[case::zero(|spec: &mut Value| spec["vcpus"]["count"] = 0.into(), "count is 0")]
+#[case::newer(|spec: &mut Value| spec["attach"] = json!({"disk": {}}), "unknown field `attach`")]
+#[case::nothing(|spec: &mut Value| *spec = Value::Null, "the spec cannot be read")]
+#[case::text(|spec: &mut Value| *spec = "vcpus: 4".into(), "the spec cannot be read")]
+#[tokio::test(start_paused = true)]
+async fn a_wrong_object_is_refused_once_and_hides_no_other(
+    #[case] spoil: impl FnOnce(&mut Value),
+    #[case] told: &str,
+) -> anyhow::Result<()> {
+    let api = FakeApi::with_node();
+    let mut spec = vcpus("vm", 3);
+    spoil(&mut spec);
+    api.make("wrong", spec);
+    api.make("sound", vcpus("vm", 3));
+    let mut node = HotplugNode::start(cluster(&api));
+    node.control.add("vm", FakeGuest::default());
+    assert_eq!(verdict(&ends(&api, "sound").await?), Some("Verified"));
+    let wrong = object(&api, "wrong", |it| condition(it, "Accepted").is_some()).await?;
+    assert_eq!(condition(&wrong, "Accepted"), pair("False", "InvalidSpec"));
+    assert_eq!(condition(&wrong, "Succeeded"), pair("False", "InvalidSpec"));
+    let message = wrong["status"]["message"].as_str().unwrap();
+    assert!(message.contains(told), "{message}");
+    assert!(node.operations_of("wrong").is_empty());
+    // Nor is it told again by the next daemon.
+    until(|| api.asked("hotplug-own") == 2).await?;
+    let written = api.statuses().len();
+    node.stop().await;
+    node.start_again();
+    until(|| api.asked("hotplug-list") == 2).await?;
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    assert_eq!(api.statuses().len(), written);
+    Ok(())
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_label_and_a_spec_that_name_different_nodes_are_refused() -> anyhow::Result<()> {
+    let api = FakeApi::with_node();
+    let node = HotplugNode::start(cluster(&api));
+    node.control.add("vm", FakeGuest::default());
+    let mut theirs = vcpus("vm", 3);
+    theirs["nodeName"] = "node-b".into();
+    api.make("mismatch", theirs.clone());
+    api.make_labelled("theirs", "node-b", theirs);
+    let mismatch = object(&api, "mismatch", |it| condition(it, "Accepted").is_some()).await?;
+    assert_eq!(condition(&mismatch, "Accepted"), pair("False", "WrongNode"));
+    // On an old API server it can be put right.
+    api.change_spec("mismatch", |spec| spec["nodeName"] = "node-a".into());
+    assert_eq!(verdict(&ends(&api, "mismatch").await?), Some("Verified"));
+    let theirs = api.object("theirs").unwrap();
+    assert!(theirs["status"].is_null() && theirs["metadata"]["ownerReferences"].is_null());
+    Ok(())
+}
+
+#[tokio::test(start_paused = true)]
+async fn objects_for_one_domain_are_done_in_the_order_they_were_made() -> anyhow::Result<()> {
+    let api = FakeApi::with_node();
+    api.make("z-first", vcpus("vm", 3));
+    api.make("a-second", vcpus("vm", 4));
+    let by_uuid = json!({"nodeName": "node-a", "vcpus": {"count": 2},
+        "domain": {"uuid": "00000000-0000-4000-8000-000000000001"}});
+    api.make("m-third", by_uuid);
+    let node = HotplugNode::start(cluster(&api));
+    node.control.add("vm", slow());
+    let third = ends(&api, "m-third").await?;
+    assert_eq!(verdict(&third), Some("Verified"), "{third:#}");
+    let calls = node.control.calls();
+    assert_eq!(
+        calls[..2],
+        ["set-vcpus vm 3", "set-vcpus vm 4"],
+        "{calls:?}"
+    );
+    let others = &calls[2..];
+    assert!(
+        others.iter().all(|call| call == "set-vcpus vm 2"),
+        "{calls:?}"
+    );
+    let first = &ends(&api, "z-first").await?["status"];
+    let second = &ends(&api, "a-second").await?["status"];
+    assert_eq!(first["after"]["vcpus"], 3);
+    assert_eq!(second["before"]["vcpus"], 3);
+    // Who waits is told so.
+    let waits = |status: &Value| {
+        status["request"] == "vcpus=2" && status["conditions"][2]["reason"] == "Queued"
+    };
+    assert!(api.statuses().iter().any(waits), "{:#?}", api.statuses());
+    Ok(())
+}
+
+/// A guest that lets time pass, so that there is a middle.
+fn slow() -> FakeGuest {
+    FakeGuest {
+        cpus: Cpus::LeavesOffline,
+        ..FakeGuest::default()
+    }
+}
+
+fn running(object: &Value) -> bool {
+    condition(object, "Succeeded") == pair("Unknown", "Running")
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_daemon_that_comes_back_in_the_middle_finishes_what_it_began() -> anyhow::Result<()> {
+    let api = FakeApi::with_node();
+    let mut node = HotplugNode::start(cluster(&api));
+    node.control.add("vm", slow());
+    api.make("x", vcpus("vm", 3));
+    object(&api, "x", running).await?;
+    node.stop().await;
+    let before = node.operations_of("x");
+    node.start_again();
+    let ended = ends(&api, "x").await?;
+    assert_eq!(verdict(&ended), Some("GuestOffline"), "{ended:#}");
+    assert_eq!(node.control.calls(), ["set-vcpus vm 3"], "done once");
+    let after = node.operations_of("x");
+    assert_eq!((before.len(), after.len()), (1, 1));
+    assert_eq!(ended["status"]["operation"], after[0].id.as_str());
+    Ok(())
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_daemon_that_could_not_say_a_word_says_it_when_it_is_back() -> anyhow::Result<()> {
+    let api = FakeApi::with_node();
+    let mut node = HotplugNode::start(cluster(&api));
+    node.control.add("vm", FakeGuest::default());
+    api.break_calls("hotplug-status", Fault::Refuse, usize::MAX);
+    api.make("x", vcpus("vm", 3));
+    until(|| {
+        node.operations_of("x")
+            .iter()
+            .any(|record| record.is_done())
+    })
+    .await?;
+    node.stop().await;
+    assert!(api.statuses().is_empty());
+    api.repair();
+    node.start_again();
+    let ended = ends(&api, "x").await?;
+    assert_eq!(verdict(&ended), Some("Verified"));
+    assert_eq!(node.control.calls(), ["set-vcpus vm 3"], "done once");
+    assert_eq!(node.operations_of("x").len(), 1);
+    Ok(())
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_finished_is_not_done_again_whatever_the_journal_holds() -> anyhow::Result<()> {
+    let api = FakeApi::with_node();
+    let mut node = HotplugNode::start(cluster(&api));
+    node.control.add("vm", FakeGuest::default());
+    api.make("x", vcpus("vm", 3));
+    ends(&api, "x").await?;
+    let written = api.statuses().len();
+    node.stop().await;
+    node.start_again();
+    until(|| api.asked("hotplug-list") == 2).await?;
+    api.make("marker", vcpus("vm", 3));
+    ends(&api, "marker").await?;
+    let of_marker = 1;
+    assert_eq!(api.statuses().len(), written + of_marker);
+
+    // Another node's disk, or one that was wiped.
+    let mut other = HotplugNode::start(cluster(&api));
+    other.control.add("vm", FakeGuest::default());
+    api.make("marker-2", vcpus("vm", 1));
+    ends(&api, "marker-2").await?;
+    assert!(other.operations_of("x").is_empty() && other.operations_of("marker").is_empty());
+    other.stop().await;
+    node.stop().await;
+    Ok(())
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_api_server_that_is_away_changes_nothing_here() -> anyhow::Result<()> {
+    let api = FakeApi::with_node();
+    let node = HotplugNode::start(cluster(&api));
+    node.control.add("vm", slow());
+    api.make("x", vcpus("vm", 3));
+    object(&api, "x", running).await?;
+    for fault in [
+        Fault::Refuse,
+        Fault::Hang,
+        Fault::Status(500),
+        Fault::Busy { retry_after: 2 },
+    ] {
+        api.break_calls("*", fault, 5);
+    }
+    api.cut_watches(None);
+    until(|| {
+        node.operations_of("x")
+            .iter()
+            .any(|record| record.is_done())
+    })
+    .await?;
+    assert_eq!(verdict(&ends(&api, "x").await?), Some("GuestOffline"));
+    let failures = |reason| {
+        node.metric(&format!(
+            "virtnode_hotplug_object_call_failures_total{{call=\"status\",reason=\"{reason}\"}}"
+        ))
+    };
+    assert!(failures("api-unreachable") >= 1.0 || failures("api-timeout") >= 1.0);
+    // And new objects are seen again.
+    api.make("y", vcpus("vm", 1));
+    ends(&api, "y").await?;
+    assert_eq!(node.operations_of("x").len(), 1);
+    Ok(())
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_watch_that_ends_or_has_forgotten_goes_on() -> anyhow::Result<()> {
+    let api = FakeApi::with_node();
+    let node = HotplugNode::start(cluster(&api));
+    node.control.add("vm", FakeGuest::default());
+    for (number, last) in [None, Some(410), Some(500)].into_iter().enumerate() {
+        until(|| api.hotplug_watches() > 0).await?;
+        api.cut_watches(last);
+        let name = format!("x-{number}");
+        api.make(&name, vcpus("vm", 3));
+        assert_eq!(
+            verdict(&ends(&api, &name).await?),
+            Some("Verified"),
+            "{last:?}"
+        );
+    }
+    // One that hangs is ended by the client some time after the server should have ended it.
+    until(|| api.hotplug_watches() > 0).await?;
+    api.mute_watches();
+    api.make("unheard", vcpus("vm", 3));
+    let ended = tokio::time::timeout(Duration::from_secs(3600), async {
+        while api
+            .object("unheard")
+            .is_none_or(|it| verdict(&it).is_none())
+        {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+    });
+    ended.await?;
+    assert_eq!(node.operations_of("x-0").len(), 1);
+    Ok(())
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_object_that_is_deleted_in_the_middle_leaves_its_record() -> anyhow::Result<()> {
+    let api = FakeApi::with_node();
+    let node = HotplugNode::start(cluster(&api));
+    node.control.add("vm", slow());
+    api.make("x", vcpus("vm", 3));
+    object(&api, "x", running).await?;
+    let written = api.statuses().len();
+    api.delete("x");
+    until(|| {
+        node.operations_of("x")
+            .iter()
+            .any(|record| record.is_done())
+    })
+    .await?;
+    let record = &node.operations_of("x")[0];
+    assert_eq!(record.verdict, Some(Verdict::GuestOffline));
+    // One of the same name is another one.
+    api.make("x", vcpus("vm", 1));
+    ends(&api, "x").await?;
+    assert_eq!(node.operations_of("x").len(), 2);
+    let of_the_first = api.statuses()[written..]
+        .iter()
+        .filter(|status| status["operation"] == record.id.as_str())
+        .count();
+    assert_eq!(of_the_first, 0, "nothing is said of what is gone");
+    Ok(())
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_came_of_an_object_is_not_said_of_its_namesake() -> anyhow::Result<()> {
+    let api = FakeApi::with_node();
+    let node = HotplugNode::start(cluster(&api));
+    node.control.add("vm", slow());
+    api.make("x", vcpus("vm", 3));
+    object(&api, "x", running).await?;
+    // All this happens while nobody sees it.
+    api.mute_watches();
+    let first = api.object("x").unwrap()["metadata"]["uid"].clone();
+    api.delete("x");
+    api.make("x", vcpus("vm", 2));
+    until(|| api.asked("hotplug-get") > 0).await?;
+    assert!(node.operations_of("x")[0].is_done());
+    let second = api.object("x").unwrap();
+    assert!(
+        second["status"].is_null() && second["metadata"]["uid"] != first,
+        "{second:#}"
+    );
+    Ok(())
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_change_by_somebody_else_delays_no_verdict() -> anyhow::Result<()> {
+    let api = FakeApi::with_node();
+    let node = HotplugNode::start(cluster(&api));
+    node.control.add("vm", slow());
+    api.make("x", vcpus("vm", 3));
+    object(&api, "x", running).await?;
+    api.mute_watches();
+    api.change_spec("x", |_| {});
+    assert_eq!(verdict(&ends(&api, "x").await?), Some("GuestOffline"));
+    assert_eq!(api.asked("hotplug-get"), 1);
+    Ok(())
+}
+
+#[tokio::test]
+async fn an_object_is_deleted_after_its_time_to_live_and_not_before() -> anyhow::Result<()> {
+    let api = FakeApi::with_node();
+    let node = HotplugNode::start(cluster(&api));
+    node.control.add("vm", FakeGuest::default());
+    let with_time_to_live = |seconds: u32| {
+        let mut spec = vcpus("vm", 3);
+        spec["ttlSecondsAfterFinished"] = seconds.into();
+        spec
+    };
+    api.make("stays", vcpus("vm", 3));
+    api.make("an-hour", with_time_to_live(3600));
+    api.make("two-seconds", with_time_to_live(2));
+    let mut refused = with_time_to_live(1);
+    refused["memory"] = json!({"size": "2Gi"});
+    api.make("refused", refused);
+    let ended = ends(&api, "two-seconds").await?;
+    let completed: jiff::Timestamp = ended["status"]["completionTime"]
+        .as_str()
+        .unwrap()
+        .parse()?;
+    until(|| api.object("two-seconds").is_none()).await?;
+    let lived = jiff::Timestamp::now().duration_since(completed);
+    assert!(lived.as_millis() >= 1999, "{lived:?}");
+    until(|| api.object("refused").is_none()).await?;
+    assert_eq!(api.asked("hotplug-delete"), 2);
+    assert_eq!(verdict(&ends(&api, "stays").await?), Some("Verified"));
+    assert_eq!(verdict(&ends(&api, "an-hour").await?), Some("Verified"));
+    Ok(())
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_spec_that_is_changed_afterwards_has_no_effect_and_is_told_so() -> anyhow::Result<()> {
+    let api = FakeApi::with_node();
+    let mut node = HotplugNode::start(cluster(&api));
+    node.control.add("vm", slow());
+    api.make("x", vcpus("vm", 3));
+    object(&api, "x", running).await?;
+    api.change_spec("x", |spec| spec["vcpus"]["count"] = 4.into());
+    let told = object(&api, "x", |it| {
+        condition(it, "Accepted") == pair("True", "SpecChanged")
+    })
+    .await?;
+    assert_eq!(told["status"]["request"], "vcpus=3");
+    // A daemon that has not seen the change happen finds the same.
+    node.stop().await;
+    node.start_again();
+    let ended = ends(&api, "x").await?;
+    assert_eq!(condition(&ended, "Accepted"), pair("True", "SpecChanged"));
+    assert_eq!(ended["status"]["observedGeneration"], 1);
+    assert_eq!(ended["status"]["requested"]["vcpus"], 3);
+    assert_eq!(node.control.calls(), ["set-vcpus vm 3"]);
+    Ok(())
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_follows_late_puts_the_status_right() -> anyhow::Result<()> {
+    let api = FakeApi::with_node();
+    let node = HotplugNode::start(cluster(&api));
+    node.control.add("vm", slow());
+    api.make("x", vcpus("vm", 3));
+    assert_eq!(verdict(&ends(&api, "x").await?), Some("GuestOffline"));
+    node.control.brings_online("vm");
+    let right = object(&api, "x", |it| verdict(it) == Some("Verified")).await?;
+    assert_eq!(condition(&right, "Succeeded"), pair("True", "Verified"));
+    Ok(())
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_cluster_without_the_definition_is_asked_seldom_until_it_has_it() -> anyhow::Result<()> {
+    let api = FakeApi::with_node();
+    api.break_calls("hotplug-list", Fault::Status(404), 4);
+    let node = HotplugNode::start(cluster(&api));
+    node.control.add("vm", FakeGuest::default());
+    api.make("x", vcpus("vm", 3));
+    assert_eq!(node.metric("virtnode_hotplug_objects_watched"), 0.0);
+    assert_eq!(verdict(&ends(&api, "x").await?), Some("Verified"));
+    assert_eq!(node.metric("virtnode_hotplug_objects_watched"), 1.0);
+    let failures =
+        "virtnode_hotplug_object_call_failures_total{call=\"watch\",reason=\"api-not-found\"}";
+    assert_eq!(node.metric(failures), 4.0);
+    assert_eq!(api.asked("hotplug-list"), 5);
+    Ok(())
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_owner_that_may_not_be_set_holds_nothing_up() -> anyhow::Result<()> {
+    let api = FakeApi::with_node();
+    api.break_calls("hotplug-own", Fault::Status(403), usize::MAX);
+    let node = HotplugNode::start(cluster(&api));
+    node.control.add("vm", FakeGuest::default());
+    for name in ["x", "y"] {
+        api.make(name, vcpus("vm", 3));
+        assert_eq!(verdict(&ends(&api, name).await?), Some("Verified"));
+    }
+    tokio::time::sleep(Duration::from_secs(600)).await;
+    assert_eq!(api.asked("hotplug-own"), 2, "once for each");
+    Ok(())
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_cannot_be_taken_on_waits_in_order() -> anyhow::Result<()> {
+    let api = FakeApi::with_node();
+    let few = ExecutorOptions {
+        most_open: 1,
+        ..ExecutorOptions::default()
+    };
+    let node = HotplugNode::start_with(cluster(&api), few);
+    node.control.add("vm", slow());
+    api.make("c", vcpus("vm", 2));
+    object(&api, "c", running).await?;
+    api.make("b", vcpus("vm", 3));
+    let waits = object(&api, "b", |it| condition(it, "Accepted").is_some()).await?;
+    assert_eq!(
+        condition(&waits, "Accepted"),
+        pair("Unknown", "TooManyOperations")
+    );
+    api.make("a", vcpus("vm", 4));
+    let last = ends(&api, "a").await?;
+    assert_eq!(condition(&last, "Accepted"), pair("True", "Accepted"));
+    let calls = node.control.calls();
+    assert_eq!(
+        calls,
+        ["set-vcpus vm 2", "set-vcpus vm 3", "set-vcpus vm 4"]
+    );
+    let held = |status: &&Value| status["conditions"][0]["reason"] == "TooManyOperations";
+    assert!(
+        api.statuses().iter().filter(held).count() <= 2,
+        "told once each"
+    );
+    Ok(())
+}
+
+#[tokio::test(start_paused = true)]
+async fn at_rest_nothing_is_written_and_little_is_asked() -> anyhow::Result<()> {
+    let api = FakeApi::with_node();
+    let node = HotplugNode::start(cluster(&api));
+    node.control.add("vm", FakeGuest::default());
+    for number in 0..20 {
+        api.make(&format!("x-{number}"), vcpus("vm", 3));
+    }
+    for number in 0..20 {
+        ends(&api, &format!("x-{number}")).await?;
+    }
+    until(|| api.asked("hotplug-own") == 20).await?;
+    let verbs = [
+        "hotplug-status",
+        "hotplug-own",
+        "hotplug-delete",
+        "get",
+        "hotplug-list",
+    ];
+    let before = verbs.map(|verb| api.asked(verb));
+    tokio::time::sleep(Duration::from_secs(3 * 3600)).await;
+    assert_eq!(verbs.map(|verb| api.asked(verb)), before);
+    let watches = api.asked("hotplug-watch");
+    ensure!(watches <= 8, "{watches} watches in three hours");
+    Ok(())
+}

@@ -1,0 +1,492 @@
+//! The daemon's rights: it uses all it has, needs none that it has not, and its token is good for
+//! its own node only.
+
+#![expect(clippy::print_stdout, reason = "refusals, for people to read")]
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use k8s_openapi::api::core::v1::Node;
+use k8s_openapi::api::events::v1::Event;
+use kube::api::{Api, DeleteParams, DynamicObject, ListParams, Patch, PatchParams, PostParams};
+use kube::core::{ApiResource, GroupVersionKind};
+use serde_json::{Value, json};
+use virtnode::cluster::objects::NodeVirtualization;
+use virtnode::label::{KUBEVIRT_KEYS, KUBEVIRT_PREFIXES};
+
+use crate::support::daemon::Daemon;
+use crate::support::eventually;
+use crate::support::kube::{KubeServer, RIGHTS, documents};
+use crate::support::libvirtd::Libvirtd;
+
+const CRDS: &str = include_str!("../../manifests/base/crds.yaml");
+const ADMISSION: &str = include_str!("../../manifests/base/admission.yaml");
+const KUBEVIRT: &str = include_str!("../../manifests/overlays/kubevirt-labels/admission.yaml");
+
+const USER: &str = "system:serviceaccount:virtnode:virtnode";
+const Q35: &str = "machine-alias.virtnode.io/q35";
+/// For what takes a moment; only a failing test waits so long.
+const LONG: Duration = Duration::from_secs(90);
+
+/// A right: the verb, the group, the resource with its subresource.
+type Right = (String, String, String);
+
+/// The rights that the manifest gives the daemon.
+fn granted() -> anyhow::Result<BTreeSet<Right>> {
+    let mut rights = BTreeSet::new();
+    for role in documents(RBAC)? {
+        let name = role["metadata"]["name"].as_str().unwrap_or_default();
+        if !["virtnode", "virtnode-events"].contains(&name) {
+            continue;
+        }
+        let texts = |rule: &Value, field: &str| -> Vec<String> {
+            let texts = rule[field].as_array().into_iter().flatten();
+            texts
+                .filter_map(|text| text.as_str().map(str::to_owned))
+                .collect()
+        };
+        for rule in role["rules"].as_array().into_iter().flatten() {
+            for group in texts(rule, "apiGroups") {
+                for resource in texts(rule, "resources") {
+                    for verb in texts(rule, "verbs") {
+                        rights.insert((verb, group.clone(), resource.clone()));
+                    }
+                }
+            }
+        }
+    }
+    Ok(rights)
+}
+
+/// The rights that the daemon's requests needed so far, and those requests that were refused.
+async fn used(server: &KubeServer) -> anyhow::Result<(BTreeSet<Right>, Vec<String>)> {
+    let events = server.audit_events().await?;
+    let mut rights = BTreeSet::new();
+    let mut refused = Vec::new();
+    for event in events.iter().filter(|event| event.user == USER) {
+        let right = |verb: &str| {
+            let resource = match event.subresource.as_str() {
+                "" => event.resource.clone(),
+                subresource => format!("{}/{subresource}", event.resource),
+            };
+            (verb.to_owned(), event.group.clone(), resource)
+        };
+        if matches!(event.code, 401 | 403) {
+            refused.push(format!("{} {}", event.verb, event.uri));
+        } else {
+            rights.insert(right(&event.verb));
+        }
+        // To apply what does not exist is to create it.
+        if event.verb == "patch" && event.code == 201 {
+            rights.insert(right("create"));
+        }
+    }
+    Ok((rights, refused))
+}
+
+async fn conflicts(server: &KubeServer) -> anyhow::Result<Vec<Event>> {
+    let events: Api<Event> = Api::namespaced(server.client(), "default");
+    let all = events.list(&ListParams::default()).await?.items;
+    let is = |event: &Event| event.reason.as_deref() == Some("LabelConflict");
+    Ok(all.into_iter().filter(is).collect())
+}
+
+fn hotplugs(client: kube::Client) -> Api<DynamicObject> {
+    let kind = GroupVersionKind::gvk("virtnode.io", "v1alpha1", "DomainHotplug");
+    Api::all_with(client, &ApiResource::from_gvk(&kind))
+}
+
+/// An object that asks for vCPUs of a domain that no node has.
+async fn create_hotplug(server: &KubeServer, name: &str, node: &Node) -> anyhow::Result<()> {
+    let meta = &node.metadata;
+    let object = serde_json::from_value(json!({
+        "apiVersion": "virtnode.io/v1alpha1", "kind": "DomainHotplug",
+        "metadata": {
+            "name": name,
+            "labels": {"virtnode.io/node": meta.name},
+            "ownerReferences": [
+                {"apiVersion": "v1", "kind": "Node", "name": meta.name, "uid": meta.uid},
+            ],
+        },
+        "spec": {
+            "nodeName": meta.name,
+            "domain": {"name": "nobody"},
+            "vcpus": {"count": 2},
+            "ttlSecondsAfterFinished": 0,
+        },
+    }))?;
+    hotplugs(server.client())
+        .create(&PostParams::default(), &object)
+        .await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn the_daemon_uses_every_right_it_has_and_needs_no_other() -> anyhow::Result<()> {
+    let libvirtd = Libvirtd::start()?;
+    let server = KubeServer::start().await?;
+    server.apply_manifest(CRDS).await?;
+    server.apply_manifest(RIGHTS).await?;
+    if has_policies(&server).await? {
+        server.apply_manifest(ADMISSION).await?;
+    }
+    let node = server.create_node("n1").await?;
+    let kubeconfig = server.pod_kubeconfig("virtnode", "virtnode", "n1").await?;
+    let kubeconfig = kubeconfig.to_str().context("a path")?;
+    let arguments = [
+        "--publish",
+        "node",
+        "--kubeconfig",
+        kubeconfig,
+        "--node-name",
+        "n1",
+        "--start-jitter",
+        "0",
+    ];
+    let daemon = Daemon::start(&libvirtd.uri(), &arguments).await?;
+    daemon.ready().await?;
+    let objects: Api<NodeVirtualization> = Api::all(server.client());
+    let object = eventually(LONG, async || Ok(objects.get("n1").await?)).await?;
+    let facts = &object.spec.facts;
+    ensure!(
+        facts.conditions.iter().all(|condition| condition.holds()),
+        "{facts:?}"
+    );
+    ensure!(facts.guests[0].machines.len() > 10);
+    let size = serde_json::to_vec(&object)?.len();
+    println!("the NodeVirtualization of this machine: {size} bytes");
+    assert!(size < 64 * 1024);
+    assert_eq!(facts.omitted, Vec::<String>::new());
+
+    // A conflict, its end, and the same conflict again: an event, and its count.
+    let nodes: Api<Node> = Api::all(server.client());
+    let claim = async |labels: Value| {
+        let patch = json!({"apiVersion": "v1", "kind": "Node", "metadata": {"labels": labels}});
+        let params = PatchParams::apply("gitops").force();
+        nodes.patch("n1", &params, &Patch::Apply(patch)).await
+    };
+    claim(json!({Q35: "theirs"})).await?;
+    eventually(LONG, async || {
+        ensure!(conflicts(&server).await?.len() == 1, "no event yet");
+        Ok(())
+    })
+    .await?;
+    claim(json!({})).await?;
+    eventually(LONG, async || {
+        let labels = nodes.get("n1").await?.metadata.labels.unwrap_or_default();
+        ensure!(
+            labels.get(Q35).is_some_and(|value| value != "theirs"),
+            "not back yet"
+        );
+        Ok(())
+    })
+    .await?;
+    claim(json!({Q35: "theirs"})).await?;
+    eventually(LONG, async || {
+        let events = conflicts(&server).await?;
+        let count = events[0].series.as_ref().map_or(1, |series| series.count);
+        ensure!((events.len(), count) == (1, 2), "{events:?}");
+        Ok(())
+    })
+    .await?;
+
+    // An object that ends at once, and goes.
+    create_hotplug(&server, "vcpus", &node).await?;
+    eventually(LONG, async || {
+        let left = hotplugs(server.client()).get_opt("vcpus").await?;
+        ensure!(left.is_none(), "{left:?}");
+        Ok(())
+    })
+    .await?;
+    // And its verdict is seen on the Node too.
+    let events: Api<Event> = Api::namespaced(server.client(), "default");
+    eventually(LONG, async || {
+        let all = events.list(&ListParams::default()).await?.items;
+        let verdict = |event: &&Event| event.reason.as_deref() == Some("HotplugDomainNotFound");
+        let told = all.iter().find(verdict).context("no event")?;
+        let note = told.note.as_deref().unwrap_or_default();
+        ensure!(note.starts_with("domain \"nobody\": "), "{note}");
+        Ok(())
+    })
+    .await?;
+    daemon.stop().await?;
+
+    let (used, refused) = used(&server).await?;
+    assert_eq!(
+        refused,
+        Vec::<String>::new(),
+        "what was asked for and is not granted"
+    );
+    let granted = granted()?;
+    let beyond: Vec<_> = used.difference(&granted).collect();
+    assert!(
+        beyond.is_empty(),
+        "used and not in the manifest: {beyond:?}"
+    );
+    let unused: Vec<_> = granted.difference(&used).collect();
+    println!("granted and not used: {unused:?}");
+    // A get is what a watch cannot do: to look at one object without it.
+    assert!(unused.is_empty(), "granted and not used: {unused:?}");
+    Ok(())
+}
+
+async fn has_policies(server: &KubeServer) -> anyhow::Result<bool> {
+    let version = "admissionregistration.k8s.io/v1";
+    server.has(version, "validatingadmissionpolicies").await
+}
+
+/// Says whether a policy of ours refused, and not something else.
+fn is_denied<T: std::fmt::Debug>(answer: kube::Result<T>) -> anyhow::Result<String> {
+    match answer {
+        Err(kube::Error::Api(status))
+            if status
+                .message
+                .contains("ValidatingAdmissionPolicy 'virtnode-") =>
+        {
+            println!("{}", status.message);
+            Ok(status.message)
+        }
+        other => anyhow::bail!("not denied: {other:?}"),
+    }
+}
+
+/// A client of the daemon, as its pod on a node has it.
+struct Pod {
+    nodes: Api<Node>,
+    objects: Api<NodeVirtualization>,
+    hotplugs: Api<DynamicObject>,
+}
+
+impl Pod {
+    fn new(client: kube::Client) -> Self {
+        Self {
+            nodes: Api::all(client.clone()),
+            objects: Api::all(client.clone()),
+            hotplugs: hotplugs(client),
+        }
+    }
+
+    async fn merge(&self, node: &str, patch: Value) -> kube::Result<Node> {
+        let patch = Patch::Merge(patch);
+        self.nodes
+            .patch(node, &PatchParams::default(), &patch)
+            .await
+    }
+
+    async fn label(&self, node: &str, key: &str, value: Option<&str>) -> kube::Result<Node> {
+        self.merge(node, json!({"metadata": {"labels": {key: value}}}))
+            .await
+    }
+
+    async fn describe(&self, name: &str, owner: &Value) -> kube::Result<NodeVirtualization> {
+        let object = json!({
+            "apiVersion": "virtnode.io/v1alpha1", "kind": "NodeVirtualization",
+            "metadata": {"name": name, "ownerReferences": [owner]},
+            "status": {"accelerator": "kvm"},
+        });
+        let params = PatchParams::apply("virtnode").force();
+        self.objects
+            .patch(name, &params, &Patch::Apply(object))
+            .await
+    }
+
+    async fn report(&self, name: &str) -> kube::Result<DynamicObject> {
+        let patch = Patch::Merge(json!({"status": {"message": "done"}}));
+        self.hotplugs
+            .patch_status(name, &PatchParams::default(), &patch)
+            .await
+    }
+}
+
+#[tokio::test]
+async fn a_token_is_good_for_its_own_node_only() -> anyhow::Result<()> {
+    let server = KubeServer::start().await?;
+    if !has_policies(&server).await? {
+        // The kind is really unknown to it, and the manifest is of no use there.
+        server
+            .apply_manifest(ADMISSION)
+            .await
+            .expect_err("no such kind");
+        println!(
+            "Kubernetes {:?} has no admission policies",
+            server.version()
+        );
+        return Ok(());
+    }
+    for manifest in [CRDS, RBAC, ADMISSION] {
+        server.apply_manifest(manifest).await?;
+    }
+    let n1 = server.create_node("n1").await?;
+    let n2 = server.create_node("n2").await?;
+    let admin: Api<Node> = Api::all(server.client());
+    let foreign = json!({"metadata": {"labels": {"example.com/theirs": "1"}, "annotations": {"example.com/note": "1"}}});
+    admin
+        .patch("n1", &PatchParams::default(), &Patch::Merge(foreign))
+        .await?;
+    let pod = Pod::new(server.pod_client("virtnode", "virtnode", "n1").await?);
+    // Rights and policies are in force a moment after they were made.
+    eventually(LONG, async || {
+        pod.label("n1", "virtnode.io/eim", Some("auto")).await?;
+        is_denied(pod.label("n2", "virtnode.io/eim", Some("auto")).await)
+    })
+    .await?;
+
+    // Its own labels and annotations, also by server-side apply and with a patch that takes away.
+    for key in [
+        "virtnode.io/x",
+        "machine.virtnode.io/pc-q35-10.0",
+        "machine.aarch64.virtnode.io/virt",
+    ] {
+        pod.label("n1", key, Some("1")).await?;
+        pod.label("n1", key, Some("2")).await?;
+        pod.label("n1", key, None).await?;
+    }
+    pod.merge(
+        "n1",
+        json!({"metadata": {"annotations": {"virtnode.io/note": "x"}}}),
+    )
+    .await?;
+
+    // Not those of others, however they are spelled.
+    for key in [
+        "other",
+        "example.com/new",
+        "notvirtnode.io/x",
+        "virtnode.io.example.com/x",
+        "example.com/virtnode.io",
+        "x-virtnode.io/x",
+        "node-role.kubernetes.io/control-plane",
+        "virtnode.iox/x",
+        "machine-type.node.kubevirt.io/q35",
+        "kubevirt.io/sev",
+    ] {
+        let told = is_denied(pod.label("n1", key, Some("1")).await)?;
+        assert!(told.contains(key), "{told}");
+        let annotation = json!({"metadata": {"annotations": {key: "1"}}});
+        is_denied(pod.merge("n1", annotation).await).context(key)?;
+    }
+    for value in [None, Some("2")] {
+        is_denied(pod.label("n1", "example.com/theirs", value).await)?;
+        let annotation = json!({"metadata": {"annotations": {"example.com/note": value}}});
+        is_denied(pod.merge("n1", annotation).await)?;
+    }
+    // Nothing else of the Node, not even together with what is allowed.
+    let owner = |node: &Node, kind: &str| {
+        let meta = &node.metadata;
+        json!({"apiVersion": "v1", "kind": kind, "name": meta.name, "uid": meta.uid})
+    };
+    for other in [
+        json!({"spec": {"unschedulable": true}}),
+        json!({"spec": {"taints": [{"key": "a", "effect": "NoExecute"}]}}),
+        json!({"spec": {"podCIDR": "10.9.0.0/24", "podCIDRs": ["10.9.0.0/24"]}}),
+        json!({"metadata": {"finalizers": ["example.com/stay"]}}),
+        json!({"metadata": {"ownerReferences": [owner(&n2, "Node")]}}),
+        json!({"metadata": {"labels": {"virtnode.io/x": "1"}}, "spec": {"unschedulable": true}}),
+    ] {
+        is_denied(pod.merge("n1", other.clone()).await).with_context(|| other.to_string())?;
+    }
+
+    // The objects of its node, and not those of another.
+    pod.describe("n1", &owner(&n1, "Node")).await?;
+    pod.describe("n1", &owner(&n1, "Node")).await?;
+    is_denied(pod.describe("n2", &owner(&n2, "Node")).await)?;
+    is_denied(pod.describe("n1", &owner(&n2, "Node")).await)?;
+    is_denied(pod.describe("n1", &owner(&n1, "Pod")).await)?;
+    create_hotplug(&server, "on-n1", &n1).await?;
+    create_hotplug(&server, "on-n2", &n2).await?;
+    is_denied(pod.report("on-n2").await)?;
+    is_denied(pod.hotplugs.delete("on-n2", &DeleteParams::default()).await)?;
+    // Whatever its label says.
+    let lie = Patch::Merge(json!({"metadata": {"labels": {"virtnode.io/node": "n1"}}}));
+    hotplugs(server.client())
+        .patch("on-n2", &PatchParams::default(), &lie)
+        .await?;
+    is_denied(pod.report("on-n2").await)?;
+    pod.report("on-n1").await?;
+    pod.hotplugs
+        .delete("on-n1", &DeleteParams::default())
+        .await?;
+
+    // A token without a node is good for nothing.
+    let unbound = Pod::new(
+        server
+            .service_account_client("virtnode", "virtnode")
+            .await?,
+    );
+    is_denied(unbound.label("n1", "virtnode.io/x", Some("1")).await)?;
+    is_denied(unbound.describe("n1", &owner(&n1, "Node")).await)?;
+    is_denied(unbound.report("on-n2").await)?;
+    // Others are none of the policies' business.
+    let label = Patch::Merge(json!({"metadata": {"labels": {"virtnode.io/eim": "theirs"}}}));
+    admin.patch("n2", &PatchParams::default(), &label).await?;
+
+    // With the overlay, KubeVirt's keys and no more of its.
+    let policy = with_kubevirt()?;
+    server.apply_manifest(&policy.to_string()).await?;
+    eventually(LONG, async || {
+        pod.label("n1", "machine-type.node.kubevirt.io/q35", Some("true"))
+            .await?;
+        Ok(())
+    })
+    .await?;
+    for prefix in KUBEVIRT_PREFIXES {
+        pod.label("n1", &format!("{prefix}/x"), Some("true"))
+            .await?;
+    }
+    for key in KUBEVIRT_KEYS {
+        pod.label("n1", key, Some("true")).await?;
+    }
+    for key in [
+        "kubevirt.io/schedulable",
+        "node-labeller.kubevirt.io/skip-node",
+        "scheduling.node.kubevirt.io/x",
+        "evil.cpu-model.node.kubevirt.io/x",
+        "cpu-model.node.kubevirt.io.example.com/x",
+        "kubevirt.io/sev-x",
+    ] {
+        is_denied(pod.label("n1", key, Some("true")).await).context(key)?;
+    }
+    Ok(())
+}
+
+/// The policy for Nodes with the overlay's patch.
+fn with_kubevirt() -> anyhow::Result<Value> {
+    let mut policy = documents(ADMISSION)?
+        .into_iter()
+        .next()
+        .context("no policy")?;
+    let patch: Value = serde_saphyr::from_str(KUBEVIRT)?;
+    for operation in patch.as_array().context("operations")? {
+        assert_eq!(operation["op"], "replace");
+        let path = operation["path"].as_str().context("a path")?;
+        let place = policy
+            .pointer_mut(path)
+            .with_context(|| format!("no {path}"))?;
+        // What is replaced is what has the same name.
+        assert_eq!(place["name"], operation["value"]["name"]);
+        *place = operation["value"].clone();
+    }
+    Ok(policy)
+}
+
+#[test]
+fn the_overlay_allows_exactly_the_keys_that_are_written() -> anyhow::Result<()> {
+    let policy = with_kubevirt()?;
+    let listed = |n: usize| -> anyhow::Result<Vec<String>> {
+        let list = policy["spec"]["variables"][n]["expression"]
+            .as_str()
+            .context("a list")?;
+        let list = list
+            .trim()
+            .strip_prefix('[')
+            .and_then(|list| list.strip_suffix(']'));
+        let items = list.context("a list")?.split(',');
+        Ok(items
+            .map(|item| item.trim().trim_matches('\'').to_owned())
+            .collect())
+    };
+    assert_eq!(listed(0)?, KUBEVIRT_PREFIXES);
+    assert_eq!(listed(1)?, KUBEVIRT_KEYS);
+    Ok(())
+}

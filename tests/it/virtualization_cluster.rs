@@ -1,0 +1,251 @@
+//! The `NodeVirtualization` on a real API server: written when something changed, put back when
+//! somebody else touched it, and left alone otherwise.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use k8s_openapi::jiff::Timestamp;
+use kube::Api;
+use kube::api::{DeleteParams, Patch, PatchParams};
+use serde_json::json;
+use tokio::sync::watch;
+use tokio_util::sync::{CancellationToken, DropGuard};
+use virtnode::cluster::objects::node_virtualization::{HYPERVISOR_CONNECTED, PROBED};
+use virtnode::cluster::objects::{Condition, NodeVirtualization, NodeVirtualizationStatus};
+use virtnode::cluster::{Cluster, ClusterConfig, Retry};
+use virtnode::hypervisor::Connection;
+use virtnode::label::Source;
+use virtnode::probe::Failure;
+use virtnode::publish::virtualization::{Options, Picture, VirtualizationPublisher};
+use virtnode::telemetry::Metrics;
+
+use crate::support::eventually;
+use crate::support::kube::{KubeServer, RIGHTS};
+use crate::support::publisher::SOON;
+
+const CRDS: &str = include_str!("../../manifests/base/crds.yaml");
+
+/// A publisher that runs, and what it is told.
+struct Writer {
+    pictures: watch::Sender<Option<Arc<Picture>>>,
+    connection: watch::Sender<Connection>,
+    metrics: Arc<Metrics>,
+    _stop: DropGuard,
+}
+
+impl Writer {
+    async fn start(server: &KubeServer, node: &str, options: Options) -> anyhow::Result<Self> {
+        let kubeconfig = server.pod_kubeconfig("virtnode", "virtnode", node).await?;
+        let config = ClusterConfig {
+            kubeconfig: Some(kubeconfig),
+            ..ClusterConfig::new(node)
+        };
+        let cluster = Cluster::connect(config).await?;
+        let metrics = Arc::new(Metrics::new());
+        let publisher = VirtualizationPublisher::new(cluster, Arc::clone(&metrics), options);
+        let (pictures, seen) = watch::channel(None);
+        let (connection, connected) = watch::channel(Connection::Up(1));
+        let stop = CancellationToken::new();
+        tokio::spawn(publisher.run(seen, connected, stop.clone()));
+        Ok(Self {
+            pictures,
+            connection,
+            metrics,
+            _stop: stop.drop_guard(),
+        })
+    }
+
+    /// A probe saw this many vCPUs.
+    fn probe(&self, max_vcpus: u32, failures: Vec<Failure>) {
+        let facts = NodeVirtualizationStatus {
+            accelerator: Some("kvm".to_owned()),
+            max_vcpus: Some(max_vcpus),
+            ..NodeVirtualizationStatus::default()
+        };
+        self.pictures.send_replace(Some(Arc::new(Picture {
+            facts,
+            failures,
+            at: Timestamp::now(),
+        })));
+    }
+
+    fn attempts(&self) -> u64 {
+        self.metrics.cluster.virtualization_attempts.get()
+    }
+}
+
+fn options() -> Options {
+    Options {
+        start_jitter: Duration::ZERO,
+        settle: Duration::ZERO,
+        retry: Retry {
+            needs_people: Duration::from_secs(1),
+            ..Retry::default()
+        },
+        ..Options::default()
+    }
+}
+
+async fn shown(
+    objects: &Api<NodeVirtualization>,
+    is: impl Fn(&NodeVirtualization) -> bool,
+) -> anyhow::Result<NodeVirtualization> {
+    eventually(SOON, async || {
+        let object = objects.get("n1").await?;
+        ensure!(is(&object), "{object:?}");
+        Ok(object)
+    })
+    .await
+}
+
+fn condition(object: &NodeVirtualization, kind: &str) -> Option<bool> {
+    Condition::find(&object.spec.facts.conditions, kind).map(Condition::holds)
+}
+
+async fn writes(server: &KubeServer) -> anyhow::Result<usize> {
+    let events = server.audit_events().await?;
+    let ours = events.iter().filter(|event| {
+        event.resource == "nodevirtualizations"
+            && event.is_write()
+            && event.user_agent.starts_with("virtnode/")
+    });
+    Ok(ours.count())
+}
+
+#[tokio::test]
+async fn a_node_virtualization_is_written_when_something_changed() -> anyhow::Result<()> {
+    let server = KubeServer::start().await?;
+    server.apply_manifest(RIGHTS).await?;
+    let node = server.create_node("n1").await?;
+    let objects: Api<NodeVirtualization> = Api::all(server.client());
+
+    // Without the definition: told, and tried again.
+    let writer = Writer::start(&server, "n1", options()).await?;
+    writer.probe(288, Vec::new());
+    let missing = || {
+        let failures = &writer.metrics.cluster.virtualization_failures;
+        failures.with_label_values(&["api-not-found"]).get()
+    };
+    eventually(SOON, async || Ok(ensure!(missing() >= 2, "not missed yet"))).await?;
+    server.apply_manifest(CRDS).await?;
+
+    let object = shown(&objects, |object| object.spec.facts.max_vcpus == Some(288)).await?;
+    assert_eq!(condition(&object, PROBED), Some(true));
+    assert_eq!(condition(&object, HYPERVISOR_CONNECTED), Some(true));
+    let owners = object.metadata.owner_references.context("no owner")?;
+    assert_eq!(owners.len(), 1);
+    assert_eq!(owners[0].kind, "Node");
+    assert_eq!(Some(&owners[0].uid), node.metadata.uid.as_ref());
+    let fields = object.metadata.managed_fields.context("fields")?;
+    assert_eq!(fields.len(), 1);
+    assert!(
+        serde_json::to_vec(&fields)?.len() < 512,
+        "one field, one owner: {fields:?}"
+    );
+
+    // A probe that shows the same is no write, however often.
+    let before = writes(&server).await?;
+    for _ in 0..20 {
+        writer.probe(288, Vec::new());
+        tokio::task::yield_now().await;
+    }
+    // Another one is.
+    writer.probe(710, Vec::new());
+    shown(&objects, |object| object.spec.facts.max_vcpus == Some(710)).await?;
+    assert_eq!(writes(&server).await?, before + 1);
+
+    // A lost libvirt: the conditions flip, the facts stay.
+    let lost = Failure {
+        source: Source::Capabilities,
+        code: "unavailable",
+        message: "no connection to libvirt".to_owned(),
+    };
+    writer.connection.send_replace(Connection::Down);
+    shown(&objects, |object| {
+        condition(object, HYPERVISOR_CONNECTED) == Some(false)
+    })
+    .await?;
+    writer.probe(1, vec![lost]);
+    let object = shown(&objects, |object| condition(object, PROBED) == Some(false)).await?;
+    assert_eq!(object.spec.facts.max_vcpus, Some(710));
+    writer.connection.send_replace(Connection::Up(2));
+    writer.probe(710, Vec::new());
+    shown(&objects, |object| {
+        condition(object, PROBED) == Some(true)
+            && condition(object, HYPERVISOR_CONNECTED) == Some(true)
+    })
+    .await?;
+
+    // What others do to it is put back.
+    let edit = Patch::Merge(json!({"status": {"maxVcpus": 1}}));
+    objects.patch("n1", &PatchParams::default(), &edit).await?;
+    shown(&objects, |object| object.spec.facts.max_vcpus == Some(710)).await?;
+    objects.delete("n1", &DeleteParams::default()).await?;
+    shown(&objects, |object| object.spec.facts.max_vcpus == Some(710)).await?;
+
+    // Another daemon finds everything in place, and nothing to do.
+    let before = writes(&server).await?;
+    drop(writer);
+    let writer = Writer::start(&server, "n1", options()).await?;
+    writer.probe(710, Vec::new());
+    eventually(SOON, async || {
+        Ok(ensure!(writer.attempts() >= 1, "no look yet"))
+    })
+    .await?;
+    // The watch that begins after a look without trouble.
+    let objects_watched = async || {
+        let events = server.audit_events().await?;
+        let watches = events.iter().filter(|event| {
+            event.resource == "nodevirtualizations"
+                && event.verb == "watch"
+                && event.code == 200
+                && event.user_agent.starts_with("virtnode/")
+        });
+        ensure!(watches.count() >= 2, "not watched yet");
+        Ok(())
+    };
+    eventually(SOON, objects_watched).await?;
+    assert_eq!(writes(&server).await?, before);
+    Ok(())
+}
+
+#[tokio::test]
+async fn the_time_of_a_probe_alone_is_written_after_an_hour_only() -> anyhow::Result<()> {
+    let server = KubeServer::start().await?;
+    server.apply_manifest(RIGHTS).await?;
+    server.apply_manifest(CRDS).await?;
+    server.create_node("n1").await?;
+    let objects: Api<NodeVirtualization> = Api::all(server.client());
+    // An hour of four seconds.
+    let refresh = Duration::from_secs(4);
+    let writer = Writer::start(
+        &server,
+        "n1",
+        Options {
+            refresh,
+            ..options()
+        },
+    )
+    .await?;
+    writer.probe(288, Vec::new());
+    let first = shown(&objects, |_| true).await?.spec.facts.last_probe_time;
+    let begin = tokio::time::Instant::now();
+    let second = eventually(SOON, async || {
+        writer.probe(288, Vec::new());
+        let object = objects.get("n1").await?;
+        let time = object.spec.facts.last_probe_time;
+        ensure!(time != first, "not written yet");
+        Ok(time)
+    })
+    .await?;
+    // Times have whole seconds.
+    assert!(
+        begin.elapsed() >= refresh - Duration::from_secs(2),
+        "{:?}",
+        begin.elapsed()
+    );
+    assert!(second > first);
+    assert_eq!(writes(&server).await?, 2);
+    Ok(())
+}
