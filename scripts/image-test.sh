@@ -100,7 +100,7 @@ run_as() { # user, port
 
 version=$(buildah run --cap-drop ALL "$container" -- /usr/bin/virtnode --version)
 as_root=$(run_as 0:0 $ROOT_PORT)
-as_user=$(run_as 65532:65532 $USER_PORT)
+as_user=$(run_as 65534:65534 $USER_PORT)
 
 tar -xf "$archive" -C "$scratch" --one-top-level=oci
 manifest=$scratch/oci/blobs/sha256/$(sed -n 's/.*"digest":"sha256:\([0-9a-f]*\)".*/\1/p' "$scratch/oci/index.json")
