@@ -41,7 +41,7 @@ clean_up() {
     kill "$process" 2>/dev/null || true
   done
   wait || true
-  rm -rf -- "$scratch"
+  eventually 30 rm -rf -- "$scratch"
 }
 trap clean_up EXIT
 trap 'exit 130' INT TERM HUP
