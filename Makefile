@@ -67,6 +67,21 @@ figures: ## measure the README's figures and print them beside what they are com
 	@scripts/install-deps.sh test
 	@scripts/figures.sh
 
+.PHONY: dist
+dist: ## make the Debian package, the tarball and SHA256SUMS, in dist/
+	@scripts/install-deps.sh build
+	@scripts/dist.sh
+
+.PHONY: image
+image: ## build the container image, with podman, docker or buildah
+	@scripts/image.sh
+
+.PHONY: image-test
+image-test: ## build the image without a registry and run it (as root, with buildah and debootstrap; minutes)
+	@scripts/install-deps.sh image
+	@scripts/image.sh --local
+	@scripts/image-test.sh
+
 .PHONY: clean-test-cache
 clean-test-cache: ## remove the API server that `make test` built (it is built again when needed)
 	rm -rf -- "$(TEST_CACHE)"

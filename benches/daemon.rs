@@ -5,6 +5,8 @@
 //! with. Progress goes to standard error.
 //! `scripts/figures.sh` prints them as a table; `VIRTNODE` names the binary to measure.
 
+#[allow(dead_code, reason = "each benchmark needs another part of it")]
+mod parts;
 #[path = "../tests/it/support/mod.rs"]
 #[allow(
     dead_code,
@@ -13,11 +15,9 @@
 )]
 mod support;
 
-use std::env;
 use std::fs::{self, File};
-use std::net::{Ipv4Addr, TcpListener};
 use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail, ensure};
@@ -26,9 +26,9 @@ use k8s_openapi::api::core::v1::Node;
 use kube::api::{Api, Patch, PatchParams, WatchEvent, WatchParams};
 use serde_json::json;
 use tempfile::TempDir;
-use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::{interval, sleep, timeout};
 
+use parts::{Ended, Memory, curl, free_port, median, ms, print, progress, scrape_time, tell};
 use support::eventually;
 use support::kube::KubeServer;
 use support::libvirtd::Libvirtd;
@@ -48,23 +48,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 const NODE: &str = "figures";
 
 fn main() -> anyhow::Result<()> {
-    // `cargo test --benches` only asks whether it starts.
-    if !env::args().any(|argument| argument == "--bench") {
-        return Ok(());
-    }
-    tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?
-        .block_on(async {
-            let mut terminate = signal(SignalKind::terminate())?;
-            let mut interrupt = signal(SignalKind::interrupt())?;
-            // Whichever way it ends, what it started is dropped and so ended.
-            tokio::select! {
-                outcome = measure() => outcome,
-                _ = terminate.recv() => bail!("told to stop"),
-                _ = interrupt.recv() => bail!("told to stop"),
-            }
-        })
+    parts::main(measure())
 }
 
 async fn measure() -> anyhow::Result<()> {
@@ -80,26 +64,6 @@ async fn measure() -> anyhow::Result<()> {
     lab.deletions(&daemon).await
 }
 
-/// A figure, as a line for the table.
-fn tell(what: &str, measured: &str, goal: &str, reached: bool, beside: &str) {
-    let reached = if reached { "yes" } else { "NO" };
-    print(&format!("{what}\t{measured}\t{goal}\t{reached}\t{beside}"));
-}
-
-fn print(line: &str) {
-    #[expect(clippy::print_stdout, reason = "this is what it is for")]
-    {
-        println!("{line}");
-    }
-}
-
-fn progress(doing: &str) {
-    #[expect(clippy::print_stderr, reason = "this takes minutes")]
-    {
-        eprintln!("figures: {doing}");
-    }
-}
-
 /// The parts around the daemon.
 struct Lab {
     // Dropped in this order.
@@ -112,7 +76,6 @@ struct Lab {
 
 impl Lab {
     async fn start() -> anyhow::Result<Self> {
-        let virtnode = env::var_os("VIRTNODE").unwrap_or(env!("CARGO_BIN_EXE_virtnode").into());
         progress("starting libvirt");
         let libvirtd = Libvirtd::start()?;
         progress("starting Kubernetes");
@@ -135,7 +98,7 @@ impl Lab {
             directory: tempfile::Builder::new()
                 .prefix("virtnode-figures-")
                 .tempdir()?,
-            virtnode: virtnode.into(),
+            virtnode: parts::virtnode(),
         })
     }
 
@@ -308,9 +271,9 @@ impl Lab {
 
     /// The daemon's memory, beside that of a virsh that is connected and does nothing.
     fn memory(&self, daemon: &Daemon) -> anyhow::Result<()> {
-        let own = Memory::of(&daemon.process.0)?;
+        let own = Memory::of(daemon.process.0.id())?;
         let virsh = self.idle_virsh()?;
-        let other = Memory::of(&virsh.0)?;
+        let other = Memory::of(virsh.0.id())?;
         for (what, own, other, goal) in [
             (
                 "memory at rest, anonymous",
@@ -430,17 +393,6 @@ struct Requests {
     reads: usize,
 }
 
-/// A process that is killed when this is dropped.
-struct Ended(Child);
-
-impl Drop for Ended {
-    fn drop(&mut self) {
-        // An error only says that it has ended by itself.
-        self.0.kill().ok();
-        self.0.wait().ok();
-    }
-}
-
 struct Daemon {
     process: Ended,
     started: Instant,
@@ -506,28 +458,6 @@ struct Calls {
     time: Duration,
 }
 
-/// In MB, as a million bytes.
-struct Memory {
-    anonymous: f64,
-    resident: f64,
-}
-
-impl Memory {
-    fn of(process: &Child) -> anyhow::Result<Self> {
-        let rollup = fs::read_to_string(format!("/proc/{}/smaps_rollup", process.id()))?;
-        let field = |name: &str| -> anyhow::Result<f64> {
-            let line = rollup.lines().find_map(|line| line.strip_prefix(name));
-            let kib = line.and_then(|line| line.trim().strip_suffix(" kB"));
-            let kib: f64 = kib.with_context(|| format!("no {name}"))?.parse()?;
-            Ok(kib * 1024.0 / 1e6)
-        };
-        Ok(Self {
-            anonymous: field("Anonymous:")?,
-            resident: field("Rss:")?,
-        })
-    }
-}
-
 /// Waits for the event in which the Node has labels of ours.
 async fn has_labels(
     mut changes: impl Stream<Item = anyhow::Result<Node>> + Unpin,
@@ -557,53 +487,4 @@ fn our_labels(node: &Node) -> impl Iterator<Item = &str> {
 
 fn version(node: &Node) -> String {
     node.metadata.resource_version.clone().unwrap_or_default()
-}
-
-fn scrape_time(url: &str) -> anyhow::Result<Duration> {
-    let seconds = curl(&[
-        "--fail",
-        "--output",
-        "/dev/null",
-        "--write-out",
-        "%{time_total}",
-        url,
-    ])?;
-    Ok(Duration::from_secs_f64(seconds.trim().parse()?))
-}
-
-fn curl(arguments: &[&str]) -> anyhow::Result<String> {
-    let output = Command::new("curl")
-        .args(["--silent", "--show-error", "--max-time", "10"])
-        .args(arguments)
-        .output()
-        .context("this needs curl")?;
-    ensure!(
-        output.status.success(),
-        "curl {arguments:?}: {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-    Ok(String::from_utf8(output.stdout)?)
-}
-
-/// A port on which nothing listens, below those that outgoing connections get.
-fn free_port() -> anyhow::Result<u16> {
-    let mut ports = std::iter::repeat_with(|| fastrand::u16(20_000..32_768)).take(1000);
-    ports
-        .find(|port| TcpListener::bind((Ipv4Addr::LOCALHOST, *port)).is_ok())
-        .context("no free port")
-}
-
-/// Sorts, too.
-fn median(times: &mut [Duration]) -> Duration {
-    times.sort_unstable();
-    times[times.len() / 2]
-}
-
-fn ms(time: Duration) -> String {
-    let ms = time.as_secs_f64() * 1000.0;
-    if ms < 10.0 {
-        format!("{ms:.2} ms")
-    } else {
-        format!("{ms:.0} ms")
-    }
 }

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Shows virtnode's main job on this machine: builds it, runs the daemon against the local libvirt
-# without any cluster, prints the labels it found and some of its metrics, and stops everything it
-# started, also on Ctrl-C or when something fails. libvirt is started if none answers. As root, or
-# as a user whom libvirt lets in, or through sudo.
+# Shows virtnode's main jobs on this machine: builds it, runs the daemon against the local libvirt
+# without any cluster, prints the labels it found, hotplugs a guest that takes what it gets and one
+# that does not, prints some of its metrics, and stops everything it started, also on Ctrl-C or when
+# something fails. libvirt is started if none answers. As root, or as a user whom libvirt lets in,
+# or through sudo.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -12,11 +13,16 @@ readonly URI=qemu:///system
 readonly PROBE_SECONDS=90 # a libvirt that probes every QEMU binary again takes 4 s for each
 readonly READY_SECONDS=180
 readonly STOP_SECONDS=20
+readonly BOOT_SECONDS=120 # 4 s on an idle machine
+readonly GOOD=demo-good STUBBORN=demo-nr-cpus-1 # the guests' names
 
 as=()           # what libvirt needs to let us in: nothing, or sudo
 started=()      # what to stop at the end, in the order in which it was started
 daemon_pid=     # virtnode's
 networks=       # network interfaces from before
+image=          # directory with the guests' kernel and initramfs; empty if there is none
+guests=()       # those that are to be ended
+surprised=0     # whether a verdict was not what its guest was made for
 scratch=$(mktemp -d "${TMPDIR:-/tmp}/virtnode-demo.XXXXXX")
 readonly scratch
 readonly log=$scratch/virtnode.log
@@ -54,10 +60,13 @@ wait_until() { # seconds, process id or nothing, command...
 
 gone() { ! alive "$1"; }
 
-runs() { # name of a program; those of containers, with a root directory of their own, do not count
+# Those of containers, with a root directory of their own, do not count, nor do a user's own
+# session daemons: they leave the system's socket alone.
+runs() { # name of a program
   local comm
   for comm in /proc/[0-9]*/comm; do
-    if [[ $(cat "$comm" 2>/dev/null) == "$1" ]] && as_root test "${comm%comm}root/" -ef /; then
+    if [[ $(cat "$comm" 2>/dev/null) == "$1" && $(stat -c %u "${comm%/comm}" 2>/dev/null) == 0 ]] &&
+      as_root test "${comm%comm}root/" -ef /; then
       return 0
     fi
   done
@@ -96,6 +105,23 @@ stop_networks() {
   done < <("${as[@]}" timeout 20 virsh -q -c "$URI" net-list --name 2>/dev/null || true)
 }
 
+virsh_() { "${as[@]}" timeout "$PROBE_SECONDS" virsh -q -c "$URI" "$@"; }
+
+# As QEMU's user, who has to read what a guest boots from: nothing but that is in there.
+guest_files() { printf '%s' "$scratch.guests"; }
+
+stop_guests() { # sets clean_up's status when it cannot
+  local name
+  for name in "${guests[@]}"; do
+    if virsh_ domstate "$name" >/dev/null 2>&1 && ! virsh_ destroy "$name" >/dev/null; then
+      note "The guest $name is still there: virsh -c $URI destroy $name ends it."
+      status=1
+    fi
+    "${as[@]}" rm -f "/var/log/libvirt/qemu/$name.log" 2>/dev/null
+  done
+  rm -rf -- "$(guest_files)" 2>/dev/null || as_root rm -rf -- "$(guest_files)"
+}
+
 clean_up() {
   local status=$? index name process
   trap - EXIT
@@ -108,6 +134,7 @@ clean_up() {
   if [[ -n $daemon_pid ]]; then
     stop virtnode "$daemon_pid"
   fi
+  stop_guests
   if ((${#started[@]} > 0)); then
     stop_networks
   fi
@@ -192,6 +219,137 @@ free_port() {
   die "found no free TCP port on 127.0.0.1."
 }
 
+# A guest of the lab in software emulation, which works without KVM: one vCPU of four, 512 MiB and
+# 2 GiB of virtio-mem of which nothing is plugged. What is uncommon here is explained in
+# tests/it/support/guest.rs.
+guest_xml() { # name, words for the guest: see tests/lab/guest-init
+  local files
+  files=$(guest_files)
+  cat <<XML
+<domain type='qemu'>
+  <name>$1</name>
+  <maxMemory slots='1' unit='MiB'>4096</maxMemory>
+  <memory unit='MiB'>2560</memory>
+  <vcpu current='1'>4</vcpu>
+  <sysinfo type='smbios'><system><entry name='serial'>VMware-lab</entry></system></sysinfo>
+  <os>
+    <type arch='x86_64' machine='q35'>hvm</type>
+    <kernel>$files/vmlinuz</kernel>
+    <initrd>$files/initramfs.gz</initrd>
+    <cmdline>console=ttyS0 quiet panic=-1 $2</cmdline>
+    <smbios mode='sysinfo'/>
+  </os>
+  <features><acpi/><apic/><vmport state='on'/></features>
+  <cpu mode='custom' match='exact'>
+    <model>qemu64</model>
+    <topology sockets='4' cores='1' threads='1'/>
+    <feature name='hypervisor' policy='disable'/>
+    <numa><cell id='0' cpus='0-3' memory='512' unit='MiB'/></numa>
+  </cpu>
+  <on_crash>destroy</on_crash>
+  <devices>
+    <memory model='virtio-mem'>
+      <target>
+        <size unit='MiB'>2048</size><node>0</node><block unit='MiB'>2</block>
+        <requested unit='MiB'>0</requested>
+      </target>
+    </memory>
+    <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>
+    <serial type='file'><source path='$files/$1.console'/></serial>
+    <memballoon model='virtio'><stats period='1'/></memballoon>
+    <controller type='usb' model='none'/>
+  </devices>
+</domain>
+XML
+}
+
+# Without a guest the rest is shown all the same.
+no_guest() {
+  note "$*"
+  note "So there is no guest, and hotplug is not shown."
+  image=
+}
+
+find_image() {
+  if [[ $(uname -m) != x86_64 ]]; then
+    no_guest "The guests that show hotplug are x86_64 Linux; this machine is $(uname -m)."
+  elif ! image=$(tests/lab/build-guest.sh); then
+    no_guest "The guest's kernel and programs cannot be had: see above."
+  fi
+}
+
+# Begins to boot it, and returns.
+start_guest() { # name, words
+  local files
+  files=$(guest_files)
+  if virsh_ domstate "$1" >/dev/null 2>&1; then
+    no_guest "There is a domain $1 on this machine already, which is left alone."
+    return
+  fi
+  guest_xml "$1" "$2" >"$scratch/$1.xml"
+  (umask 0 && : >"$files/$1.console")
+  guests+=("$1")
+  if ! virsh_ create "$scratch/$1.xml" >/dev/null 2>"$scratch/refusal"; then
+    no_guest "libvirt does not start a guest: $(tail -n 1 "$scratch/refusal")"
+  fi
+}
+
+start_guests() {
+  local files
+  files=$(guest_files)
+  if ! mkdir -m 755 "$files" || ! cp -- "$image"/{vmlinuz,initramfs.gz} "$files"; then
+    no_guest "There is no room for a guest's files in $files."
+    return
+  fi
+  start_guest "$GOOD" 'lab.cpus=online lab.blocks=online'
+  [[ -z $image ]] || start_guest "$STUBBORN" 'lab.cpus=online nr_cpus=1'
+}
+
+booted() { virsh_ guestvcpus "$1" >/dev/null 2>&1; }
+
+# What the guest itself prints on its console whenever it sees something else.
+witness() { # name
+  local said
+  said=$(sed -n 's/\r$//; s/^lab: \(present=.*\)/\1/p' "$(guest_files)/$1.console" 2>/dev/null | tail -n 1)
+  [[ -z $said ]] || note "The guest's own console: CPUs ${said/total=/MemTotal=} KiB"
+}
+
+# Runs virtnode hotplug as a person would, and says what its exit code means.
+hotplug() { # the exit code that this guest was made for, arguments...
+  local expected=$1 status=0
+  shift
+  printf '\n   $ virtnode hotplug %s\n' "$*"
+  "${as[@]}" "$virtnode" --socket "$scratch/virtnode.sock" hotplug "$@" >"$scratch/said" 2>&1 || status=$?
+  sed 's/^/   /; s/[[:space:]]*$//' "$scratch/said"
+  case $status in
+  0) note "(exit code 0: done, and verified)" ;;
+  3) note "(exit code 3: accepted by the hypervisor, not taken by the guest)" ;;
+  *) note "(exit code $status)" ;;
+  esac
+  if ((status != expected)); then
+    note "That is not what this guest was made for: exit code $expected was expected."
+    surprised=1
+  fi
+}
+
+show_hotplug() {
+  local name
+  for name in "${guests[@]}"; do
+    if ! wait_until "$BOOT_SECONDS" '' booted "$name"; then
+      no_guest "The guest $name did not boot within $BOOT_SECONDS s."
+      return
+    fi
+  done
+  say "A guest that takes what it gets: 2 more vCPUs, 512 MiB more"
+  hotplug 0 vcpus "$GOOD" 3
+  hotplug 0 memory "$GOOD" 1GiB
+  witness "$GOOD"
+  say "A guest whose kernel was booted with nr_cpus=1 and throws the vCPUs away"
+  hotplug 3 vcpus "$STUBBORN" 3
+  note "libvirt counts $(virsh_ vcpucount "$STUBBORN" --live) vCPUs and is content."
+  witness "$STUBBORN"
+}
+
 ready() { curl -fsS --max-time 5 -o "$scratch/ready" "$address/readyz" 2>/dev/null; }
 
 sample() { # pattern
@@ -206,6 +364,10 @@ target=$(cargo metadata --locked --format-version 1 --no-deps |
   sed -n 's/.*"target_directory":"\([^"]*\)".*/\1/p')
 readonly virtnode=$target/release/virtnode
 
+say "The guests' kernel and programs (made once, from the distribution's packages)"
+find_image
+[[ -z $image ]] || note "$image"
+
 say "Looking for libvirt at $URI"
 explain_kvm
 if find_libvirt; then
@@ -215,6 +377,9 @@ else
   start_libvirt
 fi
 sed -n '/[^[:space:]]/s/^/   /p' "$scratch/version"
+if [[ -n $image ]]; then
+  start_guests # they boot meanwhile
+fi
 
 address=http://127.0.0.1:$(free_port)
 readonly address
@@ -239,12 +404,21 @@ note "Ready after $((SECONDS - begin)) s: libvirt was read and the labels are in
 say "The labels of this node (virtnode labels)"
 "${as[@]}" "$virtnode" labels --connect "$URI"
 
+if [[ -n $image ]]; then
+  show_hotplug
+fi
+
 curl -fsS --max-time 5 -o "$scratch/metrics" "$address/metrics" ||
   die "the daemon does not answer at $address/metrics."
 say "Is libvirt connected (1), and the most vCPUs one domain can have here (0: not known)"
 sample 'virtnode_hypervisor_connected|virtnode_max_vcpus'
 say "Published labels by family, and machine types of this architecture"
 sample 'virtnode_labels|virtnode_machine_types|virtnode_machine_types_deprecated'
+if [[ -n $image ]]; then
+  say "The guests' vCPUs, and the verdicts"
+  sample 'virtnode_domain_vcpus'
+  sample 'virtnode_hotplug_results_total' | grep -v ' 0$' || true
+fi
 say "What libvirt offered but no label can be made of, by reason"
 sample 'virtnode_labels_rejected'
 say "How long libvirt took to answer, by call: number of calls, mean in milliseconds"
@@ -256,3 +430,4 @@ awk -F '[{}" ]+' '
       if (count[call] > 0)
         printf "   %-22s %3d %10.1f\n", call, count[call], 1000 * sum[call] / count[call]
   }' "$scratch/metrics" | sort
+((surprised == 0)) || die "a verdict above is not the one that its guest was made for."

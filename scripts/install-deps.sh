@@ -3,7 +3,7 @@
 # through sudo. Known on Debian 12, Debian 13 and Ubuntu 24.04. When nothing is missing it
 # prints nothing and asks dpkg once.
 #
-#   scripts/install-deps.sh [build|lint|demo|test]      build when none is named
+#   scripts/install-deps.sh [build|lint|demo|test|image]      build when none is named
 #
 # The Rust toolchain is checked for, never installed.
 set -euo pipefail
@@ -65,16 +65,19 @@ system_package() { # release, whether libvirt comes from backports
 
 packages_for() { # purpose, release, whether libvirt and QEMU come from backports
   local build=(gcc libc6-dev pkg-config libvirt-dev)
-  local demo=(libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients curl)
+  # The lab's guest is unpacked from packages whose kernel modules are compressed.
+  local guest=(xz-utils zstd)
+  local demo=(libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients curl "${guest[@]}")
   case $1 in
   build) printf '%s\n' "${build[@]}" ;;
   lint) printf '%s\n' "${build[@]}" shellcheck ;;
-  demo | test)
+  demo | test | image)
     printf '%s\n' "${build[@]}" "${demo[@]}"
     emulator_package "$2" "$3"
     system_package "$2" "$3"
     ;;&
-  test) printf '%s\n' openssl ;;
+  test) printf '%s\n' openssl systemd ;;
+  image) printf '%s\n' buildah debootstrap ;;
   esac
 }
 
@@ -169,8 +172,8 @@ update() {
 
 purpose=${1:-build}
 case $purpose in
-build | lint | demo | test) ;;
-*) die "'$purpose' is none of build, lint, demo, test." ;;
+build | lint | demo | test | image) ;;
+*) die "'$purpose' is none of build, lint, demo, test, image." ;;
 esac
 
 check_rust

@@ -177,7 +177,7 @@ pub struct Settings {
     )]
     pub log_format: Option<LogFormat>,
 
-    /// Which log lines are written, in the syntax of tracing's EnvFilter [default: info]
+    /// Which log lines are written, as LEVEL or TARGET=LEVEL, separated by commas [default: info]
     #[arg(long, env = "VIRTNODE_LOG", value_name = "FILTER", global = true)]
     pub log: Option<String>,
 
@@ -222,6 +222,9 @@ pub struct HotplugSettings {
     pub enabled: Option<bool>,
     /// Whether DomainHotplug objects of the cluster are taken on; yes unless it says no.
     pub objects: Option<bool>,
+    /// Whether QEMU is also asked past libvirt for what the guest answered, which taints the
+    /// domains that are changed; no unless it says yes.
+    pub deep_verify: Option<bool>,
 }
 
 /// The validated whole.
@@ -257,6 +260,8 @@ pub struct Config {
     pub hotplug: bool,
     /// Whether DomainHotplug objects are taken on, where there is a cluster.
     pub hotplug_objects: bool,
+    /// Whether QEMU is asked past libvirt, which taints domains.
+    pub deep_verify: bool,
     /// The time between probes.
     pub probe_interval: Duration,
     /// The longest random wait before the first write to the API server.
@@ -351,6 +356,7 @@ impl Config {
             allowed_gids: file.api.allowed_gids,
             hotplug: file.hotplug.enabled.unwrap_or(true),
             hotplug_objects: file.hotplug.objects.unwrap_or(true),
+            deep_verify: file.hotplug.deep_verify.unwrap_or(false),
             probe_interval: seconds(
                 "probeIntervalSeconds",
                 later.probe_interval_seconds.or(file.probe_interval_seconds),
@@ -452,6 +458,7 @@ mod tests {
         assert_eq!(config.connect, "test:///default");
         assert_eq!(config.node_name.as_deref(), Some("a"));
         assert_eq!(config.publish, [Target::File]);
+        assert!(config.hotplug && !config.deep_verify);
         assert_eq!(config.listen.port(), 9478);
     }
 
@@ -484,6 +491,7 @@ api:
 hotplug:
   enabled: false
   objects: false
+  deepVerify: true
 ";
         let config = join(text, Settings::default()).unwrap();
         assert_eq!(config.publish, [Target::File, Target::Node]);
@@ -492,6 +500,7 @@ hotplug:
         assert_eq!(config.allowed_gids, [36]);
         assert_eq!(config.socket, Path::new("/run/x.sock"));
         assert!(!config.hotplug && !config.hotplug_objects);
+        assert!(!config.hotplug && config.deep_verify);
         assert_eq!(config.policy.guest_architectures, ["aarch64"]);
         assert!(
             config

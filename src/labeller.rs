@@ -17,8 +17,8 @@ use crate::capability::{CanonicalMachine, NodeFacts};
 use crate::host;
 use crate::hypervisor::{Connection, Hypervisor};
 use crate::label::{
-    Change, FAMILIES, Invalid, LabelSet, Policy, Probe, Published, RetentionReason, Source, derive,
-    family,
+    Change, FAMILIES, Invalid, LabelSet, Policy, Probe, Published, Rejected, RetentionReason,
+    Source, derive, family,
 };
 use crate::probe::{Failure, Prober, Reading};
 use crate::publish::file::{FilePublisher, Report};
@@ -59,6 +59,17 @@ pub struct Progress {
     pub file_problem: Option<String>,
 }
 
+/// The last probe, for those who want to know more than labels.
+#[derive(Debug, Clone, Default)]
+pub struct Latest {
+    /// What it read.
+    pub facts: Arc<NodeFacts>,
+    /// What it could not read.
+    pub failures: Vec<Failure>,
+    /// Labels that were left out.
+    pub rejected: Vec<Rejected>,
+}
+
 /// Keeps the published labels true.
 pub struct Labeller<H> {
     prober: Prober<H>,
@@ -69,9 +80,10 @@ pub struct Labeller<H> {
     outlets: Outlets,
     metrics: Arc<Metrics>,
     progress: watch::Sender<Progress>,
+    latest: watch::Sender<Option<Arc<Latest>>>,
 
     published: Published,
-    rejected: Vec<crate::label::Rejected>,
+    rejected: Vec<Rejected>,
     /// The emulators that capabilities were read from.
     emulators: Vec<String>,
 }
@@ -106,6 +118,7 @@ impl<H: Hypervisor> Labeller<H> {
             outlets,
             metrics,
             progress: watch::Sender::new(progress),
+            latest: watch::Sender::new(None),
             published: Published::starting_from(before),
             rejected: Vec::new(),
             emulators: Vec::new(),
@@ -115,6 +128,11 @@ impl<H: Hypervisor> Labeller<H> {
     /// How far it is, and every change of that.
     pub fn progress(&self) -> watch::Receiver<Progress> {
         self.progress.subscribe()
+    }
+
+    /// The last probe, and each that follows.
+    pub fn latest(&self) -> watch::Receiver<Option<Arc<Latest>>> {
+        self.latest.subscribe()
     }
 
     /// Probes and publishes until `token` is cancelled. The labels stay then.
@@ -168,6 +186,11 @@ impl<H: Hypervisor> Labeller<H> {
             if may_write_node {
                 self.hand_over_to_node();
             }
+            self.latest.send_replace(Some(Arc::new(Latest {
+                facts: Arc::new(reading.facts),
+                failures: reading.failures,
+                rejected: self.rejected.clone(),
+            })));
             fingerprint = host::fingerprint(&self.root, &self.emulators);
             next = Instant::now() + wait;
         }

@@ -2,21 +2,25 @@
 //!
 //! The arrows point down only; ARCHITECTURE.md has the picture and the rules.
 //!
-//! * [`xml`], [`units`], [`capability`], [`domain`], [`label`], [`hotplug`], [`operation`]: the pure
-//!   core. libvirt's documents as facts, facts as labels, evidence as verdicts; text and values in,
+//! * [`xml`], [`units`], [`capability`], [`domain`], [`label`], [`compat`], [`diagnosis`],
+//!   [`hotplug`], [`operation`]: the pure core. libvirt's documents as facts, facts as labels, evidence as verdicts; text and values in,
 //!   values out.
 //! * [`hypervisor`], [`host`], [`cluster`], [`publish`], [`journal`]: adapters, one for each outside
 //!   system;
 //!   [`ffi`] holds the calls that need `unsafe`.
-//! * [`probe`], [`labeller`], [`executor`] and [`controller`]: services that join the core and the adapters.
+//! * [`probe`], [`labeller`], [`executor`], [`controller`], [`monitor`] and [`doctor`]: services
+//!   that join the core and the adapters.
 //! * [`config`], [`telemetry`], [`daemon`] and [`cli`]: wiring.
 
 pub mod capability;
 pub mod cli;
 pub mod cluster;
+pub mod compat;
 pub mod config;
 pub mod controller;
 pub mod daemon;
+pub mod diagnosis;
+pub mod doctor;
 pub mod domain;
 pub mod executor;
 #[allow(unsafe_code)]

@@ -1,7 +1,5 @@
 //! The `virtnode` command.
 
-use std::process::ExitCode;
-
-fn main() -> ExitCode {
-    virtnode::cli::main()
+fn main() {
+    virtnode::ffi::leave(virtnode::cli::main().code());
 }

@@ -1,15 +1,18 @@
 //! Keeps the inventory of running domains up to date: bulk statistics on a timer and when
-//! something happens, and a closer look at those domains that something happened to.
+//! something happens, and a closer look at those domains that something happened to. What it sees
+//! it also hands on, to be diagnosed.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures::{StreamExt, stream};
+use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
+use crate::diagnosis::observed::{Agent, DomainSeen, Look};
 use crate::domain::Domain;
 use crate::hypervisor::{DomainControl, DomainId, DomainStats, HypervisorError, Notice, Notices};
 use crate::telemetry::{DomainFigures, Inventory, now};
@@ -22,23 +25,38 @@ const LOOK_AGAIN: Duration = Duration::from_secs(60);
 const GATHER: Duration = Duration::from_millis(100);
 /// Domains looked at at a time.
 const AT_A_TIME: usize = 4;
-/// How long libvirt may take to tell of one domain; the others wait for that.
-const LOOK_DEADLINE: Duration = Duration::from_secs(2);
-/// How long a guest agent may take to tell.
-const AGENT_DEADLINE: Duration = Duration::from_secs(3);
+/// How long it waits: the other domains wait for that.
+const PATIENCE: Patience = Patience {
+    libvirt: Duration::from_secs(2),
+    agent: Duration::from_secs(3),
+};
+
+/// How long a look at one domain may take.
+#[derive(Debug, Clone, Copy)]
+pub struct Patience {
+    /// For libvirt to tell of it.
+    pub libvirt: Duration,
+    /// For its guest agent to tell.
+    pub agent: Duration,
+}
+
+/// The running domains as last seen, or why they cannot be; `None` before the first time.
+pub type Sight = Option<Result<Arc<[DomainSeen]>, String>>;
 
 /// Keeps the inventory up to date.
 pub struct Monitor<C> {
     control: Arc<C>,
     inventory: Arc<Inventory>,
     known: HashMap<String, Known>,
+    /// Why a domain could not be looked at when that was last tried.
+    unlooked: HashMap<String, String>,
+    sight: watch::Sender<Sight>,
     failed: Option<&'static str>,
 }
 
 /// A domain as last looked at.
 struct Known {
-    domain: Domain,
-    online: Option<u32>,
+    look: Arc<Look>,
     looked: Instant,
     /// Something happened to it since.
     stale: bool,
@@ -51,8 +69,15 @@ impl<C: DomainControl> Monitor<C> {
             control,
             inventory,
             known: HashMap::new(),
+            unlooked: HashMap::new(),
+            sight: watch::Sender::new(None),
             failed: None,
         }
+    }
+
+    /// The running domains as it sees them from now on.
+    pub fn sight(&self) -> watch::Receiver<Sight> {
+        self.sight.subscribe()
     }
 
     /// Works until told to stop.
@@ -103,11 +128,16 @@ impl<C: DomainControl> Monitor<C> {
         }
     }
 
-    /// One reading.
-    async fn refresh(&mut self) -> Result<(), HypervisorError> {
+    /// One reading: of the statistics, and of the domains that something happened to.
+    ///
+    /// # Errors
+    /// The hypervisor's; the inventory stays as it was.
+    pub async fn refresh(&mut self) -> Result<(), HypervisorError> {
         let running = self.control.all_domain_stats().await?;
         let there: HashSet<&str> = running.iter().map(|stats| stats.id.uuid.as_str()).collect();
         self.known.retain(|uuid, _| there.contains(uuid.as_str()));
+        self.unlooked
+            .retain(|uuid, _| there.contains(uuid.as_str()));
         let stale: Vec<DomainId> = running
             .iter()
             .filter(|stats| self.is_stale(stats))
@@ -115,18 +145,29 @@ impl<C: DomainControl> Monitor<C> {
             .collect();
         let control = &self.control;
         let looks: Vec<_> = stream::iter(stale)
-            .map(|id| look(control, id))
+            .map(|id| async {
+                let seen = look(&**control, &id, PATIENCE).await;
+                (id, seen)
+            })
             .buffer_unordered(AT_A_TIME)
             .collect()
             .await;
-        for (id, domain, online) in looks.into_iter().flatten() {
-            let known = Known {
-                domain,
-                online,
-                looked: Instant::now(),
-                stale: false,
-            };
-            self.known.insert(id.uuid, known);
+        for (id, seen) in looks {
+            match seen {
+                Ok(look) => {
+                    let known = Known {
+                        look: Arc::new(look),
+                        looked: Instant::now(),
+                        stale: false,
+                    };
+                    self.unlooked.remove(&id.uuid);
+                    self.known.insert(id.uuid, known);
+                }
+                Err(why) => {
+                    debug!(domain = ?id.name, why, "a domain cannot be looked at");
+                    self.unlooked.insert(id.uuid, why);
+                }
+            }
         }
         let at = now();
         let figures = running.iter().filter_map(|stats| {
@@ -134,64 +175,94 @@ impl<C: DomainControl> Monitor<C> {
             let balloon = stats.stats.balloon;
             let told = balloon.updated.is_some_and(|updated| updated > 0);
             let total = balloon.total.filter(|_| told);
-            let figures = DomainFigures::of(&known.domain, known.online, total, at);
+            let look = &known.look;
+            let figures = DomainFigures::of(&look.domain, look.online(), total, at);
             Some(DomainFigures {
                 state: stats.state,
                 ..figures
             })
         });
         self.inventory.replace(figures.collect());
+        let seen = running.into_iter().map(|stats| self.seen(stats));
+        let seen: Arc<[DomainSeen]> = seen.collect();
+        self.sight.send_replace(Some(Ok(seen)));
         Ok(())
+    }
+
+    fn seen(&self, stats: DomainStats) -> DomainSeen {
+        let uuid = &stats.id.uuid;
+        let look = match (self.unlooked.get(uuid), self.known.get(uuid)) {
+            (None, Some(known)) => Ok(Arc::clone(&known.look)),
+            (Some(why), _) => Err(why.clone()),
+            (None, None) => Err("not looked at yet".to_owned()),
+        };
+        DomainSeen {
+            name: stats.id.name,
+            uuid: stats.id.uuid,
+            state: stats.state,
+            stats: stats.stats,
+            look,
+            earlier: BTreeMap::new(),
+        }
     }
 
     fn is_stale(&self, stats: &DomainStats) -> bool {
         self.known.get(&stats.id.uuid).is_none_or(|known| {
             let seen = u32::try_from(stats.stats.vcpus.len()).unwrap_or(u32::MAX);
             // Nothing tells when a guest brings a vCPU online.
-            let lags = known
-                .online
-                .is_some_and(|online| online < known.domain.vcpus.plugged());
-            known.stale
-                || lags
-                || known.looked.elapsed() >= LOOK_AGAIN
-                || known.domain.vcpus.plugged() != seen
+            let plugged = known.look.domain.vcpus.plugged();
+            let lags = known.look.online().is_some_and(|online| online < plugged);
+            known.stale || lags || known.looked.elapsed() >= LOOK_AGAIN || plugged != seen
         })
     }
 
     /// Says so once, and keeps what was seen last: each entry has its time.
     fn failed(&mut self, error: &HypervisorError) {
+        self.sight.send_replace(Some(Err(error.to_string())));
         if self.failed.replace(error.code()) != Some(error.code()) {
             warn!(%error, "the running domains cannot be read; trying on");
         }
     }
 }
 
-/// Looks at one domain; `None` if it cannot be looked at, such as one that has just ended.
-async fn look<C: DomainControl>(
-    control: &Arc<C>,
-    id: DomainId,
-) -> Option<(DomainId, Domain, Option<u32>)> {
+/// Looks at one domain.
+///
+/// # Errors
+/// Why it cannot be looked at, as a sentence; it may have just ended.
+pub async fn look<C: DomainControl>(
+    control: &C,
+    id: &DomainId,
+    patience: Patience,
+) -> Result<Look, String> {
     // While something is being done to a domain this would wait for that.
-    let live = match timeout(LOOK_DEADLINE, control.domain(&id)).await.ok()? {
-        Ok(live) => live,
-        Err(error) => {
-            debug!(domain = ?id.name, %error, "a domain cannot be looked at");
-            return None;
+    let live = match timeout(patience.libvirt, control.domain(id)).await {
+        Ok(Ok(live)) => live,
+        Ok(Err(error)) => return Err(error.to_string()),
+        Err(_) => {
+            let waited = patience.libvirt;
+            return Err(format!(
+                "no answer within {waited:?}; something is being done to it"
+            ));
         }
     };
     let domain = match Domain::parse(&live.id.name, live.xml.as_bytes(), live.state) {
         Ok(domain) => domain,
         Err(error) => {
             warn!(domain = ?id.name, %error, "a domain's XML cannot be read");
-            return None;
+            return Err(error.to_string());
         }
     };
-    let online = match domain.agent.may_answer() && domain.state.runs() {
-        true => {
-            let answer = timeout(AGENT_DEADLINE, control.guest_vcpus(&id)).await;
-            answer.ok().and_then(Result::ok).map(|g| g.online.len())
-        }
-        false => None,
+    let agent = match domain.agent.may_answer() && domain.state.runs() {
+        true => match timeout(patience.agent, control.guest_vcpus(id)).await {
+            Ok(Ok(vcpus)) => Agent::Answered(vcpus),
+            Ok(Err(error)) => Agent::Silent(error.to_string()),
+            Err(_) => Agent::Silent(format!("no answer within {:?}", patience.agent)),
+        },
+        false => Agent::NotAsked,
     };
-    Some((id, domain, online))
+    Ok(Look {
+        domain,
+        persistent: live.persistent,
+        agent,
+    })
 }

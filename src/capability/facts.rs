@@ -275,7 +275,7 @@ impl NodeFacts {
     ///
     /// KVM's own answer, and what shows in a document whose maximum is below its machine's:
     /// libvirt prints the lower of the two (`virQEMUCapsFillDomainCaps`).
-    fn accelerator_limit(&self, arch: &str, machines: &[Machine]) -> VcpuMax {
+    pub(crate) fn accelerator_limit(&self, arch: &str, machines: &[Machine]) -> VcpuMax {
         if self.best_domain_type(arch) != Some("kvm") {
             return VcpuMax::Unknown;
         }

@@ -38,8 +38,32 @@ pub struct Host {
     pub cells: Vec<NumaCell>,
     /// Security drivers: `selinux`, `apparmor`, `dac`, `none`.
     pub security_models: Vec<String>,
+    /// Whom emulators run as, by the security driver `dac`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub emulator_owner: Option<Owner>,
     /// Whether live migration is offered, and over which transports.
     pub migration: Option<Migration>,
+}
+
+/// A user and a group by number: `+64055:+107` in libvirt's spelling.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Owner {
+    /// The user.
+    pub uid: u32,
+    /// The group.
+    pub gid: u32,
+}
+
+impl Owner {
+    /// From libvirt's spelling (`virSecurityDACGetBaseLabel`); `None` if it is another.
+    fn parse(text: &str) -> Option<Self> {
+        let (uid, gid) = text.trim().split_once(':')?;
+        let number = |text: &str| text.strip_prefix('+')?.parse().ok();
+        Some(Self {
+            uid: number(uid)?,
+            gid: number(gid)?,
+        })
+    }
 }
 
 /// `/capabilities/host/cpu`.
@@ -156,7 +180,7 @@ fn read_host(cursor: &mut Cursor<'_>) -> Result<Host, Problem> {
             "cpu" => host.cpu = Some(read_cpu(cursor)?),
             "iommu" => host.iommu = child.yes_no("support")?,
             "topology" => host.cells = read_topology(cursor)?,
-            "secmodel" => read_secmodel(cursor, &mut host.security_models)?,
+            "secmodel" => read_secmodel(cursor, &mut host)?,
             "migration_features" => host.migration = Some(read_migration(cursor)?),
             // Facts that no label and no check stands on.
             "power_management" | "netprefix" | "cache" | "memory_bandwidth" => {}
@@ -262,11 +286,16 @@ fn read_cell(cursor: &mut Cursor<'_>, element: &Element<'_>) -> Result<NumaCell,
     Ok(cell)
 }
 
-fn read_secmodel(cursor: &mut Cursor<'_>, models: &mut Vec<String>) -> Result<(), Problem> {
+fn read_secmodel(cursor: &mut Cursor<'_>, host: &mut Host) -> Result<(), Problem> {
     cursor.children(|cursor, child| {
         match child.name() {
-            "model" => models.extend(non_empty(cursor.text()?)),
-            "doi" | "baselabel" => {}
+            "model" => host.security_models.extend(non_empty(cursor.text()?)),
+            // One for each domain type, all the same; other drivers' are no numbers.
+            "baselabel" => {
+                let owner = Owner::parse(&cursor.text()?);
+                host.emulator_owner = owner.or(host.emulator_owner);
+            }
+            "doi" => {}
             _ => cursor.unknown(),
         }
         Ok(())

@@ -16,7 +16,9 @@ pub use domain::{DomainCapabilities, Hyperv, Section, Sev, Sgx};
 pub use eim::Eim;
 pub use facts::{Accelerator, CanonicalMachine, NodeFacts, is_q35, is_x86};
 pub use guest::{Guest, GuestDomain, Machine};
-pub use host::{Capabilities, Host, HostCpu, Migration, NumaCell, Pages, Topology, TscCounter};
+pub use host::{
+    Capabilities, Host, HostCpu, Migration, NumaCell, Owner, Pages, Topology, TscCounter,
+};
 pub use node::{HostFacts, IommuKind, KvmHyperv};
 pub use vcpus::{UNLIMITED, VcpuMax};
 pub use version::{NotAVersion, Version};

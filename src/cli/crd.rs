@@ -1,4 +1,4 @@
-//! `virtnode crd`: the definitions of the custom resources, as `manifests/crds.yaml` holds them.
+//! `virtnode crd`: the definitions of the custom resources, as `manifests/base/crds.yaml` holds them.
 
 use anyhow::Context;
 

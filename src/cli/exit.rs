@@ -2,7 +2,6 @@
 
 use std::error::Error;
 use std::fmt;
-use std::process::ExitCode;
 
 use crate::hotplug::Verdict;
 
@@ -23,16 +22,17 @@ pub enum Exit {
     Unreachable,
 }
 
-impl From<Exit> for ExitCode {
-    fn from(exit: Exit) -> Self {
-        Self::from(match exit {
-            Exit::Done => 0,
-            Exit::Failed => 1,
-            Exit::Usage => 2,
-            Exit::NotTaken => 3,
-            Exit::Infeasible => 4,
-            Exit::Unreachable => 5,
-        })
+impl Exit {
+    /// The exit code.
+    pub fn code(self) -> u8 {
+        match self {
+            Self::Done => 0,
+            Self::Failed => 1,
+            Self::Usage => 2,
+            Self::NotTaken => 3,
+            Self::Infeasible => 4,
+            Self::Unreachable => 5,
+        }
     }
 }
 

@@ -153,7 +153,8 @@ async fn direct(
     }
     let metrics = Arc::new(Metrics::new());
     let control = LibvirtControl::start(control_config(config), &metrics);
-    let carried = Carried::start(Arc::new(control), &config.state_directory, &metrics, None)?;
+    let (state, deep) = (&config.state_directory, config.deep_verify);
+    let carried = Carried::start(Arc::new(control), state, deep, &metrics, None)?;
     let order = Order {
         domain: domain.clone(),
         request: request.clone(),

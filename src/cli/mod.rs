@@ -1,8 +1,11 @@
 //! The command line: one file for each command.
 
 mod capabilities;
+mod check;
 mod cleanup;
 mod crd;
+mod diagnosis;
+mod doctor;
 mod exit;
 mod generate;
 mod hotplug;
@@ -15,7 +18,6 @@ mod report;
 mod run;
 
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::Context;
@@ -52,10 +54,14 @@ enum Command {
     Labels(labels::Labels),
     /// The facts behind the labels: CPU, machine types, models with blockers, IOMMU, versions
     Capabilities(capabilities::Capabilities),
+    /// Would a domain run here? Every reason and remedy, and how much room it has to grow
+    Check(check::Check),
     /// Change a running domain, and prove that its guest has taken it
     Hotplug(hotplug::Hotplug),
     /// The hotplug operations this node has done or is doing
     Operations(operations::Operations),
+    /// Look this node over: each thing that is wrong, why it matters, and the command that cures it
+    Doctor(doctor::Doctor),
     /// Remove what this program published, and nothing else
     Cleanup,
     /// Print the definitions of the custom resources, for `kubectl apply`
@@ -76,7 +82,7 @@ fn version() -> &'static str {
 }
 
 /// Parses the arguments, runs the command, and says what went wrong.
-pub fn main() -> ExitCode {
+pub fn main() -> Exit {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
@@ -86,17 +92,17 @@ pub fn main() -> ExitCode {
             };
             // A closed pipe is the reader's wish.
             let _closed = error.print();
-            return status.into();
+            return status;
         }
     };
     match cli.run() {
-        Ok(exit) => exit.into(),
+        Ok(exit) => exit,
         Err(error) => {
             let exit = Exit::of(&error);
             if !exit::is_broken_pipe(&error) {
                 output::complain(&format!("virtnode: {error:#}"));
             }
-            exit.into()
+            exit
         }
     }
 }
@@ -116,14 +122,16 @@ impl Cli {
             _ => {}
         }
         let in_cluster = std::env::var_os("KUBERNETES_SERVICE_HOST").is_some();
-        let config = Config::load(config.as_deref(), &settings, in_cluster)
-            .map_err(|error| Failure::new(Exit::Usage, error))?;
+        let load = || Config::load(config.as_deref(), &settings, in_cluster);
+        let config = load().map_err(|error| Failure::new(Exit::Usage, error))?;
         match command {
-            Command::Run => run::run(config),
+            Command::Run => run::run(config, || load().map(drop)),
             Command::Labels(arguments) => arguments.run(&config),
             Command::Capabilities(arguments) => arguments.run(&config),
+            Command::Check(arguments) => arguments.run(&config),
             Command::Hotplug(arguments) => arguments.run(&config),
             Command::Operations(arguments) => arguments.run(&config),
+            Command::Doctor(arguments) => arguments.run(&config),
             Command::Cleanup => cleanup::run(&config),
             Command::Crd | Command::Completions(_) | Command::Man(_) => Ok(Exit::Done),
         }

@@ -79,7 +79,7 @@ pub enum ClusterError {
     },
     /// The right to do this is missing.
     #[error(
-        "virtnode may not {verb} {object}: {message}; grant its user or ServiceAccount the right `{verb}` on `{}` (manifests/rbac.yaml has all it needs)", .object.resource
+        "virtnode may not {verb} {object}: {message}; grant its user or ServiceAccount the right `{verb}` on `{}` (manifests/base/rbac.yaml has all it needs)", .object.resource
     )]
     Forbidden {
         /// The right that is missing.
@@ -110,7 +110,7 @@ pub enum ClusterError {
         node: String,
     },
     /// There is no such object, or the cluster does not know its kind.
-    #[error("the cluster has no {object}, or its definition is missing (manifests/crds.yaml)")]
+    #[error("the cluster has no {object}, or its definition is missing (manifests/base/crds.yaml)")]
     NotFound {
         /// The object.
         object: Object,

@@ -1,6 +1,6 @@
 //! The DomainHotplug objects of the own node.
 
-use std::future;
+use std::future::{self, Future};
 
 use futures::{Stream, StreamExt};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
@@ -23,6 +23,8 @@ pub struct HotplugObject {
     pub name: String,
     /// Which object by this name it is.
     pub uid: String,
+    /// Which version of it, as the API server counts.
+    pub version: String,
     /// When it was made, to the second.
     pub created: Moment,
     /// How often its spec was changed, and once more.
@@ -35,6 +37,15 @@ pub struct HotplugObject {
     pub spec: Value,
     /// What has been said of it; nothing if that cannot be read.
     pub status: Option<DomainHotplugStatus>,
+}
+
+/// Which object is meant: another one may have its name by now.
+#[derive(Debug, Clone, Copy)]
+pub struct Target<'t> {
+    /// Its name.
+    pub name: &'t str,
+    /// Which object by this name.
+    pub uid: &'t str,
 }
 
 /// What is new about the objects of this node.
@@ -97,32 +108,46 @@ impl HotplugObjects {
             .filter_map(future::ready)
     }
 
-    /// Applies a status, whole, to the object of this name and uid.
+    /// An object as it is now.
     ///
     /// # Errors
-    /// [`ClusterError::NotFound`] and [`ClusterError::Conflict`] if there is no such object any more;
-    /// otherwise any.
+    /// [`ClusterError::NotFound`] if there is none by this name; otherwise any.
+    pub async fn look(&self, name: &str) -> Result<HotplugObject, ClusterError> {
+        let answer = self.objects.get(name);
+        let object = self.cluster.call_about(self.about(name), "get", answer);
+        Ok(HotplugObject::read(object.await?, self.node()))
+    }
+
+    /// Applies a status, whole, to this version of an object. Says which version it is then.
+    ///
+    /// # Errors
+    /// [`ClusterError::Conflict`] if the object is not that version any more, or not that object;
+    /// [`ClusterError::NotFound`] if there is none; otherwise any.
     pub async fn write_status(
         &self,
-        name: &str,
-        uid: &str,
+        target: Target<'_>,
+        version: &str,
         status: &DomainHotplugStatus,
-    ) -> Result<(), ClusterError> {
-        let patch = self.patch_of(name, uid, json!({"status": status}));
+    ) -> Result<String, ClusterError> {
+        let mut patch = self.patch_of(target, json!({"status": status}));
+        if let Patch::Apply(object) = &mut patch {
+            // A patch of the status may have any uid; only by the version is it this object's.
+            object["metadata"]["resourceVersion"] = version.into();
+        }
         // Nobody else has any business in it.
         let params = PatchParams::apply(FIELD_MANAGER).force();
-        let answer = self.objects.patch_status(name, &params, &patch);
-        self.cluster
-            .call_about(self.about(name), "patch", answer)
-            .await?;
-        Ok(())
+        let answer = self.objects.patch_status(target.name, &params, &patch);
+        self.patched(target, answer).await
     }
 
     /// Makes the own Node an owner of the object, so that it goes when the Node goes.
     ///
+    /// Says which version the object is then.
+    ///
     /// # Errors
-    /// As [`Self::write_status`], or those of a look at the Node.
-    pub async fn own(&self, name: &str, uid: &str, node_uid: &str) -> Result<(), ClusterError> {
+    /// [`ClusterError::NotFound`] and [`ClusterError::Conflict`] if there is no such object any more;
+    /// otherwise any.
+    pub async fn own(&self, target: Target<'_>, node_uid: &str) -> Result<String, ClusterError> {
         let owner = OwnerReference {
             api_version: "v1".to_owned(),
             kind: "Node".to_owned(),
@@ -130,30 +155,27 @@ impl HotplugObjects {
             uid: node_uid.to_owned(),
             ..OwnerReference::default()
         };
-        let mut patch = self.patch_of(name, uid, json!({}));
-        if let Patch::Apply(Value::Object(object)) = &mut patch {
+        let mut patch = self.patch_of(target, json!({}));
+        if let Patch::Apply(object) = &mut patch {
             object["metadata"]["ownerReferences"] = json!([owner]);
         }
         let params = PatchParams::apply(FIELD_MANAGER);
-        let answer = self.objects.patch(name, &params, &patch);
-        self.cluster
-            .call_about(self.about(name), "patch", answer)
-            .await?;
-        Ok(())
+        let answer = self.objects.patch(target.name, &params, &patch);
+        self.patched(target, answer).await
     }
 
-    /// Deletes the object of this name and uid.
+    /// Deletes an object.
     ///
     /// # Errors
-    /// As [`Self::write_status`].
-    pub async fn delete(&self, name: &str, uid: &str) -> Result<(), ClusterError> {
+    /// As [`Self::own`].
+    pub async fn delete(&self, target: Target<'_>) -> Result<(), ClusterError> {
         let params = DeleteParams::default().preconditions(Preconditions {
-            uid: Some(uid.to_owned()),
+            uid: Some(target.uid.to_owned()),
             resource_version: None,
         });
-        let answer = self.objects.delete(name, &params);
+        let answer = self.objects.delete(target.name, &params);
         self.cluster
-            .call_about(self.about(name), "delete", answer)
+            .call_about(self.about(target.name), "delete", answer)
             .await?;
         Ok(())
     }
@@ -166,11 +188,21 @@ impl HotplugObjects {
         Ok(self.cluster.observe().await?.uid)
     }
 
-    fn patch_of(&self, name: &str, uid: &str, mut object: Value) -> Patch<Value> {
+    async fn patched(
+        &self,
+        target: Target<'_>,
+        answer: impl Future<Output = kube::Result<DynamicObject>>,
+    ) -> Result<String, ClusterError> {
+        let about = self.about(target.name);
+        let object = self.cluster.call_about(about, "patch", answer).await?;
+        Ok(object.metadata.resource_version.unwrap_or_default())
+    }
+
+    fn patch_of(&self, target: Target<'_>, mut object: Value) -> Patch<Value> {
         object["apiVersion"] = DomainHotplug::api_version(&()).into();
         object["kind"] = DomainHotplug::kind(&()).into();
         // To apply to what does not exist is to create it, unless it must have this uid.
-        object["metadata"] = json!({"name": name, "uid": uid});
+        object["metadata"] = json!({"name": target.name, "uid": target.uid});
         Patch::Apply(object)
     }
 
@@ -221,6 +253,7 @@ impl HotplugObject {
         Self {
             name: metadata.name.unwrap_or_default(),
             uid: metadata.uid.unwrap_or_default(),
+            version: metadata.resource_version.unwrap_or_default(),
             created: metadata
                 .creation_timestamp
                 .map_or(Moment::from_millis(0), |time| time.0.into()),

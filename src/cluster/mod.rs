@@ -33,7 +33,7 @@ use crate::label::ownership::Shown;
 pub use config::ClusterConfig;
 pub use error::{ClusterError, Object, Refusal};
 pub use events::{Happening, HappeningKind, WrittenEvent};
-pub use hotplugs::{HotplugChange, HotplugObject, HotplugObjects};
+pub use hotplugs::{HotplugChange, HotplugObject, HotplugObjects, Target};
 pub use retry::Retry;
 pub use watch::Seen;
 

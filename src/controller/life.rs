@@ -9,7 +9,7 @@ use tokio::time::{Instant, sleep_until};
 use super::shared::{Shared, is_gone, now};
 use super::status::{Hold, News, expires, held, news, of};
 use crate::cluster::objects::DomainHotplugStatus;
-use crate::cluster::{ClusterError, HotplugObject};
+use crate::cluster::{ClusterError, HotplugObject, Target};
 use crate::operation::Record;
 
 /// An operation that has its verdict by then is told of once, with the verdict.
@@ -29,8 +29,9 @@ pub(super) enum Cause {
 }
 
 /// What of an object may change during its life.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Changing {
+    pub(super) version: String,
     pub(super) generation: i64,
     pub(super) owned: bool,
 }
@@ -38,6 +39,7 @@ pub(super) struct Changing {
 impl From<&HotplugObject> for Changing {
     fn from(object: &HotplugObject) -> Self {
         Self {
+            version: object.version.clone(),
             generation: object.generation,
             owned: object.owned,
         }
@@ -53,6 +55,8 @@ pub(super) struct Life {
     /// The generation that was taken on.
     taken_on: i64,
     changing: watch::Receiver<Changing>,
+    /// The latest that is known.
+    version: String,
     time_to_live: Option<Duration>,
     /// What the API server has; evidence and what else is of no use here left out.
     shown: Option<DomainHotplugStatus>,
@@ -86,6 +90,7 @@ impl Life {
         Self {
             shared,
             time_to_live: super::request::time_to_live(&object.spec),
+            version: object.version,
             name: object.name,
             uid: object.uid,
             cause,
@@ -123,17 +128,47 @@ impl Life {
             match done {
                 Ok(()) => self.failures = 0,
                 Err(error) if is_gone(&error) => return,
-                Err(error) => {
-                    self.failures += 1;
-                    let delay = self.shared.retry.delay(self.failures, &error);
-                    self.not_before = Instant::now() + delay;
-                }
+                Err(error @ ClusterError::Conflict { .. }) => match self.look().await {
+                    // At once, the first time.
+                    Ok(true) if self.failures == 0 => self.failures = 1,
+                    Ok(true) => self.failed(&error),
+                    Ok(false) => return,
+                    Err(error) => self.failed(&error),
+                },
+                Err(error) => self.failed(&error),
             }
         }
     }
 
+    fn failed(&mut self, error: &ClusterError) {
+        self.failures += 1;
+        let delay = self.shared.retry.delay(self.failures, error);
+        self.not_before = Instant::now() + delay;
+    }
+
+    /// Finds out what it is that changed; whether the object is still there.
+    async fn look(&mut self) -> Result<bool, ClusterError> {
+        let looked = self
+            .shared
+            .call("status", self.shared.objects.look(&self.name))
+            .await;
+        match looked {
+            Ok(object) if object.uid == self.uid => {
+                self.version = object.version;
+                Ok(true)
+            }
+            Ok(_) => Ok(false),
+            Err(error) if is_gone(&error) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
     fn next(&mut self) -> Step {
-        let changing = *self.changing.borrow_and_update();
+        let changing = self.changing.borrow_and_update().clone();
+        // The watch may tell of a write of our own later than its answer did.
+        if is_newer(&changing.version, &self.version) {
+            self.version.clone_from(&changing.version);
+        }
         let wanted = match &mut self.cause {
             Cause::Operation(record) => {
                 let changed = changing.generation > self.taken_on;
@@ -168,18 +203,23 @@ impl Life {
         Step::Wait(until)
     }
 
+    fn target(&self) -> Target<'_> {
+        Target {
+            name: &self.name,
+            uid: &self.uid,
+        }
+    }
+
     async fn write(&mut self, status: DomainHotplugStatus) -> Result<(), ClusterError> {
-        let call = self
-            .shared
-            .objects
-            .write_status(&self.name, &self.uid, &status);
-        self.shared.call("status", call).await?;
+        let objects = &self.shared.objects;
+        let call = objects.write_status(self.target(), &self.version, &status);
+        self.version = self.shared.call("status", call).await?;
         self.shown = Some(without_details(status));
         Ok(())
     }
 
     async fn delete(&mut self) -> Result<(), ClusterError> {
-        let call = self.shared.objects.delete(&self.name, &self.uid);
+        let call = self.shared.objects.delete(self.target());
         self.shared.call("delete", call).await?;
         tracing::info!(
             object = self.name,
@@ -195,11 +235,14 @@ impl Life {
         let shared = Arc::clone(&self.shared);
         let own = async {
             let node = shared.node_uid().await?;
-            let call = shared.objects.own(&self.name, &self.uid, &node);
+            let call = shared.objects.own(self.target(), &node);
             shared.call("own", call).await
         };
         match own.await {
-            Ok(()) => self.owned = true,
+            Ok(version) => {
+                self.version = version;
+                self.owned = true;
+            }
             Err(error) if error.needs_people() || is_gone(&error) => self.owned = true,
             Err(error) => {
                 let delay = self.shared.retry.delay(u32::MAX, &error);
@@ -230,6 +273,15 @@ async fn changed(cause: &mut Cause) -> bool {
     match cause {
         Cause::Operation(record) => record.changed().await.is_ok(),
         Cause::Held(_) | Cause::Past => std::future::pending().await,
+    }
+}
+
+/// Whether a version is newer than another. They are numbers, by promise from Kubernetes 1.35 on and
+/// in fact ever since (KEP-5504); where they are not, what came last is taken to be.
+fn is_newer(version: &str, than: &str) -> bool {
+    match (version.parse::<u64>(), than.parse::<u64>()) {
+        (Ok(version), Ok(than)) => version > than,
+        _ => version != than,
     }
 }
 

@@ -34,7 +34,7 @@ use crate::cluster::{ClusterError, HotplugChange, HotplugObject, HotplugObjects,
 use crate::executor::{Executor, SubmitError};
 use crate::hotplug::Moment;
 use crate::hypervisor::DomainControl;
-use crate::operation::{AskedBy, OperationId, Record};
+use crate::operation::Record;
 use crate::telemetry::Metrics;
 
 /// So many errors of the watch in a row are worth telling.
@@ -286,16 +286,11 @@ impl<C: DomainControl> Controller<C> {
         self.attend(object, cause, taken_on);
     }
 
-    /// The operation that an object says it is, if it is known here and really the object's.
+    /// The operation of an object, if it is known here.
     fn record_of(&self, object: &HotplugObject) -> Option<watch::Receiver<Record>> {
-        let id: OperationId = object.status.as_ref()?.operation.as_ref()?.parse().ok()?;
-        let record = self.executor.watch(&id)?;
-        let asked_by = AskedBy::Object {
-            object: request::asker(&object.name),
-            user: None,
-        };
-        let is_its = record.borrow().asked_by == asked_by;
-        is_its.then_some(record)
+        let asker = request::asker(&object.name);
+        let id = self.executor.asked_with(&asker, &object.uid)?;
+        self.executor.watch(&id)
     }
 
     fn hold(&mut self, object: HotplugObject, hold: Hold) {
@@ -397,7 +392,7 @@ fn tell(node: &str, error: &ClusterError, is_unselectable: bool) {
     match error {
         ClusterError::NotFound { .. } => info!(
             node,
-            "this cluster does not know DomainHotplug objects (manifests/crds.yaml defines them); \
+            "this cluster does not know DomainHotplug objects (manifests/base/crds.yaml defines them); \
              looking for them now and then"
         ),
         _ if is_unselectable => warn!(

@@ -70,16 +70,16 @@ pub(super) fn order(object: &HotplugObject, node: &str) -> Result<Order, Refusal
         require: spec.require.into(),
         timeout: Duration::from_secs(spec.deadline_seconds.into()),
         idempotency_key: Some(object.uid.clone()),
-        asked_by: AskedBy::Object {
-            object: asker(&object.name),
-            user: None,
-        },
+        asked_by: asker(&object.name),
     })
 }
 
 /// Who asks, as the journal has it.
-pub(super) fn asker(name: &str) -> String {
-    format!("domainhotplug/{name}")
+pub(super) fn asker(name: &str) -> AskedBy {
+    AskedBy::Object {
+        object: format!("domainhotplug/{name}"),
+        user: None,
+    }
 }
 
 /// How long after its end the object is to be kept; for ever if it does not say.
@@ -188,6 +188,7 @@ mod tests {
         HotplugObject {
             name: "vm1-to-4".into(),
             uid: "0b9f2f3c".into(),
+            version: "7".into(),
             created: Moment::from_millis(0),
             generation: 1,
             leaving: false,

@@ -23,18 +23,21 @@ pub struct Carried<C>(Arc<Executor<C>>);
 
 impl<C: DomainControl> Carried<C> {
     /// Starts an executor with its journal below the state directory. What the journal holds
-    /// unfinished is taken up. What does not end well is told on the Node, if there is one.
+    /// unfinished is taken up. `deep_verify` taints the domains that are changed. What does not end
+    /// well is told on the Node, if there is one.
     ///
     /// # Errors
     /// The journal cannot be opened or read.
     pub fn start(
         control: Arc<C>,
         state_directory: &Path,
+        deep_verify: bool,
         metrics: &Arc<Metrics>,
         on_node: Option<(Events, ObjectReference)>,
     ) -> anyhow::Result<Self> {
         let journal = Journal::open(state_directory).context("cannot open the journal")?;
         let options = Options {
+            deep_verify,
             available_memory: Arc::new(|| host::available_memory(Path::new("/"))),
             ..Options::default()
         };

@@ -8,6 +8,7 @@ mod http;
 mod listener;
 mod socket;
 
+use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,8 +25,9 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
 use crate::cluster::{Cluster, ClusterConfig, HotplugObjects};
-use crate::config::{Config, Target};
+use crate::config::{Config, ConfigError, Target};
 use crate::controller::{self, Controller};
+use crate::doctor::{Doctor, Scope};
 use crate::hypervisor::{ControlConfig, Libvirt, LibvirtConfig, LibvirtControl};
 use crate::label::{LabelKey, LabelSet, LabelValue};
 use crate::labeller::{Labeller, Outlets};
@@ -65,11 +67,24 @@ pub fn cluster_config(config: &Config) -> anyhow::Result<ClusterConfig> {
     })
 }
 
-/// Runs until a signal asks to stop or a part ends by itself. Published labels stay.
+/// Why the daemon ended without an error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ending {
+    /// It was told to stop.
+    Stop,
+    /// It was told to read its configuration anew, and that can be used: start again.
+    Reload,
+}
+
+/// Runs until a signal asks to stop or to reload, or a part ends by itself. Published labels
+/// stay. `check` reads the configuration anew: one that is wrong does not end the daemon.
 ///
 /// # Errors
 /// A part that cannot be started, or that ended without being asked to.
-pub async fn run(config: Config) -> anyhow::Result<()> {
+pub async fn run(
+    config: Config,
+    check: impl Fn() -> Result<(), ConfigError>,
+) -> anyhow::Result<Ending> {
     info!(
         version = env!("CARGO_PKG_VERSION"),
         commit = env!("VIRTNODE_COMMIT"),
@@ -87,8 +102,11 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     start(&config, listener, &stop, &mut parts).await?;
     // Where no service manager listens this does nothing.
     let _nobody = sd_notify::notify(&[NotifyState::Ready]);
-    let outcome = supervise(&mut parts).await;
-    let _nobody = sd_notify::notify(&[NotifyState::Stopping]);
+    let outcome = supervise(&mut parts, check).await;
+    let _nobody = match outcome {
+        Ok(Ending::Reload) => sd_notify::notify(&[NotifyState::Reloading]),
+        _ => sd_notify::notify(&[NotifyState::Stopping]),
+    };
     stop.cancel();
     let ended = timeout(GRACE, async { while parts.join_next().await.is_some() {} }).await;
     if ended.is_err() {
@@ -158,6 +176,23 @@ async fn start(
     let inventory = Arc::clone(&metrics.inventory);
     let health = Arc::new(Health::new(labeller.progress(), synced).with_domains(inventory));
     let monitor = Monitor::new(Arc::clone(&control), Arc::clone(&metrics.inventory));
+    let scope = Scope {
+        root: Path::new("/").to_owned(),
+        uri: config.connect.clone(),
+        policy: config.policy.clone(),
+    };
+    let doctor = Doctor::new(
+        scope,
+        config.probe_interval,
+        labeller.latest(),
+        monitor.sight(),
+        Arc::clone(&metrics),
+    );
+    let token = stop.clone();
+    parts.spawn(async move {
+        doctor.run(token).await;
+        "the doctor"
+    });
     let token = stop.clone();
     parts.spawn(async move {
         monitor.run(token).await;
@@ -257,13 +292,9 @@ fn start_hotplug(
         .with_context(|| format!("cannot serve the local API at {}", config.socket.display()))?;
     let mut carried = None;
     if config.hotplug {
-        let started = Carried::start(
-            Arc::clone(control),
-            &config.state_directory,
-            metrics,
-            on_node,
-        )
-        .context("hotplug cannot be served (hotplug.enabled: false switches it off)")?;
+        let (state, deep) = (&config.state_directory, config.deep_verify);
+        let started = Carried::start(Arc::clone(control), state, deep, metrics, on_node)
+            .context("hotplug cannot be served (hotplug.enabled: false switches it off)")?;
         let started = Arc::new(started);
         carried = Some(Arc::clone(&started));
         let (token, metrics) = (stop.clone(), Arc::clone(metrics));
@@ -357,18 +388,38 @@ async fn beat(health: &Health) {
     }
 }
 
-/// Waits for a signal to stop, or for a part to end, which none should.
-async fn supervise(parts: &mut JoinSet<&'static str>) -> anyhow::Result<()> {
+/// Waits for a signal, or for a part to end, which none should.
+async fn supervise(
+    parts: &mut JoinSet<&'static str>,
+    check: impl Fn() -> Result<(), ConfigError>,
+) -> anyhow::Result<Ending> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    tokio::select! {
-        _ = terminate.recv() => info!("told to stop by SIGTERM"),
-        _ = interrupt.recv() => info!("told to stop by SIGINT"),
-        ended = parts.join_next() => match ended {
-            Some(Ok(part)) => bail!("{part} ended by itself"),
-            Some(Err(error)) => bail!("a part of the daemon failed: {error}"),
-            None => bail!("no part of the daemon is left"),
-        },
+    let mut hangup = signal(SignalKind::hangup())?;
+    // A terminal that is closed ends what runs on it. Asked now: a closed one is none any more.
+    let on_terminal = std::io::stderr().is_terminal();
+    loop {
+        tokio::select! {
+            _ = terminate.recv() => info!("told to stop by SIGTERM"),
+            _ = interrupt.recv() => info!("told to stop by SIGINT"),
+            _ = hangup.recv() => match check() {
+                _ if on_terminal => info!("its terminal is closed"),
+                Ok(()) => {
+                    info!("told to reload by SIGHUP; starting again");
+                    return Ok(Ending::Reload);
+                }
+                Err(error) => {
+                    error!(%error, "told to reload by SIGHUP, but the configuration cannot be used; going on as before");
+                    continue;
+                }
+            },
+            ended = parts.join_next() => match ended {
+                Some(Ok(part)) => bail!("{part} ended by itself"),
+                Some(Err(error)) => bail!("a part of the daemon failed: {error}"),
+                None => bail!("no part of the daemon is left"),
+            },
+        }
+        break;
     }
     // A second signal does not wait.
     tokio::spawn(async move {
@@ -376,8 +427,7 @@ async fn supervise(parts: &mut JoinSet<&'static str>) -> anyhow::Result<()> {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
         }
-        #[expect(clippy::exit, reason = "the operator asked twice")]
-        std::process::exit(130);
+        crate::ffi::leave(130);
     });
-    Ok(())
+    Ok(Ending::Stop)
 }

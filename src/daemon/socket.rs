@@ -2,25 +2,31 @@
 
 use std::fs::{self, Permissions};
 use std::io;
+use std::os::fd::AsFd;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use tokio::net::{UnixListener, UnixStream};
 
 use super::listener::Listener;
+use crate::ffi::peer_groups;
 
 /// The owner and the group may connect.
 const SOCKET_MODE: u32 = 0o660;
 /// Nobody else may even look.
 const DIRECTORY_MODE: u32 = 0o750;
 
-/// Who is at the other end, as the kernel says (`SO_PEERCRED`).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// Who is at the other end, as the kernel says (`SO_PEERCRED`, `SO_PEERGROUPS`): what it was when it
+/// connected.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Peer {
     /// The user.
     pub uid: u32,
     /// The primary group.
     pub gid: u32,
+    /// The further groups.
+    pub groups: Arc<[u32]>,
 }
 
 /// The socket, taken away when dropped.
@@ -98,6 +104,8 @@ impl Listener for LocalSocket {
         let peer = Peer {
             uid: credentials.uid(),
             gid: credentials.gid(),
+            // A kernel that does not tell them: then only the primary one counts.
+            groups: peer_groups(stream.as_fd()).unwrap_or_default().into(),
         };
         Ok((stream, peer))
     }

@@ -249,7 +249,7 @@ pub(super) fn read_size(cursor: &mut Cursor<'_>, element: &Element<'_>) -> Resul
 
 /// libvirt's units (`virScaleInteger`): KiB if none is said, single letters are powers of 1024
 /// and those with a B of 1000. libvirt itself always writes KiB.
-fn scaled(number: u64, unit: Option<&str>) -> Result<Bytes, Problem> {
+pub(crate) fn scaled(number: u64, unit: Option<&str>) -> Result<Bytes, Problem> {
     let unit = unit.unwrap_or("KiB");
     let factor = match unit.to_ascii_lowercase().as_str() {
         "b" | "byte" | "bytes" => Some(1),

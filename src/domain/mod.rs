@@ -6,6 +6,7 @@ mod facts;
 #[cfg(test)]
 mod facts_tests;
 mod idset;
+mod job;
 mod memory;
 mod needs;
 mod state;
@@ -15,6 +16,8 @@ mod vcpus;
 pub use devices::{AgentChannel, Balloon, Device};
 pub use facts::{Cpu, Domain, Topology};
 pub use idset::{IdSet, NotAnIdSet};
+pub use job::Job;
+pub(crate) use memory::scaled;
 pub use memory::{Memory, MemoryDevice, MemoryModel, NumaCell};
 pub use needs::Needs;
 pub use state::DomainState;

@@ -8,7 +8,7 @@ use tokio::time::{Instant, timeout};
 use super::clock::Clock;
 use super::options::Options;
 use crate::domain::Domain;
-use crate::hotplug::{Agent, Contact, Observation};
+use crate::hotplug::{Agent, Contact, Observation, Ost};
 use crate::hypervisor::{DomainControl, DomainId, HypervisorError, LiveDomain};
 
 /// An agent that did not answer is not asked again for so long: each question takes a place that
@@ -24,6 +24,7 @@ pub(super) struct Looks<C> {
     agent_deadline: Duration,
     /// Whether the guest's CPUs are of interest.
     asks_agent: bool,
+    asks_qemu: bool,
 }
 
 /// What an agent did the last time.
@@ -54,28 +55,37 @@ impl<C: DomainControl> Looks<C> {
             look_deadline: options.look_deadline,
             agent_deadline: options.agent_deadline,
             asks_agent,
+            asks_qemu: options.deep_verify,
         }
     }
 
     pub(super) async fn look(&self, agent: Option<SilentAgent>) -> Look {
         let mut agent = agent;
-        let seen = match timeout(self.look_deadline, self.see(&mut agent)).await {
-            Ok(seen) => seen,
-            Err(_) => Err(Contact::Unreachable(format!(
-                "it did not tell of the domain within {:?}",
-                self.look_deadline
-            ))),
-        };
+        let seen = self.see(&mut agent).await;
         Look { seen, agent }
     }
 
     async fn see(&self, silent: &mut Option<SilentAgent>) -> Result<Observation, Contact> {
         let at = self.clock.now();
-        let (live, stats) = tokio::join!(
-            self.control.domain(&self.domain),
-            self.control.domain_stats(&self.domain)
-        );
-        let live = live.map_err(contact)?;
+        // Not to be held up for longer than a look by what is being done to the domain, ...
+        let live = timeout(self.look_deadline, self.control.domain(&self.domain));
+        // ... for which the statistics do not wait: whether they come tells the two apart.
+        let stats = timeout(self.look_deadline, self.control.domain_stats(&self.domain));
+        let (live, stats) = tokio::join!(live, stats);
+        let stats = stats.ok().and_then(Result::ok);
+        let live = match live {
+            Ok(Ok(live)) => live,
+            Ok(Err(HypervisorError::Busy { .. })) | Err(_) if stats.is_some() => {
+                return Err(Contact::Held);
+            }
+            Ok(Err(error)) => return Err(contact(error)),
+            Err(_) => {
+                return Err(Contact::Unreachable(format!(
+                    "it did not tell of the domain within {:?}",
+                    self.look_deadline
+                )));
+            }
+        };
         let domain = parse(&live)?;
         let agent = match self.asks_agent && domain.agent.may_answer() && live.state.runs() {
             true => self.ask(silent).await,
@@ -85,10 +95,20 @@ impl<C: DomainControl> Looks<C> {
             at,
             domain,
             persistent: live.persistent,
-            stats: stats.ok().map(|stats| stats.stats),
+            stats: stats.map(|stats| stats.stats),
             agent,
-            job: None,
+            job: live.job,
+            answers: self.ask_qemu().await,
         })
+    }
+
+    /// What QEMU remembers of the guest's answers, if that is wanted and can be had.
+    async fn ask_qemu(&self) -> Option<Vec<Ost>> {
+        if !self.asks_qemu {
+            return None;
+        }
+        let asked = timeout(self.look_deadline, self.control.acpi_answers(&self.domain));
+        asked.await.ok()?.ok()
     }
 
     async fn ask(&self, silent: &mut Option<SilentAgent>) -> Agent {

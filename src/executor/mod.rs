@@ -6,7 +6,8 @@
 //! * Events are subscribed to before the first look, and each call is in the journal before it
 //!   is made.
 //! * After a restart an unfinished operation is looked at and judged by what the journal holds of
-//!   it; a call that was made is not made again.
+//!   it; a call that was carried out is not made again. One that has its verdict is watched on, if
+//!   that may change.
 
 mod call;
 mod clock;
@@ -115,8 +116,20 @@ impl<C: DomainControl> Executor<C> {
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),
         });
-        for entry in entries {
-            let ticket = executor.table().restore(&entry);
+        let tickets: Vec<u64> = {
+            let mut table = executor.table();
+            entries.iter().map(|entry| table.restore(entry)).collect()
+        };
+        // What is watched first: an operation that begins ends the watching of its domain.
+        let watched = run::last_of_each_domain(&entries);
+        for entry in entries
+            .iter()
+            .rev()
+            .filter(|entry| watched.contains(&entry.record.id))
+        {
+            executor.watch_on(entry.clone());
+        }
+        for (entry, ticket) in entries.into_iter().zip(tickets) {
             executor.resume(entry, ticket);
         }
         Ok(executor)
@@ -182,6 +195,11 @@ impl<C: DomainControl> Executor<C> {
     /// Every operation that is known, the newest first.
     pub fn operations(&self) -> Vec<Record> {
         self.table().newest_first()
+    }
+
+    /// The operation that somebody asked for with that key, if it is known.
+    pub fn asked_with(&self, asked_by: &AskedBy, key: &str) -> Option<OperationId> {
+        self.table().by_key(asked_by, key)
     }
 
     /// An operation as it is now and whenever it changes, what is awaited included. It ends when

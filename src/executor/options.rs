@@ -20,6 +20,11 @@ pub struct Options {
     pub look_deadline: Duration,
     /// How long the guest agent may take within a look.
     pub agent_deadline: Duration,
+    /// Whether QEMU is asked what it remembers of the guest's answers, which taints domains.
+    pub deep_verify: bool,
+    /// How long the hypervisor may be away before an operation that has not begun is given up: long
+    /// enough for libvirtd to be restarted, short enough for who waits for an answer.
+    pub reach: Duration,
     /// How long after something happened the domain is looked at again.
     pub shortest_pause: Duration,
     /// Each pause is twice as long as the one before, up to this.
@@ -40,6 +45,8 @@ impl Default for Options {
             most_open: 256,
             look_deadline: Duration::from_secs(10),
             agent_deadline: Duration::from_secs(3),
+            deep_verify: false,
+            reach: Duration::from_secs(5),
             shortest_pause: Duration::from_millis(50),
             longest_pause: Duration::from_secs(1),
             follow: Duration::from_secs(600),

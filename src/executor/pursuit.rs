@@ -6,12 +6,13 @@ use std::time::Duration;
 
 use futures::future::BoxFuture;
 use tokio::time::{Instant, sleep_until};
+use tokio_util::sync::CancellationToken;
 
 use super::call;
 use super::lines::Place;
 use super::look::{Look, Looks, SilentAgent};
 use super::run::{Operation, Pauses};
-use crate::hotplug::{Action, Event, History, Outcome, Return, Step, Verdict, judge};
+use crate::hotplug::{Action, Event, History, Outcome, Return, Step, Verdict, judge, settle};
 use crate::hypervisor::{Change, DomainControl, DomainId, Notice, Notices};
 
 /// So long before the deadline there is a last look, so that the verdict is about what is.
@@ -106,7 +107,14 @@ impl<C: DomainControl> Pursuit<C> {
             self.history.returned(self.operation.clock.now(), how);
         }
         drop(place);
-        let Some(token) = token else { return };
+        if let Some(token) = token {
+            self.watch(token).await;
+        }
+    }
+
+    /// Watches the domain after the verdict, until that is put right, another operation begins, or
+    /// the time for it is over.
+    pub(super) async fn watch(mut self, token: CancellationToken) {
         tokio::select! {
             biased;
             () = token.cancelled() => {}
@@ -225,7 +233,8 @@ impl<C: DomainControl> Pursuit<C> {
                 self.looked(look);
             }
             () = sleep_until(next_look), if self.look.is_none() => self.begin_look(),
-            () = sleep_until(until) => {}
+            // What time alone decides, it decides about what is then.
+            () = sleep_until(until) => self.look_soon(),
         }
         self.take_notices();
     }
@@ -287,14 +296,23 @@ impl<C: DomainControl> Pursuit<C> {
         };
     }
 
-    /// Watches the domain after the verdict, until the guest has followed or there was time
-    /// enough for it.
+    /// Until the guest has followed, or there was time enough for it.
     async fn follow(&mut self) {
-        let end = Instant::now() + self.operation.executor.options.follow;
+        let finished = self.operation.entry.record.finished;
+        let finished = finished.unwrap_or(self.operation.clock.now());
+        let end = finished.after(self.operation.executor.options.follow);
+        let end = self.operation.clock.instant(end);
         self.pauses = Pauses::new(FOLLOW_PAUSES.0, FOLLOW_PAUSES.1);
         self.next_look = Instant::now() + self.pauses.next();
         while Instant::now() < end {
             self.wait(end).await;
+            if self.call.is_none()
+                && let Some(action) = settle(&self.history)
+                && self.too_soon(&action).is_none()
+            {
+                // What is not in the journal is not called.
+                self.make(action).await.ok();
+            }
             let now = self.operation.clock.now();
             let Step::Done(outcome) = judge(&self.history, now) else {
                 continue;

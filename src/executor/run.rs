@@ -1,9 +1,10 @@
 //! The life of one operation.
 
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
@@ -13,11 +14,11 @@ use super::lines::Place;
 use super::look::{Look, Looks, SilentAgent, contact};
 use super::pursuit::Pursuit;
 use crate::hotplug::{
-    Contact, History, Host, HotplugRequest, Preflight, Return, Terms, Verdict, extent, preflight,
+    Contact, History, Host, HotplugRequest, Preflight, Terms, Verdict, extent, preflight,
 };
-use crate::hypervisor::{Connection, DomainControl, DomainId};
+use crate::hypervisor::{Connection, DomainControl, DomainId, HypervisorError};
 use crate::journal::Entry;
-use crate::operation::{Record, State};
+use crate::operation::{OperationId, Record, State};
 
 /// How long after a restart an operation whose deadline has passed may still wait for a look.
 const GRACE: Duration = Duration::from_secs(15);
@@ -48,16 +49,46 @@ impl<C: DomainControl> Executor<C> {
         self.tasks.spawn(Arc::clone(self).run(entry, place, ticket));
     }
 
+    /// Goes on watching an operation that an earlier life of this program watched after its
+    /// verdict, for as long as is left of the time for it.
+    pub(super) fn watch_on(self: &Arc<Self>, mut entry: Entry) {
+        let clock = self.clock.not_before(latest(&entry));
+        let record = &entry.record;
+        let (Some(finished), Some(uuid)) = (record.finished, &record.domain.uuid) else {
+            return;
+        };
+        let may_change = record.verdict.is_some_and(Verdict::may_change);
+        if !may_change || clock.now() >= finished.after(self.options.follow) {
+            return;
+        }
+        let Some(mut history) = entry.history.take() else {
+            return;
+        };
+        let domain = DomainId {
+            name: record.domain.name.clone(),
+            uuid: uuid.clone(),
+        };
+        let Some(token) = self.follow(&domain, record) else {
+            return;
+        };
+        info!(id = %record.id, "an operation is watched again");
+        history.lost(clock.now());
+        let executor = Arc::clone(self);
+        let operation = Operation::new(executor, entry, clock);
+        let notices = self.control.notices();
+        let looks = operation.looks(&domain);
+        let pursuit = Pursuit::new(operation, domain, looks, notices, history, None);
+        let stop = self.stop.clone();
+        self.tasks.spawn(async move {
+            stop.run_until_cancelled(pursuit.watch(token)).await;
+        });
+    }
+
     /// Carries an operation out, or as far as there is time before this program ends.
     pub(super) async fn run(self: Arc<Self>, entry: Entry, place: Place, ticket: u64) {
         let stop = self.stop.clone();
         let clock = self.clock.not_before(latest(&entry));
-        let operation = Operation {
-            executor: self,
-            entry,
-            clock,
-            obstacle: Verdict::HypervisorUnavailable,
-        };
+        let operation = Operation::new(self, entry, clock);
         tokio::select! {
             biased;
             () = stop.cancelled() => {}
@@ -96,6 +127,26 @@ impl<C: DomainControl> Executor<C> {
     }
 }
 
+/// Of each domain the operation that began last: the others are not its latest word.
+pub(super) fn last_of_each_domain(entries: &[Entry]) -> HashSet<OperationId> {
+    let mut last = HashMap::new();
+    for record in entries.iter().map(|entry| &entry.record) {
+        let (Some(uuid), Some(started)) = (&record.domain.uuid, record.started) else {
+            continue;
+        };
+        let known = last.entry(uuid).or_insert((started, &record.id));
+        *known = (*known).max((started, &record.id));
+    }
+    last.into_values().map(|(_, id)| id.clone()).collect()
+}
+
+fn no_answer(after: Duration) -> HypervisorError {
+    HypervisorError::Timeout {
+        call: "find-domain",
+        after,
+    }
+}
+
 /// The last moment that an entry knows: a clock that was put back must not be before it.
 fn latest(entry: &Entry) -> crate::hotplug::Moment {
     let history = entry.history.as_ref();
@@ -105,16 +156,42 @@ fn latest(entry: &Entry) -> crate::hotplug::Moment {
         Some(call.returned.as_ref().map_or(call.started, |(at, _)| *at))
     });
     let record = &entry.record;
-    [seen, called, record.started, Some(record.created)]
+    let told = [record.started, record.finished, record.corrected];
+    [seen, called]
         .into_iter()
+        .chain(told)
         .flatten()
-        .max()
-        .unwrap_or(record.created)
+        .fold(record.created, Ord::max)
 }
 
 impl<C: DomainControl> Operation<C> {
+    fn new(executor: Arc<Executor<C>>, entry: Entry, clock: Clock) -> Self {
+        Self {
+            executor,
+            entry,
+            clock,
+            obstacle: Verdict::HypervisorUnavailable,
+        }
+    }
+
+    fn looks(&self, domain: &DomainId) -> Arc<Looks<C>> {
+        let asks_agent = matches!(self.entry.order.request, HotplugRequest::Vcpus { .. });
+        Arc::new(Looks::new(
+            Arc::clone(&self.executor.control),
+            domain.clone(),
+            self.clock,
+            &self.executor.options,
+            asks_agent,
+        ))
+    }
+
     async fn run(mut self, place: Place, ticket: u64) {
         let deadline = self.deadline();
+        let record = &self.entry.record;
+        if self.entry.history.is_none() && self.clock.now() >= record.deadline {
+            let message = "the deadline passed while virtnode was not running: nothing was changed";
+            return self.end(self.obstacle, message.to_owned()).await;
+        }
         let found = match timeout_at(deadline, self.find(place, ticket)).await {
             Ok(found) => found,
             Err(_) => return self.not_begun().await,
@@ -148,8 +225,18 @@ impl<C: DomainControl> Operation<C> {
         let target = &self.entry.record.domain;
         let text = target.uuid.as_deref().unwrap_or(&target.name).to_owned();
         let mut pauses = self.pauses();
+        let give_up = self.give_up();
+        let mut last = None;
         loop {
-            let why = match control.find_domain(&text).await.map_err(contact) {
+            let asked = timeout_at(give_up, control.find_domain(&text)).await;
+            let asked = asked.unwrap_or_else(|_| {
+                // What was last said tells more than that there was no time for another answer.
+                Err(last
+                    .take()
+                    .unwrap_or_else(|| no_answer(self.executor.options.reach)))
+            });
+            last = asked.as_ref().err().cloned();
+            let why = match asked.map_err(contact) {
                 Ok(domain) => {
                     let place = self.executor.domains.join(&domain.uuid, ticket);
                     self.entry.record.domain.name.clone_from(&domain.name);
@@ -162,10 +249,33 @@ impl<C: DomainControl> Operation<C> {
                     return Found::Nothing;
                 }
                 Err(Contact::Unreachable(why)) => why,
+                Err(Contact::Held) => "it does not tell of the domain".to_owned(),
             };
+            if Instant::now() >= give_up {
+                self.unreachable(&why).await;
+                return Found::Nothing;
+            }
             self.awaits(&format!("the hypervisor: {why}"));
-            sleep(pauses.next()).await;
+            sleep_until(give_up.min(Instant::now() + pauses.next())).await;
         }
+    }
+
+    /// When a hypervisor that is away is waited for no longer. What was begun is not given up
+    /// before the deadline.
+    fn give_up(&self) -> Instant {
+        match self.entry.history {
+            Some(_) => self.deadline(),
+            None => Instant::now() + self.executor.options.reach,
+        }
+    }
+
+    /// The hypervisor is away, and nothing was asked of it yet.
+    async fn unreachable(&mut self, why: &str) {
+        let message = format!(
+            "the hypervisor cannot be reached: {why}; nothing was changed: see that libvirtd or \
+             virtqemud runs and answers, and ask again"
+        );
+        self.end(Verdict::HypervisorUnavailable, message).await;
     }
 
     /// There is no such domain, or not any more.
@@ -199,14 +309,7 @@ impl<C: DomainControl> Operation<C> {
         record.awaits("a look at the domain", self.clock.now());
         self.publish();
         self.executor.listener.changed(&self.entry.record);
-        let asks_agent = matches!(self.entry.order.request, HotplugRequest::Vcpus { .. });
-        let looks = Arc::new(Looks::new(
-            Arc::clone(&self.executor.control),
-            domain.clone(),
-            self.clock,
-            &self.executor.options,
-            asks_agent,
-        ));
+        let looks = self.looks(&domain);
         let (history, agent) = match self.entry.history.take() {
             Some(history) => self.take_up(history, &looks, deadline).await,
             None => match timeout_at(deadline, self.prepare(&looks)).await {
@@ -232,6 +335,7 @@ impl<C: DomainControl> Operation<C> {
     async fn prepare(&mut self, looks: &Looks<C>) -> Option<(History, Option<SilentAgent>)> {
         let mut pauses = self.pauses();
         let mut silent = None;
+        let give_up = self.give_up();
         loop {
             let Look { seen, agent } = looks.look(silent).await;
             silent = agent;
@@ -241,7 +345,17 @@ impl<C: DomainControl> Operation<C> {
                     self.absent().await;
                     return None;
                 }
+                Err(Contact::Held) => {
+                    self.obstacle = Verdict::Busy;
+                    self.awaits("something else that is being done to the domain to end");
+                    sleep(pauses.next()).await;
+                    continue;
+                }
                 Err(Contact::Unreachable(why)) => {
+                    if !self.hears() && Instant::now() >= give_up {
+                        self.unreachable(&why).await;
+                        return None;
+                    }
                     self.obstacle = Verdict::HypervisorUnavailable;
                     self.awaits(&format!("the hypervisor: {why}"));
                     sleep(pauses.next()).await;
@@ -257,14 +371,14 @@ impl<C: DomainControl> Operation<C> {
                         deadline: self.entry.record.deadline,
                         patience: self.executor.options.patience,
                     };
-                    let listening = *self.executor.control.listening().borrow();
-                    let hears = listening != Connection::Down;
+                    // By events, or by asking for what they would have told.
+                    let hears = self.hears() || seen.answers.is_some();
                     let history = History::new(request.clone(), terms, plan, seen, hears);
                     return Some((history, silent));
                 }
                 Preflight::Blocked(job) => {
                     self.obstacle = Verdict::Busy;
-                    self.awaits(&job);
+                    self.awaits(&format!("{job} to end"));
                     sleep(pauses.next()).await;
                 }
                 Preflight::Rejected(rejection) => {
@@ -278,6 +392,11 @@ impl<C: DomainControl> Operation<C> {
         }
     }
 
+    /// Whether the hypervisor tells what happens.
+    fn hears(&self) -> bool {
+        *self.executor.control.listening().borrow() != Connection::Down
+    }
+
     fn host(&self) -> Host {
         match self.entry.order.request {
             HotplugRequest::Memory { .. } => Host {
@@ -288,20 +407,14 @@ impl<C: DomainControl> Operation<C> {
     }
 
     /// Goes on with a history of an earlier life: a call that had not come back never will. The
-    /// domain is looked at before anything is decided.
+    /// domain is looked at before anything is decided, until it shows what became of that call.
     async fn take_up(
         &mut self,
         mut history: History,
         looks: &Looks<C>,
         deadline: Instant,
     ) -> (History, Option<SilentAgent>) {
-        let is_open = history
-            .calls()
-            .last()
-            .is_some_and(|call| matches!(call.returned, None | Some((_, Return::Overdue))));
-        if is_open {
-            history.returned(self.clock.now(), Return::Lost);
-        }
+        history.lost(self.clock.now());
         let mut pauses = self.pauses();
         let mut silent = None;
         let first = async {
@@ -309,7 +422,12 @@ impl<C: DomainControl> Operation<C> {
                 let Look { seen, agent } = looks.look(silent.take()).await;
                 silent = agent;
                 match seen {
-                    Ok(seen) => return history.observed(seen),
+                    Ok(seen) => {
+                        history.observed(seen);
+                        if !history.is_unsettled() {
+                            return;
+                        }
+                    }
                     Err(contact) => {
                         let absent = contact == Contact::Absent;
                         history.out_of_contact(self.clock.now(), contact);

@@ -107,6 +107,11 @@ impl Table {
         slots.map(|slot| slot.record.borrow().clone()).collect()
     }
 
+    pub(super) fn by_key(&self, asked_by: &AskedBy, key: &str) -> Option<OperationId> {
+        let key = (asked_by.clone(), key.to_owned());
+        self.keys.get(&key).cloned()
+    }
+
     /// Those that have their verdict, the oldest first.
     pub(super) fn finished(&self) -> Vec<OperationId> {
         let done = |slot: &&Slot| slot.record.borrow().is_done();

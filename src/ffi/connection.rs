@@ -162,3 +162,41 @@ pub fn baseline_hypervisor_cpu(
     unsafe { libc::free(answer.cast()) };
     Ok(copy)
 }
+
+/// `virConnectCompareHypervisorCPU`: whether this hypervisor can give a CPU definition.
+/// `flags` are `VIR_CONNECT_COMPARE_CPU_*`; what is `None` libvirt chooses itself. The answer is
+/// one of `VIR_CPU_COMPARE_*`.
+///
+/// # Errors
+/// libvirt's own (`VIR_ERR_CPU_INCOMPATIBLE` with what is missing, if a flag asks for it), and
+/// `VIR_ERR_INVALID_ARG` for a text with a NUL.
+pub fn compare_hypervisor_cpu(
+    connect: &Connect,
+    arch: Option<&str>,
+    machine: Option<&str>,
+    virt_type: Option<&str>,
+    cpu: &str,
+    flags: u32,
+) -> Result<i32, Error> {
+    let text = |value: Option<&str>| value.map(CString::new).transpose();
+    let (arch, machine, virt_type) = (text(arch)?, text(machine)?, text(virt_type)?);
+    let cpu = CString::new(cpu)?;
+    let pointer = |value: &Option<CString>| value.as_ref().map_or(ptr::null(), |v| v.as_ptr());
+    // SAFETY: the connection is alive; every text is NUL-terminated or a null pointer, which the
+    // call allows for all but the CPU, and outlives it.
+    let answer = unsafe {
+        sys::virConnectCompareHypervisorCPU(
+            connect.as_ptr(),
+            ptr::null(),
+            pointer(&arch),
+            pointer(&machine),
+            pointer(&virt_type),
+            cpu.as_ptr(),
+            flags,
+        )
+    };
+    match answer {
+        0.. => Ok(answer),
+        _ => Err(Error::last_error()),
+    }
+}

@@ -150,6 +150,41 @@ pub fn set_guest_vcpus(domain: &Domain, cpus: &str, online: bool) -> Result<(), 
     done(result)
 }
 
+/// `virDomainGetJobStats`: the operation of the job that is being done to the domain
+/// (`virDomainJobOperation`, 0 if libvirt does not say); `None` if there is none.
+///
+/// # Errors
+/// libvirt's own; `VIR_ERR_OPERATION_INVALID` also for a domain that comes from another host.
+pub fn job(domain: &Domain) -> Result<Option<u64>, Error> {
+    let (mut kind, mut length): (c_int, c_int) = (0, 0);
+    let mut found = ptr::null_mut();
+    // SAFETY: the domain is alive; the places are for libvirt to fill in.
+    let result = unsafe {
+        sys::virDomainGetJobStats(
+            domain.as_ptr(),
+            &raw mut kind,
+            &raw mut found,
+            &raw mut length,
+            0,
+        )
+    };
+    done(result)?;
+    // SAFETY: libvirt filled in as many; they are ours, and freed after the copy.
+    let told = unsafe {
+        let copy = parameters::read(found, length);
+        sys::virTypedParamsFree(found, length);
+        copy
+    };
+    // Those that are over are told of once more.
+    let runs = [sys::VIR_DOMAIN_JOB_BOUNDED, sys::VIR_DOMAIN_JOB_UNBOUNDED];
+    if !u32::try_from(kind).is_ok_and(|kind| runs.contains(&kind)) {
+        return Ok(None);
+    }
+    let operation = told.iter().find(|parameter| parameter.name == "operation");
+    let number = operation.and_then(|parameter| parameter.value.number());
+    Ok(Some(number.unwrap_or(0)))
+}
+
 /// `virDomainAgentSetResponseTimeout`: how long libvirt waits for the guest agent, in seconds;
 /// negative numbers are `VIR_DOMAIN_AGENT_RESPONSE_TIMEOUT_*`. It holds until the domain ends,
 /// for every client.

@@ -1,9 +1,11 @@
 //! Every call that Rust cannot check, and nothing else: the one directory with `unsafe`.
 //!
 //! * libvirt's functions that the crate `virt` lacks: of a connection ([`Watched`],
-//!   [`baseline_hypervisor_cpu`]), of its domains, their statistics and their events
+//!   [`baseline_hypervisor_cpu`], [`compare_hypervisor_cpu`]), of its domains, their statistics and their events
 //!   ([`Subscription`]);
-//! * KVM's ioctls ([`kvm_extension`], [`kvm_msr_indices`]).
+//! * the groups of who connects to a local socket ([`peer_groups`]);
+//! * KVM's ioctls ([`kvm_extension`], [`kvm_msr_indices`]);
+//! * the end of the process ([`leave`]).
 //!
 //! All of it is safe to call. What libvirt hands out is copied and freed here; what libvirt calls
 //! back cannot unwind into it.
@@ -12,18 +14,22 @@ mod connection;
 mod domain;
 mod events;
 mod kvm;
+mod leave;
 mod parameters;
+mod peer;
 
 use std::ffi::{CStr, c_char};
 
-pub use self::connection::{CloseReason, Watched, baseline_hypervisor_cpu};
+pub use self::connection::{CloseReason, Watched, baseline_hypervisor_cpu, compare_hypervisor_cpu};
 pub use self::domain::{
-    DomainRecord, all_domain_stats, detach_device_alias, domain_stats, guest_vcpus,
+    DomainRecord, all_domain_stats, detach_device_alias, domain_stats, guest_vcpus, job,
     set_agent_response_timeout, set_guest_vcpus,
 };
 pub use self::events::{Happening, Subscription, Told};
 pub use self::kvm::{kvm_extension, kvm_msr_indices};
+pub use self::leave::leave;
 pub use self::parameters::{Parameter, Value};
+pub use self::peer::peer_groups;
 
 /// A copy of a text of C's; `None` for a null pointer. Bytes that are no UTF-8 are replaced.
 ///

@@ -5,11 +5,13 @@
 
 mod fingerprint;
 mod kvm;
+mod survey;
 
 use std::fs;
 use std::path::Path;
 
 pub use fingerprint::{Fingerprint, fingerprint};
+pub use survey::survey;
 
 use crate::capability::{HostFacts, IommuKind};
 use crate::units::{Bytes, KiB};

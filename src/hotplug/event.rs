@@ -62,6 +62,42 @@ pub struct Ost {
     pub status: u32,
 }
 
+impl Ost {
+    /// From QEMU's answer to `query-acpi-ospm-status`, which has an entry for each slot: those
+    /// for which the guest never said anything (0, 0) are left out.
+    ///
+    /// # Errors
+    /// It is not what QEMU answers, or QEMU's own error.
+    pub fn from_query(answer: &str) -> Result<Vec<Self>, NotAnEvent> {
+        const QUERY: &str = "query-acpi-ospm-status";
+        let answer: QueryAnswer = read(QUERY, answer)?;
+        let slots = match (answer.slots, answer.error) {
+            (Some(slots), _) => slots,
+            (None, error) => {
+                let problem = error.map_or("no answer".to_owned(), |error| error.desc);
+                return Err(NotAnEvent {
+                    event: QUERY,
+                    problem,
+                });
+            }
+        };
+        let answers = slots
+            .into_iter()
+            .filter(|slot| (slot.source, slot.status) != (0, 0))
+            .map(|slot| ost(QUERY, slot));
+        Ok(answers
+            .collect::<Result<Vec<_>, _>>()?
+            .into_iter()
+            .flatten()
+            .collect())
+    }
+
+    /// Whether the other is about the same slot.
+    pub(super) fn is_of_slot(&self, other: &Self) -> bool {
+        (self.kind, self.slot) == (other.kind, other.slot)
+    }
+}
+
 /// A kind of ACPI slot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -142,6 +178,18 @@ struct OstInfo {
 }
 
 #[derive(Deserialize)]
+struct QueryAnswer {
+    #[serde(rename = "return")]
+    slots: Option<Vec<OstInfo>>,
+    error: Option<QueryError>,
+}
+
+#[derive(Deserialize)]
+struct QueryError {
+    desc: String,
+}
+
+#[derive(Deserialize)]
 struct DeviceDetails {
     device: Option<String>,
     path: Option<String>,
@@ -174,7 +222,10 @@ impl Event {
     pub fn from_monitor(name: &str, details: Option<&str>) -> Result<Option<Self>, NotAnEvent> {
         let details = details.unwrap_or("{}");
         Ok(match name {
-            "ACPI_DEVICE_OST" => ost(read("ACPI_DEVICE_OST", details)?)?,
+            "ACPI_DEVICE_OST" => {
+                let OstDetails { info } = read("ACPI_DEVICE_OST", details)?;
+                ost("ACPI_DEVICE_OST", info)?.map(Self::Ost)
+            }
             "DEVICE_DELETED" => {
                 let DeviceDetails { device, path } = read("DEVICE_DELETED", details)?;
                 Some(Self::DeviceDeleted {
@@ -199,24 +250,23 @@ impl Event {
     }
 }
 
-fn ost(details: OstDetails) -> Result<Option<Event>, NotAnEvent> {
-    let info = details.info;
+fn ost(event: &'static str, info: OstInfo) -> Result<Option<Ost>, NotAnEvent> {
     let kind = match info.slot_type.as_str() {
         "CPU" => SlotKind::Cpu,
         "DIMM" => SlotKind::Dimm,
         _ => return Ok(None),
     };
     let slot = info.slot.parse().map_err(|_| NotAnEvent {
-        event: "ACPI_DEVICE_OST",
+        event,
         problem: "the slot is no number".to_owned(),
     })?;
-    Ok(Some(Event::Ost(Ost {
+    Ok(Some(Ost {
         device: info.device,
         slot,
         kind,
         source: info.source,
         status: info.status,
-    })))
+    }))
 }
 
 fn unplug_failed(event: &'static str, details: &str) -> Result<Option<Event>, NotAnEvent> {
@@ -288,6 +338,36 @@ mod tests {
             Event::from_monitor("NIC_RX_FILTER_CHANGED", Some("!")),
             Ok(None)
         );
+    }
+
+    /// As QEMU 10.0.2 answered: a DIMM and a vCPU were plugged.
+    #[test]
+    fn what_qemu_remembers_is_read() {
+        let answer = r#"{"return":[
+            {"device":"ua-d128","source":1,"status":0,"slot":"0","slot-type":"DIMM"},
+            {"source":0,"status":0,"slot":"1","slot-type":"DIMM"},
+            {"source":0,"status":0,"slot":"0","slot-type":"CPU"},
+            {"device":"vcpu1","source":1,"status":0,"slot":"1","slot-type":"CPU"},
+            {"source":3,"status":130,"slot":"2","slot-type":"CPU"}],"id":"libvirt-503"}"#;
+        let answers = Ost::from_query(answer).unwrap();
+        let read: Vec<_> = answers
+            .iter()
+            .map(|ost| (ost.kind, ost.slot, ost.answer().unwrap()))
+            .collect();
+        assert_eq!(
+            read,
+            [
+                (SlotKind::Dimm, 0, Answer::Added),
+                (SlotKind::Cpu, 1, Answer::Added),
+                (SlotKind::Cpu, 2, Answer::Kept)
+            ]
+        );
+        let error = r#"{"id":"libvirt-3","error":{"class":"GenericError","desc":"no ACPI"}}"#;
+        let error = Ost::from_query(error).unwrap_err().to_string();
+        assert!(error.contains("no ACPI"), "{error}");
+        for wrong in ["", "{}", "[]", r#"{"return":[{"slot":"x"}]}"#] {
+            assert!(Ost::from_query(wrong).is_err(), "{wrong}");
+        }
     }
 
     #[test]

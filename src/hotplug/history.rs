@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Action, Event, HotplugRequest, Moment, Observation, Plan, Terms};
+use super::{Action, Event, HotplugRequest, Moment, Observation, Ost, Plan, Terms};
 
 /// Bounds for what is kept; an operation that takes its time is looked at many times.
 const MOST_OBSERVATIONS: usize = 96;
@@ -58,7 +58,8 @@ pub enum Return {
     },
     /// Not in time: it may still be running over there.
     Overdue,
-    /// Not at all: the connection or this program ended. Whether libvirt got it is not known.
+    /// Not at all: the connection or this program ended. Whether libvirt got it is found out by
+    /// looking.
     Lost,
 }
 
@@ -70,6 +71,8 @@ pub enum Contact {
     Absent,
     /// The hypervisor could not be asked, and why.
     Unreachable(String),
+    /// The hypervisor answers, but not about this domain: something is being done to it.
+    Held,
 }
 
 impl History {
@@ -98,6 +101,7 @@ impl History {
     /// some between them are kept.
     pub fn observed(&mut self, observation: Observation) {
         self.contact = None;
+        self.learn(&observation);
         self.observations.push(observation);
         if self.observations.len() > MOST_OBSERVATIONS {
             let recent = MOST_OBSERVATIONS / 2;
@@ -106,6 +110,29 @@ impl History {
                 index += 1;
                 index > recent || index % 2 == 1
             });
+        }
+    }
+
+    /// What QEMU remembers of the guest's answers and nobody heard counts as heard when it was
+    /// looked at. After a reset it may be the answer of who was there before.
+    fn learn(&mut self, observation: &Observation) {
+        let (Some(before), Some(now)) = (&self.before.answers, &observation.answers) else {
+            return;
+        };
+        if observation.at < self.epoch() || self.reset().is_some() {
+            return;
+        }
+        let heard = |answer: &Ost| {
+            self.events()
+                .any(|(_, event)| matches!(event, Event::Ost(heard) if heard.is_of_slot(answer)))
+        };
+        let news: Vec<Ost> = now
+            .iter()
+            .filter(|answer| !before.contains(answer) && !heard(answer))
+            .cloned()
+            .collect();
+        for answer in news {
+            self.happened(observation.at, Event::Ost(answer));
         }
     }
 
@@ -139,6 +166,22 @@ impl History {
         }
     }
 
+    /// Notes that nobody will hear any more how the last call came back, if that is not known yet:
+    /// who made it has ended.
+    pub fn lost(&mut self, at: Moment) {
+        if self.running_call().is_some() {
+            self.returned(at, Return::Lost);
+        }
+    }
+
+    /// Whether the last call's answer was lost and it is too early to tell what became of it: look
+    /// again.
+    pub fn is_unsettled(&self) -> bool {
+        self.calls
+            .last()
+            .is_some_and(|call| super::trouble::is_unsettled(self, call))
+    }
+
     /// The calls made, in order.
     pub fn calls(&self) -> &[Call] {
         &self.calls
@@ -149,6 +192,20 @@ impl History {
         self.calls.len() < MOST_CALLS
     }
 
+    /// How often the answer to such a call was lost.
+    pub(super) fn times_lost(&self, action: &Action) -> usize {
+        let lost = |call: &&Call| {
+            call.action == *action && matches!(call.returned, Some((_, Return::Lost)))
+        };
+        self.calls.iter().filter(lost).count()
+    }
+
+    /// How many looks were begun since that moment.
+    pub(super) fn looks_since(&self, moment: Moment) -> usize {
+        let since = self.observations.iter().rev();
+        since.take_while(|seen| seen.at >= moment).count()
+    }
+
     /// The call that is running.
     pub(super) fn running_call(&self) -> Option<&Call> {
         self.calls
@@ -156,8 +213,8 @@ impl History {
             .filter(|call| matches!(call.returned, None | Some((_, Return::Overdue))))
     }
 
-    /// The first action of the plan that was never called. One that was, is not called again,
-    /// whatever became of it: it is observed.
+    /// The first action of the plan that was never called. What became of one that was, is
+    /// observed.
     pub(super) fn next_planned(&self) -> Option<&Action> {
         self.plan
             .actions

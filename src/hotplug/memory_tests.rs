@@ -338,10 +338,10 @@ fn what_cannot_be_is_refused_with_the_limit() {
     assert_eq!(infeasible(mib(1024), &s390).0, "no-dimms");
     let odd = Bytes::new((1024 << 20) + (1 << 19));
     assert_eq!(infeasible(odd, &dimms).0, "memory-block");
-    // Linux would say it took it, and throw it away.
-    let (code, text) = infeasible(mib(612), &dimms);
+    // QEMU would refuse it.
+    let (code, text) = infeasible(mib(613), &dimms);
     assert_eq!(code, "memory-block");
-    assert!(text.ends_with("ask for 512MiB or 640MiB"), "{text}");
+    assert!(text.ends_with("ask for 612MiB or 614MiB"), "{text}");
     let has_dimm = |world: &mut World| {
         world.domain.memory.devices = vec![MemoryDevice {
             model: MemoryModel::Dimm,

@@ -17,6 +17,14 @@
 //! No source alone. libvirt says "done" when QEMU was told, and "timed out" for an unplug that was
 //! carried out; a guest that throws a CPU away says "success" through ACPI. So `Verified` needs
 //! the *last* look at the domain to show everything that was asked for.
+//!
+//! # What is done twice
+//! Nothing. A call whose answer was lost, because the connection broke or this program was killed,
+//! may have been carried out, may still be, or may never have reached libvirt. So the domain is
+//! looked at, more than once and for a while: libvirt takes up requests in the order in which they
+//! came, so what it answers now comes after what it was asked before. If the domain is then as it
+//! was, the call is made again: every call names what is wanted in the end, so even one that comes
+//! after all finds nothing left to do. If somebody else changed the domain meanwhile, it is not.
 
 mod event;
 mod evidence;
@@ -76,12 +84,13 @@ pub fn preflight(request: &HotplugRequest, seen: &Observation, host: &Host) -> P
         Ok(plan) => plan,
         Err(limit) => return Preflight::Rejected(limit.into()),
     };
-    if !state.runs() {
-        let remedy = "its guest cannot take anything; resume it first";
-        return Preflight::Rejected(Rejection::NotRunning(state, remedy));
-    }
-    match &seen.job {
-        Some(job) if !plan.actions.is_empty() => Preflight::Blocked(job.clone()),
+    match seen.job {
+        // Many a job pauses the domain until it is over.
+        Some(job) if job.holds_changes() && !plan.actions.is_empty() => Preflight::Blocked(job),
+        _ if !state.runs() => {
+            let remedy = "its guest cannot take anything; resume it first";
+            Preflight::Rejected(Rejection::NotRunning(state, remedy))
+        }
         _ => Preflight::Ready(plan),
     }
 }
@@ -129,6 +138,15 @@ pub fn judge(history: &History, now: Moment) -> Step {
     }))
 }
 
+/// What is still to be called after the verdict of an operation that is watched: only what makes
+/// libvirt agree with what the guest and QEMU are known to have done. Nothing is asked of the guest.
+pub fn settle(history: &History) -> Option<Action> {
+    match history.request {
+        HotplugRequest::Vcpus { count, .. } => vcpus::settle(history, count),
+        HotplugRequest::Memory { .. } => None,
+    }
+}
+
 /// How much of what a request is about there is.
 pub fn extent(request: &HotplugRequest, seen: &Observation) -> Extent {
     match request {
@@ -156,7 +174,15 @@ fn rule(history: &History, now: Moment) -> Ruling {
             false => Ruling::Call(action.clone()),
             true => Ruling::Found(Finding::new(
                 Verdict::Busy,
-                "the deadline passed before the hypervisor could be called: nothing was changed",
+                match history.calls().is_empty() {
+                    true => {
+                        "the deadline passed before the hypervisor could be called: nothing was \
+                         changed"
+                    }
+                    false => {
+                        "the deadline passed before the hypervisor could be asked for the rest"
+                    }
+                },
             )),
         };
     }

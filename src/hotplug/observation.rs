@@ -2,8 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::Moment;
-use crate::domain::{Domain, IdSet, NotAnIdSet, Stats};
+use super::{Moment, Ost};
+use crate::domain::{Domain, IdSet, Job, NotAnIdSet, Stats};
 use crate::units::Bytes;
 
 /// A domain as seen at one time.
@@ -20,8 +20,11 @@ pub struct Observation {
     pub stats: Option<Stats>,
     /// What the guest agent said.
     pub agent: Agent,
-    /// What else is being done to the domain, such as a migration, in a few words.
-    pub job: Option<String>,
+    /// What else is being done to the domain, such as a migration.
+    pub job: Option<Job>,
+    /// The guest's last answers through ACPI as QEMU remembers them; `None` if it was not asked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub answers: Option<Vec<Ost>>,
 }
 
 /// What came of asking the guest agent for its vCPUs (`virDomainGetGuestVcpus`).

@@ -137,6 +137,19 @@ impl Ruling {
         }
     }
 
+    /// Waits until a guest was given time enough, and then for a look: what was seen before that
+    /// says nothing against it.
+    pub(super) fn wait_until_then_look(
+        awaiting: impl Into<String>,
+        until: Option<Moment>,
+        now: Moment,
+    ) -> Self {
+        Self::Wait {
+            awaiting: awaiting.into(),
+            until: until.filter(|until| now < *until),
+        }
+    }
+
     pub(super) fn wait_until(awaiting: impl Into<String>, until: Moment) -> Self {
         Self::Wait {
             awaiting: awaiting.into(),

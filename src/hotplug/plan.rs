@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::{Infeasible, Observation, Verdict};
-use crate::domain::{DomainState, IdSet};
+use crate::domain::{Domain, DomainState, IdSet, Job};
 use crate::units::{Bytes, KiB};
 
 /// One call to the hypervisor. Every one names what is wanted in the end, so that making it twice
@@ -42,6 +42,40 @@ pub enum Action {
 }
 
 impl Action {
+    /// Whether the live XML shows it done.
+    pub(super) fn is_shown(&self, seen: &Observation) -> bool {
+        let memory = &seen.domain.memory;
+        match self {
+            Self::SetVcpus { count, .. } => seen.domain.vcpus.plugged() == *count,
+            Self::ResizeVirtioMem { alias, requested } => memory
+                .device(alias)
+                .is_some_and(|device| device.asked() == Bytes::from(*requested)),
+            Self::AttachDimm { alias, .. } => memory.device(alias).is_some(),
+            // The guest's agent tells, and nothing else.
+            Self::OnlineVcpus { .. } => false,
+        }
+    }
+
+    /// Whether what it changes is as it was before, or on the way from there to what is asked for:
+    /// then making it again does nothing that was not asked for.
+    pub(super) fn is_open(&self, before: &Observation, seen: &Observation) -> bool {
+        let (had, has) = (&before.domain, &seen.domain);
+        match self {
+            Self::SetVcpus { count, .. } => {
+                let (from, now) = (had.vcpus.plugged(), has.vcpus.plugged());
+                now != *count && (from.min(*count)..=from.max(*count)).contains(&now)
+            }
+            Self::ResizeVirtioMem { alias, .. } => {
+                let asked = |domain: &Domain| Some(domain.memory.device(alias)?.asked());
+                asked(has).is_some() && asked(has) == asked(had)
+            }
+            Self::AttachDimm { alias, .. } => {
+                has.memory.device(alias).is_none() && has.memory.asked() == had.memory.asked()
+            }
+            Self::OnlineVcpus { .. } => true,
+        }
+    }
+
     /// Whether it asks the guest to give something back.
     pub(super) fn is_unplug(&self, before: &Observation) -> bool {
         match self {
@@ -68,8 +102,8 @@ pub enum Preflight {
     /// It can be done, by this plan.
     Ready(Plan),
     /// It cannot be done as long as something else is being done to the domain: look again later,
-    /// and say `Busy` at the deadline. The text says what it is.
-    Blocked(String),
+    /// and say `Busy` at the deadline.
+    Blocked(Job),
     /// It cannot be done. Nothing was changed.
     Rejected(Rejection),
 }

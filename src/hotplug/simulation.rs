@@ -292,6 +292,7 @@ impl World {
             }),
             agent,
             job: None,
+            answers: None,
         }
     }
 
@@ -359,6 +360,14 @@ impl World {
         Ended::Judged(Box::new((outcome, history)))
     }
 
+    /// Waits as it is told until the next step is such a one.
+    pub(super) fn go_on_until(&mut self, history: &mut History, wanted: impl Fn(&Step) -> bool) {
+        while !wanted(&judge(history, self.now)) {
+            self.pass(self.now.after(LOOK));
+            self.report(history);
+        }
+    }
+
     /// Goes on with an operation until there is a verdict.
     pub(super) fn go_on(&mut self, history: &mut History) -> Outcome {
         for _ in 0..10_000 {
@@ -378,6 +387,12 @@ impl World {
             }
         }
         panic!("no verdict: {history:?}");
+    }
+
+    /// Somebody makes that call of those that were made once more.
+    pub(super) fn call_again(&mut self, number: usize) {
+        let action = self.made[number].clone();
+        self.call(&action);
     }
 
     /// Lets time pass after a verdict, and judges again.

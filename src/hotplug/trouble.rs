@@ -4,7 +4,7 @@
 use super::history::{Call, Contact, History, Return};
 use super::outcome::{Diagnosis, Finding, Ruling};
 use super::{Action, Event, Moment, Verdict};
-use crate::domain::DomainState;
+use crate::domain::{DomainState, Job};
 
 /// libvirt's error numbers (virterror.h) that mean something here.
 const NO_DOMAIN: u32 = 42;
@@ -84,7 +84,10 @@ pub(super) fn after_call(history: &History, now: Moment, done: bool) -> Option<R
             Failure::UnplugTimedOut => None,
             Failure::Locked if over => Some(Ruling::Found(Finding::new(
                 Verdict::Busy,
-                format!("something else held the domain until the deadline: {message}"),
+                format!(
+                    "{} held the domain until the deadline: {message}",
+                    holder(history)
+                ),
             ))),
             Failure::Locked if history.may_call() => Some(Ruling::Call(call.action.clone())),
             Failure::Locked => None,
@@ -96,40 +99,80 @@ pub(super) fn after_call(history: &History, now: Moment, done: bool) -> Option<R
             Failure::Error if history.latest().at < *at && !over => {
                 Some(Ruling::wait("a look at what the failed call left"))
             }
+            // It was made again although the lost one before it had been carried out.
+            Failure::Error
+                if history.times_lost(&call.action) > 0
+                    && call.action.is_shown(history.latest()) =>
+            {
+                None
+            }
             Failure::Error => Some(Ruling::Found(error(message))),
         },
         Return::Overdue if over && !done => Some(still_running(history)),
         Return::Overdue => None,
-        Return::Lost if done => None,
         Return::Lost => lost(history, call, *at, now),
     }
 }
 
-/// Whether libvirt got the call is not known. If it did, it carries it out in a moment even
-/// though nobody waits for the answer.
+/// How often a call is made at most whose answer was lost each time.
+const MOST_LOST: usize = 3;
+
+/// Whether libvirt got the call is not known: the domain shows what became of it.
 fn lost(history: &History, call: &Call, at: Moment, now: Moment) -> Option<Ruling> {
-    let moment = at.after(history.terms.patience.appear);
-    if let (Some(Contact::Unreachable(why)), true) = (history.contact(), history.is_over(now)) {
+    let over = history.is_over(now);
+    if let (Some(Contact::Unreachable(why)), true) = (history.contact(), over) {
         return Some(Ruling::Found(unreachable(why)));
     }
-    if history.latest().at < moment && !history.is_over(now) {
-        if now >= moment {
-            return Some(Ruling::wait("a look at what became of the lost call"));
-        }
-        return Some(Ruling::wait_until(
-            "a sign that libvirt got the request",
-            moment,
-        ));
+    if is_unsettled(history, call) {
+        let moment = at.after(history.terms.patience.appear);
+        return Some(match now < moment {
+            true => Ruling::wait_until("a sign that libvirt got the request", moment),
+            false => Ruling::wait("a look at what became of the lost call"),
+        });
     }
-    match call.action.is_unplug(&history.before) {
-        // It may have been passed on to the guest, which nothing shows.
+    let latest = history.latest();
+    if call.action.is_shown(latest) {
+        return None;
+    }
+    let is_open = call.action.is_open(&history.before, latest);
+    if is_open && !over && history.times_lost(&call.action) < MOST_LOST && history.may_call() {
+        return Some(Ruling::Call(call.action.clone()));
+    }
+    // A guest may have been asked to let a vCPU go, which the live XML does not show.
+    let may_stand = is_open && matches!(call.action, Action::SetVcpus { .. });
+    match may_stand && call.action.is_unplug(&history.before) {
         true => None,
         false => Some(Ruling::Found(Finding::new(
             Verdict::HypervisorError,
-            "the connection or this program ended during the call, and the domain shows nothing \
-             of it: ask again",
+            match is_open {
+                true => {
+                    "the connection or this program ended during the call, and the domain shows \
+                     nothing of it: ask again"
+                }
+                false => {
+                    "the connection or this program ended during the call, and the domain is \
+                     neither as it was nor as it was to be: something else changed it; look at it \
+                     and ask again"
+                }
+            },
         ))),
     }
+}
+
+/// Whether it is too early to tell what became of a call whose answer was lost.
+///
+/// libvirt reads its clients' requests in the order in which they came and takes them up in that
+/// order (rpc/virnetserver.c: one queue of jobs), and a client that is gone is still read to the
+/// end. So an answer to a look that was begun after the loss comes after the lost call was taken
+/// up, if it reached libvirt at all; a second one, a moment later, finds it carried out.
+pub(super) fn is_unsettled(history: &History, call: &Call) -> bool {
+    let Some((at, Return::Lost)) = &call.returned else {
+        return false;
+    };
+    let latest = history.latest();
+    let shown = latest.at >= call.started && call.action.is_shown(latest);
+    let settled = at.after(history.terms.patience.appear);
+    !shown && (latest.at < settled || history.looks_since(*at) < 2)
 }
 
 fn still_running(history: &History) -> Ruling {
@@ -137,13 +180,29 @@ fn still_running(history: &History) -> Ruling {
         Some(Contact::Unreachable(why)) => unreachable(why),
         _ if was_locked(history) => Finding::new(
             Verdict::Busy,
-            "something else held the domain until the deadline; the last try is still outstanding",
+            format!(
+                "{} held the domain until the deadline; the last try is still outstanding",
+                holder(history)
+            ),
+        ),
+        _ if history.latest().job.is_some_and(Job::holds_changes) => Finding::new(
+            Verdict::Busy,
+            format!(
+                "{} held the domain until the deadline; libvirt may still carry the call out",
+                holder(history)
+            ),
         ),
         _ => Finding::new(
             Verdict::Pending,
             "libvirt has not answered the call by the deadline: it may still carry it out",
         ),
     })
+}
+
+/// What else is being done to the domain.
+fn holder(history: &History) -> String {
+    let job = history.latest().job;
+    job.map_or("something else".to_owned(), |job| job.to_string())
 }
 
 /// Whether libvirt could not get hold of the domain before.
@@ -169,9 +228,13 @@ pub(super) fn at_deadline(history: &History) -> Option<Finding> {
         Some(Contact::Unreachable(why)) => Some(unreachable(why)),
         _ if !history.latest().domain.state.runs() => {
             let state = history.latest().domain.state;
+            let why = match history.latest().job {
+                Some(job) => format!(" by {job}: wait until that is over"),
+                None => ": resume it".to_owned(),
+            };
             Some(Finding::new(
                 Verdict::DomainNotRunning,
-                format!("the domain is {state}, so its guest cannot take anything: resume it"),
+                format!("the domain is {state}, so its guest cannot take anything{why}"),
             ))
         }
         _ => None,

@@ -1,6 +1,6 @@
 //! The truth table of what comes between: ends, resets, errors, answers that never come.
 
-use super::simulation::{Change, Habits, World, ms, onlines, without_agent};
+use super::simulation::{Change, Habits, World, mib, ms, onlines, without_agent};
 use super::*;
 
 #[test]
@@ -114,32 +114,136 @@ fn a_call_without_an_answer_is_observed_and_not_repeated() {
     let ended = world.vcpus(3);
     assert_eq!(ended.verdict(), Verdict::HypervisorUnavailable);
     assert_eq!(world.made.len(), 1);
+}
 
-    // This program was killed before libvirt got the call.
-    let world = World::new(1, onlines());
+/// An operation as the journal has it when this program was killed while the first call of it was
+/// being made, which libvirt never got.
+fn killed(world: &World, request: HotplugRequest) -> History {
     let terms = world.terms(Require::Online, 30);
-    let request = HotplugRequest::Vcpus {
-        count: 3,
-        online: false,
-    };
     let before = world.observe();
     let Preflight::Ready(plan) = preflight(&request, &before, &Host::default()) else {
         panic!();
     };
-    let mut history = History::new(request, terms, plan.clone(), before, true);
-    history.called(world.now, plan.actions[0].clone());
+    let action = plan.actions[0].clone();
+    let mut history = History::new(request, terms, plan, before, true);
+    history.called(world.now, action);
     let journal = serde_json::to_string(&history).unwrap();
     let mut history: History = serde_json::from_str(&journal).unwrap();
-    history.returned(world.now.after(ms(5)), Return::Lost);
-    let mut world = world;
+    history.lost(world.now.after(ms(5)));
+    history
+}
+
+fn vcpus(count: u32) -> HotplugRequest {
+    let online = false;
+    HotplugRequest::Vcpus { count, online }
+}
+
+#[test]
+fn a_call_that_never_got_there_is_made_again_when_that_is_seen() {
+    for (from, to) in [(1, 3), (3, 2)] {
+        let mut world = World::new(from, onlines());
+        world.forgetful = false;
+        let mut history = killed(&world, vcpus(to));
+        let outcome = world.go_on(&mut history);
+        assert_eq!(outcome.verdict, Verdict::Verified, "{}", outcome.message);
+        assert_eq!(world.made.len(), 1);
+        assert!(world.really_uses(to));
+    }
+
+    // One of two devices: what was done of the plan is not done again.
+    let mut world = World::new(1, onlines());
+    let mut other = world.domain.memory.devices[0].clone();
+    other.alias = Some("ua-mem1".to_owned());
+    world.domain.memory.devices.push(other);
+    world.domain.memory.devices[0].size = mib(256);
+    world.domain.memory.maximum = Some(mib(8192));
+    let size = mib(1024);
+    let mut history = killed(&world, HotplugRequest::Memory { size });
+    world.domain.memory.devices[0].requested = Some(mib(256));
+    world.domain.memory.devices[0].current = Some(mib(256));
+    world.go_on(&mut history);
+    let aliases = world.made.iter().map(|action| match action {
+        Action::ResizeVirtioMem { alias, .. } => alias.as_str(),
+        other => panic!("{other:?}"),
+    });
+    assert_eq!(aliases.collect::<Vec<_>>(), ["ua-mem1"]);
+}
+
+#[test]
+fn a_lost_call_is_not_made_again_on_a_domain_that_somebody_else_changed() {
+    let mut world = World::new(2, onlines());
+    let mut history = killed(&world, vcpus(3));
+    world.domain.vcpus.each[1].enabled = false;
     let outcome = world.go_on(&mut history);
-    assert_eq!(
-        outcome.verdict,
-        Verdict::HypervisorError,
-        "{}",
-        outcome.message
-    );
+    assert_eq!(outcome.verdict, Verdict::HypervisorError);
+    assert!(outcome.message.contains("something else changed it"));
     assert!(world.made.is_empty());
+}
+
+#[test]
+fn a_call_that_is_lost_again_and_again_is_given_up() {
+    let world = World::new(1, onlines());
+    let mut history = killed(&world, vcpus(3));
+    let mut now = world.now;
+    let mut calls = 1;
+    let outcome = loop {
+        match judge(&history, now) {
+            Step::Done(outcome) => break outcome,
+            Step::Call(action) => {
+                calls += 1;
+                history.called(now, action);
+                history.lost(now);
+            }
+            Step::Wait { .. } => {}
+        }
+        now = now.after(ms(200));
+        let mut seen = world.observe();
+        seen.at = now;
+        history.observed(seen);
+    };
+    assert_eq!(outcome.verdict, Verdict::HypervisorError);
+    assert_eq!(calls, 3);
+}
+
+/// The agent may not have been told: what it is told is absolute too.
+#[test]
+fn an_agent_that_may_not_have_been_told_is_told_again() {
+    let mut world = World::new(1, Habits::default());
+    let (count, online) = (3, true);
+    let mut history = killed(&world, HotplugRequest::Vcpus { count, online });
+    world.made.push(history.calls()[0].action.clone());
+    world.call_again(0);
+    let before = world.made.len();
+    world.go_on_until(&mut history, |step| matches!(step, Step::Call(_)));
+    let Step::Call(told) = judge(&history, world.now) else {
+        panic!();
+    };
+    history.called(world.now, told.clone());
+    history.lost(world.now);
+    let outcome = world.go_on(&mut history);
+    assert_eq!(outcome.verdict, Verdict::Verified, "{}", outcome.message);
+    assert_eq!(world.made[before..], [told]);
+}
+
+/// Too early to tell at the deadline is no error: libvirt may be about to do it.
+#[test]
+fn a_lost_call_may_still_be_carried_out() {
+    let mut world = World::new(1, onlines());
+    let mut history = killed(&world, vcpus(3));
+    let late = history.terms.deadline.after(ms(1));
+    history.returned(late, Return::Lost);
+    let mut seen = world.observe();
+    seen.at = late;
+    history.observed(seen);
+    let Step::Done(outcome) = judge(&history, late) else {
+        panic!();
+    };
+    assert_eq!(outcome.verdict, Verdict::Pending, "{}", outcome.message);
+    assert!(outcome.verdict.may_change() && history.is_unsettled());
+    world.now = late;
+    let outcome = world.look_again(&mut history, ms(3000));
+    assert_eq!(outcome.verdict, Verdict::HypervisorError);
+    assert!(!history.is_unsettled() && world.made.is_empty());
 }
 
 #[test]

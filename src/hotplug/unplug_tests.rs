@@ -122,3 +122,40 @@ fn an_unplug_that_nobody_answers_stands() {
     assert_eq!(ended.verdict(), Verdict::Pending);
     assert!(world.made.len() <= 2);
 }
+
+/// What went after the deadline: libvirt is told, if that is all that it takes.
+#[test]
+fn a_vcpu_that_goes_after_the_verdict_is_brought_to_libvirts_notice() {
+    let habits = Habits {
+        deaf: true,
+        ..onlines()
+    };
+    let mut world = World::new(3, habits);
+    let ended = world.vcpus(2);
+    assert_eq!(ended.verdict(), Verdict::Pending);
+    let mut history = ended.into_history();
+    world.look_again(&mut history, ms(1000));
+    assert_eq!(settle(&history), None, "nothing went");
+
+    // It wakes up and does as it was told; somebody else has to ask, who is told of a timeout.
+    world.habits.deaf = false;
+    let made = world.made.len();
+    world.call_again(made - 1);
+    world.look_again(&mut history, ms(1000));
+    let action = settle(&history).unwrap();
+    let mut meanwhile = history.clone();
+    history.called(world.now, action);
+    assert_eq!(settle(&history), None, "it is being told");
+    world.call_again(made - 1);
+    let outcome = world.look_again(&mut history, ms(6000));
+    assert_eq!(outcome.verdict, Verdict::Verified);
+    assert_eq!(settle(&history), None, "libvirt agrees");
+
+    // Somebody plugged one.
+    let mut seen = world.observe();
+    for vcpu in &mut seen.domain.vcpus.each {
+        vcpu.enabled = true;
+    }
+    meanwhile.observed(seen);
+    assert_eq!(settle(&meanwhile), None);
+}

@@ -418,3 +418,19 @@ fn the_lasting_definition_is_changed_where_there_is_one() {
         }]
     );
 }
+
+/// The guest brings its CPUs online while nobody can look: what was seen before is no verdict.
+#[test]
+fn what_was_seen_before_a_guests_time_was_up_says_nothing_against_it() {
+    for agent in [true, false] {
+        let habits = Habits {
+            onlines_after: Some(ms(6_000)),
+            agent,
+            ..Habits::default()
+        };
+        let blind = World::new(1, habits).at(ms(2_000), Change::LosesLibvirt);
+        let mut world = blind.at(ms(20_000), Change::FindsLibvirt);
+        let ended = world.vcpus(3);
+        assert_eq!(ended.verdict(), Verdict::Verified, "{:?}", ended.outcome());
+    }
+}

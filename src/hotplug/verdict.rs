@@ -87,6 +87,7 @@ impl Verdict {
                 | Self::Unverifiable
                 | Self::Pending
                 | Self::Busy
+                | Self::HypervisorUnavailable
         )
     }
 }

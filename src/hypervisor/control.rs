@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use tokio::sync::{broadcast, watch};
 
 use super::{Connection, HypervisorError};
-use crate::domain::{BalloonStats, DomainState, IdSet, Stats};
-use crate::hotplug::{Event, GuestVcpus};
+use crate::domain::{BalloonStats, DomainState, IdSet, Job, Stats};
+use crate::hotplug::{Event, GuestVcpus, Ost};
 use crate::units::KiB;
 
 /// Which domain. It is the same domain as long as the UUID is: names can change.
@@ -38,6 +38,8 @@ pub struct LiveDomain {
     pub persistent: bool,
     /// The live XML, without secrets; that of the definition if it does not run.
     pub xml: String,
+    /// What is being done to it in the background.
+    pub job: Option<Job>,
 }
 
 /// The bulk statistics of a domain.
@@ -128,7 +130,7 @@ impl Notices {
 /// A hypervisor whose domains can be watched and changed.
 ///
 /// Every call ends by its own deadline. Dropping the future of one gives up waiting for it; what
-/// has begun goes on over there. No call taints the domain.
+/// has begun goes on over there. No call taints the domain but [`DomainControl::acpi_answers`].
 pub trait DomainControl: Send + Sync + 'static {
     /// Finds a domain by its UUID, or else by its name.
     fn find_domain(
@@ -165,6 +167,14 @@ pub trait DomainControl: Send + Sync + 'static {
         &self,
         domain: &DomainId,
     ) -> impl Future<Output = Result<GuestVcpus, HypervisorError>> + Send;
+
+    /// The last answers that the guest gave through ACPI, as QEMU remembers them: one for each
+    /// slot for which there is any. QEMU is asked past libvirt, which *taints* the domain, until
+    /// it ends. Waits while something is being done to the domain.
+    fn acpi_answers(
+        &self,
+        domain: &DomainId,
+    ) -> impl Future<Output = Result<Vec<Ost>, HypervisorError>> + Send;
 
     /// Has the guest agent bring CPUs online, or take them offline.
     fn set_guest_vcpus(

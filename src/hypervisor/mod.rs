@@ -20,6 +20,7 @@ pub use self::control::{
 };
 pub use self::libvirt::{ControlConfig, Keepalive, Libvirt, LibvirtConfig, LibvirtControl};
 use crate::capability::Version;
+use crate::compat::CpuComparison;
 
 /// What a call to the hypervisor can end with instead of an answer.
 ///
@@ -200,6 +201,13 @@ pub trait Hypervisor: Send + Sync + 'static {
         query: DomainCapabilitiesQuery,
         cpu: String,
     ) -> impl Future<Output = Result<String, HypervisorError>> + Send;
+
+    /// `virConnectCompareHypervisorCPU`: whether this hypervisor can give the CPU of a `<cpu>`.
+    fn compare_cpu(
+        &self,
+        query: DomainCapabilitiesQuery,
+        cpu: String,
+    ) -> impl Future<Output = Result<CpuComparison, HypervisorError>> + Send;
 
     /// `virConnectDomainXMLToNative("qemu-argv")`: the arguments that libvirt would start this
     /// domain with, after its own additions and checks. Nothing is defined or started.

@@ -12,6 +12,7 @@ mod kubevirt;
 mod native;
 pub mod ownership;
 mod published;
+mod reference;
 
 use std::collections::BTreeMap;
 
@@ -20,6 +21,7 @@ pub use family::{FAMILIES, KUBEVIRT_KEYS, KUBEVIRT_PREFIXES, Source, family, is_
 pub use key::{Invalid, LabelKey, LabelValue};
 pub use kubevirt::DEFAULT_OBSOLETE_CPU_MODELS;
 pub use published::{Change, Changes, InUse, Probe, Published, Retained, RetentionReason};
+pub use reference::{Entry, REFERENCE};
 
 /// A set of labels, sorted by key.
 pub type LabelSet = BTreeMap<LabelKey, LabelValue>;

@@ -67,6 +67,7 @@ pub struct HotplugMetrics {
     duration: HistogramVec,
     in_progress: IntGauge,
     oldest: Gauge,
+    deadline: Gauge,
     journal: IntGaugeVec,
     journal_failures: IntCounter,
     objects_watched: IntGauge,
@@ -78,6 +79,8 @@ pub struct HotplugMetrics {
 /// An operation without a verdict.
 struct Open {
     asked: Moment,
+    /// By when it is to have one.
+    deadline: Moment,
     /// Whether it is among the requests: what it does is known only after a look at the domain.
     counted: bool,
 }
@@ -109,6 +112,10 @@ impl HotplugMetrics {
             oldest: new.float_gauge(
                 "virtnode_hotplug_oldest_in_progress_timestamp_seconds",
                 "When the oldest operation without a verdict was asked for; 0 if there is none.",
+            )?,
+            deadline: new.float_gauge(
+                "virtnode_hotplug_earliest_deadline_timestamp_seconds",
+                "The earliest deadline of the operations without a verdict; 0 if there is none.",
             )?,
             journal: new.gauges(
                 "virtnode_journal_records",
@@ -185,6 +192,7 @@ impl HotplugMetrics {
                 }
                 let now = Open {
                     asked: record.created,
+                    deadline: record.deadline,
                     counted: counted || record.before.is_some(),
                 };
                 open.insert(record.id.clone(), now);
@@ -194,6 +202,8 @@ impl HotplugMetrics {
         self.in_progress
             .set(i64::try_from(open.len()).unwrap_or(i64::MAX));
         self.oldest.set(oldest.map_or(0.0, seconds));
+        let deadline = open.values().map(|open| open.deadline).min();
+        self.deadline.set(deadline.map_or(0.0, seconds));
     }
 
     fn count_request(&self, record: &Record) {
@@ -345,6 +355,7 @@ mod tests {
         metrics.hotplug.changed(&second);
         holds("virtnode_hotplug_in_progress 2");
         holds("virtnode_hotplug_oldest_in_progress_timestamp_seconds 2.5");
+        holds("virtnode_hotplug_earliest_deadline_timestamp_seconds 62.5");
         first.state = State::Running;
         metrics.hotplug.changed(&first);
         first.before = Some(vcpus(1));
@@ -358,6 +369,7 @@ mod tests {
         metrics.hotplug.changed(&first);
         holds("virtnode_hotplug_in_progress 1");
         holds("virtnode_hotplug_oldest_in_progress_timestamp_seconds 3");
+        holds("virtnode_hotplug_earliest_deadline_timestamp_seconds 63");
         first.verdict = Some(Verdict::Verified);
         first.corrected = Some(Moment::from_millis(9000));
         metrics.hotplug.changed(&first);

@@ -14,28 +14,31 @@ use prometheus::{
 use super::cluster::ClusterMetrics;
 use super::hotplug::HotplugMetrics;
 use super::inventory::{Inventory, InventoryCollector};
+use crate::diagnosis::{Check, Severity};
 use crate::hypervisor::HypervisorError;
 use crate::label::{FAMILIES, Invalid, RetentionReason, Source};
 
 /// The names of the calls to libvirt about itself, as in the metrics' label `call`.
-pub const CALLS: [&str; 7] = [
+pub const CALLS: [&str; 8] = [
     "open",
     "versions",
     "capabilities",
     "domain-capabilities",
     "baseline-cpu",
+    "compare-cpu",
     "native-arguments",
     "running-domains",
 ];
 
 /// The names of the calls about domains.
-pub const DOMAIN_CALLS: [&str; 12] = [
+pub const DOMAIN_CALLS: [&str; 13] = [
     "find-domain",
     "domain",
     "all-domain-stats",
     "domain-stats",
     "memory-stats",
     "guest-vcpus",
+    "acpi-answers",
     "set-guest-vcpus",
     "agent-timeout",
     "set-vcpus",
@@ -102,6 +105,8 @@ pub struct Metrics {
     pub machine_types_deprecated: IntGauge,
     /// The largest number of vCPUs a domain can have here; 0 while unknown.
     pub max_vcpus: IntGauge,
+    /// What the last look over the host and its domains found, by check and severity.
+    pub doctor_findings: IntGaugeVec,
     /// The running domains.
     pub inventory: Arc<Inventory>,
     /// Verified hotplug.
@@ -208,6 +213,11 @@ impl Metrics {
                 "virtnode_max_vcpus",
                 "The largest number of vCPUs that a domain can have here; 0 while unknown.",
             )?,
+            doctor_findings: new.gauges(
+                "virtnode_doctor_findings",
+                "What virtnode doctor finds, by check and severity; all 0 for what cannot be looked at.",
+                &["check", "severity"],
+            )?,
             inventory: new.inventory()?,
             hotplug: HotplugMetrics::register(&new)?,
             cluster: ClusterMetrics::register(&new)?,
@@ -274,6 +284,12 @@ impl Metrics {
         }
         for action in ["added", "changed", "removed", "repaired"] {
             self.label_changes.with_label_values(&[action]);
+        }
+        for check in Check::ALL {
+            for severity in Severity::ALL {
+                self.doctor_findings
+                    .with_label_values(&[check.name(), severity.name()]);
+            }
         }
         for action in ["dropped", "forced"] {
             self.label_conflicts.with_label_values(&[action]);

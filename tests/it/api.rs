@@ -1,10 +1,11 @@
 //! The local API on its socket: every route, and whatever a client can do wrong.
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use nix::unistd::geteuid;
+use nix::unistd::{getegid, geteuid, getgroups};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -421,6 +422,49 @@ async fn a_caller_without_rights_gets_nowhere() {
         assert!(answer.body.contains(&uid), "{}", answer.body);
     }
     assert_eq!(served.operations.orders(), []);
+}
+
+/// Groups that no user database knows, as a pod's may be: the process is in them, which counts.
+#[tokio::test]
+async fn a_callers_further_groups_count() {
+    // Only root can put a process into a group at will.
+    if !geteuid().is_root() {
+        let Some(group) = getgroups()
+            .unwrap()
+            .into_iter()
+            .find(|gid| *gid != getegid())
+        else {
+            return;
+        };
+        let served = Served::to(Access::new(Some(Vec::new()), vec![group.as_raw()]), true);
+        assert_eq!(served.get("/v1/operations").await.status, 200);
+        return;
+    }
+    let served = Served::to(Access::new(Some(Vec::new()), vec![70_001]), true);
+    let directory = served.directory.path();
+    let open_to_all = |path: &Path, mode| {
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+    };
+    // Where another user can run it.
+    let program = directory.join("virtnode");
+    std::fs::copy(env!("CARGO_BIN_EXE_virtnode"), &program).unwrap();
+    open_to_all(directory, 0o755);
+    open_to_all(&directory.join("api.sock"), 0o666);
+    for (groups, code) in [("70001", 0), ("70000,70001", 0), ("70000", 1)] {
+        let mut command = std::process::Command::new("setpriv");
+        command
+            .args(["--reuid", "65534", "--regid", "65534", "--groups", groups])
+            .arg(&program)
+            .arg("--socket")
+            .arg(directory.join("api.sock"))
+            .arg("operations")
+            .stdin(std::process::Stdio::null());
+        let output = tokio::task::spawn_blocking(move || command.output().unwrap());
+        let output = output.await.unwrap();
+        let err = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(code), "{groups}: {err}");
+        assert_eq!(err.contains("uid 65534 may not use"), code == 1, "{err}");
+    }
 }
 
 #[tokio::test]

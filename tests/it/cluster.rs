@@ -18,7 +18,7 @@ use virtnode::label::LabelSet;
 use virtnode::publish::node::Options;
 
 use crate::support::eventually;
-use crate::support::kube::KubeServer;
+use crate::support::kube::{KubeServer, RIGHTS};
 use crate::support::publisher::{Publisher, SOON, labels, until};
 
 const Q35: &str = "machine.virtnode.io/pc-q35-10.0";
@@ -51,10 +51,9 @@ impl Lab {
         Ok(lab)
     }
 
-    /// Gives the daemon's account the rights that `manifests/rbac.yaml` gives it.
+    /// Gives the daemon's account the rights that `manifests/base/rbac.yaml` gives it.
     async fn allow_as_shipped(&self) -> anyhow::Result<()> {
-        let manifest = include_str!("../../manifests/rbac.yaml");
-        self.server.apply_manifest(manifest).await?;
+        self.server.apply_manifest(RIGHTS).await?;
         self.allowed("virtnode").await
     }
 

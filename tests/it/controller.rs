@@ -232,7 +232,7 @@ async fn a_label_and_a_spec_that_name_different_nodes_are_refused() -> anyhow::R
 }
 
 #[tokio::test(start_paused = true)]
-async fn two_objects_for_one_domain_are_done_in_the_order_they_were_made() -> anyhow::Result<()> {
+async fn objects_for_one_domain_are_done_in_the_order_they_were_made() -> anyhow::Result<()> {
     let api = FakeApi::with_node();
     api.make("z-first", vcpus("vm", 3));
     api.make("a-second", vcpus("vm", 4));
@@ -240,7 +240,7 @@ async fn two_objects_for_one_domain_are_done_in_the_order_they_were_made() -> an
         "domain": {"uuid": "00000000-0000-4000-8000-000000000001"}});
     api.make("m-third", by_uuid);
     let node = HotplugNode::start(cluster(&api));
-    node.control.add("vm", FakeGuest::default());
+    node.control.add("vm", slow());
     let third = ends(&api, "m-third").await?;
     assert_eq!(verdict(&third), Some("Verified"), "{third:#}");
     let calls = node.control.calls();
@@ -249,16 +249,15 @@ async fn two_objects_for_one_domain_are_done_in_the_order_they_were_made() -> an
         ["set-vcpus vm 3", "set-vcpus vm 4"],
         "{calls:?}"
     );
+    let others = &calls[2..];
     assert!(
-        calls[2..].iter().all(|call| call == "set-vcpus vm 2"),
+        others.iter().all(|call| call == "set-vcpus vm 2"),
         "{calls:?}"
     );
     let first = &ends(&api, "z-first").await?["status"];
     let second = &ends(&api, "a-second").await?["status"];
-    assert_eq!(
-        (&first["after"]["vcpus"], &second["before"]["vcpus"]),
-        (&json!(3), &json!(3))
-    );
+    assert_eq!(first["after"]["vcpus"], 3);
+    assert_eq!(second["before"]["vcpus"], 3);
     // Who waits is told so.
     let waits = |status: &Value| {
         status["request"] == "vcpus=2" && status["conditions"][2]["reason"] == "Queued"
@@ -444,6 +443,42 @@ async fn an_object_that_is_deleted_in_the_middle_leaves_its_record() -> anyhow::
         .filter(|status| status["operation"] == record.id.as_str())
         .count();
     assert_eq!(of_the_first, 0, "nothing is said of what is gone");
+    Ok(())
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_came_of_an_object_is_not_said_of_its_namesake() -> anyhow::Result<()> {
+    let api = FakeApi::with_node();
+    let node = HotplugNode::start(cluster(&api));
+    node.control.add("vm", slow());
+    api.make("x", vcpus("vm", 3));
+    object(&api, "x", running).await?;
+    // All this happens while nobody sees it.
+    api.mute_watches();
+    let first = api.object("x").unwrap()["metadata"]["uid"].clone();
+    api.delete("x");
+    api.make("x", vcpus("vm", 2));
+    until(|| api.asked("hotplug-get") > 0).await?;
+    assert!(node.operations_of("x")[0].is_done());
+    let second = api.object("x").unwrap();
+    assert!(
+        second["status"].is_null() && second["metadata"]["uid"] != first,
+        "{second:#}"
+    );
+    Ok(())
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_change_by_somebody_else_delays_no_verdict() -> anyhow::Result<()> {
+    let api = FakeApi::with_node();
+    let node = HotplugNode::start(cluster(&api));
+    node.control.add("vm", slow());
+    api.make("x", vcpus("vm", 3));
+    object(&api, "x", running).await?;
+    api.mute_watches();
+    api.change_spec("x", |_| {});
+    assert_eq!(verdict(&ends(&api, "x").await?), Some("GuestOffline"));
+    assert_eq!(api.asked("hotplug-get"), 1);
     Ok(())
 }
 

@@ -14,7 +14,7 @@ use virtnode::publish::events::Events;
 use virtnode::telemetry::Metrics;
 
 use crate::support::eventually;
-use crate::support::kube::KubeServer;
+use crate::support::kube::{KubeServer, RIGHTS};
 
 /// A count is written at most once in ten seconds.
 const LONG: Duration = Duration::from_secs(60);
@@ -28,9 +28,7 @@ struct Told {
 
 impl Told {
     async fn start(server: &KubeServer) -> anyhow::Result<Self> {
-        server
-            .apply_manifest(include_str!("../../manifests/rbac.yaml"))
-            .await?;
+        server.apply_manifest(RIGHTS).await?;
         let config = ClusterConfig {
             kubeconfig: Some(server.pod_kubeconfig("virtnode", "virtnode", "n1").await?),
             ..ClusterConfig::new("n1")

@@ -1,8 +1,8 @@
 //! `virtnode hotplug` and `virtnode operations` against a real libvirtd, with a daemon and without.
 
 use std::path::Path;
-use std::process::Command;
-use std::time::Duration;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use serde_json::Value;
@@ -128,6 +128,91 @@ fn bad_input_is_exit_code_2_with_a_sentence() -> anyhow::Result<()> {
         assert_eq!((code, out.as_str()), (2, ""), "{arguments:?}: {err}");
         assert!(err.contains(says), "{arguments:?}: {err}");
     }
+    Ok(())
+}
+
+/// A libvirt that is not there, or does not answer, is told at once and not at the deadline.
+#[tokio::test]
+async fn a_libvirt_that_is_away_is_told_soon() -> anyhow::Result<()> {
+    let mut libvirtd = Libvirtd::start()?;
+    let directory = tempfile::tempdir()?;
+    let socket = directory.path().join("virtnode.sock");
+    let state = directory.path().to_str().context("a path")?;
+    let uri = libvirtd.uri();
+    let hotplug = ["hotplug", "vcpus", "vm", "2", "--timeout", "600"];
+    let direct = ["--direct", "--connect", &uri, "--state-directory", state];
+    let direct = [&hotplug[..], &direct[..]].concat();
+    let told = |arguments: &[&str], socket: &Path| -> anyhow::Result<()> {
+        let began = Instant::now();
+        let (code, out, err) = run(socket, arguments)?;
+        assert_eq!(code, 5, "{out}{err}");
+        assert!(out.starts_with("HypervisorUnavailable: "), "{out}");
+        assert!(out.contains("nothing was changed"), "{out}");
+        assert!(began.elapsed() < Duration::from_secs(60), "{out}");
+        Ok(())
+    };
+    libvirtd.freeze()?;
+    told(&direct, &socket)?;
+    libvirtd.thaw()?;
+
+    let daemon = Daemon::start(&uri, &[]).await?;
+    daemon.ready().await?;
+    libvirtd.kill()?;
+    told(&hotplug, &daemon.socket())?;
+    daemon.stop().await?;
+    told(&direct, &socket)
+}
+
+#[tokio::test]
+async fn memory_comes_and_goes_and_a_terminal_shows_what_is_awaited() -> anyhow::Result<()> {
+    let libvirtd = Libvirtd::start()?;
+    let config = GuestConfig {
+        name: "vm1",
+        words: "lab.blocks=online_movable lab.cpus=offline",
+        ..GuestConfig::default()
+    };
+    let guest = Guest::start(&libvirtd, &config).await?;
+    let before = guest.witness()?.total_kib;
+    let daemon = Daemon::start(&libvirtd.uri(), &[]).await?;
+    daemon.ready().await?;
+    let socket = daemon.socket();
+    for (size, least, most) in [("1GiB", 490, 530), ("512Mi", 0, 20)] {
+        let (code, out, err) = run(&socket, &["hotplug", "memory", "vm1", size])?;
+        assert_eq!((code, err.as_str()), (0, ""), "{out}");
+        assert!(out.starts_with("Verified: "), "{out}");
+        // It says so itself, a moment later.
+        let more = |total: u64| total.saturating_sub(before) / 1024;
+        guest
+            .sees(|guest| (least..=most).contains(&more(guest.total_kib)))
+            .await?;
+    }
+    let (code, out, _) = run(&socket, &["hotplug", "memory", "vm1", "513MiB"])?;
+    assert_eq!(code, 4, "{out}");
+
+    // The same on a terminal: `script` makes one.
+    let typescript = |command: &str| -> anyhow::Result<(i32, String)> {
+        let program = env!("CARGO_BIN_EXE_virtnode");
+        let command = format!("{program} --socket {} {command}", socket.display());
+        let output = Command::new("script")
+            .args(["--quiet", "--return", "--command", &command, "/dev/null"])
+            .stdin(Stdio::null())
+            .output()
+            .context("this test needs script (package bsdutils)")?;
+        let code = output.status.code().context("killed")?;
+        Ok((code, String::from_utf8(output.stdout)?))
+    };
+    let (code, out) = typescript("hotplug vcpus vm1 2")?;
+    assert_eq!(code, 3, "{out}");
+    let lines: Vec<&str> = out.split("\r\u{1b}[2K").collect();
+    let awaited = lines.iter().find(|line| line.contains("online"));
+    let awaited = awaited.with_context(|| format!("nothing is awaited: {out:?}"))?;
+    assert!(
+        !awaited.contains('\n') && awaited.chars().count() <= 100,
+        "{awaited:?}"
+    );
+    // What was shown is taken away, and the report stands alone.
+    let last = lines.last().context("lines")?;
+    assert!(last.starts_with("GuestOffline: "), "{out:?}");
     Ok(())
 }
 

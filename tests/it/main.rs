@@ -2,25 +2,39 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on should panic")]
 
+mod agreement;
 mod api;
 mod architecture;
+mod check;
 mod cli;
 mod cluster;
+mod contract;
 mod control;
 mod controller;
 mod daemon;
 mod daemon_on_a_node;
+mod dist;
+mod doctor;
+mod doctor_domains;
 mod documents;
 mod events;
 mod executor;
+mod foretold;
 mod hotplug_cli;
+mod hotplug_objects;
+mod killed;
 mod kube_server;
 mod lab;
 mod labeller;
 mod libvirt;
+mod manifests;
+mod monitor;
+mod monitoring;
 mod objects;
 mod own_node;
 mod publish_node;
+mod references;
+mod service;
 mod support;
 mod truth_table;
 mod virtualization;

@@ -17,12 +17,11 @@ use virtnode::label::{KUBEVIRT_KEYS, KUBEVIRT_PREFIXES};
 
 use crate::support::daemon::Daemon;
 use crate::support::eventually;
-use crate::support::kube::{KubeServer, documents};
+use crate::support::kube::{KubeServer, RIGHTS, documents};
 use crate::support::libvirtd::Libvirtd;
 
-const CRDS: &str = include_str!("../../manifests/crds.yaml");
-const RBAC: &str = include_str!("../../manifests/rbac.yaml");
-const ADMISSION: &str = include_str!("../../manifests/admission.yaml");
+const CRDS: &str = include_str!("../../manifests/base/crds.yaml");
+const ADMISSION: &str = include_str!("../../manifests/base/admission.yaml");
 const KUBEVIRT: &str = include_str!("../../manifests/overlays/kubevirt-labels/admission.yaml");
 
 const USER: &str = "system:serviceaccount:virtnode:virtnode";
@@ -130,7 +129,7 @@ async fn the_daemon_uses_every_right_it_has_and_needs_no_other() -> anyhow::Resu
     let libvirtd = Libvirtd::start()?;
     let server = KubeServer::start().await?;
     server.apply_manifest(CRDS).await?;
-    server.apply_manifest(RBAC).await?;
+    server.apply_manifest(RIGHTS).await?;
     if has_policies(&server).await? {
         server.apply_manifest(ADMISSION).await?;
     }

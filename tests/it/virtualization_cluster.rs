@@ -21,11 +21,10 @@ use virtnode::publish::virtualization::{Options, Picture, VirtualizationPublishe
 use virtnode::telemetry::Metrics;
 
 use crate::support::eventually;
-use crate::support::kube::KubeServer;
+use crate::support::kube::{KubeServer, RIGHTS};
 use crate::support::publisher::SOON;
 
-const CRDS: &str = include_str!("../../manifests/crds.yaml");
-const RBAC: &str = include_str!("../../manifests/rbac.yaml");
+const CRDS: &str = include_str!("../../manifests/base/crds.yaml");
 
 /// A publisher that runs, and what it is told.
 struct Writer {
@@ -117,7 +116,7 @@ async fn writes(server: &KubeServer) -> anyhow::Result<usize> {
 #[tokio::test]
 async fn a_node_virtualization_is_written_when_something_changed() -> anyhow::Result<()> {
     let server = KubeServer::start().await?;
-    server.apply_manifest(RBAC).await?;
+    server.apply_manifest(RIGHTS).await?;
     let node = server.create_node("n1").await?;
     let objects: Api<NodeVirtualization> = Api::all(server.client());
 
@@ -214,7 +213,7 @@ async fn a_node_virtualization_is_written_when_something_changed() -> anyhow::Re
 #[tokio::test]
 async fn the_time_of_a_probe_alone_is_written_after_an_hour_only() -> anyhow::Result<()> {
     let server = KubeServer::start().await?;
-    server.apply_manifest(RBAC).await?;
+    server.apply_manifest(RIGHTS).await?;
     server.apply_manifest(CRDS).await?;
     server.create_node("n1").await?;
     let objects: Api<NodeVirtualization> = Api::all(server.client());

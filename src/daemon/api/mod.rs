@@ -130,7 +130,7 @@ async fn guard<O: Operations>(
     next: Next,
 ) -> Response {
     let answer = async {
-        if shared.access.allows(peer).await {
+        if shared.access.allows(&peer) {
             return next.run(request).await;
         }
         let message = format!(

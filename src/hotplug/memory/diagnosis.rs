@@ -3,6 +3,9 @@
 use crate::hotplug::outcome::Diagnosis;
 use crate::units::Bytes;
 
+/// Linux takes memory in blocks of at least this on x86 (`MIN_MEMORY_BLOCK_SIZE`).
+pub(super) const LINUX_BLOCK: Bytes = Bytes::new(128 << 20);
+
 /// virtio-mem: nothing was taken.
 pub(super) fn no_driver() -> Diagnosis {
     Diagnosis::new(
@@ -59,7 +62,21 @@ pub(super) fn offline(short: Bytes) -> Diagnosis {
 }
 
 /// A DIMM is there, and the guest's total did not follow.
-pub(super) fn dimm_unused(short: Bytes) -> Diagnosis {
+pub(super) fn dimm_unused(alias: &str, size: Bytes, short: Bytes) -> Diagnosis {
+    if !size.is_multiple_of(LINUX_BLOCK) {
+        return Diagnosis::new(
+            "dimm-not-in-blocks",
+            format!(
+                "the guest said through ACPI that it took the DIMM, and its own total lacks {short}: \
+                 {size} are no multiple of {LINUX_BLOCK}, the least that Linux takes on x86, and it \
+                 throws such a DIMM away"
+            ),
+            format!(
+                "detach the DIMM (alias {alias}), so that those that come later lie where Linux \
+                 can take them, and ask for a multiple of {LINUX_BLOCK}"
+            ),
+        );
+    }
     Diagnosis::new(
         "memory-offline",
         format!(

@@ -1,5 +1,6 @@
 //! What a history shows about memory.
 
+use super::diagnosis::LINUX_BLOCK;
 use crate::domain::Memory;
 use crate::hotplug::{Action, Answer, Event, Extent, History, Moment, Observation, Ost, SlotKind};
 use crate::units::Bytes;
@@ -70,16 +71,16 @@ impl<'h> Signs<'h> {
     }
 }
 
-/// The alias of the DIMM that the plan attaches.
-pub(super) fn planned_dimm(history: &History) -> Option<&str> {
+/// The alias and the size of the DIMM that the plan attaches.
+pub(super) fn planned_dimm(history: &History) -> Option<(&str, Bytes)> {
     history.plan.actions.iter().find_map(|action| match action {
-        Action::AttachDimm { alias, .. } => Some(alias.as_str()),
+        Action::AttachDimm { alias, size, .. } => Some((alias.as_str(), Bytes::from(*size))),
         _ => None,
     })
 }
 
 fn dimm_answer(history: &History) -> Option<(Moment, Answer, &Ost)> {
-    let alias = planned_dimm(history)?;
+    let (alias, _) = planned_dimm(history)?;
     history.events().rev().find_map(|(at, event)| match event {
         Event::Ost(ost) if ost.kind == SlotKind::Dimm && ost.device.as_deref() == Some(alias) => {
             Some((at, ost.answer()?, ost))
@@ -91,9 +92,6 @@ fn dimm_answer(history: &History) -> Option<(Moment, Answer, &Ost)> {
 /// A kernel spends up to 1/64 of new memory on describing it, where it takes that from the new
 /// memory itself; half as much again for other books.
 const OVERHEAD: u64 = 40;
-
-/// Linux brings memory online by blocks of at least this on x86 (`MIN_MEMORY_BLOCK_SIZE`).
-const LINUX_BLOCK: Bytes = Bytes::new(128 << 20);
 
 fn total(history: &History, target: Bytes, reached: Option<Moment>) -> Total {
     let seen = history.latest();

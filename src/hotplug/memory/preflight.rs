@@ -197,17 +197,17 @@ fn attach(size: Bytes, domain: &Domain) -> Result<Action, Infeasible> {
     })
 }
 
-/// What a DIMM must be a multiple of.
+/// What a DIMM must be a multiple of: else QEMU refuses it ("backend memory size must be multiple
+/// of 0x200000", QEMU 10.0), or libvirt rounds it up, and there would be more than was asked for
+/// (`qemuDomainGetMemoryModuleSizeAlignment`, libvirt 11.3).
 ///
-/// Elsewhere libvirt rounds a live DIMM up, and then there would be more than was asked for
-/// (`qemuDomainGetMemoryModuleSizeAlignment`, libvirt 11.3). On x86 and arm64 Linux takes no less
-/// than 128 MiB at a time (`SECTION_SIZE_BITS`), says "success" through ACPI to any other DIMM,
-/// and throws it away (measured); and such a DIMM puts every later one at an address that is
-/// not a multiple of 128 MiB, so that Linux throws those away as well.
+/// What the guest's system can take is another matter, and its own: Linux on x86 takes whole
+/// multiples of 128 MiB or more, others may take less. A DIMM that it throws away comes to no
+/// `Verified`, and the diagnosis says why.
 fn dimm_unit(arch: &str) -> Bytes {
     Bytes::new(match arch {
         "ppc64" | "ppc64le" => 256 << 20,
-        "x86_64" | "i686" | "aarch64" => 128 << 20,
+        "x86_64" | "i686" | "aarch64" => 2 << 20,
         _ => 1 << 20,
     })
 }

@@ -282,10 +282,13 @@ impl Case<'_> {
             .as_ref()
             .and_then(|stats| stats.balloon.current);
         let held = plugged.saturating_sub(balloon.unwrap_or(plugged));
-        match held > Bytes::ZERO && held >= missing.part(2) {
-            true => diagnosis::ballooned(held),
-            false if planned_dimm(self.history).is_some() => diagnosis::dimm_unused(missing),
-            false => diagnosis::offline(missing),
+        match (
+            held > Bytes::ZERO && held >= missing.part(2),
+            planned_dimm(self.history),
+        ) {
+            (true, _) => diagnosis::ballooned(held),
+            (_, Some((alias, size))) => diagnosis::dimm_unused(alias, size, missing),
+            _ => diagnosis::offline(missing),
         }
     }
 
@@ -299,7 +302,8 @@ impl Case<'_> {
         )
     }
 
-    /// That finding so long after a moment, or at the deadline; until then waiting.
+    /// That finding if a look so long after a moment, or the deadline, leaves it standing; until
+    /// then waiting.
     fn after(
         &self,
         since: Option<Moment>,
@@ -307,11 +311,12 @@ impl Case<'_> {
         awaiting: &str,
         finding: impl FnOnce() -> Finding,
     ) -> Ruling {
-        match since.map(|since| self.history.patient_until(since, patience)) {
-            _ if self.over => Ruling::Found(finding()),
-            Some(until) if self.now >= until => Ruling::Found(finding()),
-            Some(until) => Ruling::wait_until(awaiting, until),
-            None => Ruling::wait(awaiting),
+        let until = since.map(|since| self.history.patient_until(since, patience));
+        let looked = until.zip(self.signs.latest);
+        let looked = looked.is_some_and(|(until, latest)| latest.at >= until);
+        match self.over || looked {
+            true => Ruling::Found(finding()),
+            false => Ruling::wait_until_then_look(awaiting, until, self.now),
         }
     }
 

@@ -13,9 +13,10 @@ pub(super) fn thrown_away(has: u32, target: u32) -> Diagnosis {
             counted(has, "CPU")
         ),
         "boot the guest without nr_cpus= and possible_cpus= or with larger ones, with a kernel \
-         whose NR_CPUS is large enough; a Linux from 6.8 on makes room only if it recognises its \
-         hypervisor, which it does not under plain software emulation. Its log says 'NR_CPUS/\
-         possible_cpus limit' or 'Unable to map lapic to logical cpu number'",
+         whose NR_CPUS is large enough. Its log says 'NR_CPUS/possible_cpus limit', 'Unable to map \
+         lapic to logical cpu number' or, of a recent Linux (6.12, not 6.1), 'plus 0 hotplug CPUs': \
+         that makes room only where it recognises its hypervisor, which it does not under QEMU's \
+         plain software emulation (TCG)",
     )
 }
 

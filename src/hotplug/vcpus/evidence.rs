@@ -25,6 +25,8 @@ pub(super) struct Signs<'h> {
     pub(super) guest: Option<&'h GuestVcpus>,
     /// Those of the plugged that have been seen running.
     pub(super) running: IdSet,
+    /// Those that ran between the last two looks, which is not enough to tell.
+    pub(super) stirring: IdSet,
     /// Whether the statistics count how long vCPUs run.
     pub(super) counts_time: bool,
 }
@@ -35,6 +37,8 @@ impl<'h> Signs<'h> {
         let seen = latest.unwrap_or(&history.before);
         let ids = seen.domain.vcpus.plugged_ids();
         let added = ids.without(&history.before.domain.vcpus.plugged_ids());
+        let use_of = |id| use_of(history, id, added.contains(id));
+        let with = |wanted| ids.iter().filter(|id| use_of(*id) == wanted).collect();
         let mut signs = Self {
             latest,
             plugged: ids.len(),
@@ -42,10 +46,8 @@ impl<'h> Signs<'h> {
             gone: BTreeMap::new(),
             kept: IdSet::default(),
             guest: latest.and_then(Observation::guest),
-            running: ids
-                .iter()
-                .filter(|id| runs(history, *id, added.contains(*id)))
-                .collect(),
+            running: with(Use::Runs),
+            stirring: with(Use::Stirs),
             counts_time: seen.stats.as_ref().is_some_and(|stats| {
                 stats
                     .vcpus
@@ -144,7 +146,7 @@ pub(super) fn peripheral(path: &str) -> Option<&str> {
 ///
 /// After a reset the firmware runs all of them, some firmwares for as long as they are at work:
 /// only what runs when there was time to boot counts.
-fn runs(history: &History, id: u32, new: bool) -> bool {
+fn use_of(history: &History, id: u32, new: bool) -> Use {
     let booted = history
         .reset()
         .map(|reset| history.patient_until(reset, history.terms.patience.offline));
@@ -154,18 +156,32 @@ fn runs(history: &History, id: u32, new: bool) -> bool {
         (None, true) => (Some(NEVER_RAN), 2),
         (None, false) => (before.and_then(|stats| stats.vcpus.get(&id)).copied(), 1),
     };
-    let mut grown = 0;
+    let (mut grown, mut stirs) = (0, false);
     for seen in history.since_epoch() {
         let now = seen.stats.as_ref().and_then(|stats| stats.vcpus.get(&id));
         let Some(now) = now.filter(|_| booted.is_none_or(|booted| seen.at >= booted)) else {
             continue;
         };
-        if last.is_some_and(|last| grew(last, *now)) {
-            grown += 1;
-        }
+        stirs = last.is_some_and(|last| grew(last, *now));
+        grown += u32::from(stirs);
         last = Some(*now);
     }
-    grown >= needed
+    match grown >= needed {
+        true => Use::Runs,
+        false if stirs => Use::Stirs,
+        false => Use::None,
+    }
+}
+
+/// What a vCPU's time says about its use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Use {
+    /// It runs in the guest's system.
+    Runs,
+    /// It has run since the look before the last: that may be more than a moment.
+    Stirs,
+    /// It does nothing.
+    None,
 }
 
 const NEVER_RAN: VcpuStats = VcpuStats {

@@ -9,4 +9,4 @@ mod verdict;
 pub(super) use evidence::{extent, shows};
 pub(super) use preflight::preflight;
 pub(super) use trail::trail;
-pub(super) use verdict::judge;
+pub(super) use verdict::{judge, settle};

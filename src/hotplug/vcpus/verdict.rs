@@ -7,7 +7,7 @@ use super::evidence::Signs;
 use crate::hotplug::history::Return;
 use crate::hotplug::outcome::{Finding, Ruling, counted, seconds};
 use crate::hotplug::trouble::{self, Failure};
-use crate::hotplug::{Answer, History, Moment, Require, Verdict};
+use crate::hotplug::{Action, Answer, History, Moment, Require, Verdict};
 
 /// What to do next about a request for `count` vCPUs.
 pub(in crate::hotplug) fn judge(
@@ -37,6 +37,19 @@ pub(in crate::hotplug) fn judge(
         true => case.unplug(),
         false => case.plug(online),
     }
+}
+
+/// What makes libvirt agree, after the verdict, with a guest that let vCPUs go.
+pub(in crate::hotplug) fn settle(history: &History, count: u32) -> Option<Action> {
+    let case = Case {
+        history,
+        signs: Signs::read(history),
+        count,
+        before: history.before.domain.vcpus.plugged(),
+        now: history.latest().at,
+        over: true,
+    };
+    (count < case.before).then(|| case.settle()).flatten()
 }
 
 struct Case<'h> {

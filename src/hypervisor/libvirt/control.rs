@@ -12,7 +12,7 @@ use super::notices::Announcer;
 use super::pool::Pool;
 use super::session::Session;
 use crate::domain::{BalloonStats, IdSet};
-use crate::hotplug::GuestVcpus;
+use crate::hotplug::{GuestVcpus, Ost};
 use crate::hypervisor::{
     Connection, DomainControl, DomainId, DomainStats, HypervisorError, LiveDomain, Notices, Scope,
 };
@@ -150,6 +150,12 @@ impl DomainControl for LibvirtControl {
 
     async fn guest_vcpus(&self, domain: &DomainId) -> Result<GuestVcpus, HypervisorError> {
         self.on(&self.agents, "guest-vcpus", domain, Session::guest_vcpus)
+            .await
+    }
+
+    async fn acpi_answers(&self, domain: &DomainId) -> Result<Vec<Ost>, HypervisorError> {
+        let call = "acpi-answers";
+        self.on(&self.changes, call, domain, Session::acpi_answers)
             .await
     }
 

@@ -9,9 +9,9 @@ use virt::sys;
 use super::device::with_requested;
 use super::failure;
 use super::session::{Session, no_nul};
-use crate::domain::{BalloonStats, DomainState, IdSet, Stats};
+use crate::domain::{BalloonStats, DomainState, IdSet, Job, Stats};
 use crate::ffi::{self, DomainRecord};
-use crate::hotplug::GuestVcpus;
+use crate::hotplug::{GuestVcpus, Ost};
 use crate::hypervisor::{DomainId, DomainStats, HypervisorError, LiveDomain, Scope};
 use crate::units::{Bytes, KiB};
 
@@ -71,6 +71,7 @@ impl Session {
                 state: DomainState::from_libvirt(domain.info()?.state.to_raw()),
                 persistent: domain.is_persistent()?,
                 xml: domain.xml_desc(0)?,
+                job: job(domain),
             })
         })
     }
@@ -122,6 +123,17 @@ impl Session {
                 call: CALL,
                 message: error.to_string(),
             }
+        })
+    }
+
+    pub(super) fn acpi_answers(&self, domain: &DomainId) -> Result<Vec<Ost>, HypervisorError> {
+        const CALL: &str = "acpi-answers";
+        const QUERY: &str = r#"{"execute":"query-acpi-ospm-status"}"#;
+        let answer = self.with(CALL, domain, |domain| domain.qemu_monitor_command(QUERY, 0))?;
+        Ost::from_query(&answer).map_err(|error| HypervisorError::Failed {
+            call: CALL,
+            number: sys::VIR_ERR_INTERNAL_ERROR,
+            message: error.to_string(),
         })
     }
 
@@ -218,6 +230,16 @@ fn identity(domain: &Domain) -> Result<DomainId, Error> {
         name: domain.name()?,
         uuid: domain.uuid_string()?,
     })
+}
+
+/// What is being done to it in the background. A driver that cannot tell, tells of none.
+fn job(domain: &Domain) -> Option<Job> {
+    match ffi::job(domain) {
+        Ok(operation) => operation.map(Job::from_libvirt),
+        // "migration statistics are available only on the source host" (qemu_driver.c)
+        Err(error) if error.message().contains("only on the source host") => Some(Job::MigrationIn),
+        Err(_) => None,
+    }
 }
 
 /// Whether a text is spelled like a UUID. A name may be, too.

@@ -39,6 +39,7 @@ use self::session::Session;
 use super::{
     Connection, DomainCapabilitiesQuery, Hypervisor, HypervisorError, RunningDomain, Versions,
 };
+use crate::compat::CpuComparison;
 use crate::telemetry::Metrics;
 
 /// How to reach libvirt, and how long to wait for it.
@@ -137,6 +138,17 @@ impl Hypervisor for Libvirt {
     ) -> Result<String, HypervisorError> {
         self.call("baseline-cpu", move |session| {
             session.baseline_cpu(&query, &cpu)
+        })
+        .await
+    }
+
+    async fn compare_cpu(
+        &self,
+        query: DomainCapabilitiesQuery,
+        cpu: String,
+    ) -> Result<CpuComparison, HypervisorError> {
+        self.call("compare-cpu", move |session| {
+            session.compare_cpu(&query, &cpu)
         })
         .await
     }

@@ -10,7 +10,10 @@ use virt::sys;
 use super::notices::{self, Announcer};
 use super::{LibvirtConfig, event_loop, failure};
 use crate::capability::Version;
-use crate::ffi::{CloseReason, Subscription, Watched, baseline_hypervisor_cpu};
+use crate::compat::CpuComparison;
+use crate::ffi::{
+    CloseReason, Subscription, Watched, baseline_hypervisor_cpu, compare_hypervisor_cpu,
+};
 use crate::hypervisor::{DomainCapabilitiesQuery, HypervisorError, RunningDomain, Versions};
 
 /// The first libvirt with `EXPAND_CPU_FEATURES`, and with `SUPPORTED_CPU_FEATURES`.
@@ -141,6 +144,30 @@ impl Session {
             .map_err(|error| self.sort(CALL, &error))
     }
 
+    pub(super) fn compare_cpu(
+        &self,
+        query: &DomainCapabilitiesQuery,
+        cpu: &str,
+    ) -> Result<CpuComparison, HypervisorError> {
+        const CALL: &str = "compare-cpu";
+        let (arch, machine, virt_type) = choice(CALL, query)?;
+        let flags = sys::VIR_CONNECT_COMPARE_CPU_FAIL_INCOMPATIBLE;
+        let answer = compare_hypervisor_cpu(&self.connect, arch, machine, virt_type, cpu, flags);
+        match answer {
+            Ok(sys::VIR_CPU_COMPARE_IDENTICAL) => Ok(CpuComparison::Identical),
+            Ok(sys::VIR_CPU_COMPARE_SUPERSET) => Ok(CpuComparison::Superset),
+            Ok(_) => Ok(CpuComparison::Incompatible {
+                words: String::new(),
+            }),
+            Err(error) if error.code().to_raw() == sys::VIR_ERR_CPU_INCOMPATIBLE => {
+                Ok(CpuComparison::Incompatible {
+                    words: error.message().to_owned(),
+                })
+            }
+            Err(error) => Err(self.sort(CALL, &error)),
+        }
+    }
+
     pub(super) fn native_arguments(&self, domain: &str) -> Result<String, HypervisorError> {
         let answer = self.connect.domain_xml_to_native("qemu-argv", domain, 0);
         answer.map_err(|error| self.sort("native-arguments", &error))
@@ -159,7 +186,12 @@ impl Session {
                 }
                 Ok(None) => {}
                 Err(error) if failure::is_gone(&error) => {}
-                Err(error) => return Err(self.sort("running-domains", &error)),
+                Err(error) => {
+                    // Those that are known need not be read again: the next time only this one
+                    // can hold it up, which is new and has something done to it just now.
+                    self.domains.extend(known);
+                    return Err(self.sort("running-domains", &error));
+                }
             }
         }
         let domains = self.domains.values().map(|(_, domain)| domain.clone());

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
@@ -15,6 +16,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use super::eventually;
+use virtnode::operation::OperationId;
 use virtnode::telemetry::metrics::CALLS;
 
 /// For what takes a moment; only a failing test waits so long.
@@ -52,11 +54,21 @@ impl Daemon {
         uri: &str,
         arguments: &[&str],
     ) -> anyhow::Result<Self> {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_virtnode"));
+        command.env_clear().arg("run");
+        Self::spawn(directory, command, uri, arguments).await
+    }
+
+    /// Starts one by a command that is the program or becomes it, up to `run`.
+    pub(crate) async fn spawn(
+        directory: TempDir,
+        mut command: Command,
+        uri: &str,
+        arguments: &[&str],
+    ) -> anyhow::Result<Self> {
         let log = directory.path().join("log");
-        let child = Command::new(env!("CARGO_BIN_EXE_virtnode"))
-            .env_clear()
+        let child = command
             .args([
-                "run",
                 "--connect",
                 uri,
                 "--listen",
@@ -181,12 +193,52 @@ impl Daemon {
             .sum()
     }
 
+    /// Its process.
+    pub(crate) fn pid(&self) -> anyhow::Result<Pid> {
+        Ok(Pid::from_raw(i32::try_from(self.child.id())?))
+    }
+
+    /// Asks the local API; gives the answer's JSON.
+    ///
+    /// # Errors
+    /// No answer, or one that says no.
+    pub(crate) fn api(&self, method: &str, path: &str, body: &str) -> anyhow::Result<Value> {
+        let length = body.len();
+        let mut stream = UnixStream::connect(self.socket())?;
+        stream.set_read_timeout(Some(LONG))?;
+        write!(
+            stream,
+            "{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\
+             Content-Length: {length}\r\n\r\n{body}"
+        )?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        let (head, body) = answer.split_once("\r\n\r\n").context("no answer")?;
+        ensure!(head.contains(" 200 ") || head.contains(" 202 "), "{answer}");
+        Ok(serde_json::from_str(body)?)
+    }
+
+    /// What its journal holds of an operation.
+    ///
+    /// # Errors
+    /// It holds nothing of it.
+    pub(crate) fn journal(&self, id: &OperationId) -> anyhow::Result<Value> {
+        let file = format!("state/operations/{id}.json");
+        let text = fs::read(self.directory.path().join(file))?;
+        Ok(serde_json::from_slice(&text)?)
+    }
+
+    /// Kills it as nothing can be caught (`SIGKILL`), and gives its state directory for the next
+    /// one.
+    pub(crate) fn kill(mut self) -> anyhow::Result<TempDir> {
+        self.child.kill()?;
+        self.child.wait()?;
+        Ok(std::mem::replace(&mut self.directory, tempfile::tempdir()?))
+    }
+
     /// Asks it to stop, and gives its state directory for the next one.
     pub(crate) async fn stop(mut self) -> anyhow::Result<(ExitStatus, TempDir)> {
-        kill(
-            Pid::from_raw(i32::try_from(self.child.id())?),
-            Signal::SIGTERM,
-        )?;
+        kill(self.pid()?, Signal::SIGTERM)?;
         let status = eventually(LONG, async || {
             self.child.try_wait()?.context("it is still running")
         })

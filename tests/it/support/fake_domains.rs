@@ -3,18 +3,22 @@
 //! Time is tokio's, so that a test can let it pass at once.
 
 use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use tokio::sync::{Notify, broadcast, watch};
 use tokio::time::{Instant, sleep};
-use virtnode::domain::{BalloonStats, DomainState, IdSet, Stats, VcpuStats};
+use virtnode::domain::{BalloonStats, DomainState, IdSet, Job, Stats, VcpuStats};
 use virtnode::hotplug::{Event, GuestVcpus, Ost, SlotKind};
 use virtnode::hypervisor::{
     Change, Connection, DomainControl, DomainId, DomainStats, HypervisorError, LiveDomain, Notice,
     Notices, Scope,
 };
 use virtnode::units::{Bytes, KiB};
+
+use super::guest::MorePossible;
 
 /// How long a question takes.
 const QUESTION: Duration = Duration::from_millis(2);
@@ -26,6 +30,11 @@ const GUEST: Duration = Duration::from_millis(100);
 const UNPLUG: Duration = Duration::from_secs(5);
 const MIB: u64 = 1 << 20;
 const BOOT: u64 = 512 * MIB;
+/// How long libvirt waits for what else is being done to a domain.
+const LOCK: Duration = Duration::from_secs(30);
+/// What QEMU wants DIMMs to be a multiple of, and what Linux does.
+const DIMM: u64 = 2 * MIB;
+const LINUX_BLOCK: u64 = 128 * MIB;
 
 /// What a guest does with vCPUs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,7 +87,10 @@ pub(crate) struct FakeGuest {
     pub(crate) blocks: Blocks,
     pub(crate) calls: Calls,
     pub(crate) agent: bool,
+    /// Whether its agent takes questions and never answers.
+    pub(crate) agent_hangs: bool,
     pub(crate) vcpus: u32,
+    pub(crate) memory: MorePossible,
 }
 
 impl Default for FakeGuest {
@@ -88,7 +100,9 @@ impl Default for FakeGuest {
             blocks: Blocks::Onlines,
             calls: Calls::Work,
             agent: true,
+            agent_hangs: false,
             vcpus: 1,
+            memory: MorePossible::VirtioMem,
         }
     }
 }
@@ -110,6 +124,13 @@ struct FakeDomain {
     requested: u64,
     taken: u64,
     total: u64,
+    /// DIMMs by slot: alias and size.
+    dimms: BTreeMap<u32, (String, u64)>,
+    /// What is being done to it.
+    job: Option<Job>,
+    /// The guest's last answers, as QEMU remembers them.
+    answers: Vec<Ost>,
+    tainted: bool,
 }
 
 /// The hypervisor.
@@ -121,6 +142,8 @@ pub(crate) struct FakeControl {
     /// Told when a call to change something begins.
     called: Notify,
     started: Instant,
+    /// Whether QEMU's events reach nobody.
+    deaf: AtomicBool,
     me: Weak<Self>,
 }
 
@@ -133,6 +156,7 @@ impl FakeControl {
             log: Mutex::default(),
             called: Notify::new(),
             started: Instant::now(),
+            deaf: AtomicBool::new(false),
             me: me.clone(),
         })
     }
@@ -155,6 +179,10 @@ impl FakeControl {
             requested: 0,
             taken: 0,
             total: BOOT - 100 * MIB,
+            dimms: BTreeMap::new(),
+            job: None,
+            answers: Vec::new(),
+            tainted: false,
             guest,
         };
         domains.insert(name.to_owned(), domain);
@@ -195,6 +223,31 @@ impl FakeControl {
             (domain.in_qemu, domain.by_libvirt) = (count, count);
             (domain.present, domain.online) = (ids.clone(), ids);
         });
+    }
+
+    /// Something else is done to the domain, or not any more.
+    pub(crate) fn does(&self, name: &str, job: Option<Job>) {
+        self.change(name, |domain| domain.job = job);
+    }
+
+    /// What the guest's own total is.
+    pub(crate) fn total(&self, name: &str) -> Bytes {
+        Bytes::new(self.domains()[name].total)
+    }
+
+    /// Whether QEMU was asked past libvirt.
+    pub(crate) fn is_tainted(&self, name: &str) -> bool {
+        self.domains()[name].tainted
+    }
+
+    /// From now on nobody hears of QEMU's events.
+    pub(crate) fn loses_events(&self) {
+        self.deaf.store(true, Ordering::Relaxed);
+    }
+
+    /// Lets a guest's processors run again.
+    pub(crate) fn resume(&self, name: &str) {
+        self.change(name, |domain| domain.state = DomainState::Running);
     }
 
     /// Ends a domain.
@@ -243,7 +296,9 @@ impl FakeControl {
             at: Instant::now().into_std(),
             change: Change::Event(event),
         };
-        self.notices.send(notice).ok();
+        if !self.deaf.load(Ordering::Relaxed) {
+            self.notices.send(notice).ok();
+        }
     }
 
     fn ost(&self, name: &str, domain: &FakeDomain, id: u32, source: u32, status: u32) {
@@ -255,6 +310,15 @@ impl FakeControl {
             source,
             status,
         };
+        self.answer(name, domain, ost);
+    }
+
+    fn answer(&self, name: &str, domain: &FakeDomain, ost: Ost) {
+        self.change(name, |domain| {
+            let of_another = |answer: &Ost| (answer.kind, answer.slot) != (ost.kind, ost.slot);
+            domain.answers.retain(of_another);
+            domain.answers.push(ost.clone());
+        });
         self.tell(name, domain, Event::Ost(ost));
     }
 
@@ -288,6 +352,9 @@ impl FakeControl {
         self.called.notify_one();
         self.question().await?;
         let (name, have) = self.find(domain)?;
+        if have.job.is_some_and(Job::holds_changes) {
+            self.lock(&name).await?;
+        }
         let lost = HypervisorError::Unavailable("the connection broke".to_owned());
         match have.guest.calls {
             Calls::Work => Ok((name, None)),
@@ -295,6 +362,25 @@ impl FakeControl {
             Calls::Fail(error) => Err(error),
             Calls::Break { done: true } => Ok((name, Some(lost))),
             Calls::Break { done: false } => Err(lost),
+        }
+    }
+
+    /// Waits as libvirt does while something else is being done to the domain.
+    async fn lock(&self, name: &str) -> Result<(), HypervisorError> {
+        let until = Instant::now() + LOCK;
+        loop {
+            let held = |domain: &mut FakeDomain| domain.job.is_some_and(Job::holds_changes);
+            match self.change(name, held) {
+                None => return Err(HypervisorError::DomainNotFound(name.to_owned())),
+                Some(false) => return Ok(()),
+                Some(true) if Instant::now() >= until => {
+                    return Err(HypervisorError::Busy {
+                        call: "set-vcpus",
+                        message: "cannot acquire state change lock".to_owned(),
+                    });
+                }
+                Some(true) => sleep(GUEST).await,
+            }
         }
     }
 
@@ -408,6 +494,37 @@ impl FakeDomain {
             false => "",
         };
         let boot = BOOT / 1024;
+        let virtio_mem = self.guest.memory == MorePossible::VirtioMem;
+        let (maximum, cpu) = match self.guest.memory {
+            MorePossible::No => (String::new(), String::new()),
+            _ => (
+                "<maxMemory slots='4' unit='KiB'>4194304</maxMemory>".to_owned(),
+                format!(
+                    "<cpu><numa><cell id='0' cpus='0-3' memory='{boot}' unit='KiB'/></numa></cpu>"
+                ),
+            ),
+        };
+        let mut devices = match virtio_mem {
+            true => format!(
+                "<memory model='virtio-mem'><target><size unit='KiB'>2097152</size>\
+                 <node>0</node><block unit='KiB'>2048</block>\
+                 <requested unit='KiB'>{}</requested><current unit='KiB'>{}</current></target>\
+                 <alias name='ua-mem0'/></memory>",
+                self.requested / 1024,
+                self.taken / 1024,
+            ),
+            false => String::new(),
+        };
+        for (slot, (alias, size)) in &self.dimms {
+            let size = size / 1024;
+            write!(
+                devices,
+                "<memory model='dimm'><target><size unit='KiB'>{size}</size><node>0</node></target>\
+                 <alias name='{alias}'/><address type='dimm' slot='{slot}'/></memory>"
+            )
+            .unwrap();
+        }
+        let dimms: u64 = self.dimms.values().map(|(_, size)| size / 1024).sum();
         let yes_no = |yes| if yes { "yes" } else { "no" };
         let vcpu = |id: u32| {
             let (enabled, hotpluggable) = (yes_no(id < self.by_libvirt), yes_no(id > 0));
@@ -416,23 +533,20 @@ impl FakeDomain {
         let vcpus: String = (0..4).map(vcpu).collect();
         format!(
             "<domain type='qemu' id='{}'><name>{name}</name><uuid>{}</uuid>\
-             <maxMemory slots='4' unit='KiB'>4194304</maxMemory>\
-             <memory unit='KiB'>{}</memory><vcpu current='{}'>4</vcpu>\
+             {maximum}<memory unit='KiB'>{}</memory><vcpu current='{}'>4</vcpu>\
              <vcpus>{vcpus}</vcpus><os><type arch='x86_64' machine='pc-q35-10.0'>hvm</type></os>\
              <features><acpi/></features>\
-             <cpu><numa><cell id='0' cpus='0-3' memory='{boot}' unit='KiB'/></numa></cpu>\
-             <devices><memory model='virtio-mem'><target><size unit='KiB'>2097152</size>\
-             <node>0</node><block unit='KiB'>2048</block>\
-             <requested unit='KiB'>{}</requested><current unit='KiB'>{}</current></target>\
-             <alias name='ua-mem0'/></memory>{channel}\
+             {cpu}<devices>{devices}{channel}\
              <memballoon model='virtio'><stats period='1'/></memballoon></devices></domain>",
             self.number,
             self.uuid,
-            boot + 2_097_152,
+            boot + dimms + if virtio_mem { 2_097_152 } else { 0 },
             self.by_libvirt,
-            self.requested / 1024,
-            self.taken / 1024,
         )
+    }
+
+    fn plugged_dimms(&self) -> u64 {
+        self.dimms.values().map(|(_, size)| size).sum()
     }
 
     fn stats(&self, started: Instant) -> Stats {
@@ -456,12 +570,20 @@ impl FakeDomain {
                 })
                 .collect(),
             balloon: BalloonStats {
-                current: Some(Bytes::new(BOOT + self.taken)),
+                current: Some(Bytes::new(BOOT + self.taken + self.plugged_dimms())),
                 total: Some(Bytes::new(self.total)),
                 usable: None,
                 updated: Some(told),
             },
         }
+    }
+}
+
+fn failed(call: &'static str, number: u32, message: &str) -> HypervisorError {
+    HypervisorError::Failed {
+        call,
+        number,
+        message: message.to_owned(),
     }
 }
 
@@ -485,6 +607,7 @@ impl DomainControl for FakeControl {
             state: have.state,
             persistent: false,
             xml: have.xml(&name),
+            job: have.job,
         })
     }
 
@@ -518,6 +641,9 @@ impl DomainControl for FakeControl {
     async fn guest_vcpus(&self, domain: &DomainId) -> Result<GuestVcpus, HypervisorError> {
         self.question().await?;
         let (_, have) = self.find(domain)?;
+        if have.guest.agent_hangs {
+            std::future::pending::<()>().await;
+        }
         match have.guest.agent {
             true => Ok(GuestVcpus {
                 vcpus: have.present,
@@ -528,6 +654,13 @@ impl DomainControl for FakeControl {
                 message: "the agent is not connected".to_owned(),
             }),
         }
+    }
+
+    async fn acpi_answers(&self, domain: &DomainId) -> Result<Vec<Ost>, HypervisorError> {
+        self.question().await?;
+        let (name, have) = self.find(domain)?;
+        self.change(&name, |domain| domain.tainted = true);
+        Ok(have.answers)
     }
 
     async fn set_guest_vcpus(
@@ -559,6 +692,13 @@ impl DomainControl for FakeControl {
             let call = format!("set-vcpus {} {vcpus}", domain.name);
             let (name, error) = me.begin(call, &domain).await?;
             let (_, have) = me.find(&domain)?;
+            if vcpus > 4 {
+                return Err(failed(
+                    "set-vcpus",
+                    8,
+                    "requested vcpus is greater than max",
+                ));
+            }
             match vcpus < have.by_libvirt {
                 true => me.unplug(&name, vcpus).await?,
                 false => me.plug(&name, vcpus).await,
@@ -618,12 +758,45 @@ impl DomainControl for FakeControl {
     async fn attach_device(
         &self,
         domain: &DomainId,
-        _: &str,
+        xml: &str,
         _: Scope,
     ) -> Result<(), HypervisorError> {
         let call = format!("attach-device {}", domain.name);
-        self.begin(call, domain).await?;
-        Ok(())
+        let (name, error) = self.begin(call, domain).await?;
+        let between = |from: &str, to: &str| {
+            let begin = xml.find(from).unwrap() + from.len();
+            xml[begin..].split(to).next().unwrap().to_owned()
+        };
+        let alias = between("<alias name='", "'");
+        let size = between("<size unit='KiB'>", "<").parse::<u64>().unwrap() * 1024;
+        if !size.is_multiple_of(DIMM) {
+            let why = "backend memory size must be multiple of 0x200000";
+            return Err(failed("attach-device", 1, why));
+        }
+        sleep(PLUG).await;
+        let plugged = self.change(&name, |domain| {
+            let slot = (0..4).find(|slot| !domain.dimms.contains_key(slot))?;
+            domain.dimms.insert(slot, (alias.clone(), size));
+            // Linux says yes to every DIMM.
+            if domain.guest.blocks == Blocks::Onlines && size.is_multiple_of(LINUX_BLOCK) {
+                domain.total += size;
+            }
+            Some((slot, domain.clone()))
+        });
+        let Some((slot, have)) = plugged.flatten() else {
+            return Err(failed("attach-device", 1, "no free slot"));
+        };
+        if have.guest.cpus != Cpus::Silent {
+            let ost = Ost {
+                device: Some(alias),
+                slot,
+                kind: SlotKind::Dimm,
+                source: 1,
+                status: 0,
+            };
+            self.answer(&name, &have, ost);
+        }
+        error.map_or(Ok(()), Err)
     }
 
     async fn detach_device(
@@ -633,8 +806,25 @@ impl DomainControl for FakeControl {
         _: Scope,
     ) -> Result<(), HypervisorError> {
         let call = format!("detach-device {} {alias}", domain.name);
-        self.begin(call, domain).await?;
-        Ok(())
+        let (name, error) = self.begin(call, domain).await?;
+        let gone = self.change(&name, |domain| {
+            let found = domain.dimms.iter().find(|(_, (have, _))| have == alias);
+            let (slot, size) = found.map(|(slot, (_, size))| (*slot, *size))?;
+            domain.dimms.remove(&slot);
+            if domain.guest.blocks == Blocks::Onlines && size.is_multiple_of(LINUX_BLOCK) {
+                domain.total -= size;
+            }
+            Some(domain.clone())
+        });
+        let Some(have) = gone.flatten() else {
+            return Err(failed("detach-device", 99, "no device found with alias"));
+        };
+        let deleted = Event::DeviceDeleted {
+            device: Some(alias.to_owned()),
+            path: format!("/machine/peripheral/{alias}"),
+        };
+        self.tell(&name, &have, deleted);
+        error.map_or(Ok(()), Err)
     }
 
     fn notices(&self) -> Notices {

@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use quick_xml::escape::escape;
+use serde_json::json;
 
 use super::eventually;
 use super::libvirtd::Libvirtd;
@@ -246,6 +247,21 @@ impl<'l> Guest<'l> {
             Ok(())
         })
         .await
+    }
+
+    /// Has the guest's agent run a program, and does not wait for it.
+    ///
+    /// # Errors
+    /// The agent does not answer, or there is no such program.
+    pub(crate) fn runs(&self, program: &str, arguments: &[&str]) -> anyhow::Result<()> {
+        let command = json!({
+            "execute": "guest-exec",
+            "arguments": {"path": program, "arg": arguments},
+        });
+        let command = command.to_string();
+        self.libvirtd
+            .virsh(&["qemu-agent-command", &self.name, &command])
+            .map(drop)
     }
 
     /// What the guest sees at present, by its own word.

@@ -6,6 +6,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::watch;
 use virtnode::capability::Version;
+use virtnode::compat::CpuComparison;
 use virtnode::hypervisor::{
     Connection, DomainCapabilitiesQuery, Hypervisor, HypervisorError, RunningDomain, Versions,
 };
@@ -82,6 +83,18 @@ impl Hypervisor for InMemory {
         let message = "not in memory".to_owned();
         Err(HypervisorError::Unsupported {
             call: "baseline-cpu",
+            message,
+        })
+    }
+
+    async fn compare_cpu(
+        &self,
+        _: DomainCapabilitiesQuery,
+        _: String,
+    ) -> Result<CpuComparison, HypervisorError> {
+        let message = "not in memory".to_owned();
+        Err(HypervisorError::Unsupported {
+            call: "compare-cpu",
             message,
         })
     }

@@ -6,8 +6,9 @@
 
 mod access;
 mod audit;
+pub(crate) mod objects;
 mod pki;
-mod process;
+pub(super) mod process;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -27,6 +28,15 @@ use self::access::{Access, client_of};
 use self::pki::Authority;
 use self::process::{Process, free_ports, output_of};
 use super::eventually;
+
+/// The daemon's account and rights, as they are shipped.
+pub(crate) const RIGHTS: &str = concat!(
+    include_str!("../../../manifests/base/namespace.yaml"),
+    "---\n",
+    include_str!("../../../manifests/base/serviceaccount.yaml"),
+    "---\n",
+    include_str!("../../../manifests/base/rbac.yaml"),
+);
 
 pub(crate) use self::audit::AuditEvent;
 
@@ -191,7 +201,7 @@ impl KubeServer {
         self.access.of_token(&format!("{namespace}-{name}"), &token)
     }
 
-    /// The configuration of a client with the token that a pod of a service account has on a
+    /// The configuration of a client with the token that a new pod of a service account has on a
     /// node. Namespace and account must exist; the pod is created, and never runs.
     pub(crate) async fn pod_kubeconfig(
         &self,
@@ -209,7 +219,14 @@ impl KubeServer {
             },
         }))?;
         let pod = pods.create(&PostParams::default(), &pod).await?;
-        let name = pod.metadata.name.context("a pod without a name")?;
+        self.kubeconfig_of(&pod, account).await
+    }
+
+    /// The configuration of a client with a pod's token of its service account.
+    pub(crate) async fn kubeconfig_of(&self, pod: &Pod, account: &str) -> anyhow::Result<PathBuf> {
+        let of_pod = |field: &Option<String>| field.clone().context("a pod that is not created");
+        let namespace = of_pod(&pod.metadata.namespace)?;
+        let name = of_pod(&pod.metadata.name)?;
         let request = TokenRequest {
             spec: TokenRequestSpec {
                 expiration_seconds: Some(3600),
@@ -217,13 +234,13 @@ impl KubeServer {
                     api_version: Some("v1".to_owned()),
                     kind: Some("Pod".to_owned()),
                     name: Some(name.clone()),
-                    uid: pod.metadata.uid,
+                    uid: pod.metadata.uid.clone(),
                 }),
                 ..Default::default()
             },
             ..Default::default()
         };
-        let accounts: Api<ServiceAccount> = Api::namespaced(self.client(), namespace);
+        let accounts: Api<ServiceAccount> = Api::namespaced(self.client(), &namespace);
         let post = PostParams::default();
         let answer = accounts
             .create_token_request(account, &post, &request)

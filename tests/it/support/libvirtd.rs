@@ -162,6 +162,63 @@ impl Libvirtd {
         Ok(())
     }
 
+    /// Starts a domain that has nothing to boot from: it stays in its firmware, with so many vCPUs
+    /// possible. Each is one thread of a core of four.
+    pub(crate) fn start_firmware(&self, name: &str, vcpus: u32) -> anyhow::Result<()> {
+        let file = self.path(&format!("{name}.xml"));
+        let sockets = vcpus.div_ceil(4);
+        let xml = format!(
+            "<domain type='qemu'><name>{name}</name><memory unit='MiB'>32</memory>\
+             <vcpu current='1'>{vcpus}</vcpu><os><type arch='x86_64' machine='q35'>hvm</type></os>\
+             <features><acpi/><apic/></features>\
+             <cpu><topology sockets='{sockets}' cores='2' threads='2'/></cpu></domain>"
+        );
+        fs::write(&file, xml)?;
+        self.virsh(&["create", &file.to_string_lossy()])?;
+        Ok(())
+    }
+
+    /// Sends a signal to a domain's emulator.
+    pub(crate) fn signal_emulator(&self, name: &str, signal: Signal) -> anyhow::Result<()> {
+        let file = self.path(&format!("run/libvirt/qemu/run/{name}.pid"));
+        let pid = fs::read_to_string(&file).with_context(|| format!("no {}", file.display()))?;
+        Ok(kill(Pid::from_raw(pid.trim().parse()?), signal)?)
+    }
+
+    /// Starts a definition, paused, and ends it again; or what virsh said.
+    pub(crate) fn start_and_end(&self, xml: &str) -> Result<(), String> {
+        self.with_file(xml, &["create", "--paused"])?;
+        let destroyed = self.try_virsh(&["destroy", &name_in(xml)]);
+        assert!(
+            destroyed.is_ok_and(|output| output.status.success()),
+            "{xml}"
+        );
+        Ok(())
+    }
+
+    /// Defines a domain and undefines it again; or what virsh said.
+    pub(crate) fn define(&self, xml: &str) -> Result<(), String> {
+        self.with_file(xml, &["define"])?;
+        let undefined = self.try_virsh(&["undefine", &name_in(xml)]);
+        assert!(
+            undefined.is_ok_and(|output| output.status.success()),
+            "{xml}"
+        );
+        Ok(())
+    }
+
+    /// A command about a file with this content.
+    fn with_file(&self, xml: &str, command: &[&str]) -> Result<(), String> {
+        let file = tempfile::NamedTempFile::new_in(self.directory.path()).unwrap();
+        fs::write(file.path(), xml).unwrap();
+        let path = file.path().to_string_lossy().into_owned();
+        let output = self.try_virsh(&[command, &[&path]].concat()).unwrap();
+        match output.status.success() {
+            true => Ok(()),
+            false => Err(String::from_utf8_lossy(&output.stderr).into_owned()),
+        }
+    }
+
     /// Ends a domain.
     pub(crate) fn end_domain(&self, name: &str) -> anyhow::Result<()> {
         self.virsh(&["destroy", name])?;
@@ -199,7 +256,8 @@ impl Libvirtd {
         self.directory.path().join(below)
     }
 
-    fn socket(&self) -> PathBuf {
+    /// Its socket.
+    pub(crate) fn socket(&self) -> PathBuf {
         self.path(match self.daemon.ends_with("virtqemud") {
             true => "run/libvirt/virtqemud-sock",
             false => "run/libvirt/libvirt-sock",
@@ -238,6 +296,15 @@ impl Drop for Libvirtd {
         // For the next test, so that it need not ask the emulators again.
         copy_files(&self.capability_cache(), &seed()).ok();
     }
+}
+
+/// The domain's name in a definition.
+fn name_in(xml: &str) -> String {
+    let name = xml
+        .split_once("<name>")
+        .and_then(|(_, rest)| rest.split_once("</name>"));
+    name.map(|(name, _)| name.to_owned())
+        .expect("it has a name")
 }
 
 /// Hands a directory with all in it to the daemon's user.

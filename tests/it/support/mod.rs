@@ -1,15 +1,20 @@
 //! What the integration tests share: real parts to test against, and waiting for conditions.
 
+pub(crate) mod backend;
 pub(crate) mod controller;
 pub(crate) mod daemon;
+pub(crate) mod domains;
 pub(crate) mod fake_api;
 pub(crate) mod fake_domains;
 pub(crate) mod guest;
 pub(crate) mod hypervisor;
 pub(crate) mod kube;
+pub(crate) mod kustomize;
 pub(crate) mod libvirtd;
 pub(crate) mod operations;
+pub(crate) mod prometheus;
 pub(crate) mod publisher;
+pub(crate) mod relay;
 
 use std::time::Duration;
 

@@ -86,10 +86,12 @@ impl Case<'_> {
             .iter()
             .filter(|call| is_online(call))
             .collect();
+        // One whose answer was lost may not have reached the agent, and telling it twice is harmless.
         let tried = |ids: &IdSet| {
             calls.iter().any(|call| {
-            matches!(&call.action, Action::OnlineVcpus { ids: told } if ids.without(told).is_empty())
-        })
+                let heard = !matches!(call.returned, Some((_, Return::Lost)));
+                heard && matches!(&call.action, Action::OnlineVcpus { ids: told } if ids.without(told).is_empty())
+            })
         };
         if online
             && !self.over
@@ -116,7 +118,7 @@ impl Case<'_> {
         });
         // An agent that says it cannot will not do so later.
         let hopeless = error.is_some() && self.looked_after(told);
-        if self.over || hopeless || until.is_some_and(|until| self.now >= until) {
+        if self.over || hopeless || until.is_some_and(|until| self.looked_after(Some(until))) {
             let message = format!(
                 "the guest has {} and leaves {} offline",
                 counted(self.count, "vCPU"),
@@ -132,10 +134,7 @@ impl Case<'_> {
             );
         }
         let awaiting = format!("the guest to bring CPUs {offline} online");
-        match until {
-            Some(until) => Ruling::wait_until(awaiting, until),
-            None => Ruling::wait(awaiting),
-        }
+        Ruling::wait_until_then_look(awaiting, until, self.now)
     }
 
     /// When the agent first told that the guest has all CPUs and does not use all.
@@ -161,8 +160,9 @@ impl Case<'_> {
             .history
             .patient_until(last, self.history.terms.patience.offline);
         let awaiting = "the new vCPUs to run in the guest";
-        if !self.over && self.now < until {
-            return Ruling::wait_until(awaiting, until);
+        let stirs = signs.added.iter().any(|id| signs.stirring.contains(id));
+        if !self.over && (stirs || !self.looked_after(Some(until))) {
+            return Ruling::wait_until_then_look(awaiting, Some(until), self.now);
         }
         if !signs.counts_time {
             return Ruling::Found(

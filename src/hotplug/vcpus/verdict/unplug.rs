@@ -31,6 +31,11 @@ impl Case<'_> {
                 counted(needed, "vCPU"),
                 signs.plugged
             ),
+            false if self.is_lost() => {
+                "the connection or this program ended during the call: whether the guest was asked \
+                 to let vCPUs go is not known"
+                    .to_owned()
+            }
             false => "the guest has not answered the request to let vCPUs go; it stands".to_owned(),
         };
         let finding = match all_gone {
@@ -44,6 +49,12 @@ impl Case<'_> {
                 false => "the guest to let the vCPUs go",
             },
         )
+    }
+
+    /// Whether nobody knows if libvirt got the last call.
+    fn is_lost(&self) -> bool {
+        let last = self.history.calls().last();
+        last.is_some_and(|call| matches!(call.returned, Some((_, Return::Lost))))
     }
 
     fn partly_gone_or(&self, verdict: Verdict, message: String) -> Finding {
@@ -86,5 +97,31 @@ impl Case<'_> {
             || (fewer_by_agent && tries <= usize::try_from(self.before).unwrap_or(usize::MAX))
             || (blind && tries < 2);
         again.then(|| last.action.clone())
+    }
+
+    /// The same after the verdict, when others may have changed the domain: only if every vCPU
+    /// that was to go is known to be gone, and libvirt still counts exactly those that there were.
+    pub(super) fn settle(&self) -> Option<Action> {
+        let (signs, history) = (&self.signs, self.history);
+        let last = history.calls().last()?;
+        let (returned, _) = last.returned.as_ref()?;
+        let had = history.before.domain.vcpus.plugged_ids();
+        let has = signs.latest?.domain.vcpus.plugged_ids();
+        if history.running_call().is_some() || !history.may_call() || has != had {
+            return None;
+        }
+        let needed = usize::try_from(self.before - self.count).unwrap_or(usize::MAX);
+        let heard = signs.gone.iter().filter(|(id, _)| has.contains(**id));
+        let by_event = heard.clone().count() >= needed
+            && signs.kept.is_empty()
+            && heard.clone().any(|(_, at)| *at >= last.started);
+        let by_agent = signs
+            .guest
+            .is_some_and(|guest| guest.vcpus.len() == self.count)
+            && self.looked_after(Some(*returned));
+        // Each that went is a reason to tell libvirt once more; it does not listen for ever.
+        let told = history.calls().len();
+        let bound = usize::try_from(self.before).unwrap_or(usize::MAX);
+        (by_event || by_agent && told <= bound).then(|| last.action.clone())
     }
 }

@@ -25,6 +25,7 @@ pub(super) fn verb(method: &str, path: &str, query: &str) -> &'static str {
     match (method, path == PATH) {
         ("GET", true) if query.contains("watch=") => "hotplug-watch",
         ("GET", true) => "hotplug-list",
+        ("GET", false) => "hotplug-get",
         ("PATCH", false) if path.ends_with("/status") => "hotplug-status",
         ("PATCH", false) => "hotplug-own",
         ("DELETE", false) => "hotplug-delete",
@@ -129,14 +130,22 @@ impl State {
                 let Some(object) = self.hotplugs.objects.get_mut(&name) else {
                     return answer(status(404, "NotFound", json!([])));
                 };
+                if verb == "hotplug-get" {
+                    return answer(object.clone());
+                }
                 let uid = match verb {
                     "hotplug-delete" => &body["preconditions"]["uid"],
                     _ => &body["metadata"]["uid"],
                 };
-                if *uid != object["metadata"]["uid"] {
+                // A real one looks at no uid here.
+                if *uid != object["metadata"]["uid"] && verb != "hotplug-status" {
                     let mut conflict = status(409, "Conflict", json!([]));
                     conflict["message"] = "uid mismatch".into();
                     return answer(conflict);
+                }
+                let version = &body["metadata"]["resourceVersion"];
+                if !version.is_null() && *version != object["metadata"]["resourceVersion"] {
+                    return answer(status(409, "Conflict", json!([])));
                 }
                 match verb {
                     "hotplug-delete" => {

@@ -13,14 +13,18 @@ const PORTS: std::ops::Range<u16> = 20_000..32_768;
 
 /// A running program that is killed and waited for when this is dropped.
 #[derive(Debug)]
-pub(super) struct Process {
+pub(in crate::support) struct Process {
     child: Child,
     log: PathBuf,
 }
 
 impl Process {
     /// Starts `program`; what it prints is appended to `log`.
-    pub(super) fn start(program: &Path, args: &[String], log: PathBuf) -> anyhow::Result<Self> {
+    pub(in crate::support) fn start(
+        program: &Path,
+        args: &[String],
+        log: PathBuf,
+    ) -> anyhow::Result<Self> {
         let output = File::options().create(true).append(true).open(&log)?;
         let child = Command::new(program)
             .args(args)
@@ -34,7 +38,7 @@ impl Process {
 
     /// # Errors
     /// When the program has ended: its status and the last lines that it printed.
-    pub(super) fn ensure_running(&mut self) -> anyhow::Result<()> {
+    pub(in crate::support) fn ensure_running(&mut self) -> anyhow::Result<()> {
         match self.child.try_wait()? {
             None => Ok(()),
             Some(status) => Err(anyhow!(
@@ -62,7 +66,7 @@ impl Drop for Process {
 }
 
 /// What a program prints when asked for one thing, such as its version.
-pub(super) fn output_of(program: &Path, arg: &str) -> anyhow::Result<String> {
+pub(in crate::support) fn output_of(program: &Path, arg: &str) -> anyhow::Result<String> {
     let output = Command::new(program)
         .arg(arg)
         .stderr(Stdio::inherit())
@@ -79,7 +83,7 @@ pub(super) fn output_of(program: &Path, arg: &str) -> anyhow::Result<String> {
 
 /// `N` different ports of the loopback address on which nothing listens. Nothing keeps
 /// another process from taking one before it is used: whoever uses them tries again then.
-pub(super) fn free_ports<const N: usize>() -> anyhow::Result<[u16; N]> {
+pub(in crate::support) fn free_ports<const N: usize>() -> anyhow::Result<[u16; N]> {
     // All are held until all are found, or the same one might be found twice.
     let listeners: Vec<TcpListener> = (0..1000)
         .filter_map(|_| TcpListener::bind((Ipv4Addr::LOCALHOST, fastrand::u16(PORTS))).ok())

@@ -1,0 +1,503 @@
+//! The figures of verified hotplug, each measured in one run with what it is compared to.
+//!
+//! Its output is like that of `benches/daemon.rs`. It takes about ten minutes, most of them for
+//! ten thousand readings of the statistics.
+
+#[allow(dead_code, reason = "each benchmark needs another part of it")]
+mod parts;
+#[path = "../tests/it/support/mod.rs"]
+#[allow(
+    dead_code,
+    clippy::unwrap_used,
+    reason = "the integration tests need more of it"
+)]
+mod support;
+
+use std::fmt::Write as _;
+use std::fs::{self, File};
+use std::io::{Read as _, Write as _};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, ensure};
+use serde_json::Value;
+use tempfile::TempDir;
+use tokio::time::{sleep, timeout};
+use virtnode::executor::{AskedBy, Executor, Listener, Options, Order, Record};
+use virtnode::hotplug::{HotplugRequest, Require, Verdict};
+use virtnode::hypervisor::{Connection, ControlConfig, DomainControl as _, LibvirtControl};
+use virtnode::journal::Journal;
+use virtnode::monitor::Monitor;
+use virtnode::telemetry::Metrics;
+use virtnode::units::Bytes;
+
+use parts::{Ended, Memory, curl, free_port, median, ms, progress, scrape_time, tell};
+use support::eventually;
+use support::guest::{Guest, GuestConfig};
+use support::libvirtd::Libvirtd;
+
+/// Domains with an emulator but no guest: QEMU's firmware finds nothing to boot.
+const DOMAINS: usize = 50;
+/// vCPUs that each of them can have. Firmware gives none back, so each request takes one.
+const MAXIMUM: u32 = 64;
+/// Of the first domains, for single requests: rounds in each, of three requests each.
+const SINGLE_DOMAINS: usize = 8;
+const SINGLE_ROUNDS: u32 = 16;
+/// Rounds in which all domains are hotplugged, by the daemon and by virsh.
+const BULK_ROUNDS: u32 = 5;
+const READINGS: usize = 40;
+/// Readings over which memory must not grow, after those that fill what is kept.
+const LONG_RUN: usize = 10_000;
+const WARM_UP: usize = 1_000;
+const SCRAPES: usize = 200;
+const MANY_DOMAINS: usize = 500;
+/// vCPUs that the real guest gets one by one; as many times it gets memory.
+const PROOFS: u32 = 15;
+
+/// For what should take moments.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn main() -> anyhow::Result<()> {
+    parts::main(measure())
+}
+
+async fn measure() -> anyhow::Result<()> {
+    progress("starting libvirt");
+    let libvirtd = Arc::new(Libvirtd::start()?);
+    verdicts(&libvirtd).await?;
+    progress(&format!("starting {DOMAINS} domains"));
+    blocking(&libvirtd, start_domains).await?;
+    let daemon = Daemon::start(&libvirtd.uri()).await?;
+    let socket = daemon.socket.clone();
+    blocking(&libvirtd, move |libvirtd| {
+        all_at_once(libvirtd, &socket)?;
+        single_requests(libvirtd, &socket)
+    })
+    .await?;
+    drop(daemon);
+    readings(&libvirtd).await?;
+    scrapes().await
+}
+
+/// Runs what blocks beside the runtime, which goes on waiting for signals.
+async fn blocking<T: Send + 'static>(
+    libvirtd: &Arc<Libvirtd>,
+    work: impl FnOnce(&Libvirtd) -> anyhow::Result<T> + Send + 'static,
+) -> anyhow::Result<T> {
+    let libvirtd = Arc::clone(libvirtd);
+    tokio::task::spawn_blocking(move || work(&libvirtd)).await?
+}
+
+fn name(domain: usize) -> String {
+    format!("tiny-{domain}")
+}
+
+fn start_domains(libvirtd: &Libvirtd) -> anyhow::Result<()> {
+    for domain in 0..DOMAINS {
+        let xml = format!(
+            "<domain type='qemu'><name>{}</name><memory unit='MiB'>32</memory>\
+             <vcpu current='1'>{MAXIMUM}</vcpu>\
+             <os><type arch='x86_64' machine='q35'>hvm</type></os><features><acpi/></features>\
+             <devices><controller type='usb' model='none'/></devices></domain>",
+            name(domain)
+        );
+        let file = libvirtd.directory().join(format!("{}.xml", name(domain)));
+        fs::write(&file, xml)?;
+        libvirtd.virsh(&["create", &file.to_string_lossy()])?;
+    }
+    Ok(())
+}
+
+/// The daemon to measure, with files of its own.
+struct Daemon {
+    _process: Ended,
+    directory: TempDir,
+    socket: PathBuf,
+    metrics: String,
+}
+
+impl Daemon {
+    async fn start(uri: &str) -> anyhow::Result<Self> {
+        let directory = TempDir::with_prefix("virtnode-figures-")?;
+        let port = free_port()?;
+        let socket = directory.path().join("virtnode.sock");
+        let log = File::create(directory.path().join("log"))?;
+        let child = Command::new(parts::virtnode())
+            .args(["run", "--publish", "file", "--connect", uri])
+            .args(["--listen", &format!("127.0.0.1:{port}")])
+            .args(["--probe-interval", "3600"])
+            .arg("--state-directory")
+            .arg(directory.path().join("state"))
+            .arg("--features-directory")
+            .arg(directory.path().join("features.d"))
+            .arg("--socket")
+            .arg(&socket)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .spawn()?;
+        let daemon = Self {
+            _process: Ended(child),
+            directory,
+            socket,
+            metrics: format!("http://127.0.0.1:{port}/metrics"),
+        };
+        let ready = daemon.metrics.replace("/metrics", "/readyz");
+        eventually(PATIENCE, async || curl(&["--fail", &ready]))
+            .await
+            .with_context(|| daemon.log())?;
+        Ok(daemon)
+    }
+
+    fn log(&self) -> String {
+        let log = fs::read_to_string(self.directory.path().join("log")).unwrap_or_default();
+        format!("the daemon's log:\n{log}")
+    }
+}
+
+/// Has the daemon give a domain so many vCPUs, and returns when libvirt accepted that.
+fn request(socket: &Path, domain: &str, count: u32) -> anyhow::Result<Duration> {
+    let started = Instant::now();
+    let body = format!(r#"{{"count":{count},"require":"accepted","timeoutSeconds":60}}"#);
+    let path = format!("/v1/domains/{domain}/vcpus");
+    let length = body.len();
+    let mut record = ask(
+        socket,
+        &format!(
+            "POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\
+             Content-Type: application/json\r\nContent-Length: {length}\r\n\r\n{body}"
+        ),
+    )?;
+    // The answer is held back for a moment only.
+    while record["state"] != "done" {
+        let id = record["id"].as_str().context("a record has an id")?;
+        let path = format!("/v1/operations/{id}/progress");
+        let get = format!("GET {path} HTTP/1.0\r\nHost: x\r\n\r\n");
+        record = ask(socket, &get)?;
+    }
+    ensure!(record["verdict"] == "Verified", "{record:#}");
+    Ok(started.elapsed())
+}
+
+/// The last line of an answer's body, which is JSON.
+fn ask(socket: &Path, request: &str) -> anyhow::Result<Value> {
+    let mut stream = UnixStream::connect(socket)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.write_all(request.as_bytes())?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    let (_, body) = answer.split_once("\r\n\r\n").context("no answer")?;
+    let last = body.lines().rfind(|line| line.starts_with('{'));
+    let last = last.with_context(|| format!("no record in {answer}"))?;
+    Ok(serde_json::from_str(last)?)
+}
+
+fn process(command: &mut Command) -> anyhow::Result<Duration> {
+    let started = Instant::now();
+    let output = command.output()?;
+    let took = started.elapsed();
+    ensure!(
+        output.status.success(),
+        "{command:?}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    Ok(took)
+}
+
+fn virsh(libvirtd: &Libvirtd, arguments: &[&str]) -> anyhow::Result<Duration> {
+    let mut command = Command::new("virsh");
+    process(
+        command
+            .args(["--quiet", "--connect", &libvirtd.uri()])
+            .args(arguments),
+    )
+}
+
+fn setvcpus(libvirtd: &Libvirtd, domain: &str, count: u32) -> anyhow::Result<Duration> {
+    virsh(
+        libvirtd,
+        &["setvcpus", domain, &count.to_string(), "--live"],
+    )
+}
+
+/// One more vCPU each time, in turns by virsh, by a request to the daemon, and by the command.
+fn single_requests(libvirtd: &Libvirtd, socket: &Path) -> anyhow::Result<()> {
+    let rounds = SINGLE_ROUNDS as usize * SINGLE_DOMAINS;
+    progress(&format!("{rounds} times three requests"));
+    let (mut by_virsh, mut by_request, mut by_command) = (Vec::new(), Vec::new(), Vec::new());
+    let program = parts::virtnode();
+    for round in 0..SINGLE_ROUNDS {
+        for domain in (0..SINGLE_DOMAINS).map(name) {
+            let count = 1 + 2 * BULK_ROUNDS + 3 * round;
+            by_virsh.push(setvcpus(libvirtd, &domain, count + 1)?);
+            by_request.push(request(socket, &domain, count + 2)?);
+            let mut command = Command::new(&program);
+            command
+                .arg("--socket")
+                .arg(socket)
+                .args(["hotplug", "vcpus", &domain]);
+            command.args([&(count + 3).to_string(), "--require", "accepted"]);
+            by_command.push(process(&mut command)?);
+        }
+    }
+    let [by_virsh, by_request, by_command] =
+        [by_virsh, by_request, by_command].map(|mut times| median(&mut times));
+    let beside = format!(
+        "virsh setvcpus --live: {}, each {rounds} times",
+        ms(by_virsh)
+    );
+    tell(
+        "a vCPU asked for, until libvirt accepted",
+        &ms(by_request),
+        &format!("<= {}", ms(by_virsh)),
+        by_request <= by_virsh,
+        &beside,
+    );
+    // Nobody asked how long that may take: it is two processes, and more than was to compare.
+    parts::print(&format!(
+        "  by the command, a process of its own\t{}\t\t\t{beside}",
+        ms(by_command)
+    ));
+    Ok(())
+}
+
+/// All domains at once by the daemon, and one after another by virsh.
+fn all_at_once(libvirtd: &Libvirtd, socket: &Path) -> anyhow::Result<()> {
+    progress(&format!("{BULK_ROUNDS} times {DOMAINS} domains at once"));
+    let (mut by_daemon, mut by_virsh) = (Vec::new(), Vec::new());
+    for round in 0..BULK_ROUNDS {
+        let count = 1 + 2 * round;
+        let started = Instant::now();
+        thread::scope(|scope| {
+            let requests: Vec<_> = (0..DOMAINS)
+                .map(|domain| scope.spawn(move || request(socket, &name(domain), count + 1)))
+                .collect();
+            requests.into_iter().try_for_each(|request| {
+                let joined = request.join();
+                joined.map_or_else(
+                    |_| anyhow::bail!("a request panicked"),
+                    |took| took.map(drop),
+                )
+            })
+        })?;
+        by_daemon.push(started.elapsed());
+        let started = Instant::now();
+        for domain in (0..DOMAINS).map(name) {
+            setvcpus(libvirtd, &domain, count + 2)?;
+        }
+        by_virsh.push(started.elapsed());
+    }
+    let (by_daemon, by_virsh) = (median(&mut by_daemon), median(&mut by_virsh));
+    tell(
+        &format!("{DOMAINS} domains hotplugged at once, proof required: accepted"),
+        &ms(by_daemon),
+        &format!("<= {}", ms(by_virsh / 2)),
+        by_daemon <= by_virsh / 2,
+        &format!("one after another by virsh: {}", ms(by_virsh)),
+    );
+    Ok(())
+}
+
+/// What the daemon's monitor does each time, and `virsh domstats`.
+async fn readings(libvirtd: &Arc<Libvirtd>) -> anyhow::Result<()> {
+    progress(&format!("{READINGS} readings of the statistics"));
+    let metrics = Arc::new(Metrics::new());
+    let control = Arc::new(connect(libvirtd, &metrics).await?);
+    let mut monitor = Monitor::new(control, Arc::clone(&metrics.inventory));
+    monitor.refresh().await?;
+    ensure!(
+        metrics.inventory.domains().len() == DOMAINS,
+        "domains are missing"
+    );
+    let (mut ours, mut all, mut same) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..READINGS {
+        let started = Instant::now();
+        monitor.refresh().await?;
+        ours.push(started.elapsed());
+        all.push(virsh(libvirtd, &["domstats"])?);
+        same.push(virsh(
+            libvirtd,
+            &["domstats", "--state", "--vcpu", "--balloon", "--nowait"],
+        )?);
+    }
+    let [ours, all, same] = [ours, all, same].map(|mut times| median(&mut times));
+    tell(
+        &format!("statistics of {DOMAINS} domains read"),
+        &ms(ours),
+        &format!("<= {}", ms(all / 2)),
+        ours <= all / 2,
+        &format!(
+            "virsh domstats: {}; of the same three groups: {}",
+            ms(all),
+            ms(same)
+        ),
+    );
+    progress(&format!("{LONG_RUN} readings of the statistics"));
+    for _ in 0..WARM_UP {
+        monitor.refresh().await?;
+    }
+    let before = Memory::of(std::process::id())?;
+    for _ in 0..LONG_RUN {
+        monitor.refresh().await?;
+    }
+    let after = Memory::of(std::process::id())?;
+    let grown = after.anonymous - before.anonymous;
+    tell(
+        &format!("memory after {LONG_RUN} readings more"),
+        &format!("{grown:+.2} MB"),
+        "< 0.1 MB",
+        grown < 0.1,
+        &format!("{:.1} MB anonymous before", before.anonymous),
+    );
+    Ok(())
+}
+
+async fn connect(libvirtd: &Libvirtd, metrics: &Arc<Metrics>) -> anyhow::Result<LibvirtControl> {
+    let control = LibvirtControl::start(ControlConfig::new(libvirtd.uri()), metrics);
+    let mut listening = control.listening();
+    let up = listening.wait_for(|state| matches!(state, Connection::Up(_)));
+    timeout(PATIENCE, up).await??;
+    Ok(control)
+}
+
+/// `/metrics` of a daemon with many domains: those of libvirt's own driver for tests.
+async fn scrapes() -> anyhow::Result<()> {
+    progress(&format!(
+        "{SCRAPES} times /metrics with {MANY_DOMAINS} domains"
+    ));
+    let directory = TempDir::with_prefix("virtnode-figures-")?;
+    let file = directory.path().join("domains.xml");
+    let mut xml = "<node>".to_owned();
+    for domain in 0..MANY_DOMAINS {
+        // Each connection has domains of its own, so what is the same of them is the UUID.
+        write!(
+            xml,
+            "<domain type='test'><name>vm-{domain}</name>\
+             <uuid>00000000-0000-4000-8000-{domain:012}</uuid><memory unit='MiB'>64</memory>\
+             <vcpu current='2'>4</vcpu><os><type>hvm</type></os></domain>"
+        )?;
+    }
+    fs::write(&file, xml + "</node>")?;
+    let daemon = Daemon::start(&format!("test://{}", file.display())).await?;
+    let of_domains = |text: &str| {
+        let lines = text.lines();
+        lines
+            .filter(|line| line.starts_with("virtnode_domain_"))
+            .count()
+    };
+    let calls = |text: &str| -> f64 {
+        let counts = text.lines().filter_map(|line| {
+            line.strip_prefix("virtnode_hypervisor_call_duration_seconds_count")
+        });
+        counts
+            .filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok())
+            .sum()
+    };
+    let series = eventually(PATIENCE, async || {
+        let series = of_domains(&curl(&["--fail", &daemon.metrics])?);
+        ensure!(series >= 5 * MANY_DOMAINS, "{series} series of domains");
+        Ok(series)
+    })
+    .await?;
+    // The monitor's own readings in between would call libvirt as well: then once more.
+    for _ in 0..20 {
+        let before = calls(&curl(&["--fail", &daemon.metrics])?);
+        let mut times = Vec::new();
+        for _ in 0..SCRAPES {
+            times.push(scrape_time(&daemon.metrics)?);
+        }
+        let calls = calls(&curl(&["--fail", &daemon.metrics])?) - before;
+        if calls > 0.0 {
+            sleep(Duration::from_millis(500)).await;
+            continue;
+        }
+        let median = median(&mut times);
+        tell(
+            &format!("/metrics with {series} series of {MANY_DOMAINS} domains, by curl"),
+            &format!("{}, {calls} libvirt calls", ms(median)),
+            "<= 5 ms, 0 calls",
+            median <= Duration::from_millis(5),
+            "",
+        );
+        return Ok(());
+    }
+    anyhow::bail!("libvirt was called each time");
+}
+
+/// How long after the last event or look there was a verdict.
+#[derive(Clone, Default)]
+struct Spans(Arc<Mutex<Vec<Duration>>>);
+
+impl Listener for Spans {
+    fn changed(&self, _: &Record) {}
+
+    fn concluded_after(&self, span: Duration) {
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(span);
+    }
+
+    fn journal_failed(&self) {}
+}
+
+/// From the last needed evidence of a real guest to the verdict, the journal included.
+async fn verdicts(libvirtd: &Libvirtd) -> anyhow::Result<()> {
+    progress(&format!("{} verdicts on a real guest", 2 * PROOFS));
+    let config = GuestConfig {
+        words: "lab.cpus=online lab.blocks=online",
+        maximum: PROOFS + 1,
+        ..GuestConfig::default()
+    };
+    let _guest = Guest::start(libvirtd, &config).await?;
+    let state = TempDir::with_prefix("virtnode-figures-")?;
+    let metrics = Arc::new(Metrics::new());
+    let control = Arc::new(connect(libvirtd, &metrics).await?);
+    let spans = Spans::default();
+    let journal = Journal::open(state.path())?;
+    let executor = Executor::start(control, journal, Options::default(), spans.clone())?;
+    for more in 1..=PROOFS {
+        let size = Bytes::new((512 + 128 * u64::from(more)) << 20);
+        for request in [
+            HotplugRequest::Vcpus {
+                count: 1 + more,
+                online: false,
+            },
+            HotplugRequest::Memory { size },
+        ] {
+            let order = Order {
+                domain: config.name.parse()?,
+                request,
+                require: Require::Online,
+                timeout: PATIENCE,
+                idempotency_key: None,
+                asked_by: AskedBy::Local { uid: 0 },
+            };
+            let id = executor.submit(order).await?;
+            let mut records = executor.watch(&id).context("it is known")?;
+            let record = records.wait_for(Record::is_done).await?.clone();
+            ensure!(record.verdict == Some(Verdict::Verified), "{record:#?}");
+        }
+    }
+    executor.stop().await;
+    let mut spans = spans
+        .0
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .clone();
+    ensure!(spans.len() == 2 * PROOFS as usize, "verdicts are missing");
+    let median = median(&mut spans);
+    let slowest = spans.last().copied().unwrap_or_default();
+    tell(
+        "last needed evidence to verdict, on a real guest",
+        &format!("{}, at most {}", ms(median), ms(slowest)),
+        "<= 20 ms",
+        median <= Duration::from_millis(20),
+        &format!("{} operations", spans.len()),
+    );
+    Ok(())
+}

@@ -1,0 +1,142 @@
+//! What the benchmarks that print figures share.
+
+use std::env;
+use std::fs;
+use std::future::Future;
+use std::net::{Ipv4Addr, TcpListener};
+use std::path::PathBuf;
+use std::process::{Child, Command};
+use std::time::Duration;
+
+use anyhow::{Context as _, bail, ensure};
+use tokio::signal::unix::{SignalKind, signal};
+
+/// Measures, unless this was only started to see whether it starts. Whichever way it ends, what
+/// was started is dropped and so ended.
+pub(crate) fn main(measure: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
+    // `cargo test --benches` asks for nothing else.
+    if !env::args().any(|argument| argument == "--bench") {
+        return Ok(());
+    }
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?
+        .block_on(async {
+            let mut terminate = signal(SignalKind::terminate())?;
+            let mut interrupt = signal(SignalKind::interrupt())?;
+            tokio::select! {
+                outcome = measure => outcome,
+                _ = terminate.recv() => bail!("told to stop"),
+                _ = interrupt.recv() => bail!("told to stop"),
+            }
+        })
+}
+
+/// The program to measure.
+pub(crate) fn virtnode() -> PathBuf {
+    env::var_os("VIRTNODE")
+        .unwrap_or(env!("CARGO_BIN_EXE_virtnode").into())
+        .into()
+}
+
+/// A figure, as a line for the table.
+pub(crate) fn tell(what: &str, measured: &str, goal: &str, reached: bool, beside: &str) {
+    let reached = if reached { "yes" } else { "NO" };
+    print(&format!("{what}\t{measured}\t{goal}\t{reached}\t{beside}"));
+}
+
+pub(crate) fn print(line: &str) {
+    #[expect(clippy::print_stdout, reason = "this is what it is for")]
+    {
+        println!("{line}");
+    }
+}
+
+pub(crate) fn progress(doing: &str) {
+    #[expect(clippy::print_stderr, reason = "this takes minutes")]
+    {
+        eprintln!("figures: {doing}");
+    }
+}
+
+/// A process that is killed when this is dropped.
+pub(crate) struct Ended(pub(crate) Child);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        // An error only says that it has ended by itself.
+        self.0.kill().ok();
+        self.0.wait().ok();
+    }
+}
+
+/// In MB, as a million bytes.
+pub(crate) struct Memory {
+    pub(crate) anonymous: f64,
+    pub(crate) resident: f64,
+}
+
+impl Memory {
+    pub(crate) fn of(process: u32) -> anyhow::Result<Self> {
+        let rollup = fs::read_to_string(format!("/proc/{process}/smaps_rollup"))?;
+        let field = |name: &str| -> anyhow::Result<f64> {
+            let line = rollup.lines().find_map(|line| line.strip_prefix(name));
+            let kib = line.and_then(|line| line.trim().strip_suffix(" kB"));
+            let kib: f64 = kib.with_context(|| format!("no {name}"))?.parse()?;
+            Ok(kib * 1024.0 / 1e6)
+        };
+        Ok(Self {
+            anonymous: field("Anonymous:")?,
+            resident: field("Rss:")?,
+        })
+    }
+}
+
+pub(crate) fn scrape_time(url: &str) -> anyhow::Result<Duration> {
+    let seconds = curl(&[
+        "--fail",
+        "--output",
+        "/dev/null",
+        "--write-out",
+        "%{time_total}",
+        url,
+    ])?;
+    Ok(Duration::from_secs_f64(seconds.trim().parse()?))
+}
+
+pub(crate) fn curl(arguments: &[&str]) -> anyhow::Result<String> {
+    let output = Command::new("curl")
+        .args(["--silent", "--show-error", "--max-time", "10"])
+        .args(arguments)
+        .output()
+        .context("this needs curl")?;
+    ensure!(
+        output.status.success(),
+        "curl {arguments:?}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    Ok(String::from_utf8(output.stdout)?)
+}
+
+/// A port on which nothing listens, below those that outgoing connections get.
+pub(crate) fn free_port() -> anyhow::Result<u16> {
+    let mut ports = std::iter::repeat_with(|| fastrand::u16(20_000..32_768)).take(1000);
+    ports
+        .find(|port| TcpListener::bind((Ipv4Addr::LOCALHOST, *port)).is_ok())
+        .context("no free port")
+}
+
+/// Sorts, too.
+pub(crate) fn median(times: &mut [Duration]) -> Duration {
+    times.sort_unstable();
+    times[times.len() / 2]
+}
+
+pub(crate) fn ms(time: Duration) -> String {
+    let ms = time.as_secs_f64() * 1000.0;
+    if ms < 10.0 {
+        format!("{ms:.2} ms")
+    } else {
+        format!("{ms:.0} ms")
+    }
+}

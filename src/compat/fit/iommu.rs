@@ -1,0 +1,368 @@
+//! The virtual IOMMU: extended interrupt mode, interrupt remapping and the split I/O APIC, as the
+//! definition gives them and as libvirt completes them by itself.
+
+use super::machine::WITHOUT_PCI;
+use super::{Case, MOST_WITHOUT_EIM, unsupported};
+use crate::capability::{Eim, Version};
+use crate::compat::{Code, Finding, IoApic, Iommu, IommuModel, Severity};
+
+/// libvirt completes an `<iommu model='intel'>` that is given, and the I/O APIC, wherever it is
+/// needed ("qemu: Enable I/O APIC even more frequently" and the change before it, NEWS of 11.0.0;
+/// parts of it are in 10.10.0).
+const COMPLETES: Version = Version::new(11, 0, 0);
+const COMPLETES_PARTLY: Version = Version::new(10, 10, 0);
+/// `<iommu model='amd'>` is known (NEWS of 11.5.0).
+const KNOWS_AMD: Version = Version::new(11, 5, 0);
+/// AMD's IOMMU may carry more than 255 vCPUs, and libvirt turns xtsup on (NEWS of 12.2.0).
+const AMD_CARRIES: Version = Version::new(12, 2, 0);
+/// The last QEMU of which it is known that a domain with amd-iommu cannot be migrated
+/// (`vmstate_amdvi_sysbus`, QEMU hw/i386/amd_iommu.c).
+const AMD_STAYS: Version = Version::new(10, 0, 99);
+
+const NEEDS_EIM: &str =
+    "more than 255 vCPUs require extended interrupt mode enabled on the iommu device";
+const NEEDS_SPLIT: &str =
+    "IOMMU interrupt remapping requires split I/O APIC (ioapic driver='qemu')";
+const EIM_NEEDS_REMAPPING: &str = "IOMMU eim requires interrupt remapping to be enabled";
+const WHOLE: &str = "<iommu model='intel'><driver intremap='on' eim='on'/></iommu> in <devices> and \
+                     <ioapic driver='qemu'/> in <features>";
+
+pub(super) fn check(case: &Case<'_>, findings: &mut Vec<Finding>) {
+    let domain = case.domain;
+    if let Some(iommu) = &domain.iommu {
+        check_model(case, iommu, findings);
+        if iommu.model == IommuModel::Virtio {
+            check_virtio(case, findings);
+        }
+        check_migration(case, iommu, findings);
+    }
+    if case.is_x86() {
+        match &domain.iommu {
+            None if case.needs_eim() && case.is_q35() => check_automatic(case, findings),
+            Some(iommu) if iommu.model == IommuModel::Intel => {
+                check_intel(case, iommu, findings);
+            }
+            Some(iommu) if case.needs_eim() && case.is_q35() => {
+                check_other(case, iommu, findings);
+            }
+            _ => {}
+        }
+        if case.needs_eim() && domain.host_devices.vfio() > 0 {
+            findings.push(
+                Finding::new(
+                    Severity::Warning,
+                    Code::Iommu,
+                    format!(
+                        "more than {MOST_WITHOUT_EIM} vCPUs bring a virtual IOMMU, and with one \
+                         the domain's memory is locked once for each of its {} VFIO devices",
+                        domain.host_devices.vfio()
+                    ),
+                )
+                .remedy(
+                    "raise the locked memory limit (<memtune><hard_limit>) accordingly, or lower \
+                     <vcpu> to 255",
+                ),
+            );
+        }
+    }
+}
+
+fn blocks(code: Code, message: String) -> Finding {
+    Finding::new(Severity::Blocks, code, message)
+}
+
+fn check_model(case: &Case<'_>, iommu: &Iommu, findings: &mut Vec<Finding>) {
+    let model = iommu.model.as_str();
+    let known = match &iommu.model {
+        IommuModel::Intel | IommuModel::Virtio | IommuModel::Smmuv3 => Some(true),
+        IommuModel::Amd => case.libvirt_is(KNOWS_AMD),
+        IommuModel::Other(_) => Some(false),
+    };
+    match known {
+        Some(true) => {}
+        Some(false) => {
+            let message = match iommu.model {
+                IommuModel::Amd => format!(
+                    "this libvirt does not know <iommu model='amd'>, which came with {KNOWS_AMD}"
+                ),
+                _ => format!("libvirt knows no <iommu model='{model}'>"),
+            };
+            findings.push(
+                blocks(Code::Iommu, message)
+                    .at_define(format!(
+                        "XML error: Invalid value for attribute 'model' in element 'iommu': \
+                         '{model}'."
+                    ))
+                    .remedy("use model='intel': QEMU emulates it on every host, also on AMD's"),
+            );
+            return;
+        }
+        None => findings.push(
+            Finding::new(
+                Severity::Unknown,
+                Code::Iommu,
+                format!(
+                    "<iommu model='amd'> needs libvirt {KNOWS_AMD}, and its version is not known"
+                ),
+            )
+            .remedy("give --libvirt-version"),
+        ),
+    }
+    let fits = match iommu.model {
+        IommuModel::Intel | IommuModel::Amd => case.is_q35(),
+        IommuModel::Virtio => case.is_q35() || case.is_virt(),
+        IommuModel::Smmuv3 => case.is_virt(),
+        IommuModel::Other(_) => true,
+    };
+    if !fits {
+        let machines = match iommu.model {
+            IommuModel::Virtio => "Q35 and ARM Virt machines",
+            IommuModel::Smmuv3 => "ARM Virt machines",
+            _ => "Q35 machines",
+        };
+        findings.push(
+            blocks(
+                Code::Iommu,
+                format!(
+                    "an IOMMU of model {model} needs {machines}, and the domain is of machine \
+                     type {}",
+                    case.machine.unwrap_or("that is not known")
+                ),
+            )
+            .at_define(unsupported(format!(
+                "IOMMU device: '{model}' is only supported with {machines}"
+            )))
+            .remedy(match case.is_x86() {
+                true => "use machine type q35, or leave <iommu> out",
+                false => "leave <iommu> out, or use one that the machine type has",
+            }),
+        );
+    }
+}
+
+/// The paravirtual IOMMU is a PCI device that ACPI tables describe.
+fn check_virtio(case: &Case<'_>, findings: &mut Vec<Finding>) {
+    if case.is_x86() && case.machine.is_some_and(|name| WITHOUT_PCI.contains(&name)) {
+        findings.push(
+            blocks(
+                Code::Iommu,
+                "an IOMMU of model virtio is a PCI device, and the machine type has no PCI"
+                    .to_owned(),
+            )
+            .at_define("XML error: No PCI buses available")
+            .remedy("use machine type q35, or leave <iommu> out"),
+        );
+    }
+    if !case.domain.acpi {
+        findings.push(
+            blocks(
+                Code::Iommu,
+                "an IOMMU of model virtio reaches its guest through ACPI, and the domain has none"
+                    .to_owned(),
+            )
+            .at_define(unsupported("IOMMU device: 'virtio' requires ACPI"))
+            .remedy("add <acpi/> to <features>"),
+        );
+    }
+}
+
+fn check_migration(case: &Case<'_>, iommu: &Iommu, findings: &mut Vec<Finding>) {
+    let stays = case.node.qemu_version.is_some_and(|qemu| qemu <= AMD_STAYS);
+    if iommu.model == IommuModel::Amd && stays {
+        findings.push(
+            Finding::new(
+                Severity::Warning,
+                Code::Migratable,
+                "a domain with an IOMMU of model amd cannot be migrated with this QEMU",
+            )
+            .remedy("use model='intel', which runs on AMD's hosts as well"),
+        );
+    }
+}
+
+/// More than 255 vCPUs, and nothing given: libvirt adds what is needed, or not.
+fn check_automatic(case: &Case<'_>, findings: &mut Vec<Finding>) {
+    let vcpus = &case.domain.vcpus;
+    let why = format!(
+        "{} vCPUs are more than {MOST_WITHOUT_EIM} and need a virtual IOMMU with extended \
+         interrupt mode{}",
+        vcpus.maximum,
+        case.maximum_counts()
+    );
+    match case.node.eim {
+        Some(Eim::Auto) if case.domain.io_apic == Some(IoApic::Kvm) => {
+            findings.push(not_split(
+                "libvirt adds the IOMMU by itself, and its interrupt remapping needs",
+            ));
+        }
+        Some(Eim::Auto) => findings.push(Finding::new(
+            Severity::Note,
+            Code::Eim,
+            format!("{why}; libvirt adds it here by itself"),
+        )),
+        Some(Eim::Explicit) => findings.push(
+            blocks(
+                Code::Eim,
+                format!("{why}; this libvirt does not add it by itself (10.10.0 and later do)"),
+            )
+            .at_define(unsupported(NEEDS_EIM))
+            .remedy(format!("write {WHOLE}; or lower <vcpu> to 255")),
+        ),
+        Some(Eim::None) => findings.push(
+            blocks(Code::Eim, format!("{why}, and this node cannot give that"))
+                .at_define(unsupported(NEEDS_EIM))
+                .remedy("lower <vcpu> to 255, or update libvirt and QEMU"),
+        ),
+        None => findings.push(
+            Finding::new(
+                Severity::Unknown,
+                Code::Eim,
+                format!("{why}; whether libvirt adds it here is not known"),
+            )
+            .remedy(format!("give --libvirt-version or --eim, or write {WHOLE}")),
+        ),
+    }
+}
+
+/// An Intel IOMMU in the definition, with what libvirt completes of it.
+fn check_intel(case: &Case<'_>, iommu: &Iommu, findings: &mut Vec<Finding>) {
+    let needed = case.needs_eim() && case.is_q35();
+    let completes = case.libvirt_is(COMPLETES);
+    let partly = completes == Some(false) && case.libvirt_is(COMPLETES_PARTLY) == Some(true);
+    let unknown = |what: &str| {
+        let version = match case.node.libvirt_version {
+            Some(version) => format!("libvirt {version} may or may not do"),
+            None => {
+                "it depends on libvirt's version, which is not known, whether it does".to_owned()
+            }
+        };
+        Finding::new(
+            Severity::Unknown,
+            Code::Eim,
+            format!("{what} is left for libvirt to turn on: {version}"),
+        )
+        .remedy(format!("write {WHOLE}"))
+    };
+    let completed = |given: Option<bool>, wanted: bool| match (given, completes) {
+        (Some(given), _) => Some(given),
+        (None, _) if !wanted => Some(false),
+        (None, Some(true)) => Some(true),
+        (None, Some(false)) if !partly => Some(false),
+        (None, _) => None,
+    };
+    let eim = completed(iommu.eim, needed);
+    // Extended interrupt mode that is needed brings remapping with it.
+    let intremap = completed(iommu.intremap, needed && eim != Some(false));
+    if iommu.eim == Some(true) && case.node.eim == Some(Eim::None) {
+        findings.push(
+            blocks(
+                Code::Eim,
+                "this QEMU has no extended interrupt mode".to_owned(),
+            )
+            .at_define(unsupported(
+                "iommu: eim is not supported with this QEMU binary",
+            ))
+            .remedy("leave eim= out and lower <vcpu> to 255, or update QEMU"),
+        );
+    }
+    if needed {
+        match eim {
+            Some(true) => {}
+            Some(false) => findings.push(
+                blocks(
+                    Code::Eim,
+                    format!(
+                        "{} vCPUs are more than {MOST_WITHOUT_EIM} and need extended interrupt \
+                         mode on the IOMMU, which is off{}",
+                        case.domain.vcpus.maximum,
+                        case.maximum_counts()
+                    ),
+                )
+                .at_define(unsupported(NEEDS_EIM))
+                .remedy(format!("write {WHOLE}; or lower <vcpu> to 255")),
+            ),
+            None => findings.push(unknown("extended interrupt mode")),
+        }
+    }
+    match (eim, intremap) {
+        (Some(true), Some(false)) => findings.push(
+            blocks(
+                Code::InterruptRemapping,
+                "the IOMMU has extended interrupt mode on and interrupt remapping off, which it \
+                 needs"
+                    .to_owned(),
+            )
+            .at_define(unsupported(EIM_NEEDS_REMAPPING))
+            .remedy(format!("write {WHOLE}")),
+        ),
+        (Some(true), None) => findings.push(unknown("interrupt remapping")),
+        _ => {}
+    }
+    if intremap == Some(true) {
+        match (case.domain.io_apic, completes) {
+            (Some(IoApic::Qemu), _) | (None, Some(true)) => {}
+            (None, Some(false)) if partly => findings.push(unknown("the split I/O APIC")),
+            (None, None) => findings.push(unknown("the split I/O APIC")),
+            (Some(IoApic::Kvm) | None, _) => {
+                findings.push(not_split("the IOMMU's interrupt remapping needs"));
+            }
+        }
+    }
+}
+
+fn not_split(why: &str) -> Finding {
+    blocks(
+        Code::InterruptRemapping,
+        format!("{why} a split I/O APIC, and the domain's is KVM's"),
+    )
+    .at_define(unsupported(NEEDS_SPLIT))
+    .remedy("write <ioapic driver='qemu'/> in <features>")
+}
+
+/// More than 255 vCPUs with an IOMMU of another model.
+fn check_other(case: &Case<'_>, iommu: &Iommu, findings: &mut Vec<Finding>) {
+    let model = iommu.model.as_str();
+    let carries = match iommu.model {
+        IommuModel::Amd => case.libvirt_is(AMD_CARRIES),
+        _ => Some(false),
+    };
+    let remedy = format!("write {WHOLE} instead; or lower <vcpu> to 255");
+    match carries {
+        Some(true) if iommu.xtsup == Some(false) => findings.push(
+            blocks(
+                Code::Eim,
+                format!(
+                    "{} vCPUs are more than {MOST_WITHOUT_EIM} and need xtsup on AMD's IOMMU, \
+                     which is off",
+                    case.domain.vcpus.maximum
+                ),
+            )
+            .in_emulator("AMD IOMMU with x2APIC configuration requires xtsup=on")
+            .remedy("write xtsup='on' at its <driver>, or leave it out: libvirt turns it on"),
+        ),
+        Some(true) => {}
+        Some(false) => findings.push(
+            blocks(
+                Code::Eim,
+                format!(
+                    "{} vCPUs are more than {MOST_WITHOUT_EIM} and need extended interrupt mode, \
+                     which an IOMMU of model {model} does not have with this libvirt",
+                    case.domain.vcpus.maximum
+                ),
+            )
+            .at_define(unsupported(NEEDS_EIM))
+            .remedy(remedy),
+        ),
+        None => findings.push(
+            Finding::new(
+                Severity::Unknown,
+                Code::Eim,
+                format!(
+                    "more than {MOST_WITHOUT_EIM} vCPUs with an IOMMU of model amd need libvirt \
+                     {AMD_CARRIES}, and its version is not known"
+                ),
+            )
+            .remedy(remedy),
+        ),
+    }
+}

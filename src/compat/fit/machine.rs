@@ -1,0 +1,214 @@
+//! Type of guest, architecture, accelerator and machine type.
+
+use super::{Case, named, unsupported};
+use crate::compat::{Code, Finding, Severity};
+
+/// The machine types of x86 without PCI.
+pub(super) const WITHOUT_PCI: [&str; 2] = ["isapc", "microvm"];
+
+pub(super) fn check(case: &Case<'_>, findings: &mut Vec<Finding>) {
+    check_os_type(case, findings);
+    check_accelerator(case, findings);
+    check_machine(case, findings);
+}
+
+fn check_os_type(case: &Case<'_>, findings: &mut Vec<Finding>) {
+    let finding = |message: String| Finding::new(Severity::Blocks, Code::DomainType, message);
+    if case.domain.virt_type.is_none() {
+        let finding = finding("the definition does not say its domain type".to_owned())
+            .at_define("internal error: missing domain type attribute")
+            .remedy("write <domain type='kvm'>, or type='qemu' for software emulation");
+        findings.push(finding);
+    }
+    match case.domain.os_type.as_deref() {
+        Some("hvm") => {}
+        None => findings.push(
+            finding("the definition does not say what type of guest it is".to_owned())
+                .at_define("XML error: an os <type> must be specified")
+                .remedy("write <os><type machine='q35'>hvm</type></os>"),
+        ),
+        Some(other) if case.virt_type().is_some_and(is_qemus) => findings.push(
+            finding(format!(
+                "QEMU runs guests of type hvm, and this one is of type {other}"
+            ))
+            .at_define(unsupported(format!(
+                "Emulator '{}' does not support os type '{other}'",
+                case.emulator()
+            )))
+            .remedy("write <os><type machine='q35'>hvm</type></os>"),
+        ),
+        Some(_) => {}
+    }
+}
+
+fn is_qemus(virt_type: &str) -> bool {
+    matches!(virt_type, "kvm" | "qemu" | "hvf")
+}
+
+fn check_accelerator(case: &Case<'_>, findings: &mut Vec<Finding>) {
+    let Some(arch) = case.arch else {
+        findings.push(Finding::new(
+            Severity::Unknown,
+            Code::Architecture,
+            "neither the domain nor the node says which architecture it has",
+        ));
+        return;
+    };
+    let Some(types) = &case.node.virt_types else {
+        if case.node.virt_type.as_deref() != case.domain.virt_type.as_deref()
+            || case.node.machines.is_none()
+        {
+            findings.push(
+                Finding::new(
+                    Severity::Unknown,
+                    Code::Machine,
+                    "the node's accelerators and machine types are not known",
+                )
+                .remedy("give --capabilities what `virsh capabilities` prints on the node"),
+            );
+        }
+        return;
+    };
+    if types.is_empty() {
+        findings.push(
+            Finding::new(
+                Severity::Blocks,
+                Code::Architecture,
+                format!("the node has no emulator for {arch}"),
+            )
+            .at_define(unsupported(format!("No emulator found for arch '{arch}'")))
+            .remedy(format!(
+                "install the emulator (qemu-system-{arch}), or choose a node that has it"
+            )),
+        );
+        return;
+    }
+    let Some(wanted) = case.domain.virt_type.as_deref() else {
+        return;
+    };
+    if types.iter().any(|have| have == wanted) {
+        return;
+    }
+    let remedy = match wanted {
+        "kvm" => {
+            "load kvm_amd or kvm_intel and see that libvirt's user may open /dev/kvm \
+             (`virtnode doctor` says what is wrong), or write <domain type='qemu'> for slow \
+             software emulation"
+        }
+        _ => "write one of those as <domain type=…>, or choose a node that has it",
+    };
+    findings.push(
+        Finding::new(
+            Severity::Blocks,
+            Code::DomainType,
+            format!(
+                "domain type {wanted} is not to be had here for {arch}, only {}",
+                named(types.iter().map(String::as_str))
+            ),
+        )
+        .at_define(unsupported(format!(
+            "Emulator '{}' does not support virt type '{wanted}'",
+            case.emulator()
+        )))
+        .remedy(remedy),
+    );
+}
+
+fn check_machine(case: &Case<'_>, findings: &mut Vec<Finding>) {
+    let Some(canonical) = case.machine else {
+        return;
+    };
+    let wanted = case.domain.machine.as_deref();
+    // What libvirt adds by itself and declined or not: without PCI there is no place for it.
+    let wants_pci = case.is_x86() && case.domain.pci.declined < 2;
+    let no_pci = "XML error: No PCI buses available";
+    if let Some(machines) = &case.node.machines {
+        let Some(machine) = machines.get(canonical) else {
+            if machines.is_empty() {
+                return; // no emulator: said already
+            }
+            let words = match wants_pci && !canonical.starts_with("pc") && !case.is_q35() {
+                true => no_pci.to_owned(),
+                false => unsupported(format!(
+                    "Emulator '{}' does not support machine type '{canonical}'",
+                    case.emulator()
+                )),
+            };
+            findings.push(
+                Finding::new(
+                    Severity::Blocks,
+                    Code::Machine,
+                    format!("machine type {canonical} is not known here"),
+                )
+                .at_define(words)
+                .remedy(instead(case, canonical)),
+            );
+            return;
+        };
+        if machine.deprecated {
+            findings.push(
+                Finding::new(
+                    Severity::Warning,
+                    Code::MachineDeprecated,
+                    format!(
+                        "machine type {canonical} is deprecated: a newer QEMU will not have it, \
+                         and the domain cannot go there"
+                    ),
+                )
+                .remedy(instead(case, canonical)),
+            );
+        }
+        match wanted {
+            Some(alias) if alias != canonical => findings.push(Finding::new(
+                Severity::Note,
+                Code::MachineAlias,
+                format!(
+                    "{alias} means {canonical} here, and may mean another machine type on \
+                     another node"
+                ),
+            )),
+            None => findings.push(Finding::new(
+                Severity::Note,
+                Code::MachineAlias,
+                format!("the definition names no machine type: libvirt takes {canonical} here"),
+            )),
+            Some(_) => {}
+        }
+    }
+    if wants_pci && WITHOUT_PCI.contains(&canonical) {
+        findings.push(
+            Finding::new(
+                Severity::Blocks,
+                Code::Machine,
+                format!(
+                    "machine type {canonical} has no PCI, and libvirt adds a USB controller and a \
+                     balloon, which need it"
+                ),
+            )
+            .at_define(no_pci)
+            .remedy(
+                "decline both: <controller type='usb' model='none'/> and \
+                 <memballoon model='none'/>; or use q35",
+            ),
+        );
+    }
+}
+
+/// The machine type of the same family that new guests get.
+fn instead(case: &Case<'_>, canonical: &str) -> String {
+    let family = match canonical {
+        name if name.starts_with("pc-q35") || name == "q35" => "q35",
+        name if name.starts_with("pc-i440fx") || name == "pc" => "pc",
+        name if name.starts_with("virt") => "virt",
+        name if name.starts_with("pseries") => "pseries",
+        name if name.starts_with("s390-ccw-virtio") => "s390-ccw-virtio",
+        _ if case.is_x86() => "q35",
+        _ => "virt",
+    };
+    match case.node.aliases.get(family) {
+        Some(name) => format!("use {family}, which is {name} here, or choose a node that has it"),
+        None => {
+            "use one that `virtnode capabilities` lists, or choose a node that has it".to_owned()
+        }
+    }
+}

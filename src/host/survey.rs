@@ -1,0 +1,444 @@
+//! A look over the whole machine, for the doctor. Nothing is changed, executed or connected to.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::sys::stat::{major, minor};
+use nix::unistd::{AccessFlags, Uid, access};
+
+use super::{NESTED, entries, exists, is_on, kvm, text};
+use crate::diagnosis::GIVEN_SOCKET;
+use crate::diagnosis::observed::{
+    Accounts, Answer, BootLoader, Cpu, Device, Host, HugePages, Iommu, Kvm, OpenError, Socket, Vfio,
+};
+use crate::units::{Bytes, KiB};
+
+/// The longest file that is read here; passwd and cpuinfo of large machines stay below it.
+const FILE_MAX_BYTES: u64 = 16 * 1024 * 1024;
+/// What holds one processor's part of cpuinfo on every architecture.
+const ONE_PROCESSOR_BYTES: u64 = 64 * 1024;
+
+const MODULES: [&str; 5] = ["kvm", "kvm_intel", "kvm_amd", "kvm_hv", "kvm_pr"];
+const SOCKETS: [&str; 3] = ["libvirt-sock", "virtqemud-sock", "virtlogd-sock"];
+const DAEMONS: [&str; 3] = ["libvirtd", "virtqemud", "virtlogd"];
+const UNIT_DIRECTORIES: [&str; 3] = [
+    "etc/systemd/system",
+    "usr/lib/systemd/system",
+    "lib/systemd/system",
+];
+const POLKIT: [&str; 4] = [
+    "usr/lib/polkit-1/polkitd",
+    "usr/libexec/polkitd",
+    "usr/lib/policykit-1/polkitd",
+    "usr/libexec/polkit-1/polkitd",
+];
+
+/// Looks at the machine below `root`. `socket` is the one that the connection to libvirt names,
+/// by its path for this process.
+///
+/// Some two hundred small reads, none of which waits for a device or another process.
+pub fn survey(root: &Path, socket: Option<&Path>) -> Host {
+    let is_here = root == Path::new("/");
+    let arch = super::arch(root);
+    let in_pod = is_here && std::env::var_os("KUBERNETES_SERVICE_HOST").is_some();
+    let has_mark = in_pod || exists(root, &[".dockerenv", "run/.containerenv"]);
+    let in_container = has_mark && !has_initial_namespaces(root);
+    let cpu = cpu(root, &arch);
+    Host {
+        is_root: Uid::effective().is_root(),
+        in_container,
+        systemd: exists(root, &["run/systemd/system"]),
+        udev: exists(root, &["etc/udev/rules.d"]),
+        distribution: distribution(root),
+        guest_of: guest_of(root, &arch, cpu.as_ref()),
+        cpu,
+        kvm: look_at_kvm(root),
+        kernel_arguments: read(&root.join("proc/cmdline"), FILE_MAX_BYTES)
+            .map(|line| line.split_whitespace().map(str::to_owned).collect()),
+        boot_loader: boot_loader(root),
+        iommu: iommu(root),
+        vfio: Vfio {
+            vfio: exists(root, &["dev/vfio/vfio", "sys/class/misc/vfio"]),
+            iommufd: exists(root, &["dev/iommu", "sys/class/misc/iommu"]),
+            unsafe_interrupts: is_on(&text(
+                root,
+                "sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts",
+            )),
+            no_iommu: is_on(&text(
+                root,
+                "sys/module/vfio/parameters/enable_unsafe_noiommu_mode",
+            )),
+        },
+        huge_pages: huge_pages(root, process(is_here)),
+        sockets: sockets(root, socket, process(is_here).filter(|_| !in_container)),
+        daemons: named(&DAEMONS, |name| {
+            exists(
+                root,
+                &[&format!("usr/sbin/{name}"), &format!("usr/bin/{name}")],
+            )
+        }),
+        units: ["libvirtd.socket", "virtqemud.socket", "virtlogd.socket"]
+            .into_iter()
+            .filter(|unit| has_unit(root, unit))
+            .map(str::to_owned)
+            .collect(),
+        polkit: exists(root, &POLKIT),
+        logs_to_file: logs_to_file(root),
+        virtnode_unit: has_unit(root, "virtnode.service"),
+        accounts: accounts(root),
+        arch,
+    }
+}
+
+/// Whether this process lives in the machine's own namespaces, whatever a file that an image brought
+/// says. Their numbers are fixed (`PROC_*_INIT_INO`, linux/proc_ns.h).
+fn has_initial_namespaces(root: &Path) -> bool {
+    [
+        ("ipc", 0xEFFF_FFFF_u32),
+        ("uts", 0xEFFF_FFFE),
+        ("pid", 0xEFFF_FFFC),
+        ("cgroup", 0xEFFF_FFFB),
+    ]
+    .iter()
+    .all(|(kind, number)| {
+        let link = fs::read_link(root.join("proc/self/ns").join(kind));
+        link.is_ok_and(|link| link == Path::new(&format!("{kind}:[{number}]")))
+    })
+}
+
+/// Whose mounts and sockets are looked at. Seen through a mount of the host's root, "self" would
+/// be this process in its container.
+fn process(is_here: bool) -> Option<&'static str> {
+    Some(match is_here {
+        true => "proc/self",
+        false => "proc/1",
+    })
+}
+
+/// A file's text, as far as the limit; `None` if it cannot be read.
+fn read(path: &Path, limit: u64) -> Option<String> {
+    read_or_why(path, limit).ok()
+}
+
+fn read_or_why(path: &Path, limit: u64) -> io::Result<String> {
+    let mut bytes = Vec::new();
+    File::open(path)?.take(limit).read_to_end(&mut bytes)?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+fn named(names: &[&str], is_there: impl Fn(&str) -> bool) -> BTreeSet<String> {
+    let there = names.iter().filter(|name| is_there(name));
+    there.map(|name| (*name).to_owned()).collect()
+}
+
+fn has_unit(root: &Path, unit: &str) -> bool {
+    UNIT_DIRECTORIES
+        .iter()
+        .any(|directory| root.join(directory).join(unit).exists())
+}
+
+fn distribution(root: &Path) -> Vec<String> {
+    let text = read(&root.join("etc/os-release"), FILE_MAX_BYTES).unwrap_or_default();
+    let value = |key: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(key));
+        line.unwrap_or_default()
+            .trim_matches(['"', '\''])
+            .to_owned()
+    };
+    [value("ID="), value("ID_LIKE=")]
+        .iter()
+        .flat_map(|words| words.split_whitespace())
+        .map(str::to_owned)
+        .collect()
+}
+
+/// The first processor: what it says of itself under the names that architectures have for it.
+fn cpu(root: &Path, arch: &str) -> Option<Cpu> {
+    // Power tells the platform after all processors.
+    let limit = match arch.starts_with("ppc") {
+        true => FILE_MAX_BYTES,
+        false => ONE_PROCESSOR_BYTES,
+    };
+    let text = read(&root.join("proc/cpuinfo"), limit)?;
+    let value = |keys: &[&str]| {
+        text.lines().find_map(|line| {
+            let (key, value) = line.split_once(':')?;
+            keys.contains(&key.trim()).then(|| value.trim().to_owned())
+        })
+    };
+    let flags = value(&["flags", "Features", "features", "isa"]).unwrap_or_default();
+    Some(Cpu {
+        flags: flags.split_whitespace().map(str::to_owned).collect(),
+        vendor: value(&["vendor_id"]),
+        platform: value(&["platform"]),
+    })
+}
+
+/// What the machine is a guest of: by the CPU's flag on x86, by the device tree, by z/VM's and
+/// KVM's entry in sysinfo on s390x, and by names that only virtual machines have.
+fn guest_of(root: &Path, arch: &str, cpu: Option<&Cpu>) -> Option<String> {
+    let vendor = text(root, "sys/class/dmi/id/sys_vendor");
+    let product = text(root, "sys/class/dmi/id/product_name");
+    if matches!(arch, "x86_64" | "i686") {
+        let flagged = cpu?.flags.contains("hypervisor");
+        return flagged.then(|| match (vendor.as_str(), product.as_str()) {
+            ("", _) => "a hypervisor without a name".to_owned(),
+            (vendor, "") => vendor.to_owned(),
+            (vendor, product) => format!("{vendor} {product}"),
+        });
+    }
+    let tree = read(&root.join("proc/device-tree/hypervisor/compatible"), 4096);
+    if let Some(compatible) = tree {
+        return Some(compatible.trim_matches('\0').replace('\0', " "));
+    }
+    let control = text(root, "proc/sysinfo");
+    let control = control
+        .lines()
+        .find_map(|line| line.strip_prefix("VM00 Control Program:"));
+    if let Some(control) = control {
+        return Some(control.trim().to_owned());
+    }
+    let virtual_only = ["QEMU", "Amazon EC2", "VMware, Inc.", "KVM", "Google"];
+    (virtual_only.contains(&vendor.as_str()) || product == "Virtual Machine").then_some(vendor)
+}
+
+fn look_at_kvm(root: &Path) -> Kvm {
+    let nested = NESTED.iter().find_map(|path| {
+        let value = read(&root.join(path), 64)?;
+        Some(is_on(value.trim()))
+    });
+    Kvm {
+        device: device(&root.join("dev/kvm")),
+        registered: exists(root, &["sys/class/misc/kvm"]),
+        modules: named(&MODULES, |name| root.join("sys/module").join(name).exists()),
+        max_vcpus: kvm::open(root).as_ref().and_then(kvm::max_vcpus),
+        nested,
+    }
+}
+
+fn device(path: &Path) -> Device {
+    let node = match fs::metadata(path) {
+        Ok(node) => node,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Device::Missing,
+        Err(error) => return Device::Hidden(error.to_string()),
+    };
+    if !node.file_type().is_char_device() {
+        return Device::NoDevice;
+    }
+    let number = (major(node.rdev()), minor(node.rdev()));
+    let open = match File::options().read(true).write(true).open(path) {
+        Ok(_) => Ok(()),
+        Err(error) => Err(match error.raw_os_error().map(Errno::from_raw) {
+            Some(Errno::EACCES | Errno::EPERM) => OpenError::NotAllowed,
+            Some(Errno::ENODEV | Errno::ENXIO) => OpenError::NoDriver,
+            _ => OpenError::Other,
+        }),
+    };
+    Device::Node {
+        number,
+        mode: node.mode() & 0o777,
+        uid: node.uid(),
+        gid: node.gid(),
+        open,
+    }
+}
+
+fn boot_loader(root: &Path) -> BootLoader {
+    if exists(root, &["usr/sbin/grubby", "usr/bin/grubby"]) {
+        return BootLoader::Grubby;
+    }
+    let file = read(&root.join("etc/default/grub"), FILE_MAX_BYTES).unwrap_or_default();
+    let quoted = file
+        .lines()
+        .any(|line| line.starts_with("GRUB_CMDLINE_LINUX=\""));
+    match quoted && exists(root, &["usr/sbin/update-grub"]) {
+        true => BootLoader::UpdateGrub,
+        false => BootLoader::Unknown,
+    }
+}
+
+fn iommu(root: &Path) -> Iommu {
+    let mut devices = entries(&root.join("sys/class/iommu"));
+    devices.sort_unstable();
+    let directory = root.join("sys/kernel/iommu_groups");
+    let groups = entries(&directory);
+    let types: Vec<String> = groups
+        .iter()
+        .filter_map(|group| read(&directory.join(group).join("type"), 64))
+        .collect();
+    let tables = root.join("sys/firmware/acpi/tables");
+    Iommu {
+        devices,
+        groups: groups.len(),
+        identity: types.iter().filter(|t| t.trim() == "identity").count(),
+        typed: types.len(),
+        tables: tables.is_dir().then(|| {
+            let tables = entries(&tables);
+            named(&["DMAR", "IVRS"], |name| {
+                tables.iter().any(|table| table == name)
+            })
+        }),
+    }
+}
+
+/// Each size of huge pages.
+fn huge_pages(root: &Path, process: Option<&str>) -> Vec<HugePages> {
+    let directory = root.join("sys/kernel/mm/hugepages");
+    let mounted = mounted_sizes(root, process);
+    let mut all: Vec<HugePages> = entries(&directory)
+        .into_iter()
+        .filter_map(|name| {
+            let kib = name.strip_prefix("hugepages-")?.strip_suffix("kB")?;
+            let size = KiB::new(kib.parse().ok()?).map(Bytes::from)?;
+            let count = |file: &str| {
+                let text = read(&directory.join(&name).join(file), 64)?;
+                text.trim().parse().ok()
+            };
+            Some(HugePages {
+                size,
+                reserved: count("nr_hugepages")?,
+                free: count("free_hugepages")?,
+                mounted: mounted.as_ref().map(|sizes| sizes.contains(&size)),
+            })
+        })
+        .collect();
+    all.sort_unstable_by_key(|pages| pages.size);
+    all
+}
+
+/// The sizes for which a hugetlbfs is mounted; `None` if the mounts cannot be read.
+fn mounted_sizes(root: &Path, process: Option<&str>) -> Option<BTreeSet<Bytes>> {
+    let mounts = read(&root.join(process?).join("mounts"), FILE_MAX_BYTES)?;
+    let usual = read(&root.join("proc/meminfo"), FILE_MAX_BYTES).and_then(|text| {
+        let line = text
+            .lines()
+            .find_map(|line| line.strip_prefix("Hugepagesize:"))?;
+        let kib = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+        KiB::new(kib).map(Bytes::from)
+    });
+    let sizes = mounts.lines().filter_map(|line| {
+        let mut fields = line.split_whitespace().skip(2);
+        if fields.next()? != "hugetlbfs" {
+            return None;
+        }
+        let options = fields.next().unwrap_or_default();
+        let size = options.split(',').find_map(|o| o.strip_prefix("pagesize="));
+        match size {
+            // The kernel writes 2M and 1024M; a suffix of ours is 2MiB.
+            Some(size) => format!("{size}iB").parse().ok(),
+            None => usual,
+        }
+    });
+    Some(sizes.collect())
+}
+
+/// libvirt's sockets. Whether somebody listens is read from the kernel's list: a connection that
+/// is closed at once is an error in libvirt's log.
+fn sockets(root: &Path, given: Option<&Path>, process: Option<&str>) -> BTreeMap<String, Socket> {
+    let listening: Option<BTreeSet<PathBuf>> = process
+        .and_then(|process| read(&root.join(process).join("net/unix"), FILE_MAX_BYTES))
+        .map(|text| {
+            text.lines()
+                .filter_map(|line| {
+                    let fields: Vec<&str> = line.split_whitespace().collect();
+                    // __SO_ACCEPTCON
+                    let listens = fields.get(3) == Some(&"00010000");
+                    let path = fields.get(7).filter(|_| listens)?;
+                    Some(without_var(Path::new(path)))
+                })
+                .collect()
+        });
+    let usual = SOCKETS.map(|name| {
+        let path = Path::new("/run/libvirt").join(name);
+        (
+            name,
+            root.join(path.strip_prefix("/").unwrap_or(&path)),
+            path,
+        )
+    });
+    let given = given.map(|path| (GIVEN_SOCKET, path.to_owned(), path.to_owned()));
+    usual
+        .into_iter()
+        .chain(given)
+        .filter_map(|(name, here, path)| {
+            let node = fs::metadata(&here).ok()?;
+            let answer = match (access(&here, AccessFlags::W_OK), &listening) {
+                (Err(_), _) => Answer::NotAllowed,
+                (_, None) => Answer::Unknown,
+                (_, Some(all)) if all.contains(&without_var(&path)) => Answer::Listens,
+                (_, Some(_)) => Answer::Refused,
+            };
+            let socket = Socket {
+                mode: node.mode() & 0o777,
+                uid: node.uid(),
+                gid: node.gid(),
+                answer,
+            };
+            Some((name.to_owned(), socket))
+        })
+        .collect()
+}
+
+/// `/var/run` is `/run`.
+fn without_var(path: &Path) -> PathBuf {
+    match path.strip_prefix("/var/run") {
+        Ok(rest) => Path::new("/run").join(rest),
+        Err(_) => path.to_owned(),
+    }
+}
+
+const QEMU_CONF: &str = "etc/libvirt/qemu.conf";
+
+/// A setting of qemu.conf: `name = "value"`.
+fn setting(text: &str, name: &str) -> Option<String> {
+    let value = text.lines().find_map(|line| {
+        let rest = line.trim_start().strip_prefix(name)?.trim_start();
+        rest.strip_prefix('=')
+    })?;
+    let value = value.split('#').next().unwrap_or_default();
+    Some(value.trim().trim_matches('"').to_owned()).filter(|value| !value.is_empty())
+}
+
+fn logs_to_file(root: &Path) -> Option<bool> {
+    match read_or_why(&root.join(QEMU_CONF), FILE_MAX_BYTES) {
+        Ok(text) => Some(setting(&text, "stdio_handler").as_deref() == Some("file")),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Some(false),
+        Err(_) => None,
+    }
+}
+
+fn accounts(root: &Path) -> Accounts {
+    let passwd = read(&root.join("etc/passwd"), FILE_MAX_BYTES).unwrap_or_default();
+    let group = read(&root.join("etc/group"), FILE_MAX_BYTES).unwrap_or_default();
+    Accounts {
+        users: passwd
+            .lines()
+            .filter_map(|line| {
+                let mut fields = line.split(':');
+                let name = fields.next()?.to_owned();
+                let mut number = || fields.nth(1)?.parse().ok();
+                let uid = number()?;
+                let gid = fields.next()?.parse().ok()?;
+                Some((name, (uid, gid)))
+            })
+            .collect(),
+        groups: group
+            .lines()
+            .filter_map(|line| {
+                let mut fields = line.split(':');
+                let name = fields.next()?.to_owned();
+                let gid = fields.nth(1)?.parse().ok()?;
+                let members = fields.next().unwrap_or_default().split(',');
+                let members = members.filter(|name| !name.is_empty());
+                Some((name, (gid, members.map(str::to_owned).collect())))
+            })
+            .collect(),
+        configured: read(&root.join(QEMU_CONF), FILE_MAX_BYTES)
+            .map(|text| (setting(&text, "user"), setting(&text, "group"))),
+        own_uid: Uid::effective().as_raw(),
+    }
+}

@@ -1,0 +1,200 @@
+//! What `virtnode check` computes, held against what a real libvirt and a real QEMU say: hundreds
+//! of generated domains, and none left out.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use virtnode::capability::{NodeFacts, Version};
+use virtnode::compat::{
+    Answer, Code, Confirmation, DryRun, Finding, Fit, Offer, Requirement, Severity, Stage, confirm,
+    dry_run_xml, fits,
+};
+use virtnode::hypervisor::{Hypervisor, HypervisorError, Libvirt, LibvirtConfig};
+use virtnode::probe::Prober;
+use virtnode::telemetry::Metrics;
+
+use crate::support::domains::generate;
+use crate::support::libvirtd::Libvirtd;
+
+/// How many are held against libvirt's dry run.
+const GENERATED: u64 = 800;
+/// How many of each kind are really started.
+const STARTED: usize = 14;
+/// Words are compared with those of the libvirts that they were taken down from.
+const SPEAKS_SO: Version = Version::new(11, 0, 0);
+
+/// A libvirt, and what a node with it has.
+struct Node {
+    libvirtd: Libvirtd,
+    libvirt: Arc<Libvirt>,
+    facts: NodeFacts,
+}
+
+impl Node {
+    async fn start() -> Self {
+        let libvirtd = Libvirtd::start().unwrap();
+        let metrics = Arc::new(Metrics::new());
+        let config = LibvirtConfig::new(libvirtd.uri());
+        let libvirt = Arc::new(Libvirt::start(config, Arc::clone(&metrics)));
+        let mut prober = Prober::new(Arc::clone(&libvirt), metrics, Path::new("/").to_owned());
+        let reading = prober.read().await;
+        assert!(reading.failures.is_empty(), "{:?}", reading.failures);
+        Self {
+            libvirtd,
+            libvirt,
+            facts: reading.facts,
+        }
+    }
+
+    fn compute(&self, xml: &str) -> Fit {
+        let domain = Requirement::parse("generated", xml.as_bytes()).unwrap();
+        let arch = domain.arch.as_deref();
+        let offer = Offer::from_facts(&self.facts, arch, domain.virt_type.as_deref());
+        fits(&domain, &offer)
+    }
+
+    /// libvirt's own words, if it refuses.
+    async fn dry_run(&self, xml: &str) -> DryRun {
+        let asked = dry_run_xml(xml).unwrap();
+        match self.libvirt.native_arguments(asked).await {
+            Ok(_) => DryRun::Accepted,
+            Err(HypervisorError::Failed { message, .. }) => DryRun::Refused { words: message },
+            Err(error) => panic!("{error}: {xml}"),
+        }
+    }
+}
+
+/// Whether libvirt itself is to say this.
+fn is_libvirts(finding: &&Finding) -> bool {
+    matches!(finding.stage, Some(Stage::Define | Stage::Start))
+}
+
+/// Whether these words were foretold. Of missing features libvirt may name more than the
+/// capabilities do, and in its own order.
+fn is_foretold(words: Option<&str>, said: &str) -> bool {
+    let Some(words) = words else { return true };
+    match words.rsplit_once(": ") {
+        Some((what, list)) if what.ends_with("features") => {
+            said.contains(what) && list.split([',', ' ']).all(|feature| said.contains(feature))
+        }
+        _ => said.contains(words),
+    }
+}
+
+#[tokio::test]
+async fn libvirt_says_what_was_computed_of_every_generated_domain() {
+    let node = Node::start().await;
+    let exact = node.facts.libvirt_version >= Some(SPEAKS_SO);
+    let mut wrong = Vec::new();
+    let mut answers: BTreeMap<String, usize> = BTreeMap::new();
+    let mut to_start: BTreeMap<String, Vec<(String, Fit)>> = BTreeMap::new();
+    for seed in 0..GENERATED {
+        let xml = generate(seed);
+        let fit = node.compute(&xml);
+        let dry_run = node.dry_run(&xml).await;
+        let blocking: Vec<&Finding> = fit.blocking().filter(is_libvirts).collect();
+        let unknown = |f: &&Finding| f.severity == Severity::Unknown && is_libvirts(f);
+        let open: Vec<&Finding> = fit.findings.iter().filter(unknown).collect();
+        // What may be left open without asking: names that only libvirt's own lists decide on.
+        assert!(
+            open.iter()
+                .all(|f| matches!(f.code, Code::CpuModel | Code::CpuFeature)),
+            "{open:?}: {xml}"
+        );
+        let complaint = match &dry_run {
+            DryRun::Accepted if !blocking.is_empty() => Some("accepts"),
+            DryRun::Refused { .. } if blocking.is_empty() && open.is_empty() => Some("refuses"),
+            DryRun::Refused { words } if exact => {
+                let mut foretold = blocking.iter().chain(&open);
+                let says = foretold.any(|f| is_foretold(f.words.as_deref(), words));
+                (!says).then_some("says something else")
+            }
+            _ => None,
+        };
+        if let Some(complaint) = complaint {
+            wrong.push(format!(
+                "{seed}: libvirt {complaint}\n  {xml}\n  computed: {blocking:?}\n  {dry_run:?}"
+            ));
+        }
+        // With its word beside ours nothing that it decides is open.
+        let kind = match (&dry_run, blocking.is_empty()) {
+            (DryRun::Accepted, _) => "accepted",
+            (_, false) => "refused, as computed",
+            (_, true) => "refused, unknown before",
+        };
+        *answers.entry(kind.to_owned()).or_default() += 1;
+        let confirmed = confirm(
+            fit,
+            &Confirmation {
+                dry_run: dry_run.clone(),
+                cpu: None,
+            },
+        );
+        let open = confirmed.findings.iter().any(|f| unknown(&f));
+        let unanswered = match dry_run {
+            DryRun::Accepted => open,
+            _ => confirmed.answer != Answer::Infeasible,
+        };
+        if unanswered {
+            wrong.push(format!(
+                "{seed}: open after libvirt's word\n  {xml}\n  {confirmed:?}"
+            ));
+        }
+        if dry_run == DryRun::Accepted {
+            let first = confirmed.findings.first();
+            let group = match confirmed.answer {
+                Answer::Feasible => "feasible".to_owned(),
+                _ => format!("{:?}", first.map(|finding| finding.code)),
+            };
+            to_start.entry(group).or_default().push((xml, confirmed));
+        }
+    }
+    println!("{GENERATED} generated domains: {answers:?}");
+    assert!(
+        wrong.is_empty(),
+        "{} wrong:\n{}",
+        wrong.len(),
+        wrong.join("\n")
+    );
+    // All three happen often, else little was tried.
+    assert!(answers.values().all(|count| *count >= 10), "{answers:?}");
+    start_some(&node, to_start);
+}
+
+/// Starts some of those that libvirt would start: what QEMU says only a start shows.
+fn start_some(node: &Node, groups: BTreeMap<String, Vec<(String, Fit)>>) {
+    let mut tally: BTreeMap<String, usize> = BTreeMap::new();
+    for (group, mut domains) in groups {
+        // The small ones: a hundred vCPUs in software take seconds.
+        domains.sort_by_key(|(xml, _)| {
+            Requirement::parse("x", xml.as_bytes())
+                .unwrap()
+                .vcpus
+                .current
+        });
+        for (xml, fit) in domains.into_iter().take(STARTED) {
+            let said = node.libvirtd.start_and_end(&dry_run_xml(&xml).unwrap());
+            let foretold = |said: &str| {
+                fit.findings.iter().any(|finding| {
+                    finding.stage == Some(Stage::Emulator)
+                        && is_foretold(finding.words.as_deref(), said)
+                })
+            };
+            match (fit.answer, &said) {
+                (Answer::Feasible, Ok(())) => {}
+                (Answer::Infeasible, Err(said)) if foretold(said) => {}
+                // check='full' may go either way, and is said to.
+                (Answer::Unknown, _) => {}
+                _ => panic!("{fit:#?}\nQEMU: {said:?}\n{xml}"),
+            }
+            *tally.entry(group.clone()).or_default() += 1;
+        }
+    }
+    println!("started: {tally:?}");
+    assert!(
+        tally.get("feasible").is_some_and(|count| *count == STARTED),
+        "{tally:?}"
+    );
+    assert!(tally.len() >= 4, "{tally:?}");
+}

@@ -1,0 +1,271 @@
+//! `virtnode check` as a person and a script meet it: offline, live, and with bad input.
+
+use std::fs;
+use std::io::Write;
+use std::process::Stdio;
+
+use assert_cmd::Command;
+use serde_json::Value;
+
+use crate::support::libvirtd::Libvirtd;
+
+const DEBIAN_13: &str = "tests/fixtures/debian13-libvirt-11.3.0-qemu-10.0";
+const CAPTURED: &str = "tests/lab/captured/debian12-backports-libvirt-11.3.0-qemu-10.0";
+
+/// Exit code, standard output, standard error.
+fn run(arguments: &[&str]) -> (i32, String, String) {
+    let output = Command::new(env!("CARGO_BIN_EXE_virtnode"))
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .env_clear()
+        .arg("check")
+        .args(arguments)
+        .output()
+        .unwrap();
+    (
+        output.status.code().unwrap(),
+        String::from_utf8(output.stdout).unwrap(),
+        String::from_utf8(output.stderr).unwrap(),
+    )
+}
+
+/// Against the node of Debian 13's documents.
+fn offline(virt_type: &str, arguments: &[&str]) -> (i32, String, String) {
+    let capabilities = format!("{DEBIAN_13}/capabilities.xml");
+    let document = format!("{DEBIAN_13}/dc-x86_64-q35-{virt_type}.xml");
+    let node = [
+        "--capabilities",
+        &capabilities,
+        "--domain-capabilities",
+        &document,
+        "--libvirt-version",
+        "11.3.0",
+        "--qemu-version",
+        "10.0.2",
+    ];
+    run(&[&node, arguments].concat())
+}
+
+#[test]
+fn a_person_reads_every_reason_with_its_remedy() {
+    let (code, out, err) = offline(
+        "kvm",
+        &[
+            "--machine",
+            "pc",
+            "--vcpus",
+            "300",
+            "--current-vcpus",
+            "2",
+            "--cpu-model",
+            "Denverton",
+        ],
+    );
+    assert_eq!((code, err.as_str()), (4, ""));
+    insta::assert_snapshot!("check-infeasible", out);
+}
+
+#[test]
+fn a_person_reads_how_much_room_there_is() {
+    let file = format!("{CAPTURED}/domain-q35-plugged.xml");
+    let (code, out, err) = offline(
+        "qemu",
+        &[
+            "--domain-xml",
+            &file,
+            "--supported-features",
+            &all_features(),
+        ],
+    );
+    assert_eq!((code, err.as_str()), (0, ""), "{out}");
+    insta::assert_snapshot!("check-feasible", out);
+}
+
+/// A baseline with what the captured domain's CPU has.
+fn all_features() -> String {
+    let path = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("check-baseline.xml");
+    let domain = fs::read_to_string(format!(
+        "{}/{CAPTURED}/domain-q35-plugged.xml",
+        env!("CARGO_MANIFEST_DIR")
+    ));
+    let domain = domain.unwrap();
+    let features: String = domain
+        .lines()
+        .filter(|line| line.contains("<feature policy='require'"))
+        .collect();
+    let mut file = tempfile::NamedTempFile::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    write!(
+        file,
+        "<cpu><model>qemu64</model><feature policy='require' name='sse2'/>{features}</cpu>"
+    )
+    .unwrap();
+    file.persist(&path).unwrap();
+    path.to_str().unwrap().to_owned()
+}
+
+#[test]
+fn a_script_reads_the_same() {
+    let arguments = ["--machine", "q35", "--vcpus", "2000", "--output", "json"];
+    let (code, out, _) = offline("kvm", &arguments);
+    assert_eq!(code, 4);
+    let answer: Value = serde_json::from_str(&out).unwrap();
+    assert_eq!(answer["answer"], "infeasible");
+    let finding = &answer["findings"][0];
+    assert_eq!(finding["severity"], "blocks");
+    assert_eq!(finding["code"], "vcpus-kvm");
+    assert_eq!(finding["stage"], "emulator");
+    assert_eq!(
+        finding["words"],
+        "Number of SMP cpus requested (2000) exceeds the maximum cpus supported by KVM (1024)"
+    );
+    assert_eq!(answer["confirmation"], Value::Null);
+    assert_eq!(answer["node"]["live"], false);
+    let (code, out, _) = offline("kvm", &["--machine", "q35", "--vcpus", "300", "-o", "yaml"]);
+    assert_eq!(code, 0);
+    assert!(out.contains("answer: feasible"), "{out}");
+}
+
+#[test]
+fn what_is_unknown_is_neither_feasible_nor_infeasible() {
+    let (code, out, _) = run(&[
+        "--libvirt-version",
+        "11.3.0",
+        "--machine",
+        "q35",
+        "--vcpus",
+        "4",
+    ]);
+    assert_eq!(code, 1);
+    assert!(out.starts_with("Unknown: "), "{out}");
+}
+
+#[test]
+fn bad_questions_get_a_sentence() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("domain.xml");
+    let path = file.to_str().unwrap();
+    let xml = |content: &[u8]| {
+        fs::write(&file, content).unwrap();
+        offline("kvm", &["--domain-xml", path])
+    };
+    for (content, sentence) in [
+        (b"".as_slice(), "is empty"),
+        (
+            b"<capabilities/>",
+            "the root is <capabilities>, expected <domain>",
+        ),
+        (b"<domain type='kvm'><name>x</name>", "ends too early"),
+        (
+            b"<domain type='kvm'><memory>1</memory></domain>",
+            "has no <name>",
+        ),
+        (
+            b"<domain><name>x</name><vcpu>many</vcpu></domain>",
+            "'many' is no number of vCPUs",
+        ),
+        (b"<domain>\xff</domain>", "is not UTF-8"),
+        (&vec![b' '; 9 << 20], "is larger than 8 MiB"),
+    ] {
+        let (code, out, err) = xml(content);
+        assert_eq!((code, out.as_str()), (1, ""), "{err}");
+        assert!(err.contains(sentence), "{err}");
+        assert_eq!(err.lines().count(), 1, "{err}");
+    }
+    for (arguments, sentence) in [
+        (vec![], "which domain? Give --domain-xml FILE"),
+        (
+            vec!["--domain-xml", path, "--domain", "x"],
+            "cannot be used with",
+        ),
+        (
+            vec!["--domain-xml", path, "--vcpus", "3"],
+            "cannot be used with",
+        ),
+        (vec!["--domain", "x"], "--domain asks this node's libvirt"),
+        (vec!["--memory", "12"], "--memory"),
+    ] {
+        let (code, out, err) = offline("kvm", &arguments);
+        assert_eq!((code, out.as_str()), (2, ""), "{arguments:?}: {err}");
+        assert!(err.contains(sentence), "{err}");
+    }
+    let (code, _, err) = run(&[
+        "--connect",
+        "qemu+unix:///system?socket=/nonexistent",
+        "--vcpus",
+        "1",
+    ]);
+    assert_eq!(code, 5, "{err}");
+}
+
+#[test]
+fn standard_input_is_a_file_too() {
+    let mut child = std::process::Command::new(env!("CARGO_BIN_EXE_virtnode"))
+        .env_clear()
+        .args(["check", "--domain-xml", "-", "--libvirt-version", "11.3.0"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let xml = b"<domain type='kvm'><name>from-a-pipe</name><memory>65536</memory>\
+                <vcpu current='3'>2</vcpu></domain>";
+    child.stdin.take().unwrap().write_all(xml).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(4));
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(text.contains("domain from-a-pipe does not run"), "{text}");
+}
+
+#[test]
+fn the_hypervisors_own_word_is_beside_the_computed_one() {
+    let libvirtd = Libvirtd::start().unwrap();
+    let uri = libvirtd.uri();
+    let ask = |arguments: &[&str]| {
+        let (code, out, err) = run(&[&["--connect", &uri, "-o", "json"], arguments].concat());
+        assert_eq!(err, "", "{arguments:?}");
+        (code, serde_json::from_str::<Value>(&out).unwrap())
+    };
+    let (code, answer) = ask(&["--machine", "q35", "--vcpus", "300", "--current-vcpus", "2"]);
+    assert_eq!((code, &answer["agrees"]), (0, &Value::Bool(true)));
+    assert_eq!(answer["confirmation"]["dryRun"]["answer"], "accepted");
+
+    let (code, answer) = ask(&["--cpu-model", "qemu64", "--cpu-feature", "avx512f"]);
+    assert_eq!((code, &answer["agrees"]), (4, &Value::Bool(true)));
+    let words = answer["confirmation"]["dryRun"]["words"].as_str().unwrap();
+    assert_eq!(answer["findings"][0]["words"], words);
+    assert_eq!(answer["confirmation"]["cpu"]["words"], words);
+
+    // Only libvirt knows that it does not know the model.
+    let file = libvirtd.directory().join("strange.xml");
+    fs::write(
+        &file,
+        "<domain type='qemu'><name>d</name><memory>65536</memory><vcpu>1</vcpu><os>\
+         <type arch='x86_64' machine='q35'>hvm</type></os><cpu><model>Strange</model></cpu></domain>",
+    )
+    .unwrap();
+    let (code, answer) = ask(&["--domain-xml", file.to_str().unwrap()]);
+    assert_eq!(code, 4, "{answer}");
+    assert_eq!(
+        answer["findings"][0]["words"],
+        "internal error: Unknown CPU model Strange"
+    );
+
+    libvirtd.start_domain("web").unwrap();
+    let before = libvirtd.virsh(&["list", "--all", "--name"]).unwrap();
+    let (code, answer) = ask(&["--domain", "web"]);
+    assert_eq!(
+        (code, &answer["domain"]),
+        (0, &Value::String("web".to_owned())),
+        "{answer}"
+    );
+    assert_eq!(answer["agrees"], true);
+    // Nothing was defined or started by asking.
+    assert_eq!(
+        libvirtd.virsh(&["list", "--all", "--name"]).unwrap(),
+        before
+    );
+    let (code, _, err) = run(&["--connect", &uri, "--domain", "wep"]);
+    assert_eq!(code, 1);
+    assert!(
+        err.contains("no domain 'wep' is running here (running are web)"),
+        "{err}"
+    );
+}

@@ -1,0 +1,122 @@
+//! `make dist`: the same bytes each time, and what is installed works.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use anyhow::{Context as _, ensure};
+
+fn run(command: &mut Command) -> anyhow::Result<Output> {
+    let output = command.output().with_context(|| format!("{command:?}"))?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{command:?}: {said}");
+    Ok(output)
+}
+
+fn text(path: &Path) -> anyhow::Result<String> {
+    fs::read_to_string(path).with_context(|| path.display().to_string())
+}
+
+fn made(directory: &Path) -> anyhow::Result<Vec<PathBuf>> {
+    let files = fs::read_dir(directory)?.map(|entry| Ok(entry?.path()));
+    let mut files = files.collect::<anyhow::Result<Vec<_>>>()?;
+    files.sort();
+    Ok(files)
+}
+
+#[test]
+fn what_is_handed_out_is_the_same_each_time_and_works() -> anyhow::Result<()> {
+    let scratch = tempfile::tempdir()?;
+    let at = |name: &str| scratch.path().join(name);
+    // Without what makes a test build large.
+    run(Command::new("strip")
+        .arg("-o")
+        .arg(at("virtnode"))
+        .arg(env!("CARGO_BIN_EXE_virtnode")))?;
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/dist.sh");
+    for (directory, zone) in [("first", "UTC"), ("second", "Asia/Tokyo")] {
+        let mut command = Command::new(&script);
+        command
+            .arg(at(directory))
+            .env("VIRTNODE", at("virtnode"))
+            .env("LEVEL", "1");
+        run(command
+            .env("TZ", zone)
+            .env("SOURCE_DATE_EPOCH", "1700000000"))?;
+    }
+    let files = made(&at("first"))?;
+    assert_eq!(files.len(), 3, "{files:?}");
+    for (first, second) in files.iter().zip(made(&at("second"))?) {
+        assert_eq!(first.file_name(), second.file_name());
+        assert!(
+            fs::read(first)? == fs::read(second)?,
+            "{} differs",
+            first.display()
+        );
+    }
+    run(Command::new("sha256sum")
+        .args(["--check", "--strict", "SHA256SUMS"])
+        .current_dir(at("first")))?;
+
+    let ending = |end: &str| {
+        files
+            .iter()
+            .find(|file| file.to_string_lossy().ends_with(end))
+    };
+    let package = ending(".deb").context("no package")?;
+    run(Command::new("dpkg-deb")
+        .arg("--extract")
+        .arg(package)
+        .arg(at("root")))?;
+    let archive = ending(".tar.gz").context("no archive")?;
+    fs::create_dir(at("unpacked"))?;
+    let mut unpack = Command::new("tar");
+    run(unpack
+        .args(["--extract", "--strip-components=1", "--file"])
+        .arg(archive)
+        .arg("-C")
+        .arg(at("unpacked")))?;
+    for root in [at("root"), at("unpacked")] {
+        let version = run(Command::new(root.join("usr/bin/virtnode"))
+            .env_clear()
+            .arg("--version"))?;
+        assert!(
+            version
+                .stdout
+                .starts_with(concat!("virtnode ", env!("CARGO_PKG_VERSION")).as_bytes())
+        );
+        let unit = text(&root.join("usr/lib/systemd/system/virtnode.service"))?;
+        assert!(unit.contains("ExecStart=/usr/bin/virtnode run\n"));
+        assert!(text(&root.join("usr/lib/sysusers.d/virtnode.conf"))?.contains("u virtnode "));
+        for page in ["virtnode.1.gz", "virtnode-run.1.gz"] {
+            let page = root.join("usr/share/man/man1").join(page);
+            assert!(
+                !run(Command::new("gzip").arg("-dc").arg(page))?
+                    .stdout
+                    .is_empty()
+            );
+        }
+        let completions = root.join("usr/share/bash-completion/completions/virtnode");
+        run(Command::new("bash").arg("-n").arg(completions))?;
+        let config = root.join("etc/virtnode/config.yaml");
+        let mut labels = Command::new(root.join("usr/bin/virtnode"));
+        let document = "tests/fixtures/debian13-libvirt-11.3.0-qemu-10.0/capabilities.xml";
+        labels
+            .env_clear()
+            .args(["labels", "--capabilities", document, "--config"])
+            .arg(&config);
+        run(labels.current_dir(env!("CARGO_MANIFEST_DIR")))?;
+    }
+    let control = run(Command::new("dpkg-deb").arg("--field").arg(package))?;
+    let control = String::from_utf8(control.stdout)?;
+    for field in ["Package: virtnode\n", "libc6 (>= 2.", "libvirt0 (>= "] {
+        assert!(control.contains(field), "{control}");
+    }
+    let contents = run(Command::new("dpkg-deb").arg("--contents").arg(package))?;
+    let contents = String::from_utf8(contents.stdout)?;
+    assert!(
+        contents.lines().all(|line| line.contains(" root/root ")),
+        "{contents}"
+    );
+    Ok(())
+}

@@ -1,0 +1,342 @@
+//! The doctor on running domains: real guests on a real libvirtd, by the command and by the daemon's
+//! metric; and domains in memory that do not answer.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use serde_json::Value;
+use tokio::time::Instant;
+use virtnode::diagnosis::observed::{Agent, Daemon as Seen};
+use virtnode::doctor::{Scope, look_over};
+use virtnode::label::Policy;
+
+use crate::support::daemon::Daemon;
+use crate::support::eventually;
+use crate::support::fake_domains::{FakeControl, FakeGuest};
+use crate::support::guest::{Guest, GuestConfig};
+use crate::support::hypervisor::InMemory;
+use crate::support::libvirtd::Libvirtd;
+
+/// For what takes a moment; only a failing test waits so long.
+const LONG: Duration = Duration::from_secs(180);
+
+struct Doctor<'d> {
+    uri: String,
+    daemon: &'d Daemon,
+}
+
+impl Doctor<'_> {
+    fn command(&self) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_virtnode"));
+        command
+            .env_clear()
+            .args([
+                "--connect",
+                &self.uri,
+                "--listen",
+                &self.daemon.address().to_string(),
+            ])
+            .arg("--socket")
+            .arg(self.daemon.socket());
+        command
+    }
+
+    fn diagnose(&self) -> anyhow::Result<Value> {
+        let output = self
+            .command()
+            .args(["doctor", "--output", "json"])
+            .output()?;
+        serde_json::from_slice(&output.stdout).with_context(|| {
+            format!(
+                "no JSON; on standard error: {}",
+                String::from_utf8_lossy(&output.stderr)
+            )
+        })
+    }
+
+    /// What a check found of a domain; null if nothing.
+    fn of(&self, check: &str, domain: &str) -> anyhow::Result<Value> {
+        let diagnosis = self.diagnose()?;
+        let found = diagnosis["findings"]
+            .as_array()
+            .context("no findings")?
+            .iter()
+            .find(|finding| finding["check"] == check && finding["domain"] == domain);
+        Ok(found.cloned().unwrap_or_default())
+    }
+
+    /// Runs a printed command as it is, with this build's `virtnode` for the installed one.
+    fn cure(&self, finding: &Value) -> anyhow::Result<()> {
+        let printed = &finding["remedy"]["commands"][0];
+        let printed = printed
+            .as_str()
+            .with_context(|| format!("no command in {finding:#}"))?;
+        let mut command = match printed.strip_prefix("virtnode ") {
+            Some(arguments) => {
+                let mut command = self.command();
+                command.args(arguments.split(' '));
+                command
+            }
+            None => {
+                let mut command = Command::new("sh");
+                command.args(["-c", printed]);
+                command
+            }
+        };
+        let output = command.output()?;
+        ensure!(
+            output.status.success(),
+            "{printed}: {}{}",
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr)
+        );
+        Ok(())
+    }
+}
+
+/// A q35 machine type that this QEMU is going to drop.
+fn deprecated_machine(libvirtd: &Libvirtd) -> anyhow::Result<String> {
+    let capabilities = libvirtd.virsh(&["capabilities"])?;
+    let line = capabilities.lines().map(str::trim).find(|line| {
+        line.contains("deprecated='yes'")
+            && (line.contains(">pc-q35-") || line.contains(">pc-i440fx-"))
+    });
+    let line = line.context("no machine type of this QEMU is deprecated")?;
+    let name = line
+        .split('>')
+        .nth(1)
+        .and_then(|rest| rest.split('<').next());
+    Ok(name.context("a machine type without a name")?.to_owned())
+}
+
+/// Starts a domain that is no more than its firmware.
+fn start(libvirtd: &Libvirtd, name: &str, machine: &str, devices: &str) -> anyhow::Result<()> {
+    let file = libvirtd.directory().join("firmware.xml");
+    let xml = format!(
+        "<domain type='qemu'><name>{name}</name><memory unit='MiB'>32</memory><vcpu>1</vcpu>\
+         <os><type arch='x86_64' machine='{machine}'>hvm</type></os>\
+         <devices>{devices}</devices></domain>"
+    );
+    fs::write(&file, xml)?;
+    libvirtd.virsh(&["define", &file.to_string_lossy()])?;
+    libvirtd.virsh(&["start", name])?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn troubles_of_real_guests_are_found_and_their_cures_cure() -> anyhow::Result<()> {
+    let libvirtd = Libvirtd::start()?;
+    let small = GuestConfig {
+        name: "small",
+        words: "nr_cpus=1 lab.virtio_mem=no",
+        ..GuestConfig::default()
+    };
+    let idle = GuestConfig {
+        name: "idle",
+        ..GuestConfig::default()
+    };
+    let (small, idle) = tokio::try_join!(
+        Guest::start(&libvirtd, &small),
+        Guest::start(&libvirtd, &idle)
+    )?;
+    let machine = deprecated_machine(&libvirtd)?;
+    start(&libvirtd, "old", &machine, "")?;
+    // A shell must not read its name, and there is a place for a channel.
+    let mute = "mute; exit 1";
+    start(&libvirtd, mute, "q35", "<controller type='virtio-serial'/>")?;
+    libvirtd.virsh(&["setvcpus", "small", "3", "--live"])?;
+    libvirtd.virsh(&["setvcpus", "idle", "2", "--live"])?;
+    libvirtd.virsh(&[
+        "update-memory-device",
+        "small",
+        "--live",
+        "--alias",
+        "ua-mem0",
+        "--requested-size",
+        "512MiB",
+    ])?;
+    let sees = "the guest has its second CPU";
+    idle.sees(|witness| witness.present == "0-1")
+        .await
+        .context(sees)?;
+
+    let daemon = Daemon::start(&libvirtd.uri(), &["--probe-interval", "1"]).await?;
+    daemon.ready().await?;
+    let doctor = Doctor {
+        uri: libvirtd.uri(),
+        daemon: &daemon,
+    };
+
+    let found = doctor.of("vcpus-online", "small")?;
+    assert_eq!(found["what"], "3 vCPUs are plugged, and its guest has 1");
+    assert_eq!(found["remedy"]["place"], "guest");
+    let found = doctor.of("virtio-mem", "small")?;
+    let what = "ua-mem0: asked to take 512MiB, has 0B, and takes no more";
+    assert_eq!(found["what"], what);
+    let offline = doctor.of("vcpus-online", "idle")?;
+    assert_eq!(offline["what"], "2 vCPUs are plugged, and its guest uses 1");
+    assert_eq!(doctor.of("virtio-mem", "idle")?, Value::Null);
+    let absent = doctor.of("guest-agent", mute)?;
+    assert_eq!(absent["what"], "it has no channel for a guest agent");
+    let deprecated = doctor.of("machine-types", "old")?;
+    assert_eq!(
+        deprecated["what"],
+        format!("its machine type {machine} is deprecated")
+    );
+
+    // The daemon finds the same, by itself.
+    let series =
+        |check: &str| format!("virtnode_doctor_findings{{check=\"{check}\",severity=\"warning\"}}");
+    eventually(LONG, async || {
+        for (check, count) in [
+            ("vcpus-online", 2.0),
+            ("virtio-mem", 1.0),
+            ("machine-types", 1.0),
+            ("guest-agent", 2.0),
+            ("probe-age", 0.0),
+        ] {
+            let have = daemon.metric(&series(check))?;
+            ensure!(have == count, "{check}: {have}");
+        }
+        let connected = "virtnode_doctor_findings{check=\"libvirt-connection\",severity=\"ok\"}";
+        ensure!(daemon.metric(connected)? == 1.0, "libvirt");
+        Ok(())
+    })
+    .await?;
+
+    doctor.cure(&offline)?;
+    idle.sees(|witness| witness.online == "0-1").await?;
+    assert_eq!(doctor.of("vcpus-online", "idle")?, Value::Null);
+    doctor.cure(&absent)?;
+    let found = doctor.of("guest-agent", mute)?;
+    let what = "nobody in the guest has opened the guest agent's channel";
+    assert_eq!(found["what"], what);
+    // What has no place for a channel gets one at its next start.
+    let absent = doctor.of("guest-agent", "old")?;
+    doctor.cure(&absent)?;
+    assert_eq!(doctor.of("guest-agent", "old")?, absent);
+    doctor.cure(&deprecated)?;
+    libvirtd.virsh(&["destroy", "old"])?;
+    libvirtd.virsh(&["start", "old"])?;
+    assert_eq!(doctor.of("machine-types", "old")?, Value::Null);
+    assert_eq!(doctor.of("guest-agent", "old")?["what"], what);
+    small.witness()?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_libvirt_that_went_away_is_an_error_and_all_else_is_told() -> anyhow::Result<()> {
+    let mut libvirtd = Libvirtd::start()?;
+    let daemon = Daemon::start(&libvirtd.uri(), &["--probe-interval", "1"]).await?;
+    daemon.ready().await?;
+    let doctor = Doctor {
+        uri: libvirtd.uri(),
+        daemon: &daemon,
+    };
+    let series = |severity: &str| {
+        format!("virtnode_doctor_findings{{check=\"libvirt-connection\",severity=\"{severity}\"}}")
+    };
+    let shows = async |severity: &str| {
+        eventually(LONG, async || {
+            ensure!(daemon.metric(&series(severity))? == 1.0, "not {severity}");
+            Ok(())
+        })
+        .await
+    };
+    shows("ok").await?;
+    libvirtd.kill()?;
+    shows("error").await?;
+    assert_eq!(daemon.metric(&series("ok"))?, 0.0);
+    let output = doctor
+        .command()
+        .args(["doctor", "--output", "json"])
+        .output()?;
+    assert_eq!(output.status.code(), Some(1));
+    let diagnosis: Value = serde_json::from_slice(&output.stdout)?;
+    let is = |check: &str, severity: &str| {
+        let mut findings = diagnosis["findings"].as_array().into_iter().flatten();
+        findings.any(|f| f["check"] == check && f["severity"] == severity)
+    };
+    assert!(is("libvirt-connection", "error"), "{diagnosis:#}");
+    assert!(
+        is("hugepages", "ok") || is("hugepages", "error"),
+        "{diagnosis:#}"
+    );
+    // The daemon runs, and its last readings are young.
+    assert!(is("probe-age", "ok"), "{diagnosis:#}");
+    libvirtd.restart()?;
+    shows("ok").await
+}
+
+#[tokio::test]
+async fn a_libvirt_that_does_not_answer_is_not_waited_for_long() -> anyhow::Result<()> {
+    let libvirtd = Libvirtd::start()?;
+    libvirtd.freeze()?;
+    let output = Command::new(env!("CARGO_BIN_EXE_virtnode"))
+        .env_clear()
+        .args([
+            "doctor",
+            "-o",
+            "json",
+            "--call-deadline",
+            "2",
+            "--connect",
+            &libvirtd.uri(),
+        ])
+        .args([
+            "--listen",
+            "127.0.0.1:1",
+            "--socket",
+            "/nonexistent/virtnode.sock",
+        ])
+        .output();
+    libvirtd.thaw()?;
+    let output = output?;
+    assert_eq!(output.status.code(), Some(1));
+    let diagnosis: Value = serde_json::from_slice(&output.stdout)?;
+    let mut findings = diagnosis["findings"].as_array().into_iter().flatten();
+    let connection = findings.find(|finding| finding["check"] == "libvirt-connection");
+    assert_eq!(connection.context("no finding")?["severity"], "error");
+    Ok(())
+}
+
+/// Of twenty domains three have agents that never answer: the others are looked at all the same,
+/// and it takes no longer than one of the three.
+#[tokio::test(start_paused = true)]
+async fn a_stuck_agent_holds_up_nobody() -> anyhow::Result<()> {
+    let control = FakeControl::new();
+    for number in 0..20 {
+        let guest = FakeGuest {
+            agent_hangs: number % 7 == 0,
+            ..FakeGuest::default()
+        };
+        control.add(&format!("vm-{number:02}"), guest);
+    }
+    let scope = Scope {
+        root: Path::new("/nonexistent").to_owned(),
+        uri: "qemu:///system".to_owned(),
+        policy: Policy::default(),
+    };
+    let began = Instant::now();
+    let hypervisor = Arc::new(InMemory::debian_13());
+    let observed = look_over(&scope, hypervisor, &*control, Seen::None).await;
+    let took = began.elapsed();
+    let domains = observed.domains.map_err(anyhow::Error::msg)?;
+    let mut silent = Vec::new();
+    for seen in &domains {
+        let look = seen.look.as_ref().map_err(|why| anyhow::anyhow!("{why}"))?;
+        match &look.agent {
+            Agent::Answered(_) => {}
+            Agent::Silent(_) => silent.push(seen.name.as_str()),
+            Agent::NotAsked => anyhow::bail!("{} was not asked", seen.name),
+        }
+    }
+    assert_eq!(domains.len(), 20);
+    assert_eq!(silent, ["vm-00", "vm-07", "vm-14"]);
+    assert!(took < Duration::from_secs(10), "{took:?}");
+    Ok(())
+}

@@ -1,0 +1,444 @@
+//! DomainHotplug objects on a real API server: with a hypervisor in memory for what needs no guest,
+//! and with the daemon itself, a real libvirtd and real Linux guests for what does.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use k8s_openapi::api::core::v1::Node;
+use kube::api::{Api, DeleteParams, DynamicObject, Patch, PatchParams, PostParams};
+use serde_json::{Value, json};
+use virtnode::cluster::objects::{DomainHotplug, DomainHotplugStatus};
+use virtnode::cluster::{Cluster, ClusterConfig, ClusterError, HotplugObjects, Target};
+
+use crate::support::controller::{HotplugNode, becomes, condition};
+use crate::support::daemon::Daemon;
+use crate::support::eventually;
+use crate::support::fake_domains::{Cpus, FakeGuest};
+use crate::support::guest::{Guest, GuestConfig};
+use crate::support::kube::KubeServer;
+use crate::support::kube::objects::define;
+use crate::support::libvirtd::Libvirtd;
+
+/// For what takes a moment; only a failing test waits so long.
+const LONG: Duration = Duration::from_secs(90);
+
+const NODE: &str = "node-a";
+
+fn object(name: &str, domain: &str, count: u32) -> Value {
+    json!({"apiVersion": "virtnode.io/v1alpha1", "kind": "DomainHotplug",
+        "metadata": {"name": name, "labels": {"virtnode.io/node": NODE}},
+        "spec": {"nodeName": NODE, "domain": {"name": domain}, "vcpus": {"count": count},
+            "deadlineSeconds": 60}})
+}
+
+/// A Kubernetes that knows the objects and has a Node.
+struct Lab {
+    server: KubeServer,
+    objects: Api<DynamicObject>,
+}
+
+impl Lab {
+    async fn start() -> anyhow::Result<Self> {
+        let server = KubeServer::start().await?;
+        define(&server).await?;
+        server.create_node(NODE).await?;
+        let kind = kube::api::ApiResource::erase::<DomainHotplug>(&());
+        let objects = Api::all_with(server.client(), &kind);
+        Ok(Self { server, objects })
+    }
+
+    async fn cluster(&self, node: &str) -> anyhow::Result<Cluster> {
+        let config = ClusterConfig {
+            kubeconfig: Some(self.server.kubeconfig().to_owned()),
+            ..ClusterConfig::new(node)
+        };
+        Ok(Cluster::connect(config).await?)
+    }
+
+    async fn make(&self, object: Value) -> anyhow::Result<Value> {
+        let object = serde_json::from_value(object)?;
+        let made = self.objects.create(&PostParams::default(), &object).await?;
+        Ok(serde_json::to_value(made)?)
+    }
+
+    async fn get(&self, name: &str) -> anyhow::Result<Value> {
+        Ok(serde_json::to_value(self.objects.get(name).await?)?)
+    }
+
+    async fn when(&self, name: &str, is: impl Fn(&Value) -> bool) -> anyhow::Result<Value> {
+        becomes(async || self.get(name).await, is).await
+    }
+
+    async fn ends(&self, name: &str) -> anyhow::Result<Value> {
+        self.when(name, |it| it["status"]["verdict"].is_string())
+            .await
+    }
+
+    async fn gone(&self, name: &str) -> anyhow::Result<()> {
+        eventually(LONG, async || {
+            ensure!(
+                self.objects.get_opt(name).await?.is_none(),
+                "it is still there"
+            );
+            Ok(())
+        })
+        .await
+    }
+
+    /// Calls about one object, by whom: verb, subresource.
+    async fn calls(&self, name: &str, agent: &str) -> anyhow::Result<Vec<(String, String)>> {
+        let events = self.server.audit_events().await?;
+        let ours = events.iter().filter(|event| {
+            event.user_agent.starts_with(agent)
+                && event.name == name
+                && event.stage == "ResponseComplete"
+        });
+        Ok(ours
+            .map(|event| (event.verb.clone(), event.subresource.clone()))
+            .collect())
+    }
+}
+
+fn verdict(object: &Value) -> &str {
+    object["status"]["verdict"].as_str().unwrap_or_default()
+}
+
+fn running(object: &Value) -> bool {
+    let (_, reason) = condition(object, "Succeeded").unwrap_or_default();
+    reason == "Running"
+}
+
+fn guest(cpus: Cpus) -> FakeGuest {
+    FakeGuest {
+        cpus,
+        ..FakeGuest::default()
+    }
+}
+
+#[tokio::test]
+async fn an_object_lives_with_few_calls_and_belongs_to_the_node() -> anyhow::Result<()> {
+    let lab = Lab::start().await?;
+    let node = HotplugNode::start(lab.cluster(NODE).await?);
+    node.control.add("takes", guest(Cpus::Onlines));
+    node.control.add("refuses", guest(Cpus::ThrowsAway));
+    node.control.add("waits", guest(Cpus::LeavesOffline));
+
+    lab.make(object("takes", "takes", 3)).await?;
+    lab.make(object("refuses", "refuses", 3)).await?;
+    lab.make(object("infeasible", "takes", 99)).await?;
+    lab.make(object("waits", "waits", 3)).await?;
+    let mut short = object("short", "takes", 3);
+    short["spec"]["ttlSecondsAfterFinished"] = 1.into();
+    lab.make(short).await?;
+    // Not this node's, by either mark.
+    let mut unlabelled = object("unlabelled", "takes", 4);
+    unlabelled["metadata"]["labels"] = json!({});
+    lab.make(unlabelled).await?;
+    let mut theirs = object("theirs", "takes", 4);
+    theirs["metadata"]["labels"]["virtnode.io/node"] = "node-b".into();
+    theirs["spec"]["nodeName"] = "node-b".into();
+    lab.make(theirs).await?;
+    let mut mismatch = object("mismatch", "takes", 4);
+    mismatch["spec"]["nodeName"] = "node-b".into();
+    lab.make(mismatch).await?;
+
+    for (name, expected) in [
+        ("takes", "Verified"),
+        ("refuses", "GuestRefused"),
+        ("infeasible", "Infeasible"),
+        ("waits", "GuestOffline"),
+    ] {
+        let ended = lab.ends(name).await?;
+        assert_eq!(verdict(&ended), expected, "{ended:#}");
+        assert_eq!(condition(&ended, "Succeeded").unwrap().1, expected);
+        assert_eq!(ended["status"]["observedGeneration"], 1);
+    }
+    let told = lab
+        .when("mismatch", |it| condition(it, "Accepted").is_some())
+        .await?;
+    let refused = ("False".to_owned(), "WrongNode".to_owned());
+    assert_eq!(condition(&told, "Accepted"), Some(refused));
+    lab.gone("short").await?;
+
+    let nodes: Api<Node> = Api::all(lab.server.client());
+    let uid = nodes.get(NODE).await?.metadata.uid;
+    let owned =
+        |it: &Value| it["metadata"]["ownerReferences"][0]["uid"] == uid.clone().unwrap_or_default();
+    lab.when("takes", owned).await?;
+    for name in ["unlabelled", "theirs"] {
+        let untouched = lab.get(name).await?;
+        assert!(untouched["status"].is_null(), "{untouched:#}");
+        assert!(
+            untouched["metadata"]["ownerReferences"].is_null(),
+            "{untouched:#}"
+        );
+    }
+
+    for name in ["takes", "refuses", "infeasible", "waits", "short"] {
+        let calls = lab.calls(name, "virtnode/").await?;
+        assert!(calls.len() <= 4, "{name}: {calls:?}");
+        assert!(
+            calls.contains(&("patch".into(), "status".into())),
+            "{name}: {calls:?}"
+        );
+    }
+    let events = lab.server.audit_events().await?;
+    let asked = events.iter().filter(|event| {
+        event.user_agent.starts_with("virtnode/") && event.resource == "domainhotplugs"
+    });
+    for event in asked.filter(|event| ["list", "watch"].contains(&event.verb.as_str())) {
+        assert!(
+            event
+                .uri
+                .contains("labelSelector=virtnode.io%2Fnode%3Dnode-a"),
+            "{}",
+            event.uri
+        );
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn restarts_and_an_api_server_that_goes_away_lose_nothing() -> anyhow::Result<()> {
+    let mut lab = Lab::start().await?;
+    let mut node = HotplugNode::start(lab.cluster(NODE).await?);
+    node.control.add("vm", guest(Cpus::LeavesOffline));
+
+    // The daemon ends in the middle.
+    lab.make(object("restart", "vm", 2)).await?;
+    lab.when("restart", running).await?;
+    node.stop().await;
+    node.start_again();
+    let ended = lab.ends("restart").await?;
+    assert_eq!(verdict(&ended), "GuestOffline", "{ended:#}");
+    assert_eq!(node.operations_of("restart").len(), 1);
+
+    // The API server ends in the middle, and so does the daemon while it is away.
+    lab.make(object("away", "vm", 3)).await?;
+    lab.make(object("away-too", "vm", 4)).await?;
+    lab.when("away", running).await?;
+    lab.server.stop_api();
+    eventually(LONG, async || {
+        let done = |name| {
+            node.operations_of(name)
+                .iter()
+                .any(|record| record.is_done())
+        };
+        ensure!(done("away"), "not done yet");
+        Ok(())
+    })
+    .await?;
+    node.stop().await;
+    node.start_again();
+    lab.server.start_api().await?;
+    let ended = lab.ends("away").await?;
+    assert_eq!(
+        ended["status"]["operation"],
+        node.operations_of("away")[0].id.as_str()
+    );
+    lab.ends("away-too").await?;
+    let set = |count: u32| format!("set-vcpus vm {count}");
+    assert_eq!(
+        node.control.calls(),
+        [2, 3, 4].map(set),
+        "each done once, in order"
+    );
+
+    // The object ends in the middle.
+    node.control.add("other", guest(Cpus::LeavesOffline));
+    lab.make(object("deleted", "other", 3)).await?;
+    lab.when("deleted", running).await?;
+    lab.objects
+        .delete("deleted", &DeleteParams::default())
+        .await?;
+    eventually(LONG, async || {
+        let record = &node.operations_of("deleted")[0];
+        ensure!(record.is_done(), "not done yet: {record:#?}");
+        Ok(())
+    })
+    .await?;
+    let nobody = lab.objects.get_opt("deleted").await?;
+    assert!(
+        nobody.is_none(),
+        "what is gone is not made again: {nobody:#?}"
+    );
+
+    // Somebody changes the spec, where the server lets them.
+    lab.make(object("changed", "other", 4)).await?;
+    let change = Patch::Merge(json!({"spec": {"vcpus": {"count": 2}}}));
+    let changed = lab
+        .objects
+        .patch("changed", &PatchParams::default(), &change)
+        .await;
+    let ended = lab.ends("changed").await?;
+    if changed.is_ok() {
+        let told = lab
+            .when("changed", |it| {
+                condition(it, "Accepted").is_some_and(|(_, reason)| reason == "SpecChanged")
+            })
+            .await;
+        // Whoever is fast enough changes it before it is taken on.
+        ensure!(
+            told.is_ok() || ended["status"]["observedGeneration"] == 2,
+            "{ended:#}"
+        );
+    } else {
+        assert_eq!(ended["status"]["requested"]["vcpus"], 4);
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_is_said_of_an_object_is_said_of_no_other() -> anyhow::Result<()> {
+    let lab = Lab::start().await?;
+    let objects = HotplugObjects::new(&lab.cluster(NODE).await?);
+    let status = DomainHotplugStatus {
+        message: Some("of another".to_owned()),
+        ..DomainHotplugStatus::default()
+    };
+    let is_gone = |call: &str, result: Result<(), ClusterError>| match result {
+        Err(ClusterError::NotFound { .. }) => Ok(()),
+        Err(ClusterError::Conflict { message, .. }) => {
+            let by_version = call.starts_with("status") && message.contains("modified");
+            let by_uid = message.to_lowercase().contains("uid");
+            ensure!(by_version || by_uid, "{call}: {message}");
+            Ok(())
+        }
+        other => Err(anyhow::anyhow!("{call}: {other:?}")),
+    };
+    let uid = "0b9f2f3c-0000-4000-8000-000000000001";
+    let target = Target { name: "x", uid };
+    let gone = async |when: &str, version: &str| {
+        let status = objects.write_status(target, version, &status).await;
+        is_gone(&format!("status {when}"), status.map(drop))?;
+        let own = objects.own(target, uid).await;
+        is_gone(&format!("own {when}"), own.map(drop))?;
+        is_gone(&format!("delete {when}"), objects.delete(target).await)
+    };
+    gone("of nothing", "1").await?;
+    let nothing = lab.objects.get_opt("x").await?;
+    assert!(nothing.is_none(), "nothing is made");
+    let made = lab.make(object("x", "vm", 3)).await?;
+    gone("of another", "1").await?;
+    let left = lab.get("x").await?;
+    assert_eq!(
+        left["metadata"]["resourceVersion"],
+        made["metadata"]["resourceVersion"]
+    );
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_node_whose_name_is_no_label_finds_its_objects_where_the_server_can() -> anyhow::Result<()>
+{
+    let lab = Lab::start().await?;
+    let long = format!("node-{}.example.org", "x".repeat(60));
+    // Without the label of its host name, which has no room for it.
+    let nodes: Api<Node> = Api::all(lab.server.client());
+    let wanted = serde_json::from_value(json!({"metadata": {"name": long}}))?;
+    nodes.create(&PostParams::default(), &wanted).await?;
+    let node = HotplugNode::start(lab.cluster(&long).await?);
+    node.control.add("vm", guest(Cpus::Onlines));
+    let mut wanted = object("long", "vm", 3);
+    wanted["metadata"]["labels"] = json!({});
+    wanted["spec"]["nodeName"] = long.clone().into();
+    lab.make(wanted).await?;
+    // selectableFields: beta, and thus on, since 1.31.
+    if lab.server.version() >= (1, 31) {
+        let ended = lab.ends("long").await?;
+        assert_eq!(verdict(&ended), "Verified", "{ended:#}");
+        assert_eq!(node.metric("virtnode_hotplug_objects_watched"), 1.0);
+        return Ok(());
+    }
+    let failures =
+        "virtnode_hotplug_object_call_failures_total{call=\"watch\",reason=\"api-rejected\"}";
+    eventually(LONG, async || {
+        ensure!(node.metric(failures) >= 1.0, "not asked yet");
+        Ok(())
+    })
+    .await?;
+    assert_eq!(node.metric("virtnode_hotplug_objects_watched"), 0.0);
+    assert!(lab.get("long").await?["status"].is_null());
+    Ok(())
+}
+
+#[tokio::test]
+async fn applied_objects_end_with_what_real_guests_did() -> anyhow::Result<()> {
+    let lab = Lab::start().await?;
+    let libvirtd = Libvirtd::start()?;
+    let takes = GuestConfig {
+        name: "takes",
+        words: "lab.cpus=online lab.blocks=online",
+        ..GuestConfig::default()
+    };
+    let refuses = GuestConfig {
+        name: "refuses",
+        words: "nr_cpus=1",
+        ..GuestConfig::default()
+    };
+    let (takes, refuses) = tokio::join!(
+        Guest::start(&libvirtd, &takes),
+        Guest::start(&libvirtd, &refuses)
+    );
+    let (takes, refuses) = (takes?, refuses?);
+
+    let kubeconfig = lab
+        .server
+        .kubeconfig()
+        .to_str()
+        .context("a path")?
+        .to_owned();
+    let arguments = [
+        "--publish",
+        "node",
+        "--kubeconfig",
+        &kubeconfig,
+        "--node-name",
+        NODE,
+        "--start-jitter",
+        "0",
+    ];
+    let daemon = Daemon::start(&libvirtd.uri(), &arguments).await?;
+    daemon.ready().await?;
+
+    lab.make(object("cpus", "takes", 3)).await?;
+    lab.make(object("too-many", "takes", 99)).await?;
+    lab.make(object("refused", "refuses", 3)).await?;
+    let cpus = lab.ends("cpus").await?;
+    assert_eq!(verdict(&cpus), "Verified", "{cpus:#}");
+    assert_eq!(takes.witness()?.online, "0-2");
+    assert_eq!(cpus["status"]["after"]["vcpus"], 3);
+    let refused = lab.ends("refused").await?;
+    assert_eq!(verdict(&refused), "GuestRefused", "{refused:#}");
+    assert_eq!(refuses.witness()?.online, "0");
+    let remedy = refused["status"]["diagnosis"]["remedy"].as_str();
+    assert!(
+        remedy.is_some_and(|remedy| remedy.contains("nr_cpus")),
+        "{refused:#}"
+    );
+    let too_many = lab.ends("too-many").await?;
+    assert_eq!(verdict(&too_many), "Infeasible", "{too_many:#}");
+    let message = too_many["status"]["message"].as_str();
+    assert!(
+        message.is_some_and(|message| message.contains('4')),
+        "the maximum: {message:?}"
+    );
+
+    // The next daemon finds all of it done.
+    let (status, directory) = daemon.stop().await?;
+    assert!(status.success());
+    let daemon = Daemon::start_in(directory, &libvirtd.uri(), &arguments).await?;
+    daemon.ready().await?;
+    let mut memory = object("memory", "takes", 1);
+    memory["spec"]["vcpus"] = Value::Null;
+    memory["spec"]["memory"] = json!({"size": "1Gi"});
+    lab.make(memory).await?;
+    let memory = lab.ends("memory").await?;
+    assert_eq!(verdict(&memory), "Verified", "{memory:#}");
+    assert_eq!(memory["status"]["requested"], json!({"memory": "1Gi"}));
+    assert_eq!(lab.get("cpus").await?["status"], cpus["status"]);
+    let plugged =
+        "virtnode_hotplug_results_total{action=\"plug\",resource=\"vcpus\",verdict=\"Verified\"}";
+    assert_eq!(daemon.metric(plugged)?, 0.0, "nothing was done twice");
+    Ok(())
+}

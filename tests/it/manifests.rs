@@ -1,0 +1,329 @@
+//! `manifests/`: the API server takes every overlay, a daemon runs under the account it makes, and
+//! what the DaemonSet names is what the program has.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, ensure};
+use k8s_openapi::api::core::v1::{Node, Pod};
+use kube::Client;
+use kube::api::{
+    Api, ApiResource, DeleteParams, DynamicObject, GroupVersionKind, Patch, PatchParams, PostParams,
+};
+use kube::core::discovery::Scope;
+use serde_json::{Value, json};
+use virtnode::config::{Config, DEFAULT_PATH, Settings};
+
+use crate::support::daemon::Daemon;
+use crate::support::eventually;
+use crate::support::kube::KubeServer;
+use crate::support::kustomize::{only, render};
+use crate::support::libvirtd::Libvirtd;
+
+const LONG: Duration = Duration::from_secs(60);
+const OVERLAYS: [&str; 3] = [".", "overlays/kubevirt-labels", "overlays/labels-only"];
+
+fn manifests(overlay: &str) -> anyhow::Result<Vec<Value>> {
+    render(
+        &Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("manifests")
+            .join(overlay),
+    )
+}
+
+fn container(objects: &[Value]) -> anyhow::Result<&Value> {
+    let daemonset = only(objects, "DaemonSet")?;
+    let containers = &daemonset["spec"]["template"]["spec"]["containers"];
+    ensure!(containers.as_array().is_some_and(|list| list.len() == 1));
+    Ok(&containers[0])
+}
+
+fn texts(list: &Value) -> Vec<&str> {
+    let list = list.as_array().into_iter().flatten();
+    list.filter_map(Value::as_str).collect()
+}
+
+/// Applies an object by server-side apply; `dry` as a dry run.
+async fn apply(client: &Client, object: &Value, dry: bool) -> anyhow::Result<()> {
+    let what: DynamicObject = serde_json::from_value(object.clone())?;
+    let types = what.types.as_ref().context("an object without a kind")?;
+    let kind = GroupVersionKind::try_from(types)?;
+    let name = what
+        .metadata
+        .name
+        .clone()
+        .context("an object without a name")?;
+    let params = PatchParams {
+        dry_run: dry,
+        ..PatchParams::apply("kubectl").force()
+    };
+    // A custom resource is known a moment after its definition.
+    let (resource, capabilities) = eventually(LONG, async || {
+        Ok(kube::discovery::pinned_kind(client, &kind).await?)
+    })
+    .await?;
+    let api = api(client, &resource, capabilities.scope, &what);
+    let applied = api.patch(&name, &params, &Patch::Apply(&what)).await;
+    applied.with_context(|| format!("{} {name}", kind.kind))?;
+    Ok(())
+}
+
+fn api(
+    client: &Client,
+    resource: &ApiResource,
+    scope: Scope,
+    object: &DynamicObject,
+) -> Api<DynamicObject> {
+    match (scope, object.metadata.namespace.as_deref()) {
+        (Scope::Namespaced, Some(namespace)) => {
+            Api::namespaced_with(client.clone(), namespace, resource)
+        }
+        _ => Api::all_with(client.clone(), resource),
+    }
+}
+
+/// The pod that the DaemonSet's controller would make for the node.
+async fn pod(client: &Client, objects: &[Value], node: &str, name: &str) -> anyhow::Result<Pod> {
+    let mut template = only(objects, "DaemonSet")?["spec"]["template"].clone();
+    template["metadata"]["name"] = name.into();
+    template["spec"]["nodeName"] = node.into();
+    let pods: Api<Pod> = Api::namespaced(client.clone(), "virtnode");
+    Ok(pods
+        .create(&PostParams::default(), &serde_json::from_value(template)?)
+        .await?)
+}
+
+/// What the container's environment is on a node.
+fn environment(container: &Value, node: &str) -> anyhow::Result<BTreeMap<String, String>> {
+    let variables = container["env"].as_array().into_iter().flatten();
+    variables
+        .map(|variable| {
+            let name = variable["name"].as_str().context("no name")?.to_owned();
+            let field = variable["valueFrom"]["fieldRef"]["fieldPath"].as_str();
+            let value = match (variable["value"].as_str(), field) {
+                (Some(value), None) => value,
+                (None, Some("spec.nodeName")) => node,
+                other => anyhow::bail!("{name}: {other:?}"),
+            };
+            Ok((name, value.to_owned()))
+        })
+        .collect()
+}
+
+/// Each overlay in turn, as an operator goes from one to the next.
+#[tokio::test]
+async fn every_overlay_applies_and_the_daemon_runs_under_its_account() -> anyhow::Result<()> {
+    let libvirtd = Libvirtd::start()?;
+    let server = KubeServer::start().await?;
+    server.create_node("n1").await?;
+    let nodes: Api<Node> = Api::all(server.client());
+    for (number, overlay) in OVERLAYS.into_iter().enumerate() {
+        let objects = manifests(overlay)?;
+        let started = Instant::now();
+        // Dry runs in a namespace need the namespace.
+        apply(&server.client(), only(&objects, "Namespace")?, false).await?;
+        for dry in [true, false] {
+            for object in &objects {
+                apply(&server.client(), object, dry)
+                    .await
+                    .context(overlay)?;
+            }
+        }
+        let pod = pod(
+            &server.client(),
+            &objects,
+            "n1",
+            &format!("virtnode-{number}"),
+        )
+        .await?;
+        let account = pod
+            .spec
+            .as_ref()
+            .and_then(|spec| spec.service_account_name.clone());
+        let account = account.context("a pod without an account")?;
+        let kubeconfig = server.kubeconfig_of(&pod, &account).await?;
+
+        let container = container(&objects)?;
+        let directory = tempfile::tempdir()?;
+        let config = directory.path().join("config.yaml");
+        let map = only(&objects, "ConfigMap")?;
+        fs::write(
+            &config,
+            map["data"]["config.yaml"].as_str().context("no file")?,
+        )?;
+        // What a test has elsewhere than a pod: the cluster's address and credentials, and libvirt.
+        let elsewhere = [
+            "--kubeconfig",
+            path(&kubeconfig)?,
+            "--config",
+            path(&config)?,
+            "--start-jitter",
+            "0",
+        ];
+        let mut command = Command::new(env!("CARGO_BIN_EXE_virtnode"));
+        command
+            .env_clear()
+            .envs(environment(container, "n1")?)
+            .args(texts(&container["args"]));
+        let daemon = Daemon::spawn(directory, command, &libvirtd.uri(), &elsewhere).await?;
+        daemon
+            .ready()
+            .await
+            .with_context(|| format!("{overlay}: {:#?}", daemon.log()))?;
+        println!(
+            "{overlay}: from apply to labels on the Node {:.1} s",
+            started.elapsed().as_secs_f64()
+        );
+
+        for probe in ["livenessProbe", "readinessProbe"] {
+            let request = &container[probe]["httpGet"];
+            assert_eq!(
+                daemon
+                    .get(request["path"].as_str().context("no path")?)?
+                    .status,
+                200
+            );
+        }
+        let labels = nodes.get("n1").await?.metadata.labels.unwrap_or_default();
+        assert!(
+            labels.contains_key("machine-alias.virtnode.io/q35"),
+            "{labels:?}"
+        );
+        let of_kubevirt = labels.contains_key("machine-type.node.kubevirt.io/q35");
+        // Two probes without them take them away again, which labels-only does not wait for.
+        assert!(
+            of_kubevirt || overlay != "overlays/kubevirt-labels",
+            "{labels:?}"
+        );
+        let hotplug = overlay != "overlays/labels-only";
+        let log = daemon.log();
+        assert!(log.iter().any(|line| line["hotplug"] == hotplug), "{log:?}");
+        let refused = log
+            .iter()
+            .find(|line| line.to_string().contains("forbidden"));
+        assert_eq!(refused, None, "{overlay}");
+        daemon.stop().await?;
+        let pods: Api<Pod> = Api::namespaced(server.client(), "virtnode");
+        let at_once = DeleteParams::default().grace_period(0);
+        pods.delete(&format!("virtnode-{number}"), &at_once).await?;
+    }
+    Ok(())
+}
+
+fn path(path: &Path) -> anyhow::Result<&str> {
+    path.to_str().context("a path that is no text")
+}
+
+#[test]
+fn the_daemonset_names_what_the_program_has() -> anyhow::Result<()> {
+    let help = Command::new(env!("CARGO_BIN_EXE_virtnode"))
+        .args(["run", "--help"])
+        .output()?;
+    let help = String::from_utf8(help.stdout)?;
+    let defaults = Config::load(None, &Settings::default(), true)?;
+    let parent = |path: &Path| path.parent().map(Path::to_owned).context("no directory");
+    // libvirt's own default is qemu:///system, which is a socket in this directory.
+    let expected: BTreeSet<PathBuf> = [
+        parent(Path::new(DEFAULT_PATH))?,
+        parent(&defaults.socket)?,
+        defaults.state_directory,
+        "/run/libvirt".into(),
+    ]
+    .into();
+    for overlay in OVERLAYS {
+        let objects = manifests(overlay)?;
+        let pod = &only(&objects, "DaemonSet")?["spec"]["template"]["spec"];
+        let container = container(&objects)?;
+        for name in environment(container, "n1")?.keys() {
+            assert!(help.contains(&format!("[env: {name}=")), "{name}");
+        }
+        let port = &container["ports"][0];
+        assert_eq!(port["containerPort"], defaults.listen.port());
+        let service = &only(&objects, "Service")?["spec"]["ports"][0];
+        assert_eq!(
+            (&service["port"], &service["targetPort"]),
+            (&port["containerPort"], &port["name"])
+        );
+        for probe in ["livenessProbe", "readinessProbe"] {
+            assert_eq!(container[probe]["httpGet"]["port"], port["name"]);
+        }
+        assert_eq!(
+            container["image"],
+            format!("localhost/virtnode:{}", env!("CARGO_PKG_VERSION"))
+        );
+
+        // Every volume is mounted, and what is mounted is what the program reads and writes.
+        let mounts = container["volumeMounts"].as_array().context("no mounts")?;
+        let at: BTreeSet<PathBuf> = mounts
+            .iter()
+            .filter_map(|mount| mount["mountPath"].as_str().map(PathBuf::from))
+            .collect();
+        assert_eq!(at, expected, "{overlay}");
+        let named = |list: &Value| -> BTreeSet<String> {
+            let list = list.as_array().into_iter().flatten();
+            list.filter_map(|value| value["name"].as_str().map(str::to_owned))
+                .collect()
+        };
+        assert_eq!(named(&pod["volumes"]), named(&container["volumeMounts"]));
+        let writable: BTreeSet<&str> = mounts
+            .iter()
+            .filter(|mount| mount["readOnly"] != true)
+            .filter_map(|mount| mount["name"].as_str())
+            .collect();
+        assert_eq!(writable, ["run", "state"].into());
+    }
+    Ok(())
+}
+
+#[test]
+fn the_pod_has_no_more_power_than_it_says() -> anyhow::Result<()> {
+    for overlay in OVERLAYS {
+        let objects = manifests(overlay)?;
+        let pod = &only(&objects, "DaemonSet")?["spec"]["template"]["spec"];
+        let security = &container(&objects)?["securityContext"];
+        assert_eq!(security["capabilities"], json!({"drop": ["ALL"]}));
+        assert_eq!(security["readOnlyRootFilesystem"], true);
+        assert_eq!(security["allowPrivilegeEscalation"], false);
+        assert_eq!(security["privileged"], Value::Null);
+        assert_eq!(
+            pod["securityContext"]["seccompProfile"]["type"],
+            "RuntimeDefault"
+        );
+        for field in ["hostNetwork", "hostPID", "hostIPC"] {
+            assert_eq!(pod[field], Value::Null, "{field}");
+        }
+        let rules = &daemons_role(&objects)?["rules"];
+        for rule in rules.as_array().context("no rules")? {
+            let verbs: &[&str] = match (&*texts(&rule["apiGroups"]), &*texts(&rule["resources"])) {
+                ([""], ["nodes"]) => &["get", "list", "watch", "patch"],
+                (["virtnode.io"], ["domainhotplugs"]) => &["get", "list", "watch", "delete"],
+                (["virtnode.io"], ["domainhotplugs/status"]) => &["patch"],
+                (["virtnode.io"], ["nodevirtualizations"]) => {
+                    &["get", "list", "watch", "create", "patch"]
+                }
+                (["events.k8s.io"], ["events"]) => &["create", "patch"],
+                other => anyhow::bail!("{overlay}: a right on {other:?}"),
+            };
+            assert!(
+                texts(&rule["verbs"])
+                    .iter()
+                    .all(|verb| verbs.contains(verb)),
+                "{rule}"
+            );
+        }
+        let hotplugs = rules.to_string().contains("domainhotplugs");
+        assert!(!(hotplugs && overlay == "overlays/labels-only"));
+    }
+    Ok(())
+}
+
+/// The daemon's own role among those that are for people.
+fn daemons_role(objects: &[Value]) -> anyhow::Result<&Value> {
+    objects
+        .iter()
+        .find(|object| object["kind"] == "ClusterRole" && object["metadata"]["name"] == "virtnode")
+        .context("no ClusterRole virtnode")
+}

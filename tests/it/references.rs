@@ -1,0 +1,257 @@
+//! docs/labels.md and docs/metrics.md say what the code does. They are written here:
+//! `VIRTNODE_WRITE_DOCS=1 cargo test --locked --test it references`.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
+use std::fs;
+use std::path::Path;
+
+use virtnode::capability::{
+    Capabilities, CpuDefinition, DomainCapabilities, HostFacts, IommuKind, KvmHyperv, NodeFacts,
+    Version,
+};
+use virtnode::domain::DomainState;
+use virtnode::hotplug::Moment;
+use virtnode::label::{LabelKey, LabelSet, Policy, REFERENCE, Schema, derive, family, sources};
+use virtnode::telemetry::{DomainFigures, MemoryFigures, Metrics, VcpuFigures};
+use virtnode::units::Bytes;
+
+/// Compares, or writes if the environment says so.
+fn hold(file: &str, text: &str) {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("docs")
+        .join(file);
+    if std::env::var_os("VIRTNODE_WRITE_DOCS").is_some() {
+        fs::write(path, text).unwrap();
+        return;
+    }
+    let found = fs::read_to_string(&path).unwrap_or_default();
+    assert!(
+        found == text,
+        "docs/{file} is not what the code does: write it anew with \
+         VIRTNODE_WRITE_DOCS=1 cargo test --locked --test it references"
+    );
+}
+
+/// A machine that has everything, made of a captured one.
+fn facts() -> NodeFacts {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/fixtures/debian13-libvirt-11.3.0-qemu-10.0");
+    let read = |file: &str| fs::read_to_string(fixtures.join(file)).unwrap();
+    let document = read("dc-x86_64-q35-kvm.xml");
+    let mut everything = document.clone();
+    for (from, to) in [
+        (
+            "<sev supported='no'/>",
+            "<sev supported='yes'><cbitpos>47</cbitpos><reducedPhysBits>1</reducedPhysBits>\
+             <maxGuests>15</maxGuests><maxESGuests>15</maxESGuests></sev>\
+             <s390-pv supported='yes'/><tdx supported='yes'/>",
+        ),
+        (
+            "<sgx supported='no'/>",
+            "<sgx supported='yes'><flc>yes</flc></sgx>",
+        ),
+        (
+            "<launchSecurity supported='no'/>",
+            "<launchSecurity supported='yes'><enum name='sectype'><value>sev-snp</value></enum></launchSecurity>",
+        ),
+    ] {
+        assert!(everything.contains(from), "{from}");
+        everything = everything.replace(from, to);
+    }
+    let foreign = read("dc-aarch64-virt-qemu.xml");
+    let baseline = "<cpu mode='custom' match='exact'><model>EPYC</model><feature policy='require' name='x2apic'/></cpu>";
+    let parsed = |text: &str| DomainCapabilities::parse("document", text.as_bytes()).unwrap();
+    NodeFacts {
+        libvirt_version: Some(Version::new(11, 3, 0)),
+        hypervisor_version: Some(Version::new(10, 0, 2)),
+        capabilities: Some(
+            Capabilities::parse("capabilities", read("capabilities.xml").as_bytes()).unwrap(),
+        ),
+        domain_capabilities: vec![parsed(&everything), parsed(&foreign)],
+        baseline_cpu: Some(CpuDefinition::parse("cpu", baseline.as_bytes()).unwrap()),
+        host: Some(HostFacts {
+            arch: "x86_64".to_owned(),
+            kvm_max_vcpus: Some(4096),
+            kvm_hyperv: Some(KvmHyperv::derive(|_| true, &[])),
+            iommu: IommuKind::AmdVi,
+            iommu_groups: 40,
+            vfio: true,
+            iommufd: true,
+            nested: true,
+            realtime: true,
+        }),
+        ..NodeFacts::default()
+    }
+}
+
+fn all_labels() -> LabelSet {
+    let facts = facts();
+    let host_model = facts
+        .primary_document()
+        .and_then(|document| document.cpu.host_model.clone());
+    let host_model = host_model.and_then(|host_model| host_model.model).unwrap();
+    let policy = Policy {
+        schema: Schema::Both,
+        guest_architectures: vec!["aarch64".to_owned(), "s390x".to_owned()],
+        ..Policy::default()
+    };
+    let mut labels = derive(&facts, &policy).labels;
+    let obsolete = Policy {
+        obsolete_cpu_models: Some([host_model].into()),
+        ..policy
+    };
+    labels.extend(derive(&facts, &obsolete).labels);
+    labels
+}
+
+#[test]
+fn the_label_reference_is_what_is_derived() {
+    let labels = all_labels();
+    let mut examples: BTreeMap<usize, (&LabelKey, String)> = BTreeMap::new();
+    for (key, value) in &labels {
+        let described: Vec<usize> = (0..REFERENCE.len())
+            .filter(|&at| REFERENCE[at].describes(key))
+            .collect();
+        assert_eq!(described.len(), 1, "{key} is described by {described:?}");
+        examples
+            .entry(described[0])
+            .or_insert((key, value.to_string()));
+    }
+    let mut text = String::from(
+        "# Labels\n\n\
+         Generated from `src/label/reference.rs` by the test that holds it against the code; do not edit.\n\n\
+         A label keeps its last value while a source that it rests on cannot be read, and goes after \
+         two complete probes in a row without it. One that a running domain stands on (machine types, \
+         CPU models, CPU features) stays as long as the domain runs.\n",
+    );
+    for (schema, title) in [
+        (
+            Schema::Native,
+            "Native (`--schema native`, the default, and `both`)",
+        ),
+        (
+            Schema::Kubevirt,
+            "KubeVirt's (`--schema kubevirt` and `both`)",
+        ),
+    ] {
+        write!(text, "\n## {title}\n\n| key | value | means | family | rests on | for example |\n| --- | --- | --- | --- | --- | --- |\n").unwrap();
+        for (at, entry) in REFERENCE
+            .iter()
+            .enumerate()
+            .filter(|(_, entry)| entry.schema == schema)
+        {
+            let (key, value) = examples
+                .get(&at)
+                .unwrap_or_else(|| panic!("nothing is derived for {}", entry.key));
+            let sources: Vec<&str> = sources(key).iter().map(|source| source.as_str()).collect();
+            writeln!(
+                text,
+                "| `{}` | {} | {} | {} | {} | `{key}={value}` |",
+                entry.key,
+                entry.value,
+                entry.meaning,
+                family(key),
+                sources.join(", ")
+            )
+            .unwrap();
+        }
+    }
+    text.push_str(
+        "\n`family` is the metrics' label of that name; `rests on` are the sources of \
+         `virtnode_probe_failures_total`. On a node with libvirt older than 9.0 the enlightenments come \
+         from KVM, which takes the right to open /dev/kvm.\n",
+    );
+    hold("labels.md", &text);
+}
+
+/// A label with so many values is told by how many they are.
+const MANY: usize = 14;
+
+#[test]
+fn the_metric_reference_is_what_is_served() {
+    let metrics = Metrics::new();
+    let size = Bytes::new(1 << 30);
+    metrics.inventory.replace(vec![DomainFigures {
+        name: "vm".to_owned(),
+        uuid: None,
+        state: DomainState::Running,
+        vcpus: VcpuFigures {
+            maximum: 4,
+            plugged: 2,
+            online: Some(1),
+        },
+        memory: MemoryFigures {
+            maximum: size,
+            requested: size,
+            plugged: size,
+            guest_total: Some(size),
+        },
+        as_of: Moment::from_millis(0),
+    }]);
+    let served = metrics.encode().unwrap();
+    let (mut helps, mut types) = (BTreeMap::new(), BTreeMap::new());
+    for line in served.lines() {
+        if let Some((name, help)) = line
+            .strip_prefix("# HELP ")
+            .and_then(|rest| rest.split_once(' '))
+        {
+            helps.insert(name, help);
+        } else if let Some((name, kind)) = line
+            .strip_prefix("# TYPE ")
+            .and_then(|rest| rest.split_once(' '))
+        {
+            types.insert(name, kind);
+        }
+    }
+    let mut text = String::from(
+        "# Metrics\n\n\
+         Generated from what the daemon serves by the test that holds it against the code; do not edit.\n\n\
+         `:9478/metrics`, text format 0.0.4, from memory: a scrape asks neither libvirt nor the API server. \
+         Every series but those of domains is there from the start with 0. A domain's series end with it.\n\n\
+         | metric | type | labels | |\n| --- | --- | --- | --- |\n",
+    );
+    for (name, kind) in &types {
+        let mut labels: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
+        let of_metric = |series: &str| {
+            series == *name
+                || (*kind == "histogram"
+                    && series
+                        .strip_prefix(name)
+                        .is_some_and(|end| end == "_bucket"))
+        };
+        for line in served.lines().filter(|line| !line.starts_with('#')) {
+            let Some((_, rest)) = line.split_once('{').filter(|(series, _)| of_metric(series))
+            else {
+                continue;
+            };
+            let pairs = rest.rsplit_once('}').unwrap().0;
+            for (label, value) in pairs.split(',').filter_map(|pair| pair.split_once('=')) {
+                labels
+                    .entry(label)
+                    .or_default()
+                    .insert(value.trim_matches('"'));
+            }
+        }
+        labels.remove("le");
+        let labels: Vec<String> = labels
+            .iter()
+            .map(|(label, values)| match values.len() {
+                _ if ["domain", "version", "commit"].contains(label) => format!("`{label}`"),
+                1..=MANY => format!(
+                    "`{label}`: {}",
+                    values.iter().copied().collect::<Vec<_>>().join(", ")
+                ),
+                many => format!("`{label}` ({many} values)"),
+            })
+            .collect();
+        writeln!(
+            text,
+            "| `{name}` | {kind} | {} | {} |",
+            labels.join("<br>"),
+            helps[name]
+        )
+        .unwrap();
+    }
+    hold("metrics.md", &text);
+}

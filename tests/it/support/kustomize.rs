@@ -1,0 +1,158 @@
+//! What `kubectl kustomize` makes of a directory: as much of it as `manifests/` uses. What it does
+//! not know, it refuses, and so it does what kustomize refuses: to look outside of a directory.
+//!
+//! Debian and Ubuntu have no common kubectl whose kustomize is new enough to be used instead.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, bail, ensure};
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct Kustomization {
+    #[serde(rename = "apiVersion")]
+    api_version: String,
+    kind: String,
+    resources: Vec<PathBuf>,
+    #[serde(default)]
+    patches: Vec<Patch>,
+    #[serde(default)]
+    config_map_generator: Vec<GeneratedMap>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Patch {
+    path: PathBuf,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct GeneratedMap {
+    name: String,
+    namespace: String,
+    files: Vec<String>,
+    options: MapOptions,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct MapOptions {
+    disable_name_suffix_hash: bool,
+    labels: BTreeMap<String, String>,
+}
+
+/// The objects of a directory with a `kustomization.yaml`, in the order of its resources.
+pub(crate) fn render(directory: &Path) -> anyhow::Result<Vec<Value>> {
+    let text = fs::read_to_string(directory.join("kustomization.yaml"))
+        .with_context(|| format!("no kustomization in {}", directory.display()))?;
+    let kustomization: Kustomization =
+        serde_saphyr::from_str(&text).with_context(|| directory.display().to_string())?;
+    ensure!(kustomization.api_version == "kustomize.config.k8s.io/v1beta1");
+    ensure!(kustomization.kind == "Kustomization");
+    let mut objects = Vec::new();
+    for resource in &kustomization.resources {
+        let path = directory.join(resource).canonicalize();
+        let path = path.with_context(|| format!("{} in {directory:?}", resource.display()))?;
+        let own = directory.canonicalize()?;
+        if path.is_dir() {
+            ensure!(!own.starts_with(&path), "{path:?} contains {own:?}");
+            objects.extend(render(&path)?);
+        } else {
+            ensure!(path.starts_with(&own), "{path:?} is not below {own:?}");
+            objects.extend(documents(&path)?);
+        }
+    }
+    for patch in &kustomization.patches {
+        for patch in documents(&directory.join(&patch.path))? {
+            let object = objects.iter_mut().find(|object| same(object, &patch));
+            merge(
+                object.with_context(|| format!("nothing to patch: {patch}"))?,
+                patch,
+            );
+        }
+    }
+    for map in &kustomization.config_map_generator {
+        ensure!(map.options.disable_name_suffix_hash, "a name with a hash");
+        let mut data = Map::new();
+        for file in &map.files {
+            let (key, path) = file.split_once('=').context("a file without a key")?;
+            data.insert(key.into(), fs::read_to_string(directory.join(path))?.into());
+        }
+        objects.push(json!({
+            "apiVersion": "v1", "kind": "ConfigMap", "data": data,
+            "metadata": {"name": map.name, "namespace": map.namespace, "labels": map.options.labels},
+        }));
+    }
+    Ok(objects)
+}
+
+/// The one object of a kind.
+pub(crate) fn only<'o>(objects: &'o [Value], kind: &str) -> anyhow::Result<&'o Value> {
+    let mut of_kind = objects.iter().filter(|object| object["kind"] == kind);
+    match (of_kind.next(), of_kind.next()) {
+        (Some(object), None) => Ok(object),
+        (found, _) => bail!(
+            "{} of kind {kind}",
+            if found.is_some() { "several" } else { "none" }
+        ),
+    }
+}
+
+fn documents(path: &Path) -> anyhow::Result<Vec<Value>> {
+    let text = fs::read_to_string(path).with_context(|| path.display().to_string())?;
+    let texts = text.split("\n---\n");
+    texts
+        .map(|text| serde_saphyr::from_str(text).with_context(|| path.display().to_string()))
+        .collect()
+}
+
+fn same(object: &Value, patch: &Value) -> bool {
+    let of = |value: &Value, pointer| value.pointer(pointer).cloned();
+    [
+        "/apiVersion",
+        "/kind",
+        "/metadata/name",
+        "/metadata/namespace",
+    ]
+    .iter()
+    .all(|pointer| of(object, pointer) == of(patch, pointer))
+}
+
+/// Merges strategically: maps by key, `null` takes away, lists of things with a name by that name
+/// (new ones first), and other lists are replaced.
+fn merge(into: &mut Value, patch: Value) {
+    match (into, patch) {
+        (Value::Object(into), Value::Object(patch)) => {
+            for (key, value) in patch {
+                match value {
+                    Value::Null => drop(into.remove(&key)),
+                    value => merge(into.entry(key).or_insert(Value::Null), value),
+                }
+            }
+        }
+        (Value::Array(into), Value::Array(patch)) if by_name(into) && by_name(&patch) => {
+            let mut added = 0;
+            for value in patch {
+                match into.iter_mut().find(|old| old["name"] == value["name"]) {
+                    Some(old) => merge(old, value),
+                    None => {
+                        into.insert(added, value);
+                        added += 1;
+                    }
+                }
+            }
+        }
+        (into, patch) => *into = patch,
+    }
+}
+
+fn by_name(list: &[Value]) -> bool {
+    // A mount has a name too, and is told apart by its path.
+    list.iter()
+        .all(|value| value["name"].is_string() && value["mountPath"].is_null())
+}

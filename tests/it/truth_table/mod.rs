@@ -1,0 +1,174 @@
+//! The truth table of verified hotplug, row by row, on real QEMU with real Linux guests: the
+//! verdict is what really happened in the guest, whose own word on its console is the witness.
+//!
+//! Two rows are elsewhere: virtnode killed with -9 at each step in `killed.rs`; and there is none
+//! for a number of vCPUs that is no multiple, since x86, which the lab's guests are, plugs single
+//! threads whatever the topology (libvirt: `qemuValidateDefGetVcpuHotplugGranularity`). That is
+//! tested on the XML of a pseries guest, in the core.
+
+mod memory;
+mod trouble;
+mod vcpus;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+use tokio::time::timeout;
+use virtnode::executor::{AskedBy, Executor, OperationId, Options, Order, Record};
+use virtnode::hotplug::{Evidence, Extent, HotplugRequest, Require, Verdict};
+use virtnode::hypervisor::{Connection, ControlConfig, DomainControl, LibvirtControl};
+use virtnode::journal::Journal;
+use virtnode::telemetry::Metrics;
+use virtnode::units::Bytes;
+
+use crate::support::guest::{Guest, GuestConfig, MorePossible};
+use crate::support::libvirtd::Libvirtd;
+
+/// What a guest has in all before anything is added.
+const BOOT: &str = "512MiB";
+const MORE: &str = "1GiB";
+const MIB: u64 = 1024;
+
+/// For what has no deadline of its own; only a failing test waits so long.
+const LONG: Duration = Duration::from_secs(120);
+
+/// A node: a libvirtd and an executor on it.
+struct Node {
+    libvirtd: Libvirtd,
+    state: TempDir,
+    executor: Arc<Executor<LibvirtControl>>,
+}
+
+impl Node {
+    async fn start() -> Self {
+        let libvirtd = Libvirtd::start().unwrap();
+        let state = TempDir::new().unwrap();
+        let executor = start(&libvirtd, state.path()).await;
+        Self {
+            libvirtd,
+            state,
+            executor,
+        }
+    }
+
+    /// Ends the executor in the middle of whatever it does, and starts another on its journal.
+    async fn start_anew(&mut self) {
+        self.executor.stop().await;
+        self.executor = start(&self.libvirtd, self.state.path()).await;
+    }
+
+    async fn guest(&self, config: GuestConfig<'_>) -> Guest<'_> {
+        Guest::start(&self.libvirtd, &config).await.unwrap()
+    }
+
+    async fn submit(&self, request: HotplugRequest) -> OperationId {
+        self.submit_within(request, Duration::from_secs(30)).await
+    }
+
+    async fn submit_within(&self, request: HotplugRequest, timeout: Duration) -> OperationId {
+        self.order(Order {
+            timeout,
+            ..order("guest", request)
+        })
+        .await
+    }
+
+    async fn order(&self, order: Order) -> OperationId {
+        self.executor.submit(order).await.unwrap()
+    }
+
+    async fn ends(&self, id: &OperationId) -> Record {
+        self.becomes(id, Record::is_done).await
+    }
+
+    async fn becomes(&self, id: &OperationId, wanted: impl Fn(&Record) -> bool) -> Record {
+        let mut records = self.executor.watch(id).unwrap();
+        let record = timeout(LONG, records.wait_for(|record| wanted(record))).await;
+        record.unwrap().unwrap().clone()
+    }
+
+    /// The record when the guest is seen to have CPUs that it does not use.
+    async fn sees_offline(&self, id: &OperationId) {
+        self.becomes(id, |record| {
+            let awaiting = record.awaiting.as_ref();
+            awaiting.is_some_and(|awaiting| awaiting.what.contains("online"))
+        })
+        .await;
+    }
+
+    async fn ask(&self, request: HotplugRequest) -> Record {
+        let id = self.submit(request).await;
+        self.ends(&id).await
+    }
+
+    /// How many vCPUs libvirt counts.
+    fn counted(&self) -> u32 {
+        let count = self.libvirtd.virsh(&["vcpucount", "guest", "--live"]);
+        count.unwrap().trim().parse().unwrap()
+    }
+}
+
+async fn start(libvirtd: &Libvirtd, state: &Path) -> Arc<Executor<LibvirtControl>> {
+    let config = ControlConfig::new(libvirtd.uri());
+    let control = Arc::new(LibvirtControl::start(config, &Arc::new(Metrics::new())));
+    let mut listening = control.listening();
+    let up = listening.wait_for(|state| matches!(state, Connection::Up(_)));
+    timeout(LONG, up).await.unwrap().unwrap();
+    let journal = Journal::open(state).unwrap();
+    Executor::start(control, journal, Options::default(), ()).unwrap()
+}
+
+fn order(domain: &str, request: HotplugRequest) -> Order {
+    Order {
+        domain: domain.parse().unwrap(),
+        request,
+        require: Require::Online,
+        timeout: Duration::from_secs(30),
+        idempotency_key: None,
+        asked_by: AskedBy::Local { uid: 0 },
+    }
+}
+
+fn vcpus(count: u32) -> HotplugRequest {
+    let online = false;
+    HotplugRequest::Vcpus { count, online }
+}
+
+fn memory(size: &str) -> HotplugRequest {
+    let size: Bytes = size.parse().unwrap();
+    HotplugRequest::Memory { size }
+}
+
+fn words(words: &str) -> GuestConfig<'_> {
+    GuestConfig {
+        words,
+        ..GuestConfig::default()
+    }
+}
+
+/// The record has this verdict, or the test fails with all of it.
+#[track_caller]
+fn is(record: &Record, verdict: Verdict) {
+    assert_eq!(record.verdict, Some(verdict), "{record:#?}");
+}
+
+#[track_caller]
+fn says(record: &Record, word: &str) {
+    let text = format!("{:?} {:?}", record.message, record.diagnosis);
+    assert!(text.contains(word), "no '{word}' in {text}");
+}
+
+#[track_caller]
+fn has_evidence(record: &Record, source: &str) {
+    last_evidence(record, source);
+}
+
+/// The last that this source told.
+#[track_caller]
+fn last_evidence<'r>(record: &'r Record, source: &str) -> &'r Evidence {
+    let of_source = |piece: &&Evidence| piece.source.as_str() == source;
+    let piece = record.evidence.iter().rfind(of_source);
+    piece.unwrap_or_else(|| panic!("no {source} in {:#?}", record.evidence))
+}

@@ -1,0 +1,162 @@
+//! What comes between, and many at once.
+
+use std::thread;
+
+use nix::sys::signal::Signal;
+
+use super::*;
+
+#[tokio::test]
+async fn destroyed_in_the_middle() {
+    let node = Node::start().await;
+    let _guest = node.guest(words("lab.cpus=offline")).await;
+    let began = Instant::now();
+    let id = node.submit(vcpus(3)).await;
+    node.sees_offline(&id).await;
+    node.libvirtd.virsh(&["destroy", "guest"]).unwrap();
+    is(&node.ends(&id).await, Verdict::DomainNotRunning);
+    assert!(began.elapsed() < Duration::from_secs(10));
+}
+
+#[tokio::test]
+async fn rebooted_in_the_middle() {
+    let node = Node::start().await;
+    let guest = node.guest(words("lab.cpus=offline")).await;
+    let id = node.submit(vcpus(3)).await;
+    node.sees_offline(&id).await;
+    node.libvirtd.virsh(&["reset", "guest"]).unwrap();
+    // It boots with all that is plugged.
+    is(&node.ends(&id).await, Verdict::Verified);
+    guest.sees(|guest| guest.online == "0-2").await.unwrap();
+}
+
+#[tokio::test]
+async fn libvirtd_stands_still_in_the_middle() {
+    let node = Node::start().await;
+    let guest = node.guest(words("lab.cpus=online lab.after=4")).await;
+    let id = node.submit(vcpus(3)).await;
+    node.sees_offline(&id).await;
+    node.libvirtd.freeze().unwrap();
+    guest.sees(|guest| guest.online == "0-2").await.unwrap();
+    node.libvirtd.thaw().unwrap();
+    is(&node.ends(&id).await, Verdict::Verified);
+}
+
+#[tokio::test]
+async fn virtnode_and_libvirtd_start_anew_in_the_middle() {
+    let mut node = Node::start().await;
+    let config = words("lab.cpus=online lab.after=4");
+    // The guest outlives its node's borrowers: it ends with the libvirtd.
+    std::mem::forget(Guest::start(&node.libvirtd, &config).await.unwrap());
+    let id = node.submit(vcpus(3)).await;
+    node.sees_offline(&id).await;
+    node.start_anew().await;
+    node.libvirtd.kill().unwrap();
+    node.libvirtd.restart().unwrap();
+    let record = node.ends(&id).await;
+    is(&record, Verdict::Verified);
+    let calls = record
+        .evidence
+        .iter()
+        .filter(|piece| piece.source.as_str() == "hypervisor-call");
+    assert_eq!(calls.count(), 1, "{record:#?}");
+}
+
+/// A domain that is saved ends, and goes on where it was when it is restored; an emulator that
+/// crashes takes its guest with it.
+#[tokio::test]
+async fn saved_or_crashed_in_the_middle() {
+    let node = Node::start().await;
+    let guest = node.guest(words("lab.cpus=offline")).await;
+    let file = node.libvirtd.directory().join("home/saved");
+    let file = file.to_string_lossy();
+    let id = node.submit(vcpus(2)).await;
+    node.sees_offline(&id).await;
+    node.libvirtd.virsh(&["save", "guest", &file]).unwrap();
+    let record = node.ends(&id).await;
+    is(&record, Verdict::DomainNotRunning);
+    says(&record, "saved to a file");
+    is(&node.ask(vcpus(3)).await, Verdict::DomainNotFound);
+
+    node.libvirtd.virsh(&["restore", &file]).unwrap();
+    guest.sees(|guest| guest.present == "0-1").await.unwrap();
+    assert_eq!(node.counted(), 2);
+    let id = node.submit(vcpus(3)).await;
+    node.sees_offline(&id).await;
+    let kill = Signal::SIGKILL;
+    node.libvirtd.signal_emulator("guest", kill).unwrap();
+    is(&node.ends(&id).await, Verdict::DomainNotRunning);
+}
+
+#[tokio::test]
+async fn shut_off_by_the_guest_itself_in_the_middle() {
+    let node = Node::start().await;
+    let guest = node.guest(words("lab.cpus=offline")).await;
+    let id = node.submit(vcpus(3)).await;
+    node.sees_offline(&id).await;
+    guest.runs("/bin/busybox", &["poweroff", "-f"]).unwrap();
+    let record = node.ends(&id).await;
+    is(&record, Verdict::DomainNotRunning);
+    says(&record, "shut down");
+    assert!(record.finished < Some(record.deadline));
+}
+
+#[tokio::test]
+async fn two_requests_for_one_domain_at_once() {
+    let node = Node::start().await;
+    let guest = node.guest(words("lab.cpus=online")).await;
+    let first = node.submit(vcpus(4)).await;
+    let second = node.submit(vcpus(3)).await;
+    let (first, second) = (node.ends(&first).await, node.ends(&second).await);
+    is(&first, Verdict::Verified);
+    is(&second, Verdict::Verified);
+    assert!(first.finished <= second.started);
+    assert_eq!(first.after, second.before);
+    guest.sees(|guest| guest.online == "0-2").await.unwrap();
+}
+
+/// One of 20 emulators stands still. The others have their verdicts before it goes on, and before
+/// any deadline.
+#[tokio::test]
+async fn twenty_domains_at_once_with_one_of_them_stuck() {
+    const OTHERS: u32 = 19;
+    let node = Node::start().await;
+    let names: Vec<String> = (0..=OTHERS).map(|number| format!("vm{number}")).collect();
+    thread::scope(|scope| {
+        for names in names.chunks(5) {
+            let libvirtd = &node.libvirtd;
+            scope.spawn(move || {
+                for name in names {
+                    libvirtd.start_firmware(name, 4).unwrap();
+                }
+            });
+        }
+    });
+    let (stuck, others) = names.split_first().unwrap();
+    let ask = async |name: &str| {
+        let request = order(name, vcpus(3));
+        node.order(Order {
+            require: Require::Accepted,
+            timeout: LONG,
+            ..request
+        })
+        .await
+    };
+    node.libvirtd
+        .signal_emulator(stuck, Signal::SIGSTOP)
+        .unwrap();
+    let first = ask(stuck).await;
+    let mut ids = Vec::new();
+    for name in others {
+        ids.push(ask(name).await);
+    }
+    for id in &ids {
+        is(&node.ends(id).await, Verdict::Verified);
+    }
+    let still = node.executor.operation(&first).unwrap();
+    assert!(!still.is_done(), "{still:#?}");
+    node.libvirtd
+        .signal_emulator(stuck, Signal::SIGCONT)
+        .unwrap();
+    is(&node.ends(&first).await, Verdict::Verified);
+}
