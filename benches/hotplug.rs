@@ -52,7 +52,7 @@ const BULK_ROUNDS: u32 = 5;
 const READINGS: usize = 40;
 /// Readings over which memory must not grow, after those that fill what is kept.
 const LONG_RUN: usize = 10_000;
-const WARM_UP: usize = 1_000;
+const WARM_UP: usize = 500;
 const SCRAPES: usize = 200;
 const MANY_DOMAINS: usize = 500;
 /// vCPUs that the real guest gets one by one; as many times it gets memory.
@@ -71,6 +71,7 @@ async fn measure() -> anyhow::Result<()> {
     verdicts(&libvirtd).await?;
     progress(&format!("starting {DOMAINS} domains"));
     blocking(&libvirtd, start_domains).await?;
+    readings(&libvirtd).await?;
     let daemon = Daemon::start(&libvirtd.uri()).await?;
     let socket = daemon.socket.clone();
     blocking(&libvirtd, move |libvirtd| {
@@ -79,7 +80,6 @@ async fn measure() -> anyhow::Result<()> {
     })
     .await?;
     drop(daemon);
-    readings(&libvirtd).await?;
     scrapes().await
 }
 

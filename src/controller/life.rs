@@ -135,9 +135,16 @@ impl Life {
                     Ok(false) => return,
                     Err(error) => self.failed(&error),
                 },
+                // Such as a policy that knows objects by their spec, which names another node: told
+                // in the log, and tried again by the next daemon.
+                Err(error) if error.needs_people() && self.is_refused() => return,
                 Err(error) => self.failed(&error),
             }
         }
+    }
+
+    fn is_refused(&self) -> bool {
+        matches!(self.cause, Cause::Held(Hold::Refused(_)))
     }
 
     fn failed(&mut self, error: &ClusterError) {

@@ -442,14 +442,12 @@ async fn a_callers_further_groups_count() {
     }
     let served = Served::to(Access::new(Some(Vec::new()), vec![70_001]), true);
     let directory = served.directory.path();
-    let open_to_all = |path: &Path, mode| {
-        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
-    };
-    // Where another user can run it.
+    // Where another user can run it, and connect.
     let program = directory.join("virtnode");
     std::fs::copy(env!("CARGO_BIN_EXE_virtnode"), &program).unwrap();
-    open_to_all(directory, 0o755);
-    open_to_all(&directory.join("api.sock"), 0o666);
+    for (path, mode) in [(directory, 0o755), (&directory.join("api.sock"), 0o666)] {
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+    }
     for (groups, code) in [("70001", 0), ("70000,70001", 0), ("70000", 1)] {
         let mut command = std::process::Command::new("setpriv");
         command
@@ -457,8 +455,7 @@ async fn a_callers_further_groups_count() {
             .arg(&program)
             .arg("--socket")
             .arg(directory.join("api.sock"))
-            .arg("operations")
-            .stdin(std::process::Stdio::null());
+            .arg("operations");
         let output = tokio::task::spawn_blocking(move || command.output().unwrap());
         let output = output.await.unwrap();
         let err = String::from_utf8_lossy(&output.stderr);
