@@ -70,13 +70,16 @@ fn is_libvirts(finding: &&Finding) -> bool {
     matches!(finding.stage, Some(Stage::Define | Stage::Start))
 }
 
-/// Whether these words were foretold. Of missing features libvirt may name more than the
-/// capabilities do, and in its own order.
+/// Whether these words were foretold. Of a model's missing features libvirt names those of its
+/// own definition, in its own order, and the capabilities those of QEMU's.
 fn is_foretold(words: Option<&str>, said: &str) -> bool {
     let Some(words) = words else { return true };
     match words.rsplit_once(": ") {
         Some((what, list)) if what.ends_with("features") => {
-            said.contains(what) && list.split([',', ' ']).all(|feature| said.contains(feature))
+            said.contains(what)
+                && list
+                    .split([',', ' '])
+                    .any(|feature| !feature.is_empty() && said.contains(feature))
         }
         _ => said.contains(words),
     }
@@ -157,8 +160,12 @@ async fn libvirt_says_what_was_computed_of_every_generated_domain() {
         wrong.len(),
         wrong.join("\n")
     );
-    // All three happen often, else little was tried.
-    assert!(answers.values().all(|count| *count >= 10), "{answers:?}");
+    // Both happen often, else little was tried.
+    let count = |kind| answers.get(kind).copied().unwrap_or_default();
+    assert!(
+        count("accepted") >= 50 && count("refused, as computed") >= 200,
+        "{answers:?}"
+    );
     start_some(&node, to_start);
 }
 

@@ -35,7 +35,7 @@ type Right = (String, String, String);
 /// The rights that the manifest gives the daemon.
 fn granted() -> anyhow::Result<BTreeSet<Right>> {
     let mut rights = BTreeSet::new();
-    for role in documents(RBAC)? {
+    for role in documents(RIGHTS)? {
         let name = role["metadata"]["name"].as_str().unwrap_or_default();
         if !["virtnode", "virtnode-events"].contains(&name) {
             continue;
@@ -318,7 +318,7 @@ async fn a_token_is_good_for_its_own_node_only() -> anyhow::Result<()> {
         );
         return Ok(());
     }
-    for manifest in [CRDS, RBAC, ADMISSION] {
+    for manifest in [CRDS, RIGHTS, ADMISSION] {
         server.apply_manifest(manifest).await?;
     }
     let n1 = server.create_node("n1").await?;
