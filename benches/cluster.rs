@@ -70,7 +70,8 @@ async fn measure() -> anyhow::Result<()> {
         let begun = Instant::now();
         let called = async {
             let called = node.control.called();
-            let (made, ()) = tokio::join!(objects.create(&PostParams::default(), &object), called);
+            let params = PostParams::default();
+            let (made, ()) = tokio::join!(objects.create(&params, &object), called);
             made.map(|_| begun.elapsed())
         };
         times.push(timeout(PATIENCE, called).await.context("no call")??);

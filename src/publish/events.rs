@@ -1,8 +1,8 @@
 //! Events: told at once, written in their time.
 //!
 //! Whoever has something to tell puts it into a short queue and goes on; one task writes. The
-//! same thing again within [`SAME_WITHIN`] is no new event but raises the count of the one there
-//! is, at most once in [`SPACING`]. While the API server is away the task waits with what it has
+//! same thing again within `SAME_WITHIN` is no new event but raises the count of the one there
+//! is, at most once in `SPACING`. While the API server is away the task waits with what it has
 //! in hand, the queue fills, and what does not fit is dropped and counted.
 
 use std::collections::HashMap;

@@ -41,7 +41,7 @@ fn every_field_is_explained() {
         for (name, field) in fields {
             explained(&format!("{path}.{name}"), field);
         }
-        if schema["items"].is_object() {
+        if schema["items"]["properties"].is_object() {
             explained(&format!("{path}[]"), &schema["items"]);
         }
     }

@@ -107,15 +107,13 @@ async fn create_hotplug(server: &KubeServer, name: &str, node: &Node) -> anyhow:
         "metadata": {
             "name": name,
             "labels": {"virtnode.io/node": meta.name},
-            "ownerReferences": [
-                {"apiVersion": "v1", "kind": "Node", "name": meta.name, "uid": meta.uid},
-            ],
         },
         "spec": {
             "nodeName": meta.name,
             "domain": {"name": "nobody"},
             "vcpus": {"count": 2},
-            "ttlSecondsAfterFinished": 0,
+            // Long enough for the daemon to make the Node its owner before it deletes it.
+            "ttlSecondsAfterFinished": 3,
         },
     }))?;
     hotplugs(server.client())

@@ -1,7 +1,5 @@
 //! What a `NodeVirtualization` says, of real documents and of ones that are too large.
 
-#![expect(clippy::print_stdout, reason = "sizes, for people to read")]
-
 use std::fs;
 use std::path::Path;
 

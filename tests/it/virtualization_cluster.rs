@@ -127,7 +127,11 @@ async fn a_node_virtualization_is_written_when_something_changed() -> anyhow::Re
         let failures = &writer.metrics.cluster.virtualization_failures;
         failures.with_label_values(&["api-not-found"]).get()
     };
-    eventually(SOON, async || Ok(ensure!(missing() >= 2, "not missed yet"))).await?;
+    eventually(SOON, async || {
+        ensure!(missing() >= 2, "not missed yet");
+        Ok(())
+    })
+    .await?;
     server.apply_manifest(CRDS).await?;
 
     let object = shown(&objects, |object| object.spec.facts.max_vcpus == Some(288)).await?;
@@ -190,7 +194,8 @@ async fn a_node_virtualization_is_written_when_something_changed() -> anyhow::Re
     let writer = Writer::start(&server, "n1", options()).await?;
     writer.probe(710, Vec::new());
     eventually(SOON, async || {
-        Ok(ensure!(writer.attempts() >= 1, "no look yet"))
+        ensure!(writer.attempts() >= 1, "no look yet");
+        Ok(())
     })
     .await?;
     // The watch that begins after a look without trouble.

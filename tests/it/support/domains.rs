@@ -114,7 +114,9 @@ fn iommu(rng: &mut Rng) -> String {
 fn topology(rng: &mut Rng, maximum: u32) -> String {
     let mut rest = maximum;
     let mut take = |rng: &mut Rng| {
-        let divisors: Vec<u32> = (1..=rest.min(64)).filter(|d| rest % d == 0).collect();
+        let divisors: Vec<u32> = (1..=rest.min(64))
+            .filter(|d| rest.is_multiple_of(*d))
+            .collect();
         let part = one(rng, &divisors);
         rest /= part;
         part

@@ -105,6 +105,7 @@ impl KubeServer {
     }
 
     /// The process of the API server, while it runs, and that of etcd.
+    #[allow(dead_code, reason = "for the benchmark of a fleet")]
     pub(crate) fn processes(&self) -> (Option<u32>, u32) {
         (self.api_server.as_ref().map(Process::id), self.etcd.id())
     }
