@@ -1,5 +1,7 @@
 //! What a node has for domains of one architecture and domain type.
 
+mod labels;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Serialize;
@@ -8,6 +10,7 @@ use crate::capability::{
     CpuDefinition, CpuModes, Eim, HostFacts, NodeFacts, Pages, PolicyFeature, Section, VcpuMax,
     Version, is_x86,
 };
+pub(crate) use self::labels::{ARCH_LABEL, family, go_arch};
 use crate::units::{Bytes, KiB};
 
 /// What a node has for domains of one architecture and domain type. Whatever is `None` is not
