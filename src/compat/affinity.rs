@@ -168,7 +168,8 @@ fn host(domain: &Requirement) -> Vec<Expression> {
         expressions.push(Expression::new(ARCH_LABEL, Operator::In, [go_arch(arch)]));
     }
     if let Some(wanted) = domain.virt_type.as_deref() {
-        let word = Accelerator::of_domain_type(wanted).map_or(wanted, Accelerator::as_str);
+        let word =
+            Accelerator::of_domain_type(wanted).map_or(wanted, |accelerator| accelerator.as_str());
         let key = of_node("accelerator");
         expressions.push(Expression::new(key, Operator::In, [word]));
     }
@@ -197,8 +198,8 @@ fn cpus(domain: &Requirement) -> Vec<Vec<Expression>> {
     let mut alternatives = Vec::new();
     match (mode, cpu.model.as_deref()) {
         ("custom", Some(model)) => {
-            let any_will_do =
-                check == Check::None || (cpu.matching.as_deref() == Some("minimum") && check == Check::Full);
+            let any_will_do = check == Check::None
+                || (cpu.matching.as_deref() == Some("minimum") && check == Check::Full);
             let vendor = cpu
                 .vendor
                 .as_deref()

@@ -6,11 +6,11 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Serialize;
 
+pub(crate) use self::labels::{ARCH_LABEL, family, go_arch};
 use crate::capability::{
     CpuDefinition, CpuModes, Eim, HostFacts, NodeFacts, Pages, PolicyFeature, Section, VcpuMax,
     Version, is_x86,
 };
-pub(crate) use self::labels::{ARCH_LABEL, family, go_arch};
 use crate::units::{Bytes, KiB};
 
 /// What a node has for domains of one architecture and domain type. Whatever is `None` is not

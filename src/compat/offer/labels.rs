@@ -54,7 +54,9 @@ impl Offer {
     /// of the interrupt controller are counted already.
     pub fn from_labels(labels: &Labels, domain: &Requirement) -> Self {
         let of = |name: &str| labels.get(&format!("{NODE}/{name}")).map(String::as_str);
-        let told = labels.get(ARCH_LABEL).map(|arch| libvirt_arch(arch).to_owned());
+        let told = labels
+            .get(ARCH_LABEL)
+            .map(|arch| libvirt_arch(arch).to_owned());
         let arch = domain.arch.clone().or(told);
         let eim = of("eim").and_then(|word| word.parse().ok());
         let versions = ["libvirt-version", "qemu-version"].map(|name| of(name)?.parse().ok());
@@ -186,12 +188,10 @@ pub(crate) fn family<'l>(
     prefix: &'l str,
 ) -> impl Iterator<Item = (&'l str, &'l str)> {
     let first = format!("{prefix}/");
-    labels
-        .range(first..)
-        .map_while(move |(key, value)| {
-            let name = key.strip_prefix(prefix)?.strip_prefix('/')?;
-            Some((name, value.as_str()))
-        })
+    labels.range(first..).map_while(move |(key, value)| {
+        let name = key.strip_prefix(prefix)?.strip_prefix('/')?;
+        Some((name, value.as_str()))
+    })
 }
 
 /// The domain type behind an accelerator's word.
