@@ -94,10 +94,11 @@ async fn measure() -> anyhow::Result<()> {
     // All told: made by its user, the Node looked up, owned, told of, deleted.
     let events = server.audit_events().await?;
     let calls = events.iter().filter(|event| {
-        let by_daemon = event.user_agent.starts_with("virtnode/") && event.verb != "watch";
-        let is_ours = event.resource == "domainhotplugs" || event.resource == "nodes";
-        (by_daemon && is_ours && event.verb != "list")
-            || event.verb == "create" && event.name.starts_with("vm-")
+        let of_objects = event.resource == "domainhotplugs";
+        let by_daemon = event.user_agent.starts_with("virtnode/");
+        let of_daemon = (of_objects || event.resource == "nodes")
+            && !matches!(event.verb.as_str(), "list" | "watch");
+        (by_daemon && of_daemon) || (of_objects && event.verb == "create")
     });
     let calls = calls.count();
     #[expect(clippy::cast_precision_loss, reason = "a few hundred")]

@@ -8,6 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PATH=$PATH:/usr/sbin:/sbin
 readonly archive=${CARGO_TARGET_DIR:-$PWD/target}/virtnode-image.tar
 readonly OTHER=65534 # nobody: an unprivileged libvirtd needs neither systemd nor rights on /dev/kvm
+readonly ROOT_PORT=19478 USER_PORT=19479
 readonly LIBVIRT='qemu+unix:///system?name=qemu:///session&socket=/run/libvirt/libvirt-sock'
 
 say() { printf '%s: %s\n' "${0##*/}" "$*" >&2; }
@@ -22,17 +23,25 @@ die() {
 
 scratch=$(mktemp -d /tmp/virtnode-image.XXXXXX)
 chmod 755 "$scratch"
-started=()
 
+# The process whose command line names the port: the program itself, not buildah.
+process_of() { # port
+  local directory
+  for directory in /proc/[0-9]*; do
+    if [[ $(tr '\0' ' ' 2>/dev/null <"$directory/cmdline") == "/usr/bin/virtnode run "*":$1 " ]]; then
+      echo "${directory#/proc/}"
+    fi
+  done 2>/dev/null
+}
+
+libvirtd=
 clean_up() {
   local process
-  for process in "${started[@]}"; do
+  for process in $(process_of $ROOT_PORT) $(process_of $USER_PORT) $libvirtd; do
     kill "$process" 2>/dev/null || true
-    wait "$process" 2>/dev/null || true
   done
-  # What buildah started goes with it, the program in the image last.
-  umount -l "$scratch"/graph 2>/dev/null || true
-  rm -rf -- "$scratch"
+  wait || true
+  eventually 30 rm -rf -- "$scratch"
 }
 trap clean_up EXIT
 trap 'exit 130' INT TERM HUP
@@ -53,7 +62,7 @@ chmod 755 "$scratch/lv"
 env -i PATH="$PATH" HOME="$scratch/lv/home" XDG_RUNTIME_DIR="$scratch/lv/run" \
   XDG_CONFIG_HOME="$scratch/lv/config" XDG_CACHE_HOME="$scratch/lv/cache" \
   setpriv --reuid $OTHER --regid $OTHER --clear-groups libvirtd >"$scratch/libvirtd.log" 2>&1 &
-started+=($!)
+libvirtd=$!
 readonly sockets=$scratch/lv/run/libvirt
 eventually 60 test -S "$sockets/libvirt-sock" || die "libvirtd does not start: $(tail -n 5 "$scratch/libvirtd.log")"
 # For root without capabilities and for the image's user; on a host, its group does that.
@@ -77,34 +86,21 @@ run_as() { # user, port
     "$container" -- /usr/bin/virtnode run --connect "$LIBVIRT" --listen "127.0.0.1:$port" \
     >"$scratch/log-$port" 2>&1 &
   running=$!
-  started+=("$running")
   eventually 180 curl -sf "http://127.0.0.1:$port/readyz" ||
     die "as $user it is not ready: $(curl -s "http://127.0.0.1:$port/readyz"; cat "$scratch/log-$port")"
   [[ -S $scratch/run-$port/virtnode.sock && -s $scratch/state-$port/labels.json ]] ||
     die "as $user it has no socket or no labels: $(cat "$scratch/log-$port")"
-  capabilities=$(sed -n 's/^CapEff:\t//p' "/proc/$(pidof_listener "$port")/status")
+  capabilities=$(sed -n 's/^CapEff:\t//p' "/proc/$(process_of "$port")/status")
   [[ $capabilities == 0000000000000000 ]] || die "as $user it has capabilities: $capabilities"
   memory=$(curl -s "http://127.0.0.1:$port/metrics" | awk '/^process_resident_memory_bytes/ { printf "%.1f", $2 / 1e6 }')
-  kill -TERM "$(pidof_listener "$port")"
+  kill -TERM "$(process_of "$port")"
   wait "$running" || die "as $user it did not end well: $(cat "$scratch/log-$port")"
   echo "$memory"
 }
 
-# The process whose command line names the port: the program itself, not buildah.
-pidof_listener() { # port
-  local directory
-  for directory in /proc/[0-9]*; do
-    if [[ $(tr '\0' ' ' <"$directory/cmdline" 2>/dev/null) == "/usr/bin/virtnode run "*":$1 " ]]; then
-      echo "${directory#/proc/}"
-      return
-    fi
-  done
-  die "no process listens on $1"
-}
-
 version=$(buildah run --cap-drop ALL "$container" -- /usr/bin/virtnode --version)
-as_root=$(run_as 0:0 19478)
-as_user=$(run_as 65532:65532 19479)
+as_root=$(run_as 0:0 $ROOT_PORT)
+as_user=$(run_as 65534:65534 $USER_PORT)
 
 tar -xf "$archive" -C "$scratch" --one-top-level=oci
 manifest=$scratch/oci/blobs/sha256/$(sed -n 's/.*"digest":"sha256:\([0-9a-f]*\)".*/\1/p' "$scratch/oci/index.json")

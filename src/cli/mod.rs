@@ -56,7 +56,7 @@ enum Command {
     /// The facts behind the labels: CPU, machine types, models with blockers, IOMMU, versions
     Capabilities(capabilities::Capabilities),
     /// Would a domain run here? Every reason and remedy, and how much room it has to grow
-    Check(check::Check),
+    Check(Box<check::Check>),
     /// Change a running domain, and prove that its guest has taken it
     Hotplug(hotplug::Hotplug),
     /// The hotplug operations this node has done or is doing

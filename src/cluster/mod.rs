@@ -17,6 +17,7 @@ mod watch;
 
 use std::collections::BTreeMap;
 use std::future::Future;
+use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use http_body_util::BodyExt;
@@ -88,6 +89,7 @@ pub struct Cluster {
     node: String,
     deadline: Duration,
     pulse: Pulse,
+    watch_seconds: RangeInclusive<u32>,
 }
 
 impl Cluster {
@@ -128,7 +130,16 @@ impl Cluster {
             node,
             deadline,
             pulse,
+            watch_seconds: watch::WATCH_SECONDS,
         })
+    }
+
+    /// The same with watches that the server ends after other times, in seconds: for measurements
+    /// in less time than an hour.
+    #[must_use]
+    pub fn with_watch_seconds(mut self, seconds: RangeInclusive<u32>) -> Self {
+        self.watch_seconds = seconds;
+        self
     }
 
     /// The name of the Node.

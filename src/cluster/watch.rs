@@ -2,6 +2,7 @@
 
 use std::fmt::Debug;
 use std::future;
+use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use futures::{Stream, StreamExt};
@@ -17,7 +18,7 @@ use super::{Cluster, ClusterError, NodeState, Object};
 /// After so many seconds, at random, the server ends a watch and a new one takes over from
 /// there. Rare, because nothing is won by it; and a connection that died silently is noticed
 /// 5 s later than that at the latest.
-const WATCH_SECONDS: std::ops::RangeInclusive<u32> = 27 * 60..=29 * 60;
+pub(super) const WATCH_SECONDS: RangeInclusive<u32> = 27 * 60..=29 * 60;
 
 /// What a watch shows.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -54,7 +55,9 @@ impl Cluster {
     where
         K: Resource + Clone + DeserializeOwned + Debug + Send + 'static,
     {
-        let config = config.timeout(fastrand::u32(WATCH_SECONDS)).any_semantic();
+        let config = config
+            .timeout(fastrand::u32(self.watch_seconds.clone()))
+            .any_semantic();
         let cluster = self.clone();
         watcher(objects, config)
             .default_backoff()

@@ -84,7 +84,7 @@ fn is_kept(path: &[String], start: &BytesStart<'_>) -> bool {
     }
 }
 
-/// The tag with its attributes; of `<domain>` and `<vcpu>` only those that were judged.
+/// The tag with its attributes; of `<domain>`, `<os>` and `<vcpu>` only those that were judged.
 fn write_start(
     writer: &mut Writer<Vec<u8>>,
     start: &BytesStart<'_>,
@@ -94,6 +94,7 @@ fn write_start(
     let keeps = |attribute: &str| match (path.len(), name) {
         (0, _) => attribute == "type",
         (1, "vcpu") => attribute == "current",
+        (1, "os") => false, // the firmware to choose
         _ => !attribute.starts_with("xmlns"),
     };
     let mut copy = BytesStart::new(name.to_owned());

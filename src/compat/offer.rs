@@ -44,7 +44,7 @@ pub struct Offer {
     pub gic_versions: Option<Vec<String>>,
     /// CPU modes, and models with their blockers.
     pub cpu: Option<CpuModes>,
-    /// The CPU features that the hypervisor can give.
+    /// All CPU features that the hypervisor can give; see [`Offer::gives`].
     pub cpu_features: Option<BTreeSet<String>>,
     /// Firmware and loader.
     pub os: Option<Section>,
@@ -99,6 +99,32 @@ impl Offer {
         }
         offer.take_host(facts);
         offer
+    }
+
+    /// Whether the hypervisor can give a CPU feature; `None` if what is known does not tell.
+    ///
+    /// Without the whole list the documents know some: what the host model has beside its model
+    /// is there, and what keeps some named model from running is not.
+    pub fn gives(&self, feature: &str) -> Option<bool> {
+        if let Some(all) = &self.cpu_features {
+            return Some(all.contains(feature));
+        }
+        let modes = self.cpu.as_ref()?;
+        let in_host_model = modes
+            .host_model
+            .iter()
+            .flat_map(|host_model| &host_model.features)
+            .find(|have| have.name == feature);
+        match in_host_model.map(|have| have.policy.as_deref()) {
+            Some(None | Some("require" | "force")) => return Some(true),
+            Some(Some("disable" | "forbid")) => return Some(false),
+            _ => {}
+        }
+        let blocks = |name: &String| name == feature;
+        let mut models = modes.models.iter();
+        models
+            .any(|model| model.blockers.iter().any(blocks))
+            .then_some(false)
     }
 
     /// The CPU features of a `<cpu>` that hypervisor-cpu-baseline printed for this very
@@ -197,13 +223,12 @@ impl Offer {
                     true => listed(section, "version"),
                     false => Vec::new(),
                 });
+        // The baseline is the native one of the best domain type. Without it the features of the
+        // host model are no whole list: they stand beside those of its named model.
         let best = facts.best_domain_type(arch) == self.virt_type.as_deref();
-        let native = facts.native_arch() == Some(arch);
-        if best && native {
-            let features = facts.cpu_features();
-            if !features.is_empty() {
-                self.cpu_features = Some(features.into_iter().map(str::to_owned).collect());
-            }
+        if best && facts.native_arch() == Some(arch) && facts.baseline_cpu.is_some() {
+            let features = facts.cpu_features().into_iter();
+            self.cpu_features = Some(features.map(str::to_owned).collect());
         }
         self.emulator = self.emulator.take().or(emulator);
         // Without <capabilities> these are all that is known, which is no list to be missing from.

@@ -1,8 +1,8 @@
 //! DomainHotplug objects of this node: each is given to the executor once, and told what came of it.
 //!
 //! One loop watches, in the order in which objects were made; what happens to one object afterwards
-//! is its [`life`]. What an object asks for is read in [`request`], what is said of it is decided in
-//! [`status`], both without a server. The API server is not needed for an operation to go on: what
+//! is its `life`. What an object asks for is read in `request`, what is said of it is decided in
+//! `status`, both without a server. The API server is not needed for an operation to go on: what
 //! came of it is told when the server is back.
 //!
 //! After a restart the journal and the objects are brought together by the objects' uids: what the

@@ -5,7 +5,7 @@
 //!   ([`Subscription`]);
 //! * the groups of who connects to a local socket ([`peer_groups`]);
 //! * KVM's ioctls ([`kvm_extension`], [`kvm_msr_indices`]);
-//! * the end of the process ([`leave`]).
+//! * the end of the process ([`leave()`]).
 //!
 //! All of it is safe to call. What libvirt hands out is copied and freed here; what libvirt calls
 //! back cannot unwind into it.

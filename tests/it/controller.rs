@@ -337,14 +337,13 @@ async fn what_is_finished_is_not_done_again_whatever_the_journal_holds() -> anyh
     let of_marker = 1;
     assert_eq!(api.statuses().len(), written + of_marker);
 
-    // Another node's disk, or one that was wiped.
-    let mut other = HotplugNode::start(cluster(&api));
+    node.stop().await;
+    // The same node after its disk was wiped.
+    let other = HotplugNode::start(cluster(&api));
     other.control.add("vm", FakeGuest::default());
     api.make("marker-2", vcpus("vm", 1));
     ends(&api, "marker-2").await?;
     assert!(other.operations_of("x").is_empty() && other.operations_of("marker").is_empty());
-    other.stop().await;
-    node.stop().await;
     Ok(())
 }
 

@@ -240,8 +240,10 @@ async fn exercise<'l>(
             .arg(daemon.socket())
             .arg("hotplug")
             .args(arguments);
-        // The verdict is what the dashboard is to show, whatever it is.
-        println!("{}", String::from_utf8_lossy(&command.output()?.stdout));
+        // The dashboard is to show the verdict, whatever it is; wrong usage has none.
+        let output = command.output()?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.code() != Some(2), "{said}");
         Ok(())
     };
     libvirtd.kill()?;

@@ -122,7 +122,7 @@ async fn the_service_manager_is_told_and_a_reload_starts_it_again_in_its_process
 
 /// Who a daemon runs as that has no capability.
 struct Cage {
-    /// One that the machine knows: libvirt's client refuses to be used by another.
+    /// One that the machine knows: libvirtd refuses another.
     uid: u32,
     /// Beside the user's own group, which has the user's number.
     groups: &'static [u32],

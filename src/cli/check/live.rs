@@ -39,11 +39,11 @@ pub(super) fn ask(question: &Question, config: &Config) -> anyhow::Result<Result
         };
         let asked = match question.offline(best)? {
             Some(asked) => asked,
-            None => running(question.running().unwrap_or_default(), &*libvirt).await?,
+            None => running(question.running().unwrap_or_default(), &libvirt).await?,
         };
-        let offer = offer(&asked.requirement, &mut facts, &*libvirt).await;
+        let offer = offer(&asked.requirement, &mut facts, &libvirt).await;
         let computed = fits(&asked.requirement, &offer);
-        let confirmation = ask_hypervisor(&asked, &offer, &*libvirt).await;
+        let confirmation = ask_hypervisor(&asked, &offer, &libvirt).await;
         let agrees = confirmation.agrees_with(&computed);
         let fit = confirm(computed, &confirmation);
         let confirmation = Some((confirmation, agrees));

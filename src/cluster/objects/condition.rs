@@ -73,7 +73,8 @@ mod tests {
         let at = |seconds| Timestamp::from_second(seconds).unwrap();
         let first = Condition::new("Probed", true, "Read", "").after(&[], at(0));
         assert_eq!(first.last_transition_time, "1970-01-01T00:00:00Z");
-        let same = Condition::new("Probed", true, "Other", "").after(&[first.clone()], at(9));
+        let same =
+            Condition::new("Probed", true, "Other", "").after(std::slice::from_ref(&first), at(9));
         assert_eq!(same.last_transition_time, first.last_transition_time);
         let flipped = Condition::new("Probed", false, "Lost", "").after(&[same], at(9));
         assert_eq!(flipped.last_transition_time, "1970-01-01T00:00:09Z");

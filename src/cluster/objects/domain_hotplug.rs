@@ -7,6 +7,10 @@
     unreachable_pub,
     reason = "KubeSchema repeats each type inside a function"
 )]
+#![allow(
+    clippy::duplicated_attributes,
+    reason = "each column of the table says of what type it is"
+)]
 
 use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;

@@ -38,9 +38,10 @@ fn structural(schema: &mut Value) {
             if fields.get("type").is_some_and(Value::is_string) {
                 fields.remove("nullable");
                 fields.remove("title");
-                fields.retain(|key, value| {
-                    !(key == "default" && value.is_null())
-                        && !(key == "additionalProperties" && *value == Value::Bool(false))
+                fields.retain(|key, value| match key.as_str() {
+                    "default" => !value.is_null(),
+                    "additionalProperties" => *value != Value::Bool(false),
+                    _ => true,
                 });
                 fields.iter_mut().for_each(|(key, value)| tidy(key, value));
             }

@@ -45,6 +45,7 @@ pub(super) fn check(case: &Case<'_>, findings: &mut Vec<Finding>) {
         );
         return;
     };
+    check_full(case, findings);
     match mode {
         "custom" => check_custom(case, modes, findings),
         "host-model" => {
@@ -81,6 +82,25 @@ pub(super) fn check(case: &Case<'_>, findings: &mut Vec<Finding>) {
             .remedy("use host-model, host-passthrough, maximum, or custom with a <model>"),
         ),
     }
+}
+
+/// `check='full'`: a new domain's CPU seldom is what libvirt's own list says, feature by feature.
+/// What QEMU adds by itself shows only when it starts: `hypervisor`, or `ht` for several threads or
+/// cores. A running domain's definition has all of it written down.
+fn check_full(case: &Case<'_>, findings: &mut Vec<Finding>) {
+    if effective_check(case) != Check::Full || case.domain.live {
+        return;
+    }
+    findings.push(
+        Finding::new(
+            Severity::Unknown,
+            Code::CpuModel,
+            "check='full' holds the CPU that QEMU makes against libvirt's own list, feature by \
+             feature; what QEMU adds to it shows only when the domain starts",
+        )
+        .in_emulator("operation failed: guest CPU doesn't match specification: ")
+        .remedy("write check='partial', or start it once so and take <cpu> from its live XML"),
+    );
 }
 
 fn or_any<'c>(case: &'c Case<'_>) -> &'c str {
@@ -159,23 +179,6 @@ fn check_custom(case: &Case<'_>, modes: &CpuModes, findings: &mut Vec<Finding>) 
     check_vendor(case, modes, findings);
     let lacking = check_model(case, model, findings);
     check_features_beyond(case, &lacking, findings);
-    if effective_check(case) == Check::Full
-        && cpu.matching.as_deref() != Some("minimum")
-        && !case.domain.live
-    {
-        findings.push(
-            Finding::new(
-                Severity::Unknown,
-                Code::CpuModel,
-                format!(
-                    "check='full' holds the CPU that QEMU makes of {name} against libvirt's own \
-                     list, feature by feature; what QEMU adds shows only when the domain starts"
-                ),
-            )
-            .stage(Stage::Emulator)
-            .remedy("write check='partial', or start it once and take <cpu> from its live XML"),
-        );
-    }
 }
 
 /// A model that libvirt does not list for this emulator.
@@ -385,38 +388,51 @@ fn check_features_beyond(
         Check::Full => cpu.required().chain(cpu.forced()).collect(),
         _ => cpu.required().collect(),
     };
-    if asked.is_empty() && cpu.forbidden().next().is_none() {
+    let gives = |feature: &&str| case.node.gives(feature);
+    let missing: BTreeSet<&str> = asked
+        .iter()
+        .copied()
+        .filter(|feature| gives(feature) == Some(false) && !named_already.contains(feature))
+        .collect();
+    if !missing.is_empty() {
+        check_missing(check, &missing, findings);
+    }
+    if check == Check::None {
         return;
     }
-    let Some(has) = &case.node.cpu_features else {
+    let forbidden: BTreeSet<&str> = match check {
+        Check::Partial => cpu.forbidden().collect(),
+        _ => BTreeSet::new(),
+    };
+    let open: Vec<&str> = asked
+        .union(&forbidden)
+        .copied()
+        .filter(|feature| gives(feature).is_none())
+        .collect();
+    if !open.is_empty() {
         findings.push(
             Finding::new(
                 Severity::Unknown,
                 Code::CpuFeature,
                 format!(
-                    "which CPU features the hypervisor can give domains of type {} is not known",
-                    or_any(case)
+                    "whether the hypervisor can give domains of type {} these CPU features is not \
+                     known: {}",
+                    or_any(case),
+                    named(open)
                 ),
             )
             .stage(stage_of(check))
             .remedy(
-                "give --supported-features what `virsh hypervisor-cpu-baseline --features` prints",
+                "give --supported-features what `virsh hypervisor-cpu-baseline --features` prints \
+                 for the node's best domain type",
             ),
         );
-        return;
-    };
-    let missing: BTreeSet<&str> = asked
-        .into_iter()
-        .filter(|feature| !has.contains(*feature) && !named_already.contains(feature))
-        .collect();
-    if !missing.is_empty() {
-        check_missing(check, &missing, findings);
     }
-    let provided: Vec<&str> = cpu
-        .forbidden()
-        .filter(|feature| has.contains(*feature))
+    let provided: Vec<&str> = forbidden
+        .into_iter()
+        .filter(|feature| gives(feature) == Some(true))
         .collect();
-    if !provided.is_empty() && check == Check::Partial {
+    if !provided.is_empty() {
         findings.push(
             Finding::new(
                 Severity::Blocks,

@@ -179,7 +179,7 @@ fn check_granularity(case: &Case<'_>, findings: &mut Vec<Finding>) {
         Some(shape) if case.is_pseries() => u64::from(shape.threads).max(1),
         _ => 1,
     };
-    if vcpus.maximum % threads != 0 || vcpus.current % threads != 0 {
+    if !vcpus.maximum.is_multiple_of(threads) || !vcpus.current.is_multiple_of(threads) {
         findings.push(
             Finding::new(
                 Severity::Blocks,

@@ -104,6 +104,11 @@ impl KubeServer {
         self.binaries.version
     }
 
+    /// The process of the API server, while it runs, and that of etcd.
+    pub(crate) fn processes(&self) -> (Option<u32>, u32) {
+        (self.api_server.as_ref().map(Process::id), self.etcd.id())
+    }
+
     /// A client that may do everything.
     pub(crate) fn client(&self) -> Client {
         self.admin.clone()

@@ -28,6 +28,23 @@ struct Kustomization {
 #[serde(deny_unknown_fields)]
 struct Patch {
     path: PathBuf,
+    /// With one, the file is a list of operations (RFC 6902), else a part of an object.
+    target: Option<Target>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Target {
+    kind: String,
+    name: String,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Operation {
+    op: String,
+    path: String,
+    value: Value,
 }
 
 #[derive(Debug, Deserialize)]
@@ -68,7 +85,22 @@ pub(crate) fn render(directory: &Path) -> anyhow::Result<Vec<Value>> {
         }
     }
     for patch in &kustomization.patches {
-        for patch in documents(&directory.join(&patch.path))? {
+        let path = directory.join(&patch.path);
+        if let Some(target) = &patch.target {
+            let is_target = |object: &&mut Value| {
+                object["kind"] == target.kind && object["metadata"]["name"] == target.name
+            };
+            let object = objects.iter_mut().find(is_target);
+            let object = object.with_context(|| format!("nothing to patch: {target:?}"))?;
+            let operations: Vec<Operation> = serde_saphyr::from_str(&fs::read_to_string(&path)?)?;
+            for operation in operations {
+                ensure!(operation.op == "replace", "{operation:?}");
+                let place = object.pointer_mut(&operation.path);
+                *place.with_context(|| format!("no {}", operation.path))? = operation.value;
+            }
+            continue;
+        }
+        for patch in documents(&path)? {
             let object = objects.iter_mut().find(|object| same(object, &patch));
             merge(
                 object.with_context(|| format!("nothing to patch: {patch}"))?,

@@ -36,6 +36,10 @@ impl Process {
         Ok(Self { child, log })
     }
 
+    pub(super) fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// # Errors
     /// When the program has ended: its status and the last lines that it printed.
     pub(in crate::support) fn ensure_running(&mut self) -> anyhow::Result<()> {
