@@ -35,6 +35,7 @@ pub mod monitor;
 pub mod operation;
 pub mod probe;
 pub mod publish;
+pub mod targets;
 pub mod telemetry;
 pub mod units;
 pub mod xml;

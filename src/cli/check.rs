@@ -7,7 +7,9 @@ mod show;
 use clap::Args;
 use serde::Serialize;
 
+pub(super) use self::live::running;
 use self::question::Question;
+pub(super) use self::question::{Asked, read as read_definition};
 use super::offline::Offline;
 use super::output::{Output, print, print_value};
 use super::{Exit, Failure};

@@ -16,6 +16,7 @@ mod operations;
 mod output;
 mod report;
 mod run;
+mod targets;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -62,6 +63,8 @@ enum Command {
     Operations(operations::Operations),
     /// Look this node over: each thing that is wrong, why it matters, and the command that cures it
     Doctor(doctor::Doctor),
+    /// Which nodes of the cluster can take a domain, why the others cannot, and the affinity for a pod
+    Targets(targets::Targets),
     /// Remove what this program published, and nothing else
     Cleanup,
     /// Print the definitions of the custom resources, for `kubectl apply`
@@ -132,6 +135,7 @@ impl Cli {
             Command::Hotplug(arguments) => arguments.run(&config),
             Command::Operations(arguments) => arguments.run(&config),
             Command::Doctor(arguments) => arguments.run(&config),
+            Command::Targets(arguments) => arguments.run(&config),
             Command::Cleanup => cleanup::run(&config),
             Command::Crd | Command::Completions(_) | Command::Man(_) => Ok(Exit::Done),
         }

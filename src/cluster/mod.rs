@@ -7,6 +7,7 @@ mod config;
 mod error;
 mod events;
 mod hotplugs;
+mod inventory;
 mod managed_fields;
 pub mod objects;
 mod pulse;
@@ -35,6 +36,7 @@ pub use config::ClusterConfig;
 pub use error::{ClusterError, Object, Refusal};
 pub use events::{Happening, HappeningKind, WrittenEvent};
 pub use hotplugs::{HotplugChange, HotplugObject, HotplugObjects, Target};
+pub use inventory::{Inventory, NodeSeen};
 pub use retry::Retry;
 pub use watch::Seen;
 

@@ -92,18 +92,10 @@ const MOST_WITHOUT_EIM: u64 = 255;
 impl<'a> Case<'a> {
     fn new(domain: &'a Requirement, node: &'a Offer) -> Self {
         let arch = domain.arch.as_deref().or(node.arch.as_deref());
-        let default = match arch {
-            Some(arch) if is_x86(arch) => Some("pc"),
-            Some("aarch64" | "armv7l" | "riscv64" | "riscv32") => Some("virt"),
-            Some("s390x") => Some("s390-ccw-virtio"),
-            Some("ppc64" | "ppc64le") => Some("pseries"),
-            _ => None,
-        };
-        let machine = domain.machine.as_deref().or(default);
         Self {
             domain,
             node,
-            machine: machine.map(|name| node.canonical(name)),
+            machine: domain.machine_on(arch).map(|name| node.canonical(name)),
             arch,
         }
     }

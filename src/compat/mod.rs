@@ -9,7 +9,11 @@
 //! [`Requirement`] is what one domain needs of any node; [`Offer`] is what one node has for
 //! domains of one architecture and domain type, from whatever source: live facts, documents,
 //! labels. [`fits`] compares the two. What is unknown of the node stays unknown in the answer.
+//!
+//! [`targets`] asks that of every node of a cluster, by their labels and what else is told of them,
+//! and makes the [`Affinity`] that says the same to Kubernetes' scheduler.
 
+mod affinity;
 mod confirmation;
 mod definition;
 mod dry_run;
@@ -17,7 +21,9 @@ mod finding;
 mod fit;
 mod offer;
 mod requirement;
+mod target;
 
+pub use affinity::{Affinity, Expression, Labels, Operator, Term};
 pub use confirmation::{Confirmation, CpuComparison, DryRun, confirm};
 pub use definition::Definition;
 pub use dry_run::dry_run_xml;
@@ -28,3 +34,4 @@ pub use requirement::{
     Check, CpuRequirement, HostDevices, IoApic, Iommu, IommuModel, PciControllers, Requirement,
     Shape, VcpuRequirement,
 };
+pub use target::{Candidate, NodeAnswer, State, Targets, targets};

@@ -1,9 +1,12 @@
 //! What a node has for domains of one architecture and domain type.
 
+mod labels;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Serialize;
 
+pub(crate) use self::labels::{ARCH_LABEL, family, go_arch};
 use crate::capability::{
     CpuDefinition, CpuModes, Eim, HostFacts, NodeFacts, Pages, PolicyFeature, Section, VcpuMax,
     Version, is_x86,

@@ -11,6 +11,7 @@ use serde::Serialize;
 pub use self::cpu::{Check, CpuRequirement};
 use self::devices::read_features;
 pub use self::devices::{HostDevices, IoApic, Iommu, IommuModel, PciControllers};
+use crate::capability::is_x86;
 use crate::domain::{Domain, DomainState};
 use crate::units::Bytes;
 use crate::xml::{self, Cursor, Element, ParseError, Problem};
@@ -174,6 +175,18 @@ impl Requirement {
             requirement.domain = Some(domain);
         }
         Ok(requirement)
+    }
+
+    /// The machine type or alias, with libvirt's choice for an architecture where there is none.
+    pub fn machine_on(&self, arch: Option<&str>) -> Option<&str> {
+        let default = match arch {
+            Some(arch) if is_x86(arch) => Some("pc"),
+            Some("aarch64" | "armv7l" | "riscv64" | "riscv32") => Some("virt"),
+            Some("s390x") => Some("s390-ccw-virtio"),
+            Some("ppc64" | "ppc64le") => Some("pseries"),
+            _ => None,
+        };
+        self.machine.as_deref().or(default)
     }
 
     fn read(&mut self, cursor: &mut Cursor<'_>) -> Result<(), Problem> {

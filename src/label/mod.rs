@@ -11,6 +11,7 @@ mod key;
 mod kubevirt;
 mod native;
 pub mod ownership;
+pub mod prefix;
 mod published;
 mod reference;
 

@@ -1,12 +1,10 @@
 //! Our own keys. The table is design/labels.md's, and README's.
 
+use super::prefix::{CPU_FEATURE, CPU_MODEL, NODE};
 use super::{Derivation, Policy};
 use crate::capability::{
     CanonicalMachine, DomainCapabilities, IommuKind, NodeFacts, Usable, VcpuMax,
 };
-
-/// The prefix of what is said of the node as a whole.
-const NODE: &str = "virtnode.io";
 
 pub(super) fn derive(facts: &NodeFacts, policy: &Policy, labels: &mut Derivation) {
     if let Some(arch) = facts.native_arch() {
@@ -33,7 +31,7 @@ pub(super) fn derive(facts: &NodeFacts, policy: &Policy, labels: &mut Derivation
     for kind in facts.security() {
         labels.add(NODE, kind, "true");
     }
-    labels.add_all("cpu-feature.virtnode.io", facts.cpu_features());
+    labels.add_all(CPU_FEATURE, facts.cpu_features());
     labels.add_all("hyperv.virtnode.io", facts.enlightenments());
     if let Some(eim) = facts.eim() {
         labels.add(NODE, "eim", eim.as_str());
@@ -85,7 +83,7 @@ fn derive_cpu(document: &DomainCapabilities, policy: &Policy, labels: &mut Deriv
         .iter()
         .filter(|model| model.usable == Some(Usable::Yes));
     labels.add_all(
-        "cpu-model.virtnode.io",
+        CPU_MODEL,
         usable
             .map(|model| model.name.as_str())
             .filter(|name| !obsolete(name)),

@@ -36,6 +36,7 @@ mod publish_node;
 mod references;
 mod service;
 mod support;
+mod targets;
 mod truth_table;
 mod virtualization;
 mod virtualization_cluster;

@@ -58,7 +58,7 @@ pub(super) fn ask(question: &Question, config: &Config) -> anyhow::Result<Result
 }
 
 /// The live definition of a running domain.
-async fn running(name: &str, libvirt: &Libvirt) -> anyhow::Result<Asked> {
+pub(in crate::cli) async fn running(name: &str, libvirt: &Libvirt) -> anyhow::Result<Asked> {
     let domains = libvirt.running_domains().await.map_err(|error| {
         let exit = match error {
             HypervisorError::Unavailable(_) | HypervisorError::Timeout { .. } => Exit::Unreachable,

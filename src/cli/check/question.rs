@@ -87,15 +87,19 @@ struct Description {
 }
 
 /// A domain that is asked about.
-pub(super) struct Asked {
-    pub(super) requirement: Requirement,
+pub(in crate::cli) struct Asked {
+    pub(in crate::cli) requirement: Requirement,
     pub(super) xml: String,
     /// Whether it is only described, and so has no name of its own.
     pub(super) is_described: bool,
 }
 
 impl Asked {
-    pub(super) fn parse(what: &str, xml: String, is_described: bool) -> anyhow::Result<Self> {
+    pub(in crate::cli) fn parse(
+        what: &str,
+        xml: String,
+        is_described: bool,
+    ) -> anyhow::Result<Self> {
         Ok(Self {
             requirement: Requirement::parse(what, xml.as_bytes())?,
             xml,
@@ -174,7 +178,7 @@ impl Description {
 }
 
 /// A document and what to call it. One that is too large is not read whole.
-fn read(path: &Path) -> anyhow::Result<(String, String)> {
+pub(in crate::cli) fn read(path: &Path) -> anyhow::Result<(String, String)> {
     let limit = MAX_BYTES as u64 + 1;
     let mut bytes = Vec::new();
     let name = if path == Path::new("-") {

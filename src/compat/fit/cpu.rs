@@ -280,6 +280,10 @@ fn check_model<'m>(
             )
             .remedy("write check='partial' to have libvirt refuse it, or use host-model"),
         ),
+        // The live XML is what QEMU really made, and libvirt holds the next one against it only
+        // when it is made: without what the domain does without there is nothing to miss.
+        (Some(Usable::No), Check::Full)
+            if case.domain.live && lacking.is_empty() && !model.blockers.is_empty() => {}
         (Some(Usable::No), _) if lacking.is_empty() && !model.blockers.is_empty() => findings.push(
             Finding::new(
                 Severity::Unknown,

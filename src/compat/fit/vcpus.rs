@@ -443,13 +443,7 @@ pub(super) fn has_x2apic(case: &Case<'_>) -> Option<bool> {
     }
 }
 
-/// libvirt's own choice where the definition has none: software emulation is not held against the
-/// host, host-passthrough and maximum need not be (`qemuDomainDefCPUPostParse`).
+/// What libvirt verifies, also where the definition leaves it to libvirt.
 pub(super) fn effective_check(case: &Case<'_>) -> Check {
-    let cpu = &case.domain.cpu;
-    cpu.check.unwrap_or(match cpu.mode.as_deref() {
-        Some("host-model") => Check::Partial,
-        Some("custom") if cpu.model.is_some() && !case.is_tcg() => Check::Partial,
-        _ => Check::None,
-    })
+    case.domain.cpu.effective_check(case.is_tcg())
 }

@@ -70,6 +70,24 @@ impl CpuRequirement {
         String::from_utf8(writer.into_inner()).ok()
     }
 
+    /// What is verified before a start, with libvirt's own choice where the definition has none:
+    /// software emulation is not held against the host, host-passthrough and maximum need not be
+    /// (`qemuDomainDefCPUPostParse`).
+    pub fn effective_check(&self, is_tcg: bool) -> Check {
+        self.check.unwrap_or(match self.mode.as_deref() {
+            Some("host-model") => Check::Partial,
+            Some("custom") if self.model.is_some() && !is_tcg => Check::Partial,
+            _ => Check::None,
+        })
+    }
+
+    /// Whether the domain does without some feature that its model may have.
+    pub fn gives_up_features(&self) -> bool {
+        let without = ["disable", "forbid", "optional", "force"];
+        let policies = self.features.iter().map(|f| f.policy.as_deref());
+        policies.flatten().any(|policy| without.contains(&policy))
+    }
+
     /// The features that the domain cannot do without.
     pub fn required(&self) -> impl Iterator<Item = &str> {
         self.with_policy(&["require"])

@@ -1,0 +1,181 @@
+//! A domain held against every node of a cluster.
+//!
+//! The labels decide, because the scheduler goes by them. What a node's `NodeVirtualization` tells
+//! can take back what the labels promise (one that is only kept for a running domain, say), and
+//! settle what they leave open. Where the two differ, the affinity names the nodes, so that it
+//! says what the answers say.
+
+mod cure;
+mod judge;
+mod rank;
+
+use std::collections::BTreeSet;
+
+use serde::Serialize;
+
+use super::affinity::{Affinity, Expression, Labels, Operator, Term};
+use super::offer::family;
+use super::{Answer, Finding, Offer, Requirement};
+use crate::label::prefix::{MACHINE, MACHINE_ALIAS, NODE};
+
+/// The most nodes that an affinity names in one way. What is above is said instead.
+const MOST_NAMED: usize = 50;
+
+/// A node as it is known from outside.
+#[derive(Debug, Clone, Default)]
+pub struct Candidate {
+    /// Its name.
+    pub name: String,
+    /// Its labels.
+    pub labels: Labels,
+    /// Whether the kubelet says that it is ready; `None` if that is not told.
+    pub ready: Option<bool>,
+    /// Whether it takes no new pods.
+    pub cordoned: bool,
+    /// Whether the domain runs there now.
+    pub here: bool,
+    /// What is told of it beside the labels, for this very domain.
+    pub told: Option<Offer>,
+}
+
+/// What is to be known of a node beside whether it fits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum State {
+    /// It takes no new pods.
+    Cordoned,
+    /// The kubelet does not say that it is ready.
+    NotReady,
+    /// The domain runs there now.
+    RunsHere,
+}
+
+/// What came of one node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct NodeAnswer {
+    /// The node.
+    pub name: String,
+    /// Whether the domain would run there.
+    pub answer: Answer,
+    /// Whether its labels alone say so to the scheduler.
+    pub matched: bool,
+    /// What else is to be known.
+    pub states: Vec<State>,
+    /// All that was found, what blocks first.
+    pub findings: Vec<Finding>,
+}
+
+/// What came of all nodes.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Targets {
+    /// The nodes of which something is told, the best first.
+    pub nodes: Vec<NodeAnswer>,
+    /// What a pod has to ask for; `None` if no node fits and labels cannot say so.
+    pub affinity: Option<Affinity>,
+    /// The nodes that the affinity takes or leaves by name, since their labels say otherwise.
+    pub named: Vec<String>,
+    /// How many more there are, which it does not name.
+    pub unnamed: usize,
+    /// What the domain needs and nothing here tells of any node.
+    pub unsaid: Vec<String>,
+    /// The nodes of which nothing is told: virtnode does not run there.
+    pub untold: Vec<String>,
+}
+
+/// Which nodes can take a domain, why each other cannot, and how a pod asks for those that can.
+pub fn targets(domain: &Requirement, nodes: &[Candidate]) -> Targets {
+    let (told, untold): (Vec<&Candidate>, Vec<&Candidate>) =
+        nodes.iter().partition(|node| is_told(node));
+    let source = told.iter().copied().find(|node| node.here);
+    let alias = domain.machine_on(domain.arch.as_deref());
+    let alias = alias.map(|name| format!("{MACHINE_ALIAS}/{name}"));
+    let meanings: BTreeSet<String> = told
+        .iter()
+        .filter_map(|node| node.labels.get(alias.as_deref()?).cloned())
+        .collect();
+    let affinity = Affinity::of(domain, &meanings);
+    let mut judged: Vec<(rank::Rank, NodeAnswer)> = told
+        .iter()
+        .map(|node| {
+            let (findings, offer) = judge::judge(domain, node, source);
+            let answer = NodeAnswer {
+                name: node.name.clone(),
+                answer: judge::answer_of(&findings),
+                matched: affinity.matches(&node.name, &node.labels),
+                states: states(node),
+                findings,
+            };
+            let rank = rank::Rank::new(domain, node, &offer, source, &answer);
+            (rank, answer)
+        })
+        .collect();
+    judged.sort_by(|(a, _), (b, _)| a.cmp(b));
+    let mut targets = Targets {
+        nodes: judged.into_iter().map(|(_, answer)| answer).collect(),
+        unsaid: judge::unsaid(domain),
+        untold: untold.into_iter().map(|node| node.name.clone()).collect(),
+        ..Targets::default()
+    };
+    targets.correct(affinity);
+    targets
+}
+
+impl Targets {
+    /// How many nodes fit.
+    pub fn fitting(&self) -> usize {
+        let fits = |node: &&NodeAnswer| node.answer == Answer::Feasible;
+        self.nodes.iter().filter(fits).count()
+    }
+
+    /// Names in the affinity the nodes whose labels say otherwise than their answer.
+    fn correct(&mut self, mut affinity: Affinity) {
+        let fits = |node: &NodeAnswer| node.answer == Answer::Feasible;
+        if self.fitting() == 0 && self.nodes.iter().any(|node| node.matched) {
+            return;
+        }
+        let differs = |matched: bool| {
+            let wrong = move |node: &&NodeAnswer| node.matched == matched && fits(node) != matched;
+            let names = self.nodes.iter().filter(wrong);
+            let mut names: Vec<String> = names.map(|node| node.name.clone()).collect();
+            names.sort_unstable();
+            names
+        };
+        let (mut without, mut also) = (differs(true), differs(false));
+        let mut unnamed = 0;
+        for names in [&mut without, &mut also] {
+            unnamed += names.len().saturating_sub(MOST_NAMED);
+            names.truncate(MOST_NAMED);
+        }
+        for term in &mut affinity.terms {
+            let fields = without
+                .iter()
+                .map(|name| Expression::name(Operator::NotIn, name));
+            term.match_fields.extend(fields);
+        }
+        affinity.terms.extend(also.iter().map(|name| Term {
+            match_fields: vec![Expression::name(Operator::In, name)],
+            ..Term::default()
+        }));
+        self.unnamed = unnamed;
+        self.named = without.into_iter().chain(also).collect();
+        self.affinity = Some(affinity);
+    }
+}
+
+fn is_told(node: &Candidate) -> bool {
+    node.told.is_some()
+        || node.labels.contains_key(&format!("{NODE}/accelerator"))
+        || family(&node.labels, MACHINE).next().is_some()
+}
+
+fn states(node: &Candidate) -> Vec<State> {
+    let states = [
+        (node.here, State::RunsHere),
+        (node.cordoned, State::Cordoned),
+        (node.ready == Some(false), State::NotReady),
+    ];
+    let there = states.into_iter().filter(|(there, _)| *there);
+    there.map(|(_, state)| state).collect()
+}

@@ -1,0 +1,69 @@
+//! Which node comes before which.
+
+use std::cmp::Reverse;
+
+use super::{Candidate, NodeAnswer};
+use crate::capability::Version;
+use crate::compat::{Answer, Offer, Requirement, Severity};
+use crate::label::prefix::NODE;
+
+/// The place of a node: the smaller one comes first. What counts, in this order:
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Rank {
+    /// whether it fits, then those that may,
+    answer: u8,
+    /// whether it takes pods now,
+    is_closed: bool,
+    /// another one than where the domain runs,
+    is_here: bool,
+    /// the same CPU as there,
+    is_other_cpu: bool,
+    /// no older QEMU than there,
+    is_older: bool,
+    /// fewer warnings,
+    warnings: usize,
+    /// fewer reasons against it,
+    reasons: usize,
+    /// more vCPUs for a domain of this machine type,
+    room: Reverse<Option<u32>>,
+    /// and then the name.
+    name: String,
+}
+
+impl Rank {
+    pub(super) fn new(
+        domain: &Requirement,
+        node: &Candidate,
+        offer: &Offer,
+        source: Option<&Candidate>,
+        answer: &NodeAnswer,
+    ) -> Self {
+        let host_model = |node: &Candidate| node.labels.get(&format!("{NODE}/host-model")).cloned();
+        let qemu = |node: &Candidate| {
+            let version = node.labels.get(&format!("{NODE}/qemu-version"))?;
+            version.parse::<Version>().ok()
+        };
+        let count = |severity| {
+            let findings = answer.findings.iter();
+            findings.filter(|f| f.severity == severity).count()
+        };
+        let machine = domain
+            .machine_on(offer.arch.as_deref())
+            .and_then(|name| offer.machines.as_ref()?.get(offer.canonical(name)));
+        Self {
+            answer: match answer.answer {
+                Answer::Feasible => 0,
+                Answer::Unknown => 1,
+                Answer::Infeasible => 2,
+            },
+            is_closed: node.cordoned || node.ready == Some(false),
+            is_here: node.here,
+            is_other_cpu: source.is_some_and(|source| host_model(source) != host_model(node)),
+            is_older: source.is_some_and(|source| qemu(node) < qemu(source)),
+            warnings: count(Severity::Warning),
+            reasons: count(Severity::Blocks) + count(Severity::Unknown),
+            room: Reverse(machine.and_then(|machine| machine.max_vcpus.number())),
+            name: node.name.clone(),
+        }
+    }
+}

@@ -1,0 +1,147 @@
+//! Joins what a cluster tells of its nodes with what a domain needs, for `virtnode targets`. The
+//! answers are [`crate::compat::targets`]'s.
+
+use std::collections::BTreeMap;
+
+use crate::capability::{Accelerator, CpuModel, CpuModes, Usable, VcpuMax};
+use crate::cluster::Inventory;
+use crate::cluster::objects::NodeVirtualizationStatus;
+use crate::cluster::objects::node_virtualization as told;
+use crate::compat::{Candidate, Offer, OfferedMachine, Requirement};
+
+/// The nodes as candidates for a domain. `here` is the one where it runs now, if that is known.
+pub fn candidates(
+    inventory: Inventory,
+    domain: &Requirement,
+    here: Option<&str>,
+) -> Vec<Candidate> {
+    let Inventory {
+        nodes,
+        virtualizations,
+    } = inventory;
+    let candidate = |node: crate::cluster::NodeSeen| Candidate {
+        told: virtualizations
+            .get(&node.name)
+            .and_then(|status| offer(status, domain)),
+        here: here == Some(node.name.as_str()),
+        name: node.name,
+        labels: node.labels,
+        ready: node.ready,
+        cordoned: node.cordoned,
+    };
+    nodes.into_iter().map(candidate).collect()
+}
+
+/// What a `NodeVirtualization` tells that the node has for this domain; `None` if it has nothing of
+/// the domain's architecture, or is of no use.
+fn offer(status: &NodeVirtualizationStatus, domain: &Requirement) -> Option<Offer> {
+    let native = status.architecture.clone()?;
+    let arch = domain.arch.clone().unwrap_or_else(|| native.clone());
+    let guest = status
+        .guests
+        .iter()
+        .find(|guest| guest.architecture == arch)?;
+    let best = status.accelerator.as_deref();
+    let wanted = domain
+        .virt_type
+        .as_deref()
+        .and_then(Accelerator::of_domain_type);
+    let is_best = arch == native && best == wanted.map(Accelerator::as_str);
+    let version = |text: &Option<String>| text.as_deref()?.parse().ok();
+    let libvirt_version = version(&status.versions.libvirt);
+    let machines = machines(guest);
+    let largest = machines
+        .values()
+        .filter_map(|machine| machine.max_vcpus.number());
+    // Where only version 2 of Arm's interrupt controller is to be had, that is counted in.
+    let has_gic_v3 = largest.max() > Some(8);
+    let aliases = guest.machines.iter().flat_map(|machine| {
+        let meant = machine.name.clone();
+        let alias = move |alias: &String| (alias.clone(), meant.clone());
+        machine.aliases.iter().map(alias)
+    });
+    let iommu = status.iommu.as_ref();
+    let cpu = is_best.then(|| {
+        CpuModes::of_summary(
+            status.cpu.host_model.clone(),
+            status.cpu.vendor.clone(),
+            models(status, domain),
+            wanted != Some(Accelerator::Tcg),
+            libvirt_version,
+        )
+    });
+    let features = Some(&status.cpu.features).filter(|features| is_best && !features.is_empty());
+    Some(Offer {
+        virt_type: domain.virt_type.clone(),
+        virt_types: Some(guest.domain_types.clone()),
+        libvirt_version,
+        qemu_version: version(&status.versions.qemu),
+        aliases: aliases.collect(),
+        machines: Some(machines).filter(|machines| !machines.is_empty()),
+        accelerator_max: match status.kvm_max_vcpus {
+            Some(max) if wanted == Some(Accelerator::Kvm) => VcpuMax::from_number(max),
+            _ => VcpuMax::Unknown,
+        },
+        eim: status.eim.as_deref().and_then(|eim| eim.parse().ok()),
+        gic_versions: has_gic_v3.then(|| vec!["2".to_owned(), "3".to_owned()]),
+        cpu,
+        cpu_features: features.map(|features| features.iter().cloned().collect()),
+        launch_security: is_best.then(|| status.security.clone()),
+        vfio: iommu.map(|iommu| iommu.vfio && iommu.groups > 0),
+        iommufd: iommu.map(|iommu| iommu.iommufd),
+        native_arch: Some(native),
+        arch: Some(arch),
+        ..Offer::default()
+    })
+}
+
+fn machines(guest: &told::Guest) -> BTreeMap<String, OfferedMachine> {
+    let machine = |machine: &told::Machine| {
+        let own = machine.qemu_max_vcpus.or(machine.max_vcpus);
+        let offered = OfferedMachine {
+            max_vcpus: own.map_or(VcpuMax::Unknown, VcpuMax::from_number),
+            deprecated: machine.deprecated,
+        };
+        (machine.name.clone(), offered)
+    };
+    guest.machines.iter().map(machine).collect()
+}
+
+fn models(status: &NodeVirtualizationStatus, domain: &Requirement) -> Vec<CpuModel> {
+    let all = &status.cpu.models;
+    // An alias has the blockers of the model that it means, which are told once.
+    let blockers = |model: &told::CpuModel| -> Vec<String> {
+        let meant = model.alias_of.as_deref();
+        let meant = meant.and_then(|name| all.iter().find(|other| other.name == name));
+        match meant {
+            Some(meant) if model.blockers.is_empty() => meant.blockers.clone(),
+            _ => model.blockers.clone(),
+        }
+    };
+    let is_asked = |name: &str| domain.cpu.model.as_deref() == Some(name);
+    all.iter()
+        .map(|model| {
+            // Only those of the model that is asked for are looked at.
+            let blockers = match is_asked(&model.name) {
+                true => blockers(model),
+                false => Vec::new(),
+            };
+            let usable = match model.usable.as_str() {
+                "yes" => Usable::Yes,
+                // Before libvirt 10.9 nobody says which features are missing, and the domain may
+                // do without them.
+                "no" if blockers.is_empty() && domain.cpu.gives_up_features() => Usable::Unknown,
+                "no" => Usable::No,
+                _ => Usable::Unknown,
+            };
+            CpuModel {
+                name: model.name.clone(),
+                usable: Some(usable),
+                canonical: model.alias_of.clone(),
+                deprecated: model.deprecated,
+                blockers,
+                ..CpuModel::default()
+            }
+        })
+        .collect()
+}
