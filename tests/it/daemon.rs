@@ -237,10 +237,15 @@ async fn without_libvirt_it_publishes_what_it_knows_and_goes_on_when_it_comes() 
     libvirtd.restart()?;
     daemon.ready().await?;
     assert!(daemon.labels()?.keys().any(machine));
+    // What the doctor finds besides is the machine's.
+    let is_doctors = |line: &serde_json::Value| {
+        let message = line["message"].as_str().unwrap_or_default();
+        message.contains("virtnode doctor says")
+    };
     let warnings = daemon
         .log()
         .iter()
-        .filter(|line| line["level"] == "WARN")
+        .filter(|line| line["level"] == "WARN" && !is_doctors(line))
         .count();
     assert!(warnings <= 8, "a line for each try: {:?}", daemon.log());
     Ok(())

@@ -317,7 +317,9 @@ fn the_pod_has_no_more_power_than_it_says() -> anyhow::Result<()> {
         for rule in rules.as_array().context("no rules")? {
             let verbs: &[&str] = match (&*texts(&rule["apiGroups"]), &*texts(&rule["resources"])) {
                 ([""], ["nodes"]) => &["get", "list", "watch", "patch"],
-                (["virtnode.io"], ["domainhotplugs"]) => &["get", "list", "watch", "delete"],
+                (["virtnode.io"], ["domainhotplugs"]) => {
+                    &["get", "list", "watch", "patch", "delete"]
+                }
                 (["virtnode.io"], ["domainhotplugs/status"]) => &["patch"],
                 (["virtnode.io"], ["nodevirtualizations"]) => {
                     &["get", "list", "watch", "create", "patch"]

@@ -137,10 +137,7 @@ pub(crate) fn only<'o>(objects: &'o [Value], kind: &str) -> anyhow::Result<&'o V
 
 fn documents(path: &Path) -> anyhow::Result<Vec<Value>> {
     let text = fs::read_to_string(path).with_context(|| path.display().to_string())?;
-    let texts = text.split("\n---\n");
-    texts
-        .map(|text| serde_saphyr::from_str(text).with_context(|| path.display().to_string()))
-        .collect()
+    super::kube::documents(&text).with_context(|| path.display().to_string())
 }
 
 fn same(object: &Value, patch: &Value) -> bool {
