@@ -399,12 +399,13 @@ async fn a_token_is_good_for_its_own_node_only() -> anyhow::Result<()> {
     create_hotplug(&server, "on-n2", &n2).await?;
     is_denied(pod.report("on-n2").await)?;
     is_denied(pod.hotplugs.delete("on-n2", &DeleteParams::default()).await)?;
-    // Whatever its label says.
+    // Labelled for this node, it may be told that it means another, and nothing else.
     let lie = Patch::Merge(json!({"metadata": {"labels": {"virtnode.io/node": "n1"}}}));
     hotplugs(server.client())
         .patch("on-n2", &PatchParams::default(), &lie)
         .await?;
-    is_denied(pod.report("on-n2").await)?;
+    pod.report("on-n2").await?;
+    is_denied(pod.hotplugs.delete("on-n2", &DeleteParams::default()).await)?;
     pod.report("on-n1").await?;
     pod.hotplugs
         .delete("on-n1", &DeleteParams::default())
