@@ -22,6 +22,9 @@ use crate::operation::{OperationId, Record, State};
 
 /// How long after a restart an operation whose deadline has passed may still wait for a look.
 const GRACE: Duration = Duration::from_secs(15);
+/// How long after a job a domain may still be paused by it: libvirt ends a save that is given up
+/// before it lets the processors run again.
+const AFTER_A_JOB: Duration = Duration::from_secs(5);
 
 /// An operation that is under way.
 pub(super) struct Operation<C> {
@@ -335,6 +338,7 @@ impl<C: DomainControl> Operation<C> {
     async fn prepare(&mut self, looks: &Looks<C>) -> Option<(History, Option<SilentAgent>)> {
         let mut pauses = self.pauses();
         let mut silent = None;
+        let mut last_job = None;
         let give_up = self.give_up();
         loop {
             let Look { seen, agent } = looks.look(silent).await;
@@ -379,6 +383,13 @@ impl<C: DomainControl> Operation<C> {
                 Preflight::Blocked(job) => {
                     self.obstacle = Verdict::Busy;
                     self.awaits(&format!("{job} to end"));
+                    last_job = Some(Instant::now());
+                    sleep(pauses.next()).await;
+                }
+                Preflight::Rejected(rejection)
+                    if rejection.verdict() == Verdict::DomainNotRunning
+                        && last_job.is_some_and(|at| at.elapsed() < AFTER_A_JOB) =>
+                {
                     sleep(pauses.next()).await;
                 }
                 Preflight::Rejected(rejection) => {
