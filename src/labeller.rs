@@ -175,7 +175,12 @@ impl<H: Hypervisor> Labeller<H> {
                     continue;
                 }
             }
-            let was_down = *self.connection.borrow() == Connection::Down;
+            // Whatever woke this probe: a connection that came meanwhile is the one it reads from,
+            // and no reason for another probe.
+            if self.connection.has_changed().unwrap_or(false) {
+                self.prober.forget();
+            }
+            let was_down = *self.connection.borrow_and_update() == Connection::Down;
             let reading = self.prober.read().await;
             if was_down && reading.failures.is_empty() {
                 // This probe waited for the connection; its coming is no news any more.

@@ -13,7 +13,7 @@ use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, sink};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
@@ -25,6 +25,10 @@ use tracing::debug;
 const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
 /// A request's head, and what is buffered of an answer.
 const BUFFER_BYTES: usize = 16 * 1024;
+
+/// For a client to read a last answer and close, and what it may go on to send meanwhile.
+const LINGER: Duration = Duration::from_secs(1);
+const LINGER_BYTES: u64 = 1024 * 1024;
 
 /// Listens. On every address means IPv6 and IPv4; on a machine without IPv6 it means IPv4.
 pub(super) async fn bind(address: SocketAddr) -> io::Result<TcpListener> {
@@ -108,12 +112,27 @@ pub(super) async fn serve(listener: impl Listener, router: Router, bounds: Bound
                 request
             });
         let service = TowerToHyperService::new(service);
-        let connection = server.serve_connection(TokioIo::new(stream), service);
+        let server = server.clone();
         connections.spawn(async move {
-            if let Ok(Err(error)) = timeout(bounds.age, connection).await {
-                debug!(%error, "a connection ended early");
+            let mut stream = stream;
+            let connection = server.serve_connection(TokioIo::new(&mut stream), service);
+            let ended = timeout(bounds.age, connection).await;
+            if let Ok(outcome) = ended {
+                if let Err(error) = outcome {
+                    debug!(%error, "a connection ended early");
+                }
+                let _late = timeout(LINGER, close(stream)).await;
             }
             drop(place);
         });
     }
+}
+
+/// Closes once the client has. A socket that is closed with bytes in it that nobody read is reset,
+/// and a reset can overtake the answer: a request that is refused half-read would often end
+/// without a word (RFC 9112, 9.6).
+async fn close<S: AsyncRead + AsyncWrite + Unpin>(mut stream: S) -> io::Result<()> {
+    stream.shutdown().await?;
+    tokio::io::copy(&mut stream.take(LINGER_BYTES), &mut sink()).await?;
+    Ok(())
 }

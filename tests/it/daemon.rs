@@ -3,8 +3,8 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::Write;
-use std::net::TcpStream;
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpStream};
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
@@ -338,6 +338,17 @@ async fn scrapes_are_answered_from_memory_and_bounded() -> anyhow::Result<()> {
         "x".repeat(100_000)
     );
     assert_eq!(daemon.request(&huge)?.status, 431);
+    // It is told so even if it goes on sending what nobody will read.
+    let mut refused = TcpStream::connect(daemon.address())?;
+    refused.write_all(&huge.as_bytes()[..40_000])?;
+    let mut answer = [0; 12];
+    refused.read_exact(&mut answer)?;
+    assert_eq!(&answer, b"HTTP/1.1 431");
+    for _ in 0..100 {
+        refused.write_all(&huge.as_bytes()[..1000])?;
+    }
+    refused.shutdown(Shutdown::Write)?;
+    refused.read_to_end(&mut Vec::new())?;
     assert_eq!(daemon.get("/nothing")?.status, 404);
     let post =
         "POST /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 0\r\n\r\n";
