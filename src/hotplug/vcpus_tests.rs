@@ -236,6 +236,18 @@ fn a_guest_that_refuses_or_is_deaf() {
         );
         assert!(ended.took(&world) >= ms(30_000));
     }
+
+    // Some QEMUs are at fault themselves, but only where they emulate.
+    for (virt_type, emulated) in [("qemu", true), ("kvm", false)] {
+        let deaf = Habits {
+            deaf: true,
+            ..Habits::default()
+        };
+        let mut world = World::new(1, deaf);
+        world.domain.virt_type = virt_type.to_owned();
+        let remedy = world.vcpus(2).outcome().diagnosis.clone().unwrap().remedy;
+        assert_eq!(remedy.contains("QEMU 5.1 to 7.1"), emulated, "{remedy}");
+    }
 }
 
 #[test]
