@@ -135,7 +135,10 @@ fn what_is_handed_out_is_the_same_each_time_and_works() -> anyhow::Result<()> {
             (_, Some(version)) if !version.starts_with("QEMU_") => ("libvirt0", version),
             _ => continue,
         };
-        assert!(version.parse::<Version>()? <= least(package)?, "{name}: {control}");
+        assert!(
+            version.parse::<Version>()? <= least(package)?,
+            "{name}: {control}"
+        );
     }
     let contents = run(Command::new("dpkg-deb").arg("--contents").arg(package))?;
     let contents = String::from_utf8(contents.stdout)?;
