@@ -30,9 +30,11 @@ build() {
   program=$target/release/virtnode
 }
 
-# The newest version of a library's symbols that the program uses is the oldest it runs with.
-needs() { # prefix of the symbols' versions
-  objdump -T "$program" | sed -n "s/.*(\\{0,1\\}$1_\\([0-9.]*\\))\\{0,1\\} .*/\\1/p" | sort -Vu | tail -n 1
+# The newest of the library's versions that the program asks for is the oldest it starts with. For
+# packed relocations (build.rs) it asks without a number: glibc has them from 2.36 on.
+needs() { # prefix of the versions' names
+  objdump -p "$program" | sed 's/ GLIBC_ABI_DT_RELR$/ GLIBC_2.36/' |
+    sed -n "s/.* $1_\([0-9.]*\)\$/\1/p" | sort -Vu | tail -n 1
 }
 
 stage() { # root

@@ -62,12 +62,8 @@ impl Check {
         self.question.validate()?;
         let report = match self.offline.read()? {
             Some(facts) => {
-                let native = facts.native_arch().map(str::to_owned);
-                let best = |arch: Option<&str>| {
-                    let arch = arch.or(native.as_deref())?;
-                    facts.best_domain_type(arch).map(str::to_owned)
-                };
-                let Some(domain) = self.question.offline(best)? else {
+                let best = |arch: &str| facts.best_domain_type(arch).map(str::to_owned);
+                let Some(domain) = self.question.offline(facts.native_arch(), best)? else {
                     return Err(Failure::new(
                         Exit::Usage,
                         "--domain asks this node's libvirt, and the other flags say to ask nothing \

@@ -13,6 +13,9 @@ pub struct Definition {
     pub virt_type: String,
     /// The architecture; libvirt's choice if there is none.
     pub arch: Option<String>,
+    /// Whether the guest gets ACPI: x86's guests hear of hotplug by it, Arm's have it only with
+    /// UEFI, others never.
+    pub acpi: bool,
     /// The machine type or an alias.
     pub machine: Option<String>,
     /// The most vCPUs.
@@ -66,11 +69,12 @@ impl Definition {
                 }
                 kind.write_text_content(BytesText::new("hvm")).map(|_| ())
             })?;
-            writer
-                .create_element("features")
-                .write_inner_content(|writer| {
+            if self.acpi {
+                let features = writer.create_element("features");
+                features.write_inner_content(|writer| {
                     writer.create_element("acpi").write_empty().map(|_| ())
                 })?;
+            }
             self.write_cpu(writer)
         })?;
         Ok(())

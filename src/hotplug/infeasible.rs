@@ -39,11 +39,13 @@ pub enum Infeasible {
     /// The machine type plugs no vCPUs.
     #[error(
         "machine type {machine} cannot plug vCPUs into a running domain: start the domain with \
-         as many as it needs, or use q35"
+         as many as it needs{instead}"
     )]
     MachineWithoutVcpuHotplug {
         /// The machine type.
         machine: String,
+        /// Which machine type of the architecture can, if there is one.
+        instead: &'static str,
     },
     /// The machine type lets no vCPU go.
     #[error(

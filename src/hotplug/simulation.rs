@@ -111,6 +111,8 @@ pub(super) struct World {
     pub(super) counts_time: bool,
     /// libvirt up to 12.3 does not notice that a vCPU went.
     pub(super) forgetful: bool,
+    /// libvirt 9.0 cannot be told so either.
+    pub(super) unteachable: bool,
     pub(super) host: Host,
     /// Every call that was made.
     pub(super) made: Vec<Action>,
@@ -196,6 +198,7 @@ impl World {
             monitor_events: true,
             counts_time: true,
             forgetful: true,
+            unteachable: false,
             host: Host::default(),
             made: Vec::new(),
             fails: None,

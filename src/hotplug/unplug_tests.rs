@@ -38,6 +38,69 @@ fn an_unplug_is_verified_although_libvirt_says_it_timed_out() {
     assert_eq!(world.made.len(), 1);
 }
 
+/// As libvirt 9.0 is, with QEMU's software emulation.
+#[test]
+fn a_libvirt_that_cannot_be_told_is_to_be_started_anew() {
+    let unteachable = |agent| {
+        let mut world = World::new(3, Habits { agent, ..onlines() });
+        world.unteachable = true;
+        world
+    };
+    let mut world = unteachable(true);
+    let ended = world.vcpus(2);
+    let outcome = ended.outcome();
+    assert_eq!(
+        (ended.verdict(), ended.diagnosis()),
+        (Verdict::Pending, "libvirt-miscounts")
+    );
+    assert_eq!(
+        outcome.message,
+        "the guest let 1 vCPU go, and libvirt still counts 3"
+    );
+    assert!(ended.took(&world) < ms(6000));
+    assert_eq!((world.has.len(), world.online.len()), (2, 2));
+    assert_eq!(world.made.len(), 2);
+    // Its daemon is started anew, and counts what QEMU has.
+    let mut history = ended.into_history();
+    world.look_again(&mut history, ms(1000));
+    assert_eq!(settle(&history), None, "it does not listen");
+    world.domain.vcpus.each[2].enabled = false;
+    let outcome = world.look_again(&mut history, ms(1000));
+    assert_eq!(outcome.verdict, Verdict::Verified);
+
+    // Of two, the second is not asked for: libvirt gets no further than the first.
+    let ended = unteachable(true).vcpus(1);
+    assert_eq!(
+        (ended.verdict(), ended.diagnosis()),
+        (Verdict::PartiallyApplied, "libvirt-miscounts")
+    );
+
+    // Who asks again learns the same, and who asks for what libvirt counts is not told it is there.
+    let mut world = unteachable(true);
+    world.vcpus(2);
+    let ended = world.vcpus(2);
+    assert_eq!(
+        (ended.verdict(), ended.diagnosis()),
+        (Verdict::HypervisorError, "libvirt-miscounts")
+    );
+    let ended = world.vcpus(3);
+    assert_eq!(
+        (ended.verdict(), ended.diagnosis()),
+        (Verdict::GuestSilent, "fewer-than-counted")
+    );
+    assert_eq!(
+        ended.outcome().message,
+        "libvirt counts 3 vCPUs and the guest has 2"
+    );
+
+    // The agent alone can tell, and where nobody can there is libvirt's own word.
+    for (agent, verdict) in [(true, Verdict::Pending), (false, Verdict::HypervisorError)] {
+        let mut world = unteachable(agent);
+        world.monitor_events = false;
+        assert_eq!(world.vcpus(2).verdict(), verdict, "agent {agent}");
+    }
+}
+
 #[test]
 fn an_unplug_is_found_out_without_events_too() {
     for agent in [true, false] {

@@ -31,6 +31,12 @@ const MOST_STARTED: u64 = 64;
 /// Words are compared with those of the libvirts that they were taken down from.
 const SPEAKS_SO: Version = Version::new(11, 0, 0);
 
+/// Up to 10.5 libvirt holds every named CPU model against its own list of features, which may differ
+/// from QEMU's, by which the capabilities call a model usable (its issue 608). Nothing that can be
+/// asked beforehand shows it.
+const TRUSTS_QEMU: Version = Version::new(10, 6, 0);
+const OWN_LIST: &str = "the CPU is incompatible with host CPU: ";
+
 /// A libvirt, and what a node with it has.
 struct Node {
     libvirtd: Libvirtd,
@@ -96,6 +102,7 @@ fn is_foretold(words: Option<&str>, said: &str) -> bool {
 async fn libvirt_says_what_was_computed_of_every_generated_domain() {
     let node = Node::start().await;
     let exact = node.facts.libvirt_version >= Some(SPEAKS_SO);
+    let trusts_qemu = node.facts.libvirt_version >= Some(TRUSTS_QEMU);
     let mut wrong = Vec::new();
     let mut answers: BTreeMap<String, usize> = BTreeMap::new();
     let mut to_start: BTreeMap<String, Vec<(String, Fit)>> = BTreeMap::new();
@@ -114,6 +121,7 @@ async fn libvirt_says_what_was_computed_of_every_generated_domain() {
         );
         let complaint = match &dry_run {
             DryRun::Accepted if !blocking.is_empty() => Some("accepts"),
+            DryRun::Refused { words } if !trusts_qemu && words.starts_with(OWN_LIST) => None,
             DryRun::Refused { .. } if blocking.is_empty() && open.is_empty() => Some("refuses"),
             DryRun::Refused { words } if exact => {
                 let mut foretold = blocking.iter().chain(&open);
@@ -167,10 +175,11 @@ async fn libvirt_says_what_was_computed_of_every_generated_domain() {
         wrong.len(),
         wrong.join("\n")
     );
-    // Both happen often, else little was tried.
+    // Both happen often, else little was tried. An older libvirt takes fewer.
     let count = |kind| answers.get(kind).copied().unwrap_or_default();
+    let accepted = if exact { 50 } else { 25 };
     assert!(
-        count("accepted") >= 50 && count("refused, as computed") >= 200,
+        count("accepted") >= accepted && count("refused, as computed") >= 200,
         "{answers:?}"
     );
     start_some(&node, to_start);

@@ -5,6 +5,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use anyhow::{Context as _, ensure};
+use virtnode::capability::Version;
+
+/// The oldest libvirt that is promised to do, as a client library and as a daemon.
+const OLDEST_LIBVIRT: Version = Version::new(7, 0, 0);
 
 fn run(command: &mut Command) -> anyhow::Result<Output> {
     let output = command.output().with_context(|| format!("{command:?}"))?;
@@ -109,8 +113,32 @@ fn what_is_handed_out_is_the_same_each_time_and_works() -> anyhow::Result<()> {
     }
     let control = run(Command::new("dpkg-deb").arg("--field").arg(package))?;
     let control = String::from_utf8(control.stdout)?;
-    for field in ["Package: virtnode\n", "libc6 (>= 2.", "libvirt0 (>= "] {
-        assert!(control.contains(field), "{control}");
+    assert!(control.contains("Package: virtnode\n"), "{control}");
+    let least = |package: &str| -> anyhow::Result<Version> {
+        let rest = control.split_once(&format!("{package} (>= "));
+        let version = rest.and_then(|(_, rest)| rest.split_once(')'));
+        Ok(version.with_context(|| control.clone())?.0.parse()?)
+    };
+    assert!(least("libvirt0")? <= OLDEST_LIBVIRT, "{control}");
+    // It starts with no older libraries than these.
+    let asked_for = run(Command::new("readelf")
+        .args(["--version-info", "--wide"])
+        .arg(at("virtnode")))?;
+    let asked_for = String::from_utf8(asked_for.stdout)?;
+    let names = asked_for.split_whitespace();
+    for name in names {
+        let (package, version) = match (name.strip_prefix("GLIBC_"), name.strip_prefix("LIBVIRT_"))
+        {
+            // glibc knows packed relocations from 2.36 on.
+            (Some("ABI_DT_RELR"), _) => ("libc6", "2.36"),
+            (Some(version), _) => ("libc6", version),
+            (_, Some(version)) if !version.starts_with("QEMU_") => ("libvirt0", version),
+            _ => continue,
+        };
+        assert!(
+            version.parse::<Version>()? <= least(package)?,
+            "{name}: {control}"
+        );
     }
     let contents = run(Command::new("dpkg-deb").arg("--contents").arg(package))?;
     let contents = String::from_utf8(contents.stdout)?;

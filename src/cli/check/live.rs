@@ -33,11 +33,8 @@ pub(super) fn ask(question: &Question, config: &Config) -> anyhow::Result<Result
             return Ok(Err(Exit::Unreachable));
         }
         let mut facts = reading.facts;
-        let best = |arch: Option<&str>| {
-            let arch = arch.or_else(|| facts.native_arch())?;
-            facts.best_domain_type(arch).map(str::to_owned)
-        };
-        let asked = match question.offline(best)? {
+        let best = |arch: &str| facts.best_domain_type(arch).map(str::to_owned);
+        let asked = match question.offline(facts.native_arch(), best)? {
             Some(asked) => asked,
             None => running(question.running().unwrap_or_default(), &libvirt).await?,
         };

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail};
 use clap::Args;
 
+use crate::capability::is_x86;
 use crate::cli::{Exit, Failure};
 use crate::compat::{Definition, Requirement, Shape};
 use crate::units::Bytes;
@@ -128,10 +129,11 @@ impl Question {
     }
 
     /// The domain from a file or a description; `None` if a running one is asked about.
-    /// `best_type` knows the best domain type of an architecture.
+    /// `native` is the node's own architecture, `best_type` knows the best domain type of one.
     pub(super) fn offline(
         &self,
-        best_type: impl Fn(Option<&str>) -> Option<String>,
+        native: Option<&str>,
+        best_type: impl Fn(&str) -> Option<String>,
     ) -> anyhow::Result<Option<Asked>> {
         if self.domain.is_some() {
             return Ok(None);
@@ -140,13 +142,18 @@ impl Question {
             let (name, xml) = read(path)?;
             return Asked::parse(&name, xml, false).map(Some);
         }
-        let definition = self.description.define(best_type);
+        let definition = self.description.define(native, best_type);
         Asked::parse("the description", definition.to_xml(), true).map(Some)
     }
 }
 
 impl Description {
-    fn define(&self, best_type: impl Fn(Option<&str>) -> Option<String>) -> Definition {
+    fn define(
+        &self,
+        native: Option<&str>,
+        best_type: impl Fn(&str) -> Option<String>,
+    ) -> Definition {
+        let arch = self.arch.as_deref().or(native);
         let parts = [self.sockets, self.dies, self.cores, self.threads];
         let [sockets, dies, cores, threads] = parts.map(|part| part.unwrap_or(1));
         let shape = Shape {
@@ -162,9 +169,10 @@ impl Description {
             virt_type: self
                 .domain_type
                 .clone()
-                .or_else(|| best_type(self.arch.as_deref()))
+                .or_else(|| best_type(arch?))
                 .unwrap_or_else(|| "kvm".to_owned()),
             arch: self.arch.clone(),
+            acpi: arch.is_none_or(is_x86),
             machine: self.machine.clone(),
             vcpus: self.vcpus.or(product).unwrap_or(1),
             current: self.current_vcpus,
@@ -205,5 +213,29 @@ pub(in crate::cli) fn read(path: &Path) -> anyhow::Result<(String, String)> {
             "{name}: is not UTF-8 after byte {}",
             error.utf8_error().valid_up_to()
         ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// libvirt refuses ACPI for Arm's guests without UEFI, and for others altogether.
+    #[test]
+    fn only_x86_is_described_with_acpi() {
+        for (arch, native, acpi) in [
+            (None, None, true),
+            (None, Some("x86_64"), true),
+            (None, Some("aarch64"), false),
+            (Some("aarch64"), Some("x86_64"), false),
+            (Some("i686"), Some("s390x"), true),
+        ] {
+            let description = Description {
+                arch: arch.map(str::to_owned),
+                ..Description::default()
+            };
+            let xml = description.define(native, |_| None).to_xml();
+            assert_eq!(xml.contains("<acpi/>"), acpi, "{xml}");
+        }
     }
 }

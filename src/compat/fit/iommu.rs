@@ -1,7 +1,7 @@
 //! The virtual IOMMU: extended interrupt mode, interrupt remapping and the split I/O APIC, as the
 //! definition gives them and as libvirt completes them by itself.
 
-use super::machine::WITHOUT_PCI;
+use super::machine::{WITHOUT_PCI, knows_pci};
 use super::{Case, MOST_WITHOUT_EIM, unsupported};
 use crate::capability::{Eim, Version};
 use crate::compat::{Code, Finding, IoApic, Iommu, IommuModel, Severity};
@@ -15,6 +15,10 @@ const COMPLETES_PARTLY: Version = Version::new(10, 10, 0);
 const KNOWS_AMD: Version = Version::new(11, 5, 0);
 /// AMD's IOMMU may carry more than 255 vCPUs, and libvirt turns xtsup on (NEWS of 12.2.0).
 const AMD_CARRIES: Version = Version::new(12, 2, 0);
+/// More than 255 vCPUs without extended interrupt mode: 11.3 refuses them, 12.8 takes them if there
+/// is an `<iommu>`, and QEMU starts (measured). In between it is open.
+const TAKES_ALL: Version = Version::new(12, 8, 0);
+const LAST_TO_REFUSE: Version = Version::new(11, 3, 99);
 /// The last QEMU of which it is known that a domain with amd-iommu cannot be migrated
 /// (`vmstate_amdvi_sysbus`, QEMU hw/i386/amd_iommu.c).
 const AMD_STAYS: Version = Version::new(10, 0, 99);
@@ -129,9 +133,19 @@ fn check_model(case: &Case<'_>, iommu: &Iommu, findings: &mut Vec<Finding>) {
                     case.machine.unwrap_or("that is not known")
                 ),
             )
-            .at_define(unsupported(format!(
-                "IOMMU device: '{model}' is only supported with {machines}"
-            )))
+            .at_define(match case.machine {
+                // AMD's is also a PCI device, for which libvirt looks for a place first.
+                Some(name)
+                    if iommu.model == IommuModel::Amd
+                        && WITHOUT_PCI.contains(&name)
+                        && knows_pci(case) == Some(true) =>
+                {
+                    "XML error: No PCI buses available".to_owned()
+                }
+                _ => unsupported(format!(
+                    "IOMMU device: '{model}' is only supported with {machines}"
+                )),
+            })
             .remedy(match case.is_x86() {
                 true => "use machine type q35, or leave <iommu> out",
                 false => "leave <iommu> out, or use one that the machine type has",
@@ -268,19 +282,14 @@ fn check_intel(case: &Case<'_>, iommu: &Iommu, findings: &mut Vec<Finding>) {
     if needed {
         match eim {
             Some(true) => {}
-            Some(false) => findings.push(
-                blocks(
-                    Code::Eim,
-                    format!(
-                        "{} vCPUs are more than {MOST_WITHOUT_EIM} and need extended interrupt \
-                         mode on the IOMMU, which is off{}",
-                        case.domain.vcpus.maximum,
-                        case.maximum_counts()
-                    ),
-                )
-                .at_define(unsupported(NEEDS_EIM))
-                .remedy(format!("write {WHOLE}; or lower <vcpu> to 255")),
-            ),
+            Some(false) => findings.push(without_eim(
+                case,
+                &format!(
+                    "extended interrupt mode on the IOMMU, which is off{}",
+                    case.maximum_counts()
+                ),
+                format!("write {WHOLE}; or lower <vcpu> to 255"),
+            )),
             None => findings.push(unknown("extended interrupt mode")),
         }
     }
@@ -319,6 +328,29 @@ fn not_split(why: &str) -> Finding {
     .remedy("write <ioapic driver='qemu'/> in <features>")
 }
 
+/// More than 255 vCPUs and an IOMMU that lacks what they need.
+fn without_eim(case: &Case<'_>, lacks: &str, remedy: String) -> Finding {
+    let message = format!(
+        "{} vCPUs are more than {MOST_WITHOUT_EIM} and need {lacks}",
+        case.domain.vcpus.maximum
+    );
+    let finding = match case.node.libvirt_version {
+        Some(version) if version >= TAKES_ALL => Finding::new(
+            Severity::Warning,
+            Code::Eim,
+            format!(
+                "{message}; this libvirt starts the domain all the same, and its guest may not \
+                 use them all"
+            ),
+        ),
+        Some(version) if version > LAST_TO_REFUSE => {
+            Finding::new(Severity::Unknown, Code::Eim, message).at_define(unsupported(NEEDS_EIM))
+        }
+        _ => blocks(Code::Eim, message).at_define(unsupported(NEEDS_EIM)),
+    };
+    finding.remedy(remedy)
+}
+
 /// More than 255 vCPUs with an IOMMU of another model.
 fn check_other(case: &Case<'_>, iommu: &Iommu, findings: &mut Vec<Finding>) {
     let model = iommu.model.as_str();
@@ -341,18 +373,14 @@ fn check_other(case: &Case<'_>, iommu: &Iommu, findings: &mut Vec<Finding>) {
             .remedy("write xtsup='on' at its <driver>, or leave it out: libvirt turns it on"),
         ),
         Some(true) => {}
-        Some(false) => findings.push(
-            blocks(
-                Code::Eim,
-                format!(
-                    "{} vCPUs are more than {MOST_WITHOUT_EIM} and need extended interrupt mode, \
-                     which an IOMMU of model {model} does not have with this libvirt",
-                    case.domain.vcpus.maximum
-                ),
-            )
-            .at_define(unsupported(NEEDS_EIM))
-            .remedy(remedy),
-        ),
+        Some(false) => findings.push(without_eim(
+            case,
+            &format!(
+                "extended interrupt mode, which an IOMMU of model {model} does not have with this \
+                 libvirt"
+            ),
+            remedy,
+        )),
         None => findings.push(
             Finding::new(
                 Severity::Unknown,

@@ -228,6 +228,63 @@ fn a_version_2_gic_has_8_vcpus(
     assert_eq!(found(&domain, &node()).0, answer);
 }
 
+/// 11.3 and 12.8 were asked; what came in between is not known.
+#[rstest]
+#[case("9.0.0", Infeasible)]
+#[case("11.3.0", Infeasible)]
+#[case("11.4.0", Unknown)]
+#[case("12.8.0", Feasible)]
+fn more_than_255_vcpus_on_an_iommu_without_eim(#[case] libvirt: &str, #[case] answer: Answer) {
+    let node = Offer {
+        libvirt_version: Some(libvirt.parse().unwrap()),
+        ..node()
+    };
+    for iommu in [
+        "<iommu model='intel'><driver intremap='on' eim='off'/></iommu>",
+        "<iommu model='virtio'/>",
+    ] {
+        let rest = format!(
+            "<features><acpi/><ioapic driver='qemu'/></features><devices>{iommu}</devices>"
+        );
+        let domain = domain("q35", "<vcpu>300</vcpu>", &rest);
+        assert_eq!(found(&domain, &node).0, answer, "{iommu}");
+        let said = fits(&domain, &node);
+        let eim = said.findings.iter().find(|f| f.code == Code::Eim);
+        assert!(eim.unwrap().remedy.is_some(), "{iommu}");
+    }
+}
+
+#[rstest]
+#[case("11.3.0", Infeasible, Some("No PCI buses available"))]
+#[case("11.4.0", Unknown, None)]
+#[case("11.9.0", Feasible, Some("supports PCI but no PCI controller added"))]
+fn machine_types_without_pci(
+    #[case] libvirt: &str,
+    #[case] answer: Answer,
+    #[case] words: Option<&str>,
+) {
+    let mut node = Offer {
+        libvirt_version: Some(libvirt.parse().unwrap()),
+        ..node()
+    };
+    let machine = OfferedMachine {
+        max_vcpus: VcpuMax::AtMost(288),
+        deprecated: false,
+    };
+    node.machines
+        .as_mut()
+        .unwrap()
+        .insert("microvm".to_owned(), machine);
+    assert_eq!(found(&domain("microvm", ONE, ""), &node).0, answer);
+    // Which words there are for a machine type that is not there at all.
+    let strange = fits(&domain("nonsense", ONE, ""), &node);
+    assert_eq!(strange.answer, Infeasible);
+    let said = strange.findings.iter().find(|f| f.code == Code::Machine);
+    let said = said.unwrap().words.as_deref();
+    assert_eq!(said.is_some(), words.is_some(), "{said:?}");
+    assert!(words.is_none_or(|words| said.unwrap().contains(words)));
+}
+
 #[test]
 fn a_host_with_only_a_version_2_gic_has_no_better_one() {
     let old = Offer {

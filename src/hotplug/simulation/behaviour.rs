@@ -23,6 +23,13 @@ impl World {
                     self.later(ms(30), Effect::GuestSeesCpu(id));
                 }
                 for id in plugged.into_iter().filter(|id| id >= count).rev() {
+                    if !self.qemu.contains(&id) && self.unteachable {
+                        how.1 = Return::Failed {
+                            number: 1,
+                            message: "An error occurred, but the cause is unknown".to_owned(),
+                        };
+                        break;
+                    }
                     if !self.qemu.contains(&id) {
                         self.set_enabled(id, false); // QEMU says it has no such device
                         continue;

@@ -2,6 +2,7 @@
 
 use crate::domain::IdSet;
 use crate::hotplug::outcome::{Diagnosis, counted};
+use crate::hotplug::trouble::COUNT_ANEW;
 
 /// The guest confirmed CPUs that it does not have.
 pub(super) fn thrown_away(has: u32, target: u32) -> Diagnosis {
@@ -68,13 +69,23 @@ pub(super) fn never_ran(idle: &IdSet) -> Diagnosis {
     )
 }
 
-/// The guest gave no sign at all.
-pub(super) fn silent_plug(tried: &str) -> Diagnosis {
+/// The guest gave no sign at all. `emulated` says whether it runs without an accelerator.
+pub(super) fn silent_plug(tried: &str, emulated: bool) -> Diagnosis {
+    // tianocore/edk2 issue 9298; measured with 5.2, and 7.2.22, which has it mended.
+    let broken = match emulated {
+        true => {
+            "; QEMU 5.1 to 7.1 tells no guest of new vCPUs in software emulation (domain type \
+             qemu): use a newer one"
+        }
+        false => "",
+    };
     Diagnosis::new(
         "no-sign",
         format!("the vCPUs are plugged, and the guest gave no sign of having noticed ({tried})"),
-        "look whether the guest has booted, runs with ACPI (no acpi=off) and has a kernel with \
-         CONFIG_ACPI_HOTPLUG_CPU; CPUs that it misses now it finds at its next boot",
+        format!(
+            "look whether the guest has booted, runs with ACPI (no acpi=off) and has a kernel with \
+             CONFIG_ACPI_HOTPLUG_CPU; CPUs that it misses now it finds at its next boot{broken}"
+        ),
     )
 }
 
@@ -85,6 +96,30 @@ pub(super) fn kept(ids: &IdSet, status: &str) -> Diagnosis {
         format!("the guest answered '{status}' when it was to let vCPUs {ids} go"),
         "something in the guest needs the CPU: deadline tasks that have reserved it, a task or \
          an interrupt that is bound to it, or a driver; its log says 'Offline failed'",
+    )
+}
+
+/// libvirt counts vCPUs that QEMU has no more.
+pub(super) fn miscounted(words: &str) -> Diagnosis {
+    Diagnosis::new(
+        "libvirt-miscounts",
+        format!(
+            "the guest and QEMU have let a vCPU go, and libvirt did not notice; told again, it \
+             said: {words}"
+        ),
+        COUNT_ANEW,
+    )
+}
+
+/// The guest has fewer CPUs than were plugged already, and this operation did nothing.
+pub(super) fn fewer_than_counted() -> Diagnosis {
+    Diagnosis::new(
+        "fewer-than-counted",
+        "the vCPUs were plugged before, and the guest has fewer: it threw some away (nr_cpus), or \
+         has let some go and libvirt, as 9.0 does, goes on counting them",
+        "look at nr_cpus= and possible_cpus= on the guest's kernel command line; if they leave room, \
+         start libvirt's daemon anew (systemctl restart libvirtd, or virtqemud: domains run on), \
+         which then counts what QEMU has, and ask again",
     )
 }
 

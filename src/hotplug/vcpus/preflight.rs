@@ -65,6 +65,10 @@ fn check_machine(domain: &Domain, unplug: bool) -> Result<(), Infeasible> {
     if named(&["microvm", "isapc"]) || is_virt || machine == "none" {
         return Err(Infeasible::MachineWithoutVcpuHotplug {
             machine: machine.to_owned(),
+            instead: match arch {
+                "x86_64" | "i686" => ", or use q35",
+                _ => "",
+            },
         });
     }
     if unplug && named(&["s390-ccw"]) {

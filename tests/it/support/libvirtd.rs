@@ -4,6 +4,9 @@
 //!
 //! As root it runs as another user: then libvirt is unprivileged, keeps all files below the XDG
 //! directories, and needs neither systemd nor virtlogd nor rights on /dev/kvm.
+//!
+//! It is the machine's own, or that of another distribution with its QEMU, whose root file system
+//! the environment names: see "Another libvirt" in CONTRIBUTING.md.
 
 use std::fs;
 use std::os::unix::fs::chown;
@@ -20,12 +23,18 @@ use tempfile::TempDir;
 
 /// The user and group "nobody" of Debian and Ubuntu; nothing depends on the name.
 const OTHER: u32 = 65534;
+/// The environment variable with the root file system whose libvirtd is run. This machine's /tmp
+/// has to be mounted there, and /dev, /proc and /sys.
+const ROOT: &str = "VIRTNODE_TEST_LIBVIRT_ROOT";
 /// QEMU is asked for what it can do at the first start: seconds for each emulator installed.
 const START: Duration = Duration::from_secs(120);
 
 /// A running libvirtd; ended, with its domains, when dropped.
 pub(crate) struct Libvirtd {
     directory: TempDir,
+    /// As [`ROOT`] says, if it does.
+    root: Option<PathBuf>,
+    /// The program, within that root.
     daemon: PathBuf,
     child: Option<Child>,
 }
@@ -43,13 +52,19 @@ impl Libvirtd {
 
     /// One that is not started yet: its socket is not there.
     pub(crate) fn new() -> anyhow::Result<Self> {
-        let daemon = ["libvirtd", "virtqemud"].into_iter().find_map(in_path);
+        let root = std::env::var_os(ROOT).map(PathBuf::from);
+        let find = |program| match &root {
+            Some(root) => in_root(root, program),
+            None => in_path(program),
+        };
+        let daemon = ["libvirtd", "virtqemud"].into_iter().find_map(find);
         let daemon = daemon.context("this test needs libvirtd (package libvirt-daemon)")?;
         let directory = tempfile::Builder::new()
             .prefix("virtnode-libvirtd-")
             .tempdir_in("/tmp")?;
         let libvirtd = Self {
             directory,
+            root,
             daemon,
             child: None,
         };
@@ -59,7 +74,7 @@ impl Libvirtd {
         // Else a domain wants virtlogd.
         let configuration = libvirtd.path("config/libvirt/qemu.conf");
         fs::write(configuration, "stdio_handler = \"file\"\n")?;
-        copy_files(&seed(), &libvirtd.capability_cache())?;
+        copy_files(&libvirtd.seed(), &libvirtd.capability_cache())?;
         give_away(libvirtd.directory.path())?;
         Ok(libvirtd)
     }
@@ -119,7 +134,16 @@ impl Libvirtd {
             .create(true)
             .append(true)
             .open(self.path("log"))?;
-        let mut command = Command::new(&self.daemon);
+        let mut command = match &self.root {
+            // chroot becomes libvirtd, with the same process ID.
+            Some(root) => {
+                let mut command = Command::new("chroot");
+                command.arg(format!("--userspec={OTHER}:{OTHER}"));
+                command.arg("--groups=").arg(root).arg(&self.daemon);
+                command
+            }
+            None => Command::new(&self.daemon),
+        };
         command
             .env_clear()
             .env("PATH", "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin")
@@ -132,7 +156,7 @@ impl Libvirtd {
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log);
-        if Uid::effective().is_root() {
+        if self.root.is_none() && Uid::effective().is_root() {
             // The standard library drops the other groups with it.
             command.uid(OTHER).gid(OTHER);
         }
@@ -264,6 +288,14 @@ impl Libvirtd {
         })
     }
 
+    /// What libvirt learnt of the installed emulators, kept between runs of the tests. libvirt
+    /// itself finds out if it is out of date.
+    fn seed(&self) -> PathBuf {
+        let root = self.root.as_deref().map(Path::to_string_lossy);
+        let of = root.unwrap_or_default().replace('/', "-");
+        Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("libvirt-capabilities{of}"))
+    }
+
     fn capability_cache(&self) -> PathBuf {
         self.path("cache/libvirt/qemu/cache/capabilities")
     }
@@ -294,7 +326,7 @@ impl Drop for Libvirtd {
         }
         self.end_domains();
         // For the next test, so that it need not ask the emulators again.
-        copy_files(&self.capability_cache(), &seed()).ok();
+        copy_files(&self.capability_cache(), &self.seed()).ok();
     }
 }
 
@@ -321,12 +353,6 @@ fn give_away(path: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What libvirt learnt of the installed emulators, kept between runs of the tests. libvirt
-/// itself finds out if it is out of date.
-fn seed() -> PathBuf {
-    Path::new(env!("CARGO_TARGET_TMPDIR")).join("libvirt-capabilities")
-}
-
 /// Copies a directory's files; each is there whole or not at all, whoever copies at the same time.
 fn copy_files(from: &Path, to: &Path) -> anyhow::Result<()> {
     fs::create_dir_all(to)?;
@@ -342,6 +368,13 @@ fn copy_files(from: &Path, to: &Path) -> anyhow::Result<()> {
         }
     }
     Ok(())
+}
+
+/// A program's path as it is within another root.
+fn in_root(root: &Path, program: &str) -> Option<PathBuf> {
+    let inside = Path::new("/usr/sbin").join(program);
+    let outside = root.join(inside.strip_prefix("/").ok()?);
+    outside.is_file().then_some(inside)
 }
 
 fn in_path(program: &str) -> Option<PathBuf> {

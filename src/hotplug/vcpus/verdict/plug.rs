@@ -224,12 +224,25 @@ impl Case<'_> {
             )
             .because(diagnosis::never_ran(&idle));
         }
+        let nothing_called = self.count == self.before && self.history.calls().is_empty();
+        if let Some(guest) = signs.guest.filter(|_| nothing_called) {
+            return Finding::new(
+                Verdict::GuestSilent,
+                format!(
+                    "libvirt counts {} and the guest has {}",
+                    counted(self.count, "vCPU"),
+                    guest.vcpus.len()
+                ),
+            )
+            .because(diagnosis::fewer_than_counted());
+        }
         let message = match (signs.all_answered() && !signs.added.is_empty(), signs.guest) {
             (true, Some(_)) => "the guest confirmed the vCPUs, and its agent does not see them yet",
             _ => "libvirt plugged the vCPUs, and the guest gave no sign until the deadline",
         };
+        let emulated = self.history.before.domain.virt_type == "qemu";
         self.partly_or(Verdict::GuestSilent, message.to_owned())
-            .because(diagnosis::silent_plug(&tried))
+            .because(diagnosis::silent_plug(&tried, emulated))
     }
 
     /// Some of what was asked for is in use: then that is the verdict.

@@ -21,6 +21,9 @@ impl Case<'_> {
                     .because(diagnosis),
             );
         }
+        if let Some(words) = trouble::not_told(self.history) {
+            return Ruling::Found(self.miscounted(words));
+        }
         if let Some(nudge) = self.nudge() {
             return Ruling::Call(nudge);
         }
@@ -49,6 +52,27 @@ impl Case<'_> {
                 false => "the guest to let the vCPUs go",
             },
         )
+    }
+
+    /// libvirt does not take note of what the guest and QEMU have done, and only a new start of
+    /// its daemon makes it.
+    fn miscounted(&self, words: &str) -> Finding {
+        let signs = &self.signs;
+        let by_agent = signs
+            .guest
+            .map_or(0, |guest| signs.plugged.saturating_sub(guest.vcpus.len()));
+        let gone = signs.gone_count().max(by_agent);
+        let verdict = match gone {
+            0 => return trouble::error(words),
+            gone if gone < self.before - self.count => Verdict::PartiallyApplied,
+            _ => Verdict::Pending,
+        };
+        let message = format!(
+            "the guest let {} go, and libvirt still counts {}",
+            counted(gone, "vCPU"),
+            signs.plugged
+        );
+        Finding::new(verdict, message).because(diagnosis::miscounted(words))
     }
 
     /// Whether nobody knows if libvirt got the last call.
@@ -107,7 +131,8 @@ impl Case<'_> {
         let (returned, _) = last.returned.as_ref()?;
         let had = history.before.domain.vcpus.plugged_ids();
         let has = signs.latest?.domain.vcpus.plugged_ids();
-        if history.running_call().is_some() || !history.may_call() || has != had {
+        let useless = trouble::not_told(history).is_some();
+        if history.running_call().is_some() || !history.may_call() || has != had || useless {
             return None;
         }
         let needed = usize::try_from(self.before - self.count).unwrap_or(usize::MAX);
