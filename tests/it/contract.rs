@@ -12,7 +12,7 @@ use anyhow::ensure;
 use rstest::rstest;
 use tempfile::TempDir;
 use tokio::time::{Instant, timeout};
-use virtnode::domain::Job;
+use virtnode::domain::{DomainState, Job, Reason};
 use virtnode::executor::{AskedBy, Executor, OperationId, Options, Order, Record};
 use virtnode::hotplug::{Answer, Event, HotplugRequest, Require, SlotKind, Verdict};
 use virtnode::hypervisor::{Change, DomainControl, HypervisorError, Notice, Notices, Scope};
@@ -296,7 +296,8 @@ async fn job<B: Backend>() {
     assert_eq!(control.domain(&id).await.unwrap().job, None);
 
     backend.begins_job().await;
-    assert_eq!(control.domain(&id).await.unwrap().job, Some(Job::Save));
+    let held = control.domain(&id).await.unwrap();
+    assert_eq!((held.job, held.reason), (Some(Job::Save), Some(Reason::Save)));
     // What can never be done is said at once all the same.
     let limit = node.ask(vcpus(5, Infeasible).request, 60).await;
     assert_eq!(limit.verdict, Some(Infeasible), "{limit:#?}");
@@ -478,9 +479,11 @@ async fn calls<B: Backend>() {
 
     // Held, and the end.
     guest.pause(true);
-    let state = control.domain(&id).await.unwrap().state;
-    assert!(!state.runs() && state.is_active());
+    let held = control.domain(&id).await.unwrap();
+    assert_eq!((held.state, held.reason), (DomainState::Paused, Some(Reason::User)));
     guest.pause(false);
+    let held = control.domain(&id).await.unwrap();
+    assert_eq!((held.state, held.reason), (DomainState::Running, None));
     guest.destroy();
     hears(&mut notices, |event| {
         *event == Event::Stopped("destroyed".to_owned())

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tempfile::TempDir;
 use tokio::time::Instant;
-use virtnode::domain::Job;
+use virtnode::domain::{Job, Reason};
 use virtnode::executor::{
     AskedBy, Executor, OperationId, Options, Order, Record, State, SubmitError,
 };
@@ -284,7 +284,7 @@ async fn what_cannot_be_is_told_without_a_call() {
     let node = Node::new();
     node.control.add("vm", FakeGuest::default());
     node.control.add("held", FakeGuest::default());
-    node.control.pause("held");
+    node.control.pause("held", Reason::User);
     for (order, verdict) in [
         (vcpus("vm", 5), Verdict::Infeasible),
         (vcpus("vm", 0), Verdict::Infeasible),
@@ -298,6 +298,75 @@ async fn what_cannot_be_is_told_without_a_call() {
         assert_eq!(record.verdict, Some(verdict), "{record:#?}");
         assert!(!record.message.unwrap().is_empty());
     }
+    assert!(node.control.calls().is_empty());
+}
+
+/// What is being done to a domain holds it for a while; a person or a disk does so until somebody
+/// does something about it.
+#[tokio::test(start_paused = true)]
+async fn a_paused_domain_is_waited_for_if_it_runs_on_by_itself() {
+    let node = Node::new();
+    for (by, says) in [
+        (Reason::User, "paused by a user: resume it first"),
+        (Reason::IoError, "virsh domblkerror"),
+        (Reason::FromSnapshot, "went back to a snapshot"),
+        (Reason::Unknown, "libvirt does not tell"),
+    ] {
+        let name = format!("{by:?}");
+        node.control.add(&name, FakeGuest::default());
+        node.control.pause(&name, by);
+        let began = Instant::now();
+        let record = node.ask(vcpus(&name, 3)).await;
+        assert_eq!(record.verdict, Some(Verdict::DomainNotRunning));
+        let message = record.message.unwrap();
+        assert!(message.contains(says), "no '{says}' in {message}");
+        assert!(began.elapsed() < Duration::from_secs(1), "{message}");
+    }
+    for by in [Reason::Save, Reason::Migration, Reason::StartingUp] {
+        let name = format!("{by:?}");
+        node.control.add(&name, FakeGuest::default());
+        node.control.pause(&name, by);
+        let held = Order {
+            timeout: Duration::from_secs(20),
+            ..vcpus(&name, 3)
+        };
+        let held = node.ask(held).await;
+        assert_eq!(held.verdict, Some(Verdict::Busy), "{held:#?}");
+        let message = held.message.unwrap();
+        let says = format!("paused {by}, to run again: nothing was changed");
+        assert!(message.ends_with(&says), "no '{says}' in {message}");
+        let waits = node.executor.submit(vcpus(&name, 3)).await.unwrap();
+        node.becomes(&waits, |record| {
+            let awaiting = record.awaiting.as_ref();
+            awaiting.is_some_and(|awaiting| awaiting.what.contains("to run again"))
+        })
+        .await;
+        node.control.resume(&name);
+        let record = node.ends(&waits).await;
+        assert_eq!(record.verdict, Some(Verdict::Verified), "{record:#?}");
+    }
+    assert_eq!(node.control.calls().len(), 3);
+}
+
+/// It was there when it was asked for: that it is not there any more is not all there is to say.
+#[tokio::test(start_paused = true)]
+async fn a_domain_that_goes_to_another_node_before_its_turn_is_told_as_such() {
+    let node = Node::new();
+    node.control.add("vm", FakeGuest::default());
+    node.control.does("vm", Some(Job::MigrationOut));
+    let id = node.executor.submit(vcpus("vm", 3)).await.unwrap();
+    let waits = |record: &Record| {
+        let awaiting = record.awaiting.as_ref();
+        awaiting.is_some_and(|awaiting| awaiting.what.contains("a migration"))
+    };
+    node.becomes(&id, waits).await;
+    node.control.ends("vm", "migrated to another node");
+    let record = node.ends(&id).await;
+    assert_eq!(record.verdict, Some(Verdict::DomainNotRunning));
+    assert_eq!(
+        record.message.as_deref(),
+        Some("the domain ended before anything was asked of it: migrated to another node")
+    );
     assert!(node.control.calls().is_empty());
 }
 

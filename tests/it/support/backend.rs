@@ -10,7 +10,7 @@ use anyhow::{Context as _, ensure};
 use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
 use tokio::time::timeout;
-use virtnode::domain::Job;
+use virtnode::domain::{Job, Reason};
 use virtnode::hypervisor::{Connection, ControlConfig, DomainControl, LibvirtControl};
 use virtnode::telemetry::Metrics;
 use virtnode::units::{Bytes, KiB};
@@ -96,7 +96,7 @@ impl Backend for InMemory {
 
     async fn begins_job(&self) {
         self.0.does(NAME, Some(Job::Save));
-        self.0.pause(NAME);
+        self.0.pause(NAME, Reason::Save);
     }
 
     async fn ends_job(&self) {
@@ -128,7 +128,7 @@ impl Witness for &FakeControl {
 
     fn pause(&self, on: bool) {
         match on {
-            true => FakeControl::pause(self, NAME),
+            true => FakeControl::pause(self, NAME, Reason::User),
             false => self.resume(NAME),
         }
     }

@@ -7,6 +7,7 @@
 //! tested on the XML of a pseries guest, in the core.
 
 mod memory;
+mod migration;
 mod trouble;
 mod vcpus;
 
@@ -89,13 +90,19 @@ impl Node {
         record.unwrap().unwrap().clone()
     }
 
-    /// The record when the guest is seen to have CPUs that it does not use.
+    /// Waits until the guest is seen to have CPUs that it does not use.
     async fn sees_offline(&self, id: &OperationId) {
-        self.becomes(id, |record| {
+        self.awaits(id, "online").await;
+    }
+
+    /// Waits until an operation waits for that.
+    async fn awaits(&self, id: &OperationId, what: &str) {
+        let awaited = |record: &Record| {
             let awaiting = record.awaiting.as_ref();
-            awaiting.is_some_and(|awaiting| awaiting.what.contains("online"))
-        })
-        .await;
+            record.is_done() || awaiting.is_some_and(|awaiting| awaiting.what.contains(what))
+        };
+        let record = self.becomes(id, awaited).await;
+        assert!(!record.is_done(), "it did not wait for {what}: {record:#?}");
     }
 
     async fn ask(&self, request: HotplugRequest) -> Record {

@@ -104,7 +104,9 @@ async fn paused_and_limits_that_change_nothing() {
     }
     assert_eq!(node.counted(), 1);
     node.libvirtd.virsh(&["suspend", "guest"]).unwrap();
-    is(&node.ask(vcpus(2)).await, Verdict::DomainNotRunning);
+    let record = node.ask(vcpus(2)).await;
+    is(&record, Verdict::DomainNotRunning);
+    says(&record, "paused by a user");
     assert_eq!(node.counted(), 1);
 }
 
