@@ -198,6 +198,11 @@ impl Libvirtd {
         Ok(kill(Pid::from_raw(pid.trim().parse()?), signal)?)
     }
 
+    /// Starts a definition; or what virsh said.
+    pub(crate) fn create(&self, xml: &str) -> Result<(), String> {
+        self.with_file(xml, &["create"])
+    }
+
     /// Starts a definition, paused, and ends it again; or what virsh said.
     pub(crate) fn start_and_end(&self, xml: &str) -> Result<(), String> {
         self.with_file(xml, &["create", "--paused"])?;
