@@ -17,7 +17,8 @@ pub fn plain(text: &str) -> String {
 /// the direction of what follows.
 pub fn is_plain(c: char) -> bool {
     let separates = matches!(c, '\u{2028}' | '\u{2029}');
-    let turns = matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    let turns =
+        matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
     !c.is_control() && !separates && !turns
 }
 

@@ -350,7 +350,11 @@ impl<C: DomainControl> Operation<C> {
         // An event and an answer come by different connections.
         let told = timeout(WHY, async {
             while let Some(notice) = notices.next().await {
-                if let Notice::Change { domain: of, change: Change::Event(Event::Stopped(why)), .. } = notice
+                if let Notice::Change {
+                    domain: of,
+                    change: Change::Event(Event::Stopped(why)),
+                    ..
+                } = notice
                     && of.uuid == domain.uuid
                 {
                     return format!(": {why}");

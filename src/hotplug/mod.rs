@@ -94,9 +94,7 @@ pub fn preflight(request: &HotplugRequest, seen: &Observation, host: &Host) -> P
         }
         _ if state.runs() => Preflight::Ready(plan),
         // Many a job pauses the domain, and is over a moment before the domain runs again.
-        _ if seen.reason.is_some_and(Reason::ends_by_itself) => {
-            Preflight::Blocked(seen.awaiting())
-        }
+        _ if seen.reason.is_some_and(Reason::ends_by_itself) => Preflight::Blocked(seen.awaiting()),
         _ => not_running(seen),
     }
 }

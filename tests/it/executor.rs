@@ -190,30 +190,6 @@ async fn an_unplug_that_libvirt_does_not_notice_is_brought_to_its_notice() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_refusal_is_told_when_it_is_said_and_a_later_success_puts_it_right() {
-    let node = Node::new();
-    let keeps = FakeGuest {
-        vcpus: 3,
-        cpus: Cpus::KeepsThem,
-        ..FakeGuest::default()
-    };
-    node.control.add("vm", keeps);
-    let began = Instant::now();
-    let id = node.executor.submit(vcpus("vm", 2)).await.unwrap();
-    let record = node.ends(&id).await;
-    assert_eq!(record.verdict, Some(Verdict::GuestRefused), "{record:#?}");
-    assert!(began.elapsed() < Duration::from_secs(1));
-    // Somebody else asks the guest again, and now it obeys.
-    node.control
-        .behaves("vm", |guest| guest.cpus = Cpus::Onlines);
-    node.control.somebody_unplugs("vm", 2);
-    let record = node
-        .becomes(&id, |record| record.verdict == Some(Verdict::Verified))
-        .await;
-    assert!(record.corrected > record.finished);
-}
-
-#[tokio::test(start_paused = true)]
 async fn who_comes_first_is_served_first() {
     let node = Node::new();
     node.control.add("vm", FakeGuest::default());

@@ -75,7 +75,9 @@ fn domains_in(metrics: &str, metric: &str) -> anyhow::Result<Vec<String>> {
     let mut found = Vec::new();
     for line in metrics.split('\n').filter(|line| line.starts_with(metric)) {
         let rest = line[metric.len()..].strip_prefix("{domain=\"");
-        let mut characters = rest.with_context(|| format!("no domain in {line}"))?.chars();
+        let mut characters = rest
+            .with_context(|| format!("no domain in {line}"))?
+            .chars();
         let mut value = String::new();
         loop {
             match characters.next().context("a value without an end")? {
@@ -149,13 +151,19 @@ async fn a_name_is_only_a_name_wherever_it_is_read() -> anyhow::Result<()> {
         let (code, out, err) = run(&socket, &[&hotplug[..], &[called, "2"]].concat())?;
         assert_eq!((code, err.as_str()), (0, ""), "{out}");
         assert!(out.starts_with("Verified: "), "{out}");
-        assert!(out.split('\n').all(|line| line.chars().all(is_plain)), "{out:?}");
+        assert!(
+            out.split('\n').all(|line| line.chars().all(is_plain)),
+            "{out:?}"
+        );
         let of_domain = out.lines().filter(|line| line.starts_with("  domain  "));
         assert_eq!(of_domain.count(), 1, "{out}");
     }
     let (code, out, _) = run(&socket, &["operations"])?;
     assert_eq!((code, out.lines().count()), (0, names.len() + 1), "{out}");
-    assert!(out.split('\n').all(|line| line.chars().all(is_plain)), "{out:?}");
+    assert!(
+        out.split('\n').all(|line| line.chars().all(is_plain)),
+        "{out:?}"
+    );
     let (_, out, _) = run(&socket, &["operations", "--output", "json"])?;
     let operations: Value = serde_json::from_str(&out)?;
     let operations = operations["operations"].as_array().context("a list")?;
@@ -169,13 +177,17 @@ async fn a_name_is_only_a_name_wherever_it_is_read() -> anyhow::Result<()> {
         names
     };
     let text = |value: &Value| value.as_str().map(str::to_owned);
-    let done = operations.iter().filter_map(|it| text(&it["domain"]["name"]));
+    let done = operations
+        .iter()
+        .filter_map(|it| text(&it["domain"]["name"]));
     assert_eq!(sorted(done.collect()), names);
 
     // The metrics: a series for each, and none that is not ours.
     eventually(LONG, async || {
         let metrics = daemon.get("/metrics")?.text();
-        let forged = metrics.split('\n').find(|line| line.starts_with("virtnode_forged"));
+        let forged = metrics
+            .split('\n')
+            .find(|line| line.starts_with("virtnode_forged"));
         ensure!(forged.is_none(), "{forged:?}");
         let shown = domains_in(&metrics, "virtnode_domain_vcpus")?;
         ensure!(shown == names, "{shown:?}");

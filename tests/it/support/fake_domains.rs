@@ -206,6 +206,11 @@ impl FakeControl {
         self.domains()[name].online.len()
     }
 
+    /// The CPUs that the guest has, used or not.
+    pub(crate) fn present(&self, name: &str) -> IdSet {
+        self.domains()[name].present.clone()
+    }
+
     /// Changes what a guest does from now on.
     pub(crate) fn behaves(&self, name: &str, change: impl FnOnce(&mut FakeGuest)) {
         let mut domains = self.domains();

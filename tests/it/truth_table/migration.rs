@@ -28,7 +28,8 @@ async fn migrated_in_the_middle_and_before_its_turn() {
     let migration = node.libvirtd.migrate("guest", others, &SLOWLY).unwrap();
     begins(&node).await;
     let id = node.submit_within(vcpus(3), LONG).await;
-    node.awaits(&id, "a migration of the domain to another node").await;
+    node.awaits(&id, "a migration of the domain to another node")
+        .await;
     assert_eq!(node.counted(), 1);
     node.libvirtd.virsh(&["domjobabort", "guest"]).unwrap();
     is(&node.ends(&id).await, Verdict::Verified);
@@ -40,7 +41,10 @@ async fn migrated_in_the_middle_and_before_its_turn() {
     let migration = node.libvirtd.migrate("guest", others, &["--persistent"]);
     let record = node.ends(&id).await;
     is(&record, Verdict::DomainNotRunning);
-    says(&record, "in the middle of the operation: migrated to another node");
+    says(
+        &record,
+        "in the middle of the operation: migrated to another node",
+    );
     assert!(record.finished < Some(record.deadline));
     migration.unwrap().ends().await.unwrap();
     // The journal says so too, and asking here again says what is so.
@@ -54,12 +58,19 @@ async fn migrated_in_the_middle_and_before_its_turn() {
     let migration = others.migrate("guest", &node.libvirtd, &SLOWLY).unwrap();
     begins(&there).await;
     let id = there.submit_within(vcpus(4), LONG).await;
-    there.awaits(&id, "a migration of the domain to another node").await;
-    others.virsh(&["migrate-setspeed", "guest", "4096"]).unwrap();
+    there
+        .awaits(&id, "a migration of the domain to another node")
+        .await;
+    others
+        .virsh(&["migrate-setspeed", "guest", "4096"])
+        .unwrap();
     let record = there.ends(&id).await;
     is(&record, Verdict::DomainNotRunning);
     // Its definition is still here.
-    says(&record, "shut off since it went to another node: ask the node");
+    says(
+        &record,
+        "shut off since it went to another node: ask the node",
+    );
     migration.ends().await.unwrap();
     assert_eq!(node.counted(), 3);
 }

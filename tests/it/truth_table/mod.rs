@@ -6,10 +6,9 @@
 //! threads whatever the topology (libvirt: `qemuValidateDefGetVcpuHotplugGranularity`). That is
 //! tested on the XML of a pseries guest, in the core.
 
-mod memory;
+mod guests;
 mod migration;
 mod trouble;
-mod vcpus;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -30,7 +29,6 @@ use crate::support::libvirtd::Libvirtd;
 /// What a guest has in all before anything is added.
 const BOOT: &str = "512MiB";
 const MORE: &str = "1GiB";
-const MIB: u64 = 1024;
 
 /// For what has no deadline of its own; only a failing test waits so long.
 const LONG: Duration = Duration::from_secs(120);

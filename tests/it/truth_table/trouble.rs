@@ -108,6 +108,22 @@ async fn shut_off_by_the_guest_itself_in_the_middle() {
     assert!(record.finished < Some(record.deadline));
 }
 
+/// On x86 each thread can be plugged by itself, whatever the topology.
+#[tokio::test]
+async fn cores_with_two_threads() {
+    let node = Node::start().await;
+    node.libvirtd.start_firmware("guest", 8).unwrap();
+    for count in [2, 5] {
+        let accepted = Order {
+            require: Require::Accepted,
+            ..order("guest", vcpus(count))
+        };
+        let id = node.order(accepted).await;
+        is(&node.ends(&id).await, Verdict::Verified);
+        assert_eq!(node.counted(), count);
+    }
+}
+
 #[tokio::test]
 async fn two_requests_for_one_domain_at_once() {
     let node = Node::start().await;
