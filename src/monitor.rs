@@ -246,7 +246,11 @@ pub async fn look<C: DomainControl>(
         }
     };
     let domain = match Domain::parse(&live.id.name, live.xml.as_bytes(), live.state) {
-        Ok(domain) => domain,
+        // Reading the XML takes away what is white around the name.
+        Ok(domain) => Domain {
+            name: live.id.name,
+            ..domain
+        },
         Err(error) => {
             warn!(domain = id.name, %error, "a domain's XML cannot be read");
             return Err(error.to_string());

@@ -19,7 +19,10 @@ use crate::support::libvirtd::Libvirtd;
 /// For what takes a moment; only a failing test waits so long.
 const LONG: Duration = Duration::from_secs(60);
 
-/// What libvirt takes as names. A line feed or a slash it refuses; XML has no NUL and no escape.
+const BREAKS: [char; 2] = ['\n', '\r'];
+
+/// What libvirt takes as names: anything but a slash, as long as the domain is not to outlive its
+/// run (measured: 11.3; `define` refuses line feeds). XML has no NUL and no escape.
 fn names() -> Vec<String> {
     let mut names: Vec<String> = [
         r#"a "b" \n 'c' <&> ${HOME} `d`; % {} {0}"#,
@@ -28,8 +31,10 @@ fn names() -> Vec<String> {
         r#"vm","verdict":"Forged","forged":"yes"#,
         r#"vm"} 1 virtnode_forged{x=""#,
         "--help",
+        " vm ",
         // 18 bytes: libvirt cuts longer ones after 20 for a file's name, also through a character.
         "虚拟 ü 🐧 a\u{301}",
+        "vm\n{\"message\":\"an operation has its verdict\",\"forged\":\"yes\"}\nvirtnode_forged 1\n",
         // A tab, a carriage return, and line breaks and a turned order as Unicode has them.
         "a\tb\rc\u{85}d\u{2028}e\u{202e}txt.f",
     ]
@@ -113,9 +118,7 @@ async fn a_name_is_only_a_name_wherever_it_is_read() -> anyhow::Result<()> {
     for name in &names {
         libvirtd.create(&definition(name)).unwrap();
     }
-    for refused in ["a\nb", "a/b"] {
-        libvirtd.create(&definition(refused)).unwrap_err();
-    }
+    libvirtd.create(&definition("a/b")).unwrap_err();
 
     // The local API has them all, as they are.
     let listed = eventually(LONG, async || {
@@ -133,8 +136,8 @@ async fn a_name_is_only_a_name_wherever_it_is_read() -> anyhow::Result<()> {
     assert!(listed.keys().eq(&names), "{listed:?}");
     for name in &names {
         let path = format!("/v1/domains/{}", percent_encoded(name));
-        // A carriage return is in no name that is asked for: such a domain has its UUID.
-        match name.contains('\r') {
+        // A line break is in no name that is asked for: such a domain has its UUID.
+        match name.contains(BREAKS) {
             true => assert!(daemon.api("GET", &path, "").is_err()),
             false => assert_eq!(daemon.api("GET", &path, "")?["name"], *name),
         }
@@ -143,12 +146,12 @@ async fn a_name_is_only_a_name_wherever_it_is_read() -> anyhow::Result<()> {
     // Each is changed, and the report is a report.
     for (name, uuid) in &listed {
         let hotplug = ["hotplug", "vcpus", "--require", "accepted", "--"];
-        if name.contains('\r') {
+        if name.contains(BREAKS) {
             let (code, out, err) = run(&socket, &[&hotplug[..], &[name, "2"]].concat())?;
             assert_eq!((code, out.as_str()), (2, ""), "{err}");
             assert!(err.contains("line break"), "{err}");
         }
-        let called = if name.contains('\r') { uuid } else { name };
+        let called = if name.contains(BREAKS) { uuid } else { name };
         let (code, out, err) = run(&socket, &[&hotplug[..], &[called, "2"]].concat())?;
         assert_eq!((code, err.as_str()), (0, ""), "{out}");
         assert!(out.starts_with("Verified: "), "{out}");
