@@ -21,6 +21,7 @@ started=()      # what to stop at the end, in the order in which it was started
 daemon_pid=     # virtnode's
 networks=       # network interfaces from before
 image=          # directory with the guests' kernel and initramfs; empty if there is none
+image_pid=      # of what builds it
 guests=()       # those that are to be ended
 scratch=$(mktemp -d "${TMPDIR:-/tmp}/virtnode-demo.XXXXXX")
 readonly scratch
@@ -133,6 +134,10 @@ clean_up() {
   if [[ -n $daemon_pid ]]; then
     stop virtnode "$daemon_pid"
   fi
+  if [[ -n $image_pid ]]; then
+    kill "$image_pid" 2>/dev/null
+    wait "$image_pid" 2>/dev/null
+  fi
   stop_guests
   if ((${#started[@]} > 0)); then
     stop_networks
@@ -161,9 +166,11 @@ libvirt_answers() {
   ((status == 0)) || return 1
 }
 
+# Without a terminal virsh asks nobody for a password: in the background, where timeout puts it, it
+# would wait for the answer for ever. Whom polkit does not let in at once goes through sudo.
 find_libvirt() {
   local status=0
-  libvirt_answers || status=$?
+  libvirt_answers setsid --wait || status=$?
   if ((status == 1 && EUID != 0)); then
     status=0
     libvirt_answers sudo || status=$?
@@ -269,17 +276,34 @@ no_guest() {
   image=
 }
 
+# Begins to make it, and returns: the first time it is downloaded and unpacked.
+build_image() {
+  if [[ $(uname -m) == x86_64 ]]; then
+    tests/lab/build-guest.sh </dev/null >"$scratch/image" 2>"$scratch/image.log" &
+    image_pid=$!
+  fi
+}
+
 find_image() {
-  if [[ $(uname -m) != x86_64 ]]; then
+  local status=0
+  if [[ -z $image_pid ]]; then
     no_guest "The guests that show hotplug are x86_64 Linux; this machine is $(uname -m)."
-  elif ! image=$(tests/lab/build-guest.sh); then
-    no_guest "The guest's kernel and programs cannot be had: see above."
+    return
+  fi
+  wait "$image_pid" || status=$?
+  image_pid=
+  if ((status == 0)); then
+    image=$(<"$scratch/image")
+    note "$image"
+  else
+    cat "$scratch/image.log" >&2
+    no_guest "They cannot be had: see above."
   fi
 }
 
 # Begins to boot it, and returns.
 start_guest() { # name, words
-  local files
+  local files refusal
   files=$(guest_files)
   if virsh_ domstate "$1" >/dev/null 2>&1; then
     no_guest "There is a domain $1 on this machine already, which is left alone."
@@ -289,7 +313,8 @@ start_guest() { # name, words
   (umask 0 && : >"$files/$1.console")
   guests+=("$1")
   if ! virsh_ create "$scratch/$1.xml" >/dev/null 2>"$scratch/refusal"; then
-    no_guest "libvirt does not start a guest: $(tail -n 1 "$scratch/refusal")"
+    refusal=$(grep . "$scratch/refusal" | tail -n 1) || true
+    no_guest "libvirt does not start a guest: ${refusal:-no answer within $PROBE_SECONDS s}"
   fi
 }
 
@@ -365,15 +390,8 @@ sample() { # pattern
 
 scripts/install-deps.sh demo
 
-say "Building virtnode (the first time takes a few minutes)"
-cargo build --release --locked
-target=$(cargo metadata --locked --format-version 1 --no-deps |
-  sed -n 's/.*"target_directory":"\([^"]*\)".*/\1/p')
-readonly virtnode=$target/release/virtnode
-
-say "The guests' kernel and programs (made once, from the distribution's packages)"
-find_image
-[[ -z $image ]] || note "$image"
+# While virtnode is built: neither needs the other.
+build_image
 
 say "Looking for libvirt at $URI"
 explain_kvm
@@ -384,6 +402,15 @@ else
   start_libvirt
 fi
 sed -n '/[^[:space:]]/s/^/   /p' "$scratch/version"
+
+say "Building virtnode (the first time takes a few minutes)"
+cargo build --release --locked
+target=$(cargo metadata --locked --format-version 1 --no-deps |
+  sed -n 's/.*"target_directory":"\([^"]*\)".*/\1/p')
+readonly virtnode=$target/release/virtnode
+
+say "The guests' kernel and programs (made once, from the distribution's packages)"
+find_image
 if [[ -n $image ]]; then
   start_guests # they boot meanwhile
 fi
