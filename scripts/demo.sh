@@ -11,6 +11,9 @@ PATH=$PATH:/usr/sbin:/sbin:$HOME/.cargo/bin # libvirtd, and cargo for a shell op
 
 readonly URI=qemu:///system
 readonly PROBE_SECONDS=90 # a libvirt that probes every QEMU binary again takes 4 s for each
+# Without a terminal virsh asks nobody for a password: in the background, where timeout puts it, it
+# would wait for the answer for ever. Whom polkit does not let in at once goes through sudo.
+readonly VIRSH=(setsid --wait timeout "$PROBE_SECONDS" virsh -q -c "$URI")
 readonly READY_SECONDS=180
 readonly STOP_SECONDS=20
 readonly BOOT_SECONDS=120 # 4 s on an idle machine
@@ -105,7 +108,7 @@ stop_networks() {
   done < <("${as[@]}" timeout 20 virsh -q -c "$URI" net-list --name 2>/dev/null || true)
 }
 
-virsh_() { "${as[@]}" timeout "$PROBE_SECONDS" virsh -q -c "$URI" "$@"; }
+virsh_() { "${as[@]}" "${VIRSH[@]}" "$@"; }
 
 # As QEMU's user, who has to read what a guest boots from: nothing but that is in there.
 guest_files() { printf '%s' "$scratch.guests"; }
@@ -160,17 +163,15 @@ trap 'exit 143' TERM HUP
 # 0: it answers · 1: nobody is there, or not for us · 2: it does not answer in time
 libvirt_answers() {
   local status=0
-  "$@" timeout "$PROBE_SECONDS" virsh -q -c "$URI" version >"$scratch/version" 2>"$scratch/refusal" ||
+  "$@" "${VIRSH[@]}" version >"$scratch/version" 2>"$scratch/refusal" ||
     status=$?
   ((status != 124)) || return 2
   ((status == 0)) || return 1
 }
 
-# Without a terminal virsh asks nobody for a password: in the background, where timeout puts it, it
-# would wait for the answer for ever. Whom polkit does not let in at once goes through sudo.
 find_libvirt() {
   local status=0
-  libvirt_answers setsid --wait || status=$?
+  libvirt_answers || status=$?
   if ((status == 1 && EUID != 0)); then
     status=0
     libvirt_answers sudo || status=$?

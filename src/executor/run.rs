@@ -25,7 +25,7 @@ use crate::operation::{OperationId, Record, State};
 /// How long after a restart an operation whose deadline has passed may still wait for a look.
 const GRACE: Duration = Duration::from_secs(15);
 /// How long libvirt may take to tell why a domain ended that it does not know any more.
-const WHY: Duration = Duration::from_secs(1);
+pub(super) const WHY: Duration = Duration::from_secs(1);
 
 /// An operation that is under way.
 pub(super) struct Operation<C> {

@@ -366,6 +366,10 @@ async fn a_domain_that_ends_or_is_reset_in_the_middle_ends_with_a_verdict() {
     node.control.reset("reset");
     let destroyed = node.ends(&destroyed).await;
     assert_eq!(destroyed.verdict, Some(Verdict::DomainNotRunning));
+    assert_eq!(
+        destroyed.message.as_deref(),
+        Some("the domain ended in the middle of the operation: destroyed")
+    );
     let reset = node.ends(&reset).await;
     assert_eq!(reset.verdict, Some(Verdict::Verified), "{reset:#?}");
     assert!(began.elapsed() < Duration::from_secs(5));

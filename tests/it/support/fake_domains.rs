@@ -264,10 +264,15 @@ impl FakeControl {
         self.ends(name, "destroyed");
     }
 
-    /// Ends a domain, for that reason.
+    /// Ends a domain, for that reason, which is told a moment after it is gone: libvirt's events
+    /// and answers come by different connections.
     pub(crate) fn ends(&self, name: &str, why: &str) {
         let domain = self.domains().remove(name).unwrap();
-        self.tell(name, &domain, Event::Stopped(why.to_owned()));
+        let (me, name, why) = (self.me.upgrade().unwrap(), name.to_owned(), why.to_owned());
+        tokio::spawn(async move {
+            sleep(GUEST).await;
+            me.tell(&name, &domain, Event::Stopped(why));
+        });
     }
 
     /// Resets a guest: it boots with all that is plugged.
