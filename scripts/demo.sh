@@ -11,6 +11,9 @@ PATH=$PATH:/usr/sbin:/sbin:$HOME/.cargo/bin # libvirtd, and cargo for a shell op
 
 readonly URI=qemu:///system
 readonly PROBE_SECONDS=90 # a libvirt that probes every QEMU binary again takes 4 s for each
+# Without a terminal virsh asks nobody for a password: in the background, where timeout puts it, it
+# would wait for the answer for ever. Whom polkit does not let in at once goes through sudo.
+readonly VIRSH=(setsid --wait timeout "$PROBE_SECONDS" virsh -q -c "$URI")
 readonly READY_SECONDS=180
 readonly STOP_SECONDS=20
 readonly BOOT_SECONDS=120 # 4 s on an idle machine
@@ -21,6 +24,7 @@ started=()      # what to stop at the end, in the order in which it was started
 daemon_pid=     # virtnode's
 networks=       # network interfaces from before
 image=          # directory with the guests' kernel and initramfs; empty if there is none
+image_pid=      # of what builds it
 guests=()       # those that are to be ended
 scratch=$(mktemp -d "${TMPDIR:-/tmp}/virtnode-demo.XXXXXX")
 readonly scratch
@@ -104,7 +108,7 @@ stop_networks() {
   done < <("${as[@]}" timeout 20 virsh -q -c "$URI" net-list --name 2>/dev/null || true)
 }
 
-virsh_() { "${as[@]}" timeout "$PROBE_SECONDS" virsh -q -c "$URI" "$@"; }
+virsh_() { "${as[@]}" "${VIRSH[@]}" "$@"; }
 
 # As QEMU's user, who has to read what a guest boots from: nothing but that is in there.
 guest_files() { printf '%s' "$scratch.guests"; }
@@ -133,6 +137,10 @@ clean_up() {
   if [[ -n $daemon_pid ]]; then
     stop virtnode "$daemon_pid"
   fi
+  if [[ -n $image_pid ]]; then
+    kill "$image_pid" 2>/dev/null
+    wait "$image_pid" 2>/dev/null
+  fi
   stop_guests
   if ((${#started[@]} > 0)); then
     stop_networks
@@ -155,7 +163,7 @@ trap 'exit 143' TERM HUP
 # 0: it answers · 1: nobody is there, or not for us · 2: it does not answer in time
 libvirt_answers() {
   local status=0
-  "$@" timeout "$PROBE_SECONDS" virsh -q -c "$URI" version >"$scratch/version" 2>"$scratch/refusal" ||
+  "$@" "${VIRSH[@]}" version >"$scratch/version" 2>"$scratch/refusal" ||
     status=$?
   ((status != 124)) || return 2
   ((status == 0)) || return 1
@@ -269,17 +277,34 @@ no_guest() {
   image=
 }
 
+# Begins to make it, and returns: the first time it is downloaded and unpacked.
+build_image() {
+  if [[ $(uname -m) == x86_64 ]]; then
+    tests/lab/build-guest.sh </dev/null >"$scratch/image" 2>"$scratch/image.log" &
+    image_pid=$!
+  fi
+}
+
 find_image() {
-  if [[ $(uname -m) != x86_64 ]]; then
+  local status=0
+  if [[ -z $image_pid ]]; then
     no_guest "The guests that show hotplug are x86_64 Linux; this machine is $(uname -m)."
-  elif ! image=$(tests/lab/build-guest.sh); then
-    no_guest "The guest's kernel and programs cannot be had: see above."
+    return
+  fi
+  wait "$image_pid" || status=$?
+  image_pid=
+  if ((status == 0)); then
+    image=$(<"$scratch/image")
+    note "$image"
+  else
+    cat "$scratch/image.log" >&2
+    no_guest "They cannot be had: see above."
   fi
 }
 
 # Begins to boot it, and returns.
 start_guest() { # name, words
-  local files
+  local files refusal
   files=$(guest_files)
   if virsh_ domstate "$1" >/dev/null 2>&1; then
     no_guest "There is a domain $1 on this machine already, which is left alone."
@@ -289,7 +314,8 @@ start_guest() { # name, words
   (umask 0 && : >"$files/$1.console")
   guests+=("$1")
   if ! virsh_ create "$scratch/$1.xml" >/dev/null 2>"$scratch/refusal"; then
-    no_guest "libvirt does not start a guest: $(tail -n 1 "$scratch/refusal")"
+    refusal=$(grep . "$scratch/refusal" | tail -n 1) || true
+    no_guest "libvirt does not start a guest: ${refusal:-no answer within $PROBE_SECONDS s}"
   fi
 }
 
@@ -365,15 +391,8 @@ sample() { # pattern
 
 scripts/install-deps.sh demo
 
-say "Building virtnode (the first time takes a few minutes)"
-cargo build --release --locked
-target=$(cargo metadata --locked --format-version 1 --no-deps |
-  sed -n 's/.*"target_directory":"\([^"]*\)".*/\1/p')
-readonly virtnode=$target/release/virtnode
-
-say "The guests' kernel and programs (made once, from the distribution's packages)"
-find_image
-[[ -z $image ]] || note "$image"
+# While virtnode is built: neither needs the other.
+build_image
 
 say "Looking for libvirt at $URI"
 explain_kvm
@@ -384,6 +403,15 @@ else
   start_libvirt
 fi
 sed -n '/[^[:space:]]/s/^/   /p' "$scratch/version"
+
+say "Building virtnode (the first time takes a few minutes)"
+cargo build --release --locked
+target=$(cargo metadata --locked --format-version 1 --no-deps |
+  sed -n 's/.*"target_directory":"\([^"]*\)".*/\1/p')
+readonly virtnode=$target/release/virtnode
+
+say "The guests' kernel and programs (made once, from the distribution's packages)"
+find_image
 if [[ -n $image ]]; then
   start_guests # they boot meanwhile
 fi

@@ -164,7 +164,7 @@ impl<C: DomainControl> Monitor<C> {
                     self.known.insert(id.uuid, known);
                 }
                 Err(why) => {
-                    debug!(domain = ?id.name, why, "a domain cannot be looked at");
+                    debug!(domain = id.name, why, "a domain cannot be looked at");
                     self.unlooked.insert(id.uuid, why);
                 }
             }
@@ -246,9 +246,13 @@ pub async fn look<C: DomainControl>(
         }
     };
     let domain = match Domain::parse(&live.id.name, live.xml.as_bytes(), live.state) {
-        Ok(domain) => domain,
+        // Reading the XML takes away what is white around the name.
+        Ok(domain) => Domain {
+            name: live.id.name,
+            ..domain
+        },
         Err(error) => {
-            warn!(domain = ?id.name, %error, "a domain's XML cannot be read");
+            warn!(domain = id.name, %error, "a domain's XML cannot be read");
             return Err(error.to_string());
         }
     };

@@ -3,6 +3,7 @@
 use std::fmt::Write;
 use std::time::Duration;
 
+pub(super) use crate::domain::plain;
 use crate::hotplug::{Extent, HotplugRequest, Moment};
 use crate::operation::{Awaiting, Record, State};
 
@@ -153,18 +154,6 @@ fn amount(extent: Extent) -> String {
 fn seconds(span: Duration) -> String {
     let tenths = (span.as_millis() + 50) / 100;
     format!("{}.{} s", tenths / 10, tenths % 10)
-}
-
-/// Tenants' and libvirt's text on a terminal: nothing that moves the cursor, and one line.
-pub(super) fn plain(text: &str) -> String {
-    let mut shown = String::with_capacity(text.len());
-    for c in text.chars() {
-        match c.is_control() {
-            true => shown.extend(c.escape_debug()),
-            false => shown.push(c),
-        }
-    }
-    shown
 }
 
 #[cfg(test)]

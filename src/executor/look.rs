@@ -94,6 +94,7 @@ impl<C: DomainControl> Looks<C> {
         Ok(Observation {
             at,
             domain,
+            reason: live.reason,
             persistent: live.persistent,
             stats: stats.map(|stats| stats.stats),
             agent,

@@ -156,7 +156,7 @@ impl<C: DomainControl> Executor<C> {
             }
         };
         info!(
-            id = %record.id, domain = %order.domain, request = ?order.request,
+            operation = %record.id, domain = order.domain.as_str(), request = ?order.request,
             asked_by = %order.asked_by, "an operation was asked for"
         );
         let id = record.id.clone();

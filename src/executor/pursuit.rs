@@ -11,8 +11,10 @@ use tokio_util::sync::CancellationToken;
 use super::call;
 use super::lines::Place;
 use super::look::{Look, Looks, SilentAgent};
-use super::run::{Operation, Pauses};
-use crate::hotplug::{Action, Event, History, Outcome, Return, Step, Verdict, judge, settle};
+use super::run::{Operation, Pauses, WHY};
+use crate::hotplug::{
+    Action, Contact, Event, History, Outcome, Return, Step, Verdict, judge, settle,
+};
 use crate::hypervisor::{Change, DomainControl, DomainId, Notice, Notices};
 
 /// So long before the deadline there is a last look, so that the verdict is about what is.
@@ -40,6 +42,8 @@ pub(super) struct Pursuit<C> {
     /// Whether something happened since the look began.
     look_again: bool,
     next_look: Instant,
+    /// Since when the hypervisor does not know the domain.
+    absent_since: Option<Instant>,
     pauses: Pauses,
     /// When the last event or look came that may have decided.
     heard: Instant,
@@ -71,6 +75,7 @@ impl<C: DomainControl> Pursuit<C> {
             look: None,
             look_again: false,
             next_look: now,
+            absent_since: None,
             pauses,
             heard: now,
             unsaved: false,
@@ -286,6 +291,7 @@ impl<C: DomainControl> Pursuit<C> {
         self.heard = Instant::now();
         match seen {
             Ok(seen) => self.history.observed(seen),
+            Err(Contact::Absent) if self.may_be_told_why() => {}
             Err(contact) => self
                 .history
                 .out_of_contact(self.operation.clock.now(), contact),
@@ -294,6 +300,12 @@ impl<C: DomainControl> Pursuit<C> {
             true => Instant::now(),
             false => Instant::now() + self.pauses.next(),
         };
+    }
+
+    /// Whether the domain ended just now: events and answers come by different connections.
+    fn may_be_told_why(&mut self) -> bool {
+        let since = *self.absent_since.get_or_insert_with(Instant::now);
+        since.elapsed() < WHY && self.operation.clock.now() < self.history.terms.deadline
     }
 
     /// Until the guest has followed, or there was time enough for it.

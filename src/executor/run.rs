@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::time::{Instant, sleep, sleep_until, timeout_at};
+use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
@@ -14,17 +14,18 @@ use super::lines::Place;
 use super::look::{Look, Looks, SilentAgent, contact};
 use super::pursuit::Pursuit;
 use crate::hotplug::{
-    Contact, History, Host, HotplugRequest, Preflight, Terms, Verdict, extent, preflight,
+    Contact, Event, History, Host, HotplugRequest, Preflight, Terms, Verdict, extent, preflight,
 };
-use crate::hypervisor::{Connection, DomainControl, DomainId, HypervisorError};
+use crate::hypervisor::{
+    Change, Connection, DomainControl, DomainId, HypervisorError, Notice, Notices,
+};
 use crate::journal::Entry;
 use crate::operation::{OperationId, Record, State};
 
 /// How long after a restart an operation whose deadline has passed may still wait for a look.
 const GRACE: Duration = Duration::from_secs(15);
-/// How long after a job a domain may still be paused by it: libvirt ends a save that is given up
-/// before it lets the processors run again.
-const AFTER_A_JOB: Duration = Duration::from_secs(5);
+/// How long libvirt may take to tell why a domain ended that it does not know any more.
+pub(super) const WHY: Duration = Duration::from_secs(1);
 
 /// An operation that is under way.
 pub(super) struct Operation<C> {
@@ -41,13 +42,22 @@ enum Found {
     Nothing,
 }
 
+/// What comes of looking at the domain before anything is called.
+enum Prepared {
+    Ready(Box<History>, Option<SilentAgent>),
+    /// There is a verdict.
+    Over,
+    /// The domain is there no more.
+    Gone,
+}
+
 impl<C: DomainControl> Executor<C> {
     /// Takes up what an earlier life of this program left.
     pub(super) fn resume(self: &Arc<Self>, entry: Entry, ticket: u64) {
         if entry.record.is_done() {
             return;
         }
-        info!(id = %entry.record.id, "an operation is taken up again");
+        info!(operation = %entry.record.id, "an operation is taken up again");
         let place = self.names.join(entry.order.domain.as_str(), ticket);
         self.tasks.spawn(Arc::clone(self).run(entry, place, ticket));
     }
@@ -74,7 +84,7 @@ impl<C: DomainControl> Executor<C> {
         let Some(token) = self.follow(&domain, record) else {
             return;
         };
-        info!(id = %record.id, "an operation is watched again");
+        info!(operation = %record.id, "an operation is watched again");
         history.lost(clock.now());
         let executor = Arc::clone(self);
         let operation = Operation::new(executor, entry, clock);
@@ -304,7 +314,7 @@ impl<C: DomainControl> Operation<C> {
     async fn begin(mut self, domain: DomainId, place: Place, deadline: Instant) {
         self.executor.unfollow(&domain);
         // Before the first look, so that nothing is missed between it and the call.
-        let notices = self.executor.control.notices();
+        let mut notices = self.executor.control.notices();
         self.obstacle = Verdict::HypervisorUnavailable;
         let record = &mut self.entry.record;
         record.state = State::Running;
@@ -316,8 +326,9 @@ impl<C: DomainControl> Operation<C> {
         let (history, agent) = match self.entry.history.take() {
             Some(history) => self.take_up(history, &looks, deadline).await,
             None => match timeout_at(deadline, self.prepare(&looks)).await {
-                Ok(Some(prepared)) => prepared,
-                Ok(None) => return,
+                Ok(Prepared::Ready(history, agent)) => (*history, agent),
+                Ok(Prepared::Over) => return,
+                Ok(Prepared::Gone) => return self.gone(&domain, &mut notices).await,
                 Err(_) => return self.not_begun().await,
             },
         };
@@ -334,21 +345,39 @@ impl<C: DomainControl> Operation<C> {
         self.end(self.obstacle, message).await;
     }
 
-    /// Looks at the domain and plans; `None` if that already gave a verdict.
-    async fn prepare(&mut self, looks: &Looks<C>) -> Option<(History, Option<SilentAgent>)> {
+    /// The domain ended after it had been found, and before anything was called.
+    async fn gone(&mut self, domain: &DomainId, notices: &mut Notices) {
+        // An event and an answer come by different connections.
+        let told = timeout(WHY, async {
+            while let Some(notice) = notices.next().await {
+                if let Notice::Change {
+                    domain: of,
+                    change: Change::Event(Event::Stopped(why)),
+                    ..
+                } = notice
+                    && of.uuid == domain.uuid
+                {
+                    return format!(": {why}");
+                }
+            }
+            String::new()
+        });
+        let why = told.await.unwrap_or_default();
+        let message = format!("the domain ended before anything was asked of it{why}");
+        self.end(Verdict::DomainNotRunning, message).await;
+    }
+
+    /// Looks at the domain and plans.
+    async fn prepare(&mut self, looks: &Looks<C>) -> Prepared {
         let mut pauses = self.pauses();
         let mut silent = None;
-        let mut last_job = None;
         let give_up = self.give_up();
         loop {
             let Look { seen, agent } = looks.look(silent).await;
             silent = agent;
             let seen = match seen {
                 Ok(seen) => seen,
-                Err(Contact::Absent) => {
-                    self.absent().await;
-                    return None;
-                }
+                Err(Contact::Absent) => return Prepared::Gone,
                 Err(Contact::Held) => {
                     self.obstacle = Verdict::Busy;
                     self.awaits("something else that is being done to the domain to end");
@@ -358,7 +387,7 @@ impl<C: DomainControl> Operation<C> {
                 Err(Contact::Unreachable(why)) => {
                     if !self.hears() && Instant::now() >= give_up {
                         self.unreachable(&why).await;
-                        return None;
+                        return Prepared::Over;
                     }
                     self.obstacle = Verdict::HypervisorUnavailable;
                     self.awaits(&format!("the hypervisor: {why}"));
@@ -378,18 +407,11 @@ impl<C: DomainControl> Operation<C> {
                     // By events, or by asking for what they would have told.
                     let hears = self.hears() || seen.answers.is_some();
                     let history = History::new(request.clone(), terms, plan, seen, hears);
-                    return Some((history, silent));
+                    return Prepared::Ready(Box::new(history), silent);
                 }
-                Preflight::Blocked(job) => {
+                Preflight::Blocked(awaited) => {
                     self.obstacle = Verdict::Busy;
-                    self.awaits(&format!("{job} to end"));
-                    last_job = Some(Instant::now());
-                    sleep(pauses.next()).await;
-                }
-                Preflight::Rejected(rejection)
-                    if rejection.verdict() == Verdict::DomainNotRunning
-                        && last_job.is_some_and(|at| at.elapsed() < AFTER_A_JOB) =>
-                {
+                    self.awaits(&awaited);
                     sleep(pauses.next()).await;
                 }
                 Preflight::Rejected(rejection) => {
@@ -397,7 +419,7 @@ impl<C: DomainControl> Operation<C> {
                     self.entry.record.before = Some(extent);
                     self.entry.record.after = Some(extent);
                     self.end(rejection.verdict(), rejection.to_string()).await;
-                    return None;
+                    return Prepared::Over;
                 }
             }
         }
@@ -497,10 +519,10 @@ impl<C: DomainControl> Operation<C> {
         let record = &self.entry.record;
         self.executor.listener.changed(record);
         info!(
-            id = %record.id,
-            domain = ?record.domain.name,
+            operation = %record.id,
+            domain = record.domain.name,
             verdict = record.verdict.map(Verdict::as_str),
-            message = record.message,
+            because = record.message,
             "an operation has its verdict"
         );
     }

@@ -113,6 +113,19 @@ pub(super) unsafe fn identity(domain: sys::virDomainPtr) -> (String, String) {
     }
 }
 
+/// `virDomainGetState`: the state of the domain, and the reason for it, whose meaning depends on
+/// the state. The `virt` crate's own call hides its errors.
+///
+/// # Errors
+/// libvirt's own.
+pub fn state(domain: &Domain) -> Result<(u32, u32), Error> {
+    let (mut state, mut reason): (c_int, c_int) = (0, 0);
+    // SAFETY: the domain is alive; both places are for libvirt to fill in.
+    done(unsafe { sys::virDomainGetState(domain.as_ptr(), &raw mut state, &raw mut reason, 0) })?;
+    let number = |number| u32::try_from(number).unwrap_or_default();
+    Ok((number(state), number(reason)))
+}
+
 /// `virDomainGetGuestVcpus`: what the guest agent says about the guest's CPUs, as `vcpus`,
 /// `online` and `offlinable`, each a text as `0-2,5`.
 ///

@@ -23,7 +23,7 @@ use std::ffi::{CStr, c_char};
 pub use self::connection::{CloseReason, Watched, baseline_hypervisor_cpu, compare_hypervisor_cpu};
 pub use self::domain::{
     DomainRecord, all_domain_stats, detach_device_alias, domain_stats, guest_vcpus, job,
-    set_agent_response_timeout, set_guest_vcpus,
+    set_agent_response_timeout, set_guest_vcpus, state,
 };
 pub use self::events::{Happening, Subscription, Told};
 pub use self::kvm::{kvm_extension, kvm_msr_indices};

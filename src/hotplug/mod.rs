@@ -66,15 +66,19 @@ pub use verdict::{NotAVerdict, Verdict};
 
 use outcome::{Finding, Ruling};
 
+use crate::domain::Reason;
+
 /// Whether a request can be done, and how. `seen` is what the domain is like now.
 ///
 /// The limits come first: whoever asks for what can never be done is told so, whatever the domain
 /// is doing at the moment.
 pub fn preflight(request: &HotplugRequest, seen: &Observation, host: &Host) -> Preflight {
     let state = seen.domain.state;
+    let not_running = |seen: &Observation| {
+        Preflight::Rejected(Rejection::NotRunning(seen.state(), seen.remedy()))
+    };
     if !state.is_active() {
-        let remedy = "start it";
-        return Preflight::Rejected(Rejection::NotRunning(state, remedy));
+        return not_running(seen);
     }
     let plan = match request {
         HotplugRequest::Vcpus { count, .. } => vcpus::preflight(*count, seen),
@@ -85,13 +89,13 @@ pub fn preflight(request: &HotplugRequest, seen: &Observation, host: &Host) -> P
         Err(limit) => return Preflight::Rejected(limit.into()),
     };
     match seen.job {
-        // Many a job pauses the domain until it is over.
-        Some(job) if job.holds_changes() && !plan.actions.is_empty() => Preflight::Blocked(job),
-        _ if !state.runs() => {
-            let remedy = "its guest cannot take anything; resume it first";
-            Preflight::Rejected(Rejection::NotRunning(state, remedy))
+        Some(job) if job.holds_changes() && !plan.actions.is_empty() => {
+            Preflight::Blocked(format!("{job} to end"))
         }
-        _ => Preflight::Ready(plan),
+        _ if state.runs() => Preflight::Ready(plan),
+        // Many a job pauses the domain, and is over a moment before the domain runs again.
+        _ if seen.reason.is_some_and(Reason::ends_by_itself) => Preflight::Blocked(seen.awaiting()),
+        _ => not_running(seen),
     }
 }
 

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::{Moment, Ost};
-use crate::domain::{Domain, IdSet, Job, NotAnIdSet, Stats};
+use crate::domain::{Domain, DomainState, IdSet, Job, NotAnIdSet, Reason, Stats};
 use crate::units::Bytes;
 
 /// A domain as seen at one time.
@@ -14,6 +14,9 @@ pub struct Observation {
     pub at: Moment,
     /// The live XML's facts and libvirt's state.
     pub domain: Domain,
+    /// Why it does not run, if it does not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<Reason>,
     /// Whether the domain has a definition that outlives it.
     pub persistent: bool,
     /// The bulk statistics; `None` if they could not be had.
@@ -73,6 +76,31 @@ impl Observation {
             Agent::Answered(guest) => Some(guest),
             Agent::NotAsked | Agent::Silent(_) => None,
         }
+    }
+
+    /// The domain's state with the reason for it: "paused by a user".
+    pub(super) fn state(&self) -> String {
+        let state = self.domain.state;
+        match self.reason {
+            Some(reason) => format!("{state} {reason}"),
+            None => state.to_string(),
+        }
+    }
+
+    /// What lets the guest run that does not.
+    pub(super) fn remedy(&self) -> &'static str {
+        match (self.reason, self.domain.state) {
+            (Some(reason), _) => reason.remedy(),
+            (None, DomainState::ShutOff) => "start it",
+            (None, DomainState::Crashed) => "start it anew",
+            (None, DomainState::Suspended) => "wake it up first (virsh dompmwakeup)",
+            (None, _) => "resume it first",
+        }
+    }
+
+    /// What is awaited of a guest that is held for a while.
+    pub(super) fn awaiting(&self) -> String {
+        format!("the domain, {}, to run again", self.state())
     }
 
     /// What the guest sees of memory in all, if the balloon's driver ever told.

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::{Infeasible, Observation, Verdict};
-use crate::domain::{Domain, DomainState, IdSet, Job};
+use crate::domain::{Domain, IdSet};
 use crate::units::{Bytes, KiB};
 
 /// One call to the hypervisor. Every one names what is wanted in the end, so that making it twice
@@ -102,8 +102,8 @@ pub enum Preflight {
     /// It can be done, by this plan.
     Ready(Plan),
     /// It cannot be done as long as something else is being done to the domain: look again later,
-    /// and say `Busy` at the deadline.
-    Blocked(Job),
+    /// and say `Busy` at the deadline. What is awaited, for people.
+    Blocked(String),
     /// It cannot be done. Nothing was changed.
     Rejected(Rejection),
 }
@@ -111,9 +111,9 @@ pub enum Preflight {
 /// Why a request cannot be done at all.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Rejection {
-    /// The domain does not run.
+    /// The domain does not run: its state with the reason, and what to do.
     #[error("the domain is {0}: {1}")]
-    NotRunning(DomainState, &'static str),
+    NotRunning(String, &'static str),
     /// A limit.
     #[error(transparent)]
     Infeasible(#[from] Infeasible),

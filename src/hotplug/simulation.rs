@@ -9,7 +9,7 @@ use std::time::Duration;
 use super::*;
 use crate::domain::{
     AgentChannel, Balloon, BalloonStats, Cpu, Domain, DomainState, IdSet, Memory, MemoryDevice,
-    MemoryModel, NumaCell, Stats, Vcpu, VcpuStats, Vcpus,
+    MemoryModel, NumaCell, Reason, Stats, Vcpu, VcpuStats, Vcpus,
 };
 use crate::units::Bytes;
 
@@ -106,6 +106,8 @@ pub(super) struct World {
     pub(super) now: Moment,
     pub(super) domain: Domain,
     pub(super) habits: Habits,
+    /// Why it is paused when it is.
+    pub(super) paused_by: Reason,
     pub(super) persistent: bool,
     pub(super) monitor_events: bool,
     pub(super) counts_time: bool,
@@ -194,6 +196,7 @@ impl World {
         let mut world = Self {
             now,
             domain,
+            paused_by: Reason::User,
             persistent: false,
             monitor_events: true,
             counts_time: true,
@@ -288,6 +291,7 @@ impl World {
         Observation {
             at: self.now,
             domain: self.domain.clone(),
+            reason: (self.domain.state == DomainState::Paused).then_some(self.paused_by),
             persistent: self.persistent,
             stats: Some(Stats {
                 vcpus: times.collect(),

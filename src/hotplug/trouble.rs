@@ -35,7 +35,7 @@ pub(super) fn ended(history: &History) -> Option<Finding> {
     let (before, latest) = (&history.before.domain, &history.latest().domain);
     match latest.state {
         DomainState::ShutOff | DomainState::Crashed => {
-            stopped(format!("the domain is {}", latest.state))
+            stopped(format!("the domain is {}", history.latest().state()))
         }
         _ if latest.id != before.id => {
             stopped("the domain was started anew in the middle of the operation".to_owned())
@@ -254,14 +254,14 @@ pub(super) fn at_deadline(history: &History) -> Option<Finding> {
     match history.contact() {
         Some(Contact::Unreachable(why)) => Some(unreachable(why)),
         _ if !history.latest().domain.state.runs() => {
-            let state = history.latest().domain.state;
-            let why = match history.latest().job {
-                Some(job) => format!(" by {job}: wait until that is over"),
-                None => ": resume it".to_owned(),
-            };
+            let latest = history.latest();
             Some(Finding::new(
                 Verdict::DomainNotRunning,
-                format!("the domain is {state}, so its guest cannot take anything{why}"),
+                format!(
+                    "the domain is {}, so its guest cannot take anything: {}",
+                    latest.state(),
+                    latest.remedy()
+                ),
             ))
         }
         _ => None,

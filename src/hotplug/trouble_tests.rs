@@ -24,6 +24,86 @@ fn a_domain_that_does_not_run_is_not_touched() {
 }
 
 #[test]
+fn what_holds_a_domain_says_whether_it_is_waited_for() {
+    use crate::domain::{DomainState, Reason};
+    let held = |state, reason| {
+        let mut seen = World::new(1, onlines()).observe();
+        (seen.domain.state, seen.reason) = (state, reason);
+        let (count, online) = (2, false);
+        preflight(
+            &HotplugRequest::Vcpus { count, online },
+            &seen,
+            &Host::default(),
+        )
+    };
+    let blocked = held(DomainState::Paused, Some(Reason::Save));
+    assert_eq!(
+        blocked,
+        Preflight::Blocked("the domain, paused by a save to a file, to run again".to_owned())
+    );
+    for (state, reason, says) in [
+        (
+            DomainState::Paused,
+            Some(Reason::IoError),
+            "the domain is paused by an I/O error of",
+        ),
+        // As a journal of an older version has it.
+        (
+            DomainState::Paused,
+            None,
+            "the domain is paused: resume it first",
+        ),
+        (
+            DomainState::ShutOff,
+            None,
+            "the domain is shut off: start it",
+        ),
+        // To start it here as well would be its end.
+        (
+            DomainState::ShutOff,
+            Some(Reason::Migrated),
+            "ask the node that it runs on now",
+        ),
+        (
+            DomainState::ShutOff,
+            Some(Reason::Saved),
+            "saved to a file: restore it first",
+        ),
+        (DomainState::Suspended, None, "virsh dompmwakeup"),
+    ] {
+        let Preflight::Rejected(rejection) = held(state, reason) else {
+            panic!("{state} {reason:?}");
+        };
+        assert_eq!(rejection.verdict(), Verdict::DomainNotRunning);
+        let text = rejection.to_string();
+        assert!(text.contains(says), "no '{says}' in {text}");
+    }
+}
+
+#[test]
+fn what_paused_it_in_the_middle_is_told_at_the_deadline() {
+    use crate::domain::Reason;
+    for (by, says) in [
+        (
+            Reason::User,
+            "paused by a user, so its guest cannot take anything: resume it first",
+        ),
+        (
+            Reason::IoError,
+            "I/O error of one of its disks, so its guest",
+        ),
+        (Reason::Save, "wait until that is over"),
+    ] {
+        let mut world = World::new(1, Habits::default()).at(ms(300), Change::Pause);
+        world.paused_by = by;
+        let ended = world.vcpus(3);
+        assert_eq!(ended.verdict(), Verdict::DomainNotRunning);
+        let message = &ended.outcome().message;
+        assert!(message.contains(says), "no '{says}' in {message}");
+    }
+}
+
+#[test]
 fn whatever_ends_the_domain_ends_the_operation() {
     let mut world = World::new(1, Habits::default()).at(ms(500), Change::Destroy);
     let ended = world.vcpus(3);

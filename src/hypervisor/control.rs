@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{broadcast, watch};
 
 use super::{Connection, HypervisorError};
-use crate::domain::{BalloonStats, DomainState, IdSet, Job, Stats};
+use crate::domain::{BalloonStats, DomainState, IdSet, Job, Reason, Stats};
 use crate::hotplug::{Event, GuestVcpus, Ost};
 use crate::units::KiB;
 
@@ -34,6 +34,8 @@ pub struct LiveDomain {
     pub id: DomainId,
     /// Its state.
     pub state: DomainState,
+    /// Why it does not run, if it does not.
+    pub reason: Option<Reason>,
     /// Whether it has a definition that outlives it.
     pub persistent: bool,
     /// The live XML, without secrets; that of the definition if it does not run.

@@ -7,6 +7,7 @@ use anyhow::ensure;
 use rstest::rstest;
 use serde_json::{Value, json};
 use virtnode::cluster::Cluster;
+use virtnode::domain::Reason;
 use virtnode::executor::Options as ExecutorOptions;
 use virtnode::hotplug::Verdict;
 use virtnode::hypervisor::HypervisorError;
@@ -155,7 +156,7 @@ async fn a_domain_that_is_not_there_or_does_not_run_is_told() -> anyhow::Result<
     let api = FakeApi::with_node();
     let node = HotplugNode::start(cluster(&api));
     node.control.add("paused", FakeGuest::default());
-    node.control.pause("paused");
+    node.control.pause("paused", Reason::User);
     api.make("absent", vcpus("nobody", 2));
     api.make("paused", vcpus("paused", 2));
     assert_eq!(

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tempfile::TempDir;
 use tokio::time::Instant;
-use virtnode::domain::Job;
+use virtnode::domain::{Job, Reason};
 use virtnode::executor::{
     AskedBy, Executor, OperationId, Options, Order, Record, State, SubmitError,
 };
@@ -190,30 +190,6 @@ async fn an_unplug_that_libvirt_does_not_notice_is_brought_to_its_notice() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_refusal_is_told_when_it_is_said_and_a_later_success_puts_it_right() {
-    let node = Node::new();
-    let keeps = FakeGuest {
-        vcpus: 3,
-        cpus: Cpus::KeepsThem,
-        ..FakeGuest::default()
-    };
-    node.control.add("vm", keeps);
-    let began = Instant::now();
-    let id = node.executor.submit(vcpus("vm", 2)).await.unwrap();
-    let record = node.ends(&id).await;
-    assert_eq!(record.verdict, Some(Verdict::GuestRefused), "{record:#?}");
-    assert!(began.elapsed() < Duration::from_secs(1));
-    // Somebody else asks the guest again, and now it obeys.
-    node.control
-        .behaves("vm", |guest| guest.cpus = Cpus::Onlines);
-    node.control.somebody_unplugs("vm", 2);
-    let record = node
-        .becomes(&id, |record| record.verdict == Some(Verdict::Verified))
-        .await;
-    assert!(record.corrected > record.finished);
-}
-
-#[tokio::test(start_paused = true)]
 async fn who_comes_first_is_served_first() {
     let node = Node::new();
     node.control.add("vm", FakeGuest::default());
@@ -284,7 +260,7 @@ async fn what_cannot_be_is_told_without_a_call() {
     let node = Node::new();
     node.control.add("vm", FakeGuest::default());
     node.control.add("held", FakeGuest::default());
-    node.control.pause("held");
+    node.control.pause("held", Reason::User);
     for (order, verdict) in [
         (vcpus("vm", 5), Verdict::Infeasible),
         (vcpus("vm", 0), Verdict::Infeasible),
@@ -298,6 +274,75 @@ async fn what_cannot_be_is_told_without_a_call() {
         assert_eq!(record.verdict, Some(verdict), "{record:#?}");
         assert!(!record.message.unwrap().is_empty());
     }
+    assert!(node.control.calls().is_empty());
+}
+
+/// What is being done to a domain holds it for a while; a person or a disk does so until somebody
+/// does something about it.
+#[tokio::test(start_paused = true)]
+async fn a_paused_domain_is_waited_for_if_it_runs_on_by_itself() {
+    let node = Node::new();
+    for (by, says) in [
+        (Reason::User, "paused by a user: resume it first"),
+        (Reason::IoError, "virsh domblkerror"),
+        (Reason::FromSnapshot, "went back to a snapshot"),
+        (Reason::Unknown, "libvirt does not tell"),
+    ] {
+        let name = format!("{by:?}");
+        node.control.add(&name, FakeGuest::default());
+        node.control.pause(&name, by);
+        let began = Instant::now();
+        let record = node.ask(vcpus(&name, 3)).await;
+        assert_eq!(record.verdict, Some(Verdict::DomainNotRunning));
+        let message = record.message.unwrap();
+        assert!(message.contains(says), "no '{says}' in {message}");
+        assert!(began.elapsed() < Duration::from_secs(1), "{message}");
+    }
+    for by in [Reason::Save, Reason::Migration, Reason::StartingUp] {
+        let name = format!("{by:?}");
+        node.control.add(&name, FakeGuest::default());
+        node.control.pause(&name, by);
+        let held = Order {
+            timeout: Duration::from_secs(20),
+            ..vcpus(&name, 3)
+        };
+        let held = node.ask(held).await;
+        assert_eq!(held.verdict, Some(Verdict::Busy), "{held:#?}");
+        let message = held.message.unwrap();
+        let says = format!("paused {by}, to run again: nothing was changed");
+        assert!(message.ends_with(&says), "no '{says}' in {message}");
+        let waits = node.executor.submit(vcpus(&name, 3)).await.unwrap();
+        node.becomes(&waits, |record| {
+            let awaiting = record.awaiting.as_ref();
+            awaiting.is_some_and(|awaiting| awaiting.what.contains("to run again"))
+        })
+        .await;
+        node.control.resume(&name);
+        let record = node.ends(&waits).await;
+        assert_eq!(record.verdict, Some(Verdict::Verified), "{record:#?}");
+    }
+    assert_eq!(node.control.calls().len(), 3);
+}
+
+/// It was there when it was asked for: that it is not there any more is not all there is to say.
+#[tokio::test(start_paused = true)]
+async fn a_domain_that_goes_to_another_node_before_its_turn_is_told_as_such() {
+    let node = Node::new();
+    node.control.add("vm", FakeGuest::default());
+    node.control.does("vm", Some(Job::MigrationOut));
+    let id = node.executor.submit(vcpus("vm", 3)).await.unwrap();
+    let waits = |record: &Record| {
+        let awaiting = record.awaiting.as_ref();
+        awaiting.is_some_and(|awaiting| awaiting.what.contains("a migration"))
+    };
+    node.becomes(&id, waits).await;
+    node.control.ends("vm", "migrated to another node");
+    let record = node.ends(&id).await;
+    assert_eq!(record.verdict, Some(Verdict::DomainNotRunning));
+    assert_eq!(
+        record.message.as_deref(),
+        Some("the domain ended before anything was asked of it: migrated to another node")
+    );
     assert!(node.control.calls().is_empty());
 }
 
@@ -321,6 +366,10 @@ async fn a_domain_that_ends_or_is_reset_in_the_middle_ends_with_a_verdict() {
     node.control.reset("reset");
     let destroyed = node.ends(&destroyed).await;
     assert_eq!(destroyed.verdict, Some(Verdict::DomainNotRunning));
+    assert_eq!(
+        destroyed.message.as_deref(),
+        Some("the domain ended in the middle of the operation: destroyed")
+    );
     let reset = node.ends(&reset).await;
     assert_eq!(reset.verdict, Some(Verdict::Verified), "{reset:#?}");
     assert!(began.elapsed() < Duration::from_secs(5));

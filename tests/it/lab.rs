@@ -1,8 +1,6 @@
 //! The lab itself: a guest does what its words say, and says what it sees.
 
-use std::fs;
-
-use crate::support::guest::{Guest, GuestConfig, MorePossible};
+use crate::support::guest::{Guest, GuestConfig};
 use crate::support::libvirtd::Libvirtd;
 
 const MIB: u64 = 1024;
@@ -42,52 +40,4 @@ async fn a_guest_does_as_it_is_told() {
     let vcpus = libvirtd.virsh(&["guestvcpus", "takes"]).unwrap();
     assert!(vcpus.contains("0-2"), "{vcpus}");
     libvirtd.virsh(&["guestvcpus", "ignores"]).unwrap_err();
-}
-
-#[tokio::test]
-async fn a_guest_takes_a_dimm() {
-    let libvirtd = Libvirtd::start().unwrap();
-    let config = GuestConfig {
-        words: "lab.blocks=online",
-        memory: MorePossible::Dimms,
-        ..GuestConfig::default()
-    };
-    let guest = Guest::start(&libvirtd, &config).await.unwrap();
-    let before = guest.witness().unwrap();
-    let dimm = libvirtd.directory().join("dimm.xml");
-    let xml =
-        "<memory model='dimm'><target><size unit='MiB'>256</size><node>0</node></target></memory>";
-    fs::write(&dimm, xml).unwrap();
-    let attach = [
-        "attach-device",
-        config.name,
-        &dimm.to_string_lossy(),
-        "--live",
-    ];
-    libvirtd.virsh(&attach).unwrap();
-    guest
-        .sees(|sees| sees.total_kib > before.total_kib + 250 * MIB)
-        .await
-        .unwrap();
-}
-
-#[tokio::test]
-async fn a_guest_can_have_no_way_to_grow_and_a_name_that_bites() {
-    let libvirtd = Libvirtd::start().unwrap();
-    let config = GuestConfig {
-        name: "a 'guest' <&> \"co\"",
-        memory: MorePossible::No,
-        agent_channel: false,
-        balloon_stats: false,
-        persistent: true,
-        ..GuestConfig::default()
-    };
-    let guest = Guest::start(&libvirtd, &config).await.unwrap();
-    let xml = libvirtd.virsh(&["dumpxml", config.name]).unwrap();
-    assert!(
-        !xml.contains("maxMemory") && !xml.contains("guest_agent"),
-        "{xml}"
-    );
-    drop(guest);
-    libvirtd.virsh(&["domstate", config.name]).unwrap_err();
 }

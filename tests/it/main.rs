@@ -30,6 +30,7 @@ mod libvirt;
 mod manifests;
 mod monitor;
 mod monitoring;
+mod names;
 mod objects;
 mod own_node;
 mod publish_node;

@@ -26,7 +26,7 @@ pub(in crate::hotplug) fn judge(history: &History, size: Bytes, now: Moment) -> 
         return Ruling::Found(finding);
     }
     if !history.latest().domain.state.runs() {
-        return Ruling::wait("the domain to run again");
+        return Ruling::wait(history.latest().awaiting());
     }
     if case.signs.latest.is_none() {
         return Ruling::wait("a look at the domain");

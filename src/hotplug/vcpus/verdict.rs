@@ -31,7 +31,7 @@ pub(in crate::hotplug) fn judge(
         return Ruling::Found(finding);
     }
     if !history.latest().domain.state.runs() {
-        return Ruling::wait("the domain to run again");
+        return Ruling::wait(history.latest().awaiting());
     }
     match count < case.before {
         true => case.unplug(),

@@ -9,7 +9,7 @@ use virt::sys;
 use super::device::with_requested;
 use super::failure;
 use super::session::{Session, no_nul};
-use crate::domain::{BalloonStats, DomainState, IdSet, Job, Stats};
+use crate::domain::{BalloonStats, DomainState, IdSet, Job, Reason, Stats};
 use crate::ffi::{self, DomainRecord};
 use crate::hotplug::{GuestVcpus, Ost};
 use crate::hypervisor::{DomainId, DomainStats, HypervisorError, LiveDomain, Scope};
@@ -66,9 +66,12 @@ impl Session {
 
     pub(super) fn domain(&self, domain: &DomainId) -> Result<LiveDomain, HypervisorError> {
         self.with("domain", domain, |domain| {
+            let (state, reason) = ffi::state(domain)?;
+            let state = DomainState::from_libvirt(state);
             Ok(LiveDomain {
                 id: identity(domain)?,
-                state: DomainState::from_libvirt(domain.info()?.state.to_raw()),
+                state,
+                reason: Reason::from_libvirt(state, reason),
                 persistent: domain.is_persistent()?,
                 xml: domain.xml_desc(0)?,
                 job: job(domain),

@@ -72,7 +72,7 @@ fn change(what: Happening, domain: &str) -> Option<Change> {
             match Event::from_monitor(&name, details.as_deref()) {
                 Ok(event) => Change::Event(event?),
                 Err(error) => {
-                    warn!(?domain, %error, "an event of QEMU was not understood");
+                    warn!(domain, %error, "an event of QEMU was not understood");
                     return None;
                 }
             }

@@ -10,7 +10,7 @@ use anyhow::{Context as _, ensure};
 use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
 use tokio::time::timeout;
-use virtnode::domain::Job;
+use virtnode::domain::{Job, Reason};
 use virtnode::hypervisor::{Connection, ControlConfig, DomainControl, LibvirtControl};
 use virtnode::telemetry::Metrics;
 use virtnode::units::{Bytes, KiB};
@@ -56,11 +56,17 @@ pub(crate) trait Witness {
     /// Waits until the guest says that it uses these CPUs, as `0-2`.
     async fn uses(&self, cpus: &str);
 
+    /// Waits until the guest says that it has these CPUs and no others.
+    async fn has(&self, cpus: &str);
+
     /// What the guest has of memory in all, by its own word, at present.
     fn total(&self) -> Bytes;
 
-    /// Waits until the guest keeps its CPUs, if it is one of those.
+    /// Waits until the guest keeps what it has, if it is one of those that do.
     async fn keeps(&self);
+
+    /// Has it keep its CPUs no more, and somebody else ask it for them until it has so many.
+    async fn gives_in(&self, count: u32);
 
     /// Whether the domain is tainted by what was asked past libvirt.
     fn is_tainted(&self) -> bool;
@@ -96,7 +102,7 @@ impl Backend for InMemory {
 
     async fn begins_job(&self) {
         self.0.does(NAME, Some(Job::Save));
-        self.0.pause(NAME);
+        self.0.pause(NAME, Reason::Save);
     }
 
     async fn ends_job(&self) {
@@ -116,11 +122,20 @@ impl Witness for &FakeControl {
         .unwrap();
     }
 
+    async fn has(&self, cpus: &str) {
+        assert_eq!(self.present(NAME), cpus.parse().unwrap());
+    }
+
     fn total(&self) -> Bytes {
         FakeControl::total(self, NAME)
     }
 
     async fn keeps(&self) {}
+
+    async fn gives_in(&self, count: u32) {
+        self.behaves(NAME, |guest| guest.cpus = Cpus::Onlines);
+        self.somebody_unplugs(NAME, count);
+    }
 
     fn is_tainted(&self) -> bool {
         FakeControl::is_tainted(self, NAME)
@@ -128,7 +143,7 @@ impl Witness for &FakeControl {
 
     fn pause(&self, on: bool) {
         match on {
-            true => FakeControl::pause(self, NAME),
+            true => FakeControl::pause(self, NAME, Reason::User),
             false => self.resume(NAME),
         }
     }
@@ -198,7 +213,11 @@ impl Backend for Real {
         };
         RealGuest {
             guest,
-            keeps: like.cpus == Cpus::KeepsThem,
+            keeps: match (like.cpus, like.blocks) {
+                (Cpus::KeepsThem, _) => Some("lab: 3 deadline tasks"),
+                (_, Blocks::GivesHalfBack) => Some("lab: pinned"),
+                _ => None,
+            },
             libvirtd: &self.libvirtd,
         }
     }
@@ -252,7 +271,8 @@ impl Backend for Real {
 pub(crate) struct RealGuest<'b> {
     /// None where there is only firmware.
     guest: Option<Guest<'b>>,
-    keeps: bool,
+    /// What the guest says when it keeps what it has.
+    keeps: Option<&'static str>,
     libvirtd: &'b Libvirtd,
 }
 
@@ -277,15 +297,34 @@ impl Witness for RealGuest<'_> {
         guest.sees(|guest| guest.online == cpus).await.unwrap();
     }
 
+    async fn has(&self, cpus: &str) {
+        let Some(guest) = &self.guest else { return };
+        guest.sees(|guest| guest.present == cpus).await.unwrap();
+    }
+
     fn total(&self) -> Bytes {
         let guest = self.guest.as_ref().context("only firmware").unwrap();
         Bytes::from(KiB::new(guest.witness().unwrap().total_kib).unwrap())
     }
 
     async fn keeps(&self) {
-        if let (true, Some(guest)) = (self.keeps, &self.guest) {
-            guest.says("lab: 3 deadline tasks").await.unwrap();
+        if let (Some(words), Some(guest)) = (self.keeps, &self.guest) {
+            guest.says(words).await.unwrap();
         }
+    }
+
+    async fn gives_in(&self, count: u32) {
+        let guest = self.guest.as_ref().context("only firmware").unwrap();
+        guest.runs("/bin/busybox", &["killall", "sleep"]).unwrap();
+        let (left, count) = (format!("0-{}", count - 1), count.to_string());
+        // libvirt does not notice that it does.
+        let asked_again = async || {
+            self.libvirtd.virsh(&["setvcpus", NAME, &count]).ok();
+            let sees = guest.witness()?;
+            ensure!(sees.online == left, "{sees:?}");
+            Ok(())
+        };
+        eventually(LONG, asked_again).await.unwrap();
     }
 
     fn is_tainted(&self) -> bool {

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use tokio::sync::{Notify, broadcast, watch};
 use tokio::time::{Instant, sleep};
-use virtnode::domain::{BalloonStats, DomainState, IdSet, Job, Stats, VcpuStats};
+use virtnode::domain::{BalloonStats, DomainState, IdSet, Job, Reason, Stats, VcpuStats};
 use virtnode::hotplug::{Event, Ost, SlotKind};
 use virtnode::hypervisor::{Change, Connection, DomainId, HypervisorError, Notice};
 use virtnode::units::Bytes;
@@ -113,6 +113,8 @@ struct FakeDomain {
     uuid: String,
     number: u32,
     state: DomainState,
+    /// Why it is paused, if it is.
+    reason: Option<Reason>,
     /// What libvirt counts, what QEMU has, what the guest has and uses.
     by_libvirt: u32,
     in_qemu: u32,
@@ -170,6 +172,7 @@ impl FakeControl {
             uuid: format!("00000000-0000-4000-8000-{number:012}"),
             number,
             state: DomainState::Running,
+            reason: None,
             by_libvirt: guest.vcpus,
             in_qemu: guest.vcpus,
             present: ids.clone(),
@@ -201,6 +204,11 @@ impl FakeControl {
     /// How many vCPUs the guest uses, by its own word.
     pub(crate) fn online(&self, name: &str) -> u32 {
         self.domains()[name].online.len()
+    }
+
+    /// The CPUs that the guest has, used or not.
+    pub(crate) fn present(&self, name: &str) -> IdSet {
+        self.domains()[name].present.clone()
     }
 
     /// Changes what a guest does from now on.
@@ -246,13 +254,25 @@ impl FakeControl {
 
     /// Lets a guest's processors run again.
     pub(crate) fn resume(&self, name: &str) {
-        self.change(name, |domain| domain.state = DomainState::Running);
+        self.change(name, |domain| {
+            (domain.state, domain.reason) = (DomainState::Running, None);
+        });
     }
 
     /// Ends a domain.
     pub(crate) fn destroy(&self, name: &str) {
+        self.ends(name, "destroyed");
+    }
+
+    /// Ends a domain, for that reason, which is told a moment after it is gone: libvirt's events
+    /// and answers come by different connections.
+    pub(crate) fn ends(&self, name: &str, why: &str) {
         let domain = self.domains().remove(name).unwrap();
-        self.tell(name, &domain, Event::Stopped("destroyed".to_owned()));
+        let (me, name, why) = (self.me.upgrade().unwrap(), name.to_owned(), why.to_owned());
+        tokio::spawn(async move {
+            sleep(GUEST).await;
+            me.tell(&name, &domain, Event::Stopped(why));
+        });
     }
 
     /// Resets a guest: it boots with all that is plugged.
@@ -267,8 +287,10 @@ impl FakeControl {
     }
 
     /// Holds a guest's processors.
-    pub(crate) fn pause(&self, name: &str) {
-        self.domains().get_mut(name).unwrap().state = DomainState::Paused;
+    pub(crate) fn pause(&self, name: &str, by: Reason) {
+        self.change(name, |domain| {
+            (domain.state, domain.reason) = (DomainState::Paused, Some(by));
+        });
     }
 
     /// Breaks the connection, or makes it again.

@@ -56,10 +56,6 @@ pub(crate) struct GuestConfig<'c> {
     pub(crate) maximum: u32,
     /// How more memory can come.
     pub(crate) memory: MorePossible,
-    /// Whether the domain has a channel for the agent.
-    pub(crate) agent_channel: bool,
-    /// Whether the balloon tells statistics.
-    pub(crate) balloon_stats: bool,
     /// Whether the definition outlives the domain.
     pub(crate) persistent: bool,
 }
@@ -72,8 +68,6 @@ impl Default for GuestConfig<'_> {
             vcpus: 1,
             maximum: 4,
             memory: MorePossible::VirtioMem,
-            agent_channel: true,
-            balloon_stats: true,
             persistent: false,
         }
     }
@@ -115,16 +109,6 @@ impl GuestConfig<'_> {
             ),
             _ => (BOOT_MIB, String::new()),
         };
-        let channel = match self.agent_channel {
-            true => {
-                "<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>"
-            }
-            false => "",
-        };
-        let period = match self.balloon_stats {
-            true => "<stats period='1'/>",
-            false => "",
-        };
         // Linux from 6.8 on leaves out the CPUs that may come later unless it knows its
         // hypervisor, and it does not know QEMU's software emulation. What it does know is
         // VMware, by the serial number of the machine and the port that QEMU has for it.
@@ -142,9 +126,10 @@ impl GuestConfig<'_> {
              <topology sockets='{maximum}' cores='1' threads='1'/>\
              <feature name='hypervisor' policy='disable'/>{numa}</cpu>\
              <on_crash>destroy</on_crash>\
-             <devices>{device}{channel}\
+             <devices>{device}<channel type='unix'>\
+             <target type='virtio' name='org.qemu.guest_agent.0'/></channel>\
              <serial type='file'><source path='{console}'/></serial>\
-             <memballoon model='virtio'>{period}</memballoon>\
+             <memballoon model='virtio'><stats period='1'/></memballoon>\
              <controller type='usb' model='none'/></devices></domain>"
         )
     }
@@ -186,7 +171,7 @@ impl<'l> Guest<'l> {
     ) -> anyhow::Result<Self> {
         let guest = Self::boot(libvirtd, config)?;
         guest.ready().await?;
-        if config.agent_channel && !config.words.contains("lab.agent=no") {
+        if !config.words.contains("lab.agent=no") {
             eventually(BOOT, async || {
                 libvirtd.virsh(&["guestvcpus", config.name]).map(drop)
             })

@@ -13,6 +13,7 @@ use std::os::unix::fs::chown;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -20,6 +21,8 @@ use anyhow::{Context as _, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, Uid};
 use tempfile::TempDir;
+
+use super::eventually;
 
 /// The user and group "nobody" of Debian and Ubuntu; nothing depends on the name.
 const OTHER: u32 = 65534;
@@ -74,6 +77,16 @@ impl Libvirtd {
         // Else a domain wants virtlogd.
         let configuration = libvirtd.path("config/libvirt/qemu.conf");
         fs::write(configuration, "stdio_handler = \"file\"\n")?;
+        // Between two that take themselves for the same host libvirt migrates nothing.
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let host = format!("{:08x}-0000-4000-8000-{number:012x}", std::process::id());
+        let program = libvirtd.daemon.file_name().context("a file")?;
+        let configuration = format!("config/libvirt/{}.conf", program.to_string_lossy());
+        fs::write(
+            libvirtd.path(&configuration),
+            format!("host_uuid = \"{host}\"\n"),
+        )?;
         copy_files(&libvirtd.seed(), &libvirtd.capability_cache())?;
         give_away(libvirtd.directory.path())?;
         Ok(libvirtd)
@@ -209,6 +222,11 @@ impl Libvirtd {
         Ok(kill(Pid::from_raw(pid.trim().parse()?), signal)?)
     }
 
+    /// Starts a definition; or what virsh said.
+    pub(crate) fn create(&self, xml: &str) -> Result<(), String> {
+        self.with_file(xml, &["create"])
+    }
+
     /// Starts a definition, paused, and ends it again; or what virsh said.
     pub(crate) fn start_and_end(&self, xml: &str) -> Result<(), String> {
         self.with_file(xml, &["create", "--paused"])?;
@@ -241,6 +259,28 @@ impl Libvirtd {
             true => Ok(()),
             false => Err(String::from_utf8_lossy(&output.stderr).into_owned()),
         }
+    }
+
+    /// Begins to migrate a domain, live, to another one.
+    pub(crate) fn migrate(
+        &self,
+        name: &str,
+        to: &Self,
+        arguments: &[&str],
+    ) -> anyhow::Result<Migration> {
+        let words = to.path(&format!("migration-of-{name}.log"));
+        let log = fs::File::create(&words)?;
+        let socket = to.path(&format!("migration-of-{name}"));
+        let command = Command::new("virsh")
+            .args(["--quiet", "--connect", &self.uri()])
+            .args(["migrate", "--live", name, "--desturi", &to.uri()])
+            .args(["--migrateuri", &format!("unix://{}", socket.display())])
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .spawn()?;
+        Ok(Migration { command, words })
     }
 
     /// Ends a domain.
@@ -315,6 +355,33 @@ impl Libvirtd {
                 kill(Pid::from_raw(pid), Signal::SIGKILL).ok();
             }
         }
+    }
+}
+
+/// A migration that is under way.
+pub(crate) struct Migration {
+    command: Child,
+    words: PathBuf,
+}
+
+impl Migration {
+    /// Waits until it is over.
+    ///
+    /// # Errors
+    /// The domain stayed where it was: with virsh's words.
+    pub(crate) async fn ends(mut self) -> anyhow::Result<()> {
+        let ended = async || self.command.try_wait()?.context("the migration goes on");
+        let status = eventually(START, ended).await?;
+        let words = fs::read_to_string(&self.words)?;
+        ensure!(status.success(), "virsh migrate: {words}");
+        Ok(())
+    }
+}
+
+impl Drop for Migration {
+    fn drop(&mut self) {
+        self.command.kill().ok();
+        self.command.wait().ok();
     }
 }
 

@@ -11,6 +11,7 @@ pub(crate) mod hypervisor;
 pub(crate) mod kube;
 pub(crate) mod kustomize;
 pub(crate) mod libvirtd;
+pub(crate) mod nbd;
 pub(crate) mod operations;
 pub(crate) mod prometheus;
 pub(crate) mod publisher;

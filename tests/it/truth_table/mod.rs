@@ -6,9 +6,9 @@
 //! threads whatever the topology (libvirt: `qemuValidateDefGetVcpuHotplugGranularity`). That is
 //! tested on the XML of a pseries guest, in the core.
 
-mod memory;
+mod guests;
+mod migration;
 mod trouble;
-mod vcpus;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -29,7 +29,6 @@ use crate::support::libvirtd::Libvirtd;
 /// What a guest has in all before anything is added.
 const BOOT: &str = "512MiB";
 const MORE: &str = "1GiB";
-const MIB: u64 = 1024;
 
 /// For what has no deadline of its own; only a failing test waits so long.
 const LONG: Duration = Duration::from_secs(120);
@@ -89,13 +88,19 @@ impl Node {
         record.unwrap().unwrap().clone()
     }
 
-    /// The record when the guest is seen to have CPUs that it does not use.
+    /// Waits until the guest is seen to have CPUs that it does not use.
     async fn sees_offline(&self, id: &OperationId) {
-        self.becomes(id, |record| {
+        self.awaits(id, "online").await;
+    }
+
+    /// Waits until an operation waits for that.
+    async fn awaits(&self, id: &OperationId, what: &str) {
+        let awaited = |record: &Record| {
             let awaiting = record.awaiting.as_ref();
-            awaiting.is_some_and(|awaiting| awaiting.what.contains("online"))
-        })
-        .await;
+            record.is_done() || awaiting.is_some_and(|awaiting| awaiting.what.contains(what))
+        };
+        let record = self.becomes(id, awaited).await;
+        assert!(!record.is_done(), "it did not wait for {what}: {record:#?}");
     }
 
     async fn ask(&self, request: HotplugRequest) -> Record {

@@ -6,6 +6,7 @@ use nix::sys::signal::Signal;
 
 use super::*;
 use crate::support::eventually;
+use crate::support::nbd::FailingDisk;
 
 #[tokio::test]
 async fn destroyed_in_the_middle() {
@@ -106,6 +107,63 @@ async fn shut_off_by_the_guest_itself_in_the_middle() {
     is(&record, Verdict::DomainNotRunning);
     says(&record, "shut down");
     assert!(record.finished < Some(record.deadline));
+}
+
+/// It cannot go on by itself: nobody waits for that, and the message says what to do.
+#[tokio::test]
+async fn paused_by_a_disk_that_cannot_be_read() {
+    let node = Node::start().await;
+    let socket = node.libvirtd.directory().join("disk");
+    let disk = FailingDisk::serve(&socket).unwrap();
+    let xml = format!(
+        "<domain type='qemu'><name>guest</name><memory unit='MiB'>32</memory>\
+         <vcpu current='1'>2</vcpu><os><type arch='x86_64' machine='q35'>hvm</type></os>\
+         <features><acpi/><apic/></features><devices><disk type='network' device='disk'>\
+         <driver name='qemu' type='raw' error_policy='stop' rerror_policy='stop'/>\
+         <source protocol='nbd'><host transport='unix' socket='{}'/></source>\
+         <target dev='vda' bus='virtio'/><readonly/></disk></devices></domain>",
+        socket.display()
+    );
+    node.libvirtd.create(&xml).unwrap();
+    let paused = async || {
+        let state = node.libvirtd.virsh(&["domstate", "guest", "--reason"])?;
+        anyhow::ensure!(state.contains("I/O error"), "{state}");
+        Ok(())
+    };
+    // Its firmware looks there for something to boot.
+    eventually(LONG, paused).await.unwrap();
+    let record = node.ask(vcpus(2)).await;
+    is(&record, Verdict::DomainNotRunning);
+    says(
+        &record,
+        "paused by an I/O error of one of its disks: see which disk it is",
+    );
+    assert_eq!(node.counted(), 1);
+
+    disk.repair();
+    node.libvirtd.virsh(&["resume", "guest"]).unwrap();
+    let accepted = Order {
+        require: Require::Accepted,
+        ..order("guest", vcpus(2))
+    };
+    let id = node.order(accepted).await;
+    is(&node.ends(&id).await, Verdict::Verified);
+}
+
+/// On x86 each thread can be plugged by itself, whatever the topology.
+#[tokio::test]
+async fn cores_with_two_threads() {
+    let node = Node::start().await;
+    node.libvirtd.start_firmware("guest", 8).unwrap();
+    for count in [2, 5] {
+        let accepted = Order {
+            require: Require::Accepted,
+            ..order("guest", vcpus(count))
+        };
+        let id = node.order(accepted).await;
+        is(&node.ends(&id).await, Verdict::Verified);
+        assert_eq!(node.counted(), count);
+    }
 }
 
 #[tokio::test]

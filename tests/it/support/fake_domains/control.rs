@@ -39,6 +39,7 @@ impl DomainControl for FakeControl {
         Ok(LiveDomain {
             id: have.id(&name),
             state: have.state,
+            reason: have.reason,
             persistent: false,
             xml: have.xml(&name),
             job: have.job,

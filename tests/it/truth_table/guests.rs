@@ -1,0 +1,293 @@
+//! What becomes of what a guest is given, and is asked to give back: each row is asked of a real
+//! libvirt with a real QEMU and Linux, and of the hypervisor in memory, which so stays honest.
+
+use anyhow::ensure;
+use rstest::rstest;
+use virtnode::domain::Domain;
+use virtnode::hypervisor::DomainControl;
+
+use Verdict::{
+    DomainNotRunning, GuestOffline, GuestRefused, GuestSilent, Infeasible, PartiallyApplied,
+    Verified,
+};
+
+use super::*;
+use crate::contract::{self, On, guest, without_agent};
+use crate::support::backend::{Backend, InMemory, NAME, Real, Witness};
+use crate::support::eventually;
+use crate::support::fake_domains::{Blocks, Cpus, FakeGuest};
+
+#[rstest]
+#[case::onlines_by_itself_with_an_agent(guest(Cpus::Onlines, Blocks::Onlines), vec![
+    vcpus(0, Infeasible).says("at least 1"),
+    vcpus(5, Infeasible).says("maximum of 4"),
+    memory(513, Infeasible).says("blocks of 2MiB"),
+    memory(256, Infeasible).says("booted with"),
+    memory(8192, Infeasible).says("maxMemory").uses("0").more(0),
+    vcpus(2, DomainNotRunning).paused().says("paused by a user: resume it first").uses("0"),
+    vcpus(3, Verified).by(&["guest-agent", "acpi-ost", "hypervisor-call"]).uses("0-2"),
+    vcpus(3, Verified).by(&["guest-agent"]),
+    vcpus(2, Verified).by(&["guest-agent"]).uses("0-1"),
+    vcpus(1, Verified).by(&["guest-agent"]).uses("0"),
+    memory(1024, Verified).by(&["virtio-mem", "balloon-stats"]).more(512),
+    memory(512, Verified).by(&["virtio-mem"]).more(0),
+])]
+#[case::onlines_by_itself_without_an_agent(without_agent(Cpus::Onlines), vec![
+    vcpus(3, Verified).by(&["vcpu-time", "acpi-ost"]).uses("0-2"),
+    vcpus(2, Verified).by(&["acpi-ost"]).uses("0-1"),
+])]
+#[case::leaves_offline_with_an_agent(guest(Cpus::LeavesOffline, Blocks::LeavesOffline), vec![
+    vcpus(3, GuestOffline).says("ask again with online").by(&["guest-agent", "acpi-ost"]).uses("0"),
+    onlined(3, Verified).uses("0-2"),
+    memory(1024, GuestOffline).says("auto_online_blocks").more(0),
+])]
+#[case::leaves_offline_without_an_agent(without_agent(Cpus::LeavesOffline), vec![
+    vcpus(3, GuestOffline).says("have not been running").uses("0"),
+])]
+#[case::booted_with_nr_cpus_and_an_agent_and_no_virtio_mem_driver(guest(Cpus::ThrowsAway, Blocks::NoDriver), vec![
+    vcpus(3, GuestRefused).says("without nr_cpus=").by(&["guest-agent", "acpi-ost"]).has("0"),
+    memory(1024, GuestSilent).within(10).says("virtio_mem); its kernel must have CONFIG_VIRTIO_MEM and be 5.8").more(0),
+])]
+#[case::booted_with_nr_cpus_without_an_agent(without_agent(Cpus::ThrowsAway), vec![
+    vcpus(3, GuestOffline).says("nr_cpus").by(&["acpi-ost"]).has("0"),
+])]
+#[case::still_in_its_firmware_without_max_memory(FakeGuest { memory: MorePossible::No, ..without_agent(Cpus::Silent) }, vec![
+    memory(1024, Infeasible).says("no <maxMemory>"),
+    vcpus(2, GuestSilent).within(8).says("has booted"),
+])]
+#[case::keeps_half_of_its_memory(guest(Cpus::Onlines, Blocks::GivesHalfBack), vec![
+    memory(1024, Verified).more(512),
+    memory(512, PartiallyApplied).says("cannot move"),
+])]
+#[case::slots_for_dimms(with_dimms(Blocks::Onlines), vec![
+    memory(641, Infeasible).says("blocks of 2MiB"),
+    memory(1024, Verified).by(&["acpi-ost", "balloon-stats"]).more(512),
+    memory(512, Infeasible).says("DIMMs stay"),
+    memory(1024 + 64, GuestOffline).says("detach the DIMM (alias ua-virtnode-dimm1)").more(512),
+])]
+#[case::slots_for_dimms_that_are_left_offline(with_dimms(Blocks::LeavesOffline), vec![
+    memory(1024, GuestOffline).says("auto_online_blocks").more(0),
+])]
+#[tokio::test]
+async fn a_guest_gets_the_verdict_that_is_true(
+    #[case] guest: FakeGuest,
+    #[case] steps: Vec<Step>,
+    #[values(On::Memory, On::Libvirt)] on: On,
+) {
+    match on {
+        On::Memory => row::<InMemory>(guest, steps).await,
+        On::Libvirt => row::<Real>(guest, steps).await,
+    }
+}
+
+fn with_dimms(blocks: Blocks) -> FakeGuest {
+    FakeGuest {
+        memory: MorePossible::Dimms,
+        ..guest(Cpus::Onlines, blocks)
+    }
+}
+
+/// One thing asked for, and what comes of it.
+struct Step {
+    request: HotplugRequest,
+    verdict: Verdict,
+    paused: bool,
+    within: u64,
+    says: &'static str,
+    proof: &'static [&'static str],
+    uses: Option<&'static str>,
+    has: Option<&'static str>,
+    /// How much more the guest has than when it booted, in MiB.
+    more: Option<u64>,
+}
+
+impl Step {
+    /// It is asked for while the domain is paused.
+    fn paused(self) -> Self {
+        let paused = true;
+        Self { paused, ..self }
+    }
+
+    /// There must be a verdict within so many seconds.
+    fn within(self, within: u64) -> Self {
+        Self { within, ..self }
+    }
+
+    /// The message or the diagnosis says so.
+    fn says(self, says: &'static str) -> Self {
+        Self { says, ..self }
+    }
+
+    /// There is evidence of these kinds.
+    fn by(self, proof: &'static [&'static str]) -> Self {
+        Self { proof, ..self }
+    }
+
+    /// The guest says itself that it uses these CPUs.
+    fn uses(self, cpus: &'static str) -> Self {
+        let uses = Some(cpus);
+        Self { uses, ..self }
+    }
+
+    /// The guest says itself that it has no other CPUs, used or not.
+    fn has(self, cpus: &'static str) -> Self {
+        let has = Some(cpus);
+        Self { has, ..self }
+    }
+
+    /// The guest says itself that it has so much more than at boot.
+    fn more(self, mib: u64) -> Self {
+        let more = Some(mib);
+        Self { more, ..self }
+    }
+}
+
+fn step(request: HotplugRequest, verdict: Verdict) -> Step {
+    Step {
+        request,
+        verdict,
+        paused: false,
+        within: 60,
+        says: "",
+        proof: &[],
+        uses: None,
+        has: None,
+        more: None,
+    }
+}
+
+fn vcpus(count: u32, verdict: Verdict) -> Step {
+    step(super::vcpus(count), verdict)
+}
+
+fn onlined(count: u32, verdict: Verdict) -> Step {
+    let online = true;
+    step(HotplugRequest::Vcpus { count, online }, verdict)
+}
+
+fn memory(mib: u64, verdict: Verdict) -> Step {
+    let size = Bytes::from_mib(mib).unwrap();
+    step(HotplugRequest::Memory { size }, verdict)
+}
+
+async fn row<B: Backend>(like: FakeGuest, steps: Vec<Step>) {
+    let backend = B::start().await;
+    let node = contract::Node::new(&backend, Options::default());
+    let guest = backend.guest(&like).await;
+    let boot = (like.cpus != Cpus::Silent).then(|| guest.total());
+    for step in steps {
+        let before = counted(&backend).await;
+        if step.paused {
+            guest.pause(true);
+        }
+        let record = node.ask(step.request.clone(), step.within).await;
+        if step.paused {
+            guest.pause(false);
+        }
+        is(&record, step.verdict);
+        says(&record, step.says);
+        for source in step.proof {
+            has_evidence(&record, source);
+        }
+        let sources = record.evidence.iter().map(|piece| piece.source.as_str());
+        let called = sources.clone().any(|source| source == "hypervisor-call");
+        let untouched = [Infeasible, DomainNotRunning].contains(&step.verdict);
+        let after = counted(&backend).await;
+        if let HotplugRequest::Vcpus { count, online } = step.request {
+            // libvirt agrees with what is said to be so, and was not bothered for nothing.
+            assert_eq!(after, if untouched { before } else { count });
+            assert!(!called || online || count != before, "{record:#?}");
+        }
+        assert!(!called || !untouched, "{record:#?}");
+        if let Some(cpus) = step.uses {
+            guest.uses(cpus).await;
+        }
+        if let Some(cpus) = step.has {
+            guest.has(cpus).await;
+        }
+        let more = match step.verdict {
+            PartiallyApplied => Some(left(&record)),
+            _ => step.more,
+        };
+        if let (Some(more), Some(boot)) = (more, boot) {
+            let (least, most) = (more - more / 42, more + 20);
+            let at_least = boot.saturating_add(Bytes::from_mib(least).unwrap());
+            let at_most = boot.saturating_add(Bytes::from_mib(most).unwrap());
+            // It says so a moment later.
+            eventually(LONG, async || {
+                let total = guest.total();
+                ensure!(total >= at_least && total <= at_most, "{boot} → {total}");
+                Ok(())
+            })
+            .await
+            .unwrap();
+        }
+        if step.verdict == Verified {
+            guest.keeps().await;
+        }
+    }
+}
+
+/// How many vCPUs the hypervisor counts.
+async fn counted<B: Backend>(backend: &B) -> u32 {
+    let control = backend.control();
+    let id = control.find_domain(NAME).await.unwrap();
+    let live = control.domain(&id).await.unwrap();
+    let domain = Domain::parse(NAME, live.xml.as_bytes(), live.state).unwrap();
+    domain.vcpus.plugged()
+}
+
+/// How much of what was to be given back the guest has by the record, in MiB: some, and not all.
+fn left(record: &Record) -> u64 {
+    let Some(Extent::Memory { memory, .. }) = record.after else {
+        panic!("{record:#?}");
+    };
+    let left = memory.saturating_sub(BOOT.parse().unwrap());
+    assert!(
+        left > Bytes::ZERO && memory < MORE.parse().unwrap(),
+        "{record:#?}"
+    );
+    says(record, &format!("{left} are left"));
+    left.get() >> 20
+}
+
+#[rstest]
+#[tokio::test]
+async fn refuses_to_give_a_cpu_up_and_lets_it_go_later(#[values(On::Memory, On::Libvirt)] on: On) {
+    match on {
+        On::Memory => refusal::<InMemory>().await,
+        On::Libvirt => refusal::<Real>().await,
+    }
+}
+
+/// The verdict comes with the guest's answer: libvirt waits for 5 s more and then says only that
+/// it timed out.
+async fn refusal<B: Backend>() {
+    let backend = B::start().await;
+    let node = contract::Node::new(&backend, Options::default());
+    let guest = backend
+        .guest(&guest(Cpus::KeepsThem, Blocks::Onlines))
+        .await;
+    is(&node.ask(super::vcpus(3), 60).await, Verified);
+    guest.keeps().await;
+
+    let id = node.submit(super::vcpus(2), 60, Require::Online).await;
+    let record = node.becomes(&id, Record::is_done).await;
+    is(&record, GuestRefused);
+    says(&record, "busy");
+    says(&record, "Offline failed");
+    let libvirts_word = record.hypervisor_error.as_ref();
+    assert_eq!(libvirts_word, None, "before libvirt gave up");
+    let refused = last_evidence(&record, "acpi-ost").time;
+    let took = record.finished.unwrap().since(refused);
+    assert!(took < Duration::from_secs(1), "{took:?}");
+    guest.uses("0-2").await;
+
+    // Now it could, and somebody else asks it to.
+    guest.gives_in(2).await;
+    let verified = |record: &Record| record.verdict == Some(Verified);
+    let record = node.becomes(&id, verified).await;
+    assert!(record.corrected > record.finished, "{record:#?}");
+    assert_eq!(counted(&backend).await, 2);
+    guest.uses("0-1").await;
+}
