@@ -1,10 +1,12 @@
 //! Type of guest, architecture, accelerator and machine type.
 
 use super::{Case, named, unsupported};
-use crate::compat::{Code, Finding, Severity};
+use crate::compat::{Code, Finding, OfferedMachine, Severity};
 
 /// The machine types of x86 without PCI.
 pub(super) const WITHOUT_PCI: [&str; 2] = ["isapc", "microvm"];
+/// What libvirt says when it finds no place for them.
+const NO_PCI: &str = "XML error: No PCI buses available";
 
 pub(super) fn check(case: &Case<'_>, findings: &mut Vec<Finding>) {
     check_os_type(case, findings);
@@ -47,11 +49,14 @@ fn is_qemus(virt_type: &str) -> bool {
 
 fn check_accelerator(case: &Case<'_>, findings: &mut Vec<Finding>) {
     let Some(arch) = case.arch else {
-        findings.push(Finding::new(
-            Severity::Unknown,
-            Code::Architecture,
-            "neither the domain nor the node says which architecture it has",
-        ));
+        findings.push(
+            Finding::new(
+                Severity::Unknown,
+                Code::Architecture,
+                "neither the domain nor the node says which architecture it has",
+            )
+            .remedy("name it in <type arch='x86_64'> or with --arch, or give --capabilities of the node"),
+        );
         return;
     };
     let Some(types) = &case.node.virt_types else {
@@ -118,64 +123,26 @@ fn check_machine(case: &Case<'_>, findings: &mut Vec<Finding>) {
     let Some(canonical) = case.machine else {
         return;
     };
-    let wanted = case.domain.machine.as_deref();
-    // What libvirt adds by itself and declined or not: without PCI there is no place for it.
-    let wants_pci = case.is_x86() && case.domain.pci.declined < 2;
-    let no_pci = "XML error: No PCI buses available";
-    if let Some(machines) = &case.node.machines {
-        let Some(machine) = machines.get(canonical) else {
-            if machines.is_empty() {
-                return; // no emulator: said already
+    match &case.node.machines {
+        Some(machines) if !machines.is_empty() => match machines.get(canonical) {
+            Some(machine) => check_known(case, canonical, *machine, findings),
+            None => {
+                findings.push(not_listed(case, canonical));
+                return;
             }
-            let words = match wants_pci && !canonical.starts_with("pc") && !case.is_q35() {
-                true => no_pci.to_owned(),
-                false => unsupported(format!(
-                    "Emulator '{}' does not support machine type '{canonical}'",
-                    case.emulator()
-                )),
-            };
-            findings.push(
-                Finding::new(
-                    Severity::Blocks,
-                    Code::Machine,
-                    format!("machine type {canonical} is not known here"),
-                )
-                .at_define(words)
-                .remedy(instead(case, canonical)),
-            );
-            return;
-        };
-        if machine.deprecated {
-            findings.push(
-                Finding::new(
-                    Severity::Warning,
-                    Code::MachineDeprecated,
-                    format!(
-                        "machine type {canonical} is deprecated: a newer QEMU will not have it, \
-                         and the domain cannot go there"
-                    ),
-                )
-                .remedy(instead(case, canonical)),
-            );
-        }
-        match wanted {
-            Some(alias) if alias != canonical => findings.push(Finding::new(
-                Severity::Note,
-                Code::MachineAlias,
-                format!(
-                    "{alias} means {canonical} here, and may mean another machine type on \
-                     another node"
-                ),
-            )),
-            None => findings.push(Finding::new(
-                Severity::Note,
-                Code::MachineAlias,
-                format!("the definition names no machine type: libvirt takes {canonical} here"),
-            )),
-            Some(_) => {}
-        }
+        },
+        // No emulator, or nothing is known of the node: said already.
+        _ if case.node.virt_types.as_ref().is_none_or(Vec::is_empty) => {}
+        _ => findings.push(
+            Finding::new(
+                Severity::Unknown,
+                Code::Machine,
+                format!("whether the node has machine type {canonical} is not known"),
+            )
+            .remedy("give --capabilities what `virsh capabilities` prints on the node"),
+        ),
     }
-    if wants_pci && WITHOUT_PCI.contains(&canonical) {
+    if wants_pci(case) && WITHOUT_PCI.contains(&canonical) {
         findings.push(
             Finding::new(
                 Severity::Blocks,
@@ -185,13 +152,64 @@ fn check_machine(case: &Case<'_>, findings: &mut Vec<Finding>) {
                      balloon, which need it"
                 ),
             )
-            .at_define(no_pci)
+            .at_define(NO_PCI)
             .remedy(
                 "decline both: <controller type='usb' model='none'/> and \
                  <memballoon model='none'/>; or use q35",
             ),
         );
     }
+}
+
+/// Whether libvirt adds devices by itself that want PCI; without it there is no place for them.
+fn wants_pci(case: &Case<'_>) -> bool {
+    case.is_x86() && case.domain.pci.declined < 2
+}
+
+fn not_listed(case: &Case<'_>, canonical: &str) -> Finding {
+    let words = match wants_pci(case) && !canonical.starts_with("pc") && !case.is_q35() {
+        true => NO_PCI.to_owned(),
+        false => unsupported(format!(
+            "Emulator '{}' does not support machine type '{canonical}'",
+            case.emulator()
+        )),
+    };
+    Finding::new(
+        Severity::Blocks,
+        Code::Machine,
+        format!("machine type {canonical} is not known here"),
+    )
+    .at_define(words)
+    .remedy(instead(case, canonical))
+}
+
+fn check_known(
+    case: &Case<'_>,
+    canonical: &str,
+    machine: OfferedMachine,
+    findings: &mut Vec<Finding>,
+) {
+    if machine.deprecated {
+        findings.push(
+            Finding::new(
+                Severity::Warning,
+                Code::MachineDeprecated,
+                format!(
+                    "machine type {canonical} is deprecated: a newer QEMU will not have it, and \
+                     the domain cannot go there"
+                ),
+            )
+            .remedy(instead(case, canonical)),
+        );
+    }
+    let message = match case.domain.machine.as_deref() {
+        Some(alias) if alias != canonical => format!(
+            "{alias} means {canonical} here, and may mean another machine type on another node"
+        ),
+        None => format!("the definition names no machine type: libvirt takes {canonical} here"),
+        Some(_) => return,
+    };
+    findings.push(Finding::new(Severity::Note, Code::MachineAlias, message));
 }
 
 /// The machine type of the same family that new guests get.
