@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Measures the README's figures in this run and prints them as a table, each beside what it is
-# to be compared with: the benchmark benches/labels.rs, and benches/{daemon,hotplug,cluster}.rs
+# to be compared with: the benchmark benches/labels.rs, and benches/{daemon,hotplug,cluster,targets}.rs
 # with the release build of the daemon on a libvirt and a Kubernetes of their own. It takes about
 # half an hour after the build. Everything it starts is stopped at its end, also on Ctrl-C.
 #
@@ -168,6 +168,8 @@ note "measuring hotplug"
 VIRTNODE=$scratch/virtnode bench hotplug >>"$rows"
 note "measuring DomainHotplug objects"
 bench cluster >>"$rows"
+note "measuring virtnode targets"
+VIRTNODE=$scratch/virtnode bench targets >>"$rows"
 size=$(stat -c %s "$scratch/virtnode")
 row "the program" "$(awk -v bytes="$size" 'BEGIN { printf "%.1f MB", bytes / 1e6 }')"
 

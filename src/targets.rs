@@ -3,33 +3,66 @@
 
 use std::collections::BTreeMap;
 
-use crate::capability::{Accelerator, CpuModel, CpuModes, Usable, VcpuMax};
-use crate::cluster::Inventory;
-use crate::cluster::objects::NodeVirtualizationStatus;
-use crate::cluster::objects::node_virtualization as told;
-use crate::compat::{Candidate, Offer, OfferedMachine, Requirement};
+use k8s_openapi::jiff::{SignedDuration, Timestamp};
 
-/// The nodes as candidates for a domain. `here` is the one where it runs now, if that is known.
+use crate::capability::{Accelerator, CpuModel, CpuModes, Usable, VcpuMax};
+use crate::cluster::objects::node_virtualization::{self as described, HYPERVISOR_CONNECTED};
+use crate::cluster::objects::{Condition, NodeVirtualizationStatus};
+use crate::cluster::{Inventory, NodeSeen};
+use crate::compat::{Candidate, Offer, OfferedMachine, Requirement, Told};
+
+/// A daemon writes once an hour when it last read everything. One that has not done so for as long
+/// as this does not run, or may not write.
+const STALE: SignedDuration = SignedDuration::from_hours(3);
+
+/// The nodes as candidates for a domain. `here` is the one where it runs now, if that is known;
+/// `now` is when the inventory was made, if that is known: then what is out of date is not gone by.
 pub fn candidates(
     inventory: Inventory,
     domain: &Requirement,
     here: Option<&str>,
+    now: Option<Timestamp>,
 ) -> Vec<Candidate> {
     let Inventory {
         nodes,
-        virtualizations,
+        mut virtualizations,
     } = inventory;
-    let candidate = |node: crate::cluster::NodeSeen| Candidate {
-        told: virtualizations
-            .get(&node.name)
-            .and_then(|status| offer(status, domain)),
-        here: here == Some(node.name.as_str()),
-        name: node.name,
-        labels: node.labels,
-        ready: node.ready,
-        cordoned: node.cordoned,
+    let candidate = |node: NodeSeen| {
+        let status = virtualizations.remove(&node.name);
+        let is_cut_off = |status: &NodeVirtualizationStatus| {
+            let connected = Condition::find(&status.conditions, HYPERVISOR_CONNECTED);
+            connected.is_some_and(|condition| condition.status == "False")
+        };
+        let cut_off = matches!(&status, Some(Ok(status)) if is_cut_off(status));
+        let told = match status {
+            None => Told::Nothing,
+            Some(Err(_)) => Told::Unreadable,
+            Some(Ok(status)) if is_stale(&status, now) => Told::Stale,
+            Some(Ok(status)) => {
+                offer(&status, domain).map_or(Told::Nothing, |offer| Told::Offer(Box::new(offer)))
+            }
+        };
+        Candidate {
+            here: here == Some(node.name.as_str()),
+            name: node.name,
+            labels: node.labels,
+            ready: node.ready,
+            cordoned: node.cordoned,
+            cut_off,
+            told,
+        }
     };
     nodes.into_iter().map(candidate).collect()
+}
+
+/// One that was never finished has no time, and nothing to be believed or not.
+fn is_stale(status: &NodeVirtualizationStatus, now: Option<Timestamp>) -> bool {
+    let probed = status.last_probe_time.as_deref();
+    let probed = probed.and_then(|time| time.parse::<Timestamp>().ok());
+    match (probed, now) {
+        (Some(probed), Some(now)) => now.duration_since(probed) > STALE,
+        _ => false,
+    }
 }
 
 /// What a `NodeVirtualization` tells that the node has for this domain; `None` if it has nothing of
@@ -86,6 +119,9 @@ fn offer(status: &NodeVirtualizationStatus, domain: &Requirement) -> Option<Offe
         gic_versions: has_gic_v3.then(|| vec!["2".to_owned(), "3".to_owned()]),
         cpu,
         cpu_features: features.map(|features| features.iter().cloned().collect()),
+        enlightenments: Some(&status.cpu.hyperv)
+            .filter(|names| is_best && !names.is_empty())
+            .map(|names| names.iter().cloned().collect()),
         launch_security: is_best.then(|| status.security.clone()),
         vfio: iommu.map(|iommu| iommu.vfio && iommu.groups > 0),
         iommufd: iommu.map(|iommu| iommu.iommufd),
@@ -95,8 +131,8 @@ fn offer(status: &NodeVirtualizationStatus, domain: &Requirement) -> Option<Offe
     })
 }
 
-fn machines(guest: &told::Guest) -> BTreeMap<String, OfferedMachine> {
-    let machine = |machine: &told::Machine| {
+fn machines(guest: &described::Guest) -> BTreeMap<String, OfferedMachine> {
+    let machine = |machine: &described::Machine| {
         let own = machine.qemu_max_vcpus.or(machine.max_vcpus);
         let offered = OfferedMachine {
             max_vcpus: own.map_or(VcpuMax::Unknown, VcpuMax::from_number),
@@ -110,7 +146,7 @@ fn machines(guest: &told::Guest) -> BTreeMap<String, OfferedMachine> {
 fn models(status: &NodeVirtualizationStatus, domain: &Requirement) -> Vec<CpuModel> {
     let all = &status.cpu.models;
     // An alias has the blockers of the model that it means, which are told once.
-    let blockers = |model: &told::CpuModel| -> Vec<String> {
+    let blockers = |model: &described::CpuModel| -> Vec<String> {
         let meant = model.alias_of.as_deref();
         let meant = meant.and_then(|name| all.iter().find(|other| other.name == name));
         match meant {

@@ -7,13 +7,14 @@ use std::sync::Arc;
 
 use anyhow::{Context, bail};
 use clap::Args;
+use k8s_openapi::jiff::Timestamp;
 use serde::Serialize;
 
 use super::check::{Asked, read_definition, running};
 use super::output::{Output, complain, print, print_value, table};
 use super::report::plain;
 use super::{Exit, Failure, runtime};
-use crate::cluster::{Cluster, ClusterError, Inventory};
+use crate::cluster::{Cluster, ClusterError, Inventory, Virtualizations};
 use crate::compat::{
     Affinity, Answer, NodeAnswer, Requirement, Severity, State, Targets as Answers, targets,
 };
@@ -26,11 +27,13 @@ use crate::telemetry::Metrics;
 /// The largest list of nodes that is read: 5,000 whole Nodes are a quarter of it.
 const LIST_MAX_BYTES: u64 = 1024 * 1024 * 1024;
 
+/// A terminal holds that many; the rest is summed up.
+const MOST_LISTED: usize = 40;
+
 /// The arguments of `virtnode targets`.
 #[derive(Debug, Args)]
 pub(super) struct Targets {
     /// A running domain of this node, by name or UUID
-    #[arg(required_unless_present = "domain_xml")]
     domain: Option<String>,
 
     /// A definition instead, as `virsh dumpxml` prints it; - reads standard input
@@ -64,6 +67,14 @@ struct Report {
 
 impl Targets {
     pub(super) fn run(self, config: &Config) -> anyhow::Result<Exit> {
+        if self.domain.is_none() && self.domain_xml.is_none() {
+            return Err(Failure::new(
+                Exit::Usage,
+                "which domain? Give the name of one that runs here, or --domain-xml FILE (- for \
+                 standard input)",
+            )
+            .into());
+        }
         let stdin = Some(Path::new("-"));
         if self.domain_xml.as_deref() == stdin && self.nodes.as_deref() == stdin {
             return Err(Failure::new(
@@ -73,16 +84,18 @@ impl Targets {
             .into());
         }
         let domain = self.requirement(config)?;
-        let inventory = match &self.nodes {
-            Some(path) => read_nodes(path)?,
-            None => list(config)?,
+        // What is in a file was true when it was written, and nobody knows when that was.
+        let (inventory, now) = match &self.nodes {
+            Some(path) => (read_nodes(path)?, None),
+            None => (list(config)?, Some(Timestamp::now())),
         };
+        complain_of(&inventory.virtualizations);
         // Which node this is counts where the domain is known to run on it.
         let own = match (&self.domain, &config.node_name) {
             (Some(_), _) => cluster_config(config).ok().map(|config| config.node_name),
             (None, name) => name.clone(),
         };
-        let nodes = candidates(inventory, &domain, own.as_deref());
+        let nodes = candidates(inventory, &domain, own.as_deref(), now);
         if nodes.is_empty() {
             bail!("there are no nodes to choose from");
         }
@@ -95,13 +108,17 @@ impl Targets {
         match (&report.answers.affinity, self.affinity, self.output) {
             (Some(affinity), true, Output::Table) => print(&pod(affinity)?)?,
             (Some(affinity), true, output) => print_value(&snippet(affinity), output)?,
-            (None, true, _) => complain("virtnode: no node fits, and labels cannot say so"),
+            (None, true, _) => {
+                complain("virtnode: no affinity: no node fits, and labels cannot say so")
+            }
             (_, false, Output::Table) => print(&show(&report)?)?,
             (_, false, output) => print_value(&report, output)?,
         }
-        Ok(match report.fitting {
-            0 => Exit::Infeasible,
-            _ => Exit::Done,
+        Ok(match report.answers.nodes.first().map(|best| best.answer) {
+            Some(Answer::Feasible) => Exit::Done,
+            Some(Answer::Infeasible) => Exit::Infeasible,
+            // As `check` ends when it does not know.
+            Some(Answer::Unknown) | None => Exit::Failed,
         })
     }
 
@@ -123,15 +140,18 @@ impl Targets {
 }
 
 fn read_nodes(path: &Path) -> anyhow::Result<Inventory> {
-    let mut bytes = Vec::new();
-    let (name, input): (_, Box<dyn Read>) = match path == Path::new("-") {
-        true => ("standard input".to_owned(), Box::new(std::io::stdin())),
+    let (name, size, input): (_, _, Box<dyn Read>) = match path == Path::new("-") {
+        true => ("standard input".to_owned(), 0, Box::new(std::io::stdin())),
         false => {
             let name = path.display().to_string();
             let file = std::fs::File::open(path).with_context(|| format!("cannot read {name}"))?;
-            (name, Box::new(file))
+            let size = file.metadata().map_or(0, |metadata| metadata.len());
+            (name, size, Box::new(file))
         }
     };
+    // A list of whole Nodes is moved about no more than it must be; one byte more shows its end.
+    let size = usize::try_from(size.min(LIST_MAX_BYTES) + 1).unwrap_or_default();
+    let mut bytes = Vec::with_capacity(size);
     input
         .take(LIST_MAX_BYTES + 1)
         .read_to_end(&mut bytes)
@@ -151,8 +171,10 @@ fn read_nodes(path: &Path) -> anyhow::Result<Inventory> {
 fn list(config: &Config) -> anyhow::Result<Inventory> {
     runtime()?.block_on(async {
         let cluster = Cluster::connect(cluster_config(config)?).await?;
-        let nodes = cluster.list_nodes().await?;
-        let virtualizations = match cluster.list_virtualizations().await {
+        let (nodes, virtualizations) =
+            tokio::join!(cluster.list_nodes(), cluster.list_virtualizations());
+        let nodes = nodes?;
+        let virtualizations = match virtualizations {
             Ok(virtualizations) => virtualizations,
             Err(error @ (ClusterError::NotFound { .. } | ClusterError::Forbidden { .. })) => {
                 complain(&format!("virtnode: the labels alone decide: {error}"));
@@ -167,6 +189,26 @@ fn list(config: &Config) -> anyhow::Result<Inventory> {
     })
 }
 
+/// Says of objects that cannot be read what is wrong with them.
+fn complain_of(virtualizations: &Virtualizations) {
+    const SHOWN: usize = 3;
+    let bad = virtualizations
+        .iter()
+        .filter_map(|(name, facts)| Some((name, facts.as_ref().err()?)));
+    for (name, problem) in bad.clone().take(SHOWN) {
+        let name = plain(name);
+        complain(&format!(
+            "virtnode: the NodeVirtualization {name} cannot be read, so its labels alone decide: \
+             {}",
+            plain(problem)
+        ));
+    }
+    let rest = bad.count().saturating_sub(SHOWN);
+    if rest > 0 {
+        complain(&format!("virtnode: nor can those of {rest} more nodes"));
+    }
+}
+
 fn snippet(affinity: &Affinity) -> BTreeMap<&str, BTreeMap<&str, &Affinity>> {
     BTreeMap::from([("affinity", BTreeMap::from([("nodeAffinity", affinity)]))])
 }
@@ -179,20 +221,24 @@ fn pod(affinity: &Affinity) -> anyhow::Result<String> {
 fn show(report: &Report) -> anyhow::Result<String> {
     let answers = &report.answers;
     let name = report.domain.as_deref().map(plain).unwrap_or_default();
-    let mut text = format!(
-        "{} of {} nodes fit domain {name}, the best first:\n\n",
-        report.fitting,
-        answers.nodes.len()
-    );
-    let rows = answers.nodes.iter().map(|node| {
-        let fits = match node.answer {
-            Answer::Feasible => "yes",
-            Answer::Infeasible => "no",
-            Answer::Unknown => "unknown",
-        };
-        vec![plain(&node.name).to_string(), fits.to_owned(), why(node)]
+    let mut text = match (report.fitting, answers.nodes.len()) {
+        (_, 0) => format!("No node has virtnode's labels: nothing is known for domain {name}.\n"),
+        (0, all) => {
+            format!("None of {all} nodes is known to fit domain {name}; the nearest first:\n\n")
+        }
+        (fitting, all) => {
+            format!("{fitting} of {all} nodes fit domain {name}, the best first:\n\n")
+        }
+    };
+    let (listed, rest) = answers.nodes.split_at(answers.nodes.len().min(MOST_LISTED));
+    let rows = listed.iter().map(|node| {
+        let fits = fits(node.answer).to_owned();
+        vec![plain(&node.name), fits, why(node)]
     });
-    text.push_str(&table(&["NODE", "FITS", "WHY"], rows));
+    if !listed.is_empty() {
+        text.push_str(&table(&["NODE", "FITS", "WHY"], rows));
+    }
+    text.push_str(&summary(rest));
     let mut remedies: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
     for node in &answers.nodes {
         let blocking = node
@@ -204,7 +250,7 @@ fn show(report: &Report) -> anyhow::Result<String> {
         }
     }
     if !remedies.is_empty() {
-        text.push_str("\nWhat would make others fit:\n");
+        text.push_str("\nWhat would make those fit that do not:\n");
         for (remedy, nodes) in remedies {
             text.push_str(&format!("  {}: {}\n", few(&nodes), plain(remedy)));
         }
@@ -247,12 +293,63 @@ fn show(report: &Report) -> anyhow::Result<String> {
     Ok(text)
 }
 
+fn fits(answer: Answer) -> &'static str {
+    match answer {
+        Answer::Feasible => "yes",
+        Answer::Infeasible => "no",
+        Answer::Unknown => "unknown",
+    }
+}
+
+/// The nodes that are not listed one by one: how many for which reason, the most first.
+fn summary(rest: &[NodeAnswer]) -> String {
+    const SHOWN: usize = 5;
+    let mut reasons: BTreeMap<(&str, &str), usize> = BTreeMap::new();
+    for node in rest {
+        let first = node
+            .findings
+            .first()
+            .map(|finding| finding.message.as_str());
+        let reason = match node.answer {
+            Answer::Feasible => "",
+            _ => first.unwrap_or_default(),
+        };
+        *reasons.entry((fits(node.answer), reason)).or_default() += 1;
+    }
+    let mut reasons: Vec<_> = reasons.into_iter().collect();
+    reasons.sort_by_key(|(_, count)| std::cmp::Reverse(*count));
+    let mut text = String::new();
+    if !rest.is_empty() {
+        text = format!(
+            "\nAnd {} more (--output json lists them all):\n",
+            rest.len()
+        );
+    }
+    for ((fits, reason), count) in reasons.iter().take(SHOWN) {
+        let line = format!("  {count} {fits} {}", plain(reason));
+        text.push_str(line.trim_end());
+        text.push('\n');
+    }
+    let others = reasons
+        .iter()
+        .skip(SHOWN)
+        .map(|(_, count)| count)
+        .sum::<usize>();
+    if others > 0 {
+        text.push_str(&format!("  {others} for other reasons\n"));
+    }
+    text
+}
+
 /// The first reasons, behind what marks the node.
 fn why(node: &NodeAnswer) -> String {
     let marks = node.states.iter().map(|state| match state {
         State::Cordoned => "cordoned",
         State::NotReady => "not ready",
         State::RunsHere => "runs here now",
+        State::CutOff => "its daemon has no connection to libvirt",
+        State::Stale => "its NodeVirtualization is out of date and not gone by",
+        State::Unreadable => "its NodeVirtualization cannot be read",
     });
     let reasons = node
         .findings

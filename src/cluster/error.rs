@@ -43,9 +43,9 @@ impl fmt::Display for Object {
 pub enum ClusterError {
     /// The configuration of the client is missing or of no use.
     #[error(
-        "there is no usable configuration of a Kubernetes client: {0}; name a kubeconfig file, or run in a pod with a service account"
+        "there is no usable configuration of a Kubernetes client: {0}; name a kubeconfig file (--kubeconfig), or run in a pod with a service account"
     )]
-    Configuration(#[source] Box<dyn Error + Send + Sync>),
+    Configuration(Box<dyn Error + Send + Sync>),
     /// No Node can have this name.
     #[error(
         "{0:?} cannot be the name of a Node, which is a DNS name in small letters; configure the name that `kubectl get nodes` shows"

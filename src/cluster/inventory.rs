@@ -4,11 +4,11 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use kube::api::{Api, ListParams};
 use serde::Deserialize;
-use serde_json::Value;
+use serde::de::Error as _;
+use serde_json::value::RawValue;
 
-use super::objects::{Condition, NodeVirtualization, NodeVirtualizationStatus};
+use super::objects::NodeVirtualizationStatus;
 use super::{Cluster, ClusterError, Object};
 
 /// How many objects there are in a page.
@@ -40,11 +40,14 @@ pub struct Inventory {
     /// The nodes.
     pub nodes: Vec<NodeSeen>,
     /// What is told of them beside labels, by name of the node.
-    pub virtualizations: BTreeMap<String, NodeVirtualizationStatus>,
+    pub virtualizations: Virtualizations,
 }
 
+/// What each node's `NodeVirtualization` says, by name of the node; or what is wrong with it.
+pub type Virtualizations = BTreeMap<String, Result<NodeVirtualizationStatus, String>>;
+
 /// Objects, and where the next page begins.
-type Page<T> = kube::Result<(Vec<T>, Option<String>)>;
+type Page<T> = (Vec<T>, Option<String>);
 
 impl Cluster {
     /// Every node with its labels.
@@ -53,15 +56,9 @@ impl Cluster {
     /// Any [`ClusterError`] but a conflict.
     pub async fn list_nodes(&self) -> Result<Vec<NodeSeen>, ClusterError> {
         let object = all("Nodes", "nodes");
-        self.all_pages(object, async |proceed: Option<String>| {
-            let mut uri = format!("/api/v1/nodes?limit={PAGE}");
-            if let Some(proceed) = proceed {
-                uri.push_str("&continue=");
-                uri.push_str(&proceed); // base64 for URLs
-            }
-            let request = http::Request::get(uri).header(http::header::ACCEPT, AS_TABLE);
-            let request = request.body(Vec::new()).map_err(kube::Error::HttpError)?;
-            let table: Table = self.client.request(request).await?;
+        let path = "/api/v1/nodes";
+        self.all_pages(object, path, AS_TABLE, |text| {
+            let table: Table<'_> = serde_json::from_str(text)?;
             let status = table.column("Status");
             let nodes = table.rows.into_iter().map(|row| row.into_node(status));
             Ok((nodes.collect(), table.metadata.proceed))
@@ -69,34 +66,43 @@ impl Cluster {
         .await
     }
 
-    /// What every node's daemon tells of it, by name of the node.
+    /// What every node's daemon tells of it. One that cannot be read keeps nobody from the others.
     ///
     /// # Errors
     /// [`ClusterError::NotFound`] if the cluster does not know the kind; otherwise any.
-    pub async fn list_virtualizations(
-        &self,
-    ) -> Result<BTreeMap<String, NodeVirtualizationStatus>, ClusterError> {
-        let api = Api::<NodeVirtualization>::all(self.client.clone());
+    pub async fn list_virtualizations(&self) -> Result<Virtualizations, ClusterError> {
         let object = all("NodeVirtualizations", "nodevirtualizations.virtnode.io");
-        let list = self.all_pages(object, async |proceed: Option<String>| {
-            let mut parameters = ListParams::default().limit(PAGE);
-            parameters.continue_token = proceed;
-            let page = api.list(&parameters).await?;
-            let named = |object: NodeVirtualization| {
-                let name = object.metadata.name.unwrap_or_default();
-                (name, object.spec.facts)
-            };
-            let items = page.items.into_iter().map(named).collect();
-            Ok((items, page.metadata.continue_))
+        let path = "/apis/virtnode.io/v1alpha1/nodevirtualizations";
+        let list = self.all_pages(object, path, "application/json", |text| {
+            let list: List<'_> = serde_json::from_str(text)?;
+            let read = |item: Item<'_>| (item.metadata.name, read(item.status));
+            Ok((
+                list.items.into_iter().map(read).collect(),
+                list.metadata.proceed,
+            ))
         });
         Ok(list.await?.into_iter().collect())
     }
 
+    /// Every object of a list, page by page; `read` takes a page apart.
     async fn all_pages<T>(
         &self,
         object: Object,
-        page: impl AsyncFn(Option<String>) -> Page<T>,
+        path: &str,
+        accept: &'static str,
+        read: impl Fn(&str) -> serde_json::Result<Page<T>>,
     ) -> Result<Vec<T>, ClusterError> {
+        let page = async |proceed: Option<String>| {
+            let mut uri = format!("{path}?limit={PAGE}");
+            if let Some(proceed) = proceed {
+                uri.push_str("&continue=");
+                uri.push_str(&proceed); // base64 for URLs
+            }
+            let request = http::Request::get(uri).header(http::header::ACCEPT, accept);
+            let request = request.body(Vec::new()).map_err(kube::Error::HttpError)?;
+            let text = self.client.request_text(request).await?;
+            read(&text).map_err(kube::Error::SerdeError)
+        };
         let list = async {
             let mut items = Vec::new();
             let mut proceed = None;
@@ -138,12 +144,12 @@ fn all(kind: &'static str, resource: &'static str) -> Object {
 /// `meta.k8s.io/v1 Table`.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
-struct Table {
+struct Table<'t> {
     #[serde(default)]
     metadata: ListMeta,
     column_definitions: Vec<Column>,
-    #[serde(default)]
-    rows: Vec<Row>,
+    #[serde(default, borrow)]
+    rows: Vec<Row<'t>>,
 }
 
 #[derive(Default, Deserialize)]
@@ -158,26 +164,41 @@ struct Column {
 }
 
 #[derive(Deserialize)]
-struct Row {
-    cells: Vec<Value>,
-    object: Item,
+struct Row<'t> {
+    #[serde(borrow)]
+    cells: Vec<&'t RawValue>,
+    object: Head,
 }
 
-impl Table {
+/// What of an object is metadata alone.
+#[derive(Deserialize)]
+struct Head {
+    metadata: Metadata,
+}
+
+impl Table<'_> {
     fn column(&self, name: &str) -> Option<usize> {
         let mut columns = self.column_definitions.iter();
         columns.position(|column| column.name == name)
     }
 }
 
-impl Row {
-    /// The status is as in `Ready,SchedulingDisabled` (`printNode`, Kubernetes
+impl Row<'_> {
+    /// The status is as in `Ready,SchedulingDisabled`, with `NotReady` for a kubelet that says so or
+    /// is not heard of, and `Unknown` for a Node of which that is not told (`printNode`, Kubernetes
     /// pkg/printers/internalversion/printers.go).
     fn into_node(self, status: Option<usize>) -> NodeSeen {
-        let status = status.and_then(|at| self.cells.get(at)?.as_str());
-        let has = |word: &str| status.is_some_and(|status| status.split(',').any(|w| w == word));
+        let status: Option<String> =
+            status.and_then(|at| serde_json::from_str(self.cells.get(at)?.get()).ok());
+        let has = |word: &str| {
+            let words = status.as_deref().unwrap_or_default().split(',');
+            words.into_iter().any(|have| have == word)
+        };
         NodeSeen {
-            ready: status.map(|_| has("Ready")),
+            ready: match (has("Ready"), has("NotReady")) {
+                (false, false) => None,
+                (ready, _) => Some(ready),
+            },
             cordoned: has("SchedulingDisabled"),
             name: self.object.metadata.name,
             labels: self.object.metadata.labels,
@@ -185,17 +206,27 @@ impl Row {
     }
 }
 
+/// Objects of one kind.
+#[derive(Deserialize)]
+struct List<'t> {
+    #[serde(default)]
+    metadata: ListMeta,
+    #[serde(default, borrow)]
+    items: Vec<Item<'t>>,
+}
+
 /// A Node, a NodeVirtualization, or a list of such.
 #[derive(Default, Deserialize)]
 #[serde(default)]
-struct Item {
+struct Item<'t> {
     kind: String,
     metadata: Metadata,
     spec: NodeSpec,
-    // No field of a Node's status has the name of one of these but `conditions`, which are of the
-    // same shape.
-    status: NodeVirtualizationStatus,
-    items: Vec<Item>,
+    /// Of a Node the images are most of it, of which nothing is wanted.
+    #[serde(borrow)]
+    status: Option<&'t RawValue>,
+    #[serde(borrow)]
+    items: Vec<Item<'t>>,
 }
 
 #[derive(Default, Deserialize)]
@@ -211,21 +242,58 @@ struct NodeSpec {
     unschedulable: bool,
 }
 
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct NodeStatus {
+    conditions: Vec<NodeCondition>,
+}
+
+/// What is wanted of it: the times beside may be null.
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct NodeCondition {
+    #[serde(rename = "type")]
+    kind: String,
+    status: String,
+}
+
+/// The facts of a NodeVirtualization.
+fn read(status: Option<&RawValue>) -> Result<NodeVirtualizationStatus, String> {
+    let text = status.map_or("{}", RawValue::get);
+    serde_json::from_str(text).map_err(|error| error.to_string())
+}
+
 impl Inventory {
-    /// What `kubectl get nodes -o json` prints, or `kubectl get nodes,nodevirtualizations -o json`.
+    /// What `kubectl get nodes -o json` prints, or `kubectl get nodes,nodevirtualizations -o json`,
+    /// or one after the other, or the API server's own lists.
     ///
     /// # Errors
-    /// Text that is no JSON of that shape, with its place.
+    /// Text that is no JSON of that shape, with its place. A NodeVirtualization of another shape
+    /// is none: see [`Inventory::virtualizations`].
     pub fn parse(json: &[u8]) -> Result<Self, serde_json::Error> {
         let mut inventory = Self::default();
-        inventory.take(serde_json::from_slice(json)?);
+        for item in serde_json::Deserializer::from_slice(json).into_iter() {
+            inventory.take(item?, "")?;
+        }
         Ok(inventory)
     }
 
-    fn take(&mut self, item: Item) {
-        match item.kind.as_str() {
+    /// The objects of the API server's own lists do not say their kind; the list does.
+    fn take(&mut self, item: Item<'_>, of_list: &str) -> Result<(), serde_json::Error> {
+        let kind = match item.kind.as_str() {
+            "" => of_list,
+            kind => kind,
+        };
+        match kind {
+            "Node" | "NodeVirtualization" if item.metadata.name.is_empty() => {
+                let problem = format!("a {kind} has no metadata.name");
+                return Err(serde_json::Error::custom(problem));
+            }
             "Node" => {
-                let ready = Condition::find(&item.status.conditions, "Ready");
+                let text = item.status.map_or("{}", RawValue::get);
+                let status: NodeStatus = serde_json::from_str(text)?;
+                let mut conditions = status.conditions.iter();
+                let ready = conditions.find(|condition| condition.kind == "Ready");
                 self.nodes.push(NodeSeen {
                     ready: ready.map(|ready| ready.status == "True"),
                     cordoned: item.spec.unschedulable,
@@ -234,10 +302,102 @@ impl Inventory {
                 });
             }
             "NodeVirtualization" => {
-                let name = item.metadata.name;
-                self.virtualizations.insert(name, item.status);
+                let facts = read(item.status);
+                self.virtualizations.insert(item.metadata.name, facts);
             }
-            _ => item.items.into_iter().for_each(|item| self.take(item)),
+            list => {
+                let of_list = list.strip_suffix("List").unwrap_or_default().to_owned();
+                for item in item.items {
+                    self.take(item, &of_list)?;
+                }
+            }
         }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rstest::rstest;
+
+    use super::*;
+
+    const NODE: &str = r#"{"kind": "Node", "metadata": {"name": "a", "labels": {"x": "1"}},
+        "spec": {"unschedulable": true, "podCIDR": "10.0.0.0/24"},
+        "status": {"conditions": [{"type": "Ready", "status": "Unknown", "lastHeartbeatTime": null}],
+            "images": [{}]}}"#;
+    const TOLD: &str = r#"{"kind": "NodeVirtualization", "metadata": {"name": "a"},
+        "status": {"architecture": "x86_64", "ofTomorrow": [1]}}"#;
+
+    #[rstest]
+    #[case("both in one list", format!(r#"{{"kind": "List", "items": [{NODE}, {TOLD}]}}"#))]
+    #[case("one after the other", format!("{NODE}\n{TOLD}\n"))]
+    #[case(
+        "the API server's own lists",
+        format!(
+            r#"{{"kind": "NodeList", "items": [{}]}} {{"kind": "NodeVirtualizationList", "items": [{}]}}"#,
+            NODE.replace(r#""kind": "Node","#, ""),
+            TOLD.replace(r#""kind": "NodeVirtualization","#, "")
+        )
+    )]
+    fn every_way_to_print_nodes_is_read(#[case] _how: &str, #[case] text: String) {
+        let inventory = Inventory::parse(text.as_bytes()).unwrap();
+        let node = NodeSeen {
+            name: "a".to_owned(),
+            labels: [("x".to_owned(), "1".to_owned())].into(),
+            ready: Some(false),
+            cordoned: true,
+        };
+        assert_eq!(inventory.nodes, [node]);
+        let told = inventory.virtualizations["a"].as_ref().unwrap();
+        assert_eq!(told.architecture.as_deref(), Some("x86_64"));
+    }
+
+    #[rstest]
+    #[case(r#"{"architecture": 3}"#)]
+    #[case(r#"{"guests": {}}"#)]
+    #[case("[1]")]
+    fn an_object_of_another_shape_keeps_nobody_from_the_others(#[case] status: &str) {
+        let bad = format!(
+            r#"{{"kind": "NodeVirtualization", "metadata": {{"name": "b"}}, "status": {status}}}"#
+        );
+        let inventory = Inventory::parse(format!("{NODE}{bad}{TOLD}").as_bytes()).unwrap();
+        assert!(inventory.virtualizations["b"].is_err());
+        assert!(inventory.virtualizations["a"].is_ok());
+        assert_eq!(inventory.nodes.len(), 1);
+    }
+
+    #[rstest]
+    #[case(r#"{"kind": "Node", "metadata": {}}"#, "a Node has no metadata.name")]
+    #[case(
+        r#"{"kind": "Node", "metadata": {"labels": {"x": 1}}}"#,
+        "invalid type: integer `1`, expected a string at line 1 column 47"
+    )]
+    #[case(r#"{"kind": "List", "items": [{"kind": "Node""#, "EOF while parsing")]
+    #[case("NAME   STATUS\na      Ready", "expected value at line 1 column 1")]
+    fn text_of_another_shape_is_refused_with_its_place(#[case] text: &str, #[case] problem: &str) {
+        let error = Inventory::parse(text.as_bytes()).unwrap_err().to_string();
+        assert!(error.contains(problem), "{error}");
+    }
+
+    #[rstest]
+    #[case("Ready", Some(true), false)]
+    #[case("NotReady", Some(false), false)]
+    #[case("Ready,SchedulingDisabled", Some(true), true)]
+    #[case("NotReady,SchedulingDisabled", Some(false), true)]
+    #[case("Unknown", None, false)]
+    fn the_servers_table_says_what_kubectl_shows(
+        #[case] status: &str,
+        #[case] ready: Option<bool>,
+        #[case] cordoned: bool,
+    ) {
+        let text = format!(
+            r#"{{"columnDefinitions": [{{"name": "Name"}}, {{"name": "Status"}}],
+               "rows": [{{"cells": ["a", "{status}"], "object": {{"metadata": {{"name": "a"}}}}}}]}}"#
+        );
+        let table: Table<'_> = serde_json::from_str(&text).unwrap();
+        let column = table.column("Status");
+        let node = table.rows.into_iter().next().unwrap().into_node(column);
+        assert_eq!((node.ready, node.cordoned), (ready, cordoned));
     }
 }

@@ -36,7 +36,7 @@ pub use config::ClusterConfig;
 pub use error::{ClusterError, Object, Refusal};
 pub use events::{Happening, HappeningKind, WrittenEvent};
 pub use hotplugs::{HotplugChange, HotplugObject, HotplugObjects, Target};
-pub use inventory::{Inventory, NodeSeen};
+pub use inventory::{Inventory, NodeSeen, Virtualizations};
 pub use retry::Retry;
 pub use watch::Seen;
 

@@ -8,8 +8,8 @@ use serde::ser::{SerializeMap, Serializer};
 use super::offer::{ARCH_LABEL, go_arch};
 use super::{Check, CpuRequirement, Requirement};
 use crate::capability::Accelerator;
-use crate::label::LabelKey;
-use crate::label::prefix::{CPU_FEATURE, CPU_MODEL, MACHINE, MACHINE_ALIAS, NODE};
+use crate::label::prefix::{CPU_FEATURE, CPU_MODEL, HYPERV, MACHINE, MACHINE_ALIAS, NODE};
+use crate::label::{LabelKey, LabelValue};
 
 /// A node's labels.
 pub type Labels = BTreeMap<String, String>;
@@ -17,7 +17,7 @@ pub type Labels = BTreeMap<String, String>;
 /// A required node affinity: a node that one of the terms matches will do.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Affinity {
-    /// The alternatives.
+    /// The alternatives. Without any no node will do, which Kubernetes lets nobody ask for.
     pub terms: Vec<Term>,
 }
 
@@ -62,17 +62,28 @@ pub enum Operator {
 }
 
 impl Expression {
-    fn new<const N: usize>(key: impl Into<String>, operator: Operator, values: [&str; N]) -> Self {
-        Self {
-            key: key.into(),
+    /// A condition on a label; `None` if there can be no such label or value.
+    fn label<const N: usize>(
+        prefix: &str,
+        name: &str,
+        operator: Operator,
+        values: [&str; N],
+    ) -> Option<Self> {
+        let value = |text: &str| Some(LabelValue::new(text).ok()?.as_str().to_owned());
+        Some(Self {
+            key: LabelKey::new(prefix, name).ok()?.as_str().to_owned(),
             operator,
-            values: values.map(str::to_owned).into(),
-        }
+            values: values.into_iter().map(value).collect::<Option<_>>()?,
+        })
     }
 
     /// The name of a node, or any but that.
     pub fn name(operator: Operator, node: &str) -> Self {
-        Self::new("metadata.name", operator, [node])
+        Self {
+            key: "metadata.name".to_owned(),
+            operator,
+            values: vec![node.to_owned()],
+        }
     }
 
     /// As the scheduler does it (`Requirement.Matches`, Kubernetes
@@ -114,29 +125,25 @@ impl Affinity {
     /// `meanings` are the canonical names that the domain's machine type, if it is an alias, means
     /// on the nodes there are: an alias means on each node what that node's label says.
     pub fn of(domain: &Requirement, meanings: &BTreeSet<String>) -> Self {
-        let mut terms = Vec::new();
         let named = domain.machine_on(domain.arch.as_deref());
-        let as_named = [None];
         let meanings = meanings.iter().map(|name| Some(name.as_str()));
-        let machines: Vec<Option<&str>> = match meanings.len() {
-            0 => as_named.into(),
-            _ => meanings.collect(),
-        };
-        for meaning in machines {
+        let as_named = [None].into_iter().filter(|_| meanings.len() == 0);
+        let mut terms = Vec::new();
+        for meaning in meanings.clone().chain(as_named) {
             for cpu in cpus(domain) {
-                let mut expressions = host(domain);
+                let mut conditions = host(domain);
                 if let Some(named) = named {
-                    let alias = format!("{MACHINE_ALIAS}/{named}");
-                    let means = |name| Expression::new(alias, Operator::In, [name]);
-                    expressions.extend(meaning.map(means));
-                    expressions.push(machine(domain, meaning.unwrap_or(named)));
+                    conditions.extend(meaning.map(|name| is_in(MACHINE_ALIAS, named, name)));
+                    conditions.push(machine(domain, meaning.unwrap_or(named)));
                 }
-                expressions.extend(cpu);
-                expressions.extend(devices(domain));
-                terms.push(Term {
-                    match_expressions: expressions,
+                conditions.extend(cpu);
+                conditions.extend(enlightenments(domain));
+                conditions.extend(devices(domain));
+                let all: Option<Vec<Expression>> = conditions.into_iter().collect();
+                terms.extend(all.map(|match_expressions| Term {
+                    match_expressions,
                     match_fields: Vec::new(),
-                });
+                }));
             }
         }
         Self { terms }
@@ -158,71 +165,75 @@ impl Serialize for Affinity {
     }
 }
 
-fn of_node(name: &str) -> String {
-    format!("{NODE}/{name}")
+/// `None`: there can be no such label, so that no node meets it.
+type Condition = Option<Expression>;
+
+fn exists(prefix: &str, name: &str) -> Condition {
+    Expression::label(prefix, name, Operator::Exists, [])
 }
 
-fn host(domain: &Requirement) -> Vec<Expression> {
-    let mut expressions = Vec::new();
-    if let Some(arch) = domain.arch.as_deref() {
-        expressions.push(Expression::new(ARCH_LABEL, Operator::In, [go_arch(arch)]));
-    }
-    if let Some(wanted) = domain.virt_type.as_deref() {
-        let word =
-            Accelerator::of_domain_type(wanted).map_or(wanted, |accelerator| accelerator.as_str());
-        let key = of_node("accelerator");
-        expressions.push(Expression::new(key, Operator::In, [word]));
-    }
-    expressions
+fn is_in(prefix: &str, name: &str, value: &str) -> Condition {
+    Expression::label(prefix, name, Operator::In, [value])
 }
 
-fn machine(domain: &Requirement, name: &str) -> Expression {
-    let key = format!("{MACHINE}/{name}");
+fn is_above(prefix: &str, name: &str, value: u64) -> Condition {
+    Expression::label(prefix, name, Operator::Gt, [value.to_string().as_str()])
+}
+
+fn host(domain: &Requirement) -> Vec<Condition> {
+    let arch = domain.arch.as_deref().map(|arch| {
+        let (prefix, name) = ARCH_LABEL.split_once('/')?;
+        is_in(prefix, name, go_arch(arch))
+    });
+    let accelerator = domain.virt_type.as_deref().map(|wanted| {
+        let word = Accelerator::of_domain_type(wanted).map_or(wanted, |best| best.as_str());
+        is_in(NODE, "accelerator", word)
+    });
+    arch.into_iter().chain(accelerator).collect()
+}
+
+fn machine(domain: &Requirement, name: &str) -> Condition {
     match domain.vcpus.maximum {
         // Every machine type has one, also where the number is not known.
-        0 | 1 => Expression::new(key, Operator::Exists, []),
-        most => Expression::new(key, Operator::Gt, [(most - 1).to_string().as_str()]),
+        0 | 1 => exists(MACHINE, name),
+        most => is_above(MACHINE, name, most - 1),
     }
 }
 
 /// The alternatives for the CPU.
-fn cpus(domain: &Requirement) -> Vec<Vec<Expression>> {
+fn cpus(domain: &Requirement) -> Vec<Vec<Condition>> {
     let cpu = &domain.cpu;
-    let check = cpu.effective_check(domain.virt_type.as_deref() == Some("qemu"));
+    let is_tcg = domain.virt_type.as_deref() == Some("qemu");
+    let check = cpu.effective_check(is_tcg);
     let mode = match (cpu.mode.as_deref(), cpu.model.as_deref()) {
         (None | Some("custom"), None) => return vec![Vec::new()],
         (mode, _) => mode.unwrap_or("custom"),
     };
-    let exists = |key| Expression::new(key, Operator::Exists, []);
     let features = features(cpu, mode, check);
     let mut alternatives = Vec::new();
     match (mode, cpu.model.as_deref()) {
         ("custom", Some(model)) => {
             let any_will_do = check == Check::None
                 || (cpu.matching.as_deref() == Some("minimum") && check == Check::Full);
-            let vendor = cpu
-                .vendor
-                .as_deref()
-                .filter(|_| check != Check::None && domain.virt_type.as_deref() != Some("qemu"))
-                .map(|vendor| Expression::new(of_node("cpu-vendor"), Operator::In, [vendor]));
-            let rest: Vec<Expression> = vendor.into_iter().chain(features).collect();
-            let with = |first: Option<Expression>| first.into_iter().chain(rest.clone()).collect();
+            let vendor = cpu.vendor.as_deref();
+            let vendor = vendor.filter(|_| check != Check::None && !is_tcg);
+            let vendor = vendor.map(|vendor| is_in(NODE, "cpu-vendor", vendor));
+            let rest: Vec<Condition> = vendor.into_iter().chain(features).collect();
+            let with = |first: Option<Condition>| first.into_iter().chain(rest.clone()).collect();
             match any_will_do {
                 true => alternatives.push(with(None)),
                 false => {
-                    alternatives.push(with(Some(exists(format!("{CPU_MODEL}/{model}")))));
+                    alternatives.push(with(Some(exists(CPU_MODEL, model))));
                     // Not usable as it is, and so in no label of its own, but without what the
                     // domain does without: the usual thing for a domain of the mode host-model.
                     if cpu.gives_up_features() {
-                        let key = of_node("host-model");
-                        let same = Expression::new(key, Operator::In, [model]);
-                        alternatives.push(with(Some(same)));
+                        alternatives.push(with(Some(is_in(NODE, "host-model", model))));
                     }
                 }
             }
         }
         ("host-model", _) => {
-            let first = exists(of_node("host-model"));
+            let first = exists(NODE, "host-model");
             alternatives.push([first].into_iter().chain(features).collect());
         }
         _ => alternatives.push(features),
@@ -230,7 +241,7 @@ fn cpus(domain: &Requirement) -> Vec<Vec<Expression>> {
     alternatives
 }
 
-fn features(cpu: &CpuRequirement, mode: &str, check: Check) -> Vec<Expression> {
+fn features(cpu: &CpuRequirement, mode: &str, check: Check) -> Vec<Condition> {
     let is_plain = matches!(mode, "maximum" | "host-passthrough");
     let check = match check {
         Check::Partial if is_plain => Check::None,
@@ -243,31 +254,33 @@ fn features(cpu: &CpuRequirement, mode: &str, check: Check) -> Vec<Expression> {
     };
     wanted.sort_unstable();
     wanted.dedup();
+    let wanted = wanted.into_iter().map(|name| exists(CPU_FEATURE, name));
+    // What can be no label is on no node.
     let unwanted = cpu
         .forbidden()
-        .filter(|_| check == Check::Partial || mode == "host-model");
-    let expression = |name: &str, operator| {
-        let key = LabelKey::new(CPU_FEATURE, name).ok()?;
-        Some(Expression::new(key.as_str(), operator, []))
-    };
-    let wanted = wanted
-        .into_iter()
-        .filter_map(|name| expression(name, Operator::Exists));
-    let unwanted = unwanted.filter_map(|name| expression(name, Operator::DoesNotExist));
+        .filter(|_| check == Check::Partial || mode == "host-model")
+        .filter_map(|name| Expression::label(CPU_FEATURE, name, Operator::DoesNotExist, []))
+        .map(Some);
     wanted.chain(unwanted).collect()
 }
 
-fn devices(domain: &Requirement) -> Vec<Expression> {
-    let mut expressions = Vec::new();
-    let exists = |name: &str| Expression::new(of_node(name), Operator::Exists, []);
+fn enlightenments(domain: &Requirement) -> impl Iterator<Item = Condition> {
+    // Software emulation takes them and does nothing.
+    let is_tcg = domain.virt_type.as_deref() == Some("qemu");
+    let names = domain.special_enlightenments().filter(move |_| !is_tcg);
+    names.map(|name| exists(HYPERV, name))
+}
+
+fn devices(domain: &Requirement) -> Vec<Condition> {
+    let mut conditions = Vec::new();
     if domain.host_devices.vfio() > 0 {
-        expressions.push(exists("vfio"));
-        let groups = of_node("iommu-groups");
-        expressions.push(Expression::new(groups, Operator::Gt, ["0"]));
+        conditions.push(exists(NODE, "vfio"));
+        conditions.push(is_above(NODE, "iommu-groups", 0));
     }
     if domain.host_devices.iommufd {
-        expressions.push(exists("iommufd"));
+        conditions.push(exists(NODE, "iommufd"));
     }
-    expressions.extend(domain.launch_security.as_deref().map(exists));
-    expressions
+    let secure = domain.launch_security.as_deref();
+    conditions.extend(secure.map(|kind| exists(NODE, kind)));
+    conditions
 }

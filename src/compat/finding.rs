@@ -157,6 +157,8 @@ pub enum Code {
     CpuVendor,
     /// Whether the domain can be migrated later.
     Migratable,
+    /// A Hyper-V enlightenment.
+    Enlightenment,
     /// Memory.
     Memory,
     /// Memory devices, their slots and `<maxMemory>`.

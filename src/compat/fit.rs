@@ -5,6 +5,7 @@
 //! where no other version is named (tests/it/foretold.rs provokes them).
 
 mod cpu;
+mod enlightenments;
 mod headroom;
 mod iommu;
 mod machine;
@@ -65,6 +66,7 @@ pub fn fits(domain: &Requirement, node: &Offer) -> Fit {
     vcpus::check(&case, &mut findings);
     iommu::check(&case, &mut findings);
     cpu::check(&case, &mut findings);
+    enlightenments::check(&case, &mut findings);
     memory::check(&case, &mut findings);
     node::check(&case, &mut findings);
     let headroom = headroom::of(&case);

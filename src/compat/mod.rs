@@ -34,4 +34,4 @@ pub use requirement::{
     Check, CpuRequirement, HostDevices, IoApic, Iommu, IommuModel, PciControllers, Requirement,
     Shape, VcpuRequirement,
 };
-pub use target::{Candidate, NodeAnswer, State, Targets, targets};
+pub use target::{Candidate, NodeAnswer, State, Targets, Told, targets};

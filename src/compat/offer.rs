@@ -46,6 +46,8 @@ pub struct Offer {
     pub cpu: Option<CpuModes>,
     /// All CPU features that the hypervisor can give; see [`Offer::gives`].
     pub cpu_features: Option<BTreeSet<String>>,
+    /// The Hyper-V enlightenments that the hypervisor can give; see [`Offer::enlightens`].
+    pub enlightenments: Option<BTreeSet<String>>,
     /// Firmware and loader.
     pub os: Option<Section>,
     /// Where memory can come from: `memfd`, `file` …
@@ -125,6 +127,20 @@ impl Offer {
         models
             .any(|model| model.blockers.iter().any(blocks))
             .then_some(false)
+    }
+
+    /// Whether the hypervisor can give a Hyper-V enlightenment; `None` if what is known does not
+    /// tell.
+    ///
+    /// libvirt's own list has all there are, and always the spin locks, which are no more than a
+    /// value. A list without them is KVM's, for a libvirt that has none (before 9.0); what is not
+    /// in that may be there all the same.
+    pub fn enlightens(&self, name: &str) -> Option<bool> {
+        let all = self.enlightenments.as_ref()?;
+        match all.contains(name) {
+            false if !all.contains("spinlocks") => None,
+            known => Some(known),
+        }
     }
 
     /// The CPU features of a `<cpu>` that hypervisor-cpu-baseline printed for this very
@@ -230,6 +246,11 @@ impl Offer {
             let features = facts.cpu_features().into_iter();
             self.cpu_features = Some(features.map(str::to_owned).collect());
         }
+        self.enlightenments = match &document.hyperv {
+            Some(hyperv) => Some(hyperv.enlightenments.iter().cloned().collect()),
+            None if best => listed_or_unknown(facts.enlightenments()),
+            None => None,
+        };
         self.emulator = self.emulator.take().or(emulator);
         // Without <capabilities> these are all that is known, which is no list to be missing from.
         if let Some(offered) = &mut self.machines {
@@ -257,6 +278,14 @@ impl Offer {
         self.vfio = facts.host.as_ref().map(|host| host.vfio && has_iommu(host));
         self.iommufd = facts.host.as_ref().map(|host| host.iommufd);
     }
+}
+
+/// No list is empty of which something is known.
+pub(crate) fn listed_or_unknown<'n>(
+    names: impl IntoIterator<Item = &'n str>,
+) -> Option<BTreeSet<String>> {
+    let names: BTreeSet<String> = names.into_iter().map(str::to_owned).collect();
+    Some(names).filter(|names| !names.is_empty())
 }
 
 fn has_iommu(host: &HostFacts) -> bool {

@@ -16,6 +16,9 @@ use crate::domain::{Domain, DomainState};
 use crate::units::Bytes;
 use crate::xml::{self, Cursor, Element, ParseError, Problem};
 
+/// The Hyper-V enlightenments that every KVM gives, also where a libvirt before 9.0 lists none: two
+/// came with the first of them, two are values that the guest is told.
+const EVERYWHERE: [&str; 4] = ["relaxed", "vapic", "spinlocks", "vendor_id"];
 /// More than any hypervisor has. What is above needs no further arithmetic to be too many.
 const MOST_VCPUS: u64 = 65_536;
 
@@ -45,6 +48,8 @@ pub struct Requirement {
     pub gic_version: Option<String>,
     /// Whether the guest has ACPI.
     pub acpi: bool,
+    /// The Hyper-V enlightenments that are switched on, by libvirt's names.
+    pub enlightenments: Vec<String>,
     /// The virtual IOMMU.
     pub iommu: Option<Iommu>,
     /// `<os firmware=…>`: `efi` or `bios`, chosen by libvirt from what the node has.
@@ -187,6 +192,12 @@ impl Requirement {
             _ => None,
         };
         self.machine.as_deref().or(default)
+    }
+
+    /// The Hyper-V enlightenments that not every node with KVM gives.
+    pub fn special_enlightenments(&self) -> impl Iterator<Item = &str> {
+        let names = self.enlightenments.iter().map(String::as_str);
+        names.filter(|name| !EVERYWHERE.contains(name))
     }
 
     fn read(&mut self, cursor: &mut Cursor<'_>) -> Result<(), Problem> {

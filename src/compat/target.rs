@@ -8,6 +8,8 @@
 mod cure;
 mod judge;
 mod rank;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeSet;
 
@@ -34,8 +36,33 @@ pub struct Candidate {
     pub cordoned: bool,
     /// Whether the domain runs there now.
     pub here: bool,
+    /// Whether its daemon says that it has no connection to libvirt.
+    pub cut_off: bool,
     /// What is told of it beside the labels, for this very domain.
-    pub told: Option<Offer>,
+    pub told: Told,
+}
+
+/// What a `NodeVirtualization` tells of a node, for one domain.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub enum Told {
+    /// Nothing: there is none, or nothing in it about such domains.
+    #[default]
+    Nothing,
+    /// That it has this.
+    Offer(Box<Offer>),
+    /// What was so long ago that nobody keeps it true any more.
+    Stale,
+    /// Something that cannot be read.
+    Unreadable,
+}
+
+impl Told {
+    fn offer(&self) -> Option<&Offer> {
+        match self {
+            Self::Offer(offer) => Some(offer),
+            _ => None,
+        }
+    }
 }
 
 /// What is to be known of a node beside whether it fits.
@@ -48,6 +75,12 @@ pub enum State {
     NotReady,
     /// The domain runs there now.
     RunsHere,
+    /// Its daemon has no connection to libvirt.
+    CutOff,
+    /// Its `NodeVirtualization` is out of date, and was not gone by.
+    Stale,
+    /// Its `NodeVirtualization` cannot be read.
+    Unreadable,
 }
 
 /// What came of one node.
@@ -160,12 +193,12 @@ impl Targets {
         }));
         self.unnamed = unnamed;
         self.named = without.into_iter().chain(also).collect();
-        self.affinity = Some(affinity);
+        self.affinity = Some(affinity).filter(|affinity| !affinity.terms.is_empty());
     }
 }
 
 fn is_told(node: &Candidate) -> bool {
-    node.told.is_some()
+    node.told.offer().is_some()
         || node.labels.contains_key(&format!("{NODE}/accelerator"))
         || family(&node.labels, MACHINE).next().is_some()
 }
@@ -175,6 +208,9 @@ fn states(node: &Candidate) -> Vec<State> {
         (node.here, State::RunsHere),
         (node.cordoned, State::Cordoned),
         (node.ready == Some(false), State::NotReady),
+        (node.cut_off, State::CutOff),
+        (node.told == Told::Stale, State::Stale),
+        (node.told == Told::Unreadable, State::Unreadable),
     ];
     let there = states.into_iter().filter(|(there, _)| *there);
     there.map(|(_, state)| state).collect()

@@ -1,6 +1,6 @@
 //! Our own keys. The table is design/labels.md's, and README's.
 
-use super::prefix::{CPU_FEATURE, CPU_MODEL, NODE};
+use super::prefix::{CPU_FEATURE, CPU_MODEL, HYPERV, NODE};
 use super::{Derivation, Policy};
 use crate::capability::{
     CanonicalMachine, DomainCapabilities, IommuKind, NodeFacts, Usable, VcpuMax,
@@ -32,7 +32,7 @@ pub(super) fn derive(facts: &NodeFacts, policy: &Policy, labels: &mut Derivation
         labels.add(NODE, kind, "true");
     }
     labels.add_all(CPU_FEATURE, facts.cpu_features());
-    labels.add_all("hyperv.virtnode.io", facts.enlightenments());
+    labels.add_all(HYPERV, facts.enlightenments());
     if let Some(eim) = facts.eim() {
         labels.add(NODE, "eim", eim.as_str());
     }

@@ -12,3 +12,5 @@ pub const MACHINE_DEPRECATED: &str = "machine-deprecated.virtnode.io";
 pub const CPU_MODEL: &str = "cpu-model.virtnode.io";
 /// CPU features.
 pub const CPU_FEATURE: &str = "cpu-feature.virtnode.io";
+/// Hyper-V enlightenments.
+pub const HYPERV: &str = "hyperv.virtnode.io";

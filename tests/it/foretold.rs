@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use virtnode::capability::{Capabilities, DomainCapabilities, Eim, NodeFacts, Version};
-use virtnode::compat::{Answer, Finding, Offer, Requirement, fits};
+use virtnode::compat::{Answer, Code, Finding, Offer, Requirement, fits};
 
 use crate::support::libvirtd::Libvirtd;
 
@@ -138,6 +138,8 @@ fn rows() -> Vec<Row<'static>> {
             "missing features: avx512f", Start, "optional"),
         (Domain { cpu: "<cpu mode='custom'><model fallback='forbid'>Nonsense</model></cpu>", ..D },
             "internal error: Unknown CPU model Nonsense", Start, "host-model"),
+        (Domain { features: "<hyperv mode='custom'><nonsense state='on'/></hyperv>", ..D },
+            "unsupported configuration: unsupported HyperV Enlightenment feature: nonsense", Define, "spelling"),
         // machine and domain type
         (Domain { machine: "pc-q35-99.0", ..D },
             "does not support machine type 'pc-q35-99.0'", Define, "q35"),
@@ -219,6 +221,32 @@ fn every_refusal_is_foretold_with_its_remedy() {
     if !untried.is_empty() {
         println!("foretold, and not provoked for want of a usable /dev/kvm: {untried:#?}");
     }
+}
+
+/// libvirt refuses none of them without KVM, of which its own list has none.
+#[test]
+fn enlightenments_are_no_hindrance_in_software_emulation() {
+    let libvirtd = Libvirtd::start().unwrap();
+    let domain = Domain {
+        features: "<hyperv mode='custom'><relaxed state='on'/><vpindex state='on'/>\
+                   <synic state='on'/><spinlocks state='on' retries='8191'/></hyperv>",
+        ..D
+    };
+    let xml = domain.xml();
+    libvirtd.start_and_end(&xml).unwrap();
+    let offer = Offer::from_facts(&facts_of_files(&domain), Some("x86_64"), Some("qemu"));
+    assert_eq!(offer.enlightens("synic"), Some(false));
+    let fit = fits(&Requirement::parse("d", xml.as_bytes()).unwrap(), &offer);
+    assert_eq!(fit.answer, Answer::Feasible, "{fit:#?}");
+    let mut findings = fit.findings.iter();
+    let warning = findings.find(|finding| finding.code == Code::Enlightenment);
+    assert!(
+        warning
+            .unwrap()
+            .message
+            .ends_with("see them: vpindex, synic"),
+        "{warning:?}"
+    );
 }
 
 /// Whether libvirt before 10.10 is told apart, which this machine does not have.

@@ -38,6 +38,8 @@ mod references;
 mod service;
 mod support;
 mod targets;
+mod targets_live;
+mod targets_told;
 mod truth_table;
 mod virtualization;
 mod virtualization_cluster;

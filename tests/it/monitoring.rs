@@ -212,11 +212,16 @@ async fn a_real_prometheus_finds_what_rules_and_dashboard_name() -> anyhow::Resu
         .context("no rules")?;
     assert_eq!(judged.len(), rules.len());
     for rule in judged {
-        assert_eq!(
-            (&rule["health"], &rule["state"]),
-            (&"ok".into(), &"inactive".into()),
-            "{rule}"
-        );
+        assert_eq!(rule["health"], "ok", "{rule}");
+        // What the doctor finds of the machine that this runs on is that machine's; it would have
+        // to last.
+        let is_doctors = rule["name"] == "VirtnodeDoctorError";
+        let states: &[&str] = match is_doctors {
+            true => &["inactive", "pending"],
+            false => &["inactive"],
+        };
+        let state = rule["state"].as_str().context("no state")?;
+        assert!(states.contains(&state), "{rule}");
     }
     Ok(())
 }

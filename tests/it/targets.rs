@@ -15,7 +15,8 @@ const OLD: &str = "tests/fixtures/debian12-libvirt-9.0.0-qemu-7.2";
 const NEW: &str = "tests/fixtures/debian13-libvirt-11.3.0-qemu-10.0";
 const NODES: [&str; 3] = ["new", "old", "soft"];
 
-fn virtnode(arguments: &[&str], input: &str) -> (i32, String, String) {
+/// Exit code, standard output, standard error.
+pub(crate) fn virtnode(arguments: &[&str], input: &str) -> (i32, String, String) {
     let output = Command::new(env!("CARGO_BIN_EXE_virtnode"))
         .current_dir(env!("CARGO_MANIFEST_DIR"))
         .env_clear()
@@ -31,7 +32,7 @@ fn virtnode(arguments: &[&str], input: &str) -> (i32, String, String) {
 }
 
 /// The labels that the daemon would publish on a node with these documents.
-fn labels(node: &str) -> Value {
+pub(crate) fn labels(node: &str) -> Value {
     let (directory, document, versions) = match node {
         "old" => (OLD, "dc-x86_64-q35-kvm.xml", ["9.0.0", "7.2.0"]),
         "new" => (NEW, "dc-x86_64-q35-kvm.xml", ["11.3.0", "10.0.2"]),
@@ -62,7 +63,7 @@ fn labels(node: &str) -> Value {
     labels
 }
 
-fn domain(virt_type: &str, machine: &str, vcpus: u32, cpu: &str) -> String {
+pub(crate) fn domain(virt_type: &str, machine: &str, vcpus: u32, cpu: &str) -> String {
     format!(
         "<domain type='{virt_type}'><name>vm</name><memory unit='GiB'>1</memory>\
          <vcpu>{vcpus}</vcpu><os><type arch='x86_64' machine='{machine}'>hvm</type></os>\
@@ -101,6 +102,62 @@ fn cases() -> Vec<(String, &'static [&'static str])> {
     ]
 }
 
+/// Where the scheduler puts a pod that nothing but one node can take, if it does; the pod is gone
+/// afterwards.
+pub(crate) async fn placed(
+    pods: &Api<Pod>,
+    name: &str,
+    node: &str,
+    affinity: &Value,
+) -> anyhow::Result<Option<String>> {
+    let pod = serde_json::from_value(json!({
+        "metadata": {"name": name},
+        "spec": {
+            "nodeSelector": {"kubernetes.io/hostname": node},
+            "affinity": {"nodeAffinity": affinity},
+            "containers": [{"name": "vm", "image": "example.com/vm"}],
+        },
+    }))?;
+    pods.create(&PostParams::default(), &pod).await?;
+    let bound = eventually(Duration::from_secs(120), async || {
+        let pod = pods.get(name).await?;
+        let bound = pod.spec.and_then(|spec| spec.node_name);
+        let conditions = pod.status.and_then(|status| status.conditions);
+        let refused = conditions
+            .iter()
+            .flatten()
+            .any(|condition| condition.type_ == "PodScheduled" && condition.status == "False");
+        ensure!(
+            bound.is_some() || refused,
+            "the scheduler has not looked at {name}"
+        );
+        Ok(bound)
+    })
+    .await?;
+    let at_once = DeleteParams::default().grace_period(0);
+    pods.delete(name, &at_once).await?;
+    Ok(bound)
+}
+
+/// `virtnode targets` on a cluster: exit code, answer, standard error.
+pub(crate) async fn ask(
+    server: &KubeServer,
+    arguments: &[&str],
+    xml: &str,
+) -> anyhow::Result<(i32, Value, String)> {
+    let kubeconfig = server.kubeconfig().to_str().context("a path")?;
+    let of = ["targets", "--kubeconfig", kubeconfig, "--output", "json"];
+    let arguments: Vec<String> = of.iter().chain(arguments).map(|&a| a.to_owned()).collect();
+    let xml = xml.to_owned();
+    let (code, out, err) = tokio::task::spawn_blocking(move || {
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        virtnode(&arguments, &xml)
+    })
+    .await?;
+    let answer = serde_json::from_str(&out).with_context(|| format!("{code}: {err}"))?;
+    Ok((code, answer, err))
+}
+
 #[tokio::test]
 async fn the_scheduler_agrees_with_every_answer() -> anyhow::Result<()> {
     let mut server = KubeServer::start().await?;
@@ -112,17 +169,8 @@ async fn the_scheduler_agrees_with_every_answer() -> anyhow::Result<()> {
     }
     server.start_scheduler()?;
     let pods: Api<Pod> = Api::namespaced(server.client(), "default");
-    let kubeconfig = server.kubeconfig().to_str().context("a path")?.to_owned();
     for (at, (xml, expected)) in cases().into_iter().enumerate() {
-        let (code, out, err) = tokio::task::spawn_blocking({
-            let (xml, kubeconfig) = (xml.clone(), kubeconfig.clone());
-            move || {
-                let of = ["targets", "--domain-xml", "-", "--kubeconfig", &kubeconfig];
-                virtnode(&[&of[..], &["--output", "json"]].concat(), &xml)
-            }
-        })
-        .await?;
-        let answer: Value = serde_json::from_str(&out).with_context(|| err.clone())?;
+        let (code, answer, err) = ask(&server, &["--domain-xml", "-"], &xml).await?;
         let mut fitting: Vec<&str> = answer["nodes"]
             .as_array()
             .context("nodes")?
@@ -131,7 +179,7 @@ async fn the_scheduler_agrees_with_every_answer() -> anyhow::Result<()> {
             .filter_map(|node| node["name"].as_str())
             .collect();
         fitting.sort_unstable();
-        assert_eq!(fitting, expected, "{xml}\n{out}\n{err}");
+        assert_eq!(fitting, expected, "{xml}\n{answer}\n{err}");
         assert_eq!(code, if expected.is_empty() { 4 } else { 0 }, "{xml}");
         assert_eq!(
             answer["named"],
@@ -143,33 +191,9 @@ async fn the_scheduler_agrees_with_every_answer() -> anyhow::Result<()> {
         // One pod for each node, which nothing but that node can take.
         for node in NODES {
             let name = format!("vm-{at}-{node}");
-            let pod = serde_json::from_value(json!({
-                "metadata": {"name": name},
-                "spec": {
-                    "nodeSelector": {"kubernetes.io/hostname": node},
-                    "affinity": {"nodeAffinity": affinity},
-                    "containers": [{"name": "vm", "image": "example.com/vm"}],
-                },
-            }))?;
-            pods.create(&PostParams::default(), &pod).await?;
-            let bound = eventually(Duration::from_secs(120), async || {
-                let pod = pods.get(&name).await?;
-                let bound = pod.spec.and_then(|spec| spec.node_name);
-                let conditions = pod.status.and_then(|status| status.conditions);
-                let refused = conditions.iter().flatten().any(|condition| {
-                    condition.type_ == "PodScheduled" && condition.status == "False"
-                });
-                ensure!(
-                    bound.is_some() || refused,
-                    "the scheduler has not looked at {name}"
-                );
-                Ok(bound)
-            })
-            .await?;
+            let bound = placed(&pods, &name, node, affinity).await?;
             let wanted = expected.contains(&node).then(|| node.to_owned());
             assert_eq!(bound, wanted, "{node}: {xml}\n{affinity}");
-            let at_once = DeleteParams::default().grace_period(0);
-            pods.delete(&name, &at_once).await?;
         }
     }
     Ok(())

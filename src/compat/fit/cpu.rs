@@ -118,6 +118,9 @@ fn check_mode(case: &Case<'_>, mode: &str, supported: bool, findings: &mut Vec<F
             "use <cpu mode='maximum'/>, the most that software emulation has, or <domain \
              type='kvm'> where there is KVM"
         }
+        "custom" => {
+            "no named model is to be had here: leave <cpu> out, or use a mode without a model"
+        }
         _ => "name a <model> that `virtnode capabilities` lists as usable",
     };
     findings.push(
@@ -484,9 +487,14 @@ fn check_names(case: &Case<'_>, findings: &mut Vec<Finding>) {
     if case.domain.live || !case.is_x86() {
         return;
     }
-    let (Some(given), Some(_)) = (&case.node.cpu_features, &case.node.cpu) else {
+    let (Some(given), Some(modes)) = (&case.node.cpu_features, &case.node.cpu) else {
         return;
     };
+    // Labels and the like are no documents: those have the host model's features.
+    let host_model = modes.host_model.as_ref();
+    if host_model.is_none_or(|host_model| host_model.features.is_empty()) {
+        return;
+    }
     let heard_of = features_in_documents(case);
     let names = case.domain.cpu.features.iter().map(|f| f.name.as_str());
     let strange: Vec<&str> = names

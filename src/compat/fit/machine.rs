@@ -2,10 +2,12 @@
 
 use super::{Case, named, unsupported};
 use crate::capability::Version;
-use crate::compat::{Code, Finding, Severity, Stage};
+use crate::compat::{Code, Finding, OfferedMachine, Severity, Stage};
 
 /// The machine types of x86 without PCI.
 pub(super) const WITHOUT_PCI: [&str; 2] = ["isapc", "microvm"];
+/// What libvirt says when it finds no place for them.
+const NO_PCI: &str = "XML error: No PCI buses available";
 
 /// libvirt knows which machine types of x86 have PCI, and adds no device that needs it to the others.
 /// Measured: 11.3 does not, 12.8 does; its new words were seen with 11.9. In between it is open.
@@ -62,11 +64,14 @@ fn is_qemus(virt_type: &str) -> bool {
 
 fn check_accelerator(case: &Case<'_>, findings: &mut Vec<Finding>) {
     let Some(arch) = case.arch else {
-        findings.push(Finding::new(
-            Severity::Unknown,
-            Code::Architecture,
-            "neither the domain nor the node says which architecture it has",
-        ));
+        findings.push(
+            Finding::new(
+                Severity::Unknown,
+                Code::Architecture,
+                "neither the domain nor the node says which architecture it has",
+            )
+            .remedy("name it in <type arch='x86_64'> or with --arch, or give --capabilities of the node"),
+        );
         return;
     };
     let Some(types) = &case.node.virt_types else {
@@ -133,72 +138,27 @@ fn check_machine(case: &Case<'_>, findings: &mut Vec<Finding>) {
     let Some(canonical) = case.machine else {
         return;
     };
-    let wanted = case.domain.machine.as_deref();
-    // What libvirt adds by itself and declined or not: without PCI there is no place for it.
-    let wants_pci = case.is_x86() && case.domain.pci.declined < 2;
-    let no_pci = "XML error: No PCI buses available";
-    if let Some(machines) = &case.node.machines {
-        let Some(machine) = machines.get(canonical) else {
-            if machines.is_empty() {
-                return; // no emulator: said already
+    match &case.node.machines {
+        Some(machines) if !machines.is_empty() => match machines.get(canonical) {
+            Some(machine) => check_known(case, canonical, *machine, findings),
+            None => {
+                findings.push(not_listed(case, canonical));
+                return;
             }
-            // Of a name that it does not know libvirt thinks that there is PCI.
-            let is_strange = case.is_x86() && !canonical.starts_with("pc") && !case.is_q35();
-            let words = match knows_pci(case) {
-                Some(true) if is_strange => Some(format!(
-                    "Machine type '{canonical}' supports PCI but no PCI controller added"
-                )),
-                None if is_strange => None,
-                _ if is_strange && wants_pci => Some(no_pci.to_owned()),
-                _ => Some(unsupported(format!(
-                    "Emulator '{}' does not support machine type '{canonical}'",
-                    case.emulator()
-                ))),
-            };
-            let finding = Finding::new(
-                Severity::Blocks,
+        },
+        // No emulator, or nothing is known of the node: said already.
+        _ if case.node.virt_types.as_ref().is_none_or(Vec::is_empty) => {}
+        _ => findings.push(
+            Finding::new(
+                Severity::Unknown,
                 Code::Machine,
-                format!("machine type {canonical} is not known here"),
-            );
-            let finding = match words {
-                Some(words) => finding.at_define(words),
-                None => finding.stage(Stage::Define),
-            };
-            findings.push(finding.remedy(instead(case, canonical)));
-            return;
-        };
-        if machine.deprecated {
-            findings.push(
-                Finding::new(
-                    Severity::Warning,
-                    Code::MachineDeprecated,
-                    format!(
-                        "machine type {canonical} is deprecated: a newer QEMU will not have it, \
-                         and the domain cannot go there"
-                    ),
-                )
-                .remedy(instead(case, canonical)),
-            );
-        }
-        match wanted {
-            Some(alias) if alias != canonical => findings.push(Finding::new(
-                Severity::Note,
-                Code::MachineAlias,
-                format!(
-                    "{alias} means {canonical} here, and may mean another machine type on \
-                     another node"
-                ),
-            )),
-            None => findings.push(Finding::new(
-                Severity::Note,
-                Code::MachineAlias,
-                format!("the definition names no machine type: libvirt takes {canonical} here"),
-            )),
-            Some(_) => {}
-        }
+                format!("whether the node has machine type {canonical} is not known"),
+            )
+            .remedy("give --capabilities what `virsh capabilities` prints on the node"),
+        ),
     }
     let knows_pci = knows_pci(case);
-    if wants_pci && WITHOUT_PCI.contains(&canonical) && knows_pci != Some(true) {
+    if wants_pci(case) && WITHOUT_PCI.contains(&canonical) && knows_pci != Some(true) {
         let (severity, adds) = match knows_pci {
             Some(_) => (Severity::Blocks, "libvirt adds"),
             None => (Severity::Unknown, "libvirt may add"),
@@ -212,13 +172,73 @@ fn check_machine(case: &Case<'_>, findings: &mut Vec<Finding>) {
                      balloon, which need it"
                 ),
             )
-            .at_define(no_pci)
+            .at_define(NO_PCI)
             .remedy(
                 "decline both: <controller type='usb' model='none'/> and \
                  <memballoon model='none'/>; or use q35",
             ),
         );
     }
+}
+
+/// Whether libvirt adds devices by itself that want PCI; without it there is no place for them.
+fn wants_pci(case: &Case<'_>) -> bool {
+    case.is_x86() && case.domain.pci.declined < 2
+}
+
+fn not_listed(case: &Case<'_>, canonical: &str) -> Finding {
+    // Of a name that it does not know libvirt thinks that there is PCI.
+    let is_strange = case.is_x86() && !canonical.starts_with("pc") && !case.is_q35();
+    let words = match knows_pci(case) {
+        Some(true) if is_strange => Some(format!(
+            "Machine type '{canonical}' supports PCI but no PCI controller added"
+        )),
+        None if is_strange => None,
+        _ if is_strange && wants_pci(case) => Some(NO_PCI.to_owned()),
+        _ => Some(unsupported(format!(
+            "Emulator '{}' does not support machine type '{canonical}'",
+            case.emulator()
+        ))),
+    };
+    let finding = Finding::new(
+        Severity::Blocks,
+        Code::Machine,
+        format!("machine type {canonical} is not known here"),
+    );
+    let finding = match words {
+        Some(words) => finding.at_define(words),
+        None => finding.stage(Stage::Define),
+    };
+    finding.remedy(instead(case, canonical))
+}
+
+fn check_known(
+    case: &Case<'_>,
+    canonical: &str,
+    machine: OfferedMachine,
+    findings: &mut Vec<Finding>,
+) {
+    if machine.deprecated {
+        findings.push(
+            Finding::new(
+                Severity::Warning,
+                Code::MachineDeprecated,
+                format!(
+                    "machine type {canonical} is deprecated: a newer QEMU will not have it, and \
+                     the domain cannot go there"
+                ),
+            )
+            .remedy(instead(case, canonical)),
+        );
+    }
+    let message = match case.domain.machine.as_deref() {
+        Some(alias) if alias != canonical => format!(
+            "{alias} means {canonical} here, and may mean another machine type on another node"
+        ),
+        None => format!("the definition names no machine type: libvirt takes {canonical} here"),
+        Some(_) => return,
+    };
+    findings.push(Finding::new(Severity::Note, Code::MachineAlias, message));
 }
 
 /// The machine type of the same family that new guests get.

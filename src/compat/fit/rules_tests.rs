@@ -3,7 +3,9 @@
 use rstest::rstest;
 
 use super::*;
-use crate::capability::{CpuModel, CpuModes, Eim, HostModel, PlainMode, Section, Usable, VcpuMax};
+use crate::capability::{
+    CpuModel, CpuModes, Eim, HostModel, PlainMode, PolicyFeature, Section, Usable, VcpuMax,
+};
 use crate::compat::OfferedMachine;
 use crate::compat::{Code, Stage};
 use crate::units::Bytes;
@@ -65,6 +67,10 @@ fn node() -> Offer {
             host_model: Some(HostModel {
                 supported: true,
                 vendor: Some("AMD".to_owned()),
+                features: vec![PolicyFeature {
+                    name: "x2apic".to_owned(),
+                    policy: Some("require".to_owned()),
+                }],
                 ..HostModel::default()
             }),
             custom: Some(true),
@@ -75,6 +81,11 @@ fn node() -> Offer {
             ],
         }),
         cpu_features: Some(["sse4.2", "x2apic"].map(str::to_owned).into()),
+        enlightenments: Some(
+            ["spinlocks", "vendor_id", "vpindex"]
+                .map(str::to_owned)
+                .into(),
+        ),
         os: Some(Section {
             supported: Some(true),
             ..Section::default()
@@ -361,6 +372,45 @@ fn a_running_domains_own_cpu_is_not_doubted() {
                <feature policy='require' name='x2apic'/></cpu></domain>";
     let domain = Requirement::parse("d", xml.as_bytes()).unwrap();
     assert_eq!(found(&domain, &node()).0, Feasible);
+}
+
+/// By the list of libvirt, by one of KVM's for an old libvirt, and without any.
+#[rstest]
+#[case("kvm", "<vpindex state='on'/><relaxed state='on'/>", Some(&["spinlocks", "vpindex"][..]), Feasible)]
+#[case("kvm", "<vpindex state='on'/><synic state='on'/>", Some(&["spinlocks", "vpindex"][..]), Infeasible)]
+#[case("kvm", "<synic state='off'/><vendor_id state='on' value='x'/>", Some(&["spinlocks"][..]), Feasible)]
+#[case("kvm", "<synic state='on'/>", Some(&["synic"][..]), Feasible)]
+#[case("kvm", "<evmcs state='on'/>", Some(&["synic"][..]), Unknown)]
+#[case("kvm", "<evmcs state='on'/>", None, Unknown)]
+#[case("kvm", "<nonsense state='on'/>", None, Infeasible)]
+#[case("kvm", "<of_tomorrow state='on'/>", Some(&["spinlocks", "of_tomorrow"][..]), Feasible)]
+#[case("qemu", "<synic state='on'/>", Some(&["spinlocks"][..]), Feasible)]
+fn enlightenments(
+    #[case] virt_type: &str,
+    #[case] wanted: &str,
+    #[case] listed: Option<&[&str]>,
+    #[case] answer: Answer,
+) {
+    let node = Offer {
+        enlightenments: listed.map(|names| names.iter().map(|&name| name.to_owned()).collect()),
+        ..node()
+    };
+    let features = format!("<features><hyperv mode='custom'>{wanted}</hyperv></features>");
+    let (is, codes) = found(&of_arch(virt_type, "x86_64", "q35", ONE, &features), &node);
+    let blamed = answer != Feasible;
+    assert_eq!(
+        (is, codes),
+        (answer, vec![Code::Enlightenment; usize::from(blamed)])
+    );
+}
+
+#[test]
+fn a_list_of_machine_types_that_is_missing_is_no_list_to_be_missing_from() {
+    for machines in [None, Some(std::collections::BTreeMap::new())] {
+        let node = Offer { machines, ..node() };
+        let found = found(&domain("pc-q35-10.0", ONE, ""), &node);
+        assert_eq!(found, (Unknown, vec![Code::Machine]));
+    }
 }
 
 #[test]

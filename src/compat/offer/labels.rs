@@ -1,14 +1,14 @@
 //! What a node's labels say that it has.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
-use super::{Offer, OfferedMachine};
+use super::{Offer, OfferedMachine, listed_or_unknown};
 use crate::capability::{
     Accelerator, CpuModel, CpuModes, Eim, HostModel, PlainMode, Usable, VcpuMax, Version, is_q35,
 };
 use crate::compat::{Labels, Requirement};
 use crate::label::prefix::{
-    CPU_FEATURE, CPU_MODEL, MACHINE, MACHINE_ALIAS, MACHINE_DEPRECATED, NODE,
+    CPU_FEATURE, CPU_MODEL, HYPERV, MACHINE, MACHINE_ALIAS, MACHINE_DEPRECATED, NODE,
 };
 
 /// The label in which the kubelet says the architecture, in Go's spelling.
@@ -110,7 +110,7 @@ impl Offer {
         // Where only version 2 is to be had, that is counted in the maximum.
         let has_v3 = max.and_then(|machine| machine.max_vcpus.number()) >= Some(NEEDS_GIC_V3);
         self.gic_versions = has_v3.then(|| vec!["2".to_owned(), "3".to_owned()]);
-        self.machines = Some(machines);
+        self.machines = Some(machines).filter(|machines| !machines.is_empty());
     }
 
     fn take_cpu_labels(&mut self, labels: &Labels, domain: &Requirement) {
@@ -139,9 +139,6 @@ impl Offer {
                 ..CpuModel::default()
             });
         }
-        let features: BTreeSet<String> = family(labels, CPU_FEATURE)
-            .map(|(name, _)| name.to_owned())
-            .collect();
         let accelerated = of("accelerator").as_deref() != Some(Accelerator::Tcg.as_str());
         self.cpu = Some(CpuModes::of_summary(
             of("host-model"),
@@ -150,7 +147,9 @@ impl Offer {
             accelerated,
             self.libvirt_version,
         ));
-        self.cpu_features = Some(features).filter(|features| !features.is_empty());
+        let names = |prefix| listed_or_unknown(family(labels, prefix).map(|(name, _)| name));
+        self.cpu_features = names(CPU_FEATURE);
+        self.enlightenments = names(HYPERV);
     }
 }
 

@@ -128,6 +128,13 @@ pub(super) fn read_features(
             }
             "acpi" => requirement.acpi = true,
             "gic" => requirement.gic_version = child.text("version")?,
+            "hyperv" => cursor.children(|_, enlightenment| {
+                if enlightenment.attribute("state")?.as_deref() == Some("on") {
+                    let name = enlightenment.name().to_owned();
+                    requirement.enlightenments.push(name);
+                }
+                Ok(())
+            })?,
             _ => cursor.unknown(),
         }
         Ok(())

@@ -27,7 +27,7 @@ pub(super) fn judge(
         None => held_against(domain, &by_labels),
     };
     settle_cpu(domain, node, source, &mut labelled);
-    let told = node.told.as_ref().map(|offer| {
+    let told = node.told.offer().map(|offer| {
         let mut findings = held_against(domain, offer);
         settle_cpu(domain, node, source, &mut findings);
         (findings, offer.clone())

@@ -12,7 +12,7 @@ use crate::label::prefix::NODE;
 pub(super) struct Rank {
     /// whether it fits, then those that may,
     answer: u8,
-    /// whether it takes pods now,
+    /// whether it takes pods now, and can start domains,
     is_closed: bool,
     /// another one than where the domain runs,
     is_here: bool,
@@ -56,7 +56,7 @@ impl Rank {
                 Answer::Unknown => 1,
                 Answer::Infeasible => 2,
             },
-            is_closed: node.cordoned || node.ready == Some(false),
+            is_closed: node.cordoned || node.ready == Some(false) || node.cut_off,
             is_here: node.here,
             is_other_cpu: source.is_some_and(|source| host_model(source) != host_model(node)),
             is_older: source.is_some_and(|source| qemu(node) < qemu(source)),

@@ -1,0 +1,169 @@
+//! How long `virtnode targets` takes as a whole process with 5,000 nodes: from a file as kubectl
+//! prints it, and from the lists of a real API server.
+//!
+//! Each Node has the labels of a real one and a status of the usual size, with fifty images. One
+//! line a figure, as in `daemon.rs`.
+
+#[allow(dead_code, reason = "each benchmark needs another part of it")]
+mod parts;
+#[path = "../tests/it/support/mod.rs"]
+#[allow(
+    dead_code,
+    clippy::unwrap_used,
+    reason = "the integration tests need more of it"
+)]
+mod support;
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, ensure};
+use futures::StreamExt as _;
+use k8s_openapi::api::core::v1::Node;
+use kube::api::{Api, PostParams};
+use serde_json::{Value, json};
+use virtnode::capability::{Capabilities, DomainCapabilities, NodeFacts, Version};
+use virtnode::label::{Policy, derive};
+
+use parts::{median, ms, progress, tell, virtnode};
+use support::kube::KubeServer;
+
+const NODES: usize = 5000;
+const GOAL: Duration = Duration::from_secs(1);
+/// Every third node has another machine type.
+const MACHINE: &str = "machine.virtnode.io/pc-q35-10.0";
+const DOMAIN: &str = "<domain type='kvm'><name>vm</name><memory unit='GiB'>1</memory>\
+    <vcpu>4</vcpu><os><type arch='x86_64' machine='pc-q35-10.0'>hvm</type></os>\
+    <features><acpi/></features><cpu mode='host-model' check='partial'/></domain>";
+
+fn main() -> anyhow::Result<()> {
+    parts::main(measure())
+}
+
+async fn measure() -> anyhow::Result<()> {
+    let directory = tempfile::tempdir()?;
+    let domain = directory.path().join("domain.xml");
+    fs::write(&domain, DOMAIN)?;
+    let nodes: Vec<Value> = {
+        let labels = labels()?;
+        (0..NODES).map(|number| node(number, &labels)).collect()
+    };
+    let file = directory.path().join("nodes.json");
+    let list = json!({"apiVersion": "v1", "kind": "List", "items": nodes});
+    fs::write(&file, serde_json::to_vec_pretty(&list)?)?;
+    drop(list);
+    let size = fs::metadata(&file)?.len() / 1_000_000;
+    figure(
+        &format!("virtnode targets, whole process, {NODES} nodes in a file of {size} MB"),
+        20,
+        &domain,
+        &["--nodes".as_ref(), file.as_path()],
+    )?;
+
+    let server = KubeServer::start().await?;
+    progress(&format!("creating {NODES} Nodes"));
+    let api: Api<Node> = Api::all(server.client());
+    let post = PostParams::default();
+    let made = futures::stream::iter(nodes).map(async |node| -> anyhow::Result<()> {
+        api.create(&post, &serde_json::from_value(node)?).await?;
+        Ok(())
+    });
+    let made: Vec<_> = made.buffer_unordered(16).collect().await;
+    made.into_iter().collect::<anyhow::Result<()>>()?;
+    let (major, minor) = server.version();
+    figure(
+        &format!("  from an API server of Kubernetes {major}.{minor} on the same machine"),
+        10,
+        &domain,
+        &["--kubeconfig".as_ref(), server.kubeconfig()],
+    )
+}
+
+/// Whole runs, after one that fills caches.
+fn figure(what: &str, runs: usize, domain: &Path, source: &[&Path]) -> anyhow::Result<()> {
+    progress(what.trim());
+    let mut times = Vec::new();
+    for _ in 0..=runs {
+        let begun = Instant::now();
+        let output = Command::new(virtnode())
+            .env_clear()
+            .args(["targets", "--output", "json", "--domain-xml"])
+            .arg(domain)
+            .args(source)
+            .stdin(Stdio::null())
+            .output()?;
+        times.push(begun.elapsed());
+        let answer: Value = serde_json::from_slice(&output.stdout)
+            .with_context(|| String::from_utf8_lossy(&output.stderr).into_owned())?;
+        let without = NODES.div_ceil(3);
+        ensure!(
+            answer["fitting"] == NODES - without,
+            "{} nodes fit",
+            answer["fitting"]
+        );
+    }
+    times.remove(0);
+    let middle = median(&mut times);
+    let last = times.last().copied().unwrap_or_default();
+    tell(
+        &format!("{what} ({runs} times)"),
+        &format!("{}, at most {}", ms(middle), ms(last)),
+        "<= 1 s",
+        middle <= GOAL,
+        "",
+    );
+    Ok(())
+}
+
+/// Those of a node with Debian 13 and KVM.
+fn labels() -> anyhow::Result<serde_json::Map<String, Value>> {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/fixtures/debian13-libvirt-11.3.0-qemu-10.0");
+    let capabilities = fs::read(directory.join("capabilities.xml"))?;
+    let document = fs::read(directory.join("dc-x86_64-q35-kvm.xml"))?;
+    let facts = NodeFacts {
+        libvirt_version: Some(Version::new(11, 3, 0)),
+        hypervisor_version: Some(Version::new(10, 0, 2)),
+        capabilities: Some(Capabilities::parse("capabilities", &capabilities)?),
+        domain_capabilities: vec![DomainCapabilities::parse("domain capabilities", &document)?],
+        ..NodeFacts::default()
+    };
+    let labels = derive(&facts, &Policy::default()).labels;
+    let labels = serde_json::to_value(labels)?;
+    let mut labels = labels.as_object().cloned().context("labels")?;
+    labels.insert("kubernetes.io/arch".to_owned(), "amd64".into());
+    labels.insert("kubernetes.io/os".to_owned(), "linux".into());
+    Ok(labels)
+}
+
+fn node(number: usize, labels: &serde_json::Map<String, Value>) -> Value {
+    let name = format!("node-{number:04}");
+    let mut labels = labels.clone();
+    labels.insert("kubernetes.io/hostname".to_owned(), name.as_str().into());
+    if number.is_multiple_of(3) {
+        labels.remove(MACHINE);
+    }
+    let images: Vec<Value> = (0..50)
+        .map(|image| {
+            let digest = "0123456789abcdef".repeat(4);
+            let of = format!("registry.example.com/some/image-{image}");
+            json!({"names": [format!("{of}@sha256:{digest}"), format!("{of}:v1.2.3")],
+                "sizeBytes": 123_456_789})
+        })
+        .collect();
+    let time = "2026-01-01T00:00:00Z";
+    let conditions = ["MemoryPressure", "DiskPressure", "PIDPressure", "Ready"].map(|kind| {
+        json!({"type": kind, "status": if kind == "Ready" { "True" } else { "False" },
+            "reason": "KubeletHasWhatItNeeds", "message": "kubelet has what it needs",
+            "lastHeartbeatTime": time, "lastTransitionTime": time})
+    });
+    let room = json!({"cpu": "64", "memory": "263000000Ki", "pods": "110"});
+    json!({
+        "apiVersion": "v1", "kind": "Node",
+        "metadata": {"name": name, "labels": labels},
+        "status": {"capacity": room, "allocatable": room, "conditions": conditions,
+            "images": images, "addresses": [{"type": "InternalIP", "address": "192.0.2.1"}]},
+    })
+}

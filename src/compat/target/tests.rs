@@ -1,0 +1,655 @@
+//! Answers, their order, what would make a node fit, and the affinity that says the same.
+
+use proptest::prelude::*;
+use proptest::sample::{select, subsequence};
+use rstest::rstest;
+use serde_json::{Value, json};
+
+use super::*;
+use crate::compat::{Code, Severity};
+
+/// A node with KVM of 2025.
+const NODE_LABELS: [(&str, &str); 24] = [
+    ("kubernetes.io/arch", "amd64"),
+    ("cpu-feature.virtnode.io/sse4.2", "true"),
+    ("cpu-feature.virtnode.io/x2apic", "true"),
+    ("cpu-model.virtnode.io/EPYC", "true"),
+    ("cpu-model.virtnode.io/Nehalem", "true"),
+    ("hyperv.virtnode.io/spinlocks", "true"),
+    ("hyperv.virtnode.io/vendor_id", "true"),
+    ("hyperv.virtnode.io/vpindex", "true"),
+    ("machine-alias.virtnode.io/pc", "pc-i440fx-10.0"),
+    ("machine-alias.virtnode.io/q35", "pc-q35-10.0"),
+    ("machine.virtnode.io/pc-i440fx-10.0", "255"),
+    ("machine.virtnode.io/pc-q35-10.0", "1024"),
+    ("machine.virtnode.io/pc-q35-7.2", "288"),
+    ("virtnode.io/accelerator", "kvm"),
+    ("virtnode.io/cpu-vendor", "AMD"),
+    ("virtnode.io/eim", "auto"),
+    ("virtnode.io/host-model", "EPYC"),
+    ("virtnode.io/iommu", "amd-vi"),
+    ("virtnode.io/iommu-groups", "20"),
+    ("virtnode.io/libvirt-version", "11.3.0"),
+    ("virtnode.io/max-vcpus", "1024"),
+    ("virtnode.io/qemu-version", "10.0.2"),
+    ("virtnode.io/sev", "true"),
+    ("virtnode.io/vfio", "true"),
+];
+
+/// Takes a label away, as a value.
+const GONE: &str = "(gone)";
+
+fn labels(changes: &[(&str, &str)]) -> Labels {
+    let owned = |(key, value): &(&str, &str)| ((*key).to_owned(), (*value).to_owned());
+    let mut labels: Labels = NODE_LABELS.iter().chain(changes).map(owned).collect();
+    labels.retain(|_, value| value != GONE);
+    labels
+}
+
+fn node(name: &str, changes: &[(&str, &str)]) -> Candidate {
+    Candidate {
+        name: name.to_owned(),
+        labels: labels(changes),
+        ready: Some(true),
+        ..Candidate::default()
+    }
+}
+
+fn domain(machine: &str, vcpus: u32, rest: &str) -> Requirement {
+    domain_of("type='kvm'", machine, vcpus, rest)
+}
+
+fn domain_of(attributes: &str, machine: &str, vcpus: u32, rest: &str) -> Requirement {
+    parsed(&xml_of(attributes, machine, vcpus, rest))
+}
+
+fn parsed(xml: &str) -> Requirement {
+    Requirement::parse("vm", xml.as_bytes()).unwrap()
+}
+
+fn xml_of(attributes: &str, machine: &str, vcpus: u32, rest: &str) -> String {
+    let machine = match machine {
+        "" => String::new(),
+        named => format!(" machine='{named}'"),
+    };
+    format!(
+        "<domain {attributes}><name>vm</name><memory unit='MiB'>512</memory><vcpu>{vcpus}</vcpu>\
+         <os><type arch='x86_64'{machine}>hvm</type></os>{rest}</domain>"
+    )
+}
+
+fn names(targets: &Targets) -> Vec<&str> {
+    let nodes = targets.nodes.iter();
+    nodes.map(|node| node.name.as_str()).collect()
+}
+
+use Answer::{Feasible, Infeasible, Unknown};
+
+const HYPERV: &str = "<features><hyperv mode='custom'><relaxed state='on'/><vpindex state='on'/>\
+                      <synic state='on'/><stimer state='off'/></hyperv></features>";
+const PCI: &str = "<devices><hostdev mode='subsystem' type='pci'/></devices>";
+const IOMMUFD: &str = "<devices><hostdev mode='subsystem' type='pci'><driver iommufd='yes'/>\
+                       </hostdev></devices>";
+const AVX: &str = "<cpu mode='host-model' check='partial'>\
+                   <feature policy='require' name='avx512f'/></cpu>";
+const INTEL: &str = "<cpu><model>EPYC</model><vendor>Intel</vendor></cpu>";
+const NO_X2APIC: &str = "<cpu mode='custom' check='partial'><model>EPYC</model>\
+                         <feature policy='forbid' name='x2apic'/></cpu>";
+
+/// What a node lacks, what is said of it, and what would make it fit.
+#[rstest]
+#[case("pc-q35-10.0", 4, "", &[], Feasible, None, "")]
+#[case("q35", 1024, "", &[], Feasible, None, "")]
+#[case("pc-q35-10.0", 4, "", &[("machine.virtnode.io/pc-q35-10.0", GONE), ("virtnode.io/qemu-version", "9.2.1")],
+    Infeasible, Some(Code::Machine), "update QEMU there to 10.0 or later; or use q35")]
+#[case("pc-q35-2.1", 4, "", &[], Infeasible, Some(Code::Machine),
+    "give the domain a newer machine type: QEMU 10.0.2 there has dropped this one; or use q35")]
+#[case("nonsense", 4, "", &[], Infeasible, Some(Code::Machine), "use q35, which is pc-q35-10.0 here")]
+#[case("pc-q35-10.0", 4, "", &[("virtnode.io/accelerator", "tcg")],
+    Infeasible, Some(Code::DomainType), "see that libvirt's user may open /dev/kvm")]
+#[case("pc-q35-10.0", 4, "", &[("kubernetes.io/arch", "arm64")],
+    Infeasible, Some(Code::Architecture), "")]
+#[case("pc-q35-10.0", 4, "", &[("kubernetes.io/arch", GONE)],
+    Unknown, Some(Code::Architecture), "")]
+#[case("pc-q35-10.0", 4, "", &[("virtnode.io/accelerator", GONE)],
+    Unknown, Some(Code::DomainType), "")]
+#[case("pc-q35-10.0", 4, "", &[("machine.virtnode.io/pc-q35-10.0", GONE), ("machine.virtnode.io/pc-q35-7.2", GONE),
+    ("machine.virtnode.io/pc-i440fx-10.0", GONE)], Unknown, Some(Code::Machine), "")]
+#[case("pc-q35-10.0", 2000, "", &[], Infeasible, Some(Code::VcpusMachine),
+    "see its NodeVirtualization for which limit it is; or lower <vcpu> to 1024")]
+#[case("pc-q35-10.0", 300, "", &[("machine.virtnode.io/pc-q35-10.0", "255"), ("virtnode.io/eim", "explicit"),
+    ("virtnode.io/libvirt-version", "9.0.0")], Infeasible, Some(Code::Eim), "update libvirt there to 10.10.0 or later; or write <iommu")]
+#[case("pc-q35-10.0", 1, "", &[("machine.virtnode.io/pc-q35-10.0", "unknown")], Feasible, None, "")]
+#[case("pc-q35-10.0", 1, "<cpu><model>Denverton</model></cpu>", &[],
+    Infeasible, Some(Code::CpuModel), "use host-model, or choose a node")]
+#[case("pc-q35-10.0", 1, "<cpu mode='host-model'/>", &[("virtnode.io/host-model", GONE)],
+    Infeasible, Some(Code::CpuMode), "name a <model>")]
+#[case("pc-q35-10.0", 1, "<cpu mode='maximum'/>", &[("virtnode.io/libvirt-version", "7.0.0")],
+    Infeasible, Some(Code::CpuMode), "name a <model>")]
+#[case("pc-q35-10.0", 1, AVX, &[], Infeasible, Some(Code::CpuFeature), "choose a node that has them")]
+#[case("pc-q35-10.0", 1, AVX, &[("cpu-feature.virtnode.io/avx512f", "true")], Feasible, None, "")]
+#[case("pc-q35-10.0", 1, NO_X2APIC, &[], Infeasible, Some(Code::CpuFeature), "use policy='disable'")]
+#[case("pc-q35-10.0", 1, NO_X2APIC, &[("cpu-feature.virtnode.io/x2apic", GONE)], Feasible, None, "")]
+#[case("pc-q35-10.0", 1, INTEL, &[], Infeasible, Some(Code::CpuVendor), "leave <vendor> out")]
+#[case("pc-q35-10.0", 1, HYPERV, &[], Infeasible, Some(Code::Enlightenment), "leave them out of <hyperv>")]
+#[case("pc-q35-10.0", 1, HYPERV, &[("hyperv.virtnode.io/synic", "true")], Feasible, None, "")]
+#[case("pc-q35-10.0", 1, HYPERV, &[("hyperv.virtnode.io/spinlocks", GONE)],
+    Unknown, Some(Code::Enlightenment), "")]
+#[case("pc-q35-10.0", 1, PCI, &[], Feasible, None, "")]
+#[case("pc-q35-10.0", 1, PCI, &[("virtnode.io/vfio", GONE)], Infeasible, Some(Code::HostDevice), "intel_iommu=on")]
+#[case("pc-q35-10.0", 1, PCI, &[("virtnode.io/iommu-groups", "0")], Infeasible, Some(Code::HostDevice), "vfio-pci")]
+#[case("pc-q35-10.0", 1, PCI, &[("virtnode.io/iommu-groups", GONE)], Unknown, Some(Code::HostDevice), "")]
+#[case("pc-q35-10.0", 1, IOMMUFD, &[], Infeasible, Some(Code::HostDevice), "load iommufd")]
+#[case("pc-q35-10.0", 1, "<launchSecurity type='sev'/>", &[], Feasible, None, "")]
+#[case("pc-q35-10.0", 1, "<launchSecurity type='tdx'/>", &[],
+    Infeasible, Some(Code::LaunchSecurity), "choose a node that has it")]
+#[case("pc-q35-10.0", 1, "<launchSecurity type='tdx'/>", &[("virtnode.io/tdx", "true")], Feasible, None, "")]
+fn a_node_is_unfit_for_a_reason_with_a_remedy(
+    #[case] machine: &str,
+    #[case] vcpus: u32,
+    #[case] rest: &str,
+    #[case] changes: &[(&str, &str)],
+    #[case] answer: Answer,
+    #[case] code: Option<Code>,
+    #[case] remedy: &str,
+) {
+    let targets = targets(&domain(machine, vcpus, rest), &[node("a", changes)]);
+    let node = &targets.nodes[0];
+    let first = node
+        .findings
+        .first()
+        .filter(|f| f.severity <= Severity::Unknown);
+    assert_eq!(
+        (node.answer, first.map(|f| f.code)),
+        (answer, code),
+        "{node:#?}"
+    );
+    let told = first
+        .and_then(|first| first.remedy.as_deref())
+        .unwrap_or_default();
+    assert!(told.contains(remedy), "{told}");
+    assert!(!remedy.is_empty() || told.is_empty(), "{told}");
+}
+
+#[test]
+fn other_domain_types_are_beyond_labels() {
+    let soft = domain_of("type='qemu'", "pc-q35-10.0", 1, "");
+    let answer = |changes: &[(&str, &str)]| targets(&soft, &[node("a", changes)]).nodes[0].answer;
+    assert_eq!(answer(&[]), Unknown);
+    assert_eq!(answer(&[("virtnode.io/accelerator", "tcg")]), Feasible);
+    assert_eq!(answer(&[("kubernetes.io/arch", "arm64")]), Unknown);
+}
+
+#[test]
+fn the_best_comes_first() {
+    let live = domain_of("type='kvm' id='3'", "pc-q35-7.2", 4, "");
+    let no_machine = [("machine.virtnode.io/pc-q35-7.2", GONE)];
+    let two_reasons = [no_machine[0], ("virtnode.io/accelerator", "tcg")];
+    let nodes = [
+        Candidate {
+            here: true,
+            ..node("source", &[])
+        },
+        node("two-reasons", &two_reasons),
+        node("one-reason", &no_machine),
+        node(
+            "not-known",
+            &[("machine.virtnode.io/pc-q35-7.2", "unknown")],
+        ),
+        Candidate {
+            cut_off: true,
+            ..node("cut-off", &[])
+        },
+        Candidate {
+            ready: Some(false),
+            ..node("not-ready", &[])
+        },
+        Candidate {
+            cordoned: true,
+            ..node("cordoned", &[])
+        },
+        node("older", &[("virtnode.io/qemu-version", "9.0.0")]),
+        node(
+            "deprecates",
+            &[("machine-deprecated.virtnode.io/pc-q35-7.2", "true")],
+        ),
+        node("other-cpu", &[("virtnode.io/host-model", "EPYC-Genoa")]),
+        node("b-same", &[]),
+        node("a-same", &[]),
+        node("roomy", &[("machine.virtnode.io/pc-q35-7.2", "289")]),
+        Candidate {
+            labels: Labels::new(),
+            ..node("without", &[])
+        },
+    ];
+    let targets = targets(&live, &nodes);
+    let order = [
+        "roomy",
+        "a-same",
+        "b-same",
+        "deprecates",
+        "older",
+        "other-cpu",
+        "source",
+        "cordoned",
+        "cut-off",
+        "not-ready",
+        "not-known",
+        "one-reason",
+        "two-reasons",
+    ];
+    assert_eq!(names(&targets), order);
+    assert_eq!(targets.untold, ["without"]);
+    assert_eq!(targets.fitting(), 10);
+    let states = |name: &str| {
+        let node = targets.nodes.iter().find(|node| node.name == name);
+        node.unwrap().states.clone()
+    };
+    assert_eq!(states("source"), [State::RunsHere]);
+    assert_eq!(states("cordoned"), [State::Cordoned]);
+    assert_eq!(states("not-ready"), [State::NotReady]);
+    assert_eq!(states("cut-off"), [State::CutOff]);
+    assert_eq!(states("a-same"), []);
+}
+
+#[test]
+fn an_alias_is_what_each_node_means_by_it() {
+    let nodes = [
+        node("new", &[]),
+        node(
+            "old",
+            &[
+                ("machine-alias.virtnode.io/q35", "pc-q35-7.2"),
+                ("machine.virtnode.io/pc-q35-10.0", GONE),
+            ],
+        ),
+        // A number of its own, and no alias for it: the name means nothing there.
+        node("nameless", &[("machine-alias.virtnode.io/q35", GONE)]),
+    ];
+    let small = targets(&domain("q35", 200, ""), &nodes);
+    assert_eq!(names(&small), ["new", "old", "nameless"]);
+    assert_eq!(small.fitting(), 2);
+    assert_eq!(small.named, [""; 0]);
+    // 288 are the most of a pc-q35-7.2.
+    let large = targets(&domain("q35", 289, ""), &nodes);
+    assert_eq!(large.fitting(), 1);
+    let affinity = serde_json::to_value(&large.affinity).unwrap();
+    let term = |means: &str| {
+        json!({"matchExpressions": [
+            {"key": "kubernetes.io/arch", "operator": "In", "values": ["amd64"]},
+            {"key": "virtnode.io/accelerator", "operator": "In", "values": ["kvm"]},
+            {"key": "machine-alias.virtnode.io/q35", "operator": "In", "values": [means]},
+            {"key": format!("machine.virtnode.io/{means}"), "operator": "Gt", "values": ["288"]},
+        ]})
+    };
+    let terms = json!({"nodeSelectorTerms": [term("pc-q35-10.0"), term("pc-q35-7.2")]});
+    let expected = json!({"requiredDuringSchedulingIgnoredDuringExecution": terms});
+    assert_eq!(affinity, expected);
+}
+
+#[test]
+fn a_named_model_without_some_features_also_runs_where_it_is_the_hosts() {
+    let cpu = "<cpu mode='custom' match='exact' check='partial'><model>EPYC-Genoa</model>\
+               <feature policy='disable' name='avx512f'/>\
+               <feature policy='require' name='sse4.2'/></cpu>";
+    let nodes = [
+        node("has-it", &[("cpu-model.virtnode.io/EPYC-Genoa", "true")]),
+        node("is-it", &[("virtnode.io/host-model", "EPYC-Genoa")]),
+        node("neither", &[]),
+    ];
+    let targets = targets(&domain("q35", 1, cpu), &nodes);
+    let matched: Vec<&str> = targets
+        .nodes
+        .iter()
+        .filter(|node| node.matched)
+        .map(|node| node.name.as_str())
+        .collect();
+    assert_eq!(matched, ["has-it", "is-it"]);
+}
+
+#[test]
+fn what_is_told_beside_the_labels_is_said_by_name() {
+    let asked = domain("pc-q35-10.0", 4, "");
+    let told = |changes: &[(&str, &str)]| {
+        Told::Offer(Box::new(Offer::from_labels(&labels(changes), &asked)))
+    };
+    let without = [("machine.virtnode.io/pc-q35-10.0", GONE)];
+    let nodes = [
+        node("plain", &[]),
+        Candidate {
+            told: told(&without),
+            ..node("taken-back", &[])
+        },
+        Candidate {
+            told: told(&[]),
+            ..node("not-labelled", &without)
+        },
+        Candidate {
+            told: told(&[]),
+            labels: Labels::new(),
+            ..node("told-only", &[])
+        },
+        Candidate {
+            told: Told::Stale,
+            ..node("stale", &[])
+        },
+        Candidate {
+            told: Told::Unreadable,
+            ..node("unreadable", &[])
+        },
+        Candidate {
+            told: Told::Stale,
+            labels: Labels::new(),
+            ..node("forgotten", &[])
+        },
+    ];
+    let targets = targets(&asked, &nodes);
+    let answers: Vec<(&str, Answer, bool)> = targets
+        .nodes
+        .iter()
+        .map(|node| (node.name.as_str(), node.answer, node.matched))
+        .collect();
+    let expected = [
+        ("plain", Feasible, true),
+        ("stale", Feasible, true),
+        ("told-only", Feasible, false),
+        ("unreadable", Feasible, true),
+        ("not-labelled", Infeasible, false),
+        ("taken-back", Infeasible, true),
+    ];
+    assert_eq!(answers, expected);
+    assert_eq!(targets.named, ["taken-back", "told-only"]);
+    assert_eq!(targets.untold, ["forgotten"]);
+    let affinity = targets.affinity.unwrap();
+    for node in &nodes {
+        let fits = ["plain", "told-only", "stale", "unreadable"].contains(&node.name.as_str());
+        assert_eq!(
+            affinity.matches(&node.name, &node.labels),
+            fits,
+            "{}",
+            node.name
+        );
+    }
+}
+
+#[test]
+fn nodes_are_not_named_without_end() {
+    let asked = domain("pc-q35-10.0", 4, "");
+    let without = labels(&[("machine.virtnode.io/pc-q35-10.0", GONE)]);
+    let nodes: Vec<Candidate> = (0..60)
+        .map(|number| Candidate {
+            told: Told::Offer(Box::new(Offer::from_labels(&without, &asked))),
+            ..node(&format!("node-{number:02}"), &[])
+        })
+        .chain([node("fits", &[])])
+        .collect();
+    let targets = targets(&asked, &nodes);
+    assert_eq!(targets.fitting(), 1);
+    assert_eq!((targets.named.len(), targets.unnamed), (50, 10));
+}
+
+/// What no label can be called no node has, and no API server takes.
+#[rstest]
+#[case("q35 mit Schlag", "")]
+#[case(
+    "q35",
+    "<cpu mode='host-model' check='partial'><feature policy='require' name='a b'/></cpu>"
+)]
+#[case("q35", "<launchSecurity type='-'/>")]
+#[case("q35", "<cpu><model>über</model></cpu>")]
+fn names_that_can_be_no_label_are_in_no_affinity(#[case] machine: &str, #[case] rest: &str) {
+    let targets = targets(&domain(machine, 1, rest), &[node("a", &[]), node("b", &[])]);
+    assert_eq!(targets.fitting(), 0);
+    assert_eq!(targets.affinity, None);
+}
+
+#[test]
+fn no_affinity_says_so_where_labels_promise_and_no_node_fits() {
+    // An arrangement that does not multiply out, of which labels know nothing.
+    let asked = domain(
+        "q35",
+        4,
+        "<cpu><topology sockets='3' cores='1' threads='1'/></cpu>",
+    );
+    let targets = targets(&asked, &[node("a", &[])]);
+    assert_eq!((targets.fitting(), &targets.affinity), (0, &None));
+    assert!(targets.nodes[0].matched);
+}
+
+/// A node selector as Kubernetes evaluates it (`component-helpers/scheduling/corev1/nodeaffinity`),
+/// on what a pod would be given.
+fn scheduler_takes(affinity: &Value, name: &str, labels: &Labels) -> bool {
+    let required = &affinity["requiredDuringSchedulingIgnoredDuringExecution"];
+    let terms = required["nodeSelectorTerms"].as_array().unwrap();
+    assert!(!terms.is_empty(), "the API server wants one at least");
+    let holds = |expression: &Value, have: Option<&str>| {
+        let values: Vec<&str> = expression["values"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .map(|value| value.as_str().unwrap())
+            .collect();
+        match expression["operator"].as_str().unwrap() {
+            "In" => have.is_some_and(|have| values.contains(&have)),
+            "NotIn" => !have.is_some_and(|have| values.contains(&have)),
+            "Exists" => have.is_some(),
+            "DoesNotExist" => have.is_none(),
+            "Gt" => match (have.map(str::parse::<i64>), values[0].parse::<i64>()) {
+                (Some(Ok(have)), Ok(than)) => have > than,
+                _ => false,
+            },
+            other => panic!("no operator of Kubernetes: {other}"),
+        }
+    };
+    let list = |term: &Value, field: &str| term[field].as_array().cloned().unwrap_or_default();
+    terms.iter().any(|term| {
+        let (expressions, fields) = (list(term, "matchExpressions"), list(term, "matchFields"));
+        let key = |expression: &Value| expression["key"].as_str().unwrap().to_owned();
+        !(expressions.is_empty() && fields.is_empty())
+            && expressions
+                .iter()
+                .all(|one| holds(one, labels.get(&key(one)).map(String::as_str)))
+            && fields.iter().all(|one| {
+                assert_eq!(key(one), "metadata.name");
+                holds(one, Some(name))
+            })
+    })
+}
+
+fn any_cpu() -> impl Strategy<Value = String> {
+    let model = select(&["EPYC", "Nehalem", "EPYC-Genoa", "Strange"][..]);
+    let check = select(&["", " check='none'", " check='partial'", " check='full'"][..]);
+    let matching = select(&["", " match='minimum'", " match='exact'"][..]);
+    let fallback = select(&["", " fallback='forbid'"][..]);
+    let vendor = select(&["", "<vendor>AMD</vendor>", "<vendor>Intel</vendor>"][..]);
+    let policy = select(&["require", "optional", "disable", "forbid", "force"][..]);
+    let name = select(&["sse4.2", "x2apic", "avx512f", "a b"][..]);
+    let feature = (policy, name)
+        .prop_map(|(policy, name)| format!("<feature policy='{policy}' name='{name}'/>"));
+    let feature = prop_oneof![2 => Just(String::new()), 3 => feature];
+    let custom =
+        (model, matching, fallback, vendor).prop_map(|(model, matching, fallback, vendor)| {
+            (
+                format!("mode='custom'{matching}"),
+                format!("<model{fallback}>{model}</model>{vendor}"),
+            )
+        });
+    let plain = select(&["host-model", "host-passthrough", "maximum"][..])
+        .prop_map(|mode| (format!("mode='{mode}'"), String::new()));
+    let cpu = (prop_oneof![custom, plain], check, feature).prop_map(
+        |((attributes, model), check, feature)| {
+            format!("<cpu {attributes}{check}>{model}{feature}</cpu>")
+        },
+    );
+    prop_oneof![1 => Just(String::new()), 4 => cpu]
+}
+
+/// Its XML, which is easier to read where a property does not hold.
+fn any_domain() -> impl Strategy<Value = String> {
+    let kind = select(
+        &[
+            "type='kvm'",
+            "type='kvm'",
+            "type='qemu'",
+            "type='kvm' id='1'",
+        ][..],
+    );
+    let machine = select(&["q35", "pc", "", "pc-q35-10.0", "pc-q35-7.2", "nonsense"][..]);
+    let vcpus = select(&[1_u32, 2, 255, 256, 288, 289, 1024, 1025][..]);
+    let rest = select(
+        &[
+            "",
+            "",
+            HYPERV,
+            PCI,
+            IOMMUFD,
+            "<launchSecurity type='sev'/>",
+            "<launchSecurity type='tdx'/>",
+        ][..],
+    );
+    (kind, machine, vcpus, any_cpu(), rest).prop_map(|(kind, machine, vcpus, cpu, rest)| {
+        xml_of(kind, machine, vcpus, &format!("{cpu}{rest}"))
+    })
+}
+
+/// A node whose labels differ from the usual in some places.
+fn any_labels() -> impl Strategy<Value = Labels> {
+    let changes: Vec<(&str, &str)> = vec![
+        ("kubernetes.io/arch", "arm64"),
+        ("kubernetes.io/arch", GONE),
+        ("cpu-feature.virtnode.io/avx512f", "true"),
+        ("cpu-feature.virtnode.io/sse4.2", GONE),
+        ("cpu-feature.virtnode.io/x2apic", GONE),
+        ("cpu-model.virtnode.io/EPYC", GONE),
+        ("cpu-model.virtnode.io/EPYC-Genoa", "true"),
+        ("hyperv.virtnode.io/spinlocks", GONE),
+        ("hyperv.virtnode.io/synic", "true"),
+        ("machine-alias.virtnode.io/q35", "pc-q35-7.2"),
+        ("machine-alias.virtnode.io/q35", GONE),
+        ("machine.virtnode.io/pc-i440fx-10.0", GONE),
+        ("machine.virtnode.io/pc-q35-10.0", "255"),
+        ("machine.virtnode.io/pc-q35-10.0", "unknown"),
+        ("machine.virtnode.io/pc-q35-7.2", GONE),
+        ("machine-deprecated.virtnode.io/pc-q35-7.2", "true"),
+        ("virtnode.io/accelerator", "tcg"),
+        ("virtnode.io/accelerator", GONE),
+        ("virtnode.io/cpu-vendor", "Intel"),
+        ("virtnode.io/eim", "explicit"),
+        ("virtnode.io/eim", GONE),
+        ("virtnode.io/host-model", "EPYC-Genoa"),
+        ("virtnode.io/host-model", GONE),
+        ("virtnode.io/iommu-groups", "0"),
+        ("virtnode.io/iommu-groups", GONE),
+        ("virtnode.io/libvirt-version", "9.0.0"),
+        ("virtnode.io/libvirt-version", "7.0.0"),
+        ("virtnode.io/qemu-version", GONE),
+        ("virtnode.io/sev", GONE),
+        ("virtnode.io/tdx", "true"),
+        ("virtnode.io/vfio", GONE),
+    ];
+    subsequence(changes, 0..5).prop_map(|changes| {
+        let mut labels = labels(&changes);
+        // No daemon promises more than libvirt gives by itself.
+        if labels
+            .get("virtnode.io/eim")
+            .is_none_or(|eim| eim != "auto")
+        {
+            let machines = labels
+                .iter_mut()
+                .filter(|(key, _)| key.starts_with(MACHINE));
+            for (_, most) in
+                machines.filter(|(_, most)| most.parse().is_ok_and(|most: u32| most > 255))
+            {
+                "255".clone_into(most);
+            }
+        }
+        labels
+    })
+}
+
+fn any_nodes(xml: &str) -> impl Strategy<Value = Vec<Candidate>> + use<> {
+    let asked = parsed(xml);
+    let node = (
+        any_labels(),
+        proptest::option::weighted(0.3, any_labels()),
+        any::<[bool; 3]>(),
+    );
+    proptest::collection::vec(node, 1..6).prop_map(move |nodes| {
+        let candidate = |(number, node): (usize, (Labels, Option<Labels>, [bool; 3]))| {
+            let (labels, told, [closed, ready, here]) = node;
+            let told = told.map(|told| Offer::from_labels(&told, &asked));
+            Candidate {
+                name: format!("node-{number}"),
+                labels,
+                ready: Some(ready),
+                cordoned: closed,
+                here: here && number == 0,
+                cut_off: false,
+                told: told.map_or(Told::Nothing, |offer| Told::Offer(Box::new(offer))),
+            }
+        };
+        nodes.into_iter().enumerate().map(candidate).collect()
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(1000))]
+
+    /// The round trip: what a pod is given means to the scheduler what the answers say.
+    #[test]
+    fn the_affinity_says_what_the_answers_say(
+        (xml, nodes) in any_domain().prop_flat_map(|xml| {
+            let nodes = any_nodes(&xml);
+            (Just(xml), nodes)
+        })
+    ) {
+        let targets = targets(&parsed(&xml), &nodes);
+        prop_assert_eq!(targets.nodes.len() + targets.untold.len(), nodes.len());
+        let weights = targets.nodes.iter().map(|node| match node.answer {
+            Feasible => 0,
+            Unknown => 1,
+            Infeasible => 2,
+        });
+        prop_assert!(weights.is_sorted());
+        let fits = |name: &str| {
+            let node = targets.nodes.iter().find(|node| node.name == name);
+            node.is_some_and(|node| node.answer == Feasible)
+        };
+        match &targets.affinity {
+            None => prop_assert_eq!(targets.fitting(), 0),
+            Some(affinity) => {
+                let affinity = serde_json::to_value(affinity).unwrap();
+                for node in &nodes {
+                    let takes = scheduler_takes(&affinity, &node.name, &node.labels);
+                    prop_assert_eq!(takes, fits(&node.name), "{} {}", &node.name, &affinity);
+                }
+            }
+        }
+    }
+
+    /// What labels are asked for and what they are judged by is the same: what they call fit is
+    /// matched without a name, and what they call unfit is not, but for what they do not carry.
+    #[test]
+    fn labels_alone_say_it_without_names(
+        xml in any_domain(), all in proptest::collection::vec(any_labels(), 1..4)
+    ) {
+        let nodes: Vec<Candidate> = all
+            .into_iter()
+            .enumerate()
+            .map(|(number, labels)| Candidate {
+                name: format!("node-{number}"),
+                labels,
+                ..Candidate::default()
+            })
+            .collect();
+        for node in targets(&parsed(&xml), &nodes).nodes {
+            match node.answer {
+                Feasible => prop_assert!(node.matched, "{:#?}", node),
+                // A version is no number that a scheduler compares; the other is wrong everywhere.
+                Infeasible if matches!(node.findings[0].code, Code::CpuMode | Code::ApicId) => {}
+                Infeasible => prop_assert!(!node.matched, "{:#?}", node),
+                Unknown => {}
+            }
+        }
+    }
+}
