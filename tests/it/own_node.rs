@@ -73,7 +73,8 @@ async fn used(server: &KubeServer) -> anyhow::Result<(BTreeSet<Right>, Vec<Strin
             (verb.to_owned(), event.group.clone(), resource)
         };
         // A policy's denial is a 422. So is, up to 1.20.5, the first try of an event on a Node.
-        let is_denied = event.code == 422 && event.resource != "events";
+        let is_first_try = event.resource == "events" && server.version() < (1, 21);
+        let is_denied = event.code == 422 && !is_first_try;
         if matches!(event.code, 401 | 403) || is_denied {
             refused.push(format!("{} {}", event.verb, event.uri));
         } else {
@@ -203,7 +204,7 @@ async fn the_daemon_uses_every_right_it_has_and_needs_no_other() -> anyhow::Resu
         Ok(())
     })
     .await?;
-    // And its verdict is seen on the Node too.
+    // And its verdict is seen: on the Node, and on the object even when that is gone.
     let events: Api<Event> = Api::namespaced(server.client(), "default");
     eventually(LONG, async || {
         let all = events.list(&ListParams::default()).await?.items;
@@ -211,6 +212,12 @@ async fn the_daemon_uses_every_right_it_has_and_needs_no_other() -> anyhow::Resu
         let told = all.iter().find(verdict).context("no event")?;
         let note = told.note.as_deref().unwrap_or_default();
         ensure!(note.starts_with("domain \"nobody\": "), "{note}");
+        let about = |event: &&Event| {
+            let about = event.regarding.as_ref();
+            about.and_then(|about| about.name.as_deref()) == Some("vcpus")
+        };
+        let told = all.iter().find(about).context("no event about the object")?;
+        ensure!(told.reason.as_deref() == Some("DomainNotFound"), "{told:?}");
         Ok(())
     })
     .await?;
@@ -253,11 +260,22 @@ fn is_denied<T: std::fmt::Debug>(answer: kube::Result<T>) -> anyhow::Result<Stri
     }
 }
 
+fn event(name: &str, controller: &str, instance: &str, about: Value) -> Event {
+    serde_json::from_value(json!({
+        "metadata": {"name": name, "namespace": "default"},
+        "eventTime": "2026-11-21T12:00:00.000000Z",
+        "type": "Warning", "reason": "Test", "action": "Test", "note": "a test",
+        "reportingController": controller, "reportingInstance": instance, "regarding": about,
+    }))
+    .expect("an event")
+}
+
 /// A client of the daemon, as its pod on a node has it.
 struct Pod {
     nodes: Api<Node>,
     objects: Api<NodeVirtualization>,
     hotplugs: Api<DynamicObject>,
+    events: Api<Event>,
 }
 
 impl Pod {
@@ -265,6 +283,7 @@ impl Pod {
         Self {
             nodes: Api::all(client.clone()),
             objects: Api::all(client.clone()),
+            events: Api::namespaced(client.clone(), "default"),
             hotplugs: hotplugs(client),
         }
     }
@@ -291,6 +310,20 @@ impl Pod {
         self.objects
             .patch(name, &params, &Patch::Apply(object))
             .await
+    }
+
+    /// Writes an event in the name of a node, about something.
+    async fn tell(&self, name: &str, instance: &str, about: Value) -> kube::Result<Event> {
+        let event = event(name, "virtnode", instance, about);
+        self.events.create(&PostParams::default(), &event).await
+    }
+
+    /// Says that an event happened again.
+    async fn count(&self, name: &str) -> kube::Result<Event> {
+        let series = json!({"series": {"count": 2, "lastObservedTime": "2026-11-21T12:00:01.000000Z"}});
+        let params = PatchParams::default();
+        let patch = Patch::Merge(series);
+        self.events.patch(name, &params, &patch).await
     }
 
     async fn report(&self, name: &str) -> kube::Result<DynamicObject> {
@@ -411,6 +444,33 @@ async fn a_token_is_good_for_its_own_node_only() -> anyhow::Result<()> {
         .delete("on-n1", &DeleteParams::default())
         .await?;
 
+    // Events in its own name, about its Node and about what is asked of it.
+    let about = |version: &str, kind: &str, name: &str| json!({"apiVersion": version, "kind": kind, "name": name});
+    let own = about("v1", "Node", "n1");
+    pod.tell("own", "n1", own.clone()).await?;
+    pod.count("own").await?;
+    let hotplug = about("virtnode.io/v1alpha1", "DomainHotplug", "on-n1");
+    pod.tell("hotplug", "n1", hotplug.clone()).await?;
+    is_denied(pod.tell("others", "n2", own.clone()).await)?;
+    for other in [
+        about("v1", "Node", "n2"),
+        about("example.com/v1", "DomainHotplug", "on-n1"),
+        about("virtnode.io/v1alpha1", "NodeVirtualization", "n2"),
+        about("v1", "Namespace", "default"),
+    ] {
+        is_denied(pod.tell("other", "n1", other.clone()).await)
+            .with_context(|| other.to_string())?;
+    }
+    let theirs: Api<Event> = Api::namespaced(server.client(), "default");
+    for (name, controller, instance) in [
+        ("kubelets", "kubelet", "n1"),
+        ("neighbours", "virtnode", "n2"),
+    ] {
+        let event = event(name, controller, instance, own.clone());
+        theirs.create(&PostParams::default(), &event).await?;
+        is_denied(pod.count(name).await).context(name)?;
+    }
+
     // A token without a node is good for nothing.
     let unbound = Pod::new(
         server
@@ -420,6 +480,8 @@ async fn a_token_is_good_for_its_own_node_only() -> anyhow::Result<()> {
     is_denied(unbound.label("n1", "virtnode.io/x", Some("1")).await)?;
     is_denied(unbound.describe("n1", &owner(&n1, "Node")).await)?;
     is_denied(unbound.report("on-n2").await)?;
+    is_denied(unbound.tell("unbound", "", own).await)?;
+    is_denied(unbound.count("own").await)?;
     // Others are none of the policies' business.
     let label = Patch::Merge(json!({"metadata": {"labels": {"virtnode.io/eim": "theirs"}}}));
     admin.patch("n2", &PatchParams::default(), &label).await?;

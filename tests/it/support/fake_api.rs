@@ -124,6 +124,27 @@ impl FakeApi {
         state.muted.append(&mut muted);
     }
 
+    /// Every watch gets a bookmark, as a real server sends one a minute.
+    pub(crate) fn bookmark_watches(&self) {
+        let mut state = self.state();
+        let state = &mut *state;
+        let meta = json!({"resourceVersion": state.version.to_string()});
+        let kinds = [
+            ("v1", "Node", &mut state.watches),
+            (
+                "virtnode.io/v1alpha1",
+                "DomainHotplug",
+                &mut state.hotplugs.watches,
+            ),
+        ];
+        for (version, kind, watches) in kinds {
+            let object = json!({"apiVersion": version, "kind": kind, "metadata": meta});
+            // The type comes first.
+            let line = format!("{{\"type\":\"BOOKMARK\",\"object\":{object}}}\n");
+            watches.retain(|watch| watch.send(line.clone().into()).is_ok());
+        }
+    }
+
     pub(crate) fn watches(&self) -> usize {
         self.state().watches.len()
     }
@@ -137,12 +158,22 @@ impl FakeApi {
             .count()
     }
 
-    /// The notes of the events on the Node.
+    /// The notes of all events.
     pub(crate) fn events(&self) -> Vec<String> {
-        self.state()
-            .events
-            .iter()
-            .map(|event| event["note"].to_string())
+        let state = self.state();
+        let notes = state.events.iter().map(|event| event["note"].to_string());
+        notes.collect()
+    }
+
+    /// Type and reason of the events about one object.
+    pub(crate) fn events_about(&self, kind: &str, name: &str) -> Vec<(String, String)> {
+        let state = self.state();
+        let about = state.events.iter().filter(|event| {
+            event["regarding"]["kind"] == kind && event["regarding"]["name"] == name
+        });
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        about
+            .map(|event| (text(&event["type"]), text(&event["reason"])))
             .collect()
     }
 
