@@ -463,7 +463,11 @@ async fn a_watch_that_misses_its_bookmarks_is_begun_anew_within_minutes() -> any
     api.mute_watches();
     let muted = tokio::time::Instant::now();
     api.make("unheard", vcpus("vm", 3));
-    later(|| api.object("unheard").is_some_and(|it| verdict(&it).is_some())).await?;
+    later(|| {
+        api.object("unheard")
+            .is_some_and(|it| verdict(&it).is_some())
+    })
+    .await?;
     let late = muted.elapsed();
     ensure!(late < 3 * MINUTE, "heard after {late:?}");
     assert_eq!(api.asked("hotplug-watch"), watches + 1, "one request");

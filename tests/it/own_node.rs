@@ -216,7 +216,10 @@ async fn the_daemon_uses_every_right_it_has_and_needs_no_other() -> anyhow::Resu
             let about = event.regarding.as_ref();
             about.and_then(|about| about.name.as_deref()) == Some("vcpus")
         };
-        let told = all.iter().find(about).context("no event about the object")?;
+        let told = all
+            .iter()
+            .find(about)
+            .context("no event about the object")?;
         ensure!(told.reason.as_deref() == Some("DomainNotFound"), "{told:?}");
         Ok(())
     })
@@ -320,7 +323,8 @@ impl Pod {
 
     /// Says that an event happened again.
     async fn count(&self, name: &str) -> kube::Result<Event> {
-        let series = json!({"series": {"count": 2, "lastObservedTime": "2026-11-21T12:00:01.000000Z"}});
+        let series =
+            json!({"series": {"count": 2, "lastObservedTime": "2026-11-21T12:00:01.000000Z"}});
         let params = PatchParams::default();
         let patch = Patch::Merge(series);
         self.events.patch(name, &params, &patch).await
@@ -480,7 +484,7 @@ async fn a_token_is_good_for_its_own_node_only() -> anyhow::Result<()> {
     is_denied(unbound.label("n1", "virtnode.io/x", Some("1")).await)?;
     is_denied(unbound.describe("n1", &owner(&n1, "Node")).await)?;
     is_denied(unbound.report("on-n2").await)?;
-    is_denied(unbound.tell("unbound", "", own).await)?;
+    is_denied(unbound.tell("unbound", "n1", own).await)?;
     is_denied(unbound.count("own").await)?;
     // Others are none of the policies' business.
     let label = Patch::Merge(json!({"metadata": {"labels": {"virtnode.io/eim": "theirs"}}}));
