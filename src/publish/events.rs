@@ -232,12 +232,15 @@ impl EventWriter {
     }
 }
 
-/// Whether it is of no use to try again.
+/// Whether it is of no use to try again. A missing right may come: an API server that has just
+/// started knows none yet.
 fn is_final(error: &ClusterError) -> bool {
     !matches!(
         error,
         ClusterError::Unreachable { .. }
             | ClusterError::Timeout { .. }
+            | ClusterError::Unauthorized { .. }
+            | ClusterError::Forbidden { .. }
             | ClusterError::Rejected { .. }
             | ClusterError::Conflict { .. }
     )
