@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use anyhow::ensure;
+use anyhow::{Context as _, ensure};
 use rstest::rstest;
 use serde_json::{Value, json};
 use virtnode::cluster::Cluster;
@@ -320,6 +320,45 @@ async fn a_daemon_that_comes_back_in_the_middle_finishes_what_it_began() -> anyh
     let after = node.operations_of("x");
     assert_eq!((before.len(), after.len()), (1, 1));
     assert_eq!(ended["status"]["operation"], after[0].id.as_str());
+    Ok(())
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_daemon_that_ends_at_any_call_does_it_once_and_says_so() -> anyhow::Result<()> {
+    for calls in 0.. {
+        ensure!(calls < 50, "it does not come to rest");
+        let api = FakeApi::with_node();
+        api.answer_only(calls);
+        let mut node = HotplugNode::start(cluster(&api));
+        node.control.add("vm", slow());
+        api.make("x", vcpus("vm", 3));
+        let is_told = || {
+            let told = ("Warning".to_owned(), "GuestOffline".to_owned());
+            let owned = |it: &Value| it["metadata"]["ownerReferences"][0]["name"] == "node-a";
+            api.object("x").as_ref().is_some_and(owned)
+                && api.events_about("DomainHotplug", "x") == [told]
+                && api.events_about("Node", "node-a").len() == 1
+        };
+        later(|| api.unanswered() > 0 || is_told()).await?;
+        let was_at_rest = api.unanswered() == 0;
+        node.stop().await;
+        api.repair();
+        node.start_again();
+        later(is_told)
+            .await
+            .with_context(|| format!("after {calls} calls"))?;
+        let ended = ends(&api, "x").await?;
+        assert_eq!(verdict(&ended), Some("GuestOffline"), "{calls}: {ended:#}");
+        assert_eq!(node.control.calls(), ["set-vcpus vm 3"], "{calls}");
+        let records = node.operations_of("x");
+        assert_eq!(records.len(), 1, "{calls}");
+        assert_eq!(ended["status"]["operation"], records[0].id.as_str());
+        if was_at_rest {
+            // List, watch, and for the object: the Node, its owner, two statuses, two events.
+            ensure!(calls >= 8, "after {calls} calls");
+            break;
+        }
+    }
     Ok(())
 }
 

@@ -4,6 +4,7 @@
 #![expect(clippy::print_stdout, reason = "refusals, for people to read")]
 
 use std::collections::BTreeSet;
+use std::fs;
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
@@ -11,6 +12,7 @@ use k8s_openapi::api::core::v1::Node;
 use k8s_openapi::api::events::v1::Event;
 use kube::api::{Api, DeleteParams, DynamicObject, ListParams, Patch, PatchParams, PostParams};
 use kube::core::{ApiResource, GroupVersionKind};
+use nix::unistd::Pid;
 use serde_json::{Value, json};
 use virtnode::cluster::objects::NodeVirtualization;
 use virtnode::label::{KUBEVIRT_KEYS, KUBEVIRT_PREFIXES};
@@ -88,6 +90,29 @@ async fn used(server: &KubeServer) -> anyhow::Result<(BTreeSet<Right>, Vec<Strin
     Ok((rights, refused))
 }
 
+/// Of each connection of a process to a port of this machine: whether the kernel asks the other end
+/// for a sign of life when nothing comes from it (timer 2 in `proc_net_tcp.rst`).
+fn kept_alive(pid: Pid, port: &str) -> anyhow::Result<Vec<bool>> {
+    let mut sockets = BTreeSet::new();
+    for file in fs::read_dir(format!("/proc/{pid}/fd"))? {
+        // A file that was closed meanwhile is none.
+        if let Ok(target) = fs::read_link(file?.path()) {
+            sockets.insert(target.to_string_lossy().into_owned());
+        }
+    }
+    let remote = format!(":{:04X}", port.parse::<u16>()?);
+    let table = fs::read_to_string(format!("/proc/{pid}/net/tcp"))?;
+    let connections = table
+        .lines()
+        .map(|line| line.split_whitespace().collect::<Vec<_>>());
+    let ours = connections.filter(|fields| {
+        let is_open = fields.get(3) == Some(&"01");
+        let inode = fields.get(9).map(|inode| format!("socket:[{inode}]"));
+        is_open && fields[2].ends_with(&remote) && inode.is_some_and(|it| sockets.contains(&it))
+    });
+    Ok(ours.map(|fields| fields[5].starts_with("02:")).collect())
+}
+
 async fn conflicts(server: &KubeServer) -> anyhow::Result<Vec<Event>> {
     let events: Api<Event> = Api::namespaced(server.client(), "default");
     let all = events.list(&ListParams::default()).await?.items;
@@ -159,6 +184,17 @@ async fn the_daemon_uses_every_right_it_has_and_needs_no_other() -> anyhow::Resu
     println!("the NodeVirtualization of this machine: {size} bytes");
     assert!(size < 64 * 1024);
     assert_eq!(facts.omitted, Vec::<String>::new());
+
+    // A connection whose other end is gone is noticed, though a watch at rest says nothing on it.
+    let config: Value = serde_json::from_slice(&fs::read(server.kubeconfig())?)?;
+    let url = config["clusters"][0]["cluster"]["server"].as_str();
+    let (_, port) = url.and_then(|url| url.rsplit_once(':')).context("a port")?;
+    eventually(LONG, async || {
+        let kept = kept_alive(daemon.pid()?, port)?;
+        ensure!(kept.len() >= 3 && kept.iter().all(|kept| *kept), "{kept:?}");
+        Ok(())
+    })
+    .await?;
 
     // A conflict, its end, and the same conflict again: an event, and its count.
     let nodes: Api<Node> = Api::all(server.client());

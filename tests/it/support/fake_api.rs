@@ -35,6 +35,8 @@ struct State {
     asked: Vec<String>,
     events: Vec<Value>,
     faults: Vec<(&'static str, Fault, usize)>,
+    answers_left: Option<usize>,
+    unanswered: usize,
     before_patch: Option<Change>,
     hotplugs: Hotplugs,
 }
@@ -99,8 +101,20 @@ impl FakeApi {
         self.state().faults.push((verb, fault, times));
     }
 
+    /// After so many more answers there are none.
+    pub(crate) fn answer_only(&self, calls: usize) {
+        self.state().answers_left = Some(calls);
+    }
+
+    /// How many calls got no answer because of [`Self::answer_only`].
+    pub(crate) fn unanswered(&self) -> usize {
+        self.state().unanswered
+    }
+
     pub(crate) fn repair(&self) {
-        self.state().faults.clear();
+        let mut state = self.state();
+        state.faults.clear();
+        state.answers_left = None;
     }
 
     /// Ends the watches, with an event of this status before if there is one.
@@ -220,6 +234,14 @@ impl FakeApi {
 impl State {
     fn fault(&mut self, verb: &'static str) -> Option<Fault> {
         self.asked.push(verb.to_owned());
+        match &mut self.answers_left {
+            None => {}
+            Some(0) => {
+                self.unanswered += 1;
+                return Some(Fault::Hang);
+            }
+            Some(left) => *left -= 1,
+        }
         let mut faults = self.faults.iter_mut();
         let fault =
             faults.find(|(broken, _, times)| (*broken == verb || *broken == "*") && *times > 0)?;
