@@ -198,6 +198,44 @@ async fn a_domain_that_is_not_there_or_does_not_run_is_told() -> anyhow::Result<
     Ok(())
 }
 
+#[tokio::test(start_paused = true)]
+async fn what_hangs_what_waits_for_it_and_what_is_half_done_are_told() -> anyhow::Result<()> {
+    let api = FakeApi::with_node();
+    let node = HotplugNode::start(cluster(&api));
+    let stuck = FakeGuest {
+        calls: Calls::Hang,
+        ..FakeGuest::default()
+    };
+    node.control.add("stuck", stuck);
+    let half = FakeGuest {
+        blocks: Blocks::GivesHalfBack,
+        ..FakeGuest::default()
+    };
+    node.control.add("half", half);
+    api.make("first", vcpus("stuck", 2));
+    let mut behind = vcpus("stuck", 3);
+    behind["deadlineSeconds"] = 20.into();
+    api.make("behind", behind);
+    api.make("more", memory("half", "1Gi"));
+    api.make("less", memory("half", "512Mi"));
+    for (name, expected) in [
+        ("first", "Pending"),
+        ("behind", "Busy"),
+        ("more", "Verified"),
+        ("less", "PartiallyApplied"),
+    ] {
+        let is = || {
+            let ended = api.object(name).unwrap_or_default();
+            let told = api.events_about("DomainHotplug", name);
+            verdict(&ended) == Some(expected) && told.iter().any(|(_, told)| told == expected)
+        };
+        later(is)
+            .await
+            .with_context(|| format!("{:#?}", api.object(name)))?;
+    }
+    Ok(())
+}
+
 #[rstest]
 #[case::two(|spec: &mut Value| spec["memory"] = json!({"size": "2Gi"}), "both vcpus and memory")]
 #[case::none(|spec: &mut Value| spec["vcpus"] = Value::Null, "neither vcpus nor memory")]
