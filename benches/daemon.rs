@@ -27,10 +27,13 @@ use kube::api::{Api, Patch, PatchParams, WatchEvent, WatchParams};
 use serde_json::json;
 use tempfile::TempDir;
 use tokio::time::{interval, sleep, timeout};
+use virtnode::cluster::objects::node_virtualization::HOTPLUG_OBJECTS_WATCHED;
+use virtnode::cluster::objects::{Condition, NodeVirtualization};
 
 use parts::{Ended, Memory, curl, free_port, median, ms, print, progress, scrape_time, tell};
 use support::eventually;
 use support::kube::KubeServer;
+use support::kube::objects::define;
 use support::libvirtd::Libvirtd;
 
 const STARTS: usize = 15;
@@ -46,6 +49,8 @@ const SAMPLING: Duration = Duration::from_millis(1);
 /// For what should take moments.
 const PATIENCE: Duration = Duration::from_secs(60);
 const NODE: &str = "figures";
+/// Whose daemon looks for no DomainHotplugs.
+const LABELS_ONLY: &str = "labels-only";
 
 fn main() -> anyhow::Result<()> {
     parts::main(measure())
@@ -55,11 +60,20 @@ async fn measure() -> anyhow::Result<()> {
     let lab = Lab::start().await?;
     lab.warm_starts().await?;
 
+    let settings = ["--probe-interval", PROBE_INTERVAL_SECONDS];
+    lab.kubernetes.create_node(LABELS_ONLY).await?;
+    let daemon = lab.run(LABELS_ONLY, "hotplug: {objects: false}", &settings)?;
+    lab.labels_on(LABELS_ONLY, &daemon).await?;
+    daemon.probes_on().await?;
+    lab.memory("memory at rest, no DomainHotplugs", &daemon, 8.0, 28.0)?;
+    drop(daemon);
+
     lab.kubernetes.create_node(NODE).await?;
-    let daemon = lab.run(NODE, &["--probe-interval", PROBE_INTERVAL_SECONDS])?;
+    let daemon = lab.run(NODE, "", &settings)?;
     lab.labels_on(NODE, &daemon).await?;
+    lab.all_at_work(&daemon).await?;
     lab.rest(&daemon).await?;
-    lab.memory(&daemon)?;
+    lab.memory("memory at rest", &daemon, 10.0, 30.0)?;
     lab.scrapes(&daemon)?;
     lab.deletions(&daemon).await
 }
@@ -80,6 +94,7 @@ impl Lab {
         let libvirtd = Libvirtd::start()?;
         progress("starting Kubernetes");
         let kubernetes = KubeServer::start().await?;
+        define(&kubernetes).await?;
         let (major, minor) = kubernetes.version();
         let versions = libvirtd.virsh(&["version", "--daemon"])?;
         let version = |of: &str| {
@@ -103,9 +118,11 @@ impl Lab {
     }
 
     /// Starts a daemon with files of its own.
-    fn run(&self, node: &str, more: &[&str]) -> anyhow::Result<Daemon> {
+    fn run(&self, node: &str, configuration: &str, more: &[&str]) -> anyhow::Result<Daemon> {
         let directory = self.directory.path().join(node);
         fs::create_dir(&directory)?;
+        let config = directory.join("config.yaml");
+        fs::write(&config, configuration)?;
         let state = directory.join("state");
         let port = free_port()?;
         let log = directory.join("log");
@@ -117,8 +134,12 @@ impl Lab {
             .args(["--listen", &format!("127.0.0.1:{port}")])
             .arg("--kubeconfig")
             .arg(self.kubernetes.kubeconfig())
+            .arg("--config")
+            .arg(&config)
             .arg("--state-directory")
             .arg(&state)
+            .arg("--socket")
+            .arg(directory.join("socket"))
             .arg("--features-directory")
             .arg(directory.join("features.d"))
             .args(more)
@@ -149,7 +170,7 @@ impl Lab {
             let node = format!("start-{n}");
             let version = version(&self.kubernetes.create_node(&node).await?);
             let changes = self.changes(&node, &version).await?;
-            let mut daemon = self.run(&node, &[])?;
+            let mut daemon = self.run(&node, "", &[])?;
             let (file, seen) = tokio::join!(daemon.wrote_labels(), has_labels(changes));
             let (file, seen) = (file?, seen?);
             // There is one probe so far, and the next is a minute away.
@@ -269,25 +290,38 @@ impl Lab {
         })
     }
 
+    /// Waits until the daemon does all that it does in a cluster.
+    async fn all_at_work(&self, daemon: &Daemon) -> anyhow::Result<()> {
+        let objects: Api<NodeVirtualization> = Api::all(self.kubernetes.client());
+        eventually(PATIENCE, async || {
+            let facts = objects.get(NODE).await?.spec.facts;
+            let watched = Condition::find(&facts.conditions, HOTPLUG_OBJECTS_WATCHED);
+            ensure!(
+                watched.is_some_and(Condition::holds),
+                "DomainHotplugs are not watched yet"
+            );
+            Ok(())
+        })
+        .await
+        .with_context(|| format!("the daemon's log:\n{}", daemon.log()))
+    }
+
     /// The daemon's memory, beside that of a virsh that is connected and does nothing.
-    fn memory(&self, daemon: &Daemon) -> anyhow::Result<()> {
+    fn memory(
+        &self,
+        when: &str,
+        daemon: &Daemon,
+        anonymous: f64,
+        resident: f64,
+    ) -> anyhow::Result<()> {
         let own = Memory::of(daemon.process.0.id())?;
         let virsh = self.idle_virsh()?;
         let other = Memory::of(virsh.0.id())?;
-        for (what, own, other, goal) in [
-            (
-                "memory at rest, anonymous",
-                own.anonymous,
-                other.anonymous,
-                8.0,
-            ),
-            (
-                "memory at rest, resident",
-                own.resident,
-                other.resident,
-                28.0,
-            ),
+        for (kind, own, other, goal) in [
+            ("anonymous", own.anonymous, other.anonymous, anonymous),
+            ("resident", own.resident, other.resident, resident),
         ] {
+            let what = &format!("{when}, {kind}");
             tell(
                 what,
                 &format!("{own:.1} MB"),
@@ -450,6 +484,17 @@ impl Daemon {
         let samples = self.samples()?;
         let found = samples.iter().find(|(have, _)| have == name);
         Ok(found.context("probes are counted")?.1)
+    }
+
+    /// Waits for some probes more.
+    async fn probes_on(&self) -> anyhow::Result<()> {
+        let before = self.probes()?;
+        eventually(PATIENCE, async || {
+            let probes = self.probes()? - before;
+            ensure!(probes >= 3.0, "{probes} probes");
+            Ok(())
+        })
+        .await
     }
 }
 

@@ -57,10 +57,8 @@ pub fn candidates(
 
 /// One that was never finished has no time, and nothing to be believed or not.
 fn is_stale(status: &NodeVirtualizationStatus, now: Option<Timestamp>) -> bool {
-    let probed = status.last_probe_time.as_deref();
-    let probed = probed.and_then(|time| time.parse::<Timestamp>().ok());
-    match (probed, now) {
-        (Some(probed), Some(now)) => now.duration_since(probed) > STALE,
+    match (status.last_probe_time, now) {
+        (Some(probed), Some(now)) => now.duration_since(probed.into()) > STALE,
         _ => false,
     }
 }

@@ -1,5 +1,7 @@
 //! Events (`events.k8s.io/v1`): what `kubectl describe` and `kubectl get events` show of an object.
 
+use std::sync::atomic::Ordering;
+
 use k8s_openapi::api::core::v1::ObjectReference;
 use k8s_openapi::api::events::v1::Event;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
@@ -72,6 +74,11 @@ impl Cluster {
     ) -> Result<WrittenEvent, ClusterError> {
         let namespace = what.about.namespace.as_deref().unwrap_or("default");
         let mut event = self.event(what, namespace, at);
+        // Up to 1.20.5 the API server wants the namespace of the object to be that of the event, and
+        // later ones want it to have none. Which one this is shows at the first event.
+        if self.events_of_default.load(Ordering::Relaxed) {
+            set_namespace(&mut event, namespace);
+        }
         let events: Api<Event> = Api::namespaced(self.client.clone(), namespace);
         let create = async |event: &Event| {
             let params = PostParams::default();
@@ -79,12 +86,13 @@ impl Cluster {
             self.call_about(object(event), "create", created).await
         };
         let mut created = create(&event).await;
-        if matches!(created, Err(ClusterError::Rejected { .. })) && what.about.namespace.is_none() {
-            // Up to 1.20.5 the API server wants the namespace of the object to be that of the event.
-            if let Some(about) = &mut event.regarding {
-                about.namespace = Some(namespace.to_owned());
-            }
+        let has_none = event.regarding.iter().any(|it| it.namespace.is_none());
+        if matches!(created, Err(ClusterError::Rejected { .. })) && has_none {
+            set_namespace(&mut event, namespace);
             created = create(&event).await;
+            if created.is_ok() {
+                self.events_of_default.store(true, Ordering::Relaxed);
+            }
         }
         let name = created?.metadata.name.unwrap_or_default();
         Ok(WrittenEvent {
@@ -143,6 +151,12 @@ impl Cluster {
             reporting_instance: Some(self.node.chars().take(WORD_MAX).collect()),
             ..Event::default()
         }
+    }
+}
+
+fn set_namespace(event: &mut Event, namespace: &str) {
+    if let Some(about) = &mut event.regarding {
+        about.namespace.get_or_insert_with(|| namespace.to_owned());
     }
 }
 

@@ -3,6 +3,7 @@
 use std::future::{self, Future};
 
 use futures::{Stream, StreamExt};
+use k8s_openapi::api::core::v1::ObjectReference;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::Resource;
 use kube::api::{Api, ApiResource, DeleteParams, DynamicObject, Patch, PatchParams, Preconditions};
@@ -80,6 +81,17 @@ impl HotplugObjects {
     /// The name of the node.
     pub fn node(&self) -> &str {
         self.cluster.node()
+    }
+
+    /// An object, as events refer to it.
+    pub fn reference(&self, target: Target<'_>) -> ObjectReference {
+        ObjectReference {
+            api_version: Some(DomainHotplug::api_version(&()).into_owned()),
+            kind: Some(DomainHotplug::kind(&()).into_owned()),
+            name: Some(target.name.to_owned()),
+            uid: Some(target.uid.to_owned()),
+            ..ObjectReference::default()
+        }
     }
 
     /// Whether objects are found by `spec.nodeName`, since the name of the node is too long for a

@@ -18,9 +18,11 @@ mod watch;
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::ops::RangeInclusive;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
-use http_body_util::BodyExt;
+use http_body_util::{Either, StreamBody};
 use k8s_openapi::api::core::v1::Node;
 use kube::Client;
 use kube::api::{Api, Patch, PatchParams};
@@ -90,6 +92,8 @@ pub struct Cluster {
     deadline: Duration,
     pulse: Pulse,
     watch_seconds: RangeInclusive<u32>,
+    /// Whether the API server wants a namespace for what has none: see `create_event`.
+    events_of_default: Arc<AtomicBool>,
 }
 
 impl Cluster {
@@ -112,14 +116,12 @@ impl Cluster {
         let pulse = Pulse::new();
         let heard = pulse.clone();
         let send = tower::service_fn(move |request| {
-            let (client, heard) = (client.clone(), heard.of(&request));
+            let (client, ear) = (client.clone(), heard.ear(&request));
             async move {
                 let answer = client.send(request).await?;
-                Ok::<_, kube::Error>(answer.map(|body| {
-                    body.map_frame(move |frame| {
-                        heard.iter().for_each(Pulse::beat);
-                        frame
-                    })
+                Ok::<_, kube::Error>(answer.map(|body| match ear {
+                    Some(ear) => Either::Left(StreamBody::new(ear.listen(body))),
+                    None => Either::Right(body),
                 }))
             }
         });
@@ -131,6 +133,7 @@ impl Cluster {
             deadline,
             pulse,
             watch_seconds: watch::WATCH_SECONDS,
+            events_of_default: Arc::default(),
         })
     }
 

@@ -7,7 +7,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until};
 
 use super::shared::{Shared, is_gone, now};
-use super::status::{Hold, News, expires, held, news, of};
+use super::status::{Hold, News, ending, expires, held, news, of};
 use crate::cluster::objects::DomainHotplugStatus;
 use crate::cluster::{ClusterError, HotplugObject, Target};
 use crate::operation::Record;
@@ -221,6 +221,11 @@ impl Life {
         let objects = &self.shared.objects;
         let call = objects.write_status(self.target(), &self.version, &status);
         self.version = self.shared.call("status", call).await?;
+        // What a status says is told by whoever wrote it first, whatever restarts there are.
+        if let Some(ending) = ending(self.shown.as_ref(), &status) {
+            let note = status.message.as_deref().unwrap_or_default();
+            self.shared.tell(self.target(), ending, note);
+        }
         self.shown = Some(without_details(status));
         Ok(())
     }

@@ -30,15 +30,22 @@ use self::life::{Cause, Changing, Life};
 use self::request::Refusal;
 use self::shared::Shared;
 use self::status::{Hold, is_finished};
+use crate::cluster::objects::Condition;
+use crate::cluster::objects::node_virtualization::HOTPLUG_OBJECTS_WATCHED;
 use crate::cluster::{ClusterError, HotplugChange, HotplugObject, HotplugObjects, Retry};
 use crate::executor::{Executor, SubmitError};
 use crate::hotplug::Moment;
 use crate::hypervisor::DomainControl;
 use crate::operation::Record;
+use crate::publish::events::Events;
 use crate::telemetry::Metrics;
 
 /// So many errors of the watch in a row are worth telling.
 const WATCH_ERRORS: u32 = 3;
+
+/// A watch that had an error works again if there is none for so long: what fails is tried again
+/// within half a minute, and fails within the deadline of a call.
+const QUIET: Duration = Duration::from_secs(60);
 
 /// How the controller goes about it.
 #[derive(Debug, Clone)]
@@ -84,6 +91,7 @@ pub struct Controller<C> {
     /// Why.
     postponed_for: Option<SubmitError>,
     watch: Watch,
+    watched: watch::Sender<Option<Condition>>,
 }
 
 /// An object that is looked after.
@@ -102,8 +110,9 @@ struct Watch {
     /// None while it is not worth trying.
     stream: Option<Stream>,
     again: Option<Instant>,
-    /// Errors in a row.
+    /// Errors in a row, and when it is to be taken to work if there are no more.
     errors: u32,
+    works_at: Option<Instant>,
     told: Option<&'static str>,
 }
 
@@ -112,10 +121,11 @@ impl<C: DomainControl> Controller<C> {
     pub fn new(
         objects: HotplugObjects,
         executor: Arc<Executor<C>>,
+        events: Events,
         metrics: Arc<Metrics>,
         options: Options,
     ) -> Self {
-        let shared = Shared::new(objects.clone(), options.retry, Arc::clone(&metrics));
+        let shared = Shared::new(objects.clone(), options.retry, events, Arc::clone(&metrics));
         Self {
             executor,
             objects,
@@ -127,7 +137,14 @@ impl<C: DomainControl> Controller<C> {
             postponed: BTreeMap::new(),
             postponed_for: None,
             watch: Watch::default(),
+            watched: watch::Sender::default(),
         }
+    }
+
+    /// Whether the objects are seen, as a condition of the node, once that is known. What passes by
+    /// itself, such as an API server that is away, is no change.
+    pub fn watched(&self) -> watch::Receiver<Option<Condition>> {
+        self.watched.subscribe()
     }
 
     /// Looks after the objects until `stop` is cancelled. Operations go on.
@@ -150,10 +167,11 @@ impl<C: DomainControl> Controller<C> {
         let mut take_on_again = pin!(sleep(Duration::ZERO));
         loop {
             let again = self.watch.again.unwrap_or_else(Instant::now);
+            let works_at = self.watch.works_at.unwrap_or_else(Instant::now);
             tokio::select! {
                 change = next(&mut self.watch.stream) => match change {
                     Ok(change) => {
-                        self.watch_works();
+                        self.watch_told(&change);
                         if self.postponed.is_empty() {
                             let at = Instant::now() + self.options.take_on_again;
                             take_on_again.as_mut().reset(at);
@@ -162,6 +180,7 @@ impl<C: DomainControl> Controller<C> {
                     }
                     Err(error) => self.watch_failed(&error),
                 },
+                () = sleep_until(works_at), if self.watch.works_at.is_some() => self.watch_works(),
                 () = sleep_until(again), if self.watch.again.is_some() => self.watch_anew(),
                 // It may wait for half a minute yet, and the API server is there now.
                 () = shared.back.notified(), if self.watch.errors > 0 => self.watch_anew(),
@@ -353,9 +372,25 @@ impl<C: DomainControl> Controller<C> {
         self.watch.stream = Some(self.objects.watch().boxed());
     }
 
+    /// A watch that failed may only have listed what it is to watch.
+    fn watch_told(&mut self, change: &HotplugChange) {
+        match change {
+            HotplugChange::All(_) if self.watch.errors > 0 => {
+                self.watch.works_at = Some(Instant::now() + QUIET);
+            }
+            _ => self.watch_works(),
+        }
+    }
+
     fn watch_works(&mut self) {
         self.watch.errors = 0;
+        self.watch.works_at = None;
         self.metrics.hotplug.objects_watched(true);
+        self.tell_of_watch(
+            true,
+            "Watched",
+            "DomainHotplug objects for this node are seen.",
+        );
         if self.watch.told.take().is_some() {
             info!(
                 node = self.objects.node(),
@@ -366,42 +401,95 @@ impl<C: DomainControl> Controller<C> {
 
     fn watch_failed(&mut self, error: &ClusterError) {
         let code = error.code();
-        self.watch.errors += 1;
+        let watch = &mut self.watch;
+        watch.errors += 1;
+        watch.works_at = Some(Instant::now() + QUIET);
         self.metrics.hotplug.object_call_failed("watch", code);
-        let is_unselectable = matches!(
-            error,
-            ClusterError::Rejected { message, .. } if message.contains("field label not supported")
-        );
-        let needs_people = is_unselectable || error.needs_people();
-        if needs_people {
-            let delay = self.options.look_again.delay(self.watch.errors, error);
-            self.watch.stream = None;
-            self.watch.again = Some(Instant::now() + delay);
+        let blocked = Blocked::by(error);
+        if blocked.is_some() {
+            let delay = self.options.look_again.delay(watch.errors, error);
+            watch.stream = None;
+            watch.again = Some(Instant::now() + delay);
+            watch.works_at = None;
+        } else if watch.errors < WATCH_ERRORS {
+            return;
         }
-        if (needs_people || self.watch.errors >= WATCH_ERRORS) && self.watch.told != Some(code) {
-            self.watch.told = Some(code);
+        if watch.told != Some(code) {
+            watch.told = Some(code);
             self.metrics.hotplug.objects_watched(false);
-            tell(self.objects.node(), error, is_unselectable);
+            tell(self.objects.node(), error, blocked);
+        }
+        // An API server that has just started knows no rights yet.
+        if let Some(blocked) = blocked
+            && self.watch.errors >= WATCH_ERRORS
+        {
+            let (reason, message) = blocked.in_words(error);
+            self.tell_of_watch(false, reason, &message);
+        }
+    }
+
+    fn tell_of_watch(&self, holds: bool, reason: &str, message: &str) {
+        self.watched.send_if_modified(|told| {
+            let known = told.as_ref().is_some_and(|told| told.reason == reason);
+            if !known {
+                let (kind, now) = (HOTPLUG_OBJECTS_WATCHED, shared::now());
+                *told = Some(Condition::new(kind, holds, reason, message, now));
+            }
+            !known
+        });
+    }
+}
+
+/// Why objects cannot be seen until people do something about it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Blocked {
+    /// The API server cannot select objects by their node, which has too long a name for a label.
+    NodeNameTooLong,
+    /// The cluster does not know such objects.
+    NotDefined,
+    /// They may not be seen.
+    NotAllowed,
+}
+
+impl Blocked {
+    fn by(error: &ClusterError) -> Option<Self> {
+        match error {
+            ClusterError::Rejected { message, .. }
+                if message.contains("field label not supported") =>
+            {
+                Some(Self::NodeNameTooLong)
+            }
+            ClusterError::NotFound { .. } => Some(Self::NotDefined),
+            error if error.needs_people() => Some(Self::NotAllowed),
+            _ => None,
+        }
+    }
+
+    /// As a condition has it.
+    fn in_words(self, error: &ClusterError) -> (&'static str, String) {
+        match self {
+            Self::NodeNameTooLong => ("NodeNameTooLong", NODE_NAME_TOO_LONG.to_owned()),
+            Self::NotDefined => ("NotDefined", error.to_string()),
+            Self::NotAllowed => ("NotAllowed", error.to_string()),
         }
     }
 }
 
+const NODE_NAME_TOO_LONG: &str = "DomainHotplug objects for this node are not seen: its name is longer than a label can be, and this \
+     API server cannot select them by spec.nodeName (Kubernetes 1.31 and newer can); use the command \
+     line or the local API on the node";
+
 /// Says once what keeps objects from being seen.
-fn tell(node: &str, error: &ClusterError, is_unselectable: bool) {
+fn tell(node: &str, error: &ClusterError, blocked: Option<Blocked>) {
     let code = error.code();
-    match error {
-        ClusterError::NotFound { .. } => info!(
+    match blocked {
+        Some(Blocked::NotDefined) => info!(
             node,
             "this cluster does not know DomainHotplug objects (manifests/base/crds.yaml defines them); \
              looking for them now and then"
         ),
-        _ if is_unselectable => warn!(
-            node,
-            "DomainHotplug objects for this node are not seen: its name is longer than a label can be, \
-             and this API server cannot select them by spec.nodeName (Kubernetes 1.31 and newer can); \
-             use the local API or the command line on the node"
-        ),
-        _ => warn!(
+        Some(Blocked::NodeNameTooLong) => warn!(node, "{NODE_NAME_TOO_LONG}"),
+        Some(Blocked::NotAllowed) | None => warn!(
             node, code, %error,
             "DomainHotplug objects cannot be watched: new ones are seen late; operations go on"
         ),

@@ -9,8 +9,9 @@ use jiff::Timestamp;
 use tokio::sync::{Notify, Semaphore};
 use tokio::time::Instant;
 
-use crate::cluster::{ClusterError, HotplugObjects, Retry};
+use crate::cluster::{ClusterError, Happening, HappeningKind, HotplugObjects, Retry, Target};
 use crate::hotplug::Moment;
+use crate::publish::events::Events;
 use crate::telemetry::Metrics;
 
 /// So many calls to the API server are under way at once.
@@ -25,6 +26,7 @@ pub(super) struct Shared {
     pub(super) retry: Retry,
     /// Told when the API server does again what it is asked.
     pub(super) back: Notify,
+    events: Events,
     metrics: Arc<Metrics>,
     calls: Semaphore,
     trouble: Mutex<Option<&'static str>>,
@@ -33,11 +35,17 @@ pub(super) struct Shared {
 }
 
 impl Shared {
-    pub(super) fn new(objects: HotplugObjects, retry: Retry, metrics: Arc<Metrics>) -> Self {
+    pub(super) fn new(
+        objects: HotplugObjects,
+        retry: Retry,
+        events: Events,
+        metrics: Arc<Metrics>,
+    ) -> Self {
         Self {
             objects,
             retry,
             back: Notify::new(),
+            events,
             metrics,
             calls: Semaphore::new(CALLS),
             trouble: Mutex::default(),
@@ -63,6 +71,22 @@ impl Shared {
             Err(error) => self.failed(call, error),
         }
         answer
+    }
+
+    /// Tells how an object ended, in an event about it.
+    pub(super) fn tell(
+        &self,
+        target: Target<'_>,
+        (kind, reason): (HappeningKind, String),
+        note: &str,
+    ) {
+        self.events.tell(Happening {
+            about: self.objects.reference(target),
+            kind,
+            reason,
+            action: "Hotplug",
+            note: note.to_owned(),
+        });
     }
 
     /// The uid of the Node as it is now, or was a moment ago.

@@ -3,8 +3,9 @@
 use std::time::Duration;
 
 use super::request::{Refusal, in_words};
-use crate::cluster::objects::DomainHotplugStatus;
-use crate::cluster::objects::domain_hotplug::{Condition, Witness};
+use crate::cluster::HappeningKind;
+use crate::cluster::objects::domain_hotplug::Witness;
+use crate::cluster::objects::{Condition, DomainHotplugStatus};
 use crate::executor::SubmitError;
 use crate::hotplug::{Moment, Verdict};
 use crate::operation::{Record, State};
@@ -167,12 +168,35 @@ pub(super) fn expires(
     status: &DomainHotplugStatus,
     time_to_live: Option<Duration>,
 ) -> Option<Moment> {
-    let refused = || {
-        let accepted = condition(status, "Accepted")?;
-        (accepted.status == "False").then_some(accepted.last_transition_time)
-    };
-    let ended = status.completion_time.or_else(refused)?;
+    let was_refused = || Some(refused(status)?.last_transition_time);
+    let ended = status.completion_time.or_else(was_refused)?;
     Some(ended.after(time_to_live?))
+}
+
+/// What people should see on the object itself of a status that takes the place of another: that
+/// there is a verdict, or another one, or that it was refused; as a kind and a reason.
+pub(super) fn ending(
+    former: Option<&DomainHotplugStatus>,
+    written: &DomainHotplugStatus,
+) -> Option<(HappeningKind, String)> {
+    let reason = |status: &DomainHotplugStatus| {
+        let refused = || Some(refused(status)?.reason.clone());
+        status.verdict.clone().or_else(refused)
+    };
+    let now = reason(written)?;
+    if former.and_then(reason).as_ref() == Some(&now) {
+        return None;
+    }
+    let kind = match now == Verdict::Verified.as_str() {
+        true => HappeningKind::Normal,
+        false => HappeningKind::Warning,
+    };
+    Some((kind, now))
+}
+
+/// Why an object was refused, if it was.
+fn refused(status: &DomainHotplugStatus) -> Option<&Condition> {
+    Condition::find(&status.conditions, "Accepted").filter(|accepted| accepted.status == "False")
 }
 
 /// What is worth a write in what `wanted` says beyond what is `shown`.
@@ -188,7 +212,8 @@ pub(super) enum News {
 
 /// Compares what is to be said with what is shown.
 pub(super) fn news(shown: Option<&DomainHotplugStatus>, wanted: &DomainHotplugStatus) -> News {
-    let is_open = condition(wanted, "Progressing").is_some_and(|it| it.status == "True");
+    let progressing = Condition::find(&wanted.conditions, "Progressing");
+    let is_open = progressing.is_some_and(Condition::holds);
     let Some(shown) = shown.filter(|shown| !shown.conditions.is_empty()) else {
         return if is_open { News::Soon } else { News::Now };
     };
@@ -203,10 +228,6 @@ pub(super) fn news(shown: Option<&DomainHotplugStatus>, wanted: &DomainHotplugSt
         true => News::None,
         false => News::Now,
     }
-}
-
-fn condition<'s>(status: &'s DomainHotplugStatus, kind: &str) -> Option<&'s Condition> {
-    status.conditions.iter().find(|it| it.kind == kind)
 }
 
 #[cfg(test)]

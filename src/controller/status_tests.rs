@@ -228,3 +228,27 @@ fn a_status_has_bounds() {
     assert_eq!(status.evidence[MOST_EVIDENCE - 1].detail, "9999");
     assert!(serde_json::to_vec(&status).unwrap().len() < 64 << 10);
 }
+
+#[test]
+fn people_see_the_verdict_once_and_each_new_one() {
+    let status = |verdict| of(&ended(verdict), 1, false);
+    let running = of(&asked(), 1, false);
+    let offline = status(Verdict::GuestOffline);
+    let verified = status(Verdict::Verified);
+    let warning = |reason: &str| Some((HappeningKind::Warning, reason.to_owned()));
+    assert_eq!(ending(None, &running), None);
+    assert_eq!(ending(Some(&running), &offline), warning("GuestOffline"));
+    assert_eq!(ending(None, &offline), warning("GuestOffline"));
+    assert_eq!(ending(Some(&offline), &offline), None);
+    let normal = Some((HappeningKind::Normal, "Verified".to_owned()));
+    assert_eq!(ending(Some(&offline), &verified), normal);
+
+    let refusal = Refusal::InvalidSpec("there is nothing".to_owned());
+    let refused = held(&Hold::Refused(refusal), 1, at(0));
+    assert_eq!(ending(None, &refused), warning("InvalidSpec"));
+    assert_eq!(ending(Some(&refused), &refused), None);
+    // Put right on an old API server.
+    assert_eq!(ending(Some(&refused), &verified), normal);
+    let later = held(&Hold::Later(SubmitError::TooMany(1)), 1, at(0));
+    assert_eq!(ending(None, &later), None);
+}

@@ -6,10 +6,11 @@ mod health;
 pub mod hotplug;
 mod http;
 mod listener;
+mod parts;
 mod socket;
 
 use std::io::IsTerminal;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -18,34 +19,26 @@ use k8s_openapi::api::core::v1::ObjectReference;
 use sd_notify::NotifyState;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::{oneshot, watch};
-use tokio::task::JoinSet;
-use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
+use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
-use tracing::{error, info, warn};
+use tracing::{error, info};
 
-use crate::cluster::{Cluster, ClusterConfig, HotplugObjects};
+use self::cluster::OnNode;
+use self::parts::Parts;
+use crate::cluster::{Cluster, ClusterConfig};
 use crate::config::{Config, ConfigError, Target};
-use crate::controller::{self, Controller};
 use crate::doctor::{Doctor, Scope};
+use crate::executor::Executor;
 use crate::hypervisor::{ControlConfig, Libvirt, LibvirtConfig, LibvirtControl};
-use crate::label::{LabelKey, LabelSet, LabelValue};
 use crate::labeller::{Labeller, Outlets};
 use crate::monitor::Monitor;
 use crate::publish::events::Events;
-use crate::publish::file::{self, FilePublisher, NODE_LABELS_FILE, Report};
-use crate::publish::node::{NodePublisher, Options, SyncState};
+use crate::publish::file::FilePublisher;
 use crate::telemetry::Metrics;
 use api::Access;
 pub use health::Health;
 use hotplug::Carried;
 pub use socket::{LocalSocket, Peer};
-
-/// How long parts may take to end after they were asked to.
-const GRACE: Duration = Duration::from_secs(5);
-
-/// Between two attempts to see the Node for the first time.
-const LOOK_AGAIN: Duration = Duration::from_secs(2);
 
 /// The cluster and Node that a configuration names.
 ///
@@ -97,9 +90,8 @@ pub async fn run(
         .await
         .with_context(|| format!("cannot listen on {}", config.listen))?;
     info!(address = %listener.local_addr()?, "serving /metrics, /healthz and /readyz");
-    let stop = CancellationToken::new();
-    let mut parts = JoinSet::new();
-    start(&config, listener, &stop, &mut parts).await?;
+    let mut parts = Parts::default();
+    start(&config, listener, &mut parts).await?;
     // Where no service manager listens this does nothing.
     let _nobody = sd_notify::notify(&[NotifyState::Ready]);
     let outcome = supervise(&mut parts, check).await;
@@ -107,77 +99,62 @@ pub async fn run(
         Ok(Ending::Reload) => sd_notify::notify(&[NotifyState::Reloading]),
         _ => sd_notify::notify(&[NotifyState::Stopping]),
     };
-    stop.cancel();
-    let ended = timeout(GRACE, async { while parts.join_next().await.is_some() {} }).await;
-    if ended.is_err() {
-        warn!("a part did not end within {GRACE:?}; leaving it");
-    }
+    parts.end().await;
     info!("virtnode ends; labels stay as they are");
     outcome
 }
 
-/// Builds the parts and starts each as a task with a name.
-async fn start(
-    config: &Config,
-    listener: TcpListener,
-    stop: &CancellationToken,
-    parts: &mut JoinSet<&'static str>,
-) -> anyhow::Result<()> {
+/// Builds the parts, joins them and starts them.
+async fn start(config: &Config, listener: TcpListener, parts: &mut Parts) -> anyhow::Result<()> {
     let metrics = Arc::new(Metrics::new());
-    let hypervisor = Arc::new(Libvirt::start(
-        LibvirtConfig {
-            call_deadline: config.call_deadline,
-            ..LibvirtConfig::new(config.connect.clone())
-        },
-        Arc::clone(&metrics),
-    ));
+    let libvirt = libvirt_config(config);
+    let hypervisor = Arc::new(Libvirt::start(libvirt, Arc::clone(&metrics)));
+    let control = Arc::new(LibvirtControl::start(control_config(config), &metrics));
+    let on_node = match config.publishes_to(Target::Node) {
+        true => {
+            let cluster = Cluster::connect(cluster_config(config)?).await?;
+            Some(OnNode::start(cluster, config, &metrics, parts))
+        }
+        false => None,
+    };
+
+    let events = on_node.as_ref().map(OnNode::events);
+    let executor = start_hotplug(config, &control, &metrics, events, parts);
+
     let mut outlets = Outlets {
         file: config
             .publishes_to(Target::File)
             .then(|| FilePublisher::new(&config.state_directory, &config.features_directory)),
         ..Outlets::default()
     };
-    let mut node = None;
-    let mut on_node = None;
-    if config.publishes_to(Target::Node) {
-        let cluster = Cluster::connect(cluster_config(config)?).await?;
-        let events = cluster::start(
-            &cluster,
-            config,
-            &hypervisor,
-            &metrics,
-            &mut outlets,
-            stop,
-            parts,
-        );
-        on_node = Some((events.clone(), cluster.node_reference()));
-        let options = Options {
-            force_conflicts: config.force_conflicts,
-            start_jitter: config.start_jitter,
-            ..Options::default()
+    let synced = on_node.map(|on_node| {
+        let watched = match executor {
+            Ok(Some(executor)) if config.hotplug_objects => on_node.control(executor, parts),
+            Ok(_) => cluster::not_watched(
+                "SwitchedOff",
+                "DomainHotplug objects for this node are not seen: its daemon's configuration switches \
+                 them off (hotplug.enabled, hotplug.objects).",
+            ),
+            Err(_) => cluster::not_watched(
+                "CannotStart",
+                "DomainHotplug objects for this node are not seen: its daemon could not start hotplug, \
+                 and its log says why.",
+            ),
         };
-        let publisher = NodePublisher::new(cluster.clone(), events, Arc::clone(&metrics), options);
-        let (desired, to_publish) = watch::channel(None);
-        let (found, found_on_node) = oneshot::channel();
-        outlets.node = Some(desired);
-        outlets.found_on_node = Some(found_on_node);
-        node = Some((cluster, publisher, to_publish, found));
-    }
-    let control = Arc::new(LibvirtControl::start(control_config(config), &metrics));
+        on_node.publish(config, &hypervisor, watched, &mut outlets, parts)
+    });
+    let root = Path::new("/").to_owned();
     let labeller = Labeller::new(
         hypervisor,
         config.policy.clone(),
         config.probe_interval,
-        Path::new("/").to_owned(),
+        root.clone(),
         outlets,
         Arc::clone(&metrics),
     );
-    let synced = node.as_ref().map(|(_, publisher, ..)| publisher.state());
-    let inventory = Arc::clone(&metrics.inventory);
-    let health = Arc::new(Health::new(labeller.progress(), synced).with_domains(inventory));
-    let monitor = Monitor::new(Arc::clone(&control), Arc::clone(&metrics.inventory));
+    let monitor = Monitor::new(control, Arc::clone(&metrics.inventory));
     let scope = Scope {
-        root: Path::new("/").to_owned(),
+        root,
         uri: config.connect.clone(),
         policy: config.policy.clone(),
     };
@@ -188,104 +165,57 @@ async fn start(
         monitor.sight(),
         Arc::clone(&metrics),
     );
-    let token = stop.clone();
-    parts.spawn(async move {
-        doctor.run(token).await;
-        "the doctor"
-    });
-    let token = stop.clone();
-    parts.spawn(async move {
-        monitor.run(token).await;
-        "the monitor of running domains"
-    });
-    // Labels do not wait for a socket or a journal that cannot be made.
-    match start_hotplug(config, &control, &metrics, on_node, stop, parts) {
-        Ok(Some(carried)) if config.hotplug_objects => {
-            if let Some((cluster, ..)) = &node {
-                let options = controller::Options {
-                    start_jitter: config.start_jitter,
-                    ..controller::Options::default()
-                };
-                let objects = HotplugObjects::new(cluster);
-                let counted = Arc::clone(&metrics);
-                let controller = Controller::new(objects, carried.executor(), counted, options);
-                let token = stop.clone();
-                parts.spawn(async move {
-                    controller.run(token).await;
-                    "the controller of DomainHotplug objects"
-                });
-            }
-        }
-        Ok(_) => {}
-        Err(error) => error!("hotplug is off until the next start: {error:#}"),
-    }
-    if let Some((cluster, publisher, to_publish, found)) = node {
-        let memory = config.state_directory.join(NODE_LABELS_FILE);
-        parts.spawn(remember(publisher.state(), memory.clone(), stop.clone()));
-        let stop = stop.clone();
-        let counted = Arc::clone(&metrics);
-        parts.spawn(async move {
-            let look = stop
-                .run_until_cancelled(found_on_node(&cluster, &counted))
-                .await;
-            if let Some(on_node) = look {
-                // Ours are those that the Node shows as ours, and those that somebody edited
-                // while this daemon was away.
-                let mut ours = file::load(&memory).unwrap_or_default();
-                ours.extend(on_node.clone());
-                // The labeller goes away only when the daemon stops.
-                let _stopping = found.send(on_node);
-                publisher.run(to_publish, ours, stop).await;
-            }
-            "the Node's publisher"
-        });
-    }
-    let token = stop.clone();
-    parts.spawn(async move {
-        labeller.run(token).await;
-        "the labeller"
-    });
-    let token = stop.clone();
-    let watched = Arc::clone(&health);
-    parts.spawn(async move {
-        token.run_until_cancelled(beat(&watched)).await;
-        "the watchdog"
-    });
-    let token = stop.clone();
-    parts.spawn(async move {
-        let router = http::router(metrics, health);
-        token
-            .run_until_cancelled(listener::serve(
-                listener,
-                router,
-                listener::Bounds::default(),
-            ))
-            .await;
-        "the HTTP server"
-    });
+    let health = Health::new(labeller.progress(), synced);
+    let health = Arc::new(health.with_domains(Arc::clone(&metrics.inventory)));
+    parts.start("the labeller", |stop| labeller.run(stop));
+    parts.start("the monitor of running domains", |stop| monitor.run(stop));
+    parts.start("the doctor", |stop| doctor.run(stop));
+    parts.start_endless("the watchdog", beat(Arc::clone(&health)));
+    let router = http::router(metrics, health);
+    let serving = listener::serve(listener, router, listener::Bounds::default());
+    parts.start_endless("the HTTP server", serving);
     Ok(())
+}
+
+/// How libvirt is reached.
+fn libvirt_config(config: &Config) -> LibvirtConfig {
+    LibvirtConfig {
+        call_deadline: config.call_deadline,
+        ..LibvirtConfig::new(config.connect.clone())
+    }
 }
 
 /// How libvirt is reached for its domains.
 pub(crate) fn control_config(config: &Config) -> ControlConfig {
     ControlConfig {
-        libvirt: LibvirtConfig {
-            call_deadline: config.call_deadline,
-            ..LibvirtConfig::new(config.connect.clone())
-        },
+        libvirt: libvirt_config(config),
         ..ControlConfig::new(config.connect.clone())
     }
 }
 
-/// Starts the executor and the local API. `None` if hotplug is switched off.
+/// Starts the executor and the local API, and gives the executor, unless hotplug is switched off.
+/// Labels do not wait for a socket or a journal that cannot be made: that is told here.
 fn start_hotplug(
     config: &Config,
     control: &Arc<LibvirtControl>,
     metrics: &Arc<Metrics>,
-    on_node: Option<(Events, ObjectReference)>,
-    stop: &CancellationToken,
-    parts: &mut JoinSet<&'static str>,
-) -> anyhow::Result<Option<Arc<Carried<LibvirtControl>>>> {
+    events: Option<(Events, ObjectReference)>,
+    parts: &mut Parts,
+) -> anyhow::Result<Option<Arc<Executor<LibvirtControl>>>> {
+    let started = serve_operations(config, control, metrics, events, parts);
+    if let Err(error) = &started {
+        error!("hotplug is off until the next start: {error:#}");
+    }
+    started
+}
+
+fn serve_operations(
+    config: &Config,
+    control: &Arc<LibvirtControl>,
+    metrics: &Arc<Metrics>,
+    events: Option<(Events, ObjectReference)>,
+    parts: &mut Parts,
+) -> anyhow::Result<Option<Arc<Executor<LibvirtControl>>>> {
     // First: it also keeps a second daemon away from the journal.
     let gid = config.allowed_gids.first().copied();
     let socket = api::bind(&config.socket, gid)
@@ -293,89 +223,27 @@ fn start_hotplug(
     let mut carried = None;
     if config.hotplug {
         let (state, deep) = (&config.state_directory, config.deep_verify);
-        let started = Carried::start(Arc::clone(control), state, deep, metrics, on_node)
+        let started = Carried::start(Arc::clone(control), state, deep, metrics, events)
             .context("hotplug cannot be served (hotplug.enabled: false switches it off)")?;
-        let started = Arc::new(started);
-        carried = Some(Arc::clone(&started));
-        let (token, metrics) = (stop.clone(), Arc::clone(metrics));
-        parts.spawn(async move {
-            token.run_until_cancelled(started.count(&metrics)).await;
-            started.stop().await;
-            "the executor"
+        carried = Some(Arc::new(started));
+    }
+    if let Some(carried) = carried.clone() {
+        let metrics = Arc::clone(metrics);
+        parts.start("the executor", |stop: CancellationToken| async move {
+            stop.run_until_cancelled(carried.count(&metrics)).await;
+            carried.stop().await;
         });
     }
+    let executor = carried.as_ref().map(|carried| carried.executor());
     let access = Access::new(config.allowed_uids.clone(), config.allowed_gids.clone());
-    let router = api::router(carried.clone(), Arc::clone(metrics), access);
-    let serving = api::serve(socket, router);
+    let router = api::router(carried, Arc::clone(metrics), access);
+    parts.start_endless("the local API", api::serve(socket, router));
     info!(socket = %config.socket.display(), hotplug = config.hotplug, "serving the local API");
-    let token = stop.clone();
-    parts.spawn(async move {
-        token.run_until_cancelled(serving).await;
-        "the local API"
-    });
-    Ok(carried)
-}
-
-/// Keeps what the Node has from us in a file, for the next run. A read-only state directory costs
-/// only the knowledge which labels were edited while no daemon ran.
-async fn remember(
-    mut state: watch::Receiver<SyncState>,
-    path: PathBuf,
-    stop: CancellationToken,
-) -> &'static str {
-    let keep = async {
-        let mut told = false;
-        while state.changed().await.is_ok() {
-            let published = Arc::clone(&state.borrow_and_update().published);
-            if published.is_empty() {
-                continue;
-            }
-            if let Err(error) = file::store(&path, &Report::of(&published))
-                && !std::mem::replace(&mut told, true)
-            {
-                warn!(%error, "what is published on the Node cannot be kept for the next run");
-            }
-        }
-        // Its sender ends with the publisher, which is told apart.
-        std::future::pending::<()>().await;
-    };
-    stop.run_until_cancelled(keep).await;
-    "the memory of the Node's labels"
-}
-
-/// What of ours the Node has: the labels that are ours by its field managers, with the values it
-/// shows. Looks until it is told; the publisher reports what stands in the way from then on.
-async fn found_on_node(cluster: &Cluster, metrics: &Metrics) -> LabelSet {
-    let mut told = None;
-    loop {
-        match cluster.observe().await {
-            Ok(state) => {
-                let owned = state.shown.owned.iter().filter_map(|key| {
-                    let value = state.shown.labels.get(key)?;
-                    let key: LabelKey = key.parse().ok()?;
-                    let value: LabelValue = value.parse().ok()?;
-                    Some((key, value))
-                });
-                return owned.collect();
-            }
-            Err(error) => {
-                metrics.sync_attempts.inc();
-                metrics
-                    .sync_failures
-                    .with_label_values(&[error.code()])
-                    .inc();
-                if told != Some(error.code()) {
-                    warn!(node = cluster.node(), %error, "the Node cannot be seen yet; trying on");
-                    told = Some(error.code());
-                }
-                sleep(LOOK_AGAIN.mul_f64(0.5 + fastrand::f64())).await;
-            }
-        }
-    }
+    Ok(executor)
 }
 
 /// Ticks once a second, for `/healthz` and for the service manager's watchdog.
-async fn beat(health: &Health) {
+async fn beat(health: Arc<Health>) {
     let mut second = interval(Duration::from_secs(1));
     second.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let watched = sd_notify::watchdog_enabled().is_some();
@@ -390,7 +258,7 @@ async fn beat(health: &Health) {
 
 /// Waits for a signal, or for a part to end, which none should.
 async fn supervise(
-    parts: &mut JoinSet<&'static str>,
+    parts: &mut Parts,
     check: impl Fn() -> Result<(), ConfigError>,
 ) -> anyhow::Result<Ending> {
     let mut terminate = signal(SignalKind::terminate())?;
@@ -413,11 +281,7 @@ async fn supervise(
                     continue;
                 }
             },
-            ended = parts.join_next() => match ended {
-                Some(Ok(part)) => bail!("{part} ended by itself"),
-                Some(Err(error)) => bail!("a part of the daemon failed: {error}"),
-                None => bail!("no part of the daemon is left"),
-            },
+            ended = parts.ended() => bail!(ended),
         }
         break;
     }

@@ -18,8 +18,9 @@ use tokio_util::sync::CancellationToken;
 use crate::cluster::{Cluster, ClusterError, Happening, HappeningKind, Retry, WrittenEvent};
 use crate::telemetry::metrics::Metrics;
 
-/// So many may wait to be written.
-const QUEUE: usize = 64;
+/// So many may wait to be written: a hundred operations that end at once, told on the Node and on
+/// their objects.
+const QUEUE: usize = 256;
 /// So many different ones are remembered, for their repeats.
 const SERIES_MAX: usize = 128;
 /// The same again within this time is a repeat, as with client-go's recorder.
@@ -231,12 +232,15 @@ impl EventWriter {
     }
 }
 
-/// Whether it is of no use to try again.
+/// Whether it is of no use to try again. A missing right may come: an API server that has just
+/// started knows none yet.
 fn is_final(error: &ClusterError) -> bool {
     !matches!(
         error,
         ClusterError::Unreachable { .. }
             | ClusterError::Timeout { .. }
+            | ClusterError::Unauthorized { .. }
+            | ClusterError::Forbidden { .. }
             | ClusterError::Rejected { .. }
             | ClusterError::Conflict { .. }
     )

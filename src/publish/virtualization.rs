@@ -19,8 +19,10 @@ use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 pub use self::picture::Picture;
-use crate::cluster::objects::{NodeVirtualization, NodeVirtualizationStatus};
+use crate::cluster::objects::node_virtualization::HOTPLUG_OBJECTS_WATCHED;
+use crate::cluster::objects::{Condition, NodeVirtualization, NodeVirtualizationStatus};
 use crate::cluster::{Cluster, ClusterError, Retry};
+use crate::hotplug::Moment;
 use crate::hypervisor::Connection;
 use crate::telemetry::Metrics;
 
@@ -63,11 +65,15 @@ pub struct VirtualizationPublisher {
     /// What is published, as far as it is known.
     published: Option<Published>,
     changes: Option<Changes>,
+    beside: Option<Beside>,
     write_from: Instant,
     due: Option<Instant>,
     failures: u32,
     told: Option<&'static str>,
 }
+
+/// A condition that others than the probe tell of, once it is known.
+type Beside = watch::Receiver<Option<Condition>>;
 
 type Changes = BoxStream<'static, Result<Option<String>, ClusterError>>;
 
@@ -91,10 +97,20 @@ impl VirtualizationPublisher {
             options,
             published: None,
             changes: None,
+            beside: None,
             write_from,
             due: None,
             failures: 0,
             told: None,
+        }
+    }
+
+    /// Shows that condition too, of the type [`HOTPLUG_OBJECTS_WATCHED`].
+    #[must_use]
+    pub fn with_hotplug(self, condition: watch::Receiver<Option<Condition>>) -> Self {
+        Self {
+            beside: Some(condition),
+            ..self
         }
     }
 
@@ -135,6 +151,7 @@ impl VirtualizationPublisher {
                     }
                     self.look_in(self.options.settle);
                 }
+                () = changed(&mut self.beside) => self.look_in(self.options.settle),
                 seen = next(&mut self.changes) => self.saw(seen),
                 () = wait_until(self.due) => {
                     self.due = None;
@@ -163,8 +180,27 @@ impl VirtualizationPublisher {
     fn is_news(&self, picture: &Picture, connection: Connection) -> bool {
         match &self.published {
             None => true,
-            Some(published) => published.differs(picture, connection),
+            Some(published) => {
+                let mut status = self.status(picture, published.known(), connection);
+                published.differs(&mut status)
+            }
         }
+    }
+
+    /// The status to publish after the one that is known.
+    fn status(
+        &self,
+        picture: &Picture,
+        known: &NodeVirtualizationStatus,
+        connection: Connection,
+    ) -> NodeVirtualizationStatus {
+        let mut status = picture.status(known, connection, Timestamp::now());
+        let told = self.beside.as_ref().and_then(|told| told.borrow().clone());
+        let told = told.map(|condition| condition.after(&known.conditions));
+        // A daemon that has just started has not found out yet.
+        let former = || Condition::find(&known.conditions, HOTPLUG_OBJECTS_WATCHED).cloned();
+        status.conditions.extend(told.or_else(former));
+        status
     }
 
     fn saw(&mut self, seen: Result<Option<String>, ClusterError>) {
@@ -210,8 +246,10 @@ impl VirtualizationPublisher {
                 None => Published::nothing(),
             },
         };
-        let published = self.published.insert(published);
-        if !published.differs(picture, connection) {
+        let mut status = self.status(picture, published.known(), connection);
+        let differs = published.differs(&mut status);
+        self.published = Some(published);
+        if !differs {
             return Ok(());
         }
         let early = self.write_from.saturating_duration_since(Instant::now());
@@ -219,7 +257,6 @@ impl VirtualizationPublisher {
             self.look_in(early);
             return Ok(());
         }
-        let status = picture.status(published.known(), connection, Timestamp::now());
         // An object without its Node would stay for ever.
         let node = self.cluster.observe().await?;
         let object = self
@@ -262,9 +299,8 @@ impl Published {
         options: &Options,
     ) -> Self {
         let shown = object.spec.facts;
-        let probed = shown.last_probe_time.as_deref();
-        let probed: Option<Timestamp> = probed.and_then(|time| time.parse().ok());
-        let age = probed.map(|at| Timestamp::now().duration_since(at).unsigned_abs());
+        let now = Moment::from(Timestamp::now());
+        let age = shown.last_probe_time.map(|at| now.since(at));
         let late = 1.0 + 0.1 * fastrand::f64();
         let rest = options
             .refresh
@@ -291,15 +327,26 @@ impl Published {
         self.sent.as_ref().unwrap_or(&self.shown)
     }
 
-    /// Whether a picture is worth a write.
-    fn differs(&self, picture: &Picture, connection: Connection) -> bool {
+    /// Whether a status is worth a write.
+    fn differs(&self, status: &mut NodeVirtualizationStatus) -> bool {
         let known = self.known();
-        let mut status = picture.status(known, connection, Timestamp::now());
+        let probed = std::mem::replace(&mut status.last_probe_time, known.last_probe_time);
+        let news = status != known;
+        status.last_probe_time = probed;
         let refresh = Instant::now() >= self.refresh_at;
-        let newer = status.last_probe_time != known.last_probe_time;
-        status.last_probe_time.clone_from(&known.last_probe_time);
-        status != *known || refresh && newer
+        news || refresh && probed != known.last_probe_time
     }
+}
+
+/// Returns when the condition changed.
+async fn changed(condition: &mut Option<Beside>) {
+    if let Some(condition) = condition
+        && condition.changed().await.is_ok()
+    {
+        return;
+    }
+    // There is nobody who could tell another one.
+    std::future::pending().await
 }
 
 async fn next(changes: &mut Option<Changes>) -> Result<Option<String>, ClusterError> {

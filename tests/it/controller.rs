@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use anyhow::ensure;
+use anyhow::{Context as _, ensure};
 use rstest::rstest;
 use serde_json::{Value, json};
 use virtnode::cluster::Cluster;
@@ -13,6 +13,7 @@ use virtnode::hotplug::Verdict;
 use virtnode::hypervisor::HypervisorError;
 
 use crate::support::controller::{HotplugNode, becomes, condition};
+use crate::support::eventually;
 use crate::support::fake_api::{FakeApi, Fault};
 use crate::support::fake_domains::{Blocks, Calls, Cpus, FakeGuest};
 use crate::support::publisher::until;
@@ -38,6 +39,15 @@ async fn object(api: &FakeApi, name: &str, is: impl Fn(&Value) -> bool) -> anyho
 
 fn verdict(object: &Value) -> Option<&str> {
     object["status"]["verdict"].as_str()
+}
+
+/// Waits for what takes minutes.
+async fn later(is: impl Fn() -> bool) -> anyhow::Result<()> {
+    eventually(Duration::from_secs(600), async || {
+        ensure!(is(), "it is not so");
+        Ok(())
+    })
+    .await
 }
 
 /// Waits for the verdict.
@@ -142,11 +152,24 @@ async fn every_verdict_is_told_with_its_reason_and_few_calls() -> anyhow::Result
         );
         until(|| api.object("x").unwrap()["metadata"]["ownerReferences"][0]["name"] == "node-a")
             .await?;
-        let calls: usize = ["get", "hotplug-status", "hotplug-own"]
+        let kind = if success == "True" {
+            "Normal"
+        } else {
+            "Warning"
+        };
+        let told = [(kind.to_owned(), expected.to_string())];
+        until(|| api.events_about("DomainHotplug", "x") == told).await?;
+        let on_node = match expected {
+            Verdict::Verified => Vec::new(),
+            _ => vec![("Warning".to_owned(), format!("Hotplug{expected}"))],
+        };
+        until(|| api.events_about("Node", "node-a") == on_node).await?;
+        let calls: usize = ["get", "hotplug-status", "hotplug-own", "event"]
             .map(|call| api.asked(call))
             .iter()
             .sum();
-        assert!(calls <= 4, "{calls} calls");
+        // Eight with the one that made it and the one that will delete it.
+        assert!(calls <= 6, "{calls} calls");
     }
     Ok(())
 }
@@ -173,6 +196,44 @@ async fn a_domain_that_is_not_there_or_does_not_run_is_told() -> anyhow::Result<
         verdict(&ends(&api, "away").await?),
         Some("HypervisorUnavailable")
     );
+    Ok(())
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_hangs_what_waits_for_it_and_what_is_half_done_are_told() -> anyhow::Result<()> {
+    let api = FakeApi::with_node();
+    let node = HotplugNode::start(cluster(&api));
+    let stuck = FakeGuest {
+        calls: Calls::Hang,
+        ..FakeGuest::default()
+    };
+    node.control.add("stuck", stuck);
+    let half = FakeGuest {
+        blocks: Blocks::GivesHalfBack,
+        ..FakeGuest::default()
+    };
+    node.control.add("half", half);
+    api.make("first", vcpus("stuck", 2));
+    let mut behind = vcpus("stuck", 3);
+    behind["deadlineSeconds"] = 20.into();
+    api.make("behind", behind);
+    api.make("more", memory("half", "1Gi"));
+    api.make("less", memory("half", "512Mi"));
+    for (name, expected) in [
+        ("first", "Pending"),
+        ("behind", "Busy"),
+        ("more", "Verified"),
+        ("less", "PartiallyApplied"),
+    ] {
+        let is = || {
+            let ended = api.object(name).unwrap_or_default();
+            let told = api.events_about("DomainHotplug", name);
+            verdict(&ended) == Some(expected) && told.iter().any(|(_, told)| told == expected)
+        };
+        later(is)
+            .await
+            .with_context(|| format!("{:#?}", api.object(name)))?;
+    }
     Ok(())
 }
 
@@ -203,13 +264,16 @@ async fn a_wrong_object_is_refused_once_and_hides_no_other(
     assert!(message.contains(told), "{message}");
     assert!(node.operations_of("wrong").is_empty());
     // Nor is it told again by the next daemon.
+    let refused = [("Warning".to_owned(), "InvalidSpec".to_owned())];
+    until(|| api.events_about("DomainHotplug", "wrong") == refused).await?;
     until(|| api.asked("hotplug-own") == 2).await?;
-    let written = api.statuses().len();
+    let (written, events) = (api.statuses().len(), api.asked("event"));
     node.stop().await;
     node.start_again();
     until(|| api.asked("hotplug-list") == 2).await?;
     tokio::time::sleep(Duration::from_secs(60)).await;
     assert_eq!(api.statuses().len(), written);
+    assert_eq!(api.asked("event"), events);
     Ok(())
 }
 
@@ -295,6 +359,45 @@ async fn a_daemon_that_comes_back_in_the_middle_finishes_what_it_began() -> anyh
     let after = node.operations_of("x");
     assert_eq!((before.len(), after.len()), (1, 1));
     assert_eq!(ended["status"]["operation"], after[0].id.as_str());
+    Ok(())
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_daemon_that_ends_at_any_call_does_it_once_and_says_so() -> anyhow::Result<()> {
+    for calls in 0.. {
+        ensure!(calls < 50, "it does not come to rest");
+        let api = FakeApi::with_node();
+        api.answer_only(calls);
+        let mut node = HotplugNode::start(cluster(&api));
+        node.control.add("vm", slow());
+        api.make("x", vcpus("vm", 3));
+        let is_told = || {
+            let told = ("Warning".to_owned(), "GuestOffline".to_owned());
+            let owned = |it: &Value| it["metadata"]["ownerReferences"][0]["name"] == "node-a";
+            api.object("x").as_ref().is_some_and(owned)
+                && api.events_about("DomainHotplug", "x") == [told]
+                && api.events_about("Node", "node-a").len() == 1
+        };
+        later(|| api.unanswered() > 0 || is_told()).await?;
+        let was_at_rest = api.unanswered() == 0;
+        node.stop().await;
+        api.repair();
+        node.start_again();
+        later(is_told)
+            .await
+            .with_context(|| format!("after {calls} calls"))?;
+        let ended = ends(&api, "x").await?;
+        assert_eq!(verdict(&ended), Some("GuestOffline"), "{calls}: {ended:#}");
+        assert_eq!(node.control.calls(), ["set-vcpus vm 3"], "{calls}");
+        let records = node.operations_of("x");
+        assert_eq!(records.len(), 1, "{calls}");
+        assert_eq!(ended["status"]["operation"], records[0].id.as_str());
+        if was_at_rest {
+            // List, watch, and for the object: the Node, its owner, two statuses, two events.
+            ensure!(calls >= 8, "after {calls} calls");
+            break;
+        }
+    }
     Ok(())
 }
 
@@ -414,6 +517,67 @@ async fn a_watch_that_ends_or_has_forgotten_goes_on() -> anyhow::Result<()> {
     });
     ended.await?;
     assert_eq!(node.operations_of("x-0").len(), 1);
+    Ok(())
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_watch_that_misses_its_bookmarks_is_begun_anew_within_minutes() -> anyhow::Result<()> {
+    const MINUTE: Duration = Duration::from_secs(60);
+    let api = FakeApi::with_node();
+    let node = HotplugNode::start(cluster(&api));
+    node.control.add("vm", FakeGuest::default());
+    until(|| api.hotplug_watches() > 0).await?;
+    for _ in 0..60 {
+        api.bookmark_watches();
+        tokio::time::sleep(MINUTE).await;
+    }
+    // The server ended it now and then; no bookmark was missed.
+    let watches = api.asked("hotplug-watch");
+    ensure!(watches <= 4, "{watches} watches in an hour");
+
+    api.bookmark_watches();
+    tokio::time::sleep(MINUTE / 2).await;
+    let watches = api.asked("hotplug-watch");
+    api.mute_watches();
+    let muted = tokio::time::Instant::now();
+    api.make("unheard", vcpus("vm", 3));
+    later(|| {
+        api.object("unheard")
+            .is_some_and(|it| verdict(&it).is_some())
+    })
+    .await?;
+    let late = muted.elapsed();
+    ensure!(late < 3 * MINUTE, "heard after {late:?}");
+    assert_eq!(api.asked("hotplug-watch"), watches + 1, "one request");
+    assert_eq!(api.asked("hotplug-list"), 1, "from where it was");
+    Ok(())
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_watch_that_works_again_is_said_to_though_nothing_happens() -> anyhow::Result<()> {
+    let api = FakeApi::with_node();
+    let node = HotplugNode::start(cluster(&api));
+    until(|| api.hotplug_watches() > 0).await?;
+    let watched = || node.metric("virtnode_hotplug_objects_watched") == 1.0;
+    until(watched).await?;
+    api.break_calls("hotplug-watch", Fault::Refuse, 4);
+    api.cut_watches(None);
+    until(|| !watched()).await?;
+    later(watched).await?;
+    assert_eq!(api.asked("hotplug-list"), 1);
+    // An outage is no news of the node; what people have to cure is.
+    let told = || node.told_of_watch();
+    assert_eq!(told(), pair("True", "Watched"));
+    api.break_calls("hotplug-watch", Fault::Status(403), usize::MAX);
+    api.cut_watches(None);
+    until(|| told() == pair("False", "NotAllowed")).await?;
+    // Lists go on to be answered; that alone is not seeing.
+    tokio::time::sleep(Duration::from_secs(120)).await;
+    assert_eq!(told(), pair("False", "NotAllowed"));
+    assert!(!watched());
+    api.repair();
+    later(|| told() == pair("True", "Watched")).await?;
+    assert!(watched());
     Ok(())
 }
 
@@ -547,7 +711,9 @@ async fn a_guest_that_follows_late_puts_the_status_right() -> anyhow::Result<()>
     node.control.brings_online("vm");
     let right = object(&api, "x", |it| verdict(it) == Some("Verified")).await?;
     assert_eq!(condition(&right, "Succeeded"), pair("True", "Verified"));
-    Ok(())
+    let told = [("Warning", "GuestOffline"), ("Normal", "Verified")];
+    let told = told.map(|(kind, reason)| (kind.to_owned(), reason.to_owned()));
+    until(|| api.events_about("DomainHotplug", "x") == told).await
 }
 
 #[tokio::test(start_paused = true)]
@@ -559,7 +725,7 @@ async fn a_cluster_without_the_definition_is_asked_seldom_until_it_has_it() -> a
     api.make("x", vcpus("vm", 3));
     assert_eq!(node.metric("virtnode_hotplug_objects_watched"), 0.0);
     assert_eq!(verdict(&ends(&api, "x").await?), Some("Verified"));
-    assert_eq!(node.metric("virtnode_hotplug_objects_watched"), 1.0);
+    later(|| node.metric("virtnode_hotplug_objects_watched") == 1.0).await?;
     let failures =
         "virtnode_hotplug_object_call_failures_total{call=\"watch\",reason=\"api-not-found\"}";
     assert_eq!(node.metric(failures), 4.0);

@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use k8s_openapi::api::core::v1::Node;
-use kube::api::{Api, DeleteParams, DynamicObject, Patch, PatchParams, PostParams};
+use k8s_openapi::api::events::v1::Event;
+use kube::api::{Api, DeleteParams, DynamicObject, ListParams, Patch, PatchParams, PostParams};
 use serde_json::{Value, json};
 use virtnode::cluster::objects::{DomainHotplug, DomainHotplugStatus};
 use virtnode::cluster::{Cluster, ClusterConfig, ClusterError, HotplugObjects, Target};
@@ -85,12 +86,31 @@ impl Lab {
         .await
     }
 
-    /// Calls about one object, by whom: verb, subresource.
+    /// The event about one object.
+    async fn event_about(&self, name: &str) -> anyhow::Result<Event> {
+        let events: Api<Event> = Api::namespaced(self.server.client(), "default");
+        eventually(LONG, async || {
+            let all = events.list(&ListParams::default()).await?.items;
+            let about = |event: &Event| {
+                let about = event.regarding.as_ref();
+                about.and_then(|about| about.name.as_deref()) == Some(name)
+            };
+            let mut ours = all.into_iter().filter(about);
+            let told = ours.next().with_context(|| format!("none about {name}"))?;
+            ensure!(ours.next().is_none(), "more than one about {name}");
+            Ok(told)
+        })
+        .await
+    }
+
+    /// Calls about one object and its events, by whom: verb, subresource.
     async fn calls(&self, name: &str, agent: &str) -> anyhow::Result<Vec<(String, String)>> {
         let events = self.server.audit_events().await?;
+        let of_event = format!("{name}.");
         let ours = events.iter().filter(|event| {
+            let is_event = event.resource == "events" && event.name.starts_with(&of_event);
             event.user_agent.starts_with(agent)
-                && event.name == name
+                && (event.name == name || is_event)
                 && event.stage == "ResponseComplete"
         });
         Ok(ours
@@ -174,15 +194,43 @@ async fn an_object_lives_with_few_calls_and_belongs_to_the_node() -> anyhow::Res
         );
     }
 
-    for name in ["takes", "refuses", "infeasible", "waits", "short"] {
+    for (name, expected) in [
+        ("takes", "Verified"),
+        ("refuses", "GuestRefused"),
+        ("infeasible", "Infeasible"),
+        ("waits", "GuestOffline"),
+        ("short", "Verified"),
+        ("mismatch", "WrongNode"),
+    ] {
+        let kind = match expected {
+            "Verified" => "Normal",
+            _ => "Warning",
+        };
+        let told = lab.event_about(name).await?;
+        assert_eq!(told.type_.as_deref(), Some(kind), "{told:#?}");
+        assert_eq!(told.reason.as_deref(), Some(expected), "{told:#?}");
+        assert!(told.note.is_some_and(|note| note.len() > 10));
+
         let calls = lab.calls(name, "virtnode/").await?;
-        // Eight with the events.
-        assert!(calls.len() <= 6, "{name}: {calls:?}");
         assert!(
             calls.contains(&("patch".into(), "status".into())),
             "{name}: {calls:?}"
         );
+        // Made by whoever asks, and told on the Node too.
+        let others = 1 + usize::from(!["Verified", "WrongNode"].contains(&expected));
+        assert!(calls.len() + others <= 8, "{name}: {calls:?}");
     }
+    // How the line of a bookmark begins, by which a dead watch is told from one at rest. It takes a
+    // minute; but servers that list by a watch send one at once.
+    if lab.server.version() >= (1, 34) {
+        let watch = "/apis/virtnode.io/v1alpha1/domainhotplugs?watch=true&allowWatchBookmarks=true\
+             &sendInitialEvents=true&resourceVersionMatch=NotOlderThan&timeoutSeconds=2";
+        let request = http::Request::get(watch).body(Vec::new())?;
+        let heard = lab.server.client().request_text(request).await?;
+        let is_bookmark = |line: &str| line.starts_with("{\"type\":\"BOOKMARK\",");
+        assert!(heard.lines().any(is_bookmark), "{heard}");
+    }
+
     let events = lab.server.audit_events().await?;
     let asked = events.iter().filter(|event| {
         event.user_agent.starts_with("virtnode/") && event.resource == "domainhotplugs"
@@ -329,6 +377,10 @@ async fn what_is_said_of_an_object_is_said_of_no_other() -> anyhow::Result<()> {
     Ok(())
 }
 
+fn pair(status: &str, reason: &str) -> Option<(String, String)> {
+    Some((status.to_owned(), reason.to_owned()))
+}
+
 #[tokio::test]
 async fn a_node_whose_name_is_no_label_finds_its_objects_where_the_server_can() -> anyhow::Result<()>
 {
@@ -349,12 +401,15 @@ async fn a_node_whose_name_is_no_label_finds_its_objects_where_the_server_can() 
         let ended = lab.ends("long").await?;
         assert_eq!(verdict(&ended), "Verified", "{ended:#}");
         assert_eq!(node.metric("virtnode_hotplug_objects_watched"), 1.0);
+        assert_eq!(node.told_of_watch(), pair("True", "Watched"));
         return Ok(());
     }
     let failures =
         "virtnode_hotplug_object_call_failures_total{call=\"watch\",reason=\"api-rejected\"}";
     eventually(LONG, async || {
         ensure!(node.metric(failures) >= 1.0, "not asked yet");
+        let told = node.told_of_watch();
+        ensure!(told == pair("False", "NodeNameTooLong"), "{told:?}");
         Ok(())
     })
     .await?;
@@ -425,6 +480,14 @@ async fn applied_objects_end_with_what_real_guests_did() -> anyhow::Result<()> {
         message.is_some_and(|message| message.contains('4')),
         "the maximum: {message:?}"
     );
+    for (name, reason) in [
+        ("cpus", "Verified"),
+        ("refused", "GuestRefused"),
+        ("too-many", "Infeasible"),
+    ] {
+        let told = lab.event_about(name).await?;
+        assert_eq!(told.reason.as_deref(), Some(reason), "{told:#?}");
+    }
 
     // The next daemon finds all of it done.
     let (status, directory) = daemon.stop().await?;

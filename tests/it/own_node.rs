@@ -4,6 +4,7 @@
 #![expect(clippy::print_stdout, reason = "refusals, for people to read")]
 
 use std::collections::BTreeSet;
+use std::fs;
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
@@ -11,6 +12,7 @@ use k8s_openapi::api::core::v1::Node;
 use k8s_openapi::api::events::v1::Event;
 use kube::api::{Api, DeleteParams, DynamicObject, ListParams, Patch, PatchParams, PostParams};
 use kube::core::{ApiResource, GroupVersionKind};
+use nix::unistd::Pid;
 use serde_json::{Value, json};
 use virtnode::cluster::objects::NodeVirtualization;
 use virtnode::label::{KUBEVIRT_KEYS, KUBEVIRT_PREFIXES};
@@ -73,7 +75,8 @@ async fn used(server: &KubeServer) -> anyhow::Result<(BTreeSet<Right>, Vec<Strin
             (verb.to_owned(), event.group.clone(), resource)
         };
         // A policy's denial is a 422. So is, up to 1.20.5, the first try of an event on a Node.
-        let is_denied = event.code == 422 && event.resource != "events";
+        let is_first_try = event.resource == "events" && server.version() < (1, 21);
+        let is_denied = event.code == 422 && !is_first_try;
         if matches!(event.code, 401 | 403) || is_denied {
             refused.push(format!("{} {}", event.verb, event.uri));
         } else {
@@ -85,6 +88,29 @@ async fn used(server: &KubeServer) -> anyhow::Result<(BTreeSet<Right>, Vec<Strin
         }
     }
     Ok((rights, refused))
+}
+
+/// Of each connection of a process to a port of this machine: whether the kernel asks the other end
+/// for a sign of life when nothing comes from it (timer 2 in `proc_net_tcp.rst`).
+fn kept_alive(pid: Pid, port: &str) -> anyhow::Result<Vec<bool>> {
+    let mut sockets = BTreeSet::new();
+    for file in fs::read_dir(format!("/proc/{pid}/fd"))? {
+        // A file that was closed meanwhile is none.
+        if let Ok(target) = fs::read_link(file?.path()) {
+            sockets.insert(target.to_string_lossy().into_owned());
+        }
+    }
+    let remote = format!(":{:04X}", port.parse::<u16>()?);
+    let table = fs::read_to_string(format!("/proc/{pid}/net/tcp"))?;
+    let connections = table
+        .lines()
+        .map(|line| line.split_whitespace().collect::<Vec<_>>());
+    let ours = connections.filter(|fields| {
+        let is_open = fields.get(3) == Some(&"01");
+        let inode = fields.get(9).map(|inode| format!("socket:[{inode}]"));
+        is_open && fields[2].ends_with(&remote) && inode.is_some_and(|it| sockets.contains(&it))
+    });
+    Ok(ours.map(|fields| fields[5].starts_with("02:")).collect())
 }
 
 async fn conflicts(server: &KubeServer) -> anyhow::Result<Vec<Event>> {
@@ -159,6 +185,17 @@ async fn the_daemon_uses_every_right_it_has_and_needs_no_other() -> anyhow::Resu
     assert!(size < 64 * 1024);
     assert_eq!(facts.omitted, Vec::<String>::new());
 
+    // A connection whose other end is gone is noticed, though a watch at rest says nothing on it.
+    let config: Value = serde_json::from_slice(&fs::read(server.kubeconfig())?)?;
+    let url = config["clusters"][0]["cluster"]["server"].as_str();
+    let (_, port) = url.and_then(|url| url.rsplit_once(':')).context("a port")?;
+    eventually(LONG, async || {
+        let kept = kept_alive(daemon.pid()?, port)?;
+        ensure!(kept.len() >= 3 && kept.iter().all(|kept| *kept), "{kept:?}");
+        Ok(())
+    })
+    .await?;
+
     // A conflict, its end, and the same conflict again: an event, and its count.
     let nodes: Api<Node> = Api::all(server.client());
     let claim = async |labels: Value| {
@@ -203,7 +240,7 @@ async fn the_daemon_uses_every_right_it_has_and_needs_no_other() -> anyhow::Resu
         Ok(())
     })
     .await?;
-    // And its verdict is seen on the Node too.
+    // And its verdict is seen: on the Node, and on the object even when that is gone.
     let events: Api<Event> = Api::namespaced(server.client(), "default");
     eventually(LONG, async || {
         let all = events.list(&ListParams::default()).await?.items;
@@ -211,6 +248,15 @@ async fn the_daemon_uses_every_right_it_has_and_needs_no_other() -> anyhow::Resu
         let told = all.iter().find(verdict).context("no event")?;
         let note = told.note.as_deref().unwrap_or_default();
         ensure!(note.starts_with("domain \"nobody\": "), "{note}");
+        let about = |event: &&Event| {
+            let about = event.regarding.as_ref();
+            about.and_then(|about| about.name.as_deref()) == Some("vcpus")
+        };
+        let told = all
+            .iter()
+            .find(about)
+            .context("no event about the object")?;
+        ensure!(told.reason.as_deref() == Some("DomainNotFound"), "{told:?}");
         Ok(())
     })
     .await?;
@@ -253,11 +299,22 @@ fn is_denied<T: std::fmt::Debug>(answer: kube::Result<T>) -> anyhow::Result<Stri
     }
 }
 
+fn event(name: &str, controller: &str, instance: &str, about: Value) -> Event {
+    serde_json::from_value(json!({
+        "metadata": {"name": name, "namespace": "default"},
+        "eventTime": "2026-11-21T12:00:00.000000Z",
+        "type": "Warning", "reason": "Test", "action": "Test", "note": "a test",
+        "reportingController": controller, "reportingInstance": instance, "regarding": about,
+    }))
+    .expect("an event")
+}
+
 /// A client of the daemon, as its pod on a node has it.
 struct Pod {
     nodes: Api<Node>,
     objects: Api<NodeVirtualization>,
     hotplugs: Api<DynamicObject>,
+    events: Api<Event>,
 }
 
 impl Pod {
@@ -265,6 +322,7 @@ impl Pod {
         Self {
             nodes: Api::all(client.clone()),
             objects: Api::all(client.clone()),
+            events: Api::namespaced(client.clone(), "default"),
             hotplugs: hotplugs(client),
         }
     }
@@ -291,6 +349,21 @@ impl Pod {
         self.objects
             .patch(name, &params, &Patch::Apply(object))
             .await
+    }
+
+    /// Writes an event in the name of a node, about something.
+    async fn tell(&self, name: &str, instance: &str, about: Value) -> kube::Result<Event> {
+        let event = event(name, "virtnode", instance, about);
+        self.events.create(&PostParams::default(), &event).await
+    }
+
+    /// Says that an event happened again.
+    async fn count(&self, name: &str) -> kube::Result<Event> {
+        let series =
+            json!({"series": {"count": 2, "lastObservedTime": "2026-11-21T12:00:01.000000Z"}});
+        let params = PatchParams::default();
+        let patch = Patch::Merge(series);
+        self.events.patch(name, &params, &patch).await
     }
 
     async fn report(&self, name: &str) -> kube::Result<DynamicObject> {
@@ -411,6 +484,33 @@ async fn a_token_is_good_for_its_own_node_only() -> anyhow::Result<()> {
         .delete("on-n1", &DeleteParams::default())
         .await?;
 
+    // Events in its own name, about its Node and about what is asked of it.
+    let about = |version: &str, kind: &str, name: &str| json!({"apiVersion": version, "kind": kind, "name": name});
+    let own = about("v1", "Node", "n1");
+    pod.tell("own", "n1", own.clone()).await?;
+    pod.count("own").await?;
+    let hotplug = about("virtnode.io/v1alpha1", "DomainHotplug", "on-n1");
+    pod.tell("hotplug", "n1", hotplug.clone()).await?;
+    is_denied(pod.tell("others", "n2", own.clone()).await)?;
+    for other in [
+        about("v1", "Node", "n2"),
+        about("example.com/v1", "DomainHotplug", "on-n1"),
+        about("virtnode.io/v1alpha1", "NodeVirtualization", "n2"),
+        about("v1", "Namespace", "default"),
+    ] {
+        is_denied(pod.tell("other", "n1", other.clone()).await)
+            .with_context(|| other.to_string())?;
+    }
+    let theirs: Api<Event> = Api::namespaced(server.client(), "default");
+    for (name, controller, instance) in [
+        ("kubelets", "kubelet", "n1"),
+        ("neighbours", "virtnode", "n2"),
+    ] {
+        let event = event(name, controller, instance, own.clone());
+        theirs.create(&PostParams::default(), &event).await?;
+        is_denied(pod.count(name).await).context(name)?;
+    }
+
     // A token without a node is good for nothing.
     let unbound = Pod::new(
         server
@@ -420,6 +520,8 @@ async fn a_token_is_good_for_its_own_node_only() -> anyhow::Result<()> {
     is_denied(unbound.label("n1", "virtnode.io/x", Some("1")).await)?;
     is_denied(unbound.describe("n1", &owner(&n1, "Node")).await)?;
     is_denied(unbound.report("on-n2").await)?;
+    is_denied(unbound.tell("unbound", "n1", own).await)?;
+    is_denied(unbound.count("own").await)?;
     // Others are none of the policies' business.
     let label = Patch::Merge(json!({"metadata": {"labels": {"virtnode.io/eim": "theirs"}}}));
     admin.patch("n2", &PatchParams::default(), &label).await?;

@@ -236,7 +236,7 @@ async fn the_time_of_a_probe_alone_is_written_after_an_hour_only() -> anyhow::Re
     writer.probe(288, Vec::new());
     let time = |object: NodeVirtualization| -> anyhow::Result<Timestamp> {
         let time = object.spec.facts.last_probe_time;
-        Ok(time.context("no time")?.parse()?)
+        Ok(time.context("no time")?.into())
     };
     let first = time(shown(&objects, |_| true).await?)?;
     let second = eventually(SOON, async || {

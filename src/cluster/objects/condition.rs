@@ -1,50 +1,62 @@
-//! A condition, in the shape that every Kubernetes object has it (`metav1.Condition`).
+//! A condition, in the shape that every Kubernetes object has it (`metav1.Condition`), and times.
 
-use k8s_openapi::jiff::Timestamp;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::hotplug::Moment;
+
 /// One thing that is so, is not so, or is not known.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", default)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
 pub struct Condition {
     /// What it is about, in CamelCase.
     #[serde(rename = "type")]
     pub kind: String,
-    /// `True`, `False` or `Unknown`.
+    /// True, False or Unknown.
     pub status: String,
-    /// Why, as one word in CamelCase for programs.
+    /// Why, as one word for programs.
     pub reason: String,
     /// Why, as a sentence for people.
     pub message: String,
     /// When the status last became another one.
-    #[schemars(extend("format" = "date-time"))]
-    pub last_transition_time: String,
+    #[schemars(with = "Time")]
+    pub last_transition_time: Moment,
+    /// The generation of the object that this is about, where generations tell anything.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub observed_generation: Option<i64>,
 }
 
 impl Condition {
-    /// A condition that holds or does not. It has no time yet: see [`Condition::after`].
-    pub fn new(kind: &str, holds: bool, reason: &str, message: impl Into<String>) -> Self {
+    /// A condition that holds or does not, since `now`.
+    pub fn new(
+        kind: &str,
+        holds: bool,
+        reason: &str,
+        message: impl Into<String>,
+        now: Moment,
+    ) -> Self {
         Self {
             kind: kind.to_owned(),
             status: if holds { "True" } else { "False" }.to_owned(),
             reason: reason.to_owned(),
             message: message.into(),
-            last_transition_time: String::new(),
+            last_transition_time: now,
+            observed_generation: None,
         }
     }
 
-    /// Gives it its time: that of the same condition among the `former` ones while the status is
-    /// the same, else `now`.
+    /// As it is to be shown after the `former` conditions: it keeps its time until its status
+    /// changes, and its sentence until its status or reason does, for sentences may have numbers in
+    /// them that are others each time.
     #[must_use]
-    pub fn after(mut self, former: &[Self], now: Timestamp) -> Self {
-        let former = Self::find(former, &self.kind).filter(|former| {
-            former.status == self.status && !former.last_transition_time.is_empty()
-        });
-        self.last_transition_time = match former {
-            Some(former) => former.last_transition_time.clone(),
-            None => time(now),
-        };
+    pub fn after(mut self, former: &[Self]) -> Self {
+        let former = Self::find(former, &self.kind);
+        if let Some(former) = former.filter(|former| former.status == self.status) {
+            self.last_transition_time = former.last_transition_time;
+            if former.reason == self.reason {
+                self.message.clone_from(&former.message);
+            }
+        }
         self
     }
 
@@ -59,25 +71,33 @@ impl Condition {
     }
 }
 
-/// A time as objects have it: RFC 3339, to the second, in UTC.
-pub fn time(at: Timestamp) -> String {
-    at.strftime("%Y-%m-%dT%H:%M:%SZ").to_string()
-}
+/// The schema of a point in time, as RFC 3339 writes it.
+#[derive(JsonSchema)]
+#[schemars(extend("format" = "date-time"))]
+#[expect(dead_code, reason = "only its schema is of use")]
+pub(super) struct Time(String);
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn the_time_of_a_condition_is_that_of_its_last_change() {
-        let at = |seconds| Timestamp::from_second(seconds).unwrap();
-        let first = Condition::new("Probed", true, "Read", "").after(&[], at(0));
-        assert_eq!(first.last_transition_time, "1970-01-01T00:00:00Z");
-        let same =
-            Condition::new("Probed", true, "Other", "").after(std::slice::from_ref(&first), at(9));
-        assert_eq!(same.last_transition_time, first.last_transition_time);
-        let flipped = Condition::new("Probed", false, "Lost", "").after(&[same], at(9));
-        assert_eq!(flipped.last_transition_time, "1970-01-01T00:00:09Z");
+    fn a_condition_keeps_its_time_and_sentence_until_it_changes() {
+        let at = |seconds: i64| Moment::from_millis(seconds * 1000);
+        let first = Condition::new("Probed", true, "Read", "", at(0)).after(&[]);
+        assert_eq!(first.last_transition_time, at(0));
+        let after = |reason, message| {
+            let same = Condition::new("Probed", true, reason, message, at(9));
+            same.after(std::slice::from_ref(&first))
+        };
+        assert_eq!(after("Read", "7 s"), first);
+        let other = after("Other", "7 s");
+        assert_eq!(
+            (other.last_transition_time, other.message.as_str()),
+            (at(0), "7 s")
+        );
+        let flipped = Condition::new("Probed", false, "Lost", "", at(9)).after(&[other]);
+        assert_eq!(flipped.last_transition_time, at(9));
         assert!(!flipped.holds() && first.holds());
     }
 }

@@ -16,6 +16,7 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::condition::{Condition, Time};
 use crate::hotplug::{Diagnosis, Evidence, Extent, Moment, Require};
 
 /// What is asked for. The object is one-shot: it is done once, and its spec cannot be changed.
@@ -34,7 +35,8 @@ use crate::hotplug::{Diagnosis, Evidence, Extent, Moment, Require};
         node is required: the virtnode daemon of that node looks for objects by this label alone, and an \
         object without it is never picked up (its status stays empty). Only for a node whose name is \
         longer than 63 characters, which no label can hold, spec.nodeName is enough; that needs \
-        Kubernetes 1.31 or newer. To try again, make another object; to give up an object, delete it: an \
+        Kubernetes 1.31 or newer. Whether a node's objects are seen at all, and if not, why, is in the \
+        condition HotplugObjectsWatched of its NodeVirtualization. To try again, make another object; to give up an object, delete it: an \
         operation that has begun is brought to its end all the same.",
     printcolumn(
         name = "NODE",
@@ -235,8 +237,9 @@ pub struct DomainHotplugStatus {
     /// What is wrong with the guest and what to do, if it is the guest.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub diagnosis: Option<Finding>,
-    /// Accepted: whether the object is sound and was taken on. Progressing: whether it is being done.
-    /// Succeeded: whether it was, Unknown until there is a verdict, which is the reason.
+    /// Accepted: whether the object is sound and was taken on; if not, the reason is InvalidSpec or
+    /// WrongNode. Progressing: whether it is being done. Succeeded: whether it was, Unknown until there
+    /// is a verdict. The reason is the verdict, once there is one; before, Queued or Running.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
     pub conditions: Vec<Condition>,
@@ -324,31 +327,3 @@ impl From<Diagnosis> for Finding {
         }
     }
 }
-
-/// One condition, of the form that all of Kubernetes has (`metav1.Condition`).
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase")]
-pub struct Condition {
-    /// Accepted, Progressing or Succeeded.
-    #[serde(rename = "type")]
-    pub kind: String,
-    /// True, False or Unknown.
-    pub status: String,
-    /// One word: the verdict, once there is one; before, Queued or Running; or why the object was not
-    /// taken on: InvalidSpec or WrongNode.
-    pub reason: String,
-    /// One sentence for people.
-    pub message: String,
-    /// When the status of the condition last changed.
-    #[schemars(with = "Time")]
-    pub last_transition_time: Moment,
-    /// The generation of the object that this is about.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub observed_generation: Option<i64>,
-}
-
-/// The schema of a point in time, as RFC 3339 writes it.
-#[derive(JsonSchema)]
-#[schemars(extend("format" = "date-time"))]
-#[expect(dead_code, reason = "only its schema is of use")]
-struct Time(String);

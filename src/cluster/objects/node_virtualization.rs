@@ -12,12 +12,15 @@ use kube::CustomResource;
 use schemars::{JsonSchema, Schema};
 use serde::{Deserialize, Serialize};
 
-use super::Condition;
+use super::condition::{Condition, Time};
+use crate::hotplug::Moment;
 
 /// The condition that says whether the last probe could read every source.
 pub const PROBED: &str = "Probed";
 /// The condition that says whether there is a connection to libvirt.
 pub const HYPERVISOR_CONNECTED: &str = "HypervisorConnected";
+/// The condition that says whether the `DomainHotplug` objects for the node are seen.
+pub const HOTPLUG_OBJECTS_WATCHED: &str = "HotplugObjectsWatched";
 
 /// The root of the object beside its metadata.
 #[derive(CustomResource, Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -57,10 +60,11 @@ pub struct NodeVirtualizationStatus {
     /// When everything was last read. Facts whose source could not be read since are older.
     /// Brought up to date once an hour, and when something changed.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schemars(extend("format" = "date-time"))]
-    pub last_probe_time: Option<String>,
+    #[schemars(with = "Option<Time>")]
+    pub last_probe_time: Option<Moment>,
     /// `Probed`: whether the last probe could read every source, and if not, which ones.
-    /// `HypervisorConnected`: whether there is a connection to libvirt.
+    /// `HypervisorConnected`: whether there is a connection to libvirt. `HotplugObjectsWatched`:
+    /// whether `DomainHotplug` objects for this node are seen, and if not, why.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub conditions: Vec<Condition>,
     /// Parts that were left out because the object would have been larger than 56 KiB, in the

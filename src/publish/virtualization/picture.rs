@@ -4,9 +4,9 @@ use k8s_openapi::jiff::Timestamp;
 
 use super::describe::{describe, holds};
 use super::fit::{STATUS_MAX, fit};
-use crate::cluster::objects::condition::time;
 use crate::cluster::objects::node_virtualization::{HYPERVISOR_CONNECTED, PROBED};
 use crate::cluster::objects::{Condition, NodeVirtualizationStatus};
+use crate::hotplug::Moment;
 use crate::hypervisor::Connection;
 use crate::label::{Retained, Source};
 use crate::probe::{Failure, Reading};
@@ -37,46 +37,36 @@ impl Picture {
 
     /// The status to publish, where `before` is what is published now.
     ///
-    /// A part whose source could not be read stays as it was. A condition keeps its time until its
-    /// status changes, and its sentence until its status or reason does: sentences of libvirt's may
-    /// have numbers in them that are others each time.
+    /// A part whose source could not be read stays as it was.
     pub fn status(
         &self,
         before: &NodeVirtualizationStatus,
         connection: Connection,
         now: Timestamp,
     ) -> NodeVirtualizationStatus {
+        let now = Moment::from(now);
         let mut status = self.facts.clone();
         let failed: Vec<Source> = self.failures.iter().map(|failure| failure.source).collect();
         keep(&mut status, before, &failed);
         status.last_probe_time = match self.failures.is_empty() {
-            true => Some(time(self.at)),
-            false => before.last_probe_time.clone(),
+            true => Some(self.at.into()),
+            false => before.last_probe_time,
         };
-        let conditions = [self.probed(), connected(connection)];
-        status.conditions = conditions
-            .map(
-                |condition| match Condition::find(&before.conditions, &condition.kind) {
-                    Some(same)
-                        if same.status == condition.status && same.reason == condition.reason =>
-                    {
-                        same.clone()
-                    }
-                    _ => condition.after(&before.conditions, now),
-                },
-            )
-            .into();
+        let conditions = [self.probed(now), connected(connection, now)];
+        let after = conditions.map(|condition| condition.after(&before.conditions));
+        status.conditions = after.into();
         fit(&mut status, STATUS_MAX);
         status
     }
 
-    fn probed(&self) -> Condition {
+    fn probed(&self, now: Moment) -> Condition {
         if self.failures.is_empty() {
             return Condition::new(
                 PROBED,
                 true,
                 "EverySourceRead",
                 "Every source could be read.",
+                now,
             );
         }
         // Which sources, and why: a reason is a word, and `,` and `:` are letters of it.
@@ -90,25 +80,20 @@ impl Picture {
             "Facts stay as they were where they cannot be read: {}",
             sentences.join("; ")
         );
-        Condition::new(PROBED, false, &reasons.join(","), shorten(text))
+        Condition::new(PROBED, false, &reasons.join(","), shorten(text), now)
     }
 }
 
-fn connected(connection: Connection) -> Condition {
-    match connection {
-        Connection::Up(_) => Condition::new(
-            HYPERVISOR_CONNECTED,
-            true,
-            "Connected",
-            "There is a connection to libvirt.",
-        ),
-        Connection::Down => Condition::new(
-            HYPERVISOR_CONNECTED,
+fn connected(connection: Connection, now: Moment) -> Condition {
+    let (holds, reason, message) = match connection {
+        Connection::Up(_) => (true, "Connected", "There is a connection to libvirt."),
+        Connection::Down => (
             false,
             "NotConnected",
             "There is no connection to libvirt; virtnode goes on trying.",
         ),
-    }
+    };
+    Condition::new(HYPERVISOR_CONNECTED, holds, reason, message, now)
 }
 
 /// Keeps of what is known what rests on a source that failed, as the labels do.

@@ -7,13 +7,17 @@ use std::time::Duration;
 use anyhow::{Context as _, ensure};
 use serde_json::Value;
 use tempfile::TempDir;
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, DropGuard};
+use virtnode::cluster::objects::Condition;
 use virtnode::cluster::{Cluster, HotplugObjects, Retry};
 use virtnode::controller::{Controller, Options};
-use virtnode::executor::{Executor, Options as ExecutorOptions};
+use virtnode::executor::{Executor, Listener, Options as ExecutorOptions};
 use virtnode::journal::Journal;
 use virtnode::operation::Record;
+use virtnode::publish::events::Events;
+use virtnode::publish::news;
 use virtnode::telemetry::Metrics;
 
 use super::eventually;
@@ -42,11 +46,28 @@ pub(crate) struct HotplugNode {
     pub(crate) control: Arc<FakeControl>,
     pub(crate) executor: Arc<Executor<FakeControl>>,
     pub(crate) metrics: Arc<Metrics>,
+    watched: watch::Receiver<Option<Condition>>,
     cluster: Cluster,
+    events: Events,
     executor_options: ExecutorOptions,
     state: TempDir,
     token: CancellationToken,
     task: Option<JoinHandle<()>>,
+    _writing: DropGuard,
+}
+
+/// Tells on the Node what the daemon tells there.
+struct OnNode(Events, Cluster);
+
+impl Listener for OnNode {
+    fn changed(&self, record: &Record) {
+        let happening = news::of_operation(&self.1.node_reference(), record);
+        happening.into_iter().for_each(|it| self.0.tell(it));
+    }
+
+    fn concluded_after(&self, _: Duration) {}
+
+    fn journal_failed(&self) {}
 }
 
 impl HotplugNode {
@@ -57,12 +78,20 @@ impl HotplugNode {
     pub(crate) fn start_with(cluster: Cluster, executor_options: ExecutorOptions) -> Self {
         let state = TempDir::new().unwrap();
         let control = FakeControl::new();
-        let executor = executor(&control, state.path(), &executor_options);
+        let metrics = Arc::new(Metrics::new());
+        let (events, writer) = Events::new(cluster.clone(), Arc::clone(&metrics));
+        let writing = CancellationToken::new();
+        tokio::spawn(writer.run(writing.clone()));
+        let on_node = OnNode(events.clone(), cluster.clone());
+        let executor = executor(&control, state.path(), &executor_options, on_node);
         let mut node = Self {
             control,
             executor,
-            metrics: Arc::new(Metrics::new()),
+            metrics,
+            watched: watch::channel(None).1,
             cluster,
+            events,
+            _writing: writing.drop_guard(),
             executor_options,
             state,
             token: CancellationToken::new(),
@@ -77,9 +106,11 @@ impl HotplugNode {
         let controller = Controller::new(
             HotplugObjects::new(&self.cluster),
             Arc::clone(&self.executor),
+            self.events.clone(),
             Arc::clone(&self.metrics),
             options(),
         );
+        self.watched = controller.watched();
         self.task = Some(tokio::spawn(controller.run(self.token.clone())));
     }
 
@@ -94,7 +125,9 @@ impl HotplugNode {
 
     /// Starts again what was stopped, with the journal as it is.
     pub(crate) fn start_again(&mut self) {
-        self.executor = executor(&self.control, self.state.path(), &self.executor_options);
+        let on_node = OnNode(self.events.clone(), self.cluster.clone());
+        let (state, options) = (self.state.path(), &self.executor_options);
+        self.executor = executor(&self.control, state, options, on_node);
         self.begin();
     }
 
@@ -104,6 +137,13 @@ impl HotplugNode {
         let mut records = self.executor.operations();
         records.retain(|record| record.asked_by.to_string() == asker);
         records
+    }
+
+    /// Whether objects are seen, as the node is told of it: status and reason.
+    pub(crate) fn told_of_watch(&self) -> Option<(String, String)> {
+        let condition = self.watched.borrow();
+        let condition = condition.as_ref()?;
+        Some((condition.status.clone(), condition.reason.clone()))
     }
 
     /// The value of a series, written as in the exposition.
@@ -123,9 +163,10 @@ fn executor(
     control: &Arc<FakeControl>,
     state: &Path,
     options: &ExecutorOptions,
+    on_node: OnNode,
 ) -> Arc<Executor<FakeControl>> {
     let journal = Journal::open(state).unwrap();
-    Executor::start(Arc::clone(control), journal, options.clone(), ()).unwrap()
+    Executor::start(Arc::clone(control), journal, options.clone(), on_node).unwrap()
 }
 
 /// `True`, `False` or `Unknown`, and the reason, of one of an object's conditions.

@@ -35,6 +35,8 @@ struct State {
     asked: Vec<String>,
     events: Vec<Value>,
     faults: Vec<(&'static str, Fault, usize)>,
+    answers_left: Option<usize>,
+    unanswered: usize,
     before_patch: Option<Change>,
     hotplugs: Hotplugs,
 }
@@ -99,8 +101,20 @@ impl FakeApi {
         self.state().faults.push((verb, fault, times));
     }
 
+    /// After so many more answers there are none.
+    pub(crate) fn answer_only(&self, calls: usize) {
+        self.state().answers_left = Some(calls);
+    }
+
+    /// How many calls got no answer because of [`Self::answer_only`].
+    pub(crate) fn unanswered(&self) -> usize {
+        self.state().unanswered
+    }
+
     pub(crate) fn repair(&self) {
-        self.state().faults.clear();
+        let mut state = self.state();
+        state.faults.clear();
+        state.answers_left = None;
     }
 
     /// Ends the watches, with an event of this status before if there is one.
@@ -124,6 +138,27 @@ impl FakeApi {
         state.muted.append(&mut muted);
     }
 
+    /// Every watch gets a bookmark, as a real server sends one a minute.
+    pub(crate) fn bookmark_watches(&self) {
+        let mut state = self.state();
+        let state = &mut *state;
+        let meta = json!({"resourceVersion": state.version.to_string()});
+        let kinds = [
+            ("v1", "Node", &mut state.watches),
+            (
+                "virtnode.io/v1alpha1",
+                "DomainHotplug",
+                &mut state.hotplugs.watches,
+            ),
+        ];
+        for (version, kind, watches) in kinds {
+            let object = json!({"apiVersion": version, "kind": kind, "metadata": meta});
+            // The type comes first.
+            let line = format!("{{\"type\":\"BOOKMARK\",\"object\":{object}}}\n");
+            watches.retain(|watch| watch.send(line.clone().into()).is_ok());
+        }
+    }
+
     pub(crate) fn watches(&self) -> usize {
         self.state().watches.len()
     }
@@ -137,12 +172,22 @@ impl FakeApi {
             .count()
     }
 
-    /// The notes of the events on the Node.
+    /// The notes of all events.
     pub(crate) fn events(&self) -> Vec<String> {
-        self.state()
-            .events
-            .iter()
-            .map(|event| event["note"].to_string())
+        let state = self.state();
+        let notes = state.events.iter().map(|event| event["note"].to_string());
+        notes.collect()
+    }
+
+    /// Type and reason of the events about one object.
+    pub(crate) fn events_about(&self, kind: &str, name: &str) -> Vec<(String, String)> {
+        let state = self.state();
+        let about = state.events.iter().filter(|event| {
+            event["regarding"]["kind"] == kind && event["regarding"]["name"] == name
+        });
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        about
+            .map(|event| (text(&event["type"]), text(&event["reason"])))
             .collect()
     }
 
@@ -189,6 +234,14 @@ impl FakeApi {
 impl State {
     fn fault(&mut self, verb: &'static str) -> Option<Fault> {
         self.asked.push(verb.to_owned());
+        match &mut self.answers_left {
+            None => {}
+            Some(0) => {
+                self.unanswered += 1;
+                return Some(Fault::Hang);
+            }
+            Some(left) => *left -= 1,
+        }
         let mut faults = self.faults.iter_mut();
         let fault =
             faults.find(|(broken, _, times)| (*broken == verb || *broken == "*") && *times > 0)?;
