@@ -168,6 +168,20 @@ fn labels_of_debian_12() {
     insta::assert_snapshot!("debian12-kubevirt", snapshot(&facts, Schema::Kubevirt));
 }
 
+/// Elements and values that 11.3 did not have, and one that is gone: software emulation has no
+/// enlightenments.
+#[test]
+fn what_libvirt_12_says_is_read() {
+    let file = "debian-sid-libvirt-12.8.0-qemu-11.1/dc-x86_64-q35-qemu.xml";
+    let bytes = fs::read(fixtures().join(file)).unwrap();
+    let document = DomainCapabilities::parse(file, &bytes).unwrap();
+    assert!(document.devices["hostdev"].offers("iommufd", "no"));
+    assert!(document.devices["disk"].offers("bus", "nvme"));
+    assert!(document.devices["console"].offers("type", "pty"));
+    assert_eq!(document.os.sections["varstore"].supported, Some(false));
+    assert_eq!(document.hyperv, None);
+}
+
 /// A kind of damage to a document.
 #[derive(Debug, Clone)]
 enum Damage {

@@ -63,7 +63,7 @@ impl Libvirtd {
         let daemon = ["libvirtd", "virtqemud"].into_iter().find_map(find);
         let daemon = daemon.context("this test needs libvirtd (package libvirt-daemon)")?;
         let directory = tempfile::Builder::new()
-            .prefix("virtnode-libvirtd-")
+            .prefix("virt-")
             .tempdir_in("/tmp")?;
         let libvirtd = Self {
             directory,
