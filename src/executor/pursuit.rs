@@ -305,7 +305,8 @@ impl<C: DomainControl> Pursuit<C> {
     /// Whether the domain ended just now: events and answers come by different connections.
     fn may_be_told_why(&mut self) -> bool {
         let since = *self.absent_since.get_or_insert_with(Instant::now);
-        since.elapsed() < WHY && self.operation.clock.now() < self.history.terms.deadline
+        let in_time = self.operation.clock.now() < self.history.terms.deadline;
+        self.operation.hears() && in_time && since.elapsed() < WHY
     }
 
     /// Until the guest has followed, or there was time enough for it.

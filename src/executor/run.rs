@@ -24,8 +24,9 @@ use crate::operation::{OperationId, Record, State};
 
 /// How long after a restart an operation whose deadline has passed may still wait for a look.
 const GRACE: Duration = Duration::from_secs(15);
-/// How long libvirt may take to tell why a domain ended that it does not know any more.
-pub(super) const WHY: Duration = Duration::from_secs(1);
+/// How long libvirt may take to tell why a domain ended that it does not know any more: a moment,
+/// but on a node that has more to do than it can.
+pub(super) const WHY: Duration = Duration::from_secs(5);
 
 /// An operation that is under way.
 pub(super) struct Operation<C> {
@@ -348,7 +349,8 @@ impl<C: DomainControl> Operation<C> {
     /// The domain ended after it had been found, and before anything was called.
     async fn gone(&mut self, domain: &DomainId, notices: &mut Notices) {
         // An event and an answer come by different connections.
-        let told = timeout(WHY, async {
+        let patience = if self.hears() { WHY } else { Duration::ZERO };
+        let told = timeout(patience, async {
             while let Some(notice) = notices.next().await {
                 if let Notice::Change {
                     domain: of,
@@ -426,7 +428,7 @@ impl<C: DomainControl> Operation<C> {
     }
 
     /// Whether the hypervisor tells what happens.
-    fn hears(&self) -> bool {
+    pub(super) fn hears(&self) -> bool {
         *self.executor.control.listening().borrow() != Connection::Down
     }
 
