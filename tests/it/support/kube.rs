@@ -41,7 +41,7 @@ pub(crate) const RIGHTS: &str = concat!(
 pub(crate) use self::audit::AuditEvent;
 
 /// The API server is ready after 4 to 6 s on two idle cores; these are not always idle.
-const READY_WITHIN: Duration = Duration::from_secs(90);
+const READY_WITHIN: Duration = Duration::from_secs(180);
 
 /// A Kubernetes of one test's own, on loopback ports, which ends when this is dropped.
 pub(crate) struct KubeServer {
