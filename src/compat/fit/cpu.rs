@@ -523,7 +523,23 @@ fn check_forbidden_in_host_model(case: &Case<'_>, modes: &CpuModes, findings: &m
         .filter(|f| matches!(f.policy.as_deref(), None | Some("require" | "force")))
         .map(|feature| feature.name.as_str())
         .collect();
-    if let Some(name) = case.domain.cpu.forbidden().find(|name| has.contains(name)) {
+    // Of a node of which only a summary is told, what it can give may be in its host model.
+    let is_summary = modes.host_model.iter().all(|host| host.features.is_empty());
+    let mut forbidden = case.domain.cpu.forbidden();
+    if is_summary && effective_check(case) != Check::Partial {
+        if let Some(name) = forbidden.find(|name| case.node.gives(name) == Some(true)) {
+            findings.push(
+                Finding::new(
+                    Severity::Unknown,
+                    Code::CpuFeature,
+                    format!("the host model may have CPU feature {name}, which the domain forbids"),
+                )
+                .stage(Stage::Start),
+            );
+        }
+        return;
+    }
+    if let Some(name) = forbidden.find(|name| has.contains(name)) {
         findings.push(
             Finding::new(
                 Severity::Blocks,

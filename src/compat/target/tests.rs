@@ -2,6 +2,7 @@
 
 use proptest::prelude::*;
 use proptest::sample::{select, subsequence};
+use proptest::test_runner::RngSeed;
 use rstest::rstest;
 use serde_json::{Value, json};
 
@@ -130,6 +131,8 @@ const NO_X2APIC: &str = "<cpu mode='custom' check='partial'><model>EPYC</model>\
 #[case("pc-q35-10.0", 1, AVX, &[("cpu-feature.virtnode.io/avx512f", "true")], Feasible, None, "")]
 #[case("pc-q35-10.0", 1, NO_X2APIC, &[], Infeasible, Some(Code::CpuFeature), "use policy='disable'")]
 #[case("pc-q35-10.0", 1, NO_X2APIC, &[("cpu-feature.virtnode.io/x2apic", GONE)], Feasible, None, "")]
+#[case("pc-q35-10.0", 1, "<cpu mode='host-model' check='none'><feature policy='forbid' name='x2apic'/></cpu>", &[],
+    Unknown, Some(Code::CpuFeature), "")]
 #[case("pc-q35-10.0", 1, INTEL, &[], Infeasible, Some(Code::CpuVendor), "leave <vendor> out")]
 #[case("pc-q35-10.0", 1, HYPERV, &[], Infeasible, Some(Code::Enlightenment), "leave them out of <hyperv>")]
 #[case("pc-q35-10.0", 1, HYPERV, &[("hyperv.virtnode.io/synic", "true")], Feasible, None, "")]
@@ -593,7 +596,11 @@ fn any_nodes(xml: &str) -> impl Strategy<Value = Vec<Candidate>> + use<> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(1000))]
+    // The same cases each time: one that fails is a matter of the change at hand.
+    #![proptest_config(ProptestConfig {
+        rng_seed: RngSeed::Fixed(31),
+        ..ProptestConfig::with_cases(1000)
+    })]
 
     /// The round trip: what a pod is given means to the scheduler what the answers say.
     #[test]

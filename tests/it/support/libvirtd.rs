@@ -227,9 +227,13 @@ impl Libvirtd {
         self.with_file(xml, &["create"])
     }
 
-    /// Starts a definition, paused, and ends it again; or what virsh said.
+    /// Starts a definition, paused, and ends it again; or what virsh and QEMU said. On a slow
+    /// machine libvirt may miss the words of a QEMU that gives up; they are in the domain's log.
     pub(crate) fn start_and_end(&self, xml: &str) -> Result<(), String> {
-        self.with_file(xml, &["create", "--paused"])?;
+        let log = self.path(&format!("cache/libvirt/qemu/log/{}.log", name_in(xml)));
+        fs::remove_file(&log).ok();
+        self.with_file(xml, &["create", "--paused"])
+            .map_err(|said| said + &fs::read_to_string(&log).unwrap_or_default())?;
         let destroyed = self.try_virsh(&["destroy", &name_in(xml)]);
         assert!(
             destroyed.is_ok_and(|output| output.status.success()),
