@@ -1,6 +1,7 @@
 //! The truth table of verified hotplug, row by row, on real QEMU with real Linux guests: the
 //! verdict is what really happened in the guest, whose own word on its console is the witness.
 //!
+//! The rows of `guests.rs` are asked of the hypervisor in memory as well, which so stays honest.
 //! Two rows are elsewhere: virtnode killed with -9 at each step in `killed.rs`; and there is none
 //! for a number of vCPUs that is no multiple, since x86, which the lab's guests are, plugs single
 //! threads whatever the topology (libvirt: `qemuValidateDefGetVcpuHotplugGranularity`). That is
