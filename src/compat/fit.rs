@@ -6,6 +6,7 @@
 
 mod cpu;
 mod enlightenments;
+mod features;
 mod headroom;
 mod iommu;
 mod machine;
