@@ -15,10 +15,11 @@ const COMPLETES_PARTLY: Version = Version::new(10, 10, 0);
 const KNOWS_AMD: Version = Version::new(11, 5, 0);
 /// AMD's IOMMU may carry more than 255 vCPUs, and libvirt turns xtsup on (NEWS of 12.2.0).
 const AMD_CARRIES: Version = Version::new(12, 2, 0);
-/// More than 255 vCPUs without extended interrupt mode: 11.3 refuses them, 12.8 takes them if there
-/// is an `<iommu>`, and QEMU starts (measured). In between it is open.
+/// More than 255 vCPUs without extended interrupt mode: up to 12.1 libvirt refuses them whatever the
+/// model of the IOMMU (NEWS of 12.2.0), 12.8 takes them if there is an `<iommu>`, and QEMU starts
+/// (measured). In between it is open.
 const TAKES_ALL: Version = Version::new(12, 8, 0);
-const LAST_TO_REFUSE: Version = Version::new(11, 3, 99);
+const LAST_TO_REFUSE: Version = Version::new(12, 1, 99);
 /// The last QEMU of which it is known that a domain with amd-iommu cannot be migrated
 /// (`vmstate_amdvi_sysbus`, QEMU hw/i386/amd_iommu.c).
 const AMD_STAYS: Version = Version::new(10, 0, 99);

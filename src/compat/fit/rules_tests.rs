@@ -239,11 +239,12 @@ fn a_version_2_gic_has_8_vcpus(
     assert_eq!(found(&domain, &node()).0, answer);
 }
 
-/// 11.3 and 12.8 were asked; what came in between is not known.
+/// 11.3 and 12.8 were asked; NEWS of 12.2.0 says what was so before.
 #[rstest]
 #[case("9.0.0", Infeasible)]
 #[case("11.3.0", Infeasible)]
-#[case("11.4.0", Unknown)]
+#[case("12.1.0", Infeasible)]
+#[case("12.2.0", Unknown)]
 #[case("12.8.0", Feasible)]
 fn more_than_255_vcpus_on_an_iommu_without_eim(#[case] libvirt: &str, #[case] answer: Answer) {
     let node = Offer {
