@@ -192,7 +192,7 @@ start_libvirt() {
   networks=$(cd /sys/class/net && echo *)
   for name in virtlogd libvirtd; do
     ! runs "$name" || continue
-    as_root "$name" -d -p "$scratch/$name.pid" ||
+    without_kvm "$name" -d -p "$scratch/$name.pid" ||
       die "$name does not start; its reasons are above or in /var/log/libvirt/$name.log."
     started+=("$name:$(as_root cat "$scratch/$name.pid")")
   done
@@ -204,13 +204,46 @@ start_libvirt() {
       "Its log is /var/log/libvirt/libvirtd.log."
 }
 
-# /dev/kvm that QEMU's user may not open makes libvirt probe all QEMU binaries at every question.
+# Whether there is a /dev/kvm that QEMU's user may not open. It makes libvirt probe all QEMU binaries
+# at every question, for minutes in all.
+kvm_is_closed() {
+  [[ -e /dev/kvm && $(stat -c '%G %A' /dev/kvm) != "kvm crw-rw"* && $(stat -c %A /dev/kvm) != *rw-? ]]
+}
+
 explain_kvm() {
   if [[ ! -e /dev/kvm ]]; then
     note "There is no /dev/kvm here: the labels are those of QEMU's software emulation."
-  elif [[ $(stat -c '%G %A' /dev/kvm) != "kvm crw-rw"* && $(stat -c %A /dev/kvm) != *rw-? ]]; then
-    note "/dev/kvm is closed to QEMU's user ($(stat -c '%U:%G %A' /dev/kvm)): libvirt then probes every"
-    note "QEMU binary again at each question, about 4 s for each binary. This takes a while."
+  elif kvm_is_closed; then
+    note "/dev/kvm is closed to QEMU's user ($(stat -c '%U:%G %A' /dev/kvm)): the labels are those of QEMU's"
+    note "software emulation. A libvirt that runs already probes every QEMU binary again at each question,"
+    note "about 4 s for each; one that is started here is shown no /dev/kvm."
+  fi
+}
+
+# Runs a command, as root, for which there is no /dev/kvm; nothing changes for anybody else.
+# shellcheck disable=SC2016 # for the inner shell
+readonly WITHOUT_KVM='set -e
+dev=$(mktemp -d)
+mount -t tmpfs -o mode=755 dev "$dev"
+for entry in /dev/*; do
+  if [ "$entry" = /dev/kvm ]; then
+    continue
+  elif [ -d "$entry" ] && [ ! -L "$entry" ]; then
+    mkdir "$dev/${entry##*/}"
+    mount --rbind "$entry" "$dev/${entry##*/}"
+  else
+    cp -a "$entry" "$dev/"
+  fi
+done
+mount --move "$dev" /dev
+rmdir "$dev"
+exec "$@"'
+without_kvm() {
+  local enter=(unshare --mount --propagation private sh -c "$WITHOUT_KVM" sh)
+  if kvm_is_closed && as_root "${enter[@]}" true 2>"$scratch/refusal"; then
+    as_root "${enter[@]}" "$@"
+  else
+    as_root "$@"
   fi
 }
 
