@@ -7,7 +7,7 @@ use anyhow::{Context, anyhow};
 use super::{Exit, runtime};
 use crate::config::{Config, ConfigError};
 use crate::daemon::Ending;
-use crate::{daemon, telemetry};
+use crate::{daemon, ffi, telemetry};
 
 /// Runs the daemon until it is told to stop. Told to reload, it starts again in the same process:
 /// as the command line, the environment and the program's file are then. `check` reads the
@@ -16,6 +16,7 @@ pub(super) fn run(
     config: Config,
     check: impl Fn() -> Result<(), ConfigError>,
 ) -> anyhow::Result<Exit> {
+    ffi::keep_little_memory();
     telemetry::log::init(config.log_format, &config.log)?;
     let runtime = runtime()?;
     let outcome = runtime.block_on(daemon::run(config, check));

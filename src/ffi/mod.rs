@@ -5,7 +5,7 @@
 //!   ([`Subscription`]);
 //! * the groups of who connects to a local socket ([`peer_groups`]);
 //! * KVM's ioctls ([`kvm_extension`], [`kvm_msr_indices`]);
-//! * the end of the process ([`leave()`]).
+//! * what the allocator keeps ([`keep_little_memory`]), and the end of the process ([`leave()`]).
 //!
 //! All of it is safe to call. What libvirt hands out is copied and freed here; what libvirt calls
 //! back cannot unwind into it.
@@ -15,6 +15,7 @@ mod domain;
 mod events;
 mod kvm;
 mod leave;
+mod memory;
 mod parameters;
 mod peer;
 
@@ -28,6 +29,7 @@ pub use self::domain::{
 pub use self::events::{Happening, Subscription, Told};
 pub use self::kvm::{kvm_extension, kvm_msr_indices};
 pub use self::leave::leave;
+pub use self::memory::keep_little_memory;
 pub use self::parameters::{Parameter, Value};
 pub use self::peer::peer_groups;
 
