@@ -400,7 +400,8 @@ async fn a_token_is_good_for_its_own_node_only() -> anyhow::Result<()> {
         .patch("n1", &PatchParams::default(), &Patch::Merge(foreign))
         .await?;
     let pod = Pod::new(server.pod_client("virtnode", "virtnode", "n1").await?);
-    // Rights and policies are in force a moment after they were made.
+    // Rights and policies are in force a moment after they were made, each by itself; so the first
+    // denial of each is waited for.
     eventually(LONG, async || {
         pod.label("n1", "virtnode.io/eim", Some("auto")).await?;
         is_denied(pod.label("n2", "virtnode.io/eim", Some("auto")).await)
@@ -465,12 +466,15 @@ async fn a_token_is_good_for_its_own_node_only() -> anyhow::Result<()> {
     // The objects of its node, and not those of another.
     pod.describe("n1", &owner(&n1, "Node")).await?;
     pod.describe("n1", &owner(&n1, "Node")).await?;
-    is_denied(pod.describe("n2", &owner(&n2, "Node")).await)?;
+    eventually(LONG, async || {
+        is_denied(pod.describe("n2", &owner(&n2, "Node")).await)
+    })
+    .await?;
     is_denied(pod.describe("n1", &owner(&n2, "Node")).await)?;
     is_denied(pod.describe("n1", &owner(&n1, "Pod")).await)?;
     create_hotplug(&server, "on-n1", &n1).await?;
     create_hotplug(&server, "on-n2", &n2).await?;
-    is_denied(pod.report("on-n2").await)?;
+    eventually(LONG, async || is_denied(pod.report("on-n2").await)).await?;
     is_denied(pod.hotplugs.delete("on-n2", &DeleteParams::default()).await)?;
     // Labelled for this node, it may be told that it means another, and nothing else.
     let lie = Patch::Merge(json!({"metadata": {"labels": {"virtnode.io/node": "n1"}}}));
@@ -491,7 +495,11 @@ async fn a_token_is_good_for_its_own_node_only() -> anyhow::Result<()> {
     pod.count("own").await?;
     let hotplug = about("virtnode.io/v1alpha1", "DomainHotplug", "on-n1");
     pod.tell("hotplug", "n1", hotplug.clone()).await?;
-    is_denied(pod.tell("others", "n2", own.clone()).await)?;
+    eventually(LONG, async || {
+        let name = format!("others-{:x}", fastrand::u64(..));
+        is_denied(pod.tell(&name, "n2", own.clone()).await)
+    })
+    .await?;
     for other in [
         about("v1", "Node", "n2"),
         about("example.com/v1", "DomainHotplug", "on-n1"),
