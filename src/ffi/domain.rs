@@ -8,7 +8,7 @@ use virt::domain::Domain;
 use virt::error::Error;
 use virt::sys;
 
-use super::copied;
+use super::parameters::copied;
 use super::parameters::{self, Parameter};
 
 /// The statistics of one domain (`virDomainStatsRecord`).

@@ -11,8 +11,8 @@ use virt::connect::Connect;
 use virt::error::Error;
 use virt::sys;
 
-use super::copied;
 use super::domain::identity;
+use super::parameters::copied;
 
 /// Something that happened to a domain, in libvirt's own terms.
 #[derive(Debug, Clone, PartialEq, Eq)]

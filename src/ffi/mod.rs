@@ -13,13 +13,8 @@
 mod connection;
 mod domain;
 mod events;
-mod kvm;
-mod leave;
-mod memory;
 mod parameters;
-mod peer;
-
-use std::ffi::{CStr, c_char};
+mod system;
 
 pub use self::connection::{CloseReason, Watched, baseline_hypervisor_cpu, compare_hypervisor_cpu};
 pub use self::domain::{
@@ -27,21 +22,5 @@ pub use self::domain::{
     set_agent_response_timeout, set_guest_vcpus, state,
 };
 pub use self::events::{Happening, Subscription, Told};
-pub use self::kvm::{kvm_extension, kvm_msr_indices};
-pub use self::leave::leave;
-pub use self::memory::keep_little_memory;
 pub use self::parameters::{Parameter, Value};
-pub use self::peer::peer_groups;
-
-/// A copy of a text of C's; `None` for a null pointer. Bytes that are no UTF-8 are replaced.
-///
-/// # Safety
-/// `text` is null, or points to bytes that end with a NUL and stay for the time of the call.
-unsafe fn copied(text: *const c_char) -> Option<String> {
-    if text.is_null() {
-        return None;
-    }
-    // SAFETY: by this function's own condition.
-    let text = unsafe { CStr::from_ptr(text) };
-    Some(text.to_string_lossy().into_owned())
-}
+pub use self::system::{keep_little_memory, kvm_extension, kvm_msr_indices, leave, peer_groups};

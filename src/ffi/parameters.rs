@@ -1,11 +1,22 @@
-//! libvirt's typed parameters, copied.
+//! libvirt's texts and typed parameters, copied.
 
-use std::ffi::{CStr, c_int};
+use std::ffi::{CStr, c_char, c_int};
 use std::slice;
 
 use virt::sys;
 
-use super::copied;
+/// A copy of a text of C's; `None` for a null pointer. Bytes that are no UTF-8 are replaced.
+///
+/// # Safety
+/// `text` is null, or points to bytes that end with a NUL and stay for the time of the call.
+pub(super) unsafe fn copied(text: *const c_char) -> Option<String> {
+    if text.is_null() {
+        return None;
+    }
+    // SAFETY: by this function's own condition.
+    let text = unsafe { CStr::from_ptr(text) };
+    Some(text.to_string_lossy().into_owned())
+}
 
 /// A named value (`virTypedParameter`).
 #[derive(Debug, Clone, PartialEq)]

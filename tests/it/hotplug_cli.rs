@@ -7,25 +7,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, ensure};
 use serde_json::Value;
 
-use crate::support::daemon::Daemon;
+use crate::support::daemon::{Daemon, run};
 use crate::support::eventually;
 use crate::support::guest::{Guest, GuestConfig};
 use crate::support::libvirtd::Libvirtd;
-
-/// Exit code, standard output, standard error.
-fn run(socket: &Path, arguments: &[&str]) -> anyhow::Result<(i32, String, String)> {
-    let output = Command::new(env!("CARGO_BIN_EXE_virtnode"))
-        .env_clear()
-        .arg("--socket")
-        .arg(socket)
-        .args(arguments)
-        .output()?;
-    Ok((
-        output.status.code().context("killed")?,
-        String::from_utf8(output.stdout)?,
-        String::from_utf8(output.stderr)?,
-    ))
-}
 
 #[tokio::test]
 async fn an_unknown_domain_is_told_and_noted_in_the_journal() -> anyhow::Result<()> {

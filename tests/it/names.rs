@@ -3,8 +3,6 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::path::Path;
-use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
@@ -12,7 +10,7 @@ use quick_xml::escape::escape;
 use serde_json::Value;
 use virtnode::domain::is_plain;
 
-use crate::support::daemon::Daemon;
+use crate::support::daemon::{Daemon, run};
 use crate::support::eventually;
 use crate::support::libvirtd::Libvirtd;
 
@@ -52,21 +50,6 @@ fn definition(name: &str) -> String {
          <vcpu current='1'>2</vcpu><os><type arch='x86_64' machine='q35'>hvm</type></os>\
          <features><acpi/><apic/></features></domain>"
     )
-}
-
-/// Exit code, standard output, standard error.
-fn run(socket: &Path, arguments: &[&str]) -> anyhow::Result<(i32, String, String)> {
-    let output = Command::new(env!("CARGO_BIN_EXE_virtnode"))
-        .env_clear()
-        .arg("--socket")
-        .arg(socket)
-        .args(arguments)
-        .output()?;
-    Ok((
-        output.status.code().context("killed")?,
-        String::from_utf8(output.stdout)?,
-        String::from_utf8(output.stderr)?,
-    ))
 }
 
 fn percent_encoded(name: &str) -> String {

@@ -5,7 +5,7 @@ use std::fs;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
@@ -253,4 +253,19 @@ impl Drop for Daemon {
         self.child.kill().ok();
         self.child.wait().ok();
     }
+}
+
+/// Runs a command with the local API at `socket`: exit code, standard output, standard error.
+pub(crate) fn run(socket: &Path, arguments: &[&str]) -> anyhow::Result<(i32, String, String)> {
+    let output = Command::new(env!("CARGO_BIN_EXE_virtnode"))
+        .env_clear()
+        .arg("--socket")
+        .arg(socket)
+        .args(arguments)
+        .output()?;
+    Ok((
+        output.status.code().context("killed")?,
+        String::from_utf8(output.stdout)?,
+        String::from_utf8(output.stderr)?,
+    ))
 }
