@@ -41,7 +41,7 @@ use virtnode::label::{LabelSet, Policy, derive};
 use virtnode::probe::Reading;
 use virtnode::publish::events::Events;
 use virtnode::publish::node::{self, NodePublisher, SyncState};
-use virtnode::publish::virtualization::{self, Picture, VirtualizationPublisher};
+use virtnode::publish::virtualization::{self, Snapshot, VirtualizationPublisher};
 use virtnode::telemetry::Metrics;
 
 use parts::{Memory, print, progress, tell};
@@ -248,8 +248,8 @@ fn start(
             tokio::select! {
                 () = token.cancelled() => break,
                 _ = probe.tick() => {
-                    let picture = Picture::new(&reading, &[], &[], Timestamp::now());
-                    pictures.send_replace(Some(Arc::new(picture)));
+                    let snapshot = Snapshot::new(&reading, &[], &[], Timestamp::now());
+                    pictures.send_replace(Some(Arc::new(snapshot)));
                 }
                 _ = hotplugs.next() => {}
             }

@@ -15,14 +15,14 @@ use tracing::{error, info, warn};
 
 use crate::capability::{CanonicalMachine, NodeFacts};
 use crate::host;
-use crate::hypervisor::{Connection, Hypervisor};
+use crate::hypervisor::{Connection, NodeSource};
 use crate::label::{
     Change, FAMILIES, Invalid, LabelSet, Policy, Probe, Published, Rejected, RetentionReason,
     Source, derive, family,
 };
 use crate::probe::{Failure, Prober, Reading};
 use crate::publish::file::{FilePublisher, Report};
-use crate::publish::virtualization::Picture;
+use crate::publish::virtualization::Snapshot;
 use crate::telemetry::Metrics;
 use crate::telemetry::metrics::now_seconds;
 
@@ -43,7 +43,7 @@ pub struct Outlets {
     /// Node's publisher: what it lacks would be removed without proof.
     pub found_on_node: Option<oneshot::Receiver<LabelSet>>,
     /// What labels cannot carry, for the `NodeVirtualization`'s publisher.
-    pub pictures: Option<watch::Sender<Option<Arc<Picture>>>>,
+    pub pictures: Option<watch::Sender<Option<Arc<Snapshot>>>>,
 }
 
 /// How far the labeller is, for readiness.
@@ -88,7 +88,7 @@ pub struct Labeller<H> {
     emulators: Vec<String>,
 }
 
-impl<H: Hypervisor> Labeller<H> {
+impl<H: NodeSource> Labeller<H> {
     /// Begins with what files say was published before. Nothing is asked before [`Self::run`].
     pub fn new(
         hypervisor: Arc<H>,
@@ -222,8 +222,8 @@ impl<H: Hypervisor> Labeller<H> {
         if let Some(pictures) = &self.outlets.pictures {
             let retained = self.published.retained();
             let wanted = &self.policy.guest_architectures;
-            let picture = Picture::new(reading, retained, wanted, Timestamp::now());
-            pictures.send_replace(Some(Arc::new(picture)));
+            let snapshot = Snapshot::new(reading, retained, wanted, Timestamp::now());
+            pictures.send_replace(Some(Arc::new(snapshot)));
         }
         let emulators = emulators(&reading.facts);
         if !emulators.is_empty() {

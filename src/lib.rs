@@ -1,8 +1,8 @@
 //! virtnode: says what a libvirt node can run, and changes running domains with proof.
 //!
-//! The arrows point down only; ARCHITECTURE.md has the picture and the rules.
+//! The arrows point down only; ARCHITECTURE.md has the snapshot and the rules.
 //!
-//! * [`xml`], [`units`], [`capability`], [`domain`], [`label`], [`compat`], [`diagnosis`],
+//! * [`xml`], [`units`], [`capability`], [`domain`], [`label`], [`compat`], [`doctor::checks`],
 //!   [`hotplug`], [`operation`]: the pure core. libvirt's documents as facts, facts as labels, evidence as verdicts; text and values in,
 //!   values out.
 //! * [`hypervisor`], [`host`], [`cluster`], [`publish`], [`journal`]: adapters, one for each outside
@@ -19,7 +19,7 @@ pub mod compat;
 pub mod config;
 pub mod controller;
 pub mod daemon;
-pub mod diagnosis;
+
 pub mod doctor;
 pub mod domain;
 pub mod executor;

@@ -12,9 +12,9 @@ use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
-use crate::diagnosis::observed::{Agent, DomainSeen, Look};
+use crate::doctor::checks::observed::{Agent, DomainSeen, Look};
 use crate::domain::Domain;
-use crate::hypervisor::{DomainControl, DomainId, DomainStats, HypervisorError, Notice, Notices};
+use crate::hypervisor::{CallError, DomainBackend, DomainRef, DomainStats, Notice, Notices};
 use crate::telemetry::{DomainFigures, Inventory, now};
 
 /// Between two readings of the bulk statistics when nothing happens.
@@ -62,7 +62,7 @@ struct Known {
     stale: bool,
 }
 
-impl<C: DomainControl> Monitor<C> {
+impl<C: DomainBackend> Monitor<C> {
     /// Of this hypervisor's domains. Nothing is asked before [`Self::run`].
     pub fn new(control: Arc<C>, inventory: Arc<Inventory>) -> Self {
         Self {
@@ -101,7 +101,7 @@ impl<C: DomainControl> Monitor<C> {
             match self.refresh().await {
                 Ok(()) => self.failed = None,
                 // A driver without statistics has no domains of interest here.
-                Err(error @ HypervisorError::Unsupported { .. }) => {
+                Err(error @ CallError::Unsupported { .. }) => {
                     self.inventory.replace(Vec::new());
                     self.failed(&error);
                 }
@@ -132,13 +132,13 @@ impl<C: DomainControl> Monitor<C> {
     ///
     /// # Errors
     /// The hypervisor's; the inventory stays as it was.
-    pub async fn refresh(&mut self) -> Result<(), HypervisorError> {
+    pub async fn refresh(&mut self) -> Result<(), CallError> {
         let running = self.control.all_domain_stats().await?;
         let there: HashSet<&str> = running.iter().map(|stats| stats.id.uuid.as_str()).collect();
         self.known.retain(|uuid, _| there.contains(uuid.as_str()));
         self.unlooked
             .retain(|uuid, _| there.contains(uuid.as_str()));
-        let stale: Vec<DomainId> = running
+        let stale: Vec<DomainRef> = running
             .iter()
             .filter(|stats| self.is_stale(stats))
             .map(|stats| stats.id.clone())
@@ -217,7 +217,7 @@ impl<C: DomainControl> Monitor<C> {
     }
 
     /// Says so once, and keeps what was seen last: each entry has its time.
-    fn failed(&mut self, error: &HypervisorError) {
+    fn failed(&mut self, error: &CallError) {
         self.sight.send_replace(Some(Err(error.to_string())));
         if self.failed.replace(error.code()) != Some(error.code()) {
             warn!(%error, "the running domains cannot be read; trying on");
@@ -229,9 +229,9 @@ impl<C: DomainControl> Monitor<C> {
 ///
 /// # Errors
 /// Why it cannot be looked at, as a sentence; it may have just ended.
-pub async fn look<C: DomainControl>(
+pub async fn look<C: DomainBackend>(
     control: &C,
-    id: &DomainId,
+    id: &DomainRef,
     patience: Patience,
 ) -> Result<Look, String> {
     // While something is being done to a domain this would wait for that.

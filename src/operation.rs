@@ -8,9 +8,8 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::hotplug::{
-    Diagnosis, Evidence, Extent, HotplugRequest, Moment, Outcome, Require, Verdict,
-};
+use crate::hotplug::{Amount, Diagnosis, Evidence, HotplugRequest, Outcome, Require, Verdict};
+use crate::units::Timestamp;
 
 /// The longest name that is taken, in bytes. libvirt keeps a domain's files by its name, and a
 /// file's name has no more.
@@ -217,7 +216,7 @@ pub struct Awaiting {
     /// In a few words, for people.
     pub what: String,
     /// Since when.
-    pub since: Moment,
+    pub since: Timestamp,
 }
 
 /// An operation as it is told: `--output json`, the API's objects, the audit log. Its shape is a
@@ -234,22 +233,22 @@ pub struct Record {
     /// What must be proven.
     pub require: Require,
     /// When there must be a verdict.
-    pub deadline: Moment,
+    pub deadline: Timestamp,
     /// Who asked.
     pub asked_by: AskedBy,
     /// How far it is.
     pub state: State,
     /// When it was asked for.
-    pub created: Moment,
+    pub created: Timestamp,
     /// When its turn came.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub started: Option<Moment>,
+    pub started: Option<Timestamp>,
     /// When it got its verdict.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub finished: Option<Moment>,
+    pub finished: Option<Timestamp>,
     /// When the verdict was put right because the guest followed later.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub corrected: Option<Moment>,
+    pub corrected: Option<Timestamp>,
     /// What is waited for, until there is a verdict.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub awaiting: Option<Awaiting>,
@@ -261,12 +260,12 @@ pub struct Record {
     pub message: Option<String>,
     /// What there was before, if the domain could be looked at.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub before: Option<Extent>,
+    pub before: Option<Amount>,
     /// What was asked for, in the same terms.
-    pub requested: Extent,
+    pub requested: Amount,
     /// What there was when the domain was last looked at.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub after: Option<Extent>,
+    pub after: Option<Amount>,
     /// What was seen, in order.
     #[serde(default)]
     pub evidence: Vec<Evidence>,
@@ -280,7 +279,7 @@ pub struct Record {
 
 impl Record {
     /// Of an operation that has just been asked for.
-    pub fn new(id: OperationId, order: &Order, created: Moment) -> Self {
+    pub fn new(id: OperationId, order: &Order, created: Timestamp) -> Self {
         Self {
             id,
             domain: Target {
@@ -309,7 +308,7 @@ impl Record {
     }
 
     /// Notes what is waited for, and since when if that is news. Says whether it is.
-    pub fn awaits(&mut self, what: &str, now: Moment) -> bool {
+    pub fn awaits(&mut self, what: &str, now: Timestamp) -> bool {
         let news = self.awaiting.as_ref().is_none_or(|last| last.what != what);
         if news {
             self.awaiting = Some(Awaiting {
@@ -321,7 +320,7 @@ impl Record {
     }
 
     /// Notes a verdict for which the domain was not looked at, or not changed.
-    pub fn end(&mut self, verdict: Verdict, message: impl Into<String>, now: Moment) {
+    pub fn end(&mut self, verdict: Verdict, message: impl Into<String>, now: Timestamp) {
         self.state = State::Done;
         self.finished = Some(now);
         self.awaiting = None;
@@ -330,7 +329,7 @@ impl Record {
     }
 
     /// Notes the outcome. A second one puts the first right.
-    pub fn conclude(&mut self, outcome: Outcome, now: Moment) {
+    pub fn conclude(&mut self, outcome: Outcome, now: Timestamp) {
         match self.finished {
             None => self.finished = Some(now),
             Some(_) => self.corrected = Some(now),

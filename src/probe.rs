@@ -10,9 +10,9 @@ use crate::capability::eim::{dry_run_domain, from_native_arguments};
 use crate::capability::{
     Capabilities, CpuDefinition, DomainCapabilities, Eim, NodeFacts, Version, is_q35, is_x86,
 };
-use crate::domain::Needs;
+use crate::domain::NodeRequirements;
 use crate::host;
-use crate::hypervisor::{DomainCapabilitiesQuery, Hypervisor, HypervisorError, Versions};
+use crate::hypervisor::{CallError, DomainCapabilitiesQuery, NodeSource, Versions};
 use crate::label::{InUse, Source};
 use crate::telemetry::Metrics;
 use crate::telemetry::metrics::now_seconds;
@@ -37,7 +37,7 @@ pub struct Failure {
 }
 
 /// The answer to a call, or why there is none.
-fn called<T>(source: Source, answer: Result<T, HypervisorError>) -> Result<T, Failure> {
+fn called<T>(source: Source, answer: Result<T, CallError>) -> Result<T, Failure> {
     answer.map_err(|error| Failure {
         source,
         code: error.code(),
@@ -89,7 +89,7 @@ pub struct Prober<H> {
     dry_run: Option<(Versions, Option<Eim>)>,
 }
 
-impl<H: Hypervisor> Prober<H> {
+impl<H: NodeSource> Prober<H> {
     /// For a hypervisor, and a host whose file system begins at `root`.
     pub fn new(hypervisor: Arc<H>, metrics: Arc<Metrics>, root: PathBuf) -> Self {
         Self {
@@ -205,7 +205,7 @@ impl<H: Hypervisor> Prober<H> {
             return;
         };
         let answer = self.hypervisor.baseline_cpu(query.clone(), cpu).await;
-        if let Err(HypervisorError::Unsupported { message, .. }) = &answer {
+        if let Err(CallError::Unsupported { message, .. }) = &answer {
             debug!(%message, "hypervisor-cpu-baseline has no answer here");
             self.succeeded(Source::CpuBaseline);
             return;
@@ -247,7 +247,7 @@ impl<H: Hypervisor> Prober<H> {
                 Err(_) => None,
             },
             // A libvirt that is slow with this one is not asked again at every probe.
-            Ok(_) | Err(HypervisorError::Timeout { .. }) => None,
+            Ok(_) | Err(CallError::Timeout { .. }) => None,
             Err(_) => return None,
         };
         self.dry_run = Some((versions, answer));
@@ -262,7 +262,7 @@ impl<H: Hypervisor> Prober<H> {
         reading.running_domains = Some(domains.len());
         for domain in domains {
             let name = format!("domain {}", domain.uuid);
-            let needs = Needs::parse(&name, domain.xml.as_bytes());
+            let needs = NodeRequirements::parse(&name, domain.xml.as_bytes());
             match understood(Source::Domains, needs) {
                 Ok(needs) => {
                     let in_use = InUse {
@@ -327,13 +327,13 @@ impl<H: Hypervisor> Prober<H> {
 }
 
 /// Whether libvirt understood the domain and would not start it.
-fn is_refusal(error: &HypervisorError) -> bool {
+fn is_refusal(error: &CallError) -> bool {
     matches!(
         error,
-        HypervisorError::Failed {
+        CallError::Failed {
             number: CONFIG_UNSUPPORTED,
             ..
-        } | HypervisorError::Unsupported { .. }
+        } | CallError::Unsupported { .. }
     )
 }
 

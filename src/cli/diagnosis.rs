@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use super::report::plain;
-use crate::diagnosis::{Diagnosis, Finding, Place, Remedy, Severity, Unseen};
+use crate::doctor::checks::{Diagnosis, Finding, Place, Remedy, Severity, Unseen};
 
 /// The widest line of words; commands stay whole, to be copied.
 const WIDTH: usize = 96;
@@ -219,7 +219,7 @@ fn unbroken(words: &str) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::diagnosis::Check;
+    use crate::doctor::checks::Check;
 
     fn finding(domain: Option<&str>, severity: Severity, command: &str) -> Finding {
         Finding {

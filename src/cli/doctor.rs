@@ -22,10 +22,10 @@ use super::output::{Output, print, print_value};
 use super::{Exit, runtime};
 use crate::config::Config;
 use crate::daemon::control_config;
-use crate::diagnosis::observed::Daemon;
-use crate::diagnosis::{Severity, diagnose};
+use crate::doctor::checks::observed::Daemon;
+use crate::doctor::checks::{Severity, diagnose};
 use crate::doctor::{Scope, look_over};
-use crate::hypervisor::{ControlConfig, Libvirt, LibvirtConfig, LibvirtControl};
+use crate::hypervisor::{ControlConfig, Libvirt, LibvirtConfig, LibvirtDomains};
 use crate::telemetry::Metrics;
 use crate::telemetry::metrics::now_seconds;
 
@@ -76,7 +76,7 @@ impl Doctor {
                 agent_lanes: 8,
                 ..control_config(config)
             };
-            let control = LibvirtControl::start(control, &metrics);
+            let control = LibvirtDomains::start(control, &metrics);
             let libvirt = Arc::new(Libvirt::start(libvirt, metrics));
             look_over(&scope, libvirt, &control, daemon).await
         });

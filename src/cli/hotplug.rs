@@ -21,7 +21,7 @@ use crate::daemon::api::{Operations, states};
 use crate::daemon::control_config;
 use crate::daemon::hotplug::Carried;
 use crate::hotplug::{HotplugRequest, Require};
-use crate::hypervisor::LibvirtControl;
+use crate::hypervisor::LibvirtDomains;
 use crate::operation::{AskedBy, DomainName, Order, Record};
 use crate::telemetry::{Metrics, now};
 use crate::units::Bytes;
@@ -152,7 +152,7 @@ async fn direct(
         );
     }
     let metrics = Arc::new(Metrics::new());
-    let control = LibvirtControl::start(control_config(config), &metrics);
+    let control = LibvirtDomains::start(control_config(config), &metrics);
     let (state, deep) = (&config.state_directory, config.deep_verify);
     let carried = Carried::start(Arc::new(control), state, deep, &metrics, None)?;
     let order = Order {

@@ -4,8 +4,9 @@ use std::fmt::Write;
 use std::time::Duration;
 
 pub(super) use crate::domain::plain;
-use crate::hotplug::{Extent, HotplugRequest, Moment};
+use crate::hotplug::{Amount, HotplugRequest};
 use crate::operation::{Awaiting, Record, State};
+use crate::units::Timestamp;
 
 /// The whole of an operation, when it has ended.
 pub(super) fn report(record: &Record) -> String {
@@ -75,7 +76,7 @@ fn write(text: &mut String, record: &Record) -> std::fmt::Result {
 }
 
 /// What is awaited at `now`, on one line.
-pub(super) fn progress(record: &Record, now: Moment) -> String {
+pub(super) fn progress(record: &Record, now: Timestamp) -> String {
     let name = plain(&record.domain.name);
     let since = record.awaiting.as_ref().map_or(record.created, since);
     let passed = now.since(since).as_secs();
@@ -86,7 +87,7 @@ pub(super) fn progress(record: &Record, now: Moment) -> String {
     )
 }
 
-fn since(awaiting: &Awaiting) -> Moment {
+fn since(awaiting: &Awaiting) -> Timestamp {
     awaiting.since
 }
 
@@ -110,10 +111,10 @@ pub(super) fn request(request: &HotplugRequest) -> String {
     }
 }
 
-fn thing(extent: Extent) -> &'static str {
+fn thing(extent: Amount) -> &'static str {
     match extent {
-        Extent::Vcpus { .. } => "vCPUs",
-        Extent::Memory { .. } => "memory",
+        Amount::Vcpus { .. } => "vCPUs",
+        Amount::Memory { .. } => "memory",
     }
 }
 
@@ -129,21 +130,21 @@ fn change(record: &Record) -> String {
     }
 }
 
-fn amount(extent: Extent) -> String {
+fn amount(extent: Amount) -> String {
     match extent {
-        Extent::Vcpus {
+        Amount::Vcpus {
             vcpus,
             online: None,
         } => vcpus.to_string(),
-        Extent::Vcpus {
+        Amount::Vcpus {
             vcpus,
             online: Some(online),
         } => format!("{vcpus} ({online} online)"),
-        Extent::Memory {
+        Amount::Memory {
             memory,
             guest_total: None,
         } => memory.to_string(),
-        Extent::Memory {
+        Amount::Memory {
             memory,
             guest_total: Some(total),
         } => format!("{memory} (the guest sees {total})"),
@@ -165,12 +166,12 @@ mod tests {
 
     const BEGIN: i64 = 1_795_260_166_250;
 
-    fn at(millis: i64) -> Moment {
-        Moment::from_millis(BEGIN + millis)
+    fn at(millis: i64) -> Timestamp {
+        Timestamp::from_millis(BEGIN + millis)
     }
 
-    fn vcpus(vcpus: u32, online: Option<u32>) -> Extent {
-        Extent::Vcpus { vcpus, online }
+    fn vcpus(vcpus: u32, online: Option<u32>) -> Amount {
+        Amount::Vcpus { vcpus, online }
     }
 
     fn asked(request: HotplugRequest) -> Record {
@@ -255,7 +256,7 @@ mod tests {
     fn a_success_is_told() {
         let size = Bytes::from_mib(1536).unwrap();
         let mut record = asked(HotplugRequest::Memory { size });
-        let memory = |mib, total| Extent::Memory {
+        let memory = |mib, total| Amount::Memory {
             memory: Bytes::from_mib(mib).unwrap(),
             guest_total: Bytes::from_mib(total),
         };
@@ -307,13 +308,13 @@ mod tests {
     #[test]
     fn an_error_of_the_hypervisor_is_quoted() {
         let mut record = refused();
-        record.verdict = Some(Verdict::HypervisorError);
+        record.verdict = Some(Verdict::CallError);
         record.message = Some("libvirt refused the call".into());
         record.hypervisor_error = Some("internal error: unable to execute QEMU command".into());
         record.diagnosis = None;
         record.evidence.truncate(1);
         insta::assert_snapshot!(report(&record), @r#"
-        HypervisorError: libvirt refused the call
+        CallError: libvirt refused the call
 
           domain     vm1 (9d6c5a4e-0c1f-4f0e-8a52-d9a5d0d3b1a7)
           vCPUs      1 (1 online) → 3 (1 online), asked for 3

@@ -12,8 +12,8 @@ use serde_json::{Value, json};
 
 use super::objects::{DomainHotplug, DomainHotplugStatus, NODE_LABEL};
 use super::{Cluster, ClusterError, FIELD_MANAGER, Object};
-use crate::hotplug::Moment;
 use crate::label::LabelValue;
+use crate::units::Timestamp;
 
 const RESOURCE: &str = "domainhotplugs.virtnode.io";
 
@@ -27,7 +27,7 @@ pub struct HotplugObject {
     /// Which version of it, as the API server counts.
     pub version: String,
     /// When it was made, to the second.
-    pub created: Moment,
+    pub created: Timestamp,
     /// How often its spec was changed, and once more.
     pub generation: i64,
     /// Whether it is about to go, and only a finalizer keeps it.
@@ -268,7 +268,7 @@ impl HotplugObject {
             version: metadata.resource_version.unwrap_or_default(),
             created: metadata
                 .creation_timestamp
-                .map_or(Moment::from_millis(0), |time| time.0.into()),
+                .map_or(Timestamp::from_millis(0), |time| time.0.into()),
             generation: metadata.generation.unwrap_or_default(),
             leaving: metadata.deletion_timestamp.is_some(),
             owned: owners

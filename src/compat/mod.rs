@@ -18,20 +18,20 @@ mod confirmation;
 mod definition;
 mod dry_run;
 mod finding;
-mod fit;
 mod offer;
+mod placement;
 mod requirement;
-mod target;
+mod rules;
 
 pub use affinity::{Affinity, Expression, Labels, Operator, Term};
 pub use confirmation::{Confirmation, CpuComparison, DryRun, confirm};
 pub use definition::Definition;
 pub use dry_run::dry_run_xml;
 pub use finding::{Answer, Code, Finding, Severity, Stage};
-pub use fit::{Fit, Headroom, MemoryRoom, VcpuRoom, fits};
 pub use offer::{Offer, OfferedMachine};
+pub use placement::{Candidate, NodeAnswer, State, Targets, Told, targets};
 pub use requirement::{
     Check, CpuRequirement, HostDevices, IoApic, Iommu, IommuModel, PciControllers, Requirement,
     Shape, VcpuRequirement,
 };
-pub use target::{Candidate, NodeAnswer, State, Targets, Told, targets};
+pub use rules::{Fit, Headroom, MemoryRoom, VcpuRoom, fits};

@@ -8,7 +8,7 @@
 //! After a restart the journal and the objects are brought together by the objects' uids: what the
 //! journal knows is not done again, and what it knows better is told.
 
-mod life;
+mod reconcile;
 mod request;
 mod shared;
 mod status;
@@ -26,7 +26,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
-use self::life::{Cause, Changing, Life};
+use self::reconcile::{Cause, Changing, Life};
 use self::request::Refusal;
 use self::shared::Shared;
 use self::status::{Hold, is_finished};
@@ -34,11 +34,11 @@ use crate::cluster::objects::Condition;
 use crate::cluster::objects::node_virtualization::HOTPLUG_OBJECTS_WATCHED;
 use crate::cluster::{ClusterError, HotplugChange, HotplugObject, HotplugObjects, Retry};
 use crate::executor::{Executor, SubmitError};
-use crate::hotplug::Moment;
-use crate::hypervisor::DomainControl;
+use crate::hypervisor::DomainBackend;
 use crate::operation::Record;
 use crate::publish::events::Events;
 use crate::telemetry::Metrics;
+use crate::units::Timestamp;
 
 /// So many errors of the watch in a row are worth telling.
 const WATCH_ERRORS: u32 = 3;
@@ -87,7 +87,7 @@ pub struct Controller<C> {
     known: HashMap<String, Known>,
     lives: JoinSet<()>,
     /// What could not be taken on yet, in the order in which it was made.
-    postponed: BTreeMap<(Moment, String), HotplugObject>,
+    postponed: BTreeMap<(Timestamp, String), HotplugObject>,
     /// Why.
     postponed_for: Option<SubmitError>,
     watch: Watch,
@@ -116,7 +116,7 @@ struct Watch {
     told: Option<&'static str>,
 }
 
-impl<C: DomainControl> Controller<C> {
+impl<C: DomainBackend> Controller<C> {
     /// Nothing is asked before [`Self::run`].
     pub fn new(
         objects: HotplugObjects,
@@ -497,7 +497,7 @@ fn tell(node: &str, error: &ClusterError, blocked: Option<Blocked>) {
 }
 
 /// Where an object stands among others.
-fn place(object: &HotplugObject) -> (Moment, String) {
+fn place(object: &HotplugObject) -> (Timestamp, String) {
     (object.created, object.name.clone())
 }
 

@@ -182,14 +182,15 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::hotplug::{Moment, Require};
+    use crate::hotplug::Require;
+    use crate::units::Timestamp;
 
     fn object(spec: Value) -> HotplugObject {
         HotplugObject {
             name: "vm1-to-4".into(),
             uid: "0b9f2f3c".into(),
             version: "7".into(),
-            created: Moment::from_millis(0),
+            created: Timestamp::from_millis(0),
             generation: 1,
             leaving: false,
             owned: false,

@@ -5,14 +5,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use jiff::Timestamp;
 use tokio::sync::{Notify, Semaphore};
 use tokio::time::Instant;
 
 use crate::cluster::{ClusterError, Happening, HappeningKind, HotplugObjects, Retry, Target};
-use crate::hotplug::Moment;
 use crate::publish::events::Events;
 use crate::telemetry::Metrics;
+use crate::units::Timestamp;
 
 /// So many calls to the API server are under way at once.
 const CALLS: usize = 4;
@@ -149,6 +148,6 @@ pub(super) fn is_gone(error: &ClusterError) -> bool {
 }
 
 /// The time as objects have it.
-pub(super) fn now() -> Moment {
-    Timestamp::now().into()
+pub(super) fn now() -> Timestamp {
+    jiff::Timestamp::now().into()
 }

@@ -7,8 +7,9 @@ use crate::cluster::HappeningKind;
 use crate::cluster::objects::domain_hotplug::Witness;
 use crate::cluster::objects::{Condition, DomainHotplugStatus};
 use crate::executor::SubmitError;
-use crate::hotplug::{Moment, Verdict};
+use crate::hotplug::Verdict;
 use crate::operation::{Record, State};
+use crate::units::Timestamp;
 
 /// How much evidence a status holds; an object of the cluster has bounds, the journal has all of it.
 const MOST_EVIDENCE: usize = 200;
@@ -43,7 +44,7 @@ impl Hold {
 }
 
 /// The status of an object that was not taken on.
-pub(super) fn held(hold: &Hold, generation: i64, now: Moment) -> DomainHotplugStatus {
+pub(super) fn held(hold: &Hold, generation: i64, now: Timestamp) -> DomainHotplugStatus {
     let (accepted, reason) = hold.condition();
     let message = hold.message();
     let succeeded = match hold {
@@ -145,7 +146,7 @@ struct Conditions {
 }
 
 impl Conditions {
-    fn and(mut self, kind: &str, status: &str, reason: &str, message: &str, at: Moment) -> Self {
+    fn and(mut self, kind: &str, status: &str, reason: &str, message: &str, at: Timestamp) -> Self {
         self.all.push(Condition {
             kind: kind.to_owned(),
             status: status.to_owned(),
@@ -167,7 +168,7 @@ pub(super) fn is_finished(status: &DomainHotplugStatus) -> bool {
 pub(super) fn expires(
     status: &DomainHotplugStatus,
     time_to_live: Option<Duration>,
-) -> Option<Moment> {
+) -> Option<Timestamp> {
     let was_refused = || Some(refused(status)?.last_transition_time);
     let ended = status.completion_time.or_else(was_refused)?;
     Some(ended.after(time_to_live?))

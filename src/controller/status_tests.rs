@@ -1,11 +1,11 @@
 use serde_json::json;
 
 use super::*;
-use crate::hotplug::{Diagnosis, Evidence, Extent, HotplugRequest, Outcome, Require, Source};
+use crate::hotplug::{Amount, Diagnosis, Evidence, HotplugRequest, Outcome, Require, Source};
 use crate::operation::{AskedBy, OperationId, Order};
 
-fn at(seconds: i64) -> Moment {
-    Moment::from_millis(1_795_260_166_250 + seconds * 1000)
+fn at(seconds: i64) -> Timestamp {
+    Timestamp::from_millis(1_795_260_166_250 + seconds * 1000)
 }
 
 fn asked() -> Record {
@@ -27,7 +27,7 @@ fn asked() -> Record {
 }
 
 fn ended(verdict: Verdict) -> Record {
-    let vcpus = |vcpus| Extent::Vcpus {
+    let vcpus = |vcpus| Amount::Vcpus {
         vcpus,
         online: Some(1),
     };
@@ -214,7 +214,7 @@ fn an_object_goes_some_time_after_its_end() {
 
 #[test]
 fn a_status_has_bounds() {
-    let mut record = ended(Verdict::HypervisorError);
+    let mut record = ended(Verdict::CallError);
     record.message = Some("é".repeat(100_000));
     let one = record.evidence[0].clone();
     record.evidence = (0..10_000)

@@ -12,14 +12,14 @@ use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
-use super::parts::Parts;
+use super::tasks::Parts;
 use crate::cluster::objects::Condition;
 use crate::cluster::objects::node_virtualization::HOTPLUG_OBJECTS_WATCHED;
 use crate::cluster::{Cluster, HotplugObjects};
 use crate::config::Config;
 use crate::controller::{self, Controller};
 use crate::executor::Executor;
-use crate::hypervisor::{DomainControl, Hypervisor};
+use crate::hypervisor::{DomainBackend, NodeSource};
 use crate::label::{LabelKey, LabelSet, LabelValue};
 use crate::labeller::Outlets;
 use crate::publish::events::Events;
@@ -64,7 +64,7 @@ impl OnNode {
     }
 
     /// Starts the controller of DomainHotplug objects. Says whether they are seen, as it learns.
-    pub(super) fn control<C: DomainControl>(
+    pub(super) fn control<C: DomainBackend>(
         &self,
         executor: Arc<Executor<C>>,
         parts: &mut Parts,
@@ -89,7 +89,7 @@ impl OnNode {
     /// Starts the publishers of labels and of the `NodeVirtualization`, which get what they publish
     /// through `outlets`, and the news of the hypervisor. What was published is kept in the state
     /// directory. Says how the labels do.
-    pub(super) fn publish<H: Hypervisor>(
+    pub(super) fn publish<H: NodeSource>(
         self,
         config: &Config,
         hypervisor: &Arc<H>,

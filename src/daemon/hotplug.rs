@@ -11,7 +11,7 @@ use tokio::sync::watch;
 use super::api::Operations;
 use crate::executor::{Executor, Listener, Options, SubmitError};
 use crate::host;
-use crate::hypervisor::DomainControl;
+use crate::hypervisor::DomainBackend;
 use crate::journal::Journal;
 use crate::operation::{OperationId, Order, Record};
 use crate::publish::events::Events;
@@ -21,7 +21,7 @@ use crate::telemetry::Metrics;
 /// An executor as the local API uses it.
 pub struct Carried<C>(Arc<Executor<C>>);
 
-impl<C: DomainControl> Carried<C> {
+impl<C: DomainBackend> Carried<C> {
     /// Starts an executor with its journal below the state directory. What the journal holds
     /// unfinished is taken up. `deep_verify` taints the domains that are changed. What does not end
     /// well is told on the Node, if there is one.
@@ -75,7 +75,7 @@ impl<C: DomainControl> Carried<C> {
 /// The journal changes with each operation; its size need not be to the second.
 const COUNT_EVERY: Duration = Duration::from_secs(15);
 
-impl<C: DomainControl> Operations for Carried<C> {
+impl<C: DomainBackend> Operations for Carried<C> {
     async fn submit(&self, order: Order) -> Result<OperationId, SubmitError> {
         self.0.submit(order).await
     }

@@ -6,8 +6,8 @@ mod health;
 pub mod hotplug;
 mod http;
 mod listener;
-mod parts;
 mod socket;
+mod tasks;
 
 use std::io::IsTerminal;
 use std::path::Path;
@@ -24,12 +24,12 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info};
 
 use self::cluster::OnNode;
-use self::parts::Parts;
+use self::tasks::Parts;
 use crate::cluster::{Cluster, ClusterConfig};
 use crate::config::{Config, ConfigError, Target};
 use crate::doctor::{Doctor, Scope};
 use crate::executor::Executor;
-use crate::hypervisor::{ControlConfig, Libvirt, LibvirtConfig, LibvirtControl};
+use crate::hypervisor::{ControlConfig, Libvirt, LibvirtConfig, LibvirtDomains};
 use crate::labeller::{Labeller, Outlets};
 use crate::monitor::Monitor;
 use crate::publish::events::Events;
@@ -109,7 +109,7 @@ async fn start(config: &Config, listener: TcpListener, parts: &mut Parts) -> any
     let metrics = Arc::new(Metrics::new());
     let libvirt = libvirt_config(config);
     let hypervisor = Arc::new(Libvirt::start(libvirt, Arc::clone(&metrics)));
-    let control = Arc::new(LibvirtControl::start(control_config(config), &metrics));
+    let control = Arc::new(LibvirtDomains::start(control_config(config), &metrics));
     let on_node = match config.publishes_to(Target::Node) {
         true => {
             let cluster = Cluster::connect(cluster_config(config)?).await?;
@@ -197,11 +197,11 @@ pub(crate) fn control_config(config: &Config) -> ControlConfig {
 /// Labels do not wait for a socket or a journal that cannot be made: that is told here.
 fn start_hotplug(
     config: &Config,
-    control: &Arc<LibvirtControl>,
+    control: &Arc<LibvirtDomains>,
     metrics: &Arc<Metrics>,
     events: Option<(Events, ObjectReference)>,
     parts: &mut Parts,
-) -> anyhow::Result<Option<Arc<Executor<LibvirtControl>>>> {
+) -> anyhow::Result<Option<Arc<Executor<LibvirtDomains>>>> {
     let started = serve_operations(config, control, metrics, events, parts);
     if let Err(error) = &started {
         error!("hotplug is off until the next start: {error:#}");
@@ -211,11 +211,11 @@ fn start_hotplug(
 
 fn serve_operations(
     config: &Config,
-    control: &Arc<LibvirtControl>,
+    control: &Arc<LibvirtDomains>,
     metrics: &Arc<Metrics>,
     events: Option<(Events, ObjectReference)>,
     parts: &mut Parts,
-) -> anyhow::Result<Option<Arc<Executor<LibvirtControl>>>> {
+) -> anyhow::Result<Option<Arc<Executor<LibvirtDomains>>>> {
     // First: it also keeps a second daemon away from the journal.
     let gid = config.allowed_gids.first().copied();
     let socket = api::bind(&config.socket, gid)

@@ -2,7 +2,7 @@
 
 use crate::domain::device_xml;
 use crate::hotplug::{Action, Return};
-use crate::hypervisor::{DomainControl, DomainId, HypervisorError, Scope};
+use crate::hypervisor::{CallError, DomainBackend, DomainRef, Scope};
 
 /// libvirt's error numbers (virterror.h), for errors that carry none here.
 const NO_SUPPORT: u32 = 3;
@@ -16,9 +16,9 @@ const ACCESS_DENIED: u32 = 88;
 const LOCKED: &str = "state change lock";
 
 /// Makes a call and says how it came back.
-pub(super) async fn make<C: DomainControl>(
+pub(super) async fn make<C: DomainBackend>(
     control: &C,
-    domain: &DomainId,
+    domain: &DomainRef,
     action: &Action,
 ) -> Return {
     let result = match action {
@@ -40,26 +40,24 @@ pub(super) async fn make<C: DomainControl>(
     }
 }
 
-fn returned(error: HypervisorError) -> Return {
+fn returned(error: CallError) -> Return {
     let failed = |number, message| Return::Failed { number, message };
     match error {
-        HypervisorError::Unavailable(_) => Return::Lost,
-        HypervisorError::Timeout { .. } => Return::Overdue,
-        HypervisorError::Unsupported { message, .. } => failed(NO_SUPPORT, message),
-        HypervisorError::Denied { message, .. } => failed(ACCESS_DENIED, message),
-        HypervisorError::DomainNotFound(message) => failed(NO_DOMAIN, message),
-        HypervisorError::DomainNotRunning(message) => failed(
+        CallError::Unavailable(_) => Return::Lost,
+        CallError::Timeout { .. } => Return::Overdue,
+        CallError::Unsupported { message, .. } => failed(NO_SUPPORT, message),
+        CallError::Denied { message, .. } => failed(ACCESS_DENIED, message),
+        CallError::DomainNotFound(message) => failed(NO_DOMAIN, message),
+        CallError::DomainNotRunning(message) => failed(
             OPERATION_INVALID,
             with_words(message, "domain is not running"),
         ),
-        HypervisorError::AgentUnavailable { message, .. } => failed(AGENT_UNRESPONSIVE, message),
-        HypervisorError::UnplugPending { message, .. } => {
+        CallError::AgentUnavailable { message, .. } => failed(AGENT_UNRESPONSIVE, message),
+        CallError::UnplugPending { message, .. } => {
             failed(OPERATION_TIMEOUT, with_words(message, "unplug timed out"))
         }
-        HypervisorError::Busy { message, .. } => {
-            failed(OPERATION_TIMEOUT, with_words(message, LOCKED))
-        }
-        HypervisorError::Failed {
+        CallError::Busy { message, .. } => failed(OPERATION_TIMEOUT, with_words(message, LOCKED)),
+        CallError::Failed {
             number, message, ..
         } => failed(number, message),
     }

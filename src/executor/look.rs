@@ -9,7 +9,7 @@ use super::clock::Clock;
 use super::options::Options;
 use crate::domain::Domain;
 use crate::hotplug::{Agent, Contact, Observation, Ost};
-use crate::hypervisor::{DomainControl, DomainId, HypervisorError, LiveDomain};
+use crate::hypervisor::{CallError, DomainBackend, DomainRef, LiveDomain};
 
 /// An agent that did not answer is not asked again for so long: each question takes a place that
 /// others may need.
@@ -18,7 +18,7 @@ const AGENT_REST: Duration = Duration::from_secs(2);
 /// Looks at one domain, again and again.
 pub(super) struct Looks<C> {
     control: Arc<C>,
-    domain: DomainId,
+    domain: DomainRef,
     clock: Clock,
     look_deadline: Duration,
     agent_deadline: Duration,
@@ -40,10 +40,10 @@ pub(super) struct Look {
     pub(super) agent: Option<SilentAgent>,
 }
 
-impl<C: DomainControl> Looks<C> {
+impl<C: DomainBackend> Looks<C> {
     pub(super) fn new(
         control: Arc<C>,
-        domain: DomainId,
+        domain: DomainRef,
         clock: Clock,
         options: &Options,
         asks_agent: bool,
@@ -75,7 +75,7 @@ impl<C: DomainControl> Looks<C> {
         let stats = stats.ok().and_then(Result::ok);
         let live = match live {
             Ok(Ok(live)) => live,
-            Ok(Err(HypervisorError::Busy { .. })) | Err(_) if stats.is_some() => {
+            Ok(Err(CallError::Busy { .. })) | Err(_) if stats.is_some() => {
                 return Err(Contact::Held);
             }
             Ok(Err(error)) => return Err(contact(error)),
@@ -139,9 +139,9 @@ fn parse(live: &LiveDomain) -> Result<Domain, Contact> {
 }
 
 /// What an error means about the domain.
-pub(super) fn contact(error: HypervisorError) -> Contact {
+pub(super) fn contact(error: CallError) -> Contact {
     match error {
-        HypervisorError::DomainNotFound(_) => Contact::Absent,
+        CallError::DomainNotFound(_) => Contact::Absent,
         error => Contact::Unreachable(error.to_string()),
     }
 }

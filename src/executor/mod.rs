@@ -11,12 +11,12 @@
 
 mod call;
 mod clock;
-mod lines;
 mod look;
 mod options;
 mod pursuit;
+mod queues;
+mod registry;
 mod run;
-mod table;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -28,10 +28,10 @@ use tokio_util::task::TaskTracker;
 use tracing::{error, info};
 
 use self::clock::Clock;
-use self::lines::Lines;
 pub use self::options::{AvailableMemory, Listener, Options};
-use self::table::{Table, Taken};
-use crate::hypervisor::DomainControl;
+use self::queues::Queues;
+use self::registry::{Registry, Taken};
+use crate::hypervisor::DomainBackend;
 use crate::journal::{Entry, Journal, JournalError};
 pub use crate::operation::{
     AskedBy, Awaiting, DomainName, NotADomainName, NotAnOperationId, OperationId, Order, Record,
@@ -80,17 +80,17 @@ pub struct Executor<C> {
     options: Options,
     listener: Box<dyn Listener>,
     clock: Clock,
-    table: Mutex<Table>,
+    table: Mutex<Registry>,
     /// Who waits for a text to become a domain, and who for the domain.
-    names: Arc<Lines>,
-    domains: Arc<Lines>,
+    names: Arc<Queues>,
+    domains: Arc<Queues>,
     /// The operation of each domain that is watched after its verdict.
     followed: Mutex<HashMap<String, (OperationId, CancellationToken)>>,
     tasks: TaskTracker,
     stop: CancellationToken,
 }
 
-impl<C: DomainControl> Executor<C> {
+impl<C: DomainBackend> Executor<C> {
     /// Takes up what the journal holds unfinished, and is ready for more. To be called within a
     /// tokio runtime.
     ///
@@ -216,7 +216,7 @@ impl<C: DomainControl> Executor<C> {
         self.tasks.wait().await;
     }
 
-    fn table(&self) -> MutexGuard<'_, Table> {
+    fn table(&self) -> MutexGuard<'_, Registry> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -9,13 +9,13 @@ use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use super::call;
-use super::lines::Place;
 use super::look::{Look, Looks, SilentAgent};
+use super::queues::Ticket;
 use super::run::{Operation, Pauses, WHY};
 use crate::hotplug::{
     Action, Contact, Event, History, Outcome, Return, Step, Verdict, judge, settle,
 };
-use crate::hypervisor::{Change, DomainControl, DomainId, Notice, Notices};
+use crate::hypervisor::{Change, DomainBackend, DomainRef, Notice, Notices};
 
 /// So long before the deadline there is a last look, so that the verdict is about what is.
 const LAST_LOOK: Duration = Duration::from_millis(250);
@@ -32,7 +32,7 @@ const FOLLOW_PAUSES: (Duration, Duration) = (Duration::from_secs(1), Duration::f
 /// An operation whose domain is known and looked at.
 pub(super) struct Pursuit<C> {
     operation: Operation<C>,
-    domain: DomainId,
+    domain: DomainRef,
     looks: Arc<Looks<C>>,
     notices: Option<Notices>,
     history: History,
@@ -52,10 +52,10 @@ pub(super) struct Pursuit<C> {
     saved: Instant,
 }
 
-impl<C: DomainControl> Pursuit<C> {
+impl<C: DomainBackend> Pursuit<C> {
     pub(super) fn new(
         operation: Operation<C>,
-        domain: DomainId,
+        domain: DomainRef,
         looks: Arc<Looks<C>>,
         notices: Notices,
         history: History,
@@ -85,7 +85,7 @@ impl<C: DomainControl> Pursuit<C> {
 
     /// Goes on until there is a verdict, and puts it right later if the guest follows. The place
     /// is given up when nothing of this operation runs any more.
-    pub(super) async fn run(mut self, place: Place) {
+    pub(super) async fn run(mut self, place: Ticket) {
         self.take_notices();
         let outcome = match self.pursue().await {
             Ok(outcome) => outcome,
@@ -267,7 +267,7 @@ impl<C: DomainControl> Pursuit<C> {
         }
     }
 
-    fn happened(&mut self, at: crate::hotplug::Moment, event: Event) {
+    fn happened(&mut self, at: crate::units::Timestamp, event: Event) {
         self.history.happened(at, event);
         self.heard = Instant::now();
         self.unsaved = true;

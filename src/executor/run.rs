@@ -10,15 +10,13 @@ use tracing::info;
 
 use super::Executor;
 use super::clock::Clock;
-use super::lines::Place;
 use super::look::{Look, Looks, SilentAgent, contact};
 use super::pursuit::Pursuit;
+use super::queues::Ticket;
 use crate::hotplug::{
     Contact, Event, History, Host, HotplugRequest, Preflight, Terms, Verdict, extent, preflight,
 };
-use crate::hypervisor::{
-    Change, Connection, DomainControl, DomainId, HypervisorError, Notice, Notices,
-};
+use crate::hypervisor::{CallError, Change, Connection, DomainBackend, DomainRef, Notice, Notices};
 use crate::journal::Entry;
 use crate::operation::{OperationId, Record, State};
 
@@ -39,7 +37,7 @@ pub(super) struct Operation<C> {
 
 /// What must happen before the domain can be changed.
 enum Found {
-    Domain(DomainId, Place),
+    Domain(DomainRef, Ticket),
     Nothing,
 }
 
@@ -52,7 +50,7 @@ enum Prepared {
     Gone,
 }
 
-impl<C: DomainControl> Executor<C> {
+impl<C: DomainBackend> Executor<C> {
     /// Takes up what an earlier life of this program left.
     pub(super) fn resume(self: &Arc<Self>, entry: Entry, ticket: u64) {
         if entry.record.is_done() {
@@ -78,7 +76,7 @@ impl<C: DomainControl> Executor<C> {
         let Some(mut history) = entry.history.take() else {
             return;
         };
-        let domain = DomainId {
+        let domain = DomainRef {
             name: record.domain.name.clone(),
             uuid: uuid.clone(),
         };
@@ -99,7 +97,7 @@ impl<C: DomainControl> Executor<C> {
     }
 
     /// Carries an operation out, or as far as there is time before this program ends.
-    pub(super) async fn run(self: Arc<Self>, entry: Entry, place: Place, ticket: u64) {
+    pub(super) async fn run(self: Arc<Self>, entry: Entry, place: Ticket, ticket: u64) {
         let stop = self.stop.clone();
         let clock = self.clock.not_before(latest(&entry));
         let operation = Operation::new(self, entry, clock);
@@ -111,7 +109,7 @@ impl<C: DomainControl> Executor<C> {
     }
 
     /// Ends the watching of a domain's earlier operation.
-    fn unfollow(&self, domain: &DomainId) {
+    fn unfollow(&self, domain: &DomainRef) {
         let followed = self.followed().remove(&domain.uuid);
         if let Some((_, token)) = followed {
             token.cancel();
@@ -119,7 +117,7 @@ impl<C: DomainControl> Executor<C> {
     }
 
     /// Notes that this operation is watched; `None` if as many are as may be.
-    pub(super) fn follow(&self, domain: &DomainId, record: &Record) -> Option<CancellationToken> {
+    pub(super) fn follow(&self, domain: &DomainRef, record: &Record) -> Option<CancellationToken> {
         let mut followed = self.followed();
         if followed.len() >= self.options.most_followed {
             return None;
@@ -130,7 +128,7 @@ impl<C: DomainControl> Executor<C> {
     }
 
     /// Notes that this operation is watched no more.
-    pub(super) fn followed_to_the_end(&self, domain: &DomainId, record: &Record) {
+    pub(super) fn followed_to_the_end(&self, domain: &DomainRef, record: &Record) {
         let mut followed = self.followed();
         if followed
             .get(&domain.uuid)
@@ -154,15 +152,15 @@ pub(super) fn last_of_each_domain(entries: &[Entry]) -> HashSet<OperationId> {
     last.into_values().map(|(_, id)| id.clone()).collect()
 }
 
-fn no_answer(after: Duration) -> HypervisorError {
-    HypervisorError::Timeout {
+fn no_answer(after: Duration) -> CallError {
+    CallError::Timeout {
         call: "find-domain",
         after,
     }
 }
 
 /// The last moment that an entry knows: a clock that was put back must not be before it.
-fn latest(entry: &Entry) -> crate::hotplug::Moment {
+fn latest(entry: &Entry) -> crate::units::Timestamp {
     let history = entry.history.as_ref();
     let seen = history.map(|history| history.latest().at);
     let called = history.and_then(|history| {
@@ -178,7 +176,7 @@ fn latest(entry: &Entry) -> crate::hotplug::Moment {
         .fold(record.created, Ord::max)
 }
 
-impl<C: DomainControl> Operation<C> {
+impl<C: DomainBackend> Operation<C> {
     fn new(executor: Arc<Executor<C>>, entry: Entry, clock: Clock) -> Self {
         Self {
             executor,
@@ -188,7 +186,7 @@ impl<C: DomainControl> Operation<C> {
         }
     }
 
-    fn looks(&self, domain: &DomainId) -> Arc<Looks<C>> {
+    fn looks(&self, domain: &DomainRef) -> Arc<Looks<C>> {
         let asks_agent = matches!(self.entry.order.request, HotplugRequest::Vcpus { .. });
         Arc::new(Looks::new(
             Arc::clone(&self.executor.control),
@@ -199,7 +197,7 @@ impl<C: DomainControl> Operation<C> {
         ))
     }
 
-    async fn run(mut self, place: Place, ticket: u64) {
+    async fn run(mut self, place: Ticket, ticket: u64) {
         let deadline = self.deadline();
         let record = &self.entry.record;
         if self.entry.history.is_none() && self.clock.now() >= record.deadline {
@@ -233,7 +231,7 @@ impl<C: DomainControl> Operation<C> {
     }
 
     /// Finds the domain and takes a place in its line.
-    async fn find(&mut self, place: Place, ticket: u64) -> Found {
+    async fn find(&mut self, place: Ticket, ticket: u64) -> Found {
         place.turn().await;
         let control = Arc::clone(&self.executor.control);
         let target = &self.entry.record.domain;
@@ -312,7 +310,7 @@ impl<C: DomainControl> Operation<C> {
     }
 
     /// It is this operation's turn.
-    async fn begin(mut self, domain: DomainId, place: Place, deadline: Instant) {
+    async fn begin(mut self, domain: DomainRef, place: Ticket, deadline: Instant) {
         self.executor.unfollow(&domain);
         // Before the first look, so that nothing is missed between it and the call.
         let mut notices = self.executor.control.notices();
@@ -347,7 +345,7 @@ impl<C: DomainControl> Operation<C> {
     }
 
     /// The domain ended after it had been found, and before anything was called.
-    async fn gone(&mut self, domain: &DomainId, notices: &mut Notices) {
+    async fn gone(&mut self, domain: &DomainRef, notices: &mut Notices) {
         // An event and an answer come by different connections.
         let patience = if self.hears() { WHY } else { Duration::ZERO };
         let told = timeout(patience, async {

@@ -11,8 +11,8 @@ use nix::sys::stat::{major, minor};
 use nix::unistd::{AccessFlags, Uid, access};
 
 use super::{NESTED, entries, exists, is_on, kvm, text};
-use crate::diagnosis::GIVEN_SOCKET;
-use crate::diagnosis::observed::{
+use crate::doctor::checks::GIVEN_SOCKET;
+use crate::doctor::checks::observed::{
     Accounts, Answer, BootLoader, Cpu, Device, Host, HugePages, Iommu, Kvm, OpenError, Socket, Vfio,
 };
 use crate::units::{Bytes, KiB};

@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::Moment;
+use crate::units::Timestamp;
 
 /// Where a piece of evidence comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -61,7 +61,7 @@ pub struct Evidence {
     /// What was seen, in a few words.
     pub detail: String,
     /// When it was seen.
-    pub time: Moment,
+    pub time: Timestamp,
 }
 
 #[cfg(test)]

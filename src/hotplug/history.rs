@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Action, Event, HotplugRequest, Moment, Observation, Ost, Plan, Terms};
+use super::{Action, Event, HotplugRequest, Observation, Ost, Plan, Terms};
+use crate::units::Timestamp;
 
 /// Bounds for what is kept; an operation that takes its time is looked at many times.
 const MOST_OBSERVATIONS: usize = 96;
@@ -27,9 +28,9 @@ pub struct History {
     /// Whether QEMU's own events reach us; without them ACPI's answers do not.
     pub monitor_events: bool,
     observations: Vec<Observation>,
-    events: Vec<(Moment, Event)>,
+    events: Vec<(Timestamp, Event)>,
     calls: Vec<Call>,
-    contact: Option<(Moment, Contact)>,
+    contact: Option<(Timestamp, Contact)>,
 }
 
 /// A call that was made.
@@ -38,9 +39,9 @@ pub struct Call {
     /// What was called.
     pub action: Action,
     /// When it was about to be called.
-    pub started: Moment,
+    pub started: Timestamp,
     /// When and how it came back; `None` while it runs.
-    pub returned: Option<(Moment, Return)>,
+    pub returned: Option<(Timestamp, Return)>,
 }
 
 /// How a call came back.
@@ -137,19 +138,19 @@ impl History {
     }
 
     /// Notes that the domain could not be looked at.
-    pub fn out_of_contact(&mut self, at: Moment, contact: Contact) {
+    pub fn out_of_contact(&mut self, at: Timestamp, contact: Contact) {
         self.contact = Some((at, contact));
     }
 
     /// Notes an event of this domain.
-    pub fn happened(&mut self, at: Moment, event: Event) {
+    pub fn happened(&mut self, at: Timestamp, event: Event) {
         if self.events.len() < MOST_EVENTS {
             self.events.push((at, event));
         }
     }
 
     /// Notes that a call is about to be made. To be written to the journal before it is made.
-    pub fn called(&mut self, at: Moment, action: Action) {
+    pub fn called(&mut self, at: Timestamp, action: Action) {
         if self.calls.len() < MOST_CALLS {
             self.calls.push(Call {
                 action,
@@ -160,7 +161,7 @@ impl History {
     }
 
     /// Notes how the last call came back. A call that was overdue may do so twice.
-    pub fn returned(&mut self, at: Moment, how: Return) {
+    pub fn returned(&mut self, at: Timestamp, how: Return) {
         if let Some(call) = self.calls.last_mut() {
             call.returned = Some((at, how));
         }
@@ -168,7 +169,7 @@ impl History {
 
     /// Notes that nobody will hear any more how the last call came back, if that is not known yet:
     /// who made it has ended.
-    pub fn lost(&mut self, at: Moment) {
+    pub fn lost(&mut self, at: Timestamp) {
         if self.running_call().is_some() {
             self.returned(at, Return::Lost);
         }
@@ -179,7 +180,7 @@ impl History {
     pub fn is_unsettled(&self) -> bool {
         self.calls
             .last()
-            .is_some_and(|call| super::trouble::is_unsettled(self, call))
+            .is_some_and(|call| super::lifecycle::is_unsettled(self, call))
     }
 
     /// The calls made, in order.
@@ -201,7 +202,7 @@ impl History {
     }
 
     /// How many looks were begun since that moment.
-    pub(super) fn looks_since(&self, moment: Moment) -> usize {
+    pub(super) fn looks_since(&self, moment: Timestamp) -> usize {
         let since = self.observations.iter().rev();
         since.take_while(|seen| seen.at >= moment).count()
     }
@@ -223,7 +224,7 @@ impl History {
     }
 
     /// From when on evidence counts: the first call; after a reset of the guest that.
-    pub(super) fn epoch(&self) -> Moment {
+    pub(super) fn epoch(&self) -> Timestamp {
         let start = self
             .calls
             .first()
@@ -233,14 +234,14 @@ impl History {
 
     /// Until when a guest that could act since `since` is given time. While the domain was
     /// paused it could not.
-    pub(super) fn patient_until(&self, since: Moment, patience: Duration) -> Moment {
+    pub(super) fn patient_until(&self, since: Timestamp, patience: Duration) -> Timestamp {
         let resumed = self.events().filter(|(_, event)| **event == Event::Resumed);
         let resumed = resumed.map(|(at, _)| at).max();
         resumed.map_or(since, |at| at.max(since)).after(patience)
     }
 
     /// When the guest was reset, if it was.
-    pub(super) fn reset(&self) -> Option<Moment> {
+    pub(super) fn reset(&self) -> Option<Timestamp> {
         self.events
             .iter()
             .rfind(|(at, event)| *event == Event::Reset && *at >= self.before.at)
@@ -272,13 +273,13 @@ impl History {
     }
 
     /// The events since the epoch began.
-    pub(super) fn events(&self) -> impl DoubleEndedIterator<Item = (Moment, &Event)> {
+    pub(super) fn events(&self) -> impl DoubleEndedIterator<Item = (Timestamp, &Event)> {
         let epoch = self.epoch();
         self.all_events().filter(move |(at, _)| *at >= epoch)
     }
 
     /// All events since the operation began.
-    pub(super) fn all_events(&self) -> impl DoubleEndedIterator<Item = (Moment, &Event)> {
+    pub(super) fn all_events(&self) -> impl DoubleEndedIterator<Item = (Timestamp, &Event)> {
         self.events
             .iter()
             .filter(|(at, _)| *at >= self.before.at)
@@ -307,7 +308,7 @@ impl History {
     }
 
     /// Whether the time is over.
-    pub(super) fn is_over(&self, now: Moment) -> bool {
+    pub(super) fn is_over(&self, now: Timestamp) -> bool {
         now >= self.terms.deadline
     }
 }

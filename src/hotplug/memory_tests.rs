@@ -19,7 +19,7 @@ fn virtio_mem_is_verified_both_ways() {
             .message
             .starts_with("512MiB added, and the guest's own total shows it")
     );
-    let after = Extent::Memory {
+    let after = Amount::Memory {
         memory: mib(1024),
         guest_total: Some(mib(916)),
     };

@@ -33,7 +33,10 @@ mod infeasible;
 mod memory;
 #[cfg(test)]
 mod memory_tests;
-mod moment;
+
+mod lifecycle;
+#[cfg(test)]
+mod lifecycle_tests;
 mod observation;
 mod outcome;
 mod plan;
@@ -42,10 +45,7 @@ mod property_tests;
 mod request;
 #[cfg(test)]
 mod simulation;
-mod trail;
-mod trouble;
-#[cfg(test)]
-mod trouble_tests;
+mod timeline;
 #[cfg(test)]
 mod unplug_tests;
 mod vcpus;
@@ -57,16 +57,17 @@ pub use event::{Answer, Event, NotAnEvent, Ost, SlotKind};
 pub use evidence::{Evidence, Source};
 pub use history::{Call, Contact, History, Return};
 pub use infeasible::Infeasible;
-pub use moment::Moment;
+
 pub use observation::{Agent, GuestVcpus, Host, Observation};
-pub use outcome::{Diagnosis, Extent, Outcome, Step};
+pub use outcome::{Amount, Diagnosis, Outcome, Step};
 pub use plan::{Action, Plan, Preflight, Rejection};
 pub use request::{HotplugRequest, NotALevel, Patience, Require, Terms};
 pub use verdict::{NotAVerdict, Verdict};
 
 use outcome::{Finding, Ruling};
 
-use crate::domain::Reason;
+use crate::domain::PauseReason;
+use crate::units::Timestamp;
 
 /// Whether a request can be done, and how. `seen` is what the domain is like now.
 ///
@@ -94,7 +95,9 @@ pub fn preflight(request: &HotplugRequest, seen: &Observation, host: &Host) -> P
         }
         _ if state.runs() => Preflight::Ready(plan),
         // Many a job pauses the domain, and is over a moment before the domain runs again.
-        _ if seen.reason.is_some_and(Reason::ends_by_itself) => Preflight::Blocked(seen.awaiting()),
+        _ if seen.reason.is_some_and(PauseReason::ends_by_itself) => {
+            Preflight::Blocked(seen.awaiting())
+        }
         _ => not_running(seen),
     }
 }
@@ -104,7 +107,7 @@ pub fn preflight(request: &HotplugRequest, seen: &Observation, host: &Host) -> P
 ///
 /// After a verdict that [may change](Verdict::may_change), call it again with what is seen later:
 /// a record is put right when the answer is `Verified`.
-pub fn judge(history: &History, now: Moment) -> Step {
+pub fn judge(history: &History, now: Timestamp) -> Step {
     let finding = match rule(history, now) {
         Ruling::Call(action) => return Step::Call(action),
         Ruling::Found(finding) => finding,
@@ -118,14 +121,14 @@ pub fn judge(history: &History, now: Moment) -> Step {
             format!("the deadline passed while waiting for {awaiting}"),
         ),
     };
-    let (trail, before, after) = match history.request {
+    let (timeline, before, after) = match history.request {
         HotplugRequest::Vcpus { .. } => (
-            vcpus::trail(history),
+            vcpus::timeline(history),
             vcpus::extent(&history.before),
             vcpus::extent(history.latest()),
         ),
         HotplugRequest::Memory { .. } => (
-            memory::trail(history),
+            memory::timeline(history),
             memory::extent(&history.before),
             memory::extent(history.latest()),
         ),
@@ -136,7 +139,7 @@ pub fn judge(history: &History, now: Moment) -> Step {
         before,
         requested: history.request.extent(),
         after,
-        evidence: trail,
+        evidence: timeline,
         hypervisor_error: history.last_error(),
         diagnosis: finding.diagnosis,
     }))
@@ -152,22 +155,22 @@ pub fn settle(history: &History) -> Option<Action> {
 }
 
 /// How much of what a request is about there is.
-pub fn extent(request: &HotplugRequest, seen: &Observation) -> Extent {
+pub fn extent(request: &HotplugRequest, seen: &Observation) -> Amount {
     match request {
         HotplugRequest::Vcpus { .. } => vcpus::extent(seen),
         HotplugRequest::Memory { .. } => memory::extent(seen),
     }
 }
 
-fn rule(history: &History, now: Moment) -> Ruling {
-    if let Some(end) = trouble::ended(history) {
+fn rule(history: &History, now: Timestamp) -> Ruling {
+    if let Some(end) = lifecycle::ended(history) {
         return Ruling::Found(end);
     }
     let shows = match history.request {
         HotplugRequest::Vcpus { count, .. } => vcpus::shows(history, count),
         HotplugRequest::Memory { size } => memory::shows(history, size),
     };
-    if let Some(ruling) = trouble::after_call(history, now, shows) {
+    if let Some(ruling) = lifecycle::after_call(history, now, shows) {
         return ruling;
     }
     if let Some(action) = history

@@ -2,21 +2,22 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Moment, Ost};
-use crate::domain::{Domain, DomainState, IdSet, Job, NotAnIdSet, Reason, Stats};
+use super::Ost;
+use crate::domain::{Domain, DomainState, IdSet, Job, NotAnIdSet, PauseReason, Stats};
 use crate::units::Bytes;
+use crate::units::Timestamp;
 
 /// A domain as seen at one time.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Observation {
     /// When the looking *began*: whatever happened later may not be in it.
-    pub at: Moment,
+    pub at: Timestamp,
     /// The live XML's facts and libvirt's state.
     pub domain: Domain,
     /// Why it does not run, if it does not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub reason: Option<Reason>,
+    pub reason: Option<PauseReason>,
     /// Whether the domain has a definition that outlives it.
     pub persistent: bool,
     /// The bulk statistics; `None` if they could not be had.

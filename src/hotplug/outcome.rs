@@ -4,8 +4,9 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Action, Evidence, Moment, Verdict};
+use super::{Action, Evidence, Verdict};
 use crate::units::Bytes;
+use crate::units::Timestamp;
 
 /// What is to be done next.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -18,7 +19,7 @@ pub enum Step {
         /// What is awaited, for people.
         awaiting: String,
         /// When to ask again in any case.
-        until: Moment,
+        until: Timestamp,
     },
     /// There is a verdict.
     Done(Box<Outcome>),
@@ -33,11 +34,11 @@ pub struct Outcome {
     /// One sentence for people.
     pub message: String,
     /// What there was before.
-    pub before: Extent,
+    pub before: Amount,
     /// What was asked for.
-    pub requested: Extent,
+    pub requested: Amount,
     /// What there was when it was last looked at.
-    pub after: Extent,
+    pub after: Amount,
     /// What was seen, in order.
     pub evidence: Vec<Evidence>,
     /// The hypervisor's own error, if it had one, whether or not it was the last word.
@@ -51,7 +52,7 @@ pub struct Outcome {
 /// How much of a resource there is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
-pub enum Extent {
+pub enum Amount {
     /// vCPUs.
     #[serde(rename_all = "camelCase")]
     Vcpus {
@@ -124,7 +125,7 @@ pub(super) enum Ruling {
     Call(Action),
     Wait {
         awaiting: String,
-        until: Option<Moment>,
+        until: Option<Timestamp>,
     },
     Found(Finding),
 }
@@ -141,8 +142,8 @@ impl Ruling {
     /// says nothing against it.
     pub(super) fn wait_until_then_look(
         awaiting: impl Into<String>,
-        until: Option<Moment>,
-        now: Moment,
+        until: Option<Timestamp>,
+        now: Timestamp,
     ) -> Self {
         Self::Wait {
             awaiting: awaiting.into(),
@@ -150,7 +151,7 @@ impl Ruling {
         }
     }
 
-    pub(super) fn wait_until(awaiting: impl Into<String>, until: Moment) -> Self {
+    pub(super) fn wait_until(awaiting: impl Into<String>, until: Timestamp) -> Self {
         Self::Wait {
             awaiting: awaiting.into(),
             until: Some(until),
@@ -186,19 +187,19 @@ mod tests {
 
     #[test]
     fn an_extent_is_as_short_as_what_is_known() {
-        let extent = Extent::Vcpus {
+        let extent = Amount::Vcpus {
             vcpus: 4,
             online: None,
         };
         let json = serde_json::to_string(&extent).unwrap();
         assert_eq!(json, r#"{"vcpus":4}"#);
-        assert_eq!(serde_json::from_str::<Extent>(&json).unwrap(), extent);
-        let extent = Extent::Memory {
+        assert_eq!(serde_json::from_str::<Amount>(&json).unwrap(), extent);
+        let extent = Amount::Memory {
             memory: Bytes::from_mib(1024).unwrap(),
             guest_total: Some(Bytes::new(938_512 << 10)),
         };
         let json = serde_json::to_string(&extent).unwrap();
         assert_eq!(json, r#"{"memory":"1GiB","guestTotal":"938512KiB"}"#);
-        assert_eq!(serde_json::from_str::<Extent>(&json).unwrap(), extent);
+        assert_eq!(serde_json::from_str::<Amount>(&json).unwrap(), extent);
     }
 }

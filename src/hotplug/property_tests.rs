@@ -378,7 +378,7 @@ proptest! {
     }
 }
 
-fn check(history: &History, now: Moment) -> Result<(), TestCaseError> {
+fn check(history: &History, now: Timestamp) -> Result<(), TestCaseError> {
     let outcome = match judge(history, now) {
         Step::Done(outcome) => outcome,
         Step::Wait { until, .. } => {

@@ -7,8 +7,9 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use super::{Extent, Moment};
+use super::Amount;
 use crate::units::Bytes;
+use crate::units::Timestamp;
 
 /// A target for one resource of one domain. Always absolute: asking twice is harmless.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -31,13 +32,13 @@ pub enum HotplugRequest {
 
 impl HotplugRequest {
     /// What is asked for, as an extent.
-    pub fn extent(&self) -> Extent {
+    pub fn extent(&self) -> Amount {
         match *self {
-            Self::Vcpus { count, .. } => Extent::Vcpus {
+            Self::Vcpus { count, .. } => Amount::Vcpus {
                 vcpus: count,
                 online: None,
             },
-            Self::Memory { size } => Extent::Memory {
+            Self::Memory { size } => Amount::Memory {
                 memory: size,
                 guest_total: None,
             },
@@ -103,7 +104,7 @@ pub struct Terms {
     /// What must be proven.
     pub require: Require,
     /// When there must be a verdict.
-    pub deadline: Moment,
+    pub deadline: Timestamp,
     /// How long to wait before a sign against success counts.
     pub patience: Patience,
 }

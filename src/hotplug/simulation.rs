@@ -9,7 +9,7 @@ use std::time::Duration;
 use super::*;
 use crate::domain::{
     AgentChannel, Balloon, BalloonStats, Cpu, Domain, DomainState, IdSet, Memory, MemoryDevice,
-    MemoryModel, NumaCell, Reason, Stats, Vcpu, VcpuStats, Vcpus,
+    MemoryModel, NumaCell, PauseReason, Stats, Vcpu, VcpuStats, Vcpus,
 };
 use crate::units::Bytes;
 
@@ -103,11 +103,11 @@ pub(super) enum Change {
 /// A domain and its guest.
 #[derive(Debug, Clone)]
 pub(super) struct World {
-    pub(super) now: Moment,
+    pub(super) now: Timestamp,
     pub(super) domain: Domain,
     pub(super) habits: Habits,
     /// Why it is paused when it is.
-    pub(super) paused_by: Reason,
+    pub(super) paused_by: PauseReason,
     pub(super) persistent: bool,
     pub(super) monitor_events: bool,
     pub(super) counts_time: bool,
@@ -130,9 +130,9 @@ pub(super) struct World {
     told: Option<(Bytes, u64)>,
     gone: bool,
     lost: bool,
-    pending: Vec<(Moment, Effect)>,
-    happened: Vec<(Moment, Event)>,
-    returned: Vec<(Moment, Return)>,
+    pending: Vec<(Timestamp, Effect)>,
+    happened: Vec<(Timestamp, Event)>,
+    returned: Vec<(Timestamp, Return)>,
 }
 
 impl World {
@@ -192,11 +192,11 @@ impl World {
             },
             devices: Vec::new(),
         };
-        let now = Moment::from_millis(1_795_260_000_000);
+        let now = Timestamp::from_millis(1_795_260_000_000);
         let mut world = Self {
             now,
             domain,
-            paused_by: Reason::User,
+            paused_by: PauseReason::User,
             persistent: false,
             monitor_events: true,
             counts_time: true,
@@ -304,7 +304,7 @@ impl World {
     }
 
     /// Lets time pass up to that moment.
-    fn pass(&mut self, until: Moment) {
+    fn pass(&mut self, until: Timestamp) {
         while self.now < until {
             let next = self.pending.iter().map(|(at, _)| *at).min();
             let step = next.map_or(until, |next| next.clamp(self.now, until));
@@ -445,7 +445,7 @@ impl World {
     }
 }
 
-fn seconds_of(moment: Moment) -> u64 {
+fn seconds_of(moment: Timestamp) -> u64 {
     u64::try_from(moment.as_seconds()).unwrap()
 }
 

@@ -19,21 +19,21 @@ fn a_guest_that_onlines_by_itself_is_verified_by_its_agent() {
     );
     assert_eq!(
         outcome.before,
-        Extent::Vcpus {
+        Amount::Vcpus {
             vcpus: 1,
             online: Some(1)
         }
     );
     assert_eq!(
         outcome.after,
-        Extent::Vcpus {
+        Amount::Vcpus {
             vcpus: 3,
             online: Some(3)
         }
     );
     assert_eq!(
         outcome.requested,
-        Extent::Vcpus {
+        Amount::Vcpus {
             vcpus: 3,
             online: None
         }

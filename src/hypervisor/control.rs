@@ -6,21 +6,21 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{broadcast, watch};
 
-use super::{Connection, HypervisorError};
-use crate::domain::{BalloonStats, DomainState, IdSet, Job, Reason, Stats};
+use super::{CallError, Connection};
+use crate::domain::{BalloonStats, DomainState, IdSet, Job, PauseReason, Stats};
 use crate::hotplug::{Event, GuestVcpus, Ost};
 use crate::units::KiB;
 
 /// Which domain. It is the same domain as long as the UUID is: names can change.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct DomainId {
+pub struct DomainRef {
     /// The name when it was looked up: tenants' text.
     pub name: String,
     /// The UUID in its usual spelling, by which libvirt is asked.
     pub uuid: String,
 }
 
-impl fmt::Display for DomainId {
+impl fmt::Display for DomainRef {
     /// The name, with what is not to be printed escaped.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:?}", self.name)
@@ -31,11 +31,11 @@ impl fmt::Display for DomainId {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LiveDomain {
     /// Which it is.
-    pub id: DomainId,
+    pub id: DomainRef,
     /// Its state.
     pub state: DomainState,
     /// Why it does not run, if it does not.
-    pub reason: Option<Reason>,
+    pub reason: Option<PauseReason>,
     /// Whether it has a definition that outlives it.
     pub persistent: bool,
     /// The live XML, without secrets; that of the definition if it does not run.
@@ -48,7 +48,7 @@ pub struct LiveDomain {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DomainStats {
     /// Which it is.
-    pub id: DomainId,
+    pub id: DomainRef,
     /// Its state.
     pub state: DomainState,
     /// What tells something about hotplug. While something else is being done to the domain
@@ -84,7 +84,7 @@ pub enum Notice {
     /// Something happened to a domain.
     Change {
         /// The domain.
-        domain: DomainId,
+        domain: DomainRef,
         /// When it was heard.
         at: Instant,
         /// What happened.
@@ -132,108 +132,106 @@ impl Notices {
 /// A hypervisor whose domains can be watched and changed.
 ///
 /// Every call ends by its own deadline. Dropping the future of one gives up waiting for it; what
-/// has begun goes on over there. No call taints the domain but [`DomainControl::acpi_answers`].
-pub trait DomainControl: Send + Sync + 'static {
+/// has begun goes on over there. No call taints the domain but [`DomainBackend::acpi_answers`].
+pub trait DomainBackend: Send + Sync + 'static {
     /// Finds a domain by its UUID, or else by its name.
     fn find_domain(
         &self,
         name_or_uuid: &str,
-    ) -> impl Future<Output = Result<DomainId, HypervisorError>> + Send;
+    ) -> impl Future<Output = Result<DomainRef, CallError>> + Send;
 
     /// The domain as it is at present. Waits while something is being done to the domain, such as
-    /// an unplug: until that is over only [`DomainControl::domain_stats`] tells its state.
+    /// an unplug: until that is over only [`DomainBackend::domain_stats`] tells its state.
     fn domain(
         &self,
-        domain: &DomainId,
-    ) -> impl Future<Output = Result<LiveDomain, HypervisorError>> + Send;
+        domain: &DomainRef,
+    ) -> impl Future<Output = Result<LiveDomain, CallError>> + Send;
 
     /// The bulk statistics of every running domain. Never waits for a domain.
-    fn all_domain_stats(
-        &self,
-    ) -> impl Future<Output = Result<Vec<DomainStats>, HypervisorError>> + Send;
+    fn all_domain_stats(&self) -> impl Future<Output = Result<Vec<DomainStats>, CallError>> + Send;
 
     /// The bulk statistics of one domain. Does not wait for it.
     fn domain_stats(
         &self,
-        domain: &DomainId,
-    ) -> impl Future<Output = Result<DomainStats, HypervisorError>> + Send;
+        domain: &DomainRef,
+    ) -> impl Future<Output = Result<DomainStats, CallError>> + Send;
 
     /// What the balloon's driver tells. Waits while something is being done to the domain.
     fn memory_stats(
         &self,
-        domain: &DomainId,
-    ) -> impl Future<Output = Result<BalloonStats, HypervisorError>> + Send;
+        domain: &DomainRef,
+    ) -> impl Future<Output = Result<BalloonStats, CallError>> + Send;
 
     /// What the guest agent says about the guest's CPUs.
     fn guest_vcpus(
         &self,
-        domain: &DomainId,
-    ) -> impl Future<Output = Result<GuestVcpus, HypervisorError>> + Send;
+        domain: &DomainRef,
+    ) -> impl Future<Output = Result<GuestVcpus, CallError>> + Send;
 
     /// The last answers that the guest gave through ACPI, as QEMU remembers them: one for each
     /// slot for which there is any. QEMU is asked past libvirt, which *taints* the domain, until
     /// it ends. Waits while something is being done to the domain.
     fn acpi_answers(
         &self,
-        domain: &DomainId,
-    ) -> impl Future<Output = Result<Vec<Ost>, HypervisorError>> + Send;
+        domain: &DomainRef,
+    ) -> impl Future<Output = Result<Vec<Ost>, CallError>> + Send;
 
     /// Has the guest agent bring CPUs online, or take them offline.
     fn set_guest_vcpus(
         &self,
-        domain: &DomainId,
+        domain: &DomainRef,
         vcpus: &IdSet,
         online: bool,
-    ) -> impl Future<Output = Result<(), HypervisorError>> + Send;
+    ) -> impl Future<Output = Result<(), CallError>> + Send;
 
     /// How long libvirt waits for the guest agent, in whole seconds and at least one. For all its
     /// clients, until the domain ends.
     fn set_agent_timeout(
         &self,
-        domain: &DomainId,
+        domain: &DomainRef,
         timeout: Duration,
-    ) -> impl Future<Output = Result<(), HypervisorError>> + Send;
+    ) -> impl Future<Output = Result<(), CallError>> + Send;
 
     /// Plugs or unplugs vCPUs until there are `vcpus`. After an error some of them may have been.
     fn set_vcpus(
         &self,
-        domain: &DomainId,
+        domain: &DomainRef,
         vcpus: u32,
         scope: Scope,
-    ) -> impl Future<Output = Result<(), HypervisorError>> + Send;
+    ) -> impl Future<Output = Result<(), CallError>> + Send;
 
     /// Has a virtio-mem device ask its guest for another size, live. Returns before the guest
     /// does anything.
     fn resize_virtio_mem(
         &self,
-        domain: &DomainId,
+        domain: &DomainRef,
         alias: &str,
         requested: KiB,
-    ) -> impl Future<Output = Result<(), HypervisorError>> + Send;
+    ) -> impl Future<Output = Result<(), CallError>> + Send;
 
     /// Changes a device to what the XML says, which is to be the live one but for the change.
     fn update_device(
         &self,
-        domain: &DomainId,
+        domain: &DomainRef,
         xml: &str,
         scope: Scope,
-    ) -> impl Future<Output = Result<(), HypervisorError>> + Send;
+    ) -> impl Future<Output = Result<(), CallError>> + Send;
 
     /// Plugs a device.
     fn attach_device(
         &self,
-        domain: &DomainId,
+        domain: &DomainRef,
         xml: &str,
         scope: Scope,
-    ) -> impl Future<Output = Result<(), HypervisorError>> + Send;
+    ) -> impl Future<Output = Result<(), CallError>> + Send;
 
     /// Asks the guest to let a device go, and does not wait for that.
     fn detach_device(
         &self,
-        domain: &DomainId,
+        domain: &DomainRef,
         alias: &str,
         scope: Scope,
-    ) -> impl Future<Output = Result<(), HypervisorError>> + Send;
+    ) -> impl Future<Output = Result<(), CallError>> + Send;
 
     /// What happens to any domain, from now on. Begins with [`Notice::Gap`] when there is no
     /// connection yet.

@@ -1,10 +1,10 @@
 //! The hypervisor as the services see it: its traits, their errors, and its adapters.
 //!
-//! * [`Hypervisor`]: what the node can run;
-//! * [`DomainControl`]: its domains, what happens to them, and changing them.
+//! * [`NodeSource`]: what the node can run;
+//! * [`DomainBackend`]: its domains, what happens to them, and changing them.
 //!
 //! Documents come as text; reading them is [`crate::capability`]'s. Every call has a deadline of
-//! its own and ends with an answer or a [`HypervisorError`], whatever the daemon behind it does.
+//! its own and ends with an answer or a [`CallError`], whatever the daemon behind it does.
 
 mod control;
 mod libvirt;
@@ -16,17 +16,17 @@ use thiserror::Error;
 use tokio::sync::watch;
 
 pub use self::control::{
-    Change, DomainControl, DomainId, DomainStats, LiveDomain, Notice, Notices, Scope,
+    Change, DomainBackend, DomainRef, DomainStats, LiveDomain, Notice, Notices, Scope,
 };
-pub use self::libvirt::{ControlConfig, Keepalive, Libvirt, LibvirtConfig, LibvirtControl};
+pub use self::libvirt::{ControlConfig, Keepalive, Libvirt, LibvirtConfig, LibvirtDomains};
 use crate::capability::Version;
 use crate::compat::CpuComparison;
 
 /// What a call to the hypervisor can end with instead of an answer.
 ///
-/// The texts are whole sentences' cores for people; [`HypervisorError::code`] is the bounded word for metrics.
+/// The texts are whole sentences' cores for people; [`CallError::code`] is the bounded word for metrics.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
-pub enum HypervisorError {
+pub enum CallError {
     /// There is no connection: libvirt is not running, went away, or could not be reached.
     #[error("no connection to libvirt: {0}")]
     Unavailable(String),
@@ -100,7 +100,7 @@ pub enum HypervisorError {
     },
 }
 
-impl HypervisorError {
+impl CallError {
     /// The codes that every call can end with, for metrics that begin at zero.
     pub const CODES: [&'static str; 5] =
         ["unavailable", "timeout", "unsupported", "denied", "failed"];
@@ -180,19 +180,19 @@ pub enum Connection {
 }
 
 /// A hypervisor that can be asked.
-pub trait Hypervisor: Send + Sync + 'static {
+pub trait NodeSource: Send + Sync + 'static {
     /// The versions of libvirt and its hypervisor.
-    fn versions(&self) -> impl Future<Output = Result<Versions, HypervisorError>> + Send;
+    fn versions(&self) -> impl Future<Output = Result<Versions, CallError>> + Send;
 
     /// `virConnectGetCapabilities`: the `<capabilities>` document.
-    fn capabilities(&self) -> impl Future<Output = Result<String, HypervisorError>> + Send;
+    fn capabilities(&self) -> impl Future<Output = Result<String, CallError>> + Send;
 
     /// `virConnectGetDomainCapabilities`: one `<domainCapabilities>` document. Flags that this
     /// libvirt does not know are left out.
     fn domain_capabilities(
         &self,
         query: DomainCapabilitiesQuery,
-    ) -> impl Future<Output = Result<String, HypervisorError>> + Send;
+    ) -> impl Future<Output = Result<String, CallError>> + Send;
 
     /// `virConnectBaselineHypervisorCPU` with `EXPAND_FEATURES` for one CPU definition: the
     /// `<cpu>` with every feature that this hypervisor can give.
@@ -200,27 +200,26 @@ pub trait Hypervisor: Send + Sync + 'static {
         &self,
         query: DomainCapabilitiesQuery,
         cpu: String,
-    ) -> impl Future<Output = Result<String, HypervisorError>> + Send;
+    ) -> impl Future<Output = Result<String, CallError>> + Send;
 
     /// `virConnectCompareHypervisorCPU`: whether this hypervisor can give the CPU of a `<cpu>`.
     fn compare_cpu(
         &self,
         query: DomainCapabilitiesQuery,
         cpu: String,
-    ) -> impl Future<Output = Result<CpuComparison, HypervisorError>> + Send;
+    ) -> impl Future<Output = Result<CpuComparison, CallError>> + Send;
 
     /// `virConnectDomainXMLToNative("qemu-argv")`: the arguments that libvirt would start this
     /// domain with, after its own additions and checks. Nothing is defined or started.
     fn native_arguments(
         &self,
         domain: String,
-    ) -> impl Future<Output = Result<String, HypervisorError>> + Send;
+    ) -> impl Future<Output = Result<String, CallError>> + Send;
 
     /// Every running domain with its live definition. A domain that ends while they are being
     /// read is left out.
-    fn running_domains(
-        &self,
-    ) -> impl Future<Output = Result<Vec<RunningDomain>, HypervisorError>> + Send;
+    fn running_domains(&self)
+    -> impl Future<Output = Result<Vec<RunningDomain>, CallError>> + Send;
 
     /// The state of the connection, and its changes.
     fn connection(&self) -> watch::Receiver<Connection>;

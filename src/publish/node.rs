@@ -4,8 +4,8 @@
 //! Node, a failure a while ago, or ten minutes without any. What is to be written is decided in
 //! [`crate::label::ownership`]; when, here.
 
+mod failures;
 mod report;
-mod trouble;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,7 +16,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
-use self::trouble::Trouble;
+use self::failures::PublishFailures;
 use super::events::Events;
 use crate::cluster::{Cluster, ClusterError, NodeState, Owners, Refusal, Seen};
 use crate::label::LabelSet;
@@ -69,7 +69,7 @@ pub struct NodePublisher {
     memory: Memory,
     /// Which Node `memory` is of; empty before the first look.
     uid: String,
-    trouble: Option<Trouble>,
+    failures: Option<PublishFailures>,
     started: Instant,
     write_from: Instant,
     /// When to look at the Node next.
@@ -125,7 +125,7 @@ impl NodePublisher {
             desired: None,
             memory: Memory::default(),
             uid: String::new(),
-            trouble: None,
+            failures: None,
             started,
             write_from: started + options.start_jitter.mul_f64(fastrand::f64()),
             due: started,
@@ -211,14 +211,14 @@ impl NodePublisher {
 
     /// A change of the Node, or an error of the watch: is it time to look?
     fn saw(&mut self, seen: Result<Seen, ClusterError>) {
-        let trouble = self.trouble.as_ref().map(Trouble::code);
+        let failures = self.failures.as_ref().map(PublishFailures::code);
         let look = match seen {
             Ok(seen) => {
                 self.watch_is_back();
-                match (trouble, seen) {
+                match (failures, seen) {
                     (None, Seen::Node(node)) => self.is_news(&node),
                     // It tells the same as the failed look did.
-                    (_, Seen::Gone) => trouble.is_none(),
+                    (_, Seen::Gone) => failures.is_none(),
                     // It works again. Other troubles take the time they take.
                     (Some(code), Seen::Node(_)) => {
                         matches!(code, "api-unreachable" | "api-node-not-found")
@@ -227,7 +227,7 @@ impl NodePublisher {
             }
             Err(error) => {
                 self.watch_failed(&error);
-                trouble.is_none()
+                failures.is_none()
             }
         };
         if look && self.to_publish().is_some() {
@@ -235,7 +235,7 @@ impl NodePublisher {
         }
     }
 
-    /// Whether the Node, as the watch shows it, is not as it should be. It may be an old picture.
+    /// Whether the Node, as the watch shows it, is not as it should be. It may be an old snapshot.
     fn is_news(&self, node: &NodeState) -> bool {
         let Some(desired) = self.to_publish() else {
             return false;
@@ -261,7 +261,7 @@ impl NodePublisher {
     fn watch_failed(&mut self, error: &ClusterError) {
         self.watch.errors += 1;
         // While nothing works, that is told already.
-        if self.watch.errors == WATCH_ERRORS && self.trouble.is_none() {
+        if self.watch.errors == WATCH_ERRORS && self.failures.is_none() {
             self.watch.told = true;
             tracing::warn!(
                 node = self.cluster.node(), code = error.code(), %error,

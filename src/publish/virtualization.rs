@@ -5,26 +5,25 @@
 //! write it, everything else goes on.
 
 mod describe;
-mod fit;
-mod picture;
+mod snapshot;
+mod truncate;
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures::StreamExt;
 use futures::stream::BoxStream;
-use k8s_openapi::jiff::Timestamp;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
-pub use self::picture::Picture;
+pub use self::snapshot::Snapshot;
 use crate::cluster::objects::node_virtualization::HOTPLUG_OBJECTS_WATCHED;
 use crate::cluster::objects::{Condition, NodeVirtualization, NodeVirtualizationStatus};
 use crate::cluster::{Cluster, ClusterError, Retry};
-use crate::hotplug::Moment;
 use crate::hypervisor::Connection;
 use crate::telemetry::Metrics;
+use crate::units::Timestamp;
 
 /// How the object is written.
 #[derive(Debug, Clone)]
@@ -114,11 +113,11 @@ impl VirtualizationPublisher {
         }
     }
 
-    /// Keeps the object equal to the newest picture until `token` is cancelled; then it stays as
-    /// it is. Before the first picture nothing is done.
+    /// Keeps the object equal to the newest snapshot until `token` is cancelled; then it stays as
+    /// it is. Before the first snapshot nothing is done.
     pub async fn run(
         mut self,
-        pictures: watch::Receiver<Option<Arc<Picture>>>,
+        pictures: watch::Receiver<Option<Arc<Snapshot>>>,
         connection: watch::Receiver<Connection>,
         token: CancellationToken,
     ) {
@@ -129,7 +128,7 @@ impl VirtualizationPublisher {
 
     async fn keep_true(
         &mut self,
-        mut pictures: watch::Receiver<Option<Arc<Picture>>>,
+        mut pictures: watch::Receiver<Option<Arc<Snapshot>>>,
         mut connection: watch::Receiver<Connection>,
     ) {
         pictures.mark_changed();
@@ -139,9 +138,9 @@ impl VirtualizationPublisher {
                     if changed.is_err() {
                         return;
                     }
-                    let picture = pictures.borrow_and_update().clone();
+                    let snapshot = pictures.borrow_and_update().clone();
                     let connection = *connection.borrow();
-                    if picture.is_some_and(|picture| self.is_news(&picture, connection)) {
+                    if snapshot.is_some_and(|snapshot| self.is_news(&snapshot, connection)) {
                         self.look_in(self.options.settle);
                     }
                 }
@@ -155,10 +154,10 @@ impl VirtualizationPublisher {
                 seen = next(&mut self.changes) => self.saw(seen),
                 () = wait_until(self.due) => {
                     self.due = None;
-                    let picture = pictures.borrow().clone();
+                    let snapshot = pictures.borrow().clone();
                     let connection = *connection.borrow();
-                    if let Some(picture) = picture {
-                        self.look(&picture, connection).await;
+                    if let Some(snapshot) = snapshot {
+                        self.look(&snapshot, connection).await;
                     }
                 }
             }
@@ -175,13 +174,13 @@ impl VirtualizationPublisher {
         self.due = Some(self.due.map_or(at, |due| due.min(at)));
     }
 
-    /// Whether a picture is a reason to look: nothing is published yet, it shows something else,
+    /// Whether a snapshot is a reason to look: nothing is published yet, it shows something else,
     /// or what is published is old.
-    fn is_news(&self, picture: &Picture, connection: Connection) -> bool {
+    fn is_news(&self, snapshot: &Snapshot, connection: Connection) -> bool {
         match &self.published {
             None => true,
             Some(published) => {
-                let mut status = self.status(picture, published.known(), connection);
+                let mut status = self.status(snapshot, published.known(), connection);
                 published.differs(&mut status)
             }
         }
@@ -190,11 +189,11 @@ impl VirtualizationPublisher {
     /// The status to publish after the one that is known.
     fn status(
         &self,
-        picture: &Picture,
+        snapshot: &Snapshot,
         known: &NodeVirtualizationStatus,
         connection: Connection,
     ) -> NodeVirtualizationStatus {
-        let mut status = picture.status(known, connection, Timestamp::now());
+        let mut status = snapshot.status(known, connection, jiff::Timestamp::now());
         let told = self.beside.as_ref().and_then(|told| told.borrow().clone());
         let told = told.map(|condition| condition.after(&known.conditions));
         // A daemon that has just started has not found out yet.
@@ -208,16 +207,16 @@ impl VirtualizationPublisher {
         let Ok(version) = seen else { return };
         let known = self.published.as_ref();
         let known = known.map(|published| published.resource_version.as_str());
-        // The picture may be an old one. A look is cheap, and rare.
+        // The snapshot may be an old one. A look is cheap, and rare.
         if version.as_deref() != known {
             self.published = None;
             self.look_in(self.options.settle);
         }
     }
 
-    async fn look(&mut self, picture: &Picture, connection: Connection) {
+    async fn look(&mut self, snapshot: &Snapshot, connection: Connection) {
         self.metrics.cluster.virtualization_attempts.inc();
-        match self.sync(picture, connection).await {
+        match self.sync(snapshot, connection).await {
             Ok(()) => {
                 self.failures = 0;
                 if self.told.take().is_some() {
@@ -236,7 +235,7 @@ impl VirtualizationPublisher {
 
     async fn sync(
         &mut self,
-        picture: &Picture,
+        snapshot: &Snapshot,
         connection: Connection,
     ) -> Result<(), ClusterError> {
         let published = match self.published.take() {
@@ -246,7 +245,7 @@ impl VirtualizationPublisher {
                 None => Published::nothing(),
             },
         };
-        let mut status = self.status(picture, published.known(), connection);
+        let mut status = self.status(snapshot, published.known(), connection);
         let differs = published.differs(&mut status);
         self.published = Some(published);
         if !differs {
@@ -299,7 +298,7 @@ impl Published {
         options: &Options,
     ) -> Self {
         let shown = object.spec.facts;
-        let now = Moment::from(Timestamp::now());
+        let now = Timestamp::from(jiff::Timestamp::now());
         let age = shown.last_probe_time.map(|at| now.since(at));
         let late = 1.0 + 0.1 * fastrand::f64();
         let rest = options

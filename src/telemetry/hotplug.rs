@@ -6,8 +6,9 @@ use std::sync::{Mutex, PoisonError};
 use prometheus::{Gauge, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec};
 
 use super::metrics::Registrar;
-use crate::hotplug::{Evidence, Extent, Moment, Source, Verdict};
+use crate::hotplug::{Amount, Evidence, Source, Verdict};
 use crate::operation::{OperationId, Record, State};
+use crate::units::Timestamp;
 
 /// What can be plugged, as in the label `resource`.
 pub const RESOURCES: [&str; 2] = ["vcpus", "memory"];
@@ -35,20 +36,20 @@ pub const OBJECT_FAILURES: [&str; 7] = [
 ];
 
 /// The word of an extent's resource.
-pub fn resource(extent: Extent) -> &'static str {
+pub fn resource(extent: Amount) -> &'static str {
     match extent {
-        Extent::Vcpus { .. } => "vcpus",
-        Extent::Memory { .. } => "memory",
+        Amount::Vcpus { .. } => "vcpus",
+        Amount::Memory { .. } => "memory",
     }
 }
 
 /// What is done by going from what there was to what is asked for.
-pub fn action(before: Option<Extent>, requested: Extent) -> &'static str {
+pub fn action(before: Option<Amount>, requested: Amount) -> &'static str {
     let order = match (before, requested) {
-        (Some(Extent::Vcpus { vcpus: had, .. }), Extent::Vcpus { vcpus: asked, .. }) => {
+        (Some(Amount::Vcpus { vcpus: had, .. }), Amount::Vcpus { vcpus: asked, .. }) => {
             asked.cmp(&had)
         }
-        (Some(Extent::Memory { memory: had, .. }), Extent::Memory { memory: asked, .. }) => {
+        (Some(Amount::Memory { memory: had, .. }), Amount::Memory { memory: asked, .. }) => {
             asked.cmp(&had)
         }
         _ => return "unknown",
@@ -78,9 +79,9 @@ pub struct HotplugMetrics {
 
 /// An operation without a verdict.
 struct Open {
-    asked: Moment,
+    asked: Timestamp,
     /// By when it is to have one.
-    deadline: Moment,
+    deadline: Timestamp,
     /// Whether it is among the requests: what it does is known only after a look at the domain.
     counted: bool,
 }
@@ -277,7 +278,7 @@ const STATES: [State; 3] = [State::Queued, State::Running, State::Done];
     clippy::cast_precision_loss,
     reason = "milliseconds since 1970 are exact in a float"
 )]
-fn seconds(moment: Moment) -> f64 {
+fn seconds(moment: Timestamp) -> f64 {
     moment.as_millis() as f64 / 1000.0
 }
 
@@ -291,8 +292,8 @@ mod tests {
     use crate::telemetry::Metrics;
     use crate::units::Bytes;
 
-    fn vcpus(vcpus: u32) -> Extent {
-        Extent::Vcpus {
+    fn vcpus(vcpus: u32) -> Amount {
+        Amount::Vcpus {
             vcpus,
             online: None,
         }
@@ -319,7 +320,7 @@ mod tests {
         assert_eq!(action(Some(vcpus(3)), vcpus(1)), "unplug");
         assert_eq!(action(Some(vcpus(3)), vcpus(3)), "keep");
         assert_eq!(action(None, vcpus(3)), "unknown");
-        let memory = Extent::Memory {
+        let memory = Amount::Memory {
             memory: Bytes::new(1 << 30),
             guest_total: None,
         };
@@ -339,7 +340,7 @@ mod tests {
             idempotency_key: None,
             asked_by: AskedBy::Local { uid: 0 },
         };
-        let created = Moment::from_millis(i64::try_from(millis).unwrap());
+        let created = Timestamp::from_millis(i64::try_from(millis).unwrap());
         Record::new(OperationId::new(millis, 0), &order, created)
     }
 
@@ -363,15 +364,19 @@ mod tests {
         first.evidence.push(Evidence {
             source: Source::HypervisorCall,
             detail: "returned".into(),
-            time: Moment::from_millis(2600),
+            time: Timestamp::from_millis(2600),
         });
-        first.end(Verdict::GuestSilent, "nothing", Moment::from_millis(4600));
+        first.end(
+            Verdict::GuestSilent,
+            "nothing",
+            Timestamp::from_millis(4600),
+        );
         metrics.hotplug.changed(&first);
         holds("virtnode_hotplug_in_progress 1");
         holds("virtnode_hotplug_oldest_in_progress_timestamp_seconds 3");
         holds("virtnode_hotplug_earliest_deadline_timestamp_seconds 63");
         first.verdict = Some(Verdict::Verified);
-        first.corrected = Some(Moment::from_millis(9000));
+        first.corrected = Some(Timestamp::from_millis(9000));
         metrics.hotplug.changed(&first);
         holds("virtnode_hotplug_requests_total{action=\"plug\",resource=\"vcpus\"} 1");
         holds(

@@ -10,8 +10,8 @@ use prometheus::proto::{Gauge, LabelPair, Metric, MetricFamily, MetricType};
 use serde::{Deserialize, Serialize};
 
 use crate::domain::{Domain, DomainState};
-use crate::hotplug::Moment;
 use crate::units::Bytes;
+use crate::units::Timestamp;
 
 /// What there is to know of a running domain at a glance.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -29,7 +29,7 @@ pub struct DomainFigures {
     /// The memory.
     pub memory: MemoryFigures,
     /// When it was looked at.
-    pub as_of: Moment,
+    pub as_of: Timestamp,
 }
 
 /// How many vCPUs there are.
@@ -65,7 +65,7 @@ impl DomainFigures {
         domain: &Domain,
         online: Option<u32>,
         guest_total: Option<Bytes>,
-        as_of: Moment,
+        as_of: Timestamp,
     ) -> Self {
         let memory = &domain.memory;
         Self {
@@ -113,10 +113,10 @@ impl Inventory {
 }
 
 /// The time by the wall clock.
-pub fn now() -> Moment {
+pub fn now() -> Timestamp {
     let since = SystemTime::now().duration_since(UNIX_EPOCH);
     let millis = since.map_or(0, |since| since.as_millis());
-    Moment::from_millis(i64::try_from(millis).unwrap_or(i64::MAX))
+    Timestamp::from_millis(i64::try_from(millis).unwrap_or(i64::MAX))
 }
 
 /// Writes the inventory out at a scrape.
@@ -263,7 +263,7 @@ mod tests {
                 plugged: Bytes::new(1 << 30),
                 guest_total: None,
             },
-            as_of: Moment::from_millis(0),
+            as_of: Timestamp::from_millis(0),
         }
     }
 

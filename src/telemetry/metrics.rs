@@ -14,8 +14,8 @@ use prometheus::{
 use super::cluster::ClusterMetrics;
 use super::hotplug::HotplugMetrics;
 use super::inventory::{Inventory, InventoryCollector};
-use crate::diagnosis::{Check, Severity};
-use crate::hypervisor::HypervisorError;
+use crate::doctor::checks::{Check, Severity};
+use crate::hypervisor::CallError;
 use crate::label::{FAMILIES, Invalid, RetentionReason, Source};
 
 /// The names of the calls to libvirt about itself, as in the metrics' label `call`.
@@ -49,7 +49,7 @@ pub const DOMAIN_CALLS: [&str; 13] = [
 
 /// Why a source could not be read: the hypervisor's codes, and a document that is not readable.
 fn probe_failure_reasons() -> impl Iterator<Item = &'static str> {
-    HypervisorError::CODES.into_iter().chain(["malformed"])
+    CallError::CODES.into_iter().chain(["malformed"])
 }
 
 /// Why a label set could not be published.
@@ -251,7 +251,7 @@ impl Metrics {
         for call in CALLS.into_iter().chain(DOMAIN_CALLS) {
             self.call_duration.with_label_values(&[call]);
             self.call_timeouts.with_label_values(&[call]);
-            for reason in HypervisorError::CODES
+            for reason in CallError::CODES
                 .into_iter()
                 .filter(|code| *code != "timeout")
             {
@@ -259,7 +259,7 @@ impl Metrics {
             }
         }
         for call in DOMAIN_CALLS {
-            for reason in HypervisorError::DOMAIN_CODES {
+            for reason in CallError::DOMAIN_CODES {
                 self.call_failures.with_label_values(&[call, reason]);
             }
         }
@@ -301,10 +301,10 @@ impl Metrics {
         &self,
         call: &'static str,
         took: Duration,
-        outcome: &Result<T, HypervisorError>,
+        outcome: &Result<T, CallError>,
     ) {
         match outcome {
-            Err(HypervisorError::Timeout { .. }) => {
+            Err(CallError::Timeout { .. }) => {
                 self.call_timeouts.with_label_values(&[call]).inc();
             }
             Err(error) => {
@@ -440,7 +440,7 @@ mod tests {
     fn a_timeout_is_no_failure_and_has_no_duration() {
         let metrics = Metrics::new();
         let took = Duration::from_secs(5);
-        let late: Result<(), _> = Err(HypervisorError::Timeout {
+        let late: Result<(), _> = Err(CallError::Timeout {
             call: "open",
             after: took,
         });

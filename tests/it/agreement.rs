@@ -15,7 +15,7 @@ use virtnode::compat::{
     Answer, Code, Confirmation, DryRun, Finding, Fit, Offer, Requirement, Severity, Stage, confirm,
     dry_run_xml, fits,
 };
-use virtnode::hypervisor::{Hypervisor, HypervisorError, Libvirt, LibvirtConfig};
+use virtnode::hypervisor::{CallError, Libvirt, LibvirtConfig, NodeSource};
 use virtnode::probe::Prober;
 use virtnode::telemetry::Metrics;
 
@@ -72,7 +72,7 @@ impl Node {
         let asked = dry_run_xml(xml).unwrap();
         match self.libvirt.native_arguments(asked).await {
             Ok(_) => DryRun::Accepted,
-            Err(HypervisorError::Failed { message, .. }) => DryRun::Refused { words: message },
+            Err(CallError::Failed { message, .. }) => DryRun::Refused { words: message },
             Err(error) => panic!("{error}: {xml}"),
         }
     }

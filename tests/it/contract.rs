@@ -12,10 +12,10 @@ use std::time::Duration;
 use rstest::rstest;
 use tempfile::TempDir;
 use tokio::time::{Instant, timeout};
-use virtnode::domain::{DomainState, Job, Reason};
+use virtnode::domain::{DomainState, Job, PauseReason};
 use virtnode::executor::{AskedBy, Executor, OperationId, Options, Order, Record};
 use virtnode::hotplug::{Answer, Event, HotplugRequest, Require, SlotKind, Verdict};
-use virtnode::hypervisor::{Change, DomainControl, HypervisorError, Notice, Notices, Scope};
+use virtnode::hypervisor::{CallError, Change, DomainBackend, Notice, Notices, Scope};
 use virtnode::journal::Journal;
 use virtnode::units::KiB;
 
@@ -57,7 +57,7 @@ pub(crate) struct Node<C> {
     _state: TempDir,
 }
 
-impl<C: DomainControl> Node<C> {
+impl<C: DomainBackend> Node<C> {
     pub(crate) fn new<B: Backend<Control = C>>(backend: &B, options: Options) -> Self {
         let state = TempDir::new().unwrap();
         let journal = Journal::open(state.path()).unwrap();
@@ -122,7 +122,7 @@ async fn job<B: Backend>() {
     let held = control.domain(&id).await.unwrap();
     assert_eq!(
         (held.job, held.reason),
-        (Some(Job::Save), Some(Reason::Save))
+        (Some(Job::Save), Some(PauseReason::Save))
     );
     // What can never be done is said at once all the same.
     let limit = node.ask(vcpus(5), 60).await;
@@ -235,7 +235,7 @@ async fn calls<B: Backend>() {
     guest.uses("0-2").await;
     let error = control.set_vcpus(&id, 5, Scope::Live).await.unwrap_err();
     assert!(
-        matches!(error, HypervisorError::Failed { number: 8, .. }),
+        matches!(error, CallError::Failed { number: 8, .. }),
         "{error:?}"
     );
 
@@ -298,14 +298,14 @@ async fn calls<B: Backend>() {
         .detach_device(&id, "ua-none", Scope::Live)
         .await
         .unwrap_err();
-    assert!(matches!(error, HypervisorError::Failed { .. }), "{error:?}");
+    assert!(matches!(error, CallError::Failed { .. }), "{error:?}");
 
     // Held, and the end.
     guest.pause(true);
     let held = control.domain(&id).await.unwrap();
     assert_eq!(
         (held.state, held.reason),
-        (DomainState::Paused, Some(Reason::User))
+        (DomainState::Paused, Some(PauseReason::User))
     );
     guest.pause(false);
     let held = control.domain(&id).await.unwrap();

@@ -15,8 +15,8 @@ use tokio::time::timeout;
 use virtnode::domain::{AgentChannel, Domain, DomainState, IdSet};
 use virtnode::hotplug::{Answer, Event, SlotKind};
 use virtnode::hypervisor::{
-    Change, Connection, ControlConfig, DomainControl, DomainId, HypervisorError, LibvirtControl,
-    Notice, Notices, Scope,
+    CallError, Change, Connection, ControlConfig, DomainBackend, DomainRef, LibvirtDomains, Notice,
+    Notices, Scope,
 };
 use virtnode::telemetry::Metrics;
 use virtnode::units::{Bytes, KiB};
@@ -28,14 +28,14 @@ use crate::support::libvirtd::Libvirtd;
 /// For what has no deadline of its own; only a failing test waits so long.
 const LONG: Duration = Duration::from_secs(60);
 
-fn start(libvirtd: &Libvirtd, change: impl FnOnce(&mut ControlConfig)) -> LibvirtControl {
+fn start(libvirtd: &Libvirtd, change: impl FnOnce(&mut ControlConfig)) -> LibvirtDomains {
     let mut config = ControlConfig::new(libvirtd.uri());
     change(&mut config);
-    LibvirtControl::start(config, &Arc::new(Metrics::new()))
+    LibvirtDomains::start(config, &Arc::new(Metrics::new()))
 }
 
 /// Waits until events are told, and subscribes.
-async fn listen(control: &LibvirtControl) -> Notices {
+async fn listen(control: &LibvirtDomains) -> Notices {
     let mut listening = control.listening();
     let up = listening.wait_for(|state| matches!(state, Connection::Up(_)));
     timeout(LONG, up).await.unwrap().unwrap();
@@ -43,7 +43,7 @@ async fn listen(control: &LibvirtControl) -> Notices {
 }
 
 /// Waits for a change of a domain that is as wanted.
-async fn until(notices: &mut Notices, wanted: impl Fn(&DomainId, &Change) -> bool) {
+async fn until(notices: &mut Notices, wanted: impl Fn(&DomainRef, &Change) -> bool) {
     let mut seen = Vec::new();
     let found = timeout(LONG, async {
         while let Some(notice) = notices.next().await {
@@ -90,7 +90,7 @@ fn mib(mib: u64) -> Bytes {
 }
 
 /// The live XML of a domain, read.
-async fn read(control: &LibvirtControl, domain: &DomainId) -> Domain {
+async fn read(control: &LibvirtDomains, domain: &DomainRef) -> Domain {
     let live = control.domain(domain).await.unwrap();
     Domain::parse("live", live.xml.as_bytes(), live.state).unwrap()
 }
@@ -189,22 +189,16 @@ async fn a_guest_is_watched_and_changed() {
         control.guest_vcpus(&id).await.map(drop),
     ] {
         let error = outcome.unwrap_err();
-        assert!(
-            matches!(error, HypervisorError::DomainNotRunning(_)),
-            "{error:?}"
-        );
+        assert!(matches!(error, CallError::DomainNotRunning(_)), "{error:?}");
     }
     drop(guest);
     until(&mut notices, |_, change| *change == Change::Defined).await;
     let error = control.domain(&id).await.unwrap_err();
-    assert!(
-        matches!(error, HypervisorError::DomainNotFound(_)),
-        "{error:?}"
-    );
+    assert!(matches!(error, CallError::DomainNotFound(_)), "{error:?}");
 }
 
 /// vCPUs up, online, and down.
-async fn vcpus(control: &LibvirtControl, notices: &mut Notices, id: &DomainId) {
+async fn vcpus(control: &LibvirtDomains, notices: &mut Notices, id: &DomainRef) {
     control
         .set_agent_timeout(id, Duration::from_millis(4500))
         .await
@@ -226,7 +220,7 @@ async fn vcpus(control: &LibvirtControl, notices: &mut Notices, id: &DomainId) {
 
     let error = control.set_vcpus(id, 5, scope).await.unwrap_err();
     assert!(
-        matches!(error, HypervisorError::Failed { number: 8, .. }),
+        matches!(error, CallError::Failed { number: 8, .. }),
         "{error:?}"
     );
 
@@ -247,7 +241,7 @@ async fn vcpus(control: &LibvirtControl, notices: &mut Notices, id: &DomainId) {
     assert_eq!(online, ids("0-1"));
     if let Err(error) = unplugged {
         assert!(
-            matches!(error, HypervisorError::UnplugPending { .. }),
+            matches!(error, CallError::UnplugPending { .. }),
             "{error:?}"
         );
         assert!(took < held, "{took:?} of {held:?}");
@@ -257,7 +251,7 @@ async fn vcpus(control: &LibvirtControl, notices: &mut Notices, id: &DomainId) {
 }
 
 /// A virtio-mem device larger, and a DIMM in and out.
-async fn memory(control: &LibvirtControl, notices: &mut Notices, id: &DomainId) {
+async fn memory(control: &LibvirtDomains, notices: &mut Notices, id: &DomainRef) {
     let requested = |mib: u64| KiB::new(mib * 1024).unwrap();
     control
         .resize_virtio_mem(id, "ua-mem0", requested(256))
@@ -273,13 +267,13 @@ async fn memory(control: &LibvirtControl, notices: &mut Notices, id: &DomainId) 
         .resize_virtio_mem(id, "ua-mem0", requested(3))
         .await
         .unwrap_err();
-    assert!(matches!(error, HypervisorError::Failed { .. }), "{error:?}");
+    assert!(matches!(error, CallError::Failed { .. }), "{error:?}");
     let error = control
         .resize_virtio_mem(id, "ua-none", requested(2))
         .await
         .unwrap_err();
     assert!(
-        matches!(error, HypervisorError::Failed { number: 99, .. }),
+        matches!(error, CallError::Failed { number: 99, .. }),
         "{error:?}"
     );
     // The same by hand, for what has no call of its own.
@@ -320,7 +314,7 @@ async fn memory(control: &LibvirtControl, notices: &mut Notices, id: &DomainId) 
         .await
         .unwrap_err();
     assert!(
-        matches!(error, HypervisorError::Failed { number: 1 | 99, .. }),
+        matches!(error, CallError::Failed { number: 1 | 99, .. }),
         "{error:?}"
     );
 }
@@ -343,12 +337,12 @@ async fn names_and_domains_that_are_not_there_do_no_harm() {
     ] {
         let error = control.find_domain(name).await.unwrap_err();
         assert!(
-            matches!(error, HypervisorError::DomainNotFound(_)),
+            matches!(error, CallError::DomainNotFound(_)),
             "{name:?}: {error:?}"
         );
     }
     for uuid in ["6f9f6bcb-5d8e-4a5a-9b0e-0d9a0e4e1c11", "no uuid", "\0"] {
-        let id = DomainId {
+        let id = DomainRef {
             name: "bare".to_owned(),
             uuid: uuid.to_owned(),
         };
@@ -362,7 +356,7 @@ async fn names_and_domains_that_are_not_there_do_no_harm() {
             .await
             .unwrap_err();
         assert!(
-            matches!(error, HypervisorError::Failed { .. }),
+            matches!(error, CallError::Failed { .. }),
             "{text:?}: {error:?}"
         );
         assert!(
@@ -376,7 +370,7 @@ async fn names_and_domains_that_are_not_there_do_no_harm() {
     // No channel for an agent; and a channel with nobody at its end.
     let error = control.guest_vcpus(&bare).await.unwrap_err();
     assert!(
-        matches!(error, HypervisorError::AgentUnavailable { .. }),
+        matches!(error, CallError::AgentUnavailable { .. }),
         "{error:?}"
     );
     let silent = libvirtd.directory().join("silent.xml");
@@ -394,7 +388,7 @@ async fn names_and_domains_that_are_not_there_do_no_harm() {
     ] {
         let error = outcome.unwrap_err();
         assert!(
-            matches!(error, HypervisorError::AgentUnavailable { .. }),
+            matches!(error, CallError::AgentUnavailable { .. }),
             "{error:?}"
         );
     }
@@ -418,16 +412,10 @@ async fn events_are_told_again_after_libvirtd_was_killed() {
         let down = listening.wait_for(|state| *state == Connection::Down);
         timeout(LONG, down).await.unwrap().unwrap();
         let error = control.domain(&id).await.unwrap_err();
-        assert!(
-            matches!(error, HypervisorError::Unavailable(_)),
-            "{error:?}"
-        );
+        assert!(matches!(error, CallError::Unavailable(_)), "{error:?}");
         let (answer, took) = timed(control.memory_stats(&id)).await;
         let error = answer.unwrap_err();
-        assert!(
-            matches!(error, HypervisorError::Unavailable(_)),
-            "{error:?}"
-        );
+        assert!(matches!(error, CallError::Unavailable(_)), "{error:?}");
         assert!(took < LONG / 3, "{took:?}");
 
         libvirtd.restart().unwrap();
@@ -479,7 +467,7 @@ async fn a_domain_that_is_stuck_costs_its_own_lane_only() {
         stats_lanes: 2,
         ..ControlConfig::new(libvirtd.uri())
     };
-    let control = LibvirtControl::start(config, &metrics);
+    let control = LibvirtDomains::start(config, &metrics);
     for name in ["stuck", "a", "b", "c"] {
         libvirtd.start_domain(name).unwrap();
     }
@@ -507,16 +495,10 @@ async fn a_domain_that_is_stuck_costs_its_own_lane_only() {
     let ((late, next), longest) = tokio::join!(call, others);
     println!("the others took {longest:?} at most");
     assert!(longest < DEADLINE, "{longest:?}");
-    assert!(
-        matches!(late.0, Err(HypervisorError::Timeout { .. })),
-        "{late:?}"
-    );
+    assert!(matches!(late.0, Err(CallError::Timeout { .. })), "{late:?}");
     assert!(late.1 < LONG, "{late:?}");
     // The domain's turn is still taken.
-    assert!(
-        matches!(next.0, Err(HypervisorError::Busy { .. })),
-        "{next:?}"
-    );
+    assert!(matches!(next.0, Err(CallError::Busy { .. })), "{next:?}");
     assert!(next.1 < LONG, "{next:?}");
     assert_eq!(
         metrics
@@ -583,7 +565,7 @@ async fn statistics_leave_no_memory_behind() {
 }
 
 async fn measure_statistics(uri: &str) {
-    let control = LibvirtControl::start(ControlConfig::new(uri), &Arc::new(Metrics::new()));
+    let control = LibvirtDomains::start(ControlConfig::new(uri), &Arc::new(Metrics::new()));
     let id = control.find_domain("a").await.unwrap();
     let ask = async |times: u32| {
         for call in 0..times {

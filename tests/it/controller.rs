@@ -7,10 +7,10 @@ use anyhow::{Context as _, ensure};
 use rstest::rstest;
 use serde_json::{Value, json};
 use virtnode::cluster::Cluster;
-use virtnode::domain::Reason;
+use virtnode::domain::PauseReason;
 use virtnode::executor::Options as ExecutorOptions;
 use virtnode::hotplug::Verdict;
-use virtnode::hypervisor::HypervisorError;
+use virtnode::hypervisor::CallError;
 
 use crate::support::controller::{HotplugNode, becomes, condition};
 use crate::support::eventually;
@@ -74,7 +74,7 @@ async fn every_verdict_is_told_with_its_reason_and_few_calls() -> anyhow::Result
         calls: Calls::Fail(error),
         ..FakeGuest::default()
     };
-    let failed = HypervisorError::Failed {
+    let failed = CallError::Failed {
         call: "set-vcpus",
         number: 1,
         message: "internal error".into(),
@@ -105,7 +105,7 @@ async fn every_verdict_is_told_with_its_reason_and_few_calls() -> anyhow::Result
             vcpus("vm", 8),
             guest(Cpus::Onlines, true),
         ),
-        (Verdict::HypervisorError, vcpus("vm", 3), fails(failed)),
+        (Verdict::CallError, vcpus("vm", 3), fails(failed)),
         (
             Verdict::Verified,
             memory("vm", "1Gi"),
@@ -179,7 +179,7 @@ async fn a_domain_that_is_not_there_or_does_not_run_is_told() -> anyhow::Result<
     let api = FakeApi::with_node();
     let node = HotplugNode::start(cluster(&api));
     node.control.add("paused", FakeGuest::default());
-    node.control.pause("paused", Reason::User);
+    node.control.pause("paused", PauseReason::User);
     api.make("absent", vcpus("nobody", 2));
     api.make("paused", vcpus("paused", 2));
     assert_eq!(

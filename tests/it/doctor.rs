@@ -12,7 +12,7 @@ use nix::unistd::Gid;
 use rstest::rstest;
 use serde_json::Value;
 use tempfile::TempDir;
-use virtnode::diagnosis::Check;
+use virtnode::doctor::checks::Check;
 
 /// A machine: its files below a directory.
 struct Machine(TempDir);

@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::{Context as _, ensure};
 use serde_json::Value;
 use tokio::time::Instant;
-use virtnode::diagnosis::observed::{Agent, Daemon as Seen};
+use virtnode::doctor::checks::observed::{Agent, Daemon as Seen};
 use virtnode::doctor::{Scope, look_over};
 use virtnode::label::Policy;
 

@@ -6,12 +6,12 @@ use std::time::Duration;
 
 use tempfile::TempDir;
 use tokio::time::Instant;
-use virtnode::domain::{Job, Reason};
+use virtnode::domain::{Job, PauseReason};
 use virtnode::executor::{
     AskedBy, Executor, OperationId, Options, Order, Record, State, SubmitError,
 };
 use virtnode::hotplug::{HotplugRequest, Require, Verdict};
-use virtnode::hypervisor::HypervisorError;
+use virtnode::hypervisor::CallError;
 use virtnode::journal::Journal;
 use virtnode::units::Bytes;
 
@@ -260,7 +260,7 @@ async fn what_cannot_be_is_told_without_a_call() {
     let node = Node::new();
     node.control.add("vm", FakeGuest::default());
     node.control.add("held", FakeGuest::default());
-    node.control.pause("held", Reason::User);
+    node.control.pause("held", PauseReason::User);
     for (order, verdict) in [
         (vcpus("vm", 5), Verdict::Infeasible),
         (vcpus("vm", 0), Verdict::Infeasible),
@@ -283,10 +283,10 @@ async fn what_cannot_be_is_told_without_a_call() {
 async fn a_paused_domain_is_waited_for_if_it_runs_on_by_itself() {
     let node = Node::new();
     for (by, says) in [
-        (Reason::User, "paused by a user: resume it first"),
-        (Reason::IoError, "virsh domblkerror"),
-        (Reason::FromSnapshot, "went back to a snapshot"),
-        (Reason::Unknown, "libvirt does not tell"),
+        (PauseReason::User, "paused by a user: resume it first"),
+        (PauseReason::IoError, "virsh domblkerror"),
+        (PauseReason::FromSnapshot, "went back to a snapshot"),
+        (PauseReason::Unknown, "libvirt does not tell"),
     ] {
         let name = format!("{by:?}");
         node.control.add(&name, FakeGuest::default());
@@ -298,7 +298,11 @@ async fn a_paused_domain_is_waited_for_if_it_runs_on_by_itself() {
         assert!(message.contains(says), "no '{says}' in {message}");
         assert!(began.elapsed() < Duration::from_secs(1), "{message}");
     }
-    for by in [Reason::Save, Reason::Migration, Reason::StartingUp] {
+    for by in [
+        PauseReason::Save,
+        PauseReason::Migration,
+        PauseReason::StartingUp,
+    ] {
         let name = format!("{by:?}");
         node.control.add(&name, FakeGuest::default());
         node.control.pause(&name, by);
@@ -440,7 +444,7 @@ async fn what_qemu_remembers_stands_in_for_events_that_were_missed() {
 #[tokio::test(start_paused = true)]
 async fn an_error_of_libvirt_is_told_in_its_words() {
     let node = Node::new();
-    let error = HypervisorError::Failed {
+    let error = CallError::Failed {
         call: "set-vcpus",
         number: 1,
         message: "it is Monday".to_owned(),
@@ -451,11 +455,7 @@ async fn an_error_of_libvirt_is_told_in_its_words() {
     };
     node.control.add("vm", fails);
     let record = node.ask(vcpus("vm", 2)).await;
-    assert_eq!(
-        record.verdict,
-        Some(Verdict::HypervisorError),
-        "{record:#?}"
-    );
+    assert_eq!(record.verdict, Some(Verdict::CallError), "{record:#?}");
     assert_eq!(record.hypervisor_error.as_deref(), Some("it is Monday"));
 }
 
@@ -464,7 +464,7 @@ async fn a_call_whose_answer_is_lost_is_made_again_only_if_it_was_not_carried_ou
     let node = Node::new();
     for (name, done, verdict, calls) in [
         ("done", true, Verdict::Verified, 1),
-        ("never", false, Verdict::HypervisorError, 3),
+        ("never", false, Verdict::CallError, 3),
     ] {
         let breaks = FakeGuest {
             calls: Calls::Break { done },

@@ -7,7 +7,7 @@ use std::time::Duration;
 use tempfile::TempDir;
 use tokio::sync::{oneshot, watch};
 use tokio_util::sync::CancellationToken;
-use virtnode::hypervisor::{HypervisorError, RunningDomain};
+use virtnode::hypervisor::{CallError, RunningDomain};
 use virtnode::label::{LabelSet, Policy, Schema};
 use virtnode::labeller::{Labeller, Outlets};
 use virtnode::telemetry::Metrics;
@@ -145,12 +145,12 @@ async fn failed_and_malformed_answers_take_nothing_away_and_change_nothing() {
     let running = Running::start(None);
     running.probes(1).await;
     let before = running.node.borrow().clone();
-    let timeout = HypervisorError::Timeout {
+    let timeout = CallError::Timeout {
         call: "x",
         after: Duration::from_secs(1),
     };
     let good = running.hypervisor.answers().domain_capabilities.clone();
-    let bad: [Result<String, HypervisorError>; 4] = [
+    let bad: [Result<String, CallError>; 4] = [
         Err(timeout.clone()),
         Ok(String::new()),
         Ok("<domainCapabilities><vcpu max='lots'/></domainCapabilities>".to_owned()),

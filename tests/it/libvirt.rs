@@ -10,8 +10,7 @@ use tokio::sync::watch;
 use tokio::time::{interval, timeout};
 use virtnode::capability::eim;
 use virtnode::hypervisor::{
-    Connection, DomainCapabilitiesQuery, Hypervisor, HypervisorError, Keepalive, Libvirt,
-    LibvirtConfig,
+    CallError, Connection, DomainCapabilitiesQuery, Keepalive, Libvirt, LibvirtConfig, NodeSource,
 };
 use virtnode::telemetry::Metrics;
 
@@ -132,13 +131,13 @@ async fn a_refusal_carries_libvirts_words() {
         ..q35()
     };
     let error = libvirt.domain_capabilities(query).await.unwrap_err();
-    assert!(matches!(error, HypervisorError::Failed { .. }), "{error:?}");
+    assert!(matches!(error, CallError::Failed { .. }), "{error:?}");
     assert!(error.to_string().contains("pc-nonsense-1.0"), "{error}");
 
     let too_many = eim::dry_run_domain("qemu", "pc", false);
     let error = libvirt.native_arguments(too_many).await.unwrap_err();
     assert!(
-        matches!(error, HypervisorError::Failed { number: 67, .. }),
+        matches!(error, CallError::Failed { number: 67, .. }),
         "{error:?}"
     );
 
@@ -148,7 +147,7 @@ async fn a_refusal_carries_libvirts_words() {
     };
     let error = libvirt.domain_capabilities(query).await.unwrap_err();
     assert!(
-        matches!(error, HypervisorError::Failed { number: 8, .. }),
+        matches!(error, CallError::Failed { number: 8, .. }),
         "{error:?}"
     );
 
@@ -168,18 +167,12 @@ async fn a_driver_without_a_call_is_unsupported() {
         .native_arguments("<domain/>".to_owned())
         .await
         .unwrap_err();
-    assert!(
-        matches!(error, HypervisorError::Unsupported { .. }),
-        "{error:?}"
-    );
+    assert!(matches!(error, CallError::Unsupported { .. }), "{error:?}");
     let error = libvirt
         .baseline_cpu(q35(), "<cpu/>".to_owned())
         .await
         .unwrap_err();
-    assert!(
-        matches!(error, HypervisorError::Unsupported { .. }),
-        "{error:?}"
-    );
+    assert!(matches!(error, CallError::Unsupported { .. }), "{error:?}");
     let failed = metrics
         .call_failures
         .with_label_values(&["baseline-cpu", "unsupported"]);
@@ -230,10 +223,7 @@ async fn libvirt_may_come_later() {
     let (libvirt, metrics) = start(&libvirtd.uri(), |_| {});
     let (answer, took) = timed(libvirt.capabilities()).await;
     let error = answer.unwrap_err();
-    assert!(
-        matches!(error, HypervisorError::Unavailable(_)),
-        "{error:?}"
-    );
+    assert!(matches!(error, CallError::Unavailable(_)), "{error:?}");
     assert!(error.to_string().contains("libvirt-sock"), "{error}");
     assert!(took < AT_ONCE, "{took:?}");
     assert_eq!(metrics.hypervisor_connected.get(), 0);
@@ -260,10 +250,7 @@ async fn a_killed_libvirtd_is_noticed_and_found_again() {
         assert_eq!(metrics.hypervisor_connected.get(), 0);
         let (answer, took) = timed(libvirt.versions()).await;
         let error = answer.unwrap_err();
-        assert!(
-            matches!(error, HypervisorError::Unavailable(_)),
-            "{error:?}"
-        );
+        assert!(matches!(error, CallError::Unavailable(_)), "{error:?}");
         assert!(took < AT_ONCE, "{took:?}");
 
         libvirtd.restart().unwrap();
@@ -313,7 +300,7 @@ async fn a_frozen_libvirtd_holds_up_nobody() {
         (three.0.unwrap_err(), "running-domains"),
     ] {
         let after = DEADLINE;
-        assert_eq!(error, HypervisorError::Timeout { call, after });
+        assert_eq!(error, CallError::Timeout { call, after });
     }
     for took in [one.1, two.1, three.1] {
         assert!(took >= DEADLINE && took < AT_ONCE, "{took:?}");
@@ -407,10 +394,7 @@ async fn what_cannot_be_reached_is_said_clearly() {
     ] {
         let (libvirt, metrics) = start(uri, |_| {});
         let error = libvirt.versions().await.unwrap_err();
-        assert!(
-            matches!(error, HypervisorError::Unavailable(_)),
-            "{error:?}"
-        );
+        assert!(matches!(error, CallError::Unavailable(_)), "{error:?}");
         assert!(error.to_string().contains(word), "{uri:?}: {error}");
         assert_eq!(*libvirt.connection().borrow(), Connection::Down);
         let failed = metrics

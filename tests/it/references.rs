@@ -11,10 +11,10 @@ use virtnode::capability::{
     Version,
 };
 use virtnode::domain::DomainState;
-use virtnode::hotplug::Moment;
 use virtnode::label::{LabelKey, LabelSet, Policy, REFERENCE, Schema, derive, family, sources};
 use virtnode::telemetry::{DomainFigures, MemoryFigures, Metrics, VcpuFigures};
 use virtnode::units::Bytes;
+use virtnode::units::Timestamp;
 
 /// Compares, or writes if the environment says so.
 fn hold(file: &str, text: &str) {
@@ -187,7 +187,7 @@ fn the_metric_reference_is_what_is_served() {
             plugged: size,
             guest_total: Some(size),
         },
-        as_of: Moment::from_millis(0),
+        as_of: Timestamp::from_millis(0),
     }]);
     let served = metrics.encode().unwrap();
     let (mut helps, mut types) = (BTreeMap::new(), BTreeMap::new());

@@ -14,7 +14,7 @@ use virtnode::capability::{Capabilities, DomainCapabilities, NodeFacts, Version}
 use virtnode::cluster::objects::NodeVirtualizationStatus;
 use virtnode::hypervisor::Connection;
 use virtnode::probe::Reading;
-use virtnode::publish::virtualization::Picture;
+use virtnode::publish::virtualization::Snapshot;
 
 use crate::support::eventually;
 use crate::support::kube::KubeServer;
@@ -42,7 +42,7 @@ fn described(at: Timestamp, connection: Connection) -> NodeVirtualizationStatus 
         ..Reading::default()
     };
     let before = NodeVirtualizationStatus::default();
-    Picture::new(&reading, &[], &[], at).status(&before, connection, at)
+    Snapshot::new(&reading, &[], &[], at).status(&before, connection, at)
 }
 
 fn without_machine(mut status: NodeVirtualizationStatus) -> NodeVirtualizationStatus {

@@ -14,7 +14,7 @@ use virtnode::cluster::objects::{Condition, NodeVirtualization, NodeVirtualizati
 use virtnode::hypervisor::Connection;
 use virtnode::label::{InUse, Retained, RetentionReason, Source};
 use virtnode::probe::{DomainInUse, Failure, Reading};
-use virtnode::publish::virtualization::Picture;
+use virtnode::publish::virtualization::Snapshot;
 
 const UP: Connection = Connection::Up(1);
 
@@ -47,7 +47,7 @@ fn reading() -> Reading {
 }
 
 fn status(reading: &Reading) -> NodeVirtualizationStatus {
-    Picture::new(reading, &[], &[], at(0)).status(&NodeVirtualizationStatus::default(), UP, at(0))
+    Snapshot::new(reading, &[], &[], at(0)).status(&NodeVirtualizationStatus::default(), UP, at(0))
 }
 
 fn size(status: &NodeVirtualizationStatus) -> usize {
@@ -80,9 +80,9 @@ fn a_real_node_is_told_as_a_whole() {
             .all(|guest| guest.machines.is_empty())
     );
     let wanted = ["aarch64".to_owned()];
-    let picture = Picture::new(&reading(), &[], &wanted, at(0)).facts;
+    let snapshot = Snapshot::new(&reading(), &[], &wanted, at(0)).facts;
     let foreign = |guest: &&Guest| guest.architecture != "x86_64" && !guest.machines.is_empty();
-    let foreign: Vec<_> = picture.guests.iter().filter(foreign).collect();
+    let foreign: Vec<_> = snapshot.guests.iter().filter(foreign).collect();
     assert_eq!(foreign.len(), 1);
     assert_eq!(foreign[0].architecture, "aarch64");
     assert!(
@@ -192,7 +192,7 @@ fn a_large_node_is_told_in_less_than_64_kib_and_says_what_is_missing() {
     let full = status(&self::reading());
     let wanted: Vec<String> = (0..30).map(|n| format!("arch{n}")).collect();
     let none = NodeVirtualizationStatus::default();
-    let status = Picture::new(&reading, &[], &wanted, at(0)).status(&none, UP, at(0));
+    let status = Snapshot::new(&reading, &[], &wanted, at(0)).status(&none, UP, at(0));
     println!(
         "a large one: {} bytes without {:?}",
         size(&status),
@@ -256,8 +256,8 @@ fn what_cannot_be_read_stays_as_it_was() {
             .collect(),
         ..Reading::default()
     };
-    let picture = Picture::new(&lost, &[], &[], at(100));
-    let after = picture.status(&before, Connection::Down, at(100));
+    let snapshot = Snapshot::new(&lost, &[], &[], at(100));
+    let after = snapshot.status(&before, Connection::Down, at(100));
     assert_eq!(after.guests, before.guests);
     assert_eq!(after.cpu, before.cpu);
     assert_eq!(after.max_vcpus, before.max_vcpus);
@@ -288,11 +288,11 @@ fn what_cannot_be_read_stays_as_it_was() {
     for failure in &mut again.failures {
         failure.message = "no connection after 8 s".to_owned();
     }
-    let again = Picture::new(&again, &[], &[], at(200)).status(&after, Connection::Down, at(200));
+    let again = Snapshot::new(&again, &[], &[], at(200)).status(&after, Connection::Down, at(200));
     assert_eq!(again, after);
 
     // And back.
-    let back = Picture::new(&reading(), &[], &[], at(300)).status(&after, UP, at(300));
+    let back = Snapshot::new(&reading(), &[], &[], at(300)).status(&after, UP, at(300));
     assert!(back.conditions.iter().all(Condition::holds));
     assert_eq!(back.last_probe_time, Some(at(300).into()));
     assert_eq!(back.iommu, before.iommu);
@@ -315,8 +315,8 @@ fn a_domain_that_holds_labels_is_named() {
         value: "255".parse().unwrap(),
         reason: RetentionReason::DomainUsesIt,
     };
-    let picture = Picture::new(&reading, &[kept], &[], at(0));
-    let holds = picture.facts.holds;
+    let snapshot = Snapshot::new(&reading, &[kept], &[], at(0));
+    let holds = snapshot.facts.holds;
     assert_eq!(holds.len(), 1);
     assert_eq!(holds[0].domain, "old");
     assert_eq!(holds[0].labels, ["machine.virtnode.io/pc-q35-2.4"]);

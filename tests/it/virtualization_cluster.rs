@@ -17,7 +17,7 @@ use virtnode::cluster::{Cluster, ClusterConfig, Retry};
 use virtnode::hypervisor::Connection;
 use virtnode::label::Source;
 use virtnode::probe::Failure;
-use virtnode::publish::virtualization::{Options, Picture, VirtualizationPublisher};
+use virtnode::publish::virtualization::{Options, Snapshot, VirtualizationPublisher};
 use virtnode::telemetry::Metrics;
 
 use crate::support::eventually;
@@ -28,7 +28,7 @@ const CRDS: &str = include_str!("../../manifests/base/crds.yaml");
 
 /// A publisher that runs, and what it is told.
 struct Writer {
-    pictures: watch::Sender<Option<Arc<Picture>>>,
+    pictures: watch::Sender<Option<Arc<Snapshot>>>,
     connection: watch::Sender<Connection>,
     metrics: Arc<Metrics>,
     _stop: DropGuard,
@@ -63,7 +63,7 @@ impl Writer {
             max_vcpus: Some(max_vcpus),
             ..NodeVirtualizationStatus::default()
         };
-        self.pictures.send_replace(Some(Arc::new(Picture {
+        self.pictures.send_replace(Some(Arc::new(Snapshot {
             facts,
             failures,
             at: Timestamp::now(),

@@ -12,7 +12,7 @@ use crate::compat::{
 };
 use crate::config::Config;
 use crate::hypervisor::{
-    DomainCapabilitiesQuery, Hypervisor, HypervisorError, Libvirt, LibvirtConfig, RunningDomain,
+    CallError, DomainCapabilitiesQuery, Libvirt, LibvirtConfig, NodeSource, RunningDomain,
 };
 use crate::probe::Prober;
 use crate::telemetry::Metrics;
@@ -58,7 +58,7 @@ pub(super) fn ask(question: &Question, config: &Config) -> anyhow::Result<Result
 pub(in crate::cli) async fn running(name: &str, libvirt: &Libvirt) -> anyhow::Result<Asked> {
     let domains = libvirt.running_domains().await.map_err(|error| {
         let exit = match error {
-            HypervisorError::Unavailable(_) | HypervisorError::Timeout { .. } => Exit::Unreachable,
+            CallError::Unavailable(_) | CallError::Timeout { .. } => Exit::Unreachable,
             _ => Exit::Failed,
         };
         Failure::new(exit, error)
@@ -130,7 +130,7 @@ async fn ask_hypervisor(asked: &Asked, offer: &Offer, libvirt: &Libvirt) -> Conf
     let dry_run = match dry_run_xml(&asked.xml) {
         Some(xml) => match libvirt.native_arguments(xml).await {
             Ok(_) => DryRun::Accepted,
-            Err(HypervisorError::Failed { message, .. }) => DryRun::Refused { words: message },
+            Err(CallError::Failed { message, .. }) => DryRun::Refused { words: message },
             Err(error) => DryRun::Failed {
                 reason: error.to_string(),
             },

@@ -3,7 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::hotplug::Moment;
+use crate::units::Timestamp;
 
 /// One thing that is so, is not so, or is not known.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -20,7 +20,7 @@ pub struct Condition {
     pub message: String,
     /// When the status last became another one.
     #[schemars(with = "Time")]
-    pub last_transition_time: Moment,
+    pub last_transition_time: Timestamp,
     /// The generation of the object that this is about, where generations tell anything.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub observed_generation: Option<i64>,
@@ -33,7 +33,7 @@ impl Condition {
         holds: bool,
         reason: &str,
         message: impl Into<String>,
-        now: Moment,
+        now: Timestamp,
     ) -> Self {
         Self {
             kind: kind.to_owned(),
@@ -83,7 +83,7 @@ mod tests {
 
     #[test]
     fn a_condition_keeps_its_time_and_sentence_until_it_changes() {
-        let at = |seconds: i64| Moment::from_millis(seconds * 1000);
+        let at = |seconds: i64| Timestamp::from_millis(seconds * 1000);
         let first = Condition::new("Probed", true, "Read", "", at(0)).after(&[]);
         assert_eq!(first.last_transition_time, at(0));
         let after = |reason, message| {

@@ -17,7 +17,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::condition::{Condition, Time};
-use crate::hotplug::{Diagnosis, Evidence, Extent, Moment, Require};
+use crate::hotplug::{Amount, Diagnosis, Evidence, Require};
+use crate::units::Timestamp;
 
 /// What is asked for. The object is one-shot: it is done once, and its spec cannot be changed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, CustomResource, KubeSchema)]
@@ -200,18 +201,18 @@ pub struct DomainHotplugStatus {
     /// When it was taken on.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<Time>")]
-    pub start_time: Option<Moment>,
+    pub start_time: Option<Timestamp>,
     /// When there was a verdict.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<Time>")]
-    pub completion_time: Option<Moment>,
+    pub completion_time: Option<Timestamp>,
     /// The verdict, once there is one. Verified: everything asked for is proven at the required level.
     /// PartiallyApplied: the guest took some of it. GuestOffline: the guest has it and does not use it.
     /// GuestRefused: the guest said no, or provably threw it away. GuestSilent: the guest gave no sign
     /// before the deadline. Unverifiable: accepted, and the domain offers no proof at the required
     /// level. Pending: still outstanding in the hypervisor at the deadline. Infeasible: nothing was
     /// changed; the limit and the remedy are in the message. Busy: something else held the domain until
-    /// the deadline. DomainNotFound, DomainNotRunning, HypervisorError, HypervisorUnavailable: as named.
+    /// the deadline. DomainNotFound, DomainNotRunning, CallError, HypervisorUnavailable: as named.
     /// A verdict other than Verified may become Verified later, if the guest follows.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub verdict: Option<String>,
@@ -221,13 +222,13 @@ pub struct DomainHotplugStatus {
     pub message: Option<String>,
     /// What the domain had before.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub before: Option<Amount>,
+    pub before: Option<AmountStatus>,
     /// What was asked for, in the same terms.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub requested: Option<Amount>,
+    pub requested: Option<AmountStatus>,
     /// What the domain had when it was last looked at.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub after: Option<Amount>,
+    pub after: Option<AmountStatus>,
     /// What was seen, in order.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub evidence: Vec<Witness>,
@@ -248,7 +249,7 @@ pub struct DomainHotplugStatus {
 /// How much of the resource there is.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
-pub struct Amount {
+pub struct AmountStatus {
     /// vCPUs that are plugged, or asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vcpus: Option<u32>,
@@ -264,15 +265,15 @@ pub struct Amount {
     pub guest_total: Option<String>,
 }
 
-impl From<Extent> for Amount {
-    fn from(extent: Extent) -> Self {
+impl From<Amount> for AmountStatus {
+    fn from(extent: Amount) -> Self {
         match extent {
-            Extent::Vcpus { vcpus, online } => Self {
+            Amount::Vcpus { vcpus, online } => Self {
                 vcpus: Some(vcpus),
                 online,
                 ..Self::default()
             },
-            Extent::Memory {
+            Amount::Memory {
                 memory,
                 guest_total,
             } => Self {
@@ -294,7 +295,7 @@ pub struct Witness {
     pub detail: String,
     /// When.
     #[schemars(with = "Time")]
-    pub time: Moment,
+    pub time: Timestamp,
 }
 
 impl From<Evidence> for Witness {

@@ -13,7 +13,7 @@ use schemars::{JsonSchema, Schema};
 use serde::{Deserialize, Serialize};
 
 use super::condition::{Condition, Time};
-use crate::hotplug::Moment;
+use crate::units::Timestamp;
 
 /// The condition that says whether the last probe could read every source.
 pub const PROBED: &str = "Probed";
@@ -61,7 +61,7 @@ pub struct NodeVirtualizationStatus {
     /// Brought up to date once an hour, and when something changed.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<Time>")]
-    pub last_probe_time: Option<Moment>,
+    pub last_probe_time: Option<Timestamp>,
     /// `Probed`: whether the last probe could read every source, and if not, which ones.
     /// `HypervisorConnected`: whether there is a connection to libvirt. `HotplugObjectsWatched`:
     /// whether `DomainHotplug` objects for this node are seen, and if not, why.

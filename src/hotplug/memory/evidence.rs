@@ -2,8 +2,9 @@
 
 use super::diagnosis::LINUX_BLOCK;
 use crate::domain::Memory;
-use crate::hotplug::{Action, Answer, Event, Extent, History, Moment, Observation, Ost, SlotKind};
+use crate::hotplug::{Action, Amount, Answer, Event, History, Observation, Ost, SlotKind};
 use crate::units::Bytes;
+use crate::units::Timestamp;
 
 /// The signs of one operation, as they stand.
 pub(super) struct Signs<'h> {
@@ -14,11 +15,11 @@ pub(super) struct Signs<'h> {
     /// What it has, by the live XML: virtio-mem as taken, DIMMs in full.
     pub(super) plugged: Bytes,
     /// When the plugged amount was last seen to change.
-    pub(super) moved: Option<Moment>,
+    pub(super) moved: Option<Timestamp>,
     /// From when on it has been what was asked for.
-    pub(super) reached: Option<Moment>,
+    pub(super) reached: Option<Timestamp>,
     /// The guest's answer through ACPI for the DIMM that was attached.
-    pub(super) dimm: Option<(Moment, Answer, &'h Ost)>,
+    pub(super) dimm: Option<(Timestamp, Answer, &'h Ost)>,
     /// What the guest's own total says.
     pub(super) total: Total,
 }
@@ -79,7 +80,7 @@ pub(super) fn planned_dimm(history: &History) -> Option<(&str, Bytes)> {
     })
 }
 
-fn dimm_answer(history: &History) -> Option<(Moment, Answer, &Ost)> {
+fn dimm_answer(history: &History) -> Option<(Timestamp, Answer, &Ost)> {
     let (alias, _) = planned_dimm(history)?;
     history.events().rev().find_map(|(at, event)| match event {
         Event::Ost(ost) if ost.kind == SlotKind::Dimm && ost.device.as_deref() == Some(alias) => {
@@ -93,7 +94,7 @@ fn dimm_answer(history: &History) -> Option<(Moment, Answer, &Ost)> {
 /// memory itself; half as much again for other books.
 const OVERHEAD: u64 = 40;
 
-fn total(history: &History, target: Bytes, reached: Option<Moment>) -> Total {
+fn total(history: &History, target: Bytes, reached: Option<Timestamp>) -> Total {
     let seen = history.latest();
     let period = seen.domain.balloon.stats_period;
     let told = seen.stats.as_ref().map(|stats| stats.balloon);
@@ -172,8 +173,8 @@ pub(in crate::hotplug) fn shows(history: &History, size: Bytes) -> bool {
 }
 
 /// How much there is, and how much of it the guest sees.
-pub(in crate::hotplug) fn extent(seen: &Observation) -> Extent {
-    Extent::Memory {
+pub(in crate::hotplug) fn extent(seen: &Observation) -> Amount {
+    Amount::Memory {
         memory: seen.domain.memory.plugged(),
         guest_total: seen.guest_total(),
     }

@@ -6,11 +6,12 @@ use std::time::Duration;
 use super::diagnosis;
 use super::evidence::{Signs, Total, planned_dimm};
 use crate::hotplug::outcome::{Diagnosis, Finding, Ruling, seconds};
-use crate::hotplug::{Answer, History, Moment, Require, Verdict, trouble};
+use crate::hotplug::{Answer, History, Require, Verdict, lifecycle};
 use crate::units::Bytes;
+use crate::units::Timestamp;
 
 /// What to do next about a request for `size` of memory.
-pub(in crate::hotplug) fn judge(history: &History, size: Bytes, now: Moment) -> Ruling {
+pub(in crate::hotplug) fn judge(history: &History, size: Bytes, now: Timestamp) -> Ruling {
     let case = Case {
         history,
         signs: Signs::read(history, size),
@@ -22,7 +23,7 @@ pub(in crate::hotplug) fn judge(history: &History, size: Bytes, now: Moment) -> 
     if let Some(proof) = case.proof() {
         return Ruling::Found(Finding::new(Verdict::Verified, proof));
     }
-    if let Some(finding) = trouble::at_deadline(history).filter(|_| case.over) {
+    if let Some(finding) = lifecycle::at_deadline(history).filter(|_| case.over) {
         return Ruling::Found(finding);
     }
     if !history.latest().domain.state.runs() {
@@ -35,7 +36,7 @@ pub(in crate::hotplug) fn judge(history: &History, size: Bytes, now: Moment) -> 
         let shown = case.signs.asked;
         return case.wait_or("libvirt to change the memory", || {
             Finding::new(
-                Verdict::HypervisorError,
+                Verdict::CallError,
                 format!("libvirt shows {shown} where {size} were asked for"),
             )
         });
@@ -55,7 +56,7 @@ struct Case<'h> {
     signs: Signs<'h>,
     size: Bytes,
     before: Bytes,
-    now: Moment,
+    now: Timestamp,
     over: bool,
 }
 
@@ -306,7 +307,7 @@ impl Case<'_> {
     /// then waiting.
     fn after(
         &self,
-        since: Option<Moment>,
+        since: Option<Timestamp>,
         patience: Duration,
         awaiting: &str,
         finding: impl FnOnce() -> Finding,

@@ -1,8 +1,8 @@
 //! What is wrong with a guest that does not follow, and what to do.
 
 use crate::domain::IdSet;
+use crate::hotplug::lifecycle::COUNT_ANEW;
 use crate::hotplug::outcome::{Diagnosis, counted};
-use crate::hotplug::trouble::COUNT_ANEW;
 
 /// The guest confirmed CPUs that it does not have.
 pub(super) fn thrown_away(has: u32, target: u32) -> Diagnosis {

@@ -3,9 +3,8 @@
 use std::collections::BTreeMap;
 
 use crate::domain::{IdSet, VcpuStats};
-use crate::hotplug::{
-    Answer, Event, Extent, GuestVcpus, History, Moment, Observation, Ost, SlotKind,
-};
+use crate::hotplug::{Amount, Answer, Event, GuestVcpus, History, Observation, Ost, SlotKind};
+use crate::units::Timestamp;
 
 /// The signs of one operation, as they stand.
 pub(super) struct Signs<'h> {
@@ -16,9 +15,9 @@ pub(super) struct Signs<'h> {
     /// Which are plugged now and were not before.
     pub(super) added: IdSet,
     /// The last answer through ACPI for each vCPU.
-    pub(super) answers: BTreeMap<u32, (Moment, Answer, &'h Ost)>,
+    pub(super) answers: BTreeMap<u32, (Timestamp, Answer, &'h Ost)>,
     /// Those that QEMU or the guest said are gone, and when.
-    pub(super) gone: BTreeMap<u32, Moment>,
+    pub(super) gone: BTreeMap<u32, Timestamp>,
     /// Those that the guest keeps.
     pub(super) kept: IdSet,
     /// The agent's answer in the last look.
@@ -107,7 +106,7 @@ impl<'h> Signs<'h> {
     }
 
     /// When the guest last answered through ACPI.
-    pub(super) fn last_answer(&self) -> Option<Moment> {
+    pub(super) fn last_answer(&self) -> Option<Timestamp> {
         self.answers.values().map(|(at, ..)| *at).max()
     }
 
@@ -202,8 +201,8 @@ pub(in crate::hotplug) fn shows(history: &History, count: u32) -> bool {
 }
 
 /// How many there are, and how many of them the guest uses.
-pub(in crate::hotplug) fn extent(seen: &Observation) -> Extent {
-    Extent::Vcpus {
+pub(in crate::hotplug) fn extent(seen: &Observation) -> Amount {
+    Amount::Vcpus {
         vcpus: seen.domain.vcpus.plugged(),
         online: seen.guest().map(|guest| guest.online.len()),
     }

@@ -3,10 +3,10 @@
 mod diagnosis;
 mod evidence;
 mod preflight;
-mod trail;
+mod timeline;
 mod verdict;
 
 pub(super) use evidence::{extent, shows};
 pub(super) use preflight::preflight;
-pub(super) use trail::trail;
+pub(super) use timeline::timeline;
 pub(super) use verdict::{judge, settle};

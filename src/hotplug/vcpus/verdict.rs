@@ -5,16 +5,17 @@ mod unplug;
 
 use super::evidence::Signs;
 use crate::hotplug::history::Return;
+use crate::hotplug::lifecycle::{self, Failure};
 use crate::hotplug::outcome::{Finding, Ruling, counted, seconds};
-use crate::hotplug::trouble::{self, Failure};
-use crate::hotplug::{Action, Answer, History, Moment, Require, Verdict};
+use crate::hotplug::{Action, Answer, History, Require, Verdict};
+use crate::units::Timestamp;
 
 /// What to do next about a request for `count` vCPUs.
 pub(in crate::hotplug) fn judge(
     history: &History,
     count: u32,
     online: bool,
-    now: Moment,
+    now: Timestamp,
 ) -> Ruling {
     let case = Case {
         history,
@@ -27,7 +28,7 @@ pub(in crate::hotplug) fn judge(
     if let Some(proof) = case.proof() {
         return Ruling::Found(Finding::new(Verdict::Verified, proof));
     }
-    if let Some(finding) = trouble::at_deadline(history).filter(|_| case.over) {
+    if let Some(finding) = lifecycle::at_deadline(history).filter(|_| case.over) {
         return Ruling::Found(finding);
     }
     if !history.latest().domain.state.runs() {
@@ -57,7 +58,7 @@ struct Case<'h> {
     signs: Signs<'h>,
     count: u32,
     before: u32,
-    now: Moment,
+    now: Timestamp,
     over: bool,
 }
 
@@ -134,14 +135,17 @@ impl Case<'_> {
         match returned {
             Some((_, Return::Done)) => true,
             Some((_, Return::Failed { number, message })) => {
-                matches!(trouble::failure(*number, message), Failure::UnplugTimedOut)
+                matches!(
+                    lifecycle::failure(*number, message),
+                    Failure::UnplugTimedOut
+                )
             }
             _ => false,
         }
     }
 
     /// Whether the last look was begun after that moment.
-    fn looked_after(&self, moment: Option<Moment>) -> bool {
+    fn looked_after(&self, moment: Option<Timestamp>) -> bool {
         match (moment, self.signs.latest) {
             (Some(moment), Some(latest)) => latest.at >= moment,
             _ => false,

@@ -8,10 +8,10 @@ use tokio::sync::oneshot;
 
 use super::lane::Job;
 use super::session::Session;
-use crate::hypervisor::HypervisorError;
+use crate::hypervisor::CallError;
 
 /// How a call ended, and how long libvirt took.
-pub(super) type Answer<T> = (Result<T, HypervisorError>, Duration);
+pub(super) type Answer<T> = (Result<T, CallError>, Duration);
 
 /// A job that does `work`, and where its answer will be. `held` is kept until the work is done,
 /// also when nobody waits for it any more, and let go before the answer is there.
@@ -22,13 +22,13 @@ pub(super) fn job<T, W, H>(
 ) -> (Job, oneshot::Receiver<Answer<T>>)
 where
     T: Send + 'static,
-    W: FnOnce(&mut Session) -> Result<T, HypervisorError> + Send + 'static,
+    W: FnOnce(&mut Session) -> Result<T, CallError> + Send + 'static,
     H: Send + 'static,
 {
     static IDS: AtomicU64 = AtomicU64::new(0);
     let id = IDS.fetch_add(1, Ordering::Relaxed);
     let (reply, answer) = oneshot::channel();
-    let run = Box::new(move |session: Result<&mut Session, HypervisorError>| {
+    let run = Box::new(move |session: Result<&mut Session, CallError>| {
         // The caller went away while this waited for its turn.
         if reply.is_closed() {
             return;
@@ -45,10 +45,10 @@ where
 /// A panic of the crate `virt` is an error of this call, not the end of the lane.
 fn unpanicked<T>(
     call: &'static str,
-    work: impl FnOnce() -> Result<T, HypervisorError>,
-) -> Result<T, HypervisorError> {
+    work: impl FnOnce() -> Result<T, CallError>,
+) -> Result<T, CallError> {
     catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| {
-        Err(HypervisorError::Failed {
+        Err(CallError::Failed {
             call,
             number: virt::sys::VIR_ERR_INTERNAL_ERROR,
             message: "the call panicked".to_owned(),
@@ -57,6 +57,6 @@ fn unpanicked<T>(
 }
 
 /// The answer of a lane that will give none.
-pub(super) fn gone() -> HypervisorError {
-    HypervisorError::Unavailable("the thread that makes the calls ended".to_owned())
+pub(super) fn gone() -> CallError {
+    CallError::Unavailable("the thread that makes the calls ended".to_owned())
 }

@@ -1,4 +1,4 @@
-//! [`DomainControl`] by way of libvirt.
+//! [`DomainBackend`] by way of libvirt.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,7 +14,7 @@ use super::session::Session;
 use crate::domain::{BalloonStats, IdSet};
 use crate::hotplug::{GuestVcpus, Ost};
 use crate::hypervisor::{
-    Connection, DomainControl, DomainId, DomainStats, HypervisorError, LiveDomain, Notices, Scope,
+    CallError, Connection, DomainBackend, DomainRef, DomainStats, LiveDomain, Notices, Scope,
 };
 use crate::telemetry::Metrics;
 use crate::units::KiB;
@@ -60,7 +60,7 @@ impl ControlConfig {
 
 /// The domains of a libvirt that is connected to, and connected to again, for as long as this
 /// lives. For changes and agents it connects only when they are asked for.
-pub struct LibvirtControl {
+pub struct LibvirtDomains {
     reads: Lanes,
     /// Statistics do not wait for what is being done to a domain, but an emulator that hangs
     /// holds them up all the same: those of all domains have a connection for themselves, and
@@ -75,7 +75,7 @@ pub struct LibvirtControl {
     events: Link,
 }
 
-impl LibvirtControl {
+impl LibvirtDomains {
     /// Begins to connect and returns at once, as [`super::Libvirt::start`] does.
     pub fn start(config: ControlConfig, metrics: &Arc<Metrics>) -> Self {
         let link = |deadline, role| {
@@ -107,17 +107,17 @@ impl LibvirtControl {
         &self,
         pool: &Pool,
         call: &'static str,
-        domain: &DomainId,
-        work: impl FnOnce(&Session, &DomainId) -> Result<T, HypervisorError> + Send + 'static,
-    ) -> Result<T, HypervisorError> {
+        domain: &DomainRef,
+        work: impl FnOnce(&Session, &DomainRef) -> Result<T, CallError> + Send + 'static,
+    ) -> Result<T, CallError> {
         let about = domain.clone();
         pool.call(call, domain, move |session| work(session, &about))
             .await
     }
 }
 
-impl DomainControl for LibvirtControl {
-    async fn find_domain(&self, name_or_uuid: &str) -> Result<DomainId, HypervisorError> {
+impl DomainBackend for LibvirtDomains {
+    async fn find_domain(&self, name_or_uuid: &str) -> Result<DomainRef, CallError> {
         let name_or_uuid = name_or_uuid.to_owned();
         self.reads
             .call("find-domain", move |session| {
@@ -126,34 +126,34 @@ impl DomainControl for LibvirtControl {
             .await
     }
 
-    async fn domain(&self, domain: &DomainId) -> Result<LiveDomain, HypervisorError> {
+    async fn domain(&self, domain: &DomainRef) -> Result<LiveDomain, CallError> {
         self.on(&self.changes, "domain", domain, Session::domain)
             .await
     }
 
-    async fn all_domain_stats(&self) -> Result<Vec<DomainStats>, HypervisorError> {
+    async fn all_domain_stats(&self) -> Result<Vec<DomainStats>, CallError> {
         self.all_stats
             .call("all-domain-stats", |session| session.all_domain_stats())
             .await
     }
 
-    async fn domain_stats(&self, domain: &DomainId) -> Result<DomainStats, HypervisorError> {
+    async fn domain_stats(&self, domain: &DomainRef) -> Result<DomainStats, CallError> {
         self.on(&self.stats, "domain-stats", domain, Session::domain_stats)
             .await
     }
 
-    async fn memory_stats(&self, domain: &DomainId) -> Result<BalloonStats, HypervisorError> {
+    async fn memory_stats(&self, domain: &DomainRef) -> Result<BalloonStats, CallError> {
         let call = "memory-stats";
         self.on(&self.changes, call, domain, Session::memory_stats)
             .await
     }
 
-    async fn guest_vcpus(&self, domain: &DomainId) -> Result<GuestVcpus, HypervisorError> {
+    async fn guest_vcpus(&self, domain: &DomainRef) -> Result<GuestVcpus, CallError> {
         self.on(&self.agents, "guest-vcpus", domain, Session::guest_vcpus)
             .await
     }
 
-    async fn acpi_answers(&self, domain: &DomainId) -> Result<Vec<Ost>, HypervisorError> {
+    async fn acpi_answers(&self, domain: &DomainRef) -> Result<Vec<Ost>, CallError> {
         let call = "acpi-answers";
         self.on(&self.changes, call, domain, Session::acpi_answers)
             .await
@@ -161,10 +161,10 @@ impl DomainControl for LibvirtControl {
 
     async fn set_guest_vcpus(
         &self,
-        domain: &DomainId,
+        domain: &DomainRef,
         vcpus: &IdSet,
         online: bool,
-    ) -> Result<(), HypervisorError> {
+    ) -> Result<(), CallError> {
         let (call, vcpus) = ("set-guest-vcpus", vcpus.clone());
         self.on(&self.agents, call, domain, move |session, domain| {
             session.set_guest_vcpus(domain, &vcpus, online)
@@ -174,9 +174,9 @@ impl DomainControl for LibvirtControl {
 
     async fn set_agent_timeout(
         &self,
-        domain: &DomainId,
+        domain: &DomainRef,
         timeout: Duration,
-    ) -> Result<(), HypervisorError> {
+    ) -> Result<(), CallError> {
         let call = "agent-timeout";
         self.on(&self.agents, call, domain, move |session, domain| {
             session.set_agent_timeout(domain, timeout)
@@ -186,10 +186,10 @@ impl DomainControl for LibvirtControl {
 
     async fn set_vcpus(
         &self,
-        domain: &DomainId,
+        domain: &DomainRef,
         vcpus: u32,
         scope: Scope,
-    ) -> Result<(), HypervisorError> {
+    ) -> Result<(), CallError> {
         let call = "set-vcpus";
         self.on(&self.changes, call, domain, move |session, domain| {
             session.set_vcpus(domain, vcpus, scope)
@@ -199,10 +199,10 @@ impl DomainControl for LibvirtControl {
 
     async fn update_device(
         &self,
-        domain: &DomainId,
+        domain: &DomainRef,
         xml: &str,
         scope: Scope,
-    ) -> Result<(), HypervisorError> {
+    ) -> Result<(), CallError> {
         let (call, xml) = ("update-device", xml.to_owned());
         self.on(&self.changes, call, domain, move |session, domain| {
             session.update_device(domain, &xml, scope)
@@ -212,10 +212,10 @@ impl DomainControl for LibvirtControl {
 
     async fn resize_virtio_mem(
         &self,
-        domain: &DomainId,
+        domain: &DomainRef,
         alias: &str,
         requested: KiB,
-    ) -> Result<(), HypervisorError> {
+    ) -> Result<(), CallError> {
         let (call, alias) = ("update-device", alias.to_owned());
         self.on(&self.changes, call, domain, move |session, domain| {
             session.resize_virtio_mem(domain, &alias, requested)
@@ -225,10 +225,10 @@ impl DomainControl for LibvirtControl {
 
     async fn attach_device(
         &self,
-        domain: &DomainId,
+        domain: &DomainRef,
         xml: &str,
         scope: Scope,
-    ) -> Result<(), HypervisorError> {
+    ) -> Result<(), CallError> {
         let (call, xml) = ("attach-device", xml.to_owned());
         self.on(&self.changes, call, domain, move |session, domain| {
             session.attach_device(domain, &xml, scope)
@@ -238,10 +238,10 @@ impl DomainControl for LibvirtControl {
 
     async fn detach_device(
         &self,
-        domain: &DomainId,
+        domain: &DomainRef,
         alias: &str,
         scope: Scope,
-    ) -> Result<(), HypervisorError> {
+    ) -> Result<(), CallError> {
         let (call, alias) = ("detach-device", alias.to_owned());
         self.on(&self.changes, call, domain, move |session, domain| {
             session.detach_device(domain, &alias, scope)

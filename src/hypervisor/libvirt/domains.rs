@@ -9,10 +9,10 @@ use virt::sys;
 use super::device::with_requested;
 use super::failure;
 use super::session::{Session, no_nul};
-use crate::domain::{BalloonStats, DomainState, IdSet, Job, Reason, Stats};
+use crate::domain::{BalloonStats, DomainState, IdSet, Job, PauseReason, Stats};
 use crate::ffi::{self, DomainRecord};
 use crate::hotplug::{GuestVcpus, Ost};
-use crate::hypervisor::{DomainId, DomainStats, HypervisorError, LiveDomain, Scope};
+use crate::hypervisor::{CallError, DomainRef, DomainStats, LiveDomain, Scope};
 use crate::units::{Bytes, KiB};
 
 /// What is asked of the bulk statistics, and how: never waiting behind what is being done to a
@@ -22,12 +22,7 @@ const STATS: u32 =
 const STATS_FLAGS: u32 = sys::VIR_CONNECT_GET_ALL_DOMAINS_STATS_NOWAIT;
 
 impl Session {
-    fn sort_domain(
-        &self,
-        call: &'static str,
-        domain: Option<&Domain>,
-        error: &Error,
-    ) -> HypervisorError {
+    fn sort_domain(&self, call: &'static str, domain: Option<&Domain>, error: &Error) -> CallError {
         failure::sort_domain(call, error, self.is_alive(), || {
             domain.is_none_or(|domain| domain.is_active().unwrap_or(true))
         })
@@ -37,9 +32,9 @@ impl Session {
     fn with<T>(
         &self,
         call: &'static str,
-        domain: &DomainId,
+        domain: &DomainRef,
         work: impl FnOnce(&Domain) -> Result<T, Error>,
-    ) -> Result<T, HypervisorError> {
+    ) -> Result<T, CallError> {
         let domain = self
             .connect
             .lookup_domain_by_uuid_string(&domain.uuid)
@@ -47,12 +42,12 @@ impl Session {
         work(&domain).map_err(|error| self.sort_domain(call, Some(&domain), &error))
     }
 
-    pub(super) fn find_domain(&self, name_or_uuid: &str) -> Result<DomainId, HypervisorError> {
+    pub(super) fn find_domain(&self, name_or_uuid: &str) -> Result<DomainRef, CallError> {
         const CALL: &str = "find-domain";
         if no_nul(CALL, [Some(name_or_uuid)]).is_err() {
             // libvirt could not be asked for it.
             let message = format!("no domain has the name {name_or_uuid:?}");
-            return Err(HypervisorError::DomainNotFound(message));
+            return Err(CallError::DomainNotFound(message));
         }
         let by_uuid = match is_uuid(name_or_uuid) {
             true => self.connect.lookup_domain_by_uuid_string(name_or_uuid).ok(),
@@ -64,14 +59,14 @@ impl Session {
             .map_err(|error| self.sort_domain(CALL, None, &error))
     }
 
-    pub(super) fn domain(&self, domain: &DomainId) -> Result<LiveDomain, HypervisorError> {
+    pub(super) fn domain(&self, domain: &DomainRef) -> Result<LiveDomain, CallError> {
         self.with("domain", domain, |domain| {
             let (state, reason) = ffi::state(domain)?;
             let state = DomainState::from_libvirt(state);
             Ok(LiveDomain {
                 id: identity(domain)?,
                 state,
-                reason: Reason::from_libvirt(state, reason),
+                reason: PauseReason::from_libvirt(state, reason),
                 persistent: domain.is_persistent()?,
                 xml: domain.xml_desc(0)?,
                 job: job(domain),
@@ -79,24 +74,24 @@ impl Session {
         })
     }
 
-    pub(super) fn all_domain_stats(&self) -> Result<Vec<DomainStats>, HypervisorError> {
+    pub(super) fn all_domain_stats(&self) -> Result<Vec<DomainStats>, CallError> {
         let flags = STATS_FLAGS | sys::VIR_CONNECT_GET_ALL_DOMAINS_STATS_ACTIVE;
         let records = ffi::all_domain_stats(&self.connect, STATS, flags)
             .map_err(|error| self.sort_domain("all-domain-stats", None, &error))?;
         Ok(records.into_iter().map(stats).collect())
     }
 
-    pub(super) fn domain_stats(&self, id: &DomainId) -> Result<DomainStats, HypervisorError> {
+    pub(super) fn domain_stats(&self, id: &DomainRef) -> Result<DomainStats, CallError> {
         let record = self.with("domain-stats", id, |domain| {
             ffi::domain_stats(domain, STATS, STATS_FLAGS)
         })?;
         // A domain that ended after it was looked up is left out.
         record
             .map(stats)
-            .ok_or_else(|| HypervisorError::DomainNotFound(format!("{id} ended")))
+            .ok_or_else(|| CallError::DomainNotFound(format!("{id} ended")))
     }
 
-    pub(super) fn memory_stats(&self, domain: &DomainId) -> Result<BalloonStats, HypervisorError> {
+    pub(super) fn memory_stats(&self, domain: &DomainRef) -> Result<BalloonStats, CallError> {
         let told = self.with("memory-stats", domain, |domain| domain.memory_stats(0))?;
         let mut stats = BalloonStats::default();
         for stat in told {
@@ -112,7 +107,7 @@ impl Session {
         Ok(stats)
     }
 
-    pub(super) fn guest_vcpus(&self, domain: &DomainId) -> Result<GuestVcpus, HypervisorError> {
+    pub(super) fn guest_vcpus(&self, domain: &DomainRef) -> Result<GuestVcpus, CallError> {
         const CALL: &str = "guest-vcpus";
         let told = self.with(CALL, domain, ffi::guest_vcpus)?;
         let text = |name| {
@@ -122,18 +117,18 @@ impl Session {
                 .unwrap_or_default()
         };
         GuestVcpus::from_libvirt(text("vcpus"), text("online")).map_err(|error| {
-            HypervisorError::AgentUnavailable {
+            CallError::AgentUnavailable {
                 call: CALL,
                 message: error.to_string(),
             }
         })
     }
 
-    pub(super) fn acpi_answers(&self, domain: &DomainId) -> Result<Vec<Ost>, HypervisorError> {
+    pub(super) fn acpi_answers(&self, domain: &DomainRef) -> Result<Vec<Ost>, CallError> {
         const CALL: &str = "acpi-answers";
         const QUERY: &str = r#"{"execute":"query-acpi-ospm-status"}"#;
         let answer = self.with(CALL, domain, |domain| domain.qemu_monitor_command(QUERY, 0))?;
-        Ost::from_query(&answer).map_err(|error| HypervisorError::Failed {
+        Ost::from_query(&answer).map_err(|error| CallError::Failed {
             call: CALL,
             number: sys::VIR_ERR_INTERNAL_ERROR,
             message: error.to_string(),
@@ -142,10 +137,10 @@ impl Session {
 
     pub(super) fn set_guest_vcpus(
         &self,
-        domain: &DomainId,
+        domain: &DomainRef,
         vcpus: &IdSet,
         online: bool,
-    ) -> Result<(), HypervisorError> {
+    ) -> Result<(), CallError> {
         self.with("set-guest-vcpus", domain, |domain| {
             ffi::set_guest_vcpus(domain, &vcpus.to_string(), online)
         })
@@ -153,9 +148,9 @@ impl Session {
 
     pub(super) fn set_agent_timeout(
         &self,
-        domain: &DomainId,
+        domain: &DomainRef,
         timeout: Duration,
-    ) -> Result<(), HypervisorError> {
+    ) -> Result<(), CallError> {
         let seconds = timeout.as_secs() + u64::from(timeout.subsec_nanos() > 0);
         // 0 would be not to wait at all.
         let seconds = i32::try_from(seconds.max(1)).unwrap_or(i32::MAX);
@@ -166,10 +161,10 @@ impl Session {
 
     pub(super) fn set_vcpus(
         &self,
-        domain: &DomainId,
+        domain: &DomainRef,
         vcpus: u32,
         scope: Scope,
-    ) -> Result<(), HypervisorError> {
+    ) -> Result<(), CallError> {
         self.with("set-vcpus", domain, |domain| {
             // The bits are those of all changes (`VIR_DOMAIN_VCPU_LIVE`, `_CONFIG`).
             domain.set_vcpus_flags(vcpus, flags(scope))
@@ -178,10 +173,10 @@ impl Session {
 
     pub(super) fn update_device(
         &self,
-        domain: &DomainId,
+        domain: &DomainRef,
         xml: &str,
         scope: Scope,
-    ) -> Result<(), HypervisorError> {
+    ) -> Result<(), CallError> {
         self.with("update-device", domain, |domain| {
             domain.update_device_flags(xml, flags(scope))
         })
@@ -189,14 +184,14 @@ impl Session {
 
     pub(super) fn resize_virtio_mem(
         &self,
-        domain: &DomainId,
+        domain: &DomainRef,
         alias: &str,
         requested: KiB,
-    ) -> Result<(), HypervisorError> {
+    ) -> Result<(), CallError> {
         const CALL: &str = "update-device";
         let xml = self.with(CALL, domain, |domain| domain.xml_desc(0))?;
         let device = with_requested(&xml, alias, requested);
-        let device = device.ok_or_else(|| HypervisorError::Failed {
+        let device = device.ok_or_else(|| CallError::Failed {
             call: CALL,
             number: sys::VIR_ERR_DEVICE_MISSING,
             message: format!("there is no virtio-mem device with the alias {alias:?}"),
@@ -206,10 +201,10 @@ impl Session {
 
     pub(super) fn attach_device(
         &self,
-        domain: &DomainId,
+        domain: &DomainRef,
         xml: &str,
         scope: Scope,
-    ) -> Result<(), HypervisorError> {
+    ) -> Result<(), CallError> {
         self.with("attach-device", domain, |domain| {
             domain.attach_device_flags(xml, flags(scope))
         })
@@ -217,10 +212,10 @@ impl Session {
 
     pub(super) fn detach_device(
         &self,
-        domain: &DomainId,
+        domain: &DomainRef,
         alias: &str,
         scope: Scope,
-    ) -> Result<(), HypervisorError> {
+    ) -> Result<(), CallError> {
         self.with("detach-device", domain, |domain| {
             ffi::detach_device_alias(domain, alias, flags(scope))
         })
@@ -228,8 +223,8 @@ impl Session {
 }
 
 /// Its name and UUID, which libvirt told when it was looked up: nobody is asked.
-fn identity(domain: &Domain) -> Result<DomainId, Error> {
-    Ok(DomainId {
+fn identity(domain: &Domain) -> Result<DomainRef, Error> {
+    Ok(DomainRef {
         name: domain.name()?,
         uuid: domain.uuid_string()?,
     })
@@ -273,7 +268,7 @@ fn stats(record: DomainRecord) -> DomainStats {
     DomainStats {
         state: state.map_or(DomainState::Unknown, DomainState::from_libvirt),
         stats: Stats::from_parameters(numbers()),
-        id: DomainId {
+        id: DomainRef {
             name: record.name,
             uuid: record.uuid,
         },

@@ -3,7 +3,7 @@
 use virt::error::Error;
 use virt::sys;
 
-use crate::hypervisor::HypervisorError;
+use crate::hypervisor::CallError;
 
 /// libvirt's number of this error, known to the binding or not.
 pub(super) fn number(error: &Error) -> u32 {
@@ -13,25 +13,25 @@ pub(super) fn number(error: &Error) -> u32 {
 /// What an error of `call` means. `alive` says whether the connection still is: an error of a
 /// dead one is about the connection, whatever its number says (`38`, `39`, and `1` with "client
 /// socket is closed" are seen).
-pub(super) fn sort(call: &'static str, error: &Error, alive: bool) -> HypervisorError {
+pub(super) fn sort(call: &'static str, error: &Error, alive: bool) -> CallError {
     let message = error.message().to_owned();
     if !alive {
-        return HypervisorError::Unavailable(message);
+        return CallError::Unavailable(message);
     }
     match number(error) {
         sys::VIR_ERR_NO_SUPPORT | sys::VIR_ERR_OPERATION_UNSUPPORTED => {
-            HypervisorError::Unsupported { call, message }
+            CallError::Unsupported { call, message }
         }
         // "computing baseline hypervisor CPU is not supported for arch …" (qemu_driver.c);
         // of other calls this number is a refusal of the XML they were given.
         sys::VIR_ERR_CONFIG_UNSUPPORTED if call == "baseline-cpu" => {
-            HypervisorError::Unsupported { call, message }
+            CallError::Unsupported { call, message }
         }
         sys::VIR_ERR_ACCESS_DENIED
         | sys::VIR_ERR_AUTH_FAILED
         | sys::VIR_ERR_AUTH_CANCELLED
-        | sys::VIR_ERR_AUTH_UNAVAILABLE => HypervisorError::Denied { call, message },
-        number => HypervisorError::Failed {
+        | sys::VIR_ERR_AUTH_UNAVAILABLE => CallError::Denied { call, message },
+        number => CallError::Failed {
             call,
             number,
             message,
@@ -49,7 +49,7 @@ pub(super) fn sort_domain(
     error: &Error,
     alive: bool,
     is_active: impl FnOnce() -> bool,
-) -> HypervisorError {
+) -> CallError {
     let meaning = match alive {
         true => domain_meaning(call, number(error), error.message(), is_active),
         false => None,
@@ -63,33 +63,31 @@ fn domain_meaning(
     number: u32,
     message: &str,
     is_active: impl FnOnce() -> bool,
-) -> Option<HypervisorError> {
+) -> Option<CallError> {
     let is_lock = message.contains("cannot acquire state change lock");
     let message = message.to_owned();
     Some(match number {
-        sys::VIR_ERR_NO_DOMAIN => HypervisorError::DomainNotFound(message),
-        sys::VIR_ERR_OPERATION_INVALID if !is_active() => {
-            HypervisorError::DomainNotRunning(message)
-        }
+        sys::VIR_ERR_NO_DOMAIN => CallError::DomainNotFound(message),
+        sys::VIR_ERR_OPERATION_INVALID if !is_active() => CallError::DomainNotRunning(message),
         // "QEMU guest agent is not configured" is an unsupported argument; of a domain that is
         // held, whose agent cannot answer, libvirt says that it is not running.
         sys::VIR_ERR_ARGUMENT_UNSUPPORTED | sys::VIR_ERR_OPERATION_INVALID
             if AGENT_CALLS.contains(&call) =>
         {
-            HypervisorError::AgentUnavailable { call, message }
+            CallError::AgentUnavailable { call, message }
         }
         sys::VIR_ERR_AGENT_UNRESPONSIVE
         | sys::VIR_ERR_AGENT_UNSYNCED
         | sys::VIR_ERR_AGENT_COMMAND_TIMEOUT
-        | sys::VIR_ERR_AGENT_COMMAND_FAILED => HypervisorError::AgentUnavailable { call, message },
-        sys::VIR_ERR_RESOURCE_BUSY => HypervisorError::Busy { call, message },
+        | sys::VIR_ERR_AGENT_COMMAND_FAILED => CallError::AgentUnavailable { call, message },
+        sys::VIR_ERR_RESOURCE_BUSY => CallError::Busy { call, message },
         // Also with the number of a failure, when too many wait for it (max_queued).
-        _ if is_lock => HypervisorError::Busy { call, message },
+        _ if is_lock => CallError::Busy { call, message },
         // Of our calls only this one waits for the guest and says so when it stops.
         sys::VIR_ERR_OPERATION_TIMEOUT if call == "set-vcpus" => {
-            HypervisorError::UnplugPending { call, message }
+            CallError::UnplugPending { call, message }
         }
-        sys::VIR_ERR_OPERATION_TIMEOUT => HypervisorError::Busy { call, message },
+        sys::VIR_ERR_OPERATION_TIMEOUT => CallError::Busy { call, message },
         _ => return None,
     })
 }
@@ -98,10 +96,10 @@ fn domain_meaning(
 const AGENT_CALLS: [&str; 3] = ["guest-vcpus", "set-guest-vcpus", "agent-timeout"];
 
 /// What an error of opening a connection means: there is none, unless libvirt said who may.
-pub(super) fn sort_open(error: &Error) -> HypervisorError {
+pub(super) fn sort_open(error: &Error) -> CallError {
     match sort("open", error, true) {
-        denied @ HypervisorError::Denied { .. } => denied,
-        _ => HypervisorError::Unavailable(error.message().to_owned()),
+        denied @ CallError::Denied { .. } => denied,
+        _ => CallError::Unavailable(error.message().to_owned()),
     }
 }
 
@@ -133,10 +131,10 @@ mod tests {
     #[test]
     fn an_error_of_a_dead_connection_is_the_connections() {
         let dead = sort("capabilities", &invalid_argument(), false);
-        assert!(matches!(dead, HypervisorError::Unavailable(_)), "{dead:?}");
+        assert!(matches!(dead, CallError::Unavailable(_)), "{dead:?}");
         let alive = sort("capabilities", &invalid_argument(), true);
         assert!(
-            matches!(alive, HypervisorError::Failed { number: 8, .. }),
+            matches!(alive, CallError::Failed { number: 8, .. }),
             "{alive:?}"
         );
     }
@@ -187,7 +185,7 @@ mod tests {
             ("set-vcpus", 8, "too many", true, ""),
         ] {
             let meaning = domain_meaning(call, number, message, || active);
-            let found = meaning.as_ref().map_or("", HypervisorError::code);
+            let found = meaning.as_ref().map_or("", CallError::code);
             assert_eq!(found, code, "{call} {number} {message}");
         }
     }

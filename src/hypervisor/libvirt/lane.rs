@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use super::link::Link;
 use super::session::Session;
-use crate::hypervisor::HypervisorError;
+use crate::hypervisor::CallError;
 
 /// A call: made on a session, or told why there is none.
 pub(super) struct Job {
@@ -20,7 +20,7 @@ pub(super) struct Job {
     pub(super) run: Run,
 }
 
-type Run = Box<dyn FnOnce(Result<&mut Session, HypervisorError>) + Send>;
+type Run = Box<dyn FnOnce(Result<&mut Session, CallError>) + Send>;
 
 /// What a lane's thread is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -148,7 +148,7 @@ impl Lane {
         !state.retired
     }
 
-    fn connect(self: &Arc<Self>, link: &Link) -> Result<(u64, Session), HypervisorError> {
+    fn connect(self: &Arc<Self>, link: &Link) -> Result<(u64, Session), CallError> {
         let number = link.next_number();
         let lane = Arc::clone(self);
         let closed_link = link.clone();
@@ -210,9 +210,9 @@ impl Lane {
     }
 
     /// Answers every job with `reason` for a while.
-    fn refuse(&self, reason: &HypervisorError, during: Duration) {
-        let reason = HypervisorError::Unavailable(match reason {
-            HypervisorError::Unavailable(message) => message.clone(),
+    fn refuse(&self, reason: &CallError, during: Duration) {
+        let reason = CallError::Unavailable(match reason {
+            CallError::Unavailable(message) => message.clone(),
             other => other.to_string(),
         });
         let until = Instant::now() + during;

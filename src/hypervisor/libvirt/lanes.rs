@@ -14,7 +14,7 @@ use super::call::{gone, job};
 use super::lane::{Activity, Job, Lane};
 use super::link::Link;
 use super::session::Session;
-use crate::hypervisor::HypervisorError;
+use crate::hypervisor::CallError;
 
 /// How many threads may be inside libvirt beyond their time, beside the one in use. libvirtd
 /// itself serves five calls of one client at a time (`max_client_requests`).
@@ -42,10 +42,10 @@ impl Lanes {
     }
 
     /// Makes a call on the lane in use and waits for its answer, at most until the deadline.
-    pub(super) async fn call<T, W>(&self, call: &'static str, work: W) -> Result<T, HypervisorError>
+    pub(super) async fn call<T, W>(&self, call: &'static str, work: W) -> Result<T, CallError>
     where
         T: Send + 'static,
-        W: FnOnce(&mut Session) -> Result<T, HypervisorError> + Send + 'static,
+        W: FnOnce(&mut Session) -> Result<T, CallError> + Send + 'static,
     {
         let (job, answer) = job(call, work, ());
         let id = job.id;
@@ -65,10 +65,10 @@ impl Lanes {
     ///
     /// # Errors
     /// `Unavailable` when too many calls have not come back.
-    fn submit(&self, job: Job) -> Result<(), HypervisorError> {
+    fn submit(&self, job: Job) -> Result<(), CallError> {
         let mut current = self.current();
         if self.is_late(current.activity()) && !self.replace(&mut current) {
-            return Err(HypervisorError::Unavailable(format!(
+            return Err(CallError::Unavailable(format!(
                 "{} calls have not come back; no more are made until one does",
                 MOST_LATE + 1
             )));
@@ -79,7 +79,7 @@ impl Lanes {
 
     /// Nobody waits for this job any more. What to tell the caller, and another lane for those
     /// who come after.
-    fn give_up(&self, id: u64, call: &'static str) -> HypervisorError {
+    fn give_up(&self, id: u64, call: &'static str) -> CallError {
         let config = self.link.config();
         let mut current = self.current();
         let (activity, was_queued) = current.withdraw(id);
@@ -89,12 +89,12 @@ impl Lanes {
         }
         match activity {
             Activity::Opening(since) if was_queued && self.is_late(activity) => {
-                HypervisorError::Unavailable(format!(
+                CallError::Unavailable(format!(
                     "libvirt has not answered to a new connection for {:.1?}",
                     since.elapsed()
                 ))
             }
-            _ => HypervisorError::Timeout {
+            _ => CallError::Timeout {
                 call,
                 after: config.call_deadline,
             },
@@ -124,7 +124,7 @@ impl Lanes {
             self.late.fetch_add(1, Ordering::AcqRel);
         }
         if let Activity::Opening(since) = activity {
-            let late: Result<(), _> = Err(HypervisorError::Timeout {
+            let late: Result<(), _> = Err(CallError::Timeout {
                 call: "open",
                 after: self.link.config().open_deadline,
             });

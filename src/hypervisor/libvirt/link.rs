@@ -11,7 +11,7 @@ use tracing::{info, warn};
 
 use super::LibvirtConfig;
 use super::notices::Announcer;
-use crate::hypervisor::{Connection, HypervisorError};
+use crate::hypervisor::{CallError, Connection};
 use crate::telemetry::Metrics;
 
 /// What a connection is for.
@@ -98,7 +98,7 @@ impl Link {
         &self,
         call: &'static str,
         took: Duration,
-        outcome: &Result<T, HypervisorError>,
+        outcome: &Result<T, CallError>,
     ) {
         self.0.metrics.call_ended(call, took, outcome);
     }
@@ -165,7 +165,7 @@ impl Link {
     }
 
     /// A try to connect failed.
-    pub(super) fn still_down(&self, reason: &HypervisorError) {
+    pub(super) fn still_down(&self, reason: &CallError) {
         let mut status = self.status();
         if matches!(self.0.role, Role::Main) && !status.told {
             status.told = true;

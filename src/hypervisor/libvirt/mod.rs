@@ -7,7 +7,7 @@
 //! event loop: keepalive, the close callback and events, one thread for the process
 //! ```
 //!
-//! [`LibvirtControl`] has connections of its own, apart by what can hold up what: [`Lanes`] for
+//! [`LibvirtDomains`] has connections of its own, apart by what can hold up what: [`Lanes`] for
 //! events and for calls that wait for no domain, [`Lanes`] for the statistics of all domains, and
 //! a [`Pool`] each for statistics, changes and guest agents, with one lane for each domain that
 //! is just asked.
@@ -30,15 +30,13 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
-pub use self::control::{ControlConfig, LibvirtControl};
+pub use self::control::{ControlConfig, LibvirtDomains};
 use self::lanes::Lanes;
 use self::link::{Link, Role};
 #[cfg(doc)]
 use self::pool::Pool;
 use self::session::Session;
-use super::{
-    Connection, DomainCapabilitiesQuery, Hypervisor, HypervisorError, RunningDomain, Versions,
-};
+use super::{CallError, Connection, DomainCapabilitiesQuery, NodeSource, RunningDomain, Versions};
 use crate::compat::CpuComparison;
 use crate::telemetry::Metrics;
 
@@ -102,21 +100,21 @@ impl Libvirt {
         }
     }
 
-    async fn call<T, W>(&self, call: &'static str, work: W) -> Result<T, HypervisorError>
+    async fn call<T, W>(&self, call: &'static str, work: W) -> Result<T, CallError>
     where
         T: Send + 'static,
-        W: FnOnce(&mut Session) -> Result<T, HypervisorError> + Send + 'static,
+        W: FnOnce(&mut Session) -> Result<T, CallError> + Send + 'static,
     {
         self.lanes.call(call, work).await
     }
 }
 
-impl Hypervisor for Libvirt {
-    async fn versions(&self) -> Result<Versions, HypervisorError> {
+impl NodeSource for Libvirt {
+    async fn versions(&self) -> Result<Versions, CallError> {
         self.call("versions", |session| session.versions()).await
     }
 
-    async fn capabilities(&self) -> Result<String, HypervisorError> {
+    async fn capabilities(&self) -> Result<String, CallError> {
         self.call("capabilities", |session| session.capabilities())
             .await
     }
@@ -124,7 +122,7 @@ impl Hypervisor for Libvirt {
     async fn domain_capabilities(
         &self,
         query: DomainCapabilitiesQuery,
-    ) -> Result<String, HypervisorError> {
+    ) -> Result<String, CallError> {
         self.call("domain-capabilities", move |session| {
             session.domain_capabilities(&query)
         })
@@ -135,7 +133,7 @@ impl Hypervisor for Libvirt {
         &self,
         query: DomainCapabilitiesQuery,
         cpu: String,
-    ) -> Result<String, HypervisorError> {
+    ) -> Result<String, CallError> {
         self.call("baseline-cpu", move |session| {
             session.baseline_cpu(&query, &cpu)
         })
@@ -146,21 +144,21 @@ impl Hypervisor for Libvirt {
         &self,
         query: DomainCapabilitiesQuery,
         cpu: String,
-    ) -> Result<CpuComparison, HypervisorError> {
+    ) -> Result<CpuComparison, CallError> {
         self.call("compare-cpu", move |session| {
             session.compare_cpu(&query, &cpu)
         })
         .await
     }
 
-    async fn native_arguments(&self, domain: String) -> Result<String, HypervisorError> {
+    async fn native_arguments(&self, domain: String) -> Result<String, CallError> {
         self.call("native-arguments", move |session| {
             session.native_arguments(&domain)
         })
         .await
     }
 
-    async fn running_domains(&self) -> Result<Vec<RunningDomain>, HypervisorError> {
+    async fn running_domains(&self) -> Result<Vec<RunningDomain>, CallError> {
         self.call("running-domains", |session| session.running_domains())
             .await
     }

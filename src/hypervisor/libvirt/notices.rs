@@ -8,7 +8,7 @@ use virt::sys;
 
 use crate::ffi::{Happening, Told};
 use crate::hotplug::Event;
-use crate::hypervisor::{Change, DomainId, Notice, Notices};
+use crate::hypervisor::{Change, DomainRef, Notice, Notices};
 use crate::units::{Bytes, KiB};
 
 /// How many notices a slow listener can be behind before it is told of a gap instead.
@@ -44,7 +44,7 @@ impl Announcer {
         let Some(change) = change(what, &name) else {
             return;
         };
-        let domain = DomainId { name, uuid };
+        let domain = DomainRef { name, uuid };
         self.send(Notice::Change { domain, at, change });
     }
 

@@ -15,7 +15,7 @@ use super::call::{gone, job};
 use super::lane::{Activity, Lane};
 use super::link::Link;
 use super::session::Session;
-use crate::hypervisor::{DomainId, HypervisorError};
+use crate::hypervisor::{CallError, DomainRef};
 
 pub(super) struct Pool {
     link: Link,
@@ -54,12 +54,12 @@ impl Pool {
     pub(super) async fn call<T, W>(
         &self,
         call: &'static str,
-        domain: &DomainId,
+        domain: &DomainRef,
         work: W,
-    ) -> Result<T, HypervisorError>
+    ) -> Result<T, CallError>
     where
         T: Send + 'static,
-        W: FnOnce(&mut Session) -> Result<T, HypervisorError> + Send + 'static,
+        W: FnOnce(&mut Session) -> Result<T, CallError> + Send + 'static,
     {
         let after = self.link.config().call_deadline;
         let deadline = Instant::now() + after;
@@ -87,10 +87,10 @@ impl Pool {
     async fn seat(
         &self,
         call: &'static str,
-        domain: &DomainId,
+        domain: &DomainRef,
         deadline: Instant,
-    ) -> Result<Seat, HypervisorError> {
-        let busy = |message| HypervisorError::Busy { call, message };
+    ) -> Result<Seat, CallError> {
+        let busy = |message| CallError::Busy { call, message };
         let turn = timeout_at(deadline, self.turn(domain).acquire_owned())
             .await
             .map_err(|_| busy("an earlier call for this domain has not come back".to_owned()))?
@@ -111,7 +111,7 @@ impl Pool {
         })
     }
 
-    fn turn(&self, domain: &DomainId) -> Arc<Semaphore> {
+    fn turn(&self, domain: &DomainRef) -> Arc<Semaphore> {
         let mut turns = lock(&self.turns);
         if let Some(turn) = turns.get(&domain.uuid).and_then(Weak::upgrade) {
             return turn;
@@ -175,16 +175,16 @@ impl Drop for Seat {
 }
 
 /// What to tell who waited too long.
-fn late(call: &'static str, after: Duration, activity: Activity) -> HypervisorError {
+fn late(call: &'static str, after: Duration, activity: Activity) -> CallError {
     match activity {
-        Activity::Opening(since) => HypervisorError::Unavailable(format!(
+        Activity::Opening(since) => CallError::Unavailable(format!(
             "libvirt has not answered to a new connection for {:.1?}",
             since.elapsed()
         )),
-        _ => HypervisorError::Timeout { call, after },
+        _ => CallError::Timeout { call, after },
     }
 }
 
-fn never_closed(_: AcquireError) -> HypervisorError {
+fn never_closed(_: AcquireError) -> CallError {
     gone()
 }

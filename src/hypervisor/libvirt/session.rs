@@ -14,7 +14,7 @@ use crate::compat::CpuComparison;
 use crate::ffi::{
     CloseReason, Subscription, Watched, baseline_hypervisor_cpu, compare_hypervisor_cpu,
 };
-use crate::hypervisor::{DomainCapabilitiesQuery, HypervisorError, RunningDomain, Versions};
+use crate::hypervisor::{CallError, DomainCapabilitiesQuery, RunningDomain, Versions};
 
 /// The first libvirt with `EXPAND_CPU_FEATURES`, and with `SUPPORTED_CPU_FEATURES`.
 const KNOWS_EXPAND: Version = Version::new(12, 2, 0);
@@ -38,13 +38,13 @@ impl Session {
     pub(super) fn open(
         config: &LibvirtConfig,
         on_close: impl Fn(CloseReason) + Send + Sync + 'static,
-    ) -> Result<Self, HypervisorError> {
-        event_loop::ensure().map_err(HypervisorError::Unavailable)?;
+    ) -> Result<Self, CallError> {
+        event_loop::ensure().map_err(CallError::Unavailable)?;
         no_nul("open", [Some(config.uri.as_str())])?;
         let uri = Some(config.uri.as_str()).filter(|uri| !uri.is_empty());
         let connect = Connect::open(uri).map_err(|error| failure::sort_open(&error))?;
         let unless_unsupported = |error: Error| match failure::sort("open", &error, true) {
-            HypervisorError::Unsupported { .. } => Ok(()),
+            CallError::Unsupported { .. } => Ok(()),
             _ => Err(failure::sort_open(&error)),
         };
         // Drivers inside this process have no other side that could go away.
@@ -75,7 +75,7 @@ impl Session {
     ///
     /// # Errors
     /// `Unavailable` if the connection ended meanwhile.
-    pub(super) fn listen(mut self, notices: &Announcer) -> Result<Self, HypervisorError> {
+    pub(super) fn listen(mut self, notices: &Announcer) -> Result<Self, CallError> {
         let announcer = notices.clone();
         let subscription =
             Subscription::new(&self.connect, &notices::monitor_events(), move |told| {
@@ -97,11 +97,11 @@ impl Session {
         self.connect.is_alive().unwrap_or(false)
     }
 
-    fn sort(&self, call: &'static str, error: &Error) -> HypervisorError {
+    fn sort(&self, call: &'static str, error: &Error) -> CallError {
         failure::sort(call, error, self.is_alive())
     }
 
-    pub(super) fn versions(&self) -> Result<Versions, HypervisorError> {
+    pub(super) fn versions(&self) -> Result<Versions, CallError> {
         let hypervisor = match self.connect.hyp_version() {
             Ok(number) => Version::from_libvirt(number.into()),
             // Without an emulator there is no version of one; libvirt's is known all the same.
@@ -114,7 +114,7 @@ impl Session {
         })
     }
 
-    pub(super) fn capabilities(&self) -> Result<String, HypervisorError> {
+    pub(super) fn capabilities(&self) -> Result<String, CallError> {
         let answer = self.connect.capabilities();
         answer.map_err(|error| self.sort("capabilities", &error))
     }
@@ -122,7 +122,7 @@ impl Session {
     pub(super) fn domain_capabilities(
         &self,
         query: &DomainCapabilitiesQuery,
-    ) -> Result<String, HypervisorError> {
+    ) -> Result<String, CallError> {
         const CALL: &str = "domain-capabilities";
         let (arch, machine, virt_type) = choice(CALL, query)?;
         with_flags(flags(self.libvirt, query), |flags| {
@@ -136,7 +136,7 @@ impl Session {
         &self,
         query: &DomainCapabilitiesQuery,
         cpu: &str,
-    ) -> Result<String, HypervisorError> {
+    ) -> Result<String, CallError> {
         const CALL: &str = "baseline-cpu";
         let (arch, machine, virt_type) = choice(CALL, query)?;
         let flags = sys::VIR_CONNECT_BASELINE_CPU_EXPAND_FEATURES;
@@ -148,7 +148,7 @@ impl Session {
         &self,
         query: &DomainCapabilitiesQuery,
         cpu: &str,
-    ) -> Result<CpuComparison, HypervisorError> {
+    ) -> Result<CpuComparison, CallError> {
         const CALL: &str = "compare-cpu";
         let (arch, machine, virt_type) = choice(CALL, query)?;
         let flags = sys::VIR_CONNECT_COMPARE_CPU_FAIL_INCOMPATIBLE;
@@ -168,12 +168,12 @@ impl Session {
         }
     }
 
-    pub(super) fn native_arguments(&self, domain: &str) -> Result<String, HypervisorError> {
+    pub(super) fn native_arguments(&self, domain: &str) -> Result<String, CallError> {
         let answer = self.connect.domain_xml_to_native("qemu-argv", domain, 0);
         answer.map_err(|error| self.sort("native-arguments", &error))
     }
 
-    pub(super) fn running_domains(&mut self) -> Result<Vec<RunningDomain>, HypervisorError> {
+    pub(super) fn running_domains(&mut self) -> Result<Vec<RunningDomain>, CallError> {
         let active = self
             .connect
             .list_all_domains(sys::VIR_CONNECT_LIST_DOMAINS_ACTIVE)
@@ -247,7 +247,7 @@ type Choice<'q> = (Option<&'q str>, Option<&'q str>, Option<&'q str>);
 fn choice<'q>(
     call: &'static str,
     query: &'q DomainCapabilitiesQuery,
-) -> Result<Choice<'q>, HypervisorError> {
+) -> Result<Choice<'q>, CallError> {
     let choice = (
         query.arch.as_deref(),
         query.machine.as_deref(),
@@ -261,10 +261,10 @@ fn choice<'q>(
 pub(super) fn no_nul<const N: usize>(
     call: &'static str,
     texts: [Option<&str>; N],
-) -> Result<(), HypervisorError> {
+) -> Result<(), CallError> {
     match texts.into_iter().flatten().find(|text| text.contains('\0')) {
         None => Ok(()),
-        Some(text) => Err(HypervisorError::Failed {
+        Some(text) => Err(CallError::Failed {
             call,
             number: sys::VIR_ERR_INVALID_ARG,
             message: format!("{text:?} holds a NUL"),

@@ -10,8 +10,8 @@ use anyhow::{Context as _, ensure};
 use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
 use tokio::time::timeout;
-use virtnode::domain::{Job, Reason};
-use virtnode::hypervisor::{Connection, ControlConfig, DomainControl, LibvirtControl};
+use virtnode::domain::{Job, PauseReason};
+use virtnode::hypervisor::{Connection, ControlConfig, DomainBackend, LibvirtDomains};
 use virtnode::telemetry::Metrics;
 use virtnode::units::{Bytes, KiB};
 
@@ -29,7 +29,7 @@ const LONG: Duration = Duration::from_secs(120);
 /// A hypervisor.
 pub(crate) trait Backend: Sized {
     /// How it is reached.
-    type Control: DomainControl;
+    type Control: DomainBackend;
     /// Its guest.
     type Guest<'b>: Witness
     where
@@ -102,7 +102,7 @@ impl Backend for InMemory {
 
     async fn begins_job(&self) {
         self.0.does(NAME, Some(Job::Save));
-        self.0.pause(NAME, Reason::Save);
+        self.0.pause(NAME, PauseReason::Save);
     }
 
     async fn ends_job(&self) {
@@ -143,7 +143,7 @@ impl Witness for &FakeControl {
 
     fn pause(&self, on: bool) {
         match on {
-            true => FakeControl::pause(self, NAME, Reason::User),
+            true => FakeControl::pause(self, NAME, PauseReason::User),
             false => self.resume(NAME),
         }
     }
@@ -155,19 +155,19 @@ impl Witness for &FakeControl {
 
 /// A real libvirt, with real guests.
 pub(crate) struct Real {
-    control: Arc<LibvirtControl>,
+    control: Arc<LibvirtDomains>,
     libvirtd: Libvirtd,
     saving: RefCell<Option<Child>>,
 }
 
 impl Backend for Real {
-    type Control = LibvirtControl;
+    type Control = LibvirtDomains;
     type Guest<'b> = RealGuest<'b>;
 
     async fn start() -> Self {
         let libvirtd = Libvirtd::start().unwrap();
         let config = ControlConfig::new(libvirtd.uri());
-        let control = Arc::new(LibvirtControl::start(config, &Arc::new(Metrics::new())));
+        let control = Arc::new(LibvirtDomains::start(config, &Arc::new(Metrics::new())));
         let mut listening = control.listening();
         let up = listening.wait_for(|state| matches!(state, Connection::Up(_)));
         timeout(LONG, up).await.unwrap().unwrap();
@@ -178,7 +178,7 @@ impl Backend for Real {
         }
     }
 
-    fn control(&self) -> &Arc<LibvirtControl> {
+    fn control(&self) -> &Arc<LibvirtDomains> {
         &self.control
     }
 

@@ -12,9 +12,9 @@ use std::time::Duration;
 
 use tokio::sync::{Notify, broadcast, watch};
 use tokio::time::{Instant, sleep};
-use virtnode::domain::{BalloonStats, DomainState, IdSet, Job, Reason, Stats, VcpuStats};
+use virtnode::domain::{BalloonStats, DomainState, IdSet, Job, PauseReason, Stats, VcpuStats};
 use virtnode::hotplug::{Event, Ost, SlotKind};
-use virtnode::hypervisor::{Change, Connection, DomainId, HypervisorError, Notice};
+use virtnode::hypervisor::{CallError, Change, Connection, DomainRef, Notice};
 use virtnode::units::Bytes;
 
 use super::guest::MorePossible;
@@ -71,7 +71,7 @@ pub(crate) enum Calls {
     /// It never comes back, nor do questions about the domain's memory.
     Hang,
     /// libvirt answers with this error.
-    Fail(HypervisorError),
+    Fail(CallError),
     /// The connection breaks in the middle; before it did, the call was carried out or not.
     Break {
         /// Whether it was.
@@ -114,7 +114,7 @@ struct FakeDomain {
     number: u32,
     state: DomainState,
     /// Why it is paused, if it is.
-    reason: Option<Reason>,
+    reason: Option<PauseReason>,
     /// What libvirt counts, what QEMU has, what the guest has and uses.
     by_libvirt: u32,
     in_qemu: u32,
@@ -287,7 +287,7 @@ impl FakeControl {
     }
 
     /// Holds a guest's processors.
-    pub(crate) fn pause(&self, name: &str, by: Reason) {
+    pub(crate) fn pause(&self, name: &str, by: PauseReason) {
         self.change(name, |domain| {
             (domain.state, domain.reason) = (DomainState::Paused, Some(by));
         });
@@ -310,7 +310,7 @@ impl FakeControl {
 
     fn tell(&self, name: &str, domain: &FakeDomain, event: Event) {
         let notice = Notice::Change {
-            domain: DomainId {
+            domain: DomainRef {
                 name: name.to_owned(),
                 uuid: domain.uuid.clone(),
             },
@@ -343,20 +343,20 @@ impl FakeControl {
         self.tell(name, domain, Event::Ost(ost));
     }
 
-    async fn question(&self) -> Result<(), HypervisorError> {
+    async fn question(&self) -> Result<(), CallError> {
         sleep(QUESTION).await;
         match *self.connection.borrow() {
             Connection::Up(_) => Ok(()),
-            Connection::Down => Err(HypervisorError::Unavailable("it is gone".to_owned())),
+            Connection::Down => Err(CallError::Unavailable("it is gone".to_owned())),
         }
     }
 
-    fn find(&self, domain: &DomainId) -> Result<(String, FakeDomain), HypervisorError> {
+    fn find(&self, domain: &DomainRef) -> Result<(String, FakeDomain), CallError> {
         let domains = self.domains();
         let found = domains.iter().find(|(_, have)| have.uuid == domain.uuid);
         found
             .map(|(name, have)| (name.clone(), have.clone()))
-            .ok_or_else(|| HypervisorError::DomainNotFound(domain.name.clone()))
+            .ok_or_else(|| CallError::DomainNotFound(domain.name.clone()))
     }
 
     /// Notes a call, and does what calls meet with this domain; says whether it is carried out,
@@ -364,8 +364,8 @@ impl FakeControl {
     async fn begin(
         &self,
         call: String,
-        domain: &DomainId,
-    ) -> Result<(String, Option<HypervisorError>), HypervisorError> {
+        domain: &DomainRef,
+    ) -> Result<(String, Option<CallError>), CallError> {
         self.log
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -376,7 +376,7 @@ impl FakeControl {
         if have.job.is_some_and(Job::holds_changes) {
             self.lock(&name).await?;
         }
-        let lost = HypervisorError::Unavailable("the connection broke".to_owned());
+        let lost = CallError::Unavailable("the connection broke".to_owned());
         match have.guest.calls {
             Calls::Work => Ok((name, None)),
             Calls::Hang => std::future::pending().await,
@@ -387,15 +387,15 @@ impl FakeControl {
     }
 
     /// Waits as libvirt does while something else is being done to the domain.
-    async fn lock(&self, name: &str) -> Result<(), HypervisorError> {
+    async fn lock(&self, name: &str) -> Result<(), CallError> {
         let until = Instant::now() + LOCK;
         loop {
             let held = |domain: &mut FakeDomain| domain.job.is_some_and(Job::holds_changes);
             match self.change(name, held) {
-                None => return Err(HypervisorError::DomainNotFound(name.to_owned())),
+                None => return Err(CallError::DomainNotFound(name.to_owned())),
                 Some(false) => return Ok(()),
                 Some(true) if Instant::now() >= until => {
-                    return Err(HypervisorError::Busy {
+                    return Err(CallError::Busy {
                         call: "set-vcpus",
                         message: "cannot acquire state change lock".to_owned(),
                     });
@@ -439,14 +439,14 @@ impl FakeControl {
 
     /// The guest is asked to let vCPUs go, one after another, as libvirt does; libvirt takes what
     /// the guest did for a timeout, and finds out when it is told again.
-    async fn unplug(&self, name: &str, count: u32) -> Result<(), HypervisorError> {
-        let timed_out = || HypervisorError::UnplugPending {
+    async fn unplug(&self, name: &str, count: u32) -> Result<(), CallError> {
+        let timed_out = || CallError::UnplugPending {
             call: "set-vcpus",
             message: "vcpu unplug request timed out".to_owned(),
         };
         loop {
             let Ok((_, domain)) = self.find_by_name(name) else {
-                return Err(HypervisorError::DomainNotFound(name.to_owned()));
+                return Err(CallError::DomainNotFound(name.to_owned()));
             };
             if domain.by_libvirt <= count {
                 return Ok(());
@@ -480,12 +480,12 @@ impl FakeControl {
         }
     }
 
-    fn find_by_name(&self, name: &str) -> Result<(String, FakeDomain), HypervisorError> {
+    fn find_by_name(&self, name: &str) -> Result<(String, FakeDomain), CallError> {
         let domains = self.domains();
         let found = domains.get(name).cloned();
         found
             .map(|domain| (name.to_owned(), domain))
-            .ok_or_else(|| HypervisorError::DomainNotFound(name.to_owned()))
+            .ok_or_else(|| CallError::DomainNotFound(name.to_owned()))
     }
 }
 
@@ -498,8 +498,8 @@ impl FakeDomain {
         self.online = self.present.clone();
     }
 
-    fn id(&self, name: &str) -> DomainId {
-        DomainId {
+    fn id(&self, name: &str) -> DomainRef {
+        DomainRef {
             name: name.to_owned(),
             uuid: self.uuid.clone(),
         }

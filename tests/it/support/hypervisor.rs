@@ -8,13 +8,13 @@ use tokio::sync::watch;
 use virtnode::capability::Version;
 use virtnode::compat::CpuComparison;
 use virtnode::hypervisor::{
-    Connection, DomainCapabilitiesQuery, Hypervisor, HypervisorError, RunningDomain, Versions,
+    CallError, Connection, DomainCapabilitiesQuery, NodeSource, RunningDomain, Versions,
 };
 
 /// What it answers; a test changes it between probes.
 pub(crate) struct Answers {
-    pub(crate) capabilities: Result<String, HypervisorError>,
-    pub(crate) domain_capabilities: Result<String, HypervisorError>,
+    pub(crate) capabilities: Result<String, CallError>,
+    pub(crate) domain_capabilities: Result<String, CallError>,
     pub(crate) domains: Vec<RunningDomain>,
 }
 
@@ -55,8 +55,8 @@ impl InMemory {
     }
 }
 
-impl Hypervisor for InMemory {
-    async fn versions(&self) -> Result<Versions, HypervisorError> {
+impl NodeSource for InMemory {
+    async fn versions(&self) -> Result<Versions, CallError> {
         let hypervisor = Some(Version::new(10, 0, 2));
         Ok(Versions {
             libvirt: Version::new(11, 3, 0),
@@ -64,14 +64,11 @@ impl Hypervisor for InMemory {
         })
     }
 
-    async fn capabilities(&self) -> Result<String, HypervisorError> {
+    async fn capabilities(&self) -> Result<String, CallError> {
         self.answers().capabilities.clone()
     }
 
-    async fn domain_capabilities(
-        &self,
-        _: DomainCapabilitiesQuery,
-    ) -> Result<String, HypervisorError> {
+    async fn domain_capabilities(&self, _: DomainCapabilitiesQuery) -> Result<String, CallError> {
         self.answers().domain_capabilities.clone()
     }
 
@@ -79,9 +76,9 @@ impl Hypervisor for InMemory {
         &self,
         _: DomainCapabilitiesQuery,
         _: String,
-    ) -> Result<String, HypervisorError> {
+    ) -> Result<String, CallError> {
         let message = "not in memory".to_owned();
-        Err(HypervisorError::Unsupported {
+        Err(CallError::Unsupported {
             call: "baseline-cpu",
             message,
         })
@@ -91,19 +88,19 @@ impl Hypervisor for InMemory {
         &self,
         _: DomainCapabilitiesQuery,
         _: String,
-    ) -> Result<CpuComparison, HypervisorError> {
+    ) -> Result<CpuComparison, CallError> {
         let message = "not in memory".to_owned();
-        Err(HypervisorError::Unsupported {
+        Err(CallError::Unsupported {
             call: "compare-cpu",
             message,
         })
     }
 
-    async fn native_arguments(&self, _: String) -> Result<String, HypervisorError> {
+    async fn native_arguments(&self, _: String) -> Result<String, CallError> {
         Ok("/usr/bin/qemu-system-x86_64 -device intel-iommu,intremap=on,eim=on".to_owned())
     }
 
-    async fn running_domains(&self) -> Result<Vec<RunningDomain>, HypervisorError> {
+    async fn running_domains(&self) -> Result<Vec<RunningDomain>, CallError> {
         Ok(self.answers().domains.clone())
     }
 

@@ -5,12 +5,13 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use tokio::sync::watch;
 use virtnode::daemon::api::Operations;
 use virtnode::executor::SubmitError;
-use virtnode::hotplug::{Moment, Verdict};
+use virtnode::hotplug::Verdict;
 use virtnode::operation::{OperationId, Order, Record, State};
+use virtnode::units::Timestamp;
 
 /// When everything happens here.
-pub(crate) fn now() -> Moment {
-    Moment::from_millis(1_795_260_166_250)
+pub(crate) fn now() -> Timestamp {
+    Timestamp::from_millis(1_795_260_166_250)
 }
 
 /// Operations in memory; a test moves them on.

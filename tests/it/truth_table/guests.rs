@@ -4,7 +4,7 @@
 use anyhow::ensure;
 use rstest::rstest;
 use virtnode::domain::Domain;
-use virtnode::hypervisor::DomainControl;
+use virtnode::hypervisor::DomainBackend;
 
 use Verdict::{
     DomainNotRunning, GuestOffline, GuestRefused, GuestSilent, Infeasible, PartiallyApplied,
@@ -239,7 +239,7 @@ async fn counted<B: Backend>(backend: &B) -> u32 {
 
 /// How much of what was to be given back the guest has by the record, in MiB: some, and not all.
 fn left(record: &Record) -> u64 {
-    let Some(Extent::Memory { memory, .. }) = record.after else {
+    let Some(Amount::Memory { memory, .. }) = record.after else {
         panic!("{record:#?}");
     };
     let left = memory.saturating_sub(BOOT.parse().unwrap());

@@ -18,8 +18,8 @@ use std::time::Duration;
 use tempfile::TempDir;
 use tokio::time::timeout;
 use virtnode::executor::{AskedBy, Executor, OperationId, Options, Order, Record};
-use virtnode::hotplug::{Evidence, Extent, HotplugRequest, Require, Verdict};
-use virtnode::hypervisor::{Connection, ControlConfig, DomainControl, LibvirtControl};
+use virtnode::hotplug::{Amount, Evidence, HotplugRequest, Require, Verdict};
+use virtnode::hypervisor::{Connection, ControlConfig, DomainBackend, LibvirtDomains};
 use virtnode::journal::Journal;
 use virtnode::telemetry::Metrics;
 use virtnode::units::Bytes;
@@ -38,7 +38,7 @@ const LONG: Duration = Duration::from_secs(120);
 struct Node {
     libvirtd: Libvirtd,
     state: TempDir,
-    executor: Arc<Executor<LibvirtControl>>,
+    executor: Arc<Executor<LibvirtDomains>>,
 }
 
 impl Node {
@@ -116,9 +116,9 @@ impl Node {
     }
 }
 
-async fn start(libvirtd: &Libvirtd, state: &Path) -> Arc<Executor<LibvirtControl>> {
+async fn start(libvirtd: &Libvirtd, state: &Path) -> Arc<Executor<LibvirtDomains>> {
     let config = ControlConfig::new(libvirtd.uri());
-    let control = Arc::new(LibvirtControl::start(config, &Arc::new(Metrics::new())));
+    let control = Arc::new(LibvirtDomains::start(config, &Arc::new(Metrics::new())));
     let mut listening = control.listening();
     let up = listening.wait_for(|state| matches!(state, Connection::Up(_)));
     timeout(LONG, up).await.unwrap().unwrap();

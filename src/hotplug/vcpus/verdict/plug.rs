@@ -5,7 +5,8 @@ use crate::domain::IdSet;
 use crate::hotplug::history::{Call, Return};
 use crate::hotplug::outcome::{Finding, Ruling, counted};
 use crate::hotplug::vcpus::diagnosis;
-use crate::hotplug::{Action, Agent, Answer, GuestVcpus, Moment, Observation, Verdict};
+use crate::hotplug::{Action, Agent, Answer, GuestVcpus, Observation, Verdict};
+use crate::units::Timestamp;
 
 /// How often CPUs are told to come online; each time it is others.
 const MOST_ONLINE_CALLS: usize = 16;
@@ -17,7 +18,7 @@ impl Case<'_> {
         };
         if self.signs.plugged != self.count {
             let finding = Finding::new(
-                Verdict::HypervisorError,
+                Verdict::CallError,
                 format!(
                     "libvirt shows {} where {} were asked for",
                     counted(self.signs.plugged, "vCPU"),
@@ -138,7 +139,7 @@ impl Case<'_> {
     }
 
     /// When the agent first told that the guest has all CPUs and does not use all.
-    fn first_seen_offline(&self) -> Option<Moment> {
+    fn first_seen_offline(&self) -> Option<Timestamp> {
         self.history
             .since_epoch()
             .find(|seen| {

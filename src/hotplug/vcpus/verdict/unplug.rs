@@ -2,8 +2,8 @@
 
 use super::Case;
 use crate::hotplug::history::{Call, Return};
+use crate::hotplug::lifecycle::{self, Failure};
 use crate::hotplug::outcome::{Finding, Ruling, counted};
-use crate::hotplug::trouble::{self, Failure};
 use crate::hotplug::vcpus::diagnosis;
 use crate::hotplug::{Action, Verdict};
 
@@ -21,7 +21,7 @@ impl Case<'_> {
                     .because(diagnosis),
             );
         }
-        if let Some(words) = trouble::not_told(self.history) {
+        if let Some(words) = lifecycle::not_told(self.history) {
             return Ruling::Found(self.miscounted(words));
         }
         if let Some(nudge) = self.nudge() {
@@ -63,7 +63,7 @@ impl Case<'_> {
             .map_or(0, |guest| signs.plugged.saturating_sub(guest.vcpus.len()));
         let gone = signs.gone_count().max(by_agent);
         let verdict = match gone {
-            0 => return trouble::error(words),
+            0 => return lifecycle::error(words),
             gone if gone < self.before - self.count => Verdict::PartiallyApplied,
             _ => Verdict::Pending,
         };
@@ -100,7 +100,7 @@ impl Case<'_> {
         let (signs, history) = (&self.signs, self.history);
         let timed_out = |call: &&Call| {
             matches!(&call.returned, Some((_, Return::Failed { number, message }))
-                if matches!(trouble::failure(*number, message), Failure::UnplugTimedOut))
+                if matches!(lifecycle::failure(*number, message), Failure::UnplugTimedOut))
         };
         let last = history.calls().last().filter(timed_out)?;
         if self.over || !history.may_call() || signs.plugged <= self.count {
@@ -131,7 +131,7 @@ impl Case<'_> {
         let (returned, _) = last.returned.as_ref()?;
         let had = history.before.domain.vcpus.plugged_ids();
         let has = signs.latest?.domain.vcpus.plugged_ids();
-        let useless = trouble::not_told(history).is_some();
+        let useless = lifecycle::not_told(history).is_some();
         if history.running_call().is_some() || !history.may_call() || has != had || useless {
             return None;
         }

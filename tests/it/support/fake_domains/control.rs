@@ -7,22 +7,22 @@ use tokio::time::sleep;
 use virtnode::domain::{BalloonStats, IdSet};
 use virtnode::hotplug::{Event, GuestVcpus, Ost, SlotKind};
 use virtnode::hypervisor::{
-    Connection, DomainControl, DomainId, DomainStats, HypervisorError, LiveDomain, Notices, Scope,
+    CallError, Connection, DomainBackend, DomainRef, DomainStats, LiveDomain, Notices, Scope,
 };
 use virtnode::units::{Bytes, KiB};
 
 use super::{Blocks, Cpus, DIMM, FakeControl, FakeDomain, LINUX_BLOCK, MIB, PLUG};
 
-fn failed(call: &'static str, number: u32, message: &str) -> HypervisorError {
-    HypervisorError::Failed {
+fn failed(call: &'static str, number: u32, message: &str) -> CallError {
+    CallError::Failed {
         call,
         number,
         message: message.to_owned(),
     }
 }
 
-impl DomainControl for FakeControl {
-    async fn find_domain(&self, name_or_uuid: &str) -> Result<DomainId, HypervisorError> {
+impl DomainBackend for FakeControl {
+    async fn find_domain(&self, name_or_uuid: &str) -> Result<DomainRef, CallError> {
         self.question().await?;
         let domains = self.domains();
         let found = domains
@@ -30,10 +30,10 @@ impl DomainControl for FakeControl {
             .find(|(name, domain)| *name == name_or_uuid || domain.uuid == name_or_uuid);
         found
             .map(|(name, domain)| domain.id(name))
-            .ok_or_else(|| HypervisorError::DomainNotFound(name_or_uuid.to_owned()))
+            .ok_or_else(|| CallError::DomainNotFound(name_or_uuid.to_owned()))
     }
 
-    async fn domain(&self, domain: &DomainId) -> Result<LiveDomain, HypervisorError> {
+    async fn domain(&self, domain: &DomainRef) -> Result<LiveDomain, CallError> {
         self.question().await?;
         let (name, have) = self.find(domain)?;
         Ok(LiveDomain {
@@ -46,7 +46,7 @@ impl DomainControl for FakeControl {
         })
     }
 
-    async fn all_domain_stats(&self) -> Result<Vec<DomainStats>, HypervisorError> {
+    async fn all_domain_stats(&self) -> Result<Vec<DomainStats>, CallError> {
         self.question().await?;
         let domains = self.domains();
         Ok(domains
@@ -59,7 +59,7 @@ impl DomainControl for FakeControl {
             .collect())
     }
 
-    async fn domain_stats(&self, domain: &DomainId) -> Result<DomainStats, HypervisorError> {
+    async fn domain_stats(&self, domain: &DomainRef) -> Result<DomainStats, CallError> {
         self.question().await?;
         let (name, have) = self.find(domain)?;
         Ok(DomainStats {
@@ -69,11 +69,11 @@ impl DomainControl for FakeControl {
         })
     }
 
-    async fn memory_stats(&self, domain: &DomainId) -> Result<BalloonStats, HypervisorError> {
+    async fn memory_stats(&self, domain: &DomainRef) -> Result<BalloonStats, CallError> {
         Ok(self.domain_stats(domain).await?.stats.balloon)
     }
 
-    async fn guest_vcpus(&self, domain: &DomainId) -> Result<GuestVcpus, HypervisorError> {
+    async fn guest_vcpus(&self, domain: &DomainRef) -> Result<GuestVcpus, CallError> {
         self.question().await?;
         let (_, have) = self.find(domain)?;
         if have.guest.agent_hangs {
@@ -84,14 +84,14 @@ impl DomainControl for FakeControl {
                 vcpus: have.present,
                 online: have.online,
             }),
-            false => Err(HypervisorError::AgentUnavailable {
+            false => Err(CallError::AgentUnavailable {
                 call: "guest-vcpus",
                 message: "the agent is not connected".to_owned(),
             }),
         }
     }
 
-    async fn acpi_answers(&self, domain: &DomainId) -> Result<Vec<Ost>, HypervisorError> {
+    async fn acpi_answers(&self, domain: &DomainRef) -> Result<Vec<Ost>, CallError> {
         self.question().await?;
         let (name, have) = self.find(domain)?;
         self.change(&name, |domain| domain.tainted = true);
@@ -100,10 +100,10 @@ impl DomainControl for FakeControl {
 
     async fn set_guest_vcpus(
         &self,
-        domain: &DomainId,
+        domain: &DomainRef,
         vcpus: &IdSet,
         online: bool,
-    ) -> Result<(), HypervisorError> {
+    ) -> Result<(), CallError> {
         assert!(online, "nobody takes CPUs offline");
         let call = format!("set-guest-vcpus {} {vcpus}", domain.name);
         let (name, error) = self.begin(call, domain).await?;
@@ -111,16 +111,11 @@ impl DomainControl for FakeControl {
         error.map_or(Ok(()), Err)
     }
 
-    async fn set_agent_timeout(&self, _: &DomainId, _: Duration) -> Result<(), HypervisorError> {
+    async fn set_agent_timeout(&self, _: &DomainRef, _: Duration) -> Result<(), CallError> {
         Ok(())
     }
 
-    async fn set_vcpus(
-        &self,
-        domain: &DomainId,
-        vcpus: u32,
-        _: Scope,
-    ) -> Result<(), HypervisorError> {
+    async fn set_vcpus(&self, domain: &DomainRef, vcpus: u32, _: Scope) -> Result<(), CallError> {
         let (me, domain) = (self.me.upgrade().unwrap(), domain.clone());
         // What has begun goes on when nobody waits for it any more.
         let work = tokio::spawn(async move {
@@ -143,12 +138,7 @@ impl DomainControl for FakeControl {
         work.await.unwrap()
     }
 
-    async fn update_device(
-        &self,
-        domain: &DomainId,
-        _: &str,
-        _: Scope,
-    ) -> Result<(), HypervisorError> {
+    async fn update_device(&self, domain: &DomainRef, _: &str, _: Scope) -> Result<(), CallError> {
         let call = format!("update-device {}", domain.name);
         self.begin(call, domain).await?;
         Ok(())
@@ -156,10 +146,10 @@ impl DomainControl for FakeControl {
 
     async fn resize_virtio_mem(
         &self,
-        domain: &DomainId,
+        domain: &DomainRef,
         alias: &str,
         requested: KiB,
-    ) -> Result<(), HypervisorError> {
+    ) -> Result<(), CallError> {
         assert_eq!(alias, "ua-mem0");
         let requested = Bytes::from(requested).get();
         let call = format!("resize-virtio-mem {} {}", domain.name, requested / MIB);
@@ -192,10 +182,10 @@ impl DomainControl for FakeControl {
 
     async fn attach_device(
         &self,
-        domain: &DomainId,
+        domain: &DomainRef,
         xml: &str,
         _: Scope,
-    ) -> Result<(), HypervisorError> {
+    ) -> Result<(), CallError> {
         let call = format!("attach-device {}", domain.name);
         let (name, error) = self.begin(call, domain).await?;
         let between = |from: &str, to: &str| {
@@ -236,10 +226,10 @@ impl DomainControl for FakeControl {
 
     async fn detach_device(
         &self,
-        domain: &DomainId,
+        domain: &DomainRef,
         alias: &str,
         _: Scope,
-    ) -> Result<(), HypervisorError> {
+    ) -> Result<(), CallError> {
         let call = format!("detach-device {} {alias}", domain.name);
         let (name, error) = self.begin(call, domain).await?;
         let gone = self.change(&name, |domain| {

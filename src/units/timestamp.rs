@@ -3,7 +3,6 @@
 use std::fmt;
 use std::time::Duration;
 
-use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 /// A point in time to the millisecond, shown and serialized as RFC 3339 in UTC.
@@ -11,15 +10,15 @@ use serde::{Deserialize, Serialize};
 /// Within one operation moments must not go backwards; whoever makes them adds what a monotonic
 /// clock says to where the wall clock stood once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(try_from = "Timestamp", into = "Timestamp")]
-pub struct Moment(i64);
+#[serde(try_from = "jiff::Timestamp", into = "jiff::Timestamp")]
+pub struct Timestamp(i64);
 
-impl Moment {
+impl Timestamp {
     /// From milliseconds since 1970; cut to what RFC 3339 can write.
     pub fn from_millis(millis: i64) -> Self {
         // whole seconds, well inside
-        let first = (Timestamp::MIN.as_second() + 1) * 1000;
-        let last = (Timestamp::MAX.as_second() - 1) * 1000;
+        let first = (jiff::Timestamp::MIN.as_second() + 1) * 1000;
+        let last = (jiff::Timestamp::MAX.as_second() - 1) * 1000;
         Self(millis.clamp(first, last))
     }
 
@@ -46,22 +45,22 @@ impl Moment {
     }
 }
 
-impl From<Moment> for Timestamp {
-    fn from(moment: Moment) -> Self {
+impl From<Timestamp> for jiff::Timestamp {
+    fn from(moment: Timestamp) -> Self {
         // cannot fail: every moment is within the range
         Self::from_millisecond(moment.0).unwrap_or(Self::UNIX_EPOCH)
     }
 }
 
-impl From<Timestamp> for Moment {
-    fn from(timestamp: Timestamp) -> Self {
+impl From<jiff::Timestamp> for Timestamp {
+    fn from(timestamp: jiff::Timestamp) -> Self {
         Self::from_millis(timestamp.as_millisecond())
     }
 }
 
-impl fmt::Display for Moment {
+impl fmt::Display for Timestamp {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        Timestamp::from(*self).fmt(f)
+        jiff::Timestamp::from(*self).fmt(f)
     }
 }
 
@@ -71,7 +70,7 @@ mod tests {
 
     #[test]
     fn moments_are_counted_and_shown() {
-        let moment = Moment::from_millis(1_795_260_166_250);
+        let moment = Timestamp::from_millis(1_795_260_166_250);
         assert_eq!(moment.to_string(), "2026-11-21T11:22:46.25Z");
         let later = moment.after(Duration::from_millis(1_750));
         assert_eq!(later.as_seconds(), 1_795_260_168);
@@ -79,14 +78,14 @@ mod tests {
         assert_eq!(moment.since(later), Duration::ZERO);
         let json = serde_json::to_string(&later).unwrap();
         assert_eq!(json, "\"2026-11-21T11:22:48Z\"");
-        assert_eq!(serde_json::from_str::<Moment>(&json).unwrap(), later);
+        assert_eq!(serde_json::from_str::<Timestamp>(&json).unwrap(), later);
     }
 
     #[test]
     fn no_moment_is_out_of_range() {
-        let last = Moment::from_millis(i64::MAX);
+        let last = Timestamp::from_millis(i64::MAX);
         assert_eq!(last.after(Duration::MAX), last);
         assert!(last.to_string().starts_with("9999-12-30T"), "{last}");
-        assert_eq!(Moment::from_millis(i64::MIN).since(last), Duration::ZERO);
+        assert_eq!(Timestamp::from_millis(i64::MIN).since(last), Duration::ZERO);
     }
 }

@@ -9,13 +9,13 @@ use super::{NodePublisher, Watch};
 use crate::cluster::ClusterError;
 
 /// The labels could not be brought up to date, and why.
-pub(super) struct Trouble {
+pub(super) struct PublishFailures {
     code: &'static str,
     since: Instant,
     failures: u32,
 }
 
-impl Trouble {
+impl PublishFailures {
     pub(super) fn code(&self) -> &'static str {
         self.code
     }
@@ -24,11 +24,11 @@ impl Trouble {
 impl NodePublisher {
     /// The API server does what it is asked.
     pub(super) fn succeeded(&mut self) {
-        let trouble = self.trouble.take();
-        if let Some(trouble) = &trouble {
+        let failures = self.failures.take();
+        if let Some(failures) = &failures {
             tracing::info!(
                 node = self.cluster.node(),
-                after_seconds = trouble.since.elapsed().as_secs(),
+                after_seconds = failures.since.elapsed().as_secs(),
                 "labels are published again"
             );
             self.state.send_modify(|state| state.problem = None);
@@ -36,7 +36,7 @@ impl NodePublisher {
         if self.watch.errors > 0 && !self.watch.told {
             // It may wait for half a minute yet, and the API server is there now. If it is not
             // and only the watch fails, the errors go on being counted.
-            let errors = if trouble.is_some() {
+            let errors = if failures.is_some() {
                 0
             } else {
                 self.watch.errors
@@ -52,16 +52,16 @@ impl NodePublisher {
     pub(super) fn failed(&mut self, error: &ClusterError) -> Duration {
         let code = error.code();
         self.metrics.sync_failures.with_label_values(&[code]).inc();
-        let (since, failures) = match &self.trouble {
-            Some(trouble) if trouble.code == code => (trouble.since, trouble.failures + 1),
-            // Another trouble: that the server was away for long says nothing about it.
-            Some(trouble) => (trouble.since, 1),
+        let (since, failures) = match &self.failures {
+            Some(failures) if failures.code == code => (failures.since, failures.failures + 1),
+            // Another failures: that the server was away for long says nothing about it.
+            Some(failures) => (failures.since, 1),
             None => (Instant::now(), 1),
         };
         if self
-            .trouble
+            .failures
             .as_ref()
-            .is_none_or(|trouble| trouble.code != code)
+            .is_none_or(|failures| failures.code != code)
         {
             tracing::warn!(
                 node = self.cluster.node(), code, %error,
@@ -74,7 +74,7 @@ impl NodePublisher {
             self.state
                 .send_modify(|state| state.problem = Some(problem));
         }
-        self.trouble = Some(Trouble {
+        self.failures = Some(PublishFailures {
             code,
             since,
             failures,

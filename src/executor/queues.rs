@@ -5,39 +5,39 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::Notify;
 
-/// Lines by name; a line that nobody stands in is none.
+/// Queues by name; a line that nobody stands in is none.
 #[derive(Debug, Default)]
-pub(super) struct Lines {
-    lines: Mutex<HashMap<String, Line>>,
+pub(super) struct Queues {
+    lines: Mutex<HashMap<String, Queue>>,
 }
 
 #[derive(Debug, Default)]
-struct Line {
+struct Queue {
     served: u64,
     waiting: BTreeMap<u64, Arc<Notify>>,
 }
 
 /// A place in a line. Who drops it leaves.
 #[derive(Debug)]
-pub(super) struct Place {
-    lines: Arc<Lines>,
+pub(super) struct Ticket {
+    lines: Arc<Queues>,
     line: String,
     ticket: u64,
     called: Arc<Notify>,
 }
 
-impl Lines {
+impl Queues {
     /// Takes a place: behind who is served and those with smaller tickets, before the others.
-    pub(super) fn join(self: &Arc<Self>, line: &str, ticket: u64) -> Place {
+    pub(super) fn join(self: &Arc<Self>, line: &str, ticket: u64) -> Ticket {
         let called = Arc::new(Notify::new());
         self.lock()
             .entry(line.to_owned())
             .and_modify(|line| drop(line.waiting.insert(ticket, Arc::clone(&called))))
-            .or_insert_with(|| Line {
+            .or_insert_with(|| Queue {
                 served: ticket,
                 waiting: BTreeMap::new(),
             });
-        Place {
+        Ticket {
             lines: Arc::clone(self),
             line: line.to_owned(),
             ticket,
@@ -45,12 +45,12 @@ impl Lines {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<String, Line>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, Queue>> {
         self.lines.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Place {
+impl Ticket {
     /// Whether it is this one's turn.
     pub(super) fn is_served(&self) -> bool {
         let lines = self.lines.lock();
@@ -67,7 +67,7 @@ impl Place {
     }
 }
 
-impl Drop for Place {
+impl Drop for Ticket {
     fn drop(&mut self) {
         let mut lines = self.lines.lock();
         let Some(line) = lines.get_mut(&self.line) else {
@@ -93,7 +93,7 @@ mod tests {
 
     #[tokio::test]
     async fn who_came_first_is_served_first() {
-        let lines = Arc::new(Lines::default());
+        let lines = Arc::new(Queues::default());
         let third = lines.join("vm", 3);
         let fifth = lines.join("vm", 5);
         let fourth = lines.join("vm", 4);

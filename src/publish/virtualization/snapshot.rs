@@ -1,31 +1,34 @@
 //! What a probe showed, and what becomes of it beside what was known before.
 
-use k8s_openapi::jiff::Timestamp;
-
 use super::describe::{describe, holds};
-use super::fit::{STATUS_MAX, fit};
+use super::truncate::{STATUS_MAX, truncate};
 use crate::cluster::objects::node_virtualization::{HYPERVISOR_CONNECTED, PROBED};
 use crate::cluster::objects::{Condition, NodeVirtualizationStatus};
-use crate::hotplug::Moment;
 use crate::hypervisor::Connection;
 use crate::label::{Retained, Source};
 use crate::probe::{Failure, Reading};
+use crate::units::Timestamp;
 
 /// What one probe showed.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub struct Picture {
+pub struct Snapshot {
     /// The facts, as far as they could be read.
     pub facts: NodeVirtualizationStatus,
     /// The sources that could not be read.
     pub failures: Vec<Failure>,
     /// When that was.
-    pub at: Timestamp,
+    pub at: jiff::Timestamp,
 }
 
-impl Picture {
+impl Snapshot {
     /// Of a reading, and of the labels that are kept though it does not call for them. Machine
     /// types of other architectures than the host's are told of those that are `wanted`.
-    pub fn new(reading: &Reading, retained: &[Retained], wanted: &[String], at: Timestamp) -> Self {
+    pub fn new(
+        reading: &Reading,
+        retained: &[Retained],
+        wanted: &[String],
+        at: jiff::Timestamp,
+    ) -> Self {
         let mut facts = describe(&reading.facts, wanted);
         facts.holds = holds(retained, &reading.domains);
         Self {
@@ -42,9 +45,9 @@ impl Picture {
         &self,
         before: &NodeVirtualizationStatus,
         connection: Connection,
-        now: Timestamp,
+        now: jiff::Timestamp,
     ) -> NodeVirtualizationStatus {
-        let now = Moment::from(now);
+        let now = Timestamp::from(now);
         let mut status = self.facts.clone();
         let failed: Vec<Source> = self.failures.iter().map(|failure| failure.source).collect();
         keep(&mut status, before, &failed);
@@ -55,11 +58,11 @@ impl Picture {
         let conditions = [self.probed(now), connected(connection, now)];
         let after = conditions.map(|condition| condition.after(&before.conditions));
         status.conditions = after.into();
-        fit(&mut status, STATUS_MAX);
+        truncate(&mut status, STATUS_MAX);
         status
     }
 
-    fn probed(&self, now: Moment) -> Condition {
+    fn probed(&self, now: Timestamp) -> Condition {
         if self.failures.is_empty() {
             return Condition::new(
                 PROBED,
@@ -84,7 +87,7 @@ impl Picture {
     }
 }
 
-fn connected(connection: Connection, now: Moment) -> Condition {
+fn connected(connection: Connection, now: Timestamp) -> Condition {
     let (holds, reason, message) = match connection {
         Connection::Up(_) => (true, "Connected", "There is a connection to libvirt."),
         Connection::Down => (

@@ -1,26 +1,26 @@
 //! The evidence about memory, for people.
 
-use crate::hotplug::trail::{Trail, ost_detail};
+use crate::hotplug::timeline::{Timeline, ost_detail};
 use crate::hotplug::{Action, Event, Evidence, History, SlotKind, Source};
 
 /// The evidence, in order of time.
-pub(in crate::hotplug) fn trail(history: &History) -> Vec<Evidence> {
-    let mut trail = Trail::of(history, describe, describe_event);
+pub(in crate::hotplug) fn timeline(history: &History) -> Vec<Evidence> {
+    let mut timeline = Timeline::of(history, describe, describe_event);
     for seen in history.observations() {
         let memory = &seen.domain.memory;
         let asked = format!("{} asked for", memory.asked());
-        trail.add(Source::LiveXml, seen.at, asked);
+        timeline.add(Source::LiveXml, seen.at, asked);
         for device in memory.virtio_mem() {
             let alias = device.alias.as_deref().unwrap_or("a virtio-mem device");
             let detail = format!("the guest has {} of {alias}", device.plugged());
-            trail.add(Source::VirtioMem, seen.at, detail);
+            timeline.add(Source::VirtioMem, seen.at, detail);
         }
         if let Some(total) = seen.guest_total() {
             let detail = format!("the guest sees {total} in all");
-            trail.add(Source::BalloonStats, seen.at, detail);
+            timeline.add(Source::BalloonStats, seen.at, detail);
         }
     }
-    trail.finish()
+    timeline.finish()
 }
 
 fn describe(action: &Action) -> Option<String> {

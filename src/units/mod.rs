@@ -1,10 +1,14 @@
 //! Sizes of memory, as types: no size crosses a module's boundary as a bare number.
 
+mod timestamp;
+
 use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
+
+pub use self::timestamp::Timestamp;
 
 const KIB: u64 = 1024;
 

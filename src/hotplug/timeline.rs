@@ -1,16 +1,17 @@
 //! The evidence of an operation, put together for people: in order of time, and only news.
 
 use super::history::Return;
-use super::{Action, Answer, Event, Evidence, History, Moment, Ost, Source};
+use super::{Action, Answer, Event, Evidence, History, Ost, Source};
+use crate::units::Timestamp;
 
 /// More would be no help to a reader: the first and the last of them are kept.
 const MOST: usize = 64;
 
 /// Evidence as it is collected, in any order.
 #[derive(Debug, Default)]
-pub(super) struct Trail(Vec<Evidence>);
+pub(super) struct Timeline(Vec<Evidence>);
 
-impl Trail {
+impl Timeline {
     /// Begins with what is told alike for every resource: the calls, as `describe` puts them,
     /// and what happened to the domain, with what `describe_event` knows of the resource.
     pub(super) fn of(
@@ -18,7 +19,7 @@ impl Trail {
         describe: impl Fn(&Action) -> Option<String>,
         describe_event: impl Fn(&Event) -> Option<(Source, String)>,
     ) -> Self {
-        let mut trail = Self::default();
+        let mut timeline = Self::default();
         for call in history.calls() {
             let Some(what) = describe(&call.action) else {
                 continue;
@@ -30,19 +31,19 @@ impl Trail {
                 Some((at, Return::Overdue)) => (*at, "no answer in time".to_owned()),
                 Some((at, Return::Lost)) => (*at, "the answer was lost".to_owned()),
             };
-            trail.add(Source::HypervisorCall, at, format!("{what}: {how}"));
+            timeline.add(Source::HypervisorCall, at, format!("{what}: {how}"));
         }
         for (at, event) in history.all_events() {
             let told = lifecycle(event).map(|detail| (Source::Lifecycle, detail));
             if let Some((source, detail)) = told.or_else(|| describe_event(event)) {
-                trail.add(source, at, detail);
+                timeline.add(source, at, detail);
             }
         }
-        trail
+        timeline
     }
 
     /// Adds a piece.
-    pub(super) fn add(&mut self, source: Source, time: Moment, detail: impl Into<String>) {
+    pub(super) fn add(&mut self, source: Source, time: Timestamp, detail: impl Into<String>) {
         self.0.push(Evidence {
             source,
             detail: detail.into(),
@@ -98,20 +99,20 @@ mod tests {
 
     #[test]
     fn only_news_is_kept_and_not_without_end() {
-        let mut trail = Trail::default();
-        let at = Moment::from_millis;
-        trail.add(Source::LiveXml, at(1), "1 vCPU");
-        trail.add(Source::GuestAgent, at(2), "online 0");
-        trail.add(Source::LiveXml, at(3), "1 vCPU");
-        trail.add(Source::LiveXml, at(4), "3 vCPUs");
-        let evidence = trail.finish();
+        let mut timeline = Timeline::default();
+        let at = Timestamp::from_millis;
+        timeline.add(Source::LiveXml, at(1), "1 vCPU");
+        timeline.add(Source::GuestAgent, at(2), "online 0");
+        timeline.add(Source::LiveXml, at(3), "1 vCPU");
+        timeline.add(Source::LiveXml, at(4), "3 vCPUs");
+        let evidence = timeline.finish();
         let times: Vec<_> = evidence.iter().map(|have| have.time.as_millis()).collect();
         assert_eq!(times, [1, 2, 4]);
-        let mut trail = Trail::default();
+        let mut timeline = Timeline::default();
         for n in 0..1000 {
-            trail.add(Source::VcpuTime, at(n), format!("{n}"));
+            timeline.add(Source::VcpuTime, at(n), format!("{n}"));
         }
-        let evidence = trail.finish();
+        let evidence = timeline.finish();
         assert_eq!(evidence.len(), MOST);
         assert_eq!(evidence[0].detail, "0");
         assert_eq!(evidence[MOST - 1].detail, "999");

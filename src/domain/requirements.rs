@@ -5,7 +5,7 @@ use crate::xml::{self, Cursor, ParseError, Problem};
 /// What a running domain needs of its node. libvirt writes the canonical machine name and, for
 /// the host-model mode, the real model into the live definition.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Needs {
+pub struct NodeRequirements {
     /// The machine type by canonical name.
     pub machine: Option<String>,
     /// The named CPU model; none with host-passthrough.
@@ -14,7 +14,7 @@ pub struct Needs {
     pub cpu_features: Vec<String>,
 }
 
-impl Needs {
+impl NodeRequirements {
     /// Reads a domain's live XML; `document` is what errors call it.
     ///
     /// # Errors
@@ -32,7 +32,7 @@ impl Needs {
     }
 }
 
-fn read_os(cursor: &mut Cursor<'_>, needs: &mut Needs) -> Result<(), Problem> {
+fn read_os(cursor: &mut Cursor<'_>, needs: &mut NodeRequirements) -> Result<(), Problem> {
     cursor.children(|_, child| {
         if child.name() == "type" {
             needs.machine = child.text("machine")?;
@@ -41,7 +41,7 @@ fn read_os(cursor: &mut Cursor<'_>, needs: &mut Needs) -> Result<(), Problem> {
     })
 }
 
-fn read_cpu(cursor: &mut Cursor<'_>, needs: &mut Needs) -> Result<(), Problem> {
+fn read_cpu(cursor: &mut Cursor<'_>, needs: &mut NodeRequirements) -> Result<(), Problem> {
     cursor.children(|cursor, child| {
         match child.name() {
             "model" => needs.cpu_model = Some(cursor.text()?).filter(|model| !model.is_empty()),
@@ -74,7 +74,7 @@ mod tests {
   </cpu>
   <devices><disk><driver name='qemu'/></disk></devices>
 </domain>";
-        let needs = Needs::parse("vm1", xml.as_bytes()).unwrap();
+        let needs = NodeRequirements::parse("vm1", xml.as_bytes()).unwrap();
         assert_eq!(needs.machine.as_deref(), Some("pc-q35-10.0"));
         assert_eq!(needs.cpu_model.as_deref(), Some("EPYC-Genoa"));
         assert_eq!(needs.cpu_features, ["x2apic"]);
@@ -82,7 +82,8 @@ mod tests {
 
     #[test]
     fn a_domain_without_a_cpu_needs_no_model() {
-        let needs = Needs::parse("vm", b"<domain><os><type>hvm</type></os></domain>").unwrap();
-        assert_eq!(needs, Needs::default());
+        let needs =
+            NodeRequirements::parse("vm", b"<domain><os><type>hvm</type></os></domain>").unwrap();
+        assert_eq!(needs, NodeRequirements::default());
     }
 }

@@ -3,8 +3,9 @@
 
 use super::history::{Call, Contact, History, Return};
 use super::outcome::{Diagnosis, Finding, Ruling};
-use super::{Action, Event, Moment, Verdict};
+use super::{Action, Event, Verdict};
 use crate::domain::{DomainState, Job};
+use crate::units::Timestamp;
 
 /// libvirt's error numbers (virterror.h) that mean something here.
 const NO_DOMAIN: u32 = 42;
@@ -70,7 +71,7 @@ pub(super) fn failure(number: u32, message: &str) -> Failure {
 
 /// What the last call leaves to be said before the guest is looked at; `None` to look at it.
 /// `done` says whether the live XML shows what was asked for.
-pub(super) fn after_call(history: &History, now: Moment, done: bool) -> Option<Ruling> {
+pub(super) fn after_call(history: &History, now: Timestamp, done: bool) -> Option<Ruling> {
     let over = history.is_over(now);
     // That an agent does not do as told is the guest's affair.
     let ours = |call: &&Call| !matches!(call.action, Action::OnlineVcpus { .. });
@@ -145,7 +146,7 @@ pub(super) fn not_told(history: &History) -> Option<&str> {
 const MOST_LOST: usize = 3;
 
 /// Whether libvirt got the call is not known: the domain shows what became of it.
-fn lost(history: &History, call: &Call, at: Moment, now: Moment) -> Option<Ruling> {
+fn lost(history: &History, call: &Call, at: Timestamp, now: Timestamp) -> Option<Ruling> {
     let over = history.is_over(now);
     if let (Some(Contact::Unreachable(why)), true) = (history.contact(), over) {
         return Some(Ruling::Found(unreachable(why)));
@@ -170,7 +171,7 @@ fn lost(history: &History, call: &Call, at: Moment, now: Moment) -> Option<Rulin
     match may_stand && call.action.is_unplug(&history.before) {
         true => None,
         false => Some(Ruling::Found(Finding::new(
-            Verdict::HypervisorError,
+            Verdict::CallError,
             match is_open {
                 true => {
                     "the connection or this program ended during the call, and the domain shows \
@@ -278,7 +279,7 @@ fn said(message: &str) -> &str {
 
 /// libvirt's or QEMU's own error, with what is known about it.
 pub(super) fn error(message: &str) -> Finding {
-    let finding = Finding::new(Verdict::HypervisorError, said(message));
+    let finding = Finding::new(Verdict::CallError, said(message));
     let known = KNOWN.iter().find(|(text, ..)| message.contains(text));
     match known {
         Some((_, code, seen, remedy)) => finding.because(Diagnosis::new(code, *seen, *remedy)),

@@ -1,5 +1,7 @@
 //! Looks a node over, for `virtnode doctor` and for the daemon's metric: gathers what is seen of
-//! the host, of libvirt and of its running domains. What it means is [`crate::diagnosis`]'s.
+//! the host, of libvirt and of its running domains. What it means is [`crate::doctor::checks`]'s.
+
+pub mod checks;
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -13,11 +15,11 @@ use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use crate::capability::NodeFacts;
-use crate::diagnosis::observed::{Daemon, DomainSeen, Libvirt, Observed, Trouble};
-use crate::diagnosis::{Check, Diagnosis, Severity, diagnose};
+use crate::doctor::checks::observed::{Daemon, DomainSeen, Libvirt, Observed, Trouble};
+use crate::doctor::checks::{Check, Diagnosis, Severity, diagnose};
 use crate::domain::MemoryDevice;
 use crate::host;
-use crate::hypervisor::{DomainControl, DomainId, Hypervisor, HypervisorError};
+use crate::hypervisor::{CallError, DomainBackend, DomainRef, NodeSource};
 use crate::label::{Policy, Source, derive};
 use crate::labeller::Latest;
 use crate::monitor::{Patience, Sight, look};
@@ -53,7 +55,7 @@ pub struct Scope {
 
 /// Looks everything over once. Never fails: what could not be seen is said, and it ends within
 /// about two minutes whatever does not answer.
-pub async fn look_over<H: Hypervisor, C: DomainControl>(
+pub async fn look_over<H: NodeSource, C: DomainBackend>(
     scope: &Scope,
     hypervisor: Arc<H>,
     control: &C,
@@ -97,7 +99,7 @@ pub async fn look_over<H: Hypervisor, C: DomainControl>(
     observed
 }
 
-fn trouble(error: &HypervisorError) -> Trouble {
+fn trouble(error: &CallError) -> Trouble {
     Trouble {
         code: error.code(),
         message: error.to_string(),
@@ -142,7 +144,7 @@ fn socket_of(uri: &str) -> Option<&Path> {
 
 /// The running domains, each with a closer look, and a second one at those whose guests lack
 /// memory, which they may just be taking.
-async fn look_at_domains<C: DomainControl>(control: &C) -> Result<Vec<DomainSeen>, String> {
+async fn look_at_domains<C: DomainBackend>(control: &C) -> Result<Vec<DomainSeen>, String> {
     let running = control.all_domain_stats().await;
     let running = running.map_err(|error| error.to_string())?;
     let mut seen: Vec<DomainSeen> = running
@@ -171,9 +173,9 @@ async fn look_at_domains<C: DomainControl>(control: &C) -> Result<Vec<DomainSeen
 }
 
 /// Looks at these domains, some at a time, until the time for all is over.
-async fn look_at<C: DomainControl>(control: &C, seen: &mut [DomainSeen], which: Vec<usize>) {
+async fn look_at<C: DomainBackend>(control: &C, seen: &mut [DomainSeen], which: Vec<usize>) {
     let ids = which.into_iter().map(|at| {
-        let id = DomainId {
+        let id = DomainRef {
             name: seen[at].name.clone(),
             uuid: seen[at].uuid.clone(),
         };

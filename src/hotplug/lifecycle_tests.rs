@@ -25,7 +25,7 @@ fn a_domain_that_does_not_run_is_not_touched() {
 
 #[test]
 fn what_holds_a_domain_says_whether_it_is_waited_for() {
-    use crate::domain::{DomainState, Reason};
+    use crate::domain::{DomainState, PauseReason};
     let held = |state, reason| {
         let mut seen = World::new(1, onlines()).observe();
         (seen.domain.state, seen.reason) = (state, reason);
@@ -36,7 +36,7 @@ fn what_holds_a_domain_says_whether_it_is_waited_for() {
             &Host::default(),
         )
     };
-    let blocked = held(DomainState::Paused, Some(Reason::Save));
+    let blocked = held(DomainState::Paused, Some(PauseReason::Save));
     assert_eq!(
         blocked,
         Preflight::Blocked("the domain, paused by a save to a file, to run again".to_owned())
@@ -44,7 +44,7 @@ fn what_holds_a_domain_says_whether_it_is_waited_for() {
     for (state, reason, says) in [
         (
             DomainState::Paused,
-            Some(Reason::IoError),
+            Some(PauseReason::IoError),
             "the domain is paused by an I/O error of",
         ),
         // As a journal of an older version has it.
@@ -61,12 +61,12 @@ fn what_holds_a_domain_says_whether_it_is_waited_for() {
         // To start it here as well would be its end.
         (
             DomainState::ShutOff,
-            Some(Reason::Migrated),
+            Some(PauseReason::Migrated),
             "ask the node that it runs on now",
         ),
         (
             DomainState::ShutOff,
-            Some(Reason::Saved),
+            Some(PauseReason::Saved),
             "saved to a file: restore it first",
         ),
         (DomainState::Suspended, None, "virsh dompmwakeup"),
@@ -82,17 +82,17 @@ fn what_holds_a_domain_says_whether_it_is_waited_for() {
 
 #[test]
 fn what_paused_it_in_the_middle_is_told_at_the_deadline() {
-    use crate::domain::Reason;
+    use crate::domain::PauseReason;
     for (by, says) in [
         (
-            Reason::User,
+            PauseReason::User,
             "paused by a user, so its guest cannot take anything: resume it first",
         ),
         (
-            Reason::IoError,
+            PauseReason::IoError,
             "I/O error of one of its disks, so its guest",
         ),
-        (Reason::Save, "wait until that is over"),
+        (PauseReason::Save, "wait until that is over"),
     ] {
         let mut world = World::new(1, Habits::default()).at(ms(300), Change::Pause);
         world.paused_by = by;
@@ -161,7 +161,7 @@ fn an_error_of_libvirt_is_the_verdict_after_a_look() {
     let ended = world.vcpus(3);
     assert_eq!(
         (ended.verdict(), ended.diagnosis()),
-        (Verdict::HypervisorError, "firmware-smi")
+        (Verdict::CallError, "firmware-smi")
     );
     assert_eq!(ended.outcome().message, text);
     assert_eq!(world.made.len(), 1);
@@ -255,7 +255,7 @@ fn a_lost_call_is_not_made_again_on_a_domain_that_somebody_else_changed() {
     let mut history = killed(&world, vcpus(3));
     world.domain.vcpus.each[1].enabled = false;
     let outcome = world.go_on(&mut history);
-    assert_eq!(outcome.verdict, Verdict::HypervisorError);
+    assert_eq!(outcome.verdict, Verdict::CallError);
     assert!(outcome.message.contains("something else changed it"));
     assert!(world.made.is_empty());
 }
@@ -281,7 +281,7 @@ fn a_call_that_is_lost_again_and_again_is_given_up() {
         seen.at = now;
         history.observed(seen);
     };
-    assert_eq!(outcome.verdict, Verdict::HypervisorError);
+    assert_eq!(outcome.verdict, Verdict::CallError);
     assert_eq!(calls, 3);
 }
 
@@ -322,7 +322,7 @@ fn a_lost_call_may_still_be_carried_out() {
     assert!(outcome.verdict.may_change() && history.is_unsettled());
     world.now = late;
     let outcome = world.look_again(&mut history, ms(3000));
-    assert_eq!(outcome.verdict, Verdict::HypervisorError);
+    assert_eq!(outcome.verdict, Verdict::CallError);
     assert!(!history.is_unsettled() && world.made.is_empty());
 }
 

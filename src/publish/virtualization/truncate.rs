@@ -6,7 +6,7 @@ use crate::cluster::objects::NodeVirtualizationStatus;
 pub(super) const STATUS_MAX: usize = 56 * 1024;
 
 /// Takes parts out of a status, in a fixed order, until it is small enough, and writes down which.
-pub(super) fn fit(status: &mut NodeVirtualizationStatus, max: usize) {
+pub(super) fn truncate(status: &mut NodeVirtualizationStatus, max: usize) {
     for (name, drop) in PARTS {
         if size(status) <= max {
             return;

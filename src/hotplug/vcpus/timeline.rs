@@ -3,31 +3,32 @@
 use super::evidence::{peripheral, vcpu_of};
 use crate::domain::IdSet;
 use crate::hotplug::outcome::counted;
-use crate::hotplug::trail::{Trail, ost_detail};
-use crate::hotplug::{Action, Agent, Event, Evidence, History, Moment, SlotKind, Source};
+use crate::hotplug::timeline::{Timeline, ost_detail};
+use crate::hotplug::{Action, Agent, Event, Evidence, History, SlotKind, Source};
+use crate::units::Timestamp;
 
 /// The evidence, in order of time.
-pub(in crate::hotplug) fn trail(history: &History) -> Vec<Evidence> {
-    let mut trail = Trail::of(history, describe, describe_event);
+pub(in crate::hotplug) fn timeline(history: &History) -> Vec<Evidence> {
+    let mut timeline = Timeline::of(history, describe, describe_event);
     for seen in history.observations() {
         let plugged = seen.domain.vcpus.plugged_ids();
         let detail = format!("{} ({plugged})", counted(plugged.len(), "vCPU"));
-        trail.add(Source::LiveXml, seen.at, detail);
+        timeline.add(Source::LiveXml, seen.at, detail);
         match &seen.agent {
             Agent::NotAsked => {}
             Agent::Silent(why) => {
-                trail.add(Source::GuestAgent, seen.at, format!("no answer: {why}"));
+                timeline.add(Source::GuestAgent, seen.at, format!("no answer: {why}"));
             }
             Agent::Answered(guest) => {
                 let detail = format!("has {}, online {}", list(&guest.vcpus), list(&guest.online));
-                trail.add(Source::GuestAgent, seen.at, detail);
+                timeline.add(Source::GuestAgent, seen.at, detail);
             }
         }
     }
     for (at, detail) in first_and_last_times(history) {
-        trail.add(Source::VcpuTime, at, detail);
+        timeline.add(Source::VcpuTime, at, detail);
     }
-    trail.finish()
+    timeline.finish()
 }
 
 fn describe(action: &Action) -> Option<String> {
@@ -65,9 +66,9 @@ fn list(ids: &IdSet) -> String {
 }
 
 /// How long the new vCPUs had run when they were first and last seen to run.
-fn first_and_last_times(history: &History) -> Vec<(Moment, String)> {
+fn first_and_last_times(history: &History) -> Vec<(Timestamp, String)> {
     let before = history.before.domain.vcpus.plugged_ids();
-    let mut told: Vec<(Moment, String)> = Vec::new();
+    let mut told: Vec<(Timestamp, String)> = Vec::new();
     for seen in history.since_epoch() {
         let added = seen.domain.vcpus.plugged_ids().without(&before);
         let Some(stats) = seen.stats.as_ref().filter(|_| !added.is_empty()) else {

@@ -5,9 +5,9 @@ use std::collections::{BTreeMap, HashMap};
 use tokio::sync::watch;
 
 use super::SubmitError;
-use crate::hotplug::Moment;
 use crate::journal::Entry;
 use crate::operation::{AskedBy, OperationId, Order, Record};
+use crate::units::Timestamp;
 
 #[derive(Debug)]
 struct Slot {
@@ -17,7 +17,7 @@ struct Slot {
 
 /// All operations by identifier, and by the keys of who asked for them.
 #[derive(Debug, Default)]
-pub(super) struct Table {
+pub(super) struct Registry {
     slots: BTreeMap<OperationId, Slot>,
     keys: HashMap<(AskedBy, String), OperationId>,
     tickets: u64,
@@ -32,12 +32,12 @@ pub(super) enum Taken {
     Known(OperationId),
 }
 
-impl Table {
+impl Registry {
     /// Takes an order on.
     pub(super) fn take(
         &mut self,
         order: &Order,
-        now: Moment,
+        now: Timestamp,
         most_open: usize,
     ) -> Result<Taken, SubmitError> {
         let key = key_of(order);

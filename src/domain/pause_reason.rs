@@ -10,7 +10,7 @@ use super::DomainState;
 /// (`virDomainShutoffReason`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Reason {
+pub enum PauseReason {
     /// Paused: somebody asked for it.
     User,
     /// Paused: it goes to another node, or comes from there.
@@ -47,7 +47,7 @@ pub enum Reason {
     Saved,
 }
 
-impl Reason {
+impl PauseReason {
     /// From libvirt's number, which means another thing in each state. Of the reasons for which a
     /// domain is shut off only those are told for which it must not be just started.
     pub fn from_libvirt(state: DomainState, number: u32) -> Option<Self> {
@@ -125,7 +125,7 @@ impl Reason {
     }
 }
 
-impl fmt::Display for Reason {
+impl fmt::Display for PauseReason {
     /// As it goes on after "the domain is paused" or "the domain is shut off".
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -156,18 +156,18 @@ mod tests {
 
     #[test]
     fn a_number_means_another_thing_in_each_state() {
-        let reason = Reason::from_libvirt;
-        assert_eq!(reason(DomainState::Paused, 5), Some(Reason::IoError));
-        assert_eq!(reason(DomainState::ShutOff, 5), Some(Reason::Saved));
+        let reason = PauseReason::from_libvirt;
+        assert_eq!(reason(DomainState::Paused, 5), Some(PauseReason::IoError));
+        assert_eq!(reason(DomainState::ShutOff, 5), Some(PauseReason::Saved));
         assert_eq!(reason(DomainState::ShutOff, 1), None);
         assert_eq!(reason(DomainState::Running, 5), None);
-        assert_eq!(reason(DomainState::Paused, 99), Some(Reason::Unknown));
+        assert_eq!(reason(DomainState::Paused, 99), Some(PauseReason::Unknown));
     }
 
     #[test]
     fn only_what_is_being_done_ends_by_itself() {
         let by_itself = (0..=15)
-            .filter_map(|number| Reason::from_libvirt(DomainState::Paused, number))
+            .filter_map(|number| PauseReason::from_libvirt(DomainState::Paused, number))
             .filter(|reason| reason.ends_by_itself());
         let texts: Vec<_> = by_itself.map(|reason| reason.to_string()).collect();
         assert_eq!(
