@@ -50,7 +50,7 @@ impl From<Verdict> for Exit {
             Verdict::Busy
             | Verdict::DomainNotFound
             | Verdict::DomainNotRunning
-            | Verdict::CallError => Self::Failed,
+            | Verdict::HypervisorError => Self::Failed,
             Verdict::HypervisorUnavailable => Self::Unreachable,
         }
     }

@@ -308,13 +308,13 @@ mod tests {
     #[test]
     fn an_error_of_the_hypervisor_is_quoted() {
         let mut record = refused();
-        record.verdict = Some(Verdict::CallError);
+        record.verdict = Some(Verdict::HypervisorError);
         record.message = Some("libvirt refused the call".into());
         record.hypervisor_error = Some("internal error: unable to execute QEMU command".into());
         record.diagnosis = None;
         record.evidence.truncate(1);
         insta::assert_snapshot!(report(&record), @r#"
-        CallError: libvirt refused the call
+        HypervisorError: libvirt refused the call
 
           domain     vm1 (9d6c5a4e-0c1f-4f0e-8a52-d9a5d0d3b1a7)
           vCPUs      1 (1 online) → 3 (1 online), asked for 3

@@ -214,7 +214,7 @@ fn an_object_goes_some_time_after_its_end() {
 
 #[test]
 fn a_status_has_bounds() {
-    let mut record = ended(Verdict::CallError);
+    let mut record = ended(Verdict::HypervisorError);
     record.message = Some("é".repeat(100_000));
     let one = record.evidence[0].clone();
     record.evidence = (0..10_000)

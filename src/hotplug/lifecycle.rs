@@ -171,7 +171,7 @@ fn lost(history: &History, call: &Call, at: Timestamp, now: Timestamp) -> Option
     match may_stand && call.action.is_unplug(&history.before) {
         true => None,
         false => Some(Ruling::Found(Finding::new(
-            Verdict::CallError,
+            Verdict::HypervisorError,
             match is_open {
                 true => {
                     "the connection or this program ended during the call, and the domain shows \
@@ -279,7 +279,7 @@ fn said(message: &str) -> &str {
 
 /// libvirt's or QEMU's own error, with what is known about it.
 pub(super) fn error(message: &str) -> Finding {
-    let finding = Finding::new(Verdict::CallError, said(message));
+    let finding = Finding::new(Verdict::HypervisorError, said(message));
     let known = KNOWN.iter().find(|(text, ..)| message.contains(text));
     match known {
         Some((_, code, seen, remedy)) => finding.because(Diagnosis::new(code, *seen, *remedy)),

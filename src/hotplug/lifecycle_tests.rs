@@ -161,7 +161,7 @@ fn an_error_of_libvirt_is_the_verdict_after_a_look() {
     let ended = world.vcpus(3);
     assert_eq!(
         (ended.verdict(), ended.diagnosis()),
-        (Verdict::CallError, "firmware-smi")
+        (Verdict::HypervisorError, "firmware-smi")
     );
     assert_eq!(ended.outcome().message, text);
     assert_eq!(world.made.len(), 1);
@@ -255,7 +255,7 @@ fn a_lost_call_is_not_made_again_on_a_domain_that_somebody_else_changed() {
     let mut history = killed(&world, vcpus(3));
     world.domain.vcpus.each[1].enabled = false;
     let outcome = world.go_on(&mut history);
-    assert_eq!(outcome.verdict, Verdict::CallError);
+    assert_eq!(outcome.verdict, Verdict::HypervisorError);
     assert!(outcome.message.contains("something else changed it"));
     assert!(world.made.is_empty());
 }
@@ -281,7 +281,7 @@ fn a_call_that_is_lost_again_and_again_is_given_up() {
         seen.at = now;
         history.observed(seen);
     };
-    assert_eq!(outcome.verdict, Verdict::CallError);
+    assert_eq!(outcome.verdict, Verdict::HypervisorError);
     assert_eq!(calls, 3);
 }
 
@@ -322,7 +322,7 @@ fn a_lost_call_may_still_be_carried_out() {
     assert!(outcome.verdict.may_change() && history.is_unsettled());
     world.now = late;
     let outcome = world.look_again(&mut history, ms(3000));
-    assert_eq!(outcome.verdict, Verdict::CallError);
+    assert_eq!(outcome.verdict, Verdict::HypervisorError);
     assert!(!history.is_unsettled() && world.made.is_empty());
 }
 

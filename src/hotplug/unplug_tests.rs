@@ -81,7 +81,7 @@ fn a_libvirt_that_cannot_be_told_is_to_be_started_anew() {
     let ended = world.vcpus(2);
     assert_eq!(
         (ended.verdict(), ended.diagnosis()),
-        (Verdict::CallError, "libvirt-miscounts")
+        (Verdict::HypervisorError, "libvirt-miscounts")
     );
     let ended = world.vcpus(3);
     assert_eq!(
@@ -94,7 +94,7 @@ fn a_libvirt_that_cannot_be_told_is_to_be_started_anew() {
     );
 
     // The agent alone can tell, and where nobody can there is libvirt's own word.
-    for (agent, verdict) in [(true, Verdict::Pending), (false, Verdict::CallError)] {
+    for (agent, verdict) in [(true, Verdict::Pending), (false, Verdict::HypervisorError)] {
         let mut world = unteachable(agent);
         world.monitor_events = false;
         assert_eq!(world.vcpus(2).verdict(), verdict, "agent {agent}");

@@ -33,7 +33,7 @@ pub enum Verdict {
     /// The domain does not run, or stopped running in the middle.
     DomainNotRunning,
     /// The hypervisor's own error.
-    CallError,
+    HypervisorError,
     /// There was no connection to the hypervisor.
     HypervisorUnavailable,
 }
@@ -52,7 +52,7 @@ impl Verdict {
         Self::Busy,
         Self::DomainNotFound,
         Self::DomainNotRunning,
-        Self::CallError,
+        Self::HypervisorError,
         Self::HypervisorUnavailable,
     ];
 
@@ -70,7 +70,7 @@ impl Verdict {
             Self::Busy => "Busy",
             Self::DomainNotFound => "DomainNotFound",
             Self::DomainNotRunning => "DomainNotRunning",
-            Self::CallError => "CallError",
+            Self::HypervisorError => "HypervisorError",
             Self::HypervisorUnavailable => "HypervisorUnavailable",
         }
     }

@@ -105,7 +105,7 @@ async fn every_verdict_is_told_with_its_reason_and_few_calls() -> anyhow::Result
             vcpus("vm", 8),
             guest(Cpus::Onlines, true),
         ),
-        (Verdict::CallError, vcpus("vm", 3), fails(failed)),
+        (Verdict::HypervisorError, vcpus("vm", 3), fails(failed)),
         (
             Verdict::Verified,
             memory("vm", "1Gi"),

@@ -455,7 +455,11 @@ async fn an_error_of_libvirt_is_told_in_its_words() {
     };
     node.control.add("vm", fails);
     let record = node.ask(vcpus("vm", 2)).await;
-    assert_eq!(record.verdict, Some(Verdict::CallError), "{record:#?}");
+    assert_eq!(
+        record.verdict,
+        Some(Verdict::HypervisorError),
+        "{record:#?}"
+    );
     assert_eq!(record.hypervisor_error.as_deref(), Some("it is Monday"));
 }
 
@@ -464,7 +468,7 @@ async fn a_call_whose_answer_is_lost_is_made_again_only_if_it_was_not_carried_ou
     let node = Node::new();
     for (name, done, verdict, calls) in [
         ("done", true, Verdict::Verified, 1),
-        ("never", false, Verdict::CallError, 3),
+        ("never", false, Verdict::HypervisorError, 3),
     ] {
         let breaks = FakeGuest {
             calls: Calls::Break { done },

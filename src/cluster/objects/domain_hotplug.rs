@@ -212,7 +212,7 @@ pub struct DomainHotplugStatus {
     /// before the deadline. Unverifiable: accepted, and the domain offers no proof at the required
     /// level. Pending: still outstanding in the hypervisor at the deadline. Infeasible: nothing was
     /// changed; the limit and the remedy are in the message. Busy: something else held the domain until
-    /// the deadline. DomainNotFound, DomainNotRunning, CallError, HypervisorUnavailable: as named.
+    /// the deadline. DomainNotFound, DomainNotRunning, HypervisorError, HypervisorUnavailable: as named.
     /// A verdict other than Verified may become Verified later, if the guest follows.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub verdict: Option<String>,

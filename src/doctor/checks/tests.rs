@@ -14,8 +14,9 @@ use crate::units::Bytes;
 
 /// A Debian host that is well: libvirt 11.3 with QEMU 10.0, KVM open to QEMU, a daemon.
 fn well() -> Observed {
-    let capabilities =
-        include_bytes!("../../../tests/fixtures/debian13-libvirt-11.3.0-qemu-10.0/capabilities.xml");
+    let capabilities = include_bytes!(
+        "../../../tests/fixtures/debian13-libvirt-11.3.0-qemu-10.0/capabilities.xml"
+    );
     let node = |mode, gid| Device::Node {
         number: (10, 232),
         mode,

@@ -36,7 +36,7 @@ pub(in crate::hotplug) fn judge(history: &History, size: Bytes, now: Timestamp) 
         let shown = case.signs.asked;
         return case.wait_or("libvirt to change the memory", || {
             Finding::new(
-                Verdict::CallError,
+                Verdict::HypervisorError,
                 format!("libvirt shows {shown} where {size} were asked for"),
             )
         });

@@ -18,7 +18,7 @@ impl Case<'_> {
         };
         if self.signs.plugged != self.count {
             let finding = Finding::new(
-                Verdict::CallError,
+                Verdict::HypervisorError,
                 format!(
                     "libvirt shows {} where {} were asked for",
                     counted(self.signs.plugged, "vCPU"),
