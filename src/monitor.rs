@@ -12,7 +12,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
-use crate::doctor::checks::observed::{Agent, DomainSeen, Look};
+use crate::doctor::checks::observed::{AgentAnswer, DomainDetails, ObservedDomain};
 use crate::domain::Domain;
 use crate::hypervisor::{CallError, DomainBackend, DomainRef, DomainStats, Notice, Notices};
 use crate::telemetry::{DomainFigures, Inventory, now};
@@ -41,7 +41,7 @@ pub struct Patience {
 }
 
 /// The running domains as last seen, or why they cannot be; `None` before the first time.
-pub type Sight = Option<Result<Arc<[DomainSeen]>, String>>;
+pub type Sight = Option<Result<Arc<[ObservedDomain]>, String>>;
 
 /// Keeps the inventory up to date.
 pub struct Monitor<C> {
@@ -56,7 +56,7 @@ pub struct Monitor<C> {
 
 /// A domain as last looked at.
 struct Known {
-    look: Arc<Look>,
+    look: Arc<DomainDetails>,
     looked: Instant,
     /// Something happened to it since.
     stale: bool,
@@ -184,24 +184,24 @@ impl<C: DomainBackend> Monitor<C> {
         });
         self.inventory.replace(figures.collect());
         let seen = running.into_iter().map(|stats| self.seen(stats));
-        let seen: Arc<[DomainSeen]> = seen.collect();
+        let seen: Arc<[ObservedDomain]> = seen.collect();
         self.sight.send_replace(Some(Ok(seen)));
         Ok(())
     }
 
-    fn seen(&self, stats: DomainStats) -> DomainSeen {
+    fn seen(&self, stats: DomainStats) -> ObservedDomain {
         let uuid = &stats.id.uuid;
         let look = match (self.unlooked.get(uuid), self.known.get(uuid)) {
             (None, Some(known)) => Ok(Arc::clone(&known.look)),
             (Some(why), _) => Err(why.clone()),
             (None, None) => Err("not looked at yet".to_owned()),
         };
-        DomainSeen {
+        ObservedDomain {
             name: stats.id.name,
             uuid: stats.id.uuid,
             state: stats.state,
             stats: stats.stats,
-            look,
+            details: look,
             earlier: BTreeMap::new(),
         }
     }
@@ -233,7 +233,7 @@ pub async fn look<C: DomainBackend>(
     control: &C,
     id: &DomainRef,
     patience: Patience,
-) -> Result<Look, String> {
+) -> Result<DomainDetails, String> {
     // While something is being done to a domain this would wait for that.
     let live = match timeout(patience.libvirt, control.domain(id)).await {
         Ok(Ok(live)) => live,
@@ -258,13 +258,13 @@ pub async fn look<C: DomainBackend>(
     };
     let agent = match domain.agent.may_answer() && domain.state.runs() {
         true => match timeout(patience.agent, control.guest_vcpus(id)).await {
-            Ok(Ok(vcpus)) => Agent::Answered(vcpus),
-            Ok(Err(error)) => Agent::Silent(error.to_string()),
-            Err(_) => Agent::Silent(format!("no answer within {:?}", patience.agent)),
+            Ok(Ok(vcpus)) => AgentAnswer::Answered(vcpus),
+            Ok(Err(error)) => AgentAnswer::Silent(error.to_string()),
+            Err(_) => AgentAnswer::Silent(format!("no answer within {:?}", patience.agent)),
         },
-        false => Agent::NotAsked,
+        false => AgentAnswer::NotAsked,
     };
-    Ok(Look {
+    Ok(DomainDetails {
         domain,
         persistent: live.persistent,
         agent,

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use super::report::plain;
-use crate::doctor::checks::{Diagnosis, Finding, Place, Remedy, Severity, Unseen};
+use crate::doctor::checks::{DoctorReport, Finding, Place, Remedy, Severity, Unseen};
 
 /// The widest line of words; commands stay whole, to be copied.
 const WIDTH: usize = 96;
@@ -14,14 +14,14 @@ const NAMED: usize = 8;
 
 /// The whole of a diagnosis: what is wrong first, the worst at the top, then what could not be
 /// looked at, then what is well.
-pub(super) fn show(diagnosis: &Diagnosis) -> String {
+pub(super) fn show(diagnosis: &DoctorReport) -> String {
     let mut text = String::new();
     // Writing to a string does not fail.
     let _ok = write(&mut text, diagnosis);
     text
 }
 
-fn write(text: &mut String, diagnosis: &Diagnosis) -> std::fmt::Result {
+fn write(text: &mut String, diagnosis: &DoctorReport) -> std::fmt::Result {
     for severity in [Severity::Error, Severity::Warning] {
         let mut rest: Vec<&Finding> = diagnosis
             .findings
@@ -234,7 +234,7 @@ mod tests {
 
     #[test]
     fn domains_with_the_same_trouble_are_told_together_and_errors_first() {
-        let diagnosis = Diagnosis {
+        let diagnosis = DoctorReport {
             findings: vec![
                 finding(Some("b"), Severity::Warning, "cure b"),
                 finding(Some("a\u{1b}[2J"), Severity::Warning, "cure a"),

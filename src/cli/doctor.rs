@@ -24,7 +24,7 @@ use crate::config::Config;
 use crate::daemon::control_config;
 use crate::doctor::checks::observed::Daemon;
 use crate::doctor::checks::{Severity, diagnose};
-use crate::doctor::{Scope, look_over};
+use crate::doctor::{DoctorScope, observe_node};
 use crate::hypervisor::{ControlConfig, Libvirt, LibvirtConfig, LibvirtDomains};
 use crate::telemetry::Metrics;
 use crate::telemetry::metrics::now_seconds;
@@ -61,7 +61,7 @@ impl Doctor {
         let waiting = Waiting::show();
         let observed = runtime()?.block_on(async {
             let daemon = daemon(config).await;
-            let scope = Scope {
+            let scope = DoctorScope {
                 root: self.root.clone(),
                 uri: config.connect.clone(),
                 policy: config.policy.clone(),
@@ -78,7 +78,7 @@ impl Doctor {
             };
             let control = LibvirtDomains::start(control, &metrics);
             let libvirt = Arc::new(Libvirt::start(libvirt, metrics));
-            look_over(&scope, libvirt, &control, daemon).await
+            observe_node(&scope, libvirt, &control, daemon).await
         });
         drop(waiting);
         let diagnosis = diagnose(&observed);

@@ -27,7 +27,7 @@ use self::cluster::OnNode;
 use self::tasks::Parts;
 use crate::cluster::{Cluster, ClusterConfig};
 use crate::config::{Config, ConfigError, Target};
-use crate::doctor::{Doctor, Scope};
+use crate::doctor::{DoctorScope, DoctorTask};
 use crate::executor::Executor;
 use crate::hypervisor::{ControlConfig, Libvirt, LibvirtConfig, LibvirtDomains};
 use crate::labeller::{Labeller, Outlets};
@@ -153,12 +153,12 @@ async fn start(config: &Config, listener: TcpListener, parts: &mut Parts) -> any
         Arc::clone(&metrics),
     );
     let monitor = Monitor::new(control, Arc::clone(&metrics.inventory));
-    let scope = Scope {
+    let scope = DoctorScope {
         root,
         uri: config.connect.clone(),
         policy: config.policy.clone(),
     };
-    let doctor = Doctor::new(
+    let doctor = DoctorTask::new(
         scope,
         config.probe_interval,
         labeller.latest(),

@@ -15,8 +15,10 @@ use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use crate::capability::NodeFacts;
-use crate::doctor::checks::observed::{Daemon, DomainSeen, Libvirt, Observed, Trouble};
-use crate::doctor::checks::{Check, Diagnosis, Severity, diagnose};
+use crate::doctor::checks::observed::{
+    Daemon, LibvirtFailure, LibvirtStatus, Observed, ObservedDomain,
+};
+use crate::doctor::checks::{Check, DoctorReport, Severity, diagnose};
 use crate::domain::MemoryDevice;
 use crate::host;
 use crate::hypervisor::{CallError, DomainBackend, DomainRef, NodeSource};
@@ -44,7 +46,7 @@ const STILL_AFTER: Duration = Duration::from_secs(3);
 
 /// What is looked at, beside libvirt.
 #[derive(Debug, Clone)]
-pub struct Scope {
+pub struct DoctorScope {
     /// Where the host's file system begins.
     pub root: PathBuf,
     /// libvirt's URI.
@@ -55,17 +57,17 @@ pub struct Scope {
 
 /// Looks everything over once. Never fails: what could not be seen is said, and it ends within
 /// about two minutes whatever does not answer.
-pub async fn look_over<H: NodeSource, C: DomainBackend>(
-    scope: &Scope,
+pub async fn observe_node<H: NodeSource, C: DomainBackend>(
+    scope: &DoctorScope,
     hypervisor: Arc<H>,
     control: &C,
     daemon: Daemon,
 ) -> Observed {
     let mut observed = Observed {
         host: host::survey(&scope.root, socket_of(&scope.uri)),
-        libvirt: Libvirt {
+        libvirt: LibvirtStatus {
             uri: scope.uri.clone(),
-            ..Libvirt::default()
+            ..LibvirtStatus::default()
         },
         facts: Arc::new(NodeFacts::default()),
         rejected: Vec::new(),
@@ -74,7 +76,7 @@ pub async fn look_over<H: NodeSource, C: DomainBackend>(
     };
     // First by itself: if this is not answered, the others are not asked for minutes.
     if let Err(error) = hypervisor.versions().await {
-        observed.libvirt.trouble = Some(trouble(&error));
+        observed.libvirt.failure = Some(trouble(&error));
         observed.domains = Err("libvirt does not answer".to_owned());
         return observed;
     }
@@ -99,20 +101,20 @@ pub async fn look_over<H: NodeSource, C: DomainBackend>(
     observed
 }
 
-fn trouble(error: &CallError) -> Trouble {
-    Trouble {
+fn trouble(error: &CallError) -> LibvirtFailure {
+    LibvirtFailure {
         code: error.code(),
         message: error.to_string(),
     }
 }
 
 /// What libvirt did not answer: the connection as a whole, or single questions by virsh's words.
-fn take_failures(libvirt: &mut Libvirt, failures: &[Failure]) {
+fn take_failures(libvirt: &mut LibvirtStatus, failures: &[Failure]) {
     // The baseline is called unavailable also where the document was that it rests on.
     let lost =
         |failure: &&Failure| failure.code == "unavailable" && failure.source != Source::CpuBaseline;
     if let Some(failure) = failures.iter().find(lost) {
-        libvirt.trouble = Some(Trouble {
+        libvirt.failure = Some(LibvirtFailure {
             code: failure.code,
             message: failure.message.clone(),
         });
@@ -144,17 +146,17 @@ fn socket_of(uri: &str) -> Option<&Path> {
 
 /// The running domains, each with a closer look, and a second one at those whose guests lack
 /// memory, which they may just be taking.
-async fn look_at_domains<C: DomainBackend>(control: &C) -> Result<Vec<DomainSeen>, String> {
+async fn look_at_domains<C: DomainBackend>(control: &C) -> Result<Vec<ObservedDomain>, String> {
     let running = control.all_domain_stats().await;
     let running = running.map_err(|error| error.to_string())?;
-    let mut seen: Vec<DomainSeen> = running
+    let mut seen: Vec<ObservedDomain> = running
         .into_iter()
-        .map(|stats| DomainSeen {
+        .map(|stats| ObservedDomain {
             name: stats.id.name,
             uuid: stats.id.uuid,
             state: stats.state,
             stats: stats.stats,
-            look: Err(format!("there was no time left after {ALL_DOMAINS:?}")),
+            details: Err(format!("there was no time left after {ALL_DOMAINS:?}")),
             earlier: BTreeMap::new(),
         })
         .collect();
@@ -173,7 +175,7 @@ async fn look_at_domains<C: DomainBackend>(control: &C) -> Result<Vec<DomainSeen
 }
 
 /// Looks at these domains, some at a time, until the time for all is over.
-async fn look_at<C: DomainBackend>(control: &C, seen: &mut [DomainSeen], which: Vec<usize>) {
+async fn look_at<C: DomainBackend>(control: &C, seen: &mut [ObservedDomain], which: Vec<usize>) {
     let ids = which.into_iter().map(|at| {
         let id = DomainRef {
             name: seen[at].name.clone(),
@@ -188,32 +190,32 @@ async fn look_at<C: DomainBackend>(control: &C, seen: &mut [DomainSeen], which: 
     let mut looks = std::pin::pin!(looks);
     while let Some((at, look)) = looks.next().await {
         if let Some(domain) = seen.get_mut(at) {
-            domain.look = look.map(Arc::new);
+            domain.details = look.map(Arc::new);
         }
     }
 }
 
-fn virtio_mem(seen: &DomainSeen) -> impl Iterator<Item = &MemoryDevice> {
-    let look = seen.look.as_ref().ok();
+fn virtio_mem(seen: &ObservedDomain) -> impl Iterator<Item = &MemoryDevice> {
+    let look = seen.details.as_ref().ok();
     look.into_iter()
         .flat_map(|look| look.domain.memory.virtio_mem())
 }
 
 /// Whether the guest has less of a virtio-mem device than it was asked to take.
-fn lacks(seen: &DomainSeen) -> bool {
+fn lacks(seen: &ObservedDomain) -> bool {
     virtio_mem(seen).any(|device| device.plugged() < device.asked())
 }
 
 /// What the guest has of each virtio-mem device.
-fn taken(seen: &DomainSeen) -> BTreeMap<String, Bytes> {
+fn taken(seen: &ObservedDomain) -> BTreeMap<String, Bytes> {
     virtio_mem(seen)
         .filter_map(|device| Some((device.alias.clone()?, device.plugged())))
         .collect()
 }
 
 /// Shows in the daemon's metrics what there is to find, anew after each probe.
-pub struct Doctor {
-    scope: Scope,
+pub struct DoctorTask {
+    scope: DoctorScope,
     interval: Duration,
     latest: watch::Receiver<Option<Arc<Latest>>>,
     sight: watch::Receiver<Sight>,
@@ -224,10 +226,10 @@ pub struct Doctor {
     told: Vec<String>,
 }
 
-impl Doctor {
+impl DoctorTask {
     /// From what the labeller reads and the monitor sees. `interval` is the time between probes.
     pub fn new(
-        scope: Scope,
+        scope: DoctorScope,
         interval: Duration,
         latest: watch::Receiver<Option<Arc<Latest>>>,
         sight: watch::Receiver<Sight>,
@@ -263,9 +265,9 @@ impl Doctor {
 
     /// What is known already, and the host, which is files.
     fn observe(&mut self, latest: &Latest) -> Observed {
-        let mut libvirt = Libvirt {
+        let mut libvirt = LibvirtStatus {
             uri: self.scope.uri.clone(),
-            ..Libvirt::default()
+            ..LibvirtStatus::default()
         };
         take_failures(&mut libvirt, &latest.failures);
         let sight = self.sight.borrow_and_update().clone();
@@ -313,7 +315,7 @@ impl Doctor {
         self.memory = memory;
     }
 
-    fn show(&mut self, diagnosis: &Diagnosis) {
+    fn show(&mut self, diagnosis: &DoctorReport) {
         for check in Check::ALL {
             for severity in Severity::ALL {
                 let count = diagnosis.count(*check, severity);
@@ -361,18 +363,18 @@ mod tests {
 
     #[test]
     fn a_document_that_is_late_is_no_lost_connection() {
-        let mut libvirt = Libvirt::default();
+        let mut libvirt = LibvirtStatus::default();
         let late = [
             failure(Source::DomainCapabilities, "timeout"),
             failure(Source::CpuBaseline, "unavailable"),
         ];
         take_failures(&mut libvirt, &late);
-        assert_eq!(libvirt.trouble, None);
+        assert_eq!(libvirt.failure, None);
         let expected = ("domcapabilities".to_owned(), "why".to_owned());
         assert_eq!(libvirt.unanswered, [expected]);
         take_failures(&mut libvirt, &[failure(Source::Versions, "unavailable")]);
         assert_eq!(
-            libvirt.trouble.map(|trouble| trouble.code),
+            libvirt.failure.map(|trouble| trouble.code),
             Some("unavailable")
         );
     }

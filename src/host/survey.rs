@@ -13,7 +13,8 @@ use nix::unistd::{AccessFlags, Uid, access};
 use super::{NESTED, entries, exists, is_on, kvm, text};
 use crate::doctor::checks::GIVEN_SOCKET;
 use crate::doctor::checks::observed::{
-    Accounts, Answer, BootLoader, Cpu, Device, Host, HugePages, Iommu, Kvm, OpenError, Socket, Vfio,
+    Accounts, BootLoader, CpuInfo, DeviceNode, HostSurvey, HugePages, IommuSurvey, Kvm, OpenError,
+    Socket, SocketState, Vfio,
 };
 use crate::units::{Bytes, KiB};
 
@@ -41,14 +42,14 @@ const POLKIT: [&str; 4] = [
 /// by its path for this process.
 ///
 /// Some two hundred small reads, none of which waits for a device or another process.
-pub fn survey(root: &Path, socket: Option<&Path>) -> Host {
+pub fn survey(root: &Path, socket: Option<&Path>) -> HostSurvey {
     let is_here = root == Path::new("/");
     let arch = super::arch(root);
     let in_pod = is_here && std::env::var_os("KUBERNETES_SERVICE_HOST").is_some();
     let has_mark = in_pod || exists(root, &[".dockerenv", "run/.containerenv"]);
     let in_container = has_mark && !has_initial_namespaces(root);
     let cpu = cpu(root, &arch);
-    Host {
+    HostSurvey {
         is_root: Uid::effective().is_root(),
         in_container,
         systemd: exists(root, &["run/systemd/system"]),
@@ -157,7 +158,7 @@ fn distribution(root: &Path) -> Vec<String> {
 }
 
 /// The first processor: what it says of itself under the names that architectures have for it.
-fn cpu(root: &Path, arch: &str) -> Option<Cpu> {
+fn cpu(root: &Path, arch: &str) -> Option<CpuInfo> {
     // Power tells the platform after all processors.
     let limit = match arch.starts_with("ppc") {
         true => FILE_MAX_BYTES,
@@ -171,7 +172,7 @@ fn cpu(root: &Path, arch: &str) -> Option<Cpu> {
         })
     };
     let flags = value(&["flags", "Features", "features", "isa"]).unwrap_or_default();
-    Some(Cpu {
+    Some(CpuInfo {
         flags: flags.split_whitespace().map(str::to_owned).collect(),
         vendor: value(&["vendor_id"]),
         platform: value(&["platform"]),
@@ -180,7 +181,7 @@ fn cpu(root: &Path, arch: &str) -> Option<Cpu> {
 
 /// What the machine is a guest of: by the CPU's flag on x86, by the device tree, by z/VM's and
 /// KVM's entry in sysinfo on s390x, and by names that only virtual machines have.
-fn guest_of(root: &Path, arch: &str, cpu: Option<&Cpu>) -> Option<String> {
+fn guest_of(root: &Path, arch: &str, cpu: Option<&CpuInfo>) -> Option<String> {
     let vendor = text(root, "sys/class/dmi/id/sys_vendor");
     let product = text(root, "sys/class/dmi/id/product_name");
     if matches!(arch, "x86_64" | "i686") {
@@ -220,14 +221,14 @@ fn look_at_kvm(root: &Path) -> Kvm {
     }
 }
 
-fn device(path: &Path) -> Device {
+fn device(path: &Path) -> DeviceNode {
     let node = match fs::metadata(path) {
         Ok(node) => node,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Device::Missing,
-        Err(error) => return Device::Hidden(error.to_string()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return DeviceNode::Missing,
+        Err(error) => return DeviceNode::Hidden(error.to_string()),
     };
     if !node.file_type().is_char_device() {
-        return Device::NoDevice;
+        return DeviceNode::NoDevice;
     }
     let number = (major(node.rdev()), minor(node.rdev()));
     let open = match File::options().read(true).write(true).open(path) {
@@ -238,7 +239,7 @@ fn device(path: &Path) -> Device {
             _ => OpenError::Other,
         }),
     };
-    Device::Node {
+    DeviceNode::Node {
         number,
         mode: node.mode() & 0o777,
         uid: node.uid(),
@@ -261,7 +262,7 @@ fn boot_loader(root: &Path) -> BootLoader {
     }
 }
 
-fn iommu(root: &Path) -> Iommu {
+fn iommu(root: &Path) -> IommuSurvey {
     let mut devices = entries(&root.join("sys/class/iommu"));
     devices.sort_unstable();
     let directory = root.join("sys/kernel/iommu_groups");
@@ -271,7 +272,7 @@ fn iommu(root: &Path) -> Iommu {
         .filter_map(|group| read(&directory.join(group).join("type"), 64))
         .collect();
     let tables = root.join("sys/firmware/acpi/tables");
-    Iommu {
+    IommuSurvey {
         devices,
         groups: groups.len(),
         identity: types.iter().filter(|t| t.trim() == "identity").count(),
@@ -366,17 +367,17 @@ fn sockets(root: &Path, given: Option<&Path>, process: Option<&str>) -> BTreeMap
         .chain(given)
         .filter_map(|(name, here, path)| {
             let node = fs::metadata(&here).ok()?;
-            let answer = match (access(&here, AccessFlags::W_OK), &listening) {
-                (Err(_), _) => Answer::NotAllowed,
-                (_, None) => Answer::Unknown,
-                (_, Some(all)) if all.contains(&without_var(&path)) => Answer::Listens,
-                (_, Some(_)) => Answer::Refused,
+            let state = match (access(&here, AccessFlags::W_OK), &listening) {
+                (Err(_), _) => SocketState::NotAllowed,
+                (_, None) => SocketState::Unknown,
+                (_, Some(all)) if all.contains(&without_var(&path)) => SocketState::Listens,
+                (_, Some(_)) => SocketState::Refused,
             };
             let socket = Socket {
                 mode: node.mode() & 0o777,
                 uid: node.uid(),
                 gid: node.gid(),
-                answer,
+                state,
             };
             Some((name.to_owned(), socket))
         })

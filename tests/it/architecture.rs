@@ -71,7 +71,7 @@ fn the_core_reaches_nothing_outside_itself() {
         "crate::labeller",
         "crate::executor",
         "crate::monitor",
-        "crate::doctor::look_over",
+        "crate::doctor::observe_node",
         "crate::journal",
         "async fn",
     ];

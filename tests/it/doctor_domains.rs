@@ -10,8 +10,8 @@ use std::time::Duration;
 use anyhow::{Context as _, ensure};
 use serde_json::Value;
 use tokio::time::Instant;
-use virtnode::doctor::checks::observed::{Agent, Daemon as Seen};
-use virtnode::doctor::{Scope, look_over};
+use virtnode::doctor::checks::observed::{AgentAnswer, Daemon as Seen};
+use virtnode::doctor::{DoctorScope, observe_node};
 use virtnode::label::Policy;
 
 use crate::support::daemon::Daemon;
@@ -316,23 +316,26 @@ async fn a_stuck_agent_holds_up_nobody() -> anyhow::Result<()> {
         };
         control.add(&format!("vm-{number:02}"), guest);
     }
-    let scope = Scope {
+    let scope = DoctorScope {
         root: Path::new("/nonexistent").to_owned(),
         uri: "qemu:///system".to_owned(),
         policy: Policy::default(),
     };
     let began = Instant::now();
     let hypervisor = Arc::new(InMemory::debian_13());
-    let observed = look_over(&scope, hypervisor, &*control, Seen::None).await;
+    let observed = observe_node(&scope, hypervisor, &*control, Seen::None).await;
     let took = began.elapsed();
     let domains = observed.domains.map_err(anyhow::Error::msg)?;
     let mut silent = Vec::new();
     for seen in &domains {
-        let look = seen.look.as_ref().map_err(|why| anyhow::anyhow!("{why}"))?;
+        let look = seen
+            .details
+            .as_ref()
+            .map_err(|why| anyhow::anyhow!("{why}"))?;
         match &look.agent {
-            Agent::Answered(_) => {}
-            Agent::Silent(_) => silent.push(seen.name.as_str()),
-            Agent::NotAsked => anyhow::bail!("{} was not asked", seen.name),
+            AgentAnswer::Answered(_) => {}
+            AgentAnswer::Silent(_) => silent.push(seen.name.as_str()),
+            AgentAnswer::NotAsked => anyhow::bail!("{} was not asked", seen.name),
         }
     }
     assert_eq!(domains.len(), 20);

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use super::finding::{Check, Diagnosis, Place, Remedy, Severity, counted};
+use super::finding::{Check, DoctorReport, Place, Remedy, Severity, counted};
 use super::observed::{Daemon, Observed};
 
 /// A reading this old is late whatever the time between probes is: one that failed is tried again
@@ -12,7 +12,7 @@ const LATE: Duration = Duration::from_secs(300);
 /// From then on labels may be wrong; the alert on stale labels has the same time.
 const STALE: Duration = Duration::from_secs(1800);
 
-pub(super) fn check_probes(observed: &Observed, diagnosis: &mut Diagnosis) {
+pub(super) fn check_probes(observed: &Observed, diagnosis: &mut DoctorReport) {
     let check = Check::ProbeAge;
     let (metrics, now, interval) = match &observed.daemon {
         Daemon::None => {
@@ -92,7 +92,7 @@ pub(super) fn check_probes(observed: &Observed, diagnosis: &mut Diagnosis) {
     }
 }
 
-pub(super) fn check_labels(observed: &Observed, diagnosis: &mut Diagnosis) {
+pub(super) fn check_labels(observed: &Observed, diagnosis: &mut DoctorReport) {
     let check = Check::Labels;
     let mut told = false;
     if !observed.rejected.is_empty() {

@@ -1,8 +1,8 @@
 //! /dev/kvm.
 
 use super::accounts::{self, Account, KVM, permissions};
-use super::finding::{Check, Diagnosis, Place, Remedy, Severity, quoted};
-use super::observed::{Device, Host, Observed, OpenError};
+use super::finding::{Check, DoctorReport, Place, Remedy, Severity, quoted};
+use super::observed::{DeviceNode, HostSurvey, Observed, OpenError};
 use super::processor::{self, Extensions, extensions};
 
 /// KVM's numbers (`KVM_MINOR`, linux/miscdevice.h).
@@ -10,25 +10,25 @@ const KVM_DEVICE: (u64, u64) = (10, 232);
 
 const CHECK: Check = Check::KvmDevice;
 
-pub(super) fn check(observed: &Observed, diagnosis: &mut Diagnosis) {
+pub(super) fn check(observed: &Observed, diagnosis: &mut DoctorReport) {
     let host = &observed.host;
     match &host.kvm.device {
-        Device::Hidden(why) => {
+        DeviceNode::Hidden(why) => {
             diagnosis.unseen(CHECK, format!("/dev/kvm cannot be looked at: {why}"), None);
         }
-        Device::Missing => missing(host, diagnosis),
-        Device::NoDevice => wrong("is no device", diagnosis),
-        Device::Node { number, .. } if *number != KVM_DEVICE => {
+        DeviceNode::Missing => missing(host, diagnosis),
+        DeviceNode::NoDevice => wrong("is no device", diagnosis),
+        DeviceNode::Node { number, .. } if *number != KVM_DEVICE => {
             wrong(
                 &format!("is device {}:{}, not KVM's", number.0, number.1),
                 diagnosis,
             );
         }
-        Device::Node {
+        DeviceNode::Node {
             open: Err(OpenError::NoDriver),
             ..
         } => no_driver(host, diagnosis),
-        Device::Node { mode, uid, gid, .. } => {
+        DeviceNode::Node { mode, uid, gid, .. } => {
             rights(observed, (*mode, *uid, *gid), diagnosis);
         }
     }
@@ -36,7 +36,7 @@ pub(super) fn check(observed: &Observed, diagnosis: &mut Diagnosis) {
 
 const EMULATED: &str = "Guests run in software emulation, which is far slower.";
 
-fn missing(host: &Host, diagnosis: &mut Diagnosis) {
+fn missing(host: &HostSurvey, diagnosis: &mut DoctorReport) {
     let module = processor::module(host);
     if host.in_container {
         return diagnosis.unseen(
@@ -83,7 +83,7 @@ fn missing(host: &Host, diagnosis: &mut Diagnosis) {
     }
 }
 
-fn wrong(what: &str, diagnosis: &mut Diagnosis) {
+fn wrong(what: &str, diagnosis: &mut DoctorReport) {
     diagnosis.trouble(
         CHECK,
         Severity::Error,
@@ -99,7 +99,7 @@ fn wrong(what: &str, diagnosis: &mut Diagnosis) {
     );
 }
 
-fn no_driver(host: &Host, diagnosis: &mut Diagnosis) {
+fn no_driver(host: &HostSurvey, diagnosis: &mut DoctorReport) {
     let remedy = match (extensions(host), processor::module(host)) {
         (Extensions::Shown(_), Some(module)) => processor::load(module),
         _ => Remedy::words(
@@ -121,7 +121,7 @@ fn open_to(group: &str) -> String {
     format!("chgrp {group} /dev/kvm && chmod 660 /dev/kvm")
 }
 
-fn rights(observed: &Observed, (mode, uid, gid): (u32, u32, u32), diagnosis: &mut Diagnosis) {
+fn rights(observed: &Observed, (mode, uid, gid): (u32, u32, u32), diagnosis: &mut DoctorReport) {
     let host = &observed.host;
     let owners = format!(
         "{}:{}",
@@ -157,7 +157,7 @@ fn rights(observed: &Observed, (mode, uid, gid): (u32, u32, u32), diagnosis: &mu
     );
 }
 
-fn cure(host: &Host, qemu: &Account) -> Remedy {
+fn cure(host: &HostSurvey, qemu: &Account) -> Remedy {
     let user = quoted(&qemu.name);
     let mut commands = Vec::new();
     match host.accounts.group(KVM) {

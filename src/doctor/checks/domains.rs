@@ -2,21 +2,21 @@
 
 use std::collections::BTreeMap;
 
-use super::finding::{Check, Diagnosis, Finding, Place, Remedy, Severity, counted, quoted};
+use super::finding::{Check, DoctorReport, Finding, Place, Remedy, Severity, counted, quoted};
 use super::libvirt::virsh;
-use super::observed::{Agent, DomainSeen, Look, Observed};
+use super::observed::{AgentAnswer, DomainDetails, Observed, ObservedDomain};
 use crate::domain::{AgentChannel, Device, IdSet};
 
 /// The domains that could be looked at closely.
-fn looked(domains: &[DomainSeen]) -> impl Iterator<Item = (&DomainSeen, &Look)> {
+fn looked(domains: &[ObservedDomain]) -> impl Iterator<Item = (&ObservedDomain, &DomainDetails)> {
     domains
         .iter()
-        .filter_map(|seen| Some((seen, &**seen.look.as_ref().ok()?)))
+        .filter_map(|seen| Some((seen, &**seen.details.as_ref().ok()?)))
 }
 
 /// What a command calls a domain: its name where no shell and no virsh reads that as anything
 /// else, its UUID otherwise.
-fn called(domain: &DomainSeen) -> &str {
+fn called(domain: &ObservedDomain) -> &str {
     let name = domain.name.as_str();
     let plain = |c: char| c.is_ascii_alphanumeric() || "_-.".contains(c);
     // virsh takes a number for an ID.
@@ -25,9 +25,9 @@ fn called(domain: &DomainSeen) -> &str {
 }
 
 fn warn(
-    diagnosis: &mut Diagnosis,
+    diagnosis: &mut DoctorReport,
     (check, severity): (Check, Severity),
-    domain: &DomainSeen,
+    domain: &ObservedDomain,
     what: impl Into<String>,
     why: &str,
     remedy: Remedy,
@@ -42,7 +42,7 @@ fn warn(
     });
 }
 
-pub(super) fn check(observed: &Observed, diagnosis: &mut Diagnosis) {
+pub(super) fn check(observed: &Observed, diagnosis: &mut DoctorReport) {
     const CHECKS: [Check; 5] = [
         Check::Domains,
         Check::GuestAgent,
@@ -70,7 +70,7 @@ pub(super) fn check(observed: &Observed, diagnosis: &mut Diagnosis) {
     check_vcpus(domains, diagnosis);
     check_virtio_mem(domains, diagnosis);
     check_machine_types(observed, domains, diagnosis);
-    let unlooked = domains.iter().filter(|seen| seen.look.is_err()).count();
+    let unlooked = domains.iter().filter(|seen| seen.details.is_err()).count();
     if unlooked > 0 {
         for check in CHECKS.into_iter().skip(1) {
             let what = format!(
@@ -82,11 +82,11 @@ pub(super) fn check(observed: &Observed, diagnosis: &mut Diagnosis) {
     }
 }
 
-fn check_looks(observed: &Observed, domains: &[DomainSeen], diagnosis: &mut Diagnosis) {
+fn check_looks(observed: &Observed, domains: &[ObservedDomain], diagnosis: &mut DoctorReport) {
     let check = Check::Domains;
     let mut told = false;
     for seen in domains {
-        if let Err(why) = &seen.look {
+        if let Err(why) = &seen.details {
             told = true;
             warn(
                 diagnosis,
@@ -109,7 +109,7 @@ fn check_looks(observed: &Observed, domains: &[DomainSeen], diagnosis: &mut Diag
     }
 }
 
-fn check_agents(observed: &Observed, domains: &[DomainSeen], diagnosis: &mut Diagnosis) {
+fn check_agents(observed: &Observed, domains: &[ObservedDomain], diagnosis: &mut DoctorReport) {
     let check = Check::GuestAgent;
     let why = "Whether the guest uses what it is given can be told from outside only in part, and \
                vCPUs cannot be brought online for it.";
@@ -117,7 +117,7 @@ fn check_agents(observed: &Observed, domains: &[DomainSeen], diagnosis: &mut Dia
     let mut told = false;
     for (seen, look) in looked(domains) {
         let (what, remedy) = match (&look.agent, look.domain.agent) {
-            (Agent::Answered(_), _) => {
+            (AgentAnswer::Answered(_), _) => {
                 answering += 1;
                 continue;
             }
@@ -128,16 +128,16 @@ fn check_agents(observed: &Observed, domains: &[DomainSeen], diagnosis: &mut Dia
                 attach_channel(observed, seen, look),
             ),
             // Of a channel that was plugged libvirt knows no state at first.
-            (Agent::Silent(why), _) if why.contains("agent is not connected") => nobody(),
+            (AgentAnswer::Silent(why), _) if why.contains("agent is not connected") => nobody(),
             (_, AgentChannel::Disconnected) => nobody(),
-            (Agent::Silent(why), _) => (
+            (AgentAnswer::Silent(why), _) => (
                 format!("its guest agent does not answer: {why}"),
                 Remedy::in_guest(
                     ["systemctl restart qemu-guest-agent"],
                     "If the guest does not do even that, it hangs: look at its console.",
                 ),
             ),
-            (Agent::NotAsked, _) => continue,
+            (AgentAnswer::NotAsked, _) => continue,
         };
         told = true;
         warn(
@@ -174,7 +174,7 @@ const INSTALL: &str = "The guest needs the package qemu-guest-agent (Windows: vi
 /// How a domain gets a channel: while it runs if it has a controller for it, since such a controller
 /// cannot be plugged (libvirt 11.3: "no virtio-serial controllers are available"); else with its next
 /// start, if it has a definition.
-fn attach_channel(observed: &Observed, seen: &DomainSeen, look: &Look) -> Remedy {
+fn attach_channel(observed: &Observed, seen: &ObservedDomain, look: &DomainDetails) -> Remedy {
     let is_controller = |device: &Device| device.alias.starts_with("virtio-serial");
     let now = look.domain.devices.iter().any(is_controller);
     let (flags, text) = match (now, look.persistent) {
@@ -204,7 +204,7 @@ fn attach_channel(observed: &Observed, seen: &DomainSeen, look: &Look) -> Remedy
     Remedy::on_host([command], text)
 }
 
-fn check_vcpus(domains: &[DomainSeen], diagnosis: &mut Diagnosis) {
+fn check_vcpus(domains: &[ObservedDomain], diagnosis: &mut DoctorReport) {
     let check = Check::VcpusOnline;
     let why = "It is charged and scheduled for vCPUs that its guest does not have.";
     let (mut fine, mut told) = (0_usize, false);
@@ -213,7 +213,7 @@ fn check_vcpus(domains: &[DomainSeen], diagnosis: &mut Diagnosis) {
         let count = plugged.len();
         let name = called(seen);
         let (what, remedy) = match &look.agent {
-            Agent::Answered(guest) if guest.vcpus.len() < count => (
+            AgentAnswer::Answered(guest) if guest.vcpus.len() < count => (
                 format!(
                     "{count} vCPUs are plugged, and its guest has {}",
                     guest.vcpus.len()
@@ -230,7 +230,7 @@ fn check_vcpus(domains: &[DomainSeen], diagnosis: &mut Diagnosis) {
                     ),
                 ),
             ),
-            Agent::Answered(guest) if guest.online.len() < count => (
+            AgentAnswer::Answered(guest) if guest.online.len() < count => (
                 format!(
                     "{count} vCPUs are plugged, and its guest uses {}",
                     guest.online.len()
@@ -242,11 +242,11 @@ fn check_vcpus(domains: &[DomainSeen], diagnosis: &mut Diagnosis) {
                      ATTR{online}=\"1\"`",
                 ),
             ),
-            Agent::Answered(_) => {
+            AgentAnswer::Answered(_) => {
                 fine += 1;
                 continue;
             }
-            Agent::Silent(_) | Agent::NotAsked => match never_ran(seen, &plugged) {
+            AgentAnswer::Silent(_) | AgentAnswer::NotAsked => match never_ran(seen, &plugged) {
                 idle if idle.is_empty() || !seen.state.runs() => continue,
                 idle => (
                     format!("vCPUs {idle} are plugged and have never run"),
@@ -282,7 +282,7 @@ fn check_vcpus(domains: &[DomainSeen], diagnosis: &mut Diagnosis) {
 }
 
 /// The plugged vCPUs that the statistics know and that have not run since they were plugged.
-fn never_ran(seen: &DomainSeen, plugged: &IdSet) -> IdSet {
+fn never_ran(seen: &ObservedDomain, plugged: &IdSet) -> IdSet {
     plugged
         .iter()
         .filter(|id| {
@@ -292,7 +292,7 @@ fn never_ran(seen: &DomainSeen, plugged: &IdSet) -> IdSet {
         .collect()
 }
 
-fn check_virtio_mem(domains: &[DomainSeen], diagnosis: &mut Diagnosis) {
+fn check_virtio_mem(domains: &[ObservedDomain], diagnosis: &mut DoctorReport) {
     let check = Check::VirtioMem;
     let (mut devices, mut growing, mut told) = (0_usize, 0_usize, false);
     for (seen, look) in looked(domains) {
@@ -350,7 +350,11 @@ fn check_virtio_mem(domains: &[DomainSeen], diagnosis: &mut Diagnosis) {
     }
 }
 
-fn check_machine_types(observed: &Observed, domains: &[DomainSeen], diagnosis: &mut Diagnosis) {
+fn check_machine_types(
+    observed: &Observed,
+    domains: &[ObservedDomain],
+    diagnosis: &mut DoctorReport,
+) {
     let check = Check::MachineTypes;
     let facts = &observed.facts;
     if facts.capabilities.is_none() {

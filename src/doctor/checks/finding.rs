@@ -180,14 +180,14 @@ pub struct Unseen {
 
 /// All that was found, in the order of the checks.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
-pub struct Diagnosis {
+pub struct DoctorReport {
     /// What was found. Each check has at least one finding or is among the unseen.
     pub findings: Vec<Finding>,
     /// What could not be looked at.
     pub unseen: Vec<Unseen>,
 }
 
-impl Diagnosis {
+impl DoctorReport {
     /// The worst of what was found.
     pub fn worst(&self) -> Severity {
         let severities = self.findings.iter().map(|finding| finding.severity);

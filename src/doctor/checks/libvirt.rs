@@ -1,8 +1,8 @@
 //! libvirt: whether it answers, who may ask, its daemons, and what versions lack.
 
 use super::accounts::permissions;
-use super::finding::{Check, Diagnosis, Place, Remedy, Severity, quoted};
-use super::observed::{Answer, Host, Observed, Socket};
+use super::finding::{Check, DoctorReport, Place, Remedy, Severity, quoted};
+use super::observed::{HostSurvey, Observed, Socket, SocketState};
 use crate::capability::{Eim, Version, is_x86};
 
 /// The sockets of the two ways to run libvirt, by daemon.
@@ -15,10 +15,10 @@ const LOGS: &str = "virtlogd-sock";
 
 /// The daemon that serves QEMU's domains here: the one that answers, else the one whose socket
 /// systemd knows, else the one that is installed.
-pub(super) fn daemon(host: &Host) -> &'static str {
+pub(super) fn daemon(host: &HostSurvey) -> &'static str {
     let listens = |socket: &str| {
         let socket = host.sockets.get(socket);
-        socket.is_some_and(|socket| socket.answer == Answer::Listens)
+        socket.is_some_and(|socket| socket.state == SocketState::Listens)
     };
     let by = |wanted: &dyn Fn(&str, &str) -> bool| {
         DAEMONS
@@ -42,10 +42,10 @@ pub(super) fn virsh(observed: &Observed) -> String {
     format!("virsh -c {}", quoted(&observed.libvirt.uri))
 }
 
-pub(super) fn check_connection(observed: &Observed, diagnosis: &mut Diagnosis) {
+pub(super) fn check_connection(observed: &Observed, diagnosis: &mut DoctorReport) {
     let check = Check::LibvirtConnection;
     let libvirt = &observed.libvirt;
-    let Some(trouble) = &libvirt.trouble else {
+    let Some(trouble) = &libvirt.failure else {
         for (question, why) in &libvirt.unanswered {
             diagnosis.trouble(
                 check,
@@ -99,7 +99,7 @@ fn connection_cure(observed: &Observed, code: &str, message: &str) -> Remedy {
     if !is_system(&observed.libvirt.uri) {
         return Remedy::words(
             Place::Host,
-            "Look whether the connection is right (--connect, VIRTNODE_CONNECT, connect: in the \
+            "DomainDetails whether the connection is right (--connect, VIRTNODE_CONNECT, connect: in the \
              configuration) and its libvirt runs.",
         );
     }
@@ -107,7 +107,7 @@ fn connection_cure(observed: &Observed, code: &str, message: &str) -> Remedy {
 }
 
 /// How libvirt is started, or installed.
-fn start(host: &Host) -> Remedy {
+fn start(host: &HostSurvey) -> Remedy {
     let daemon = daemon(host);
     if !host.daemons.contains(daemon) {
         return install(host);
@@ -128,7 +128,7 @@ fn start(host: &Host) -> Remedy {
     )
 }
 
-fn install(host: &Host) -> Remedy {
+fn install(host: &HostSurvey) -> Remedy {
     let is = |names: &[&str]| {
         host.distribution
             .iter()
@@ -149,7 +149,7 @@ fn install(host: &Host) -> Remedy {
 }
 
 /// How who looked gets the right to use libvirt.
-fn rights(host: &Host, message: &str) -> Remedy {
+fn rights(host: &HostSurvey, message: &str) -> Remedy {
     if host.in_container {
         return Remedy::words(
             Place::Outside,
@@ -181,7 +181,7 @@ fn rights(host: &Host, message: &str) -> Remedy {
     )
 }
 
-pub(super) fn check_daemons(observed: &Observed, diagnosis: &mut Diagnosis) {
+pub(super) fn check_daemons(observed: &Observed, diagnosis: &mut DoctorReport) {
     let check = Check::LibvirtDaemons;
     let host = &observed.host;
     if !is_system(&observed.libvirt.uri) {
@@ -213,7 +213,7 @@ pub(super) fn check_daemons(observed: &Observed, diagnosis: &mut Diagnosis) {
             ),
         );
     }
-    let unknown = |socket: &Socket| socket.answer == Answer::Unknown;
+    let unknown = |socket: &Socket| socket.state == SocketState::Unknown;
     if host.in_container || host.sockets.values().any(unknown) {
         return diagnosis.unseen(
             check,
@@ -230,7 +230,7 @@ pub(super) fn check_daemons(observed: &Observed, diagnosis: &mut Diagnosis) {
     }
     if !listens(host, LOGS) && host.logs_to_file != Some(true) {
         let what = match host.sockets.get(LOGS) {
-            Some(socket) if socket.answer == Answer::NotAllowed => {
+            Some(socket) if socket.state == SocketState::NotAllowed => {
                 return diagnosis.unseen(
                     check,
                     format!(
@@ -267,16 +267,16 @@ fn shown(socket: &Socket) -> String {
     format!("{} {}:{}", permissions(socket.mode), socket.uid, socket.gid)
 }
 
-fn listens(host: &Host, socket: &str) -> bool {
+fn listens(host: &HostSurvey, socket: &str) -> bool {
     host.sockets
         .get(socket)
-        .is_some_and(|socket| socket.answer == Answer::Listens)
+        .is_some_and(|socket| socket.state == SocketState::Listens)
 }
 
 /// virtio-mem came with these (libvirt's news; QEMU's changelog), on x86.
 const VIRTIO_MEM: (Version, Version) = (Version::new(7, 9, 0), Version::new(5, 1, 0));
 
-pub(super) fn check_versions(observed: &Observed, diagnosis: &mut Diagnosis) {
+pub(super) fn check_versions(observed: &Observed, diagnosis: &mut DoctorReport) {
     let check = Check::Versions;
     let facts = &observed.facts;
     let Some(libvirt) = facts.libvirt_version else {

@@ -15,15 +15,15 @@ mod processor;
 #[cfg(test)]
 mod tests;
 
-pub use finding::{Check, Diagnosis, Finding, Place, Remedy, Severity, Unseen};
+pub use finding::{Check, DoctorReport, Finding, Place, Remedy, Severity, Unseen};
 pub use observed::Observed;
 
 /// The name under which [`observed::Host::sockets`] has the socket that the connection's URI names.
 pub const GIVEN_SOCKET: &str = "given";
 
 /// Looks over all that was seen. Each check says something, if only that it could not look.
-pub fn diagnose(observed: &Observed) -> Diagnosis {
-    let mut diagnosis = Diagnosis::default();
+pub fn diagnose(observed: &Observed) -> DoctorReport {
+    let mut diagnosis = DoctorReport::default();
     processor::check_extensions(observed, &mut diagnosis);
     processor::check_module(observed, &mut diagnosis);
     device::check(observed, &mut diagnosis);

@@ -14,22 +14,22 @@ use crate::units::Bytes;
 #[derive(Debug, Clone)]
 pub struct Observed {
     /// This machine.
-    pub host: Host,
+    pub host: HostSurvey,
     /// libvirt.
-    pub libvirt: Libvirt,
+    pub libvirt: LibvirtStatus,
     /// What libvirt and the host say of what the node can run.
     pub facts: Arc<NodeFacts>,
     /// Labels that were left out.
     pub rejected: Vec<Rejected>,
     /// The running domains, or why they could not be listed.
-    pub domains: Result<Vec<DomainSeen>, String>,
+    pub domains: Result<Vec<ObservedDomain>, String>,
     /// The daemon of this node.
     pub daemon: Daemon,
 }
 
 /// This machine, as far as it shows without being touched.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Host {
+pub struct HostSurvey {
     /// The kernel's name of the architecture.
     pub arch: String,
     /// Whether who looked is root.
@@ -43,7 +43,7 @@ pub struct Host {
     /// `ID` and `ID_LIKE` of os-release.
     pub distribution: Vec<String>,
     /// The CPU; `None` if /proc/cpuinfo cannot be read.
-    pub cpu: Option<Cpu>,
+    pub cpu: Option<CpuInfo>,
     /// What this machine is a guest of, if it shows that it is one.
     pub guest_of: Option<String>,
     /// KVM.
@@ -53,7 +53,7 @@ pub struct Host {
     /// How words are put on the kernel command line here.
     pub boot_loader: BootLoader,
     /// The IOMMU.
-    pub iommu: Iommu,
+    pub iommu: IommuSurvey,
     /// Passing devices through.
     pub vfio: Vfio,
     /// Each size of huge pages that the kernel knows.
@@ -77,7 +77,7 @@ pub struct Host {
 
 /// `/proc/cpuinfo`.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Cpu {
+pub struct CpuInfo {
     /// `flags`, `Features`, `features` or `isa`: the words of the first processor.
     pub flags: BTreeSet<String>,
     /// `vendor_id`.
@@ -90,7 +90,7 @@ pub struct Cpu {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Kvm {
     /// /dev/kvm.
-    pub device: Device,
+    pub device: DeviceNode,
     /// Whether the kernel has KVM's device, node or not (/sys/class/misc/kvm).
     pub registered: bool,
     /// KVM's modules that are loaded, or built in with parameters.
@@ -103,7 +103,7 @@ pub struct Kvm {
 
 /// A device's node.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub enum Device {
+pub enum DeviceNode {
     /// There is none.
     #[default]
     Missing,
@@ -151,7 +151,7 @@ pub enum BootLoader {
 
 /// The IOMMU as sysfs and the firmware show it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Iommu {
+pub struct IommuSurvey {
     /// `/sys/class/iommu`.
     pub devices: Vec<String>,
     /// `/sys/kernel/iommu_groups`.
@@ -201,12 +201,12 @@ pub struct Socket {
     /// The group.
     pub gid: u32,
     /// What connecting to it says to who looked.
-    pub answer: Answer,
+    pub state: SocketState,
 }
 
 /// How connecting to a socket ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Answer {
+pub enum SocketState {
     /// Somebody listens.
     Listens,
     /// Nobody does: what is there is left over.
@@ -232,18 +232,18 @@ pub struct Accounts {
 
 /// libvirt, as it answered.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Libvirt {
+pub struct LibvirtStatus {
     /// The connection.
     pub uri: String,
     /// Why there is none; `None` if libvirt answers.
-    pub trouble: Option<Trouble>,
+    pub failure: Option<LibvirtFailure>,
     /// What it did not answer though there is a connection: the question and why.
     pub unanswered: Vec<(String, String)>,
 }
 
 /// Why there is no connection.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Trouble {
+pub struct LibvirtFailure {
     /// The bounded word.
     pub code: &'static str,
     /// libvirt's text.
@@ -252,7 +252,7 @@ pub struct Trouble {
 
 /// A running domain.
 #[derive(Debug, Clone, PartialEq)]
-pub struct DomainSeen {
+pub struct ObservedDomain {
     /// Its name: tenants' text.
     pub name: String,
     /// Its UUID.
@@ -262,25 +262,25 @@ pub struct DomainSeen {
     /// Its statistics.
     pub stats: Stats,
     /// What a closer look showed, or why there was none.
-    pub look: Result<Arc<Look>, String>,
+    pub details: Result<Arc<DomainDetails>, String>,
     /// What each virtio-mem device had, by alias, when it was looked at some time before.
     pub earlier: BTreeMap<String, Bytes>,
 }
 
 /// A closer look at a domain.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Look {
+pub struct DomainDetails {
     /// The live definition.
     pub domain: Domain,
     /// Whether it has a definition that outlives it.
     pub persistent: bool,
     /// The guest agent.
-    pub agent: Agent,
+    pub agent: AgentAnswer,
 }
 
 /// What came of asking a guest agent.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Agent {
+pub enum AgentAnswer {
     /// It answered.
     Answered(GuestVcpus),
     /// It did not, for this reason.
@@ -289,12 +289,12 @@ pub enum Agent {
     NotAsked,
 }
 
-impl Look {
+impl DomainDetails {
     /// How many CPUs the guest uses, if its agent said.
     pub fn online(&self) -> Option<u32> {
         match &self.agent {
-            Agent::Answered(vcpus) => Some(vcpus.online.len()),
-            Agent::Silent(_) | Agent::NotAsked => None,
+            AgentAnswer::Answered(vcpus) => Some(vcpus.online.len()),
+            AgentAnswer::Silent(_) | AgentAnswer::NotAsked => None,
         }
     }
 }

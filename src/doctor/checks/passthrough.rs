@@ -1,7 +1,7 @@
 //! What it takes to give devices to guests: IOMMU and VFIO. And memory in huge pages.
 
-use super::finding::{Check, Diagnosis, Place, Remedy, Severity};
-use super::observed::{BootLoader, Host, HugePages, Observed};
+use super::finding::{Check, DoctorReport, Place, Remedy, Severity};
+use super::observed::{BootLoader, HostSurvey, HugePages, Observed};
 use crate::units::Bytes;
 
 /// Whose IOMMU x86 has, by what shows of it.
@@ -12,7 +12,7 @@ enum Maker {
     Other,
 }
 
-fn maker(host: &Host) -> Maker {
+fn maker(host: &HostSurvey) -> Maker {
     match host.cpu.as_ref().and_then(|cpu| cpu.vendor.as_deref()) {
         Some("GenuineIntel") => Maker::Intel,
         Some("AuthenticAMD" | "HygonGenuine") => Maker::Amd,
@@ -55,7 +55,7 @@ fn asked_for(arguments: &[String]) -> Option<&str> {
     })
 }
 
-pub(super) fn check_iommu(observed: &Observed, diagnosis: &mut Diagnosis) {
+pub(super) fn check_iommu(observed: &Observed, diagnosis: &mut DoctorReport) {
     let check = Check::Iommu;
     let host = &observed.host;
     let iommu = &host.iommu;
@@ -130,7 +130,7 @@ pub(super) fn check_iommu(observed: &Observed, diagnosis: &mut Diagnosis) {
     }
 }
 
-fn present(host: &Host, arguments: &[String], diagnosis: &mut Diagnosis) {
+fn present(host: &HostSurvey, arguments: &[String], diagnosis: &mut DoctorReport) {
     let check = Check::Iommu;
     let iommu = &host.iommu;
     let kind = match iommu.devices.first().map(String::as_str) {
@@ -168,7 +168,7 @@ fn in_the_log() -> Remedy {
     )
 }
 
-fn not_in_firmware(host: &Host) -> Remedy {
+fn not_in_firmware(host: &HostSurvey) -> Remedy {
     Remedy::words(
         Place::Outside,
         match &host.guest_of {
@@ -182,7 +182,7 @@ fn not_in_firmware(host: &Host) -> Remedy {
 }
 
 /// How a word comes onto the kernel command line, or goes from it.
-fn change_arguments(host: &Host, add: Option<&str>, remove: Option<&str>) -> Remedy {
+fn change_arguments(host: &HostSurvey, add: Option<&str>, remove: Option<&str>) -> Remedy {
     const REBOOT: &str = "It takes a reboot; move or stop the domains first.";
     // Words that sed or a shell would read as something else are left to the reader.
     let plain = |word: &&str| {
@@ -218,7 +218,7 @@ fn change_arguments(host: &Host, add: Option<&str>, remove: Option<&str>) -> Rem
     Remedy::on_host(commands, format!("{what} {REBOOT}"))
 }
 
-pub(super) fn check_vfio(observed: &Observed, diagnosis: &mut Diagnosis) {
+pub(super) fn check_vfio(observed: &Observed, diagnosis: &mut DoctorReport) {
     let check = Check::Vfio;
     let host = &observed.host;
     let vfio = host.vfio;
@@ -271,7 +271,7 @@ pub(super) fn check_vfio(observed: &Observed, diagnosis: &mut Diagnosis) {
     diagnosis.ok(check, what);
 }
 
-pub(super) fn check_hugepages(observed: &Observed, diagnosis: &mut Diagnosis) {
+pub(super) fn check_hugepages(observed: &Observed, diagnosis: &mut DoctorReport) {
     let check = Check::Hugepages;
     let host = &observed.host;
     let reserved: Vec<&HugePages> = host
@@ -326,7 +326,7 @@ pub(super) fn check_hugepages(observed: &Observed, diagnosis: &mut Diagnosis) {
 }
 
 /// How libvirt is started anew.
-pub(super) fn restart(host: &Host) -> String {
+pub(super) fn restart(host: &HostSurvey) -> String {
     let daemon = super::libvirt::daemon(host);
     match host.systemd {
         true => format!("systemctl restart {daemon}.service"),

@@ -1,7 +1,7 @@
 //! What the CPU and the kernel offer: extensions, KVM's module, nesting.
 
-use super::finding::{Check, Diagnosis, Place, Remedy, Severity};
-use super::observed::{Cpu, Device, Host, Observed};
+use super::finding::{Check, DoctorReport, Place, Remedy, Severity};
+use super::observed::{CpuInfo, DeviceNode, HostSurvey, Observed};
 
 /// Whether the CPU can run guests.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -15,8 +15,8 @@ pub(super) enum Extensions {
 }
 
 /// What the architecture shows by itself, whatever KVM says.
-pub(super) fn extensions(host: &Host) -> Extensions {
-    let none = Cpu::default();
+pub(super) fn extensions(host: &HostSurvey) -> Extensions {
+    let none = CpuInfo::default();
     let cpu = host.cpu.as_ref().unwrap_or(&none);
     let has = |flag: &str| cpu.flags.contains(flag);
     match host.arch.as_str() {
@@ -62,7 +62,7 @@ fn has_h(isa: &str) -> bool {
 }
 
 /// The module of KVM for this CPU, where it is one that can be loaded by name.
-pub(super) fn module(host: &Host) -> Option<&'static str> {
+pub(super) fn module(host: &HostSurvey) -> Option<&'static str> {
     let has = |flag: &str| {
         host.cpu
             .as_ref()
@@ -78,16 +78,16 @@ pub(super) fn module(host: &Host) -> Option<&'static str> {
 }
 
 /// Whether KVM itself answered, which settles the matter.
-fn kvm_works(host: &Host) -> bool {
+fn kvm_works(host: &HostSurvey) -> bool {
     host.kvm.max_vcpus.is_some()
 }
 
 /// Whether there is a device node of KVM, which a kernel without KVM does not make.
-fn has_device(host: &Host) -> bool {
-    host.kvm.registered && matches!(host.kvm.device, Device::Node { .. })
+fn has_device(host: &HostSurvey) -> bool {
+    host.kvm.registered && matches!(host.kvm.device, DeviceNode::Node { .. })
 }
 
-pub(super) fn check_extensions(observed: &Observed, diagnosis: &mut Diagnosis) {
+pub(super) fn check_extensions(observed: &Observed, diagnosis: &mut DoctorReport) {
     let check = Check::VirtualizationExtensions;
     let host = &observed.host;
     let guest = match &host.guest_of {
@@ -134,7 +134,7 @@ pub(super) fn check_extensions(observed: &Observed, diagnosis: &mut Diagnosis) {
     }
 }
 
-pub(super) fn check_module(observed: &Observed, diagnosis: &mut Diagnosis) {
+pub(super) fn check_module(observed: &Observed, diagnosis: &mut DoctorReport) {
     let check = Check::KvmModule;
     let host = &observed.host;
     let loaded = |name: &&str| host.kvm.modules.contains(*name);
@@ -183,7 +183,7 @@ pub(super) fn load(module: &str) -> Remedy {
     )
 }
 
-pub(super) fn check_nested(observed: &Observed, diagnosis: &mut Diagnosis) {
+pub(super) fn check_nested(observed: &Observed, diagnosis: &mut DoctorReport) {
     let check = Check::Nested;
     match observed.host.kvm.nested {
         Some(true) => diagnosis.ok(check, "on: guests can be hypervisors themselves"),

@@ -17,7 +17,7 @@ fn well() -> Observed {
     let capabilities = include_bytes!(
         "../../../tests/fixtures/debian13-libvirt-11.3.0-qemu-10.0/capabilities.xml"
     );
-    let node = |mode, gid| Device::Node {
+    let node = |mode, gid| DeviceNode::Node {
         number: (10, 232),
         mode,
         uid: 0,
@@ -28,16 +28,16 @@ fn well() -> Observed {
         mode: 0o660,
         uid: 0,
         gid: 106,
-        answer: Answer::Listens,
+        state: SocketState::Listens,
     };
     Observed {
-        host: Host {
+        host: HostSurvey {
             arch: "x86_64".to_owned(),
             is_root: true,
             systemd: true,
             udev: true,
             distribution: vec!["debian".to_owned()],
-            cpu: Some(Cpu {
+            cpu: Some(CpuInfo {
                 flags: ["svm".to_owned()].into(),
                 vendor: Some("AuthenticAMD".to_owned()),
                 platform: None,
@@ -50,10 +50,10 @@ fn well() -> Observed {
                 nested: Some(true),
             },
             kernel_arguments: Some(vec!["ro".to_owned()]),
-            iommu: Iommu {
+            iommu: IommuSurvey {
                 devices: vec!["ivhd0".to_owned()],
                 groups: 40,
-                ..Iommu::default()
+                ..IommuSurvey::default()
             },
             sockets: BTreeMap::from([
                 ("libvirt-sock".to_owned(), socket.clone()),
@@ -76,11 +76,11 @@ fn well() -> Observed {
                 configured: Some((None, None)),
                 own_uid: 0,
             },
-            ..Host::default()
+            ..HostSurvey::default()
         },
-        libvirt: Libvirt {
+        libvirt: LibvirtStatus {
             uri: "qemu:///system".to_owned(),
-            ..Libvirt::default()
+            ..LibvirtStatus::default()
         },
         facts: Arc::new(NodeFacts {
             libvirt_version: Some(Version::new(11, 3, 0)),
@@ -138,7 +138,7 @@ fn a_node_that_is_well_has_nothing_to_do() {
 fn the_capability_cache_trap() {
     let mut observed = well();
     let close = |observed: &mut Observed, mode, gid| {
-        observed.host.kvm.device = Device::Node {
+        observed.host.kvm.device = DeviceNode::Node {
             number: (10, 232),
             mode,
             uid: 0,
@@ -195,7 +195,7 @@ fn a_device_that_is_not_kvms(
     #[case] command: &str,
 ) {
     let mut observed = well();
-    observed.host.kvm.device = Device::Node {
+    observed.host.kvm.device = DeviceNode::Node {
         number,
         mode: 0o666,
         uid: 0,
@@ -231,7 +231,7 @@ fn a_libvirt_that_does_not_answer(
 ) {
     let mut observed = well();
     observed.host.accounts.own_uid = 1000;
-    observed.libvirt.trouble = Some(Trouble {
+    observed.libvirt.failure = Some(LibvirtFailure {
         code,
         message: message.to_owned(),
     });
@@ -254,7 +254,7 @@ fn how_libvirt_is_started_here(
     observed.host.sockets.clear();
     observed.host.systemd = systemd;
     observed.host.daemons = daemons.split_whitespace().map(str::to_owned).collect();
-    observed.libvirt.trouble = Some(Trouble {
+    observed.libvirt.failure = Some(LibvirtFailure {
         code: "unavailable",
         message: "no connection to libvirt: No such file or directory".to_owned(),
     });
@@ -359,7 +359,7 @@ fn label_troubles_are_counted_and_named() {
     assert_eq!(diagnosis.count(Check::Labels, Severity::Warning), 2);
 }
 
-fn domain(name: &str, machine: &str, inner: &str) -> DomainSeen {
+fn domain(name: &str, machine: &str, inner: &str) -> ObservedDomain {
     let xml = format!(
         "<domain type='kvm' id='1'><name>{}</name><memory>2097152</memory>\
          <vcpu current='3'>4</vcpu><os><type arch='x86_64' machine='{machine}'>hvm</type></os>\
@@ -367,28 +367,28 @@ fn domain(name: &str, machine: &str, inner: &str) -> DomainSeen {
         quick_xml::escape::escape(name)
     );
     let parsed = Domain::parse("d", xml.as_bytes(), DomainState::Running).unwrap();
-    DomainSeen {
+    ObservedDomain {
         name: name.to_owned(),
         uuid: "2c298bd7-db31-43ec-8ced-225aa039f21b".to_owned(),
         state: DomainState::Running,
         stats: Stats::default(),
-        look: Ok(Arc::new(Look {
+        details: Ok(Arc::new(DomainDetails {
             domain: parsed,
             persistent: true,
-            agent: Agent::NotAsked,
+            agent: AgentAnswer::NotAsked,
         })),
         earlier: BTreeMap::new(),
     }
 }
 
-fn with_agent(mut seen: DomainSeen, agent: Agent) -> DomainSeen {
-    let look = (**seen.look.as_ref().unwrap()).clone();
-    seen.look = Ok(Arc::new(Look { agent, ..look }));
+fn with_agent(mut seen: ObservedDomain, agent: AgentAnswer) -> ObservedDomain {
+    let details = (**seen.details.as_ref().unwrap()).clone();
+    seen.details = Ok(Arc::new(DomainDetails { agent, ..details }));
     seen
 }
 
-fn guest(vcpus: &str, online: &str) -> Agent {
-    Agent::Answered(GuestVcpus::from_libvirt(vcpus, online).unwrap())
+fn guest(vcpus: &str, online: &str) -> AgentAnswer {
+    AgentAnswer::Answered(GuestVcpus::from_libvirt(vcpus, online).unwrap())
 }
 
 const CHANNEL: &str = "<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0' state='connected'/></channel>";
@@ -409,13 +409,13 @@ const NEWEST: &str = "pc-q35-10.0";
     "virtnode hotplug vcpus web 3 --online"
 )]
 #[case::no_agent(
-    Agent::NotAsked,
+    AgentAnswer::NotAsked,
     Severity::Warning,
     "vCPUs 1-2 are plugged and have never run",
     "cat /sys"
 )]
 fn vcpus_that_a_guest_does_not_use(
-    #[case] agent: Agent,
+    #[case] agent: AgentAnswer,
     #[case] severity: Severity,
     #[case] what: &str,
     #[case] command: &str,
@@ -434,7 +434,7 @@ fn vcpus_that_a_guest_does_not_use(
     let first = commands(&finding).first().copied().unwrap_or_default();
     assert!(first.starts_with(command), "{finding:#?}");
     // A guest that is held cannot run anything.
-    if matches!(seen.look.as_ref().unwrap().agent, Agent::NotAsked) {
+    if matches!(seen.details.as_ref().unwrap().agent, AgentAnswer::NotAsked) {
         seen.state = DomainState::Paused;
         observed.domains = Ok(vec![seen]);
         assert_eq!(of(&observed, Check::VcpusOnline).severity, Severity::Ok);
@@ -513,7 +513,7 @@ fn a_name_is_no_command(#[case] name: &str, #[case] called: &str) {
 fn a_domain_that_libvirt_does_not_tell_of_is_told() {
     let mut observed = well();
     let mut stuck = domain("stuck", NEWEST, CHANNEL);
-    stuck.look = Err("no answer within 5s; something is being done to it".to_owned());
+    stuck.details = Err("no answer within 5s; something is being done to it".to_owned());
     let fine = with_agent(domain("fine", NEWEST, CHANNEL), guest("0-2", "0-2"));
     observed.domains = Ok(vec![fine, stuck]);
     let diagnosis = diagnose(&observed);
@@ -525,7 +525,7 @@ fn a_domain_that_libvirt_does_not_tell_of_is_told() {
 #[test]
 fn an_agent_that_does_not_answer_is_told_with_its_reason() {
     let mut observed = well();
-    let silent = Agent::Silent("no answer within 7s".to_owned());
+    let silent = AgentAnswer::Silent("no answer within 7s".to_owned());
     observed.domains = Ok(vec![with_agent(domain("mute", NEWEST, CHANNEL), silent)]);
     let finding = of(&observed, Check::GuestAgent);
     assert_eq!(finding.severity, Severity::Warning);
