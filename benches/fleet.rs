@@ -39,9 +39,11 @@ use virtnode::cluster::{Cluster, ClusterConfig, HotplugObjects};
 use virtnode::hypervisor::Connection;
 use virtnode::label::{LabelSet, Policy, derive};
 use virtnode::probe::Reading;
-use virtnode::publish::events::Events;
-use virtnode::publish::node::{self, NodePublisher, SyncState};
-use virtnode::publish::virtualization::{self, Snapshot, VirtualizationPublisher};
+use virtnode::publish::events::EventRecorder;
+use virtnode::publish::node::{NodePublisher, NodePublisherOptions, SyncState};
+use virtnode::publish::virtualization::{
+    Snapshot, VirtualizationPublisher, VirtualizationPublisherOptions,
+};
 use virtnode::telemetry::Metrics;
 
 use parts::{Memory, print, progress, tell};
@@ -209,11 +211,11 @@ fn start(
     let mut facts = facts.clone();
     facts.kvm_max_vcpus = Some(100 + n);
     let labels: LabelSet = derive(&facts, &Policy::default()).labels;
-    let (events, writer) = Events::new(cluster.clone(), Arc::clone(metrics));
+    let (events, writer) = EventRecorder::new(cluster.clone(), Arc::clone(metrics));
     tokio::spawn(writer.run(token.clone()));
 
-    let defaults = node::Options::default();
-    let options = node::Options {
+    let defaults = NodePublisherOptions::default();
+    let options = NodePublisherOptions {
         start_jitter: Duration::ZERO,
         fallback: defaults.fallback / speed,
         ..defaults
@@ -223,8 +225,8 @@ fn start(
     let (desired, to_publish) = watch::channel(Some(Arc::new(labels)));
     tokio::spawn(publisher.run(to_publish, LabelSet::new(), token.clone()));
 
-    let defaults = virtualization::Options::default();
-    let options = virtualization::Options {
+    let defaults = VirtualizationPublisherOptions::default();
+    let options = VirtualizationPublisherOptions {
         start_jitter: Duration::ZERO,
         refresh: defaults.refresh / speed,
         ..defaults

@@ -21,7 +21,7 @@ use crate::label::{
     Source, derive, family,
 };
 use crate::probe::{Failure, Prober, Reading};
-use crate::publish::file::{FilePublisher, Report};
+use crate::publish::file::{FilePublisher, LabelReport};
 use crate::publish::virtualization::Snapshot;
 use crate::telemetry::Metrics;
 use crate::telemetry::metrics::now_seconds;
@@ -262,7 +262,7 @@ impl<H: NodeSource> Labeller<H> {
             return;
         }
         self.metrics.sync_attempts.inc();
-        let report = Report {
+        let report = LabelReport {
             labels: self.published.labels(),
             rejected: &self.rejected,
             retained: self.published.retained(),

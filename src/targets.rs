@@ -6,9 +6,11 @@ use std::collections::BTreeMap;
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 
 use crate::capability::{Accelerator, CpuModel, CpuModes, Usable, VcpuMax};
-use crate::cluster::objects::node_virtualization::{self as described, HYPERVISOR_CONNECTED};
+use crate::cluster::objects::node_virtualization::{
+    CpuModelStatus, GuestStatus, HYPERVISOR_CONNECTED, MachineStatus,
+};
 use crate::cluster::objects::{Condition, NodeVirtualizationStatus};
-use crate::cluster::{Inventory, NodeSeen};
+use crate::cluster::{Inventory, NodeSummary};
 use crate::compat::{Candidate, Offer, OfferedMachine, Requirement, Told};
 
 /// A daemon writes once an hour when it last read everything. One that has not done so for as long
@@ -27,7 +29,7 @@ pub fn candidates(
         nodes,
         mut virtualizations,
     } = inventory;
-    let candidate = |node: NodeSeen| {
+    let candidate = |node: NodeSummary| {
         let status = virtualizations.remove(&node.name);
         let is_cut_off = |status: &NodeVirtualizationStatus| {
             let connected = Condition::find(&status.conditions, HYPERVISOR_CONNECTED);
@@ -129,8 +131,8 @@ fn offer(status: &NodeVirtualizationStatus, domain: &Requirement) -> Option<Offe
     })
 }
 
-fn machines(guest: &described::Guest) -> BTreeMap<String, OfferedMachine> {
-    let machine = |machine: &described::Machine| {
+fn machines(guest: &GuestStatus) -> BTreeMap<String, OfferedMachine> {
+    let machine = |machine: &MachineStatus| {
         let own = machine.qemu_max_vcpus.or(machine.max_vcpus);
         let offered = OfferedMachine {
             max_vcpus: own.map_or(VcpuMax::Unknown, VcpuMax::from_number),
@@ -144,7 +146,7 @@ fn machines(guest: &described::Guest) -> BTreeMap<String, OfferedMachine> {
 fn models(status: &NodeVirtualizationStatus, domain: &Requirement) -> Vec<CpuModel> {
     let all = &status.cpu.models;
     // An alias has the blockers of the model that it means, which are told once.
-    let blockers = |model: &described::CpuModel| -> Vec<String> {
+    let blockers = |model: &CpuModelStatus| -> Vec<String> {
         let meant = model.alias_of.as_deref();
         let meant = meant.and_then(|name| all.iter().find(|other| other.name == name));
         match meant {

@@ -8,7 +8,7 @@ use super::{Exit, conclude, probe};
 use crate::config::Config;
 use crate::label::{InUse, LabelSet, Probe, Published, Rejected, Source, derive};
 use crate::probe::Reading;
-use crate::publish::file::{FilePublisher, Report};
+use crate::publish::file::{FilePublisher, LabelReport};
 
 /// The arguments of `virtnode labels`.
 #[derive(Debug, Args)]
@@ -46,7 +46,7 @@ impl Labels {
     }
 
     fn print(&self, published: &Published, rejected: &[Rejected]) -> anyhow::Result<()> {
-        let report = Report {
+        let report = LabelReport {
             labels: published.labels(),
             rejected,
             retained: published.retained(),
@@ -77,7 +77,7 @@ fn decide(reading: &Reading, config: &Config) -> (Published, Vec<Rejected>) {
     (published, derivation.rejected)
 }
 
-fn show(report: &Report<'_>) -> String {
+fn show(report: &LabelReport<'_>) -> String {
     let rows = report
         .labels
         .iter()

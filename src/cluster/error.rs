@@ -121,7 +121,7 @@ pub enum ClusterError {
         /// The Node.
         node: String,
         /// Whose labels they are; empty if the Node itself changed.
-        refusal: Refusal,
+        refusal: ApplyConflicts,
         /// The API server's own text.
         message: String,
     },
@@ -140,7 +140,7 @@ pub enum ClusterError {
 }
 
 /// The label keys that an apply was refused for, and who owns them.
-pub type Refusal = BTreeMap<String, Owner>;
+pub type ApplyConflicts = BTreeMap<String, Owner>;
 
 impl ClusterError {
     /// The bounded word for this error, one of [`crate::telemetry::metrics::SYNC_FAILURES`].
@@ -258,7 +258,7 @@ impl ClusterError {
 /// The causes of a refused server-side apply: reason `FieldManagerConflict`, field
 /// `.metadata.labels.<key>`, message `conflict with "<manager>"`, and ` using <version>` after
 /// it if the manager owns the key by an update.
-fn refusal(status: &Status) -> Refusal {
+fn refusal(status: &Status) -> ApplyConflicts {
     let causes = status.details.iter().flat_map(|details| &details.causes);
     let conflicts = causes.filter(|cause| cause.reason == "FieldManagerConflict");
     let owner = |message: &str| Owner {

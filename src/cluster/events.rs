@@ -21,7 +21,7 @@ const NAME_MAX: usize = 220;
 
 /// Whether people should look.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum HappeningKind {
+pub enum EventKind {
     /// For the record.
     Normal,
     /// Somebody may have to do something.
@@ -30,11 +30,11 @@ pub enum HappeningKind {
 
 /// Something that happened to an object and that people should see there.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Happening {
+pub struct ObjectEvent {
     /// The object. Where it has no namespace, the event is in `default`.
     pub about: ObjectReference,
     /// Whether people should look.
-    pub kind: HappeningKind,
+    pub kind: EventKind,
     /// Why the event is there, as one word in CamelCase: `LabelConflict`.
     pub reason: String,
     /// What virtnode did or tried, as one word in CamelCase: `RemoveLabel`.
@@ -69,7 +69,7 @@ impl Cluster {
     /// Any [`ClusterError`]; a name that is taken is a [`ClusterError::Conflict`].
     pub async fn create_event(
         &self,
-        what: &Happening,
+        what: &ObjectEvent,
         at: Timestamp,
     ) -> Result<WrittenEvent, ClusterError> {
         let namespace = what.about.namespace.as_deref().unwrap_or("default");
@@ -129,10 +129,10 @@ impl Cluster {
         Ok(())
     }
 
-    fn event(&self, what: &Happening, namespace: &str, at: Timestamp) -> Event {
+    fn event(&self, what: &ObjectEvent, namespace: &str, at: Timestamp) -> Event {
         let kind = match what.kind {
-            HappeningKind::Normal => "Normal",
-            HappeningKind::Warning => "Warning",
+            EventKind::Normal => "Normal",
+            EventKind::Warning => "Warning",
         };
         let about = what.about.name.as_deref().unwrap_or(FIELD_MANAGER);
         Event {

@@ -42,7 +42,7 @@ pub struct HotplugObject {
 
 /// Which object is meant: another one may have its name by now.
 #[derive(Debug, Clone, Copy)]
-pub struct Target<'t> {
+pub struct ObjectId<'t> {
     /// Its name.
     pub name: &'t str,
     /// Which object by this name.
@@ -53,11 +53,11 @@ pub struct Target<'t> {
 #[derive(Debug, Clone, PartialEq)]
 pub enum HotplugChange {
     /// All there are, at the start and whenever the API server no longer knows what has been told.
-    All(Vec<HotplugObject>),
+    Listed(Vec<HotplugObject>),
     /// One was made or changed.
-    One(Box<HotplugObject>),
+    Changed(Box<HotplugObject>),
     /// The one with this uid is gone, or is no longer this node's.
-    Gone(String),
+    Deleted(String),
 }
 
 /// The objects of one node.
@@ -84,7 +84,7 @@ impl HotplugObjects {
     }
 
     /// An object, as events refer to it.
-    pub fn reference(&self, target: Target<'_>) -> ObjectReference {
+    pub fn reference(&self, target: ObjectId<'_>) -> ObjectReference {
         ObjectReference {
             api_version: Some(DomainHotplug::api_version(&()).into_owned()),
             kind: Some(DomainHotplug::kind(&()).into_owned()),
@@ -137,7 +137,7 @@ impl HotplugObjects {
     /// [`ClusterError::NotFound`] if there is none; otherwise any.
     pub async fn write_status(
         &self,
-        target: Target<'_>,
+        target: ObjectId<'_>,
         version: &str,
         status: &DomainHotplugStatus,
     ) -> Result<String, ClusterError> {
@@ -159,7 +159,7 @@ impl HotplugObjects {
     /// # Errors
     /// [`ClusterError::NotFound`] and [`ClusterError::Conflict`] if there is no such object any more;
     /// otherwise any.
-    pub async fn own(&self, target: Target<'_>, node_uid: &str) -> Result<String, ClusterError> {
+    pub async fn own(&self, target: ObjectId<'_>, node_uid: &str) -> Result<String, ClusterError> {
         let owner = OwnerReference {
             api_version: "v1".to_owned(),
             kind: "Node".to_owned(),
@@ -180,7 +180,7 @@ impl HotplugObjects {
     ///
     /// # Errors
     /// As [`Self::own`].
-    pub async fn delete(&self, target: Target<'_>) -> Result<(), ClusterError> {
+    pub async fn delete(&self, target: ObjectId<'_>) -> Result<(), ClusterError> {
         let params = DeleteParams::default().preconditions(Preconditions {
             uid: Some(target.uid.to_owned()),
             resource_version: None,
@@ -202,7 +202,7 @@ impl HotplugObjects {
 
     async fn patched(
         &self,
-        target: Target<'_>,
+        target: ObjectId<'_>,
         answer: impl Future<Output = kube::Result<DynamicObject>>,
     ) -> Result<String, ClusterError> {
         let about = self.about(target.name);
@@ -210,7 +210,7 @@ impl HotplugObjects {
         Ok(object.metadata.resource_version.unwrap_or_default())
     }
 
-    fn patch_of(&self, target: Target<'_>, mut object: Value) -> Patch<Value> {
+    fn patch_of(&self, target: ObjectId<'_>, mut object: Value) -> Patch<Value> {
         object["apiVersion"] = DomainHotplug::api_version(&()).into();
         object["kind"] = DomainHotplug::kind(&()).into();
         // To apply to what does not exist is to create it, unless it must have this uid.
@@ -242,14 +242,14 @@ fn change(
             listed.push(HotplugObject::read(object, node));
             None
         }
-        Ok(Event::InitDone) => Some(Ok(HotplugChange::All(std::mem::take(listed)))),
+        Ok(Event::InitDone) => Some(Ok(HotplugChange::Listed(std::mem::take(listed)))),
         Ok(Event::Apply(object)) => {
             let object = Box::new(HotplugObject::read(object, node));
-            Some(Ok(HotplugChange::One(object)))
+            Some(Ok(HotplugChange::Changed(object)))
         }
         Ok(Event::Delete(object)) => {
             let uid = object.metadata.uid.unwrap_or_default();
-            Some(Ok(HotplugChange::Gone(uid)))
+            Some(Ok(HotplugChange::Deleted(uid)))
         }
         Err(error) => Some(Err(error)),
     }

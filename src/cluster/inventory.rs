@@ -23,7 +23,7 @@ const AS_TABLE: &str = "application/json;as=Table;v=v1;g=meta.k8s.io";
 
 /// A node of the cluster.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct NodeSeen {
+pub struct NodeSummary {
     /// Its name.
     pub name: String,
     /// Its labels.
@@ -38,7 +38,7 @@ pub struct NodeSeen {
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Inventory {
     /// The nodes.
-    pub nodes: Vec<NodeSeen>,
+    pub nodes: Vec<NodeSummary>,
     /// What is told of them beside labels, by name of the node.
     pub virtualizations: Virtualizations,
 }
@@ -54,7 +54,7 @@ impl Cluster {
     ///
     /// # Errors
     /// Any [`ClusterError`] but a conflict.
-    pub async fn list_nodes(&self) -> Result<Vec<NodeSeen>, ClusterError> {
+    pub async fn list_nodes(&self) -> Result<Vec<NodeSummary>, ClusterError> {
         let object = all("Nodes", "nodes");
         let path = "/api/v1/nodes";
         self.all_pages(object, path, AS_TABLE, |text| {
@@ -187,14 +187,14 @@ impl Row<'_> {
     /// The status is as in `Ready,SchedulingDisabled`, with `NotReady` for a kubelet that says so or
     /// is not heard of, and `Unknown` for a Node of which that is not told (`printNode`, Kubernetes
     /// pkg/printers/internalversion/printers.go).
-    fn into_node(self, status: Option<usize>) -> NodeSeen {
+    fn into_node(self, status: Option<usize>) -> NodeSummary {
         let status: Option<String> =
             status.and_then(|at| serde_json::from_str(self.cells.get(at)?.get()).ok());
         let has = |word: &str| {
             let words = status.as_deref().unwrap_or_default().split(',');
             words.into_iter().any(|have| have == word)
         };
-        NodeSeen {
+        NodeSummary {
             ready: match (has("Ready"), has("NotReady")) {
                 (false, false) => None,
                 (ready, _) => Some(ready),
@@ -294,7 +294,7 @@ impl Inventory {
                 let status: NodeStatus = serde_json::from_str(text)?;
                 let mut conditions = status.conditions.iter();
                 let ready = conditions.find(|condition| condition.kind == "Ready");
-                self.nodes.push(NodeSeen {
+                self.nodes.push(NodeSummary {
                     ready: ready.map(|ready| ready.status == "True"),
                     cordoned: item.spec.unschedulable,
                     name: item.metadata.name,
@@ -342,7 +342,7 @@ mod tests {
     )]
     fn every_way_to_print_nodes_is_read(#[case] _how: &str, #[case] text: String) {
         let inventory = Inventory::parse(text.as_bytes()).unwrap();
-        let node = NodeSeen {
+        let node = NodeSummary {
             name: "a".to_owned(),
             labels: [("x".to_owned(), "1".to_owned())].into(),
             ready: Some(false),

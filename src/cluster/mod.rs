@@ -35,12 +35,12 @@ use crate::label::LabelSet;
 use crate::label::ownership::Shown;
 
 pub use config::ClusterConfig;
-pub use error::{ClusterError, Object, Refusal};
-pub use events::{Happening, HappeningKind, WrittenEvent};
-pub use hotplugs::{HotplugChange, HotplugObject, HotplugObjects, Target};
-pub use inventory::{Inventory, NodeSeen, Virtualizations};
+pub use error::{ApplyConflicts, ClusterError, Object};
+pub use events::{EventKind, ObjectEvent, WrittenEvent};
+pub use hotplugs::{HotplugChange, HotplugObject, HotplugObjects, ObjectId};
+pub use inventory::{Inventory, NodeSummary, Virtualizations};
 pub use retry::Retry;
-pub use watch::Seen;
+pub use watch::NodeChange;
 
 /// The name under which the API server keeps account of what is ours.
 pub const FIELD_MANAGER: &str = "virtnode";

@@ -22,11 +22,11 @@ pub(super) const WATCH_SECONDS: RangeInclusive<u32> = 27 * 60..=29 * 60;
 
 /// What a watch shows.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Seen {
+pub enum NodeChange {
     /// The Node, at the start of the watch and after each change.
     Node(NodeState),
     /// There is no such Node.
-    Gone,
+    Missing,
 }
 
 impl Cluster {
@@ -35,7 +35,7 @@ impl Cluster {
     ///
     /// The API server may answer from a cache: what is seen here is a reason to look with
     /// [`Cluster::observe`], not yet to act.
-    pub fn watch(&self) -> impl Stream<Item = Result<Seen, ClusterError>> + Send + use<> {
+    pub fn watch(&self) -> impl Stream<Item = Result<NodeChange, ClusterError>> + Send + use<> {
         let config = watcher::Config::default().fields(&format!("metadata.name={}", self.node));
         self.steps(self.nodes.clone(), config, Object::node(&self.node))
             .scan(false, |found, event| {
@@ -98,7 +98,7 @@ impl Cluster {
 type WatchEvent = Result<Event<PartialObjectMeta<Node>>, ClusterError>;
 
 /// Makes out of the watcher's steps whether there is a Node; `found` is its memory during a list.
-fn seen(found: &mut bool, event: WatchEvent) -> Option<Result<Seen, ClusterError>> {
+fn seen(found: &mut bool, event: WatchEvent) -> Option<Result<NodeChange, ClusterError>> {
     match event {
         Ok(Event::Init) => {
             *found = false;
@@ -106,10 +106,10 @@ fn seen(found: &mut bool, event: WatchEvent) -> Option<Result<Seen, ClusterError
         }
         Ok(Event::InitApply(node) | Event::Apply(node)) => {
             *found = true;
-            Some(Ok(Seen::Node(node.metadata.into())))
+            Some(Ok(NodeChange::Node(node.metadata.into())))
         }
-        Ok(Event::InitDone) => (!*found).then_some(Ok(Seen::Gone)),
-        Ok(Event::Delete(_)) => Some(Ok(Seen::Gone)),
+        Ok(Event::InitDone) => (!*found).then_some(Ok(NodeChange::Missing)),
+        Ok(Event::Delete(_)) => Some(Ok(NodeChange::Missing)),
         Err(error) => Some(Err(error)),
     }
 }

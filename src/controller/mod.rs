@@ -8,9 +8,9 @@
 //! After a restart the journal and the objects are brought together by the objects' uids: what the
 //! journal knows is not done again, and what it knows better is told.
 
+mod client;
 mod reconcile;
 mod request;
-mod shared;
 mod status;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -26,9 +26,9 @@ use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
+use self::client::ObjectClient;
 use self::reconcile::{Cause, Changing, Life};
 use self::request::Refusal;
-use self::shared::Shared;
 use self::status::{Hold, is_finished};
 use crate::cluster::objects::Condition;
 use crate::cluster::objects::node_virtualization::HOTPLUG_OBJECTS_WATCHED;
@@ -36,7 +36,7 @@ use crate::cluster::{ClusterError, HotplugChange, HotplugObject, HotplugObjects,
 use crate::executor::{Executor, SubmitError};
 use crate::hypervisor::DomainBackend;
 use crate::operation::Record;
-use crate::publish::events::Events;
+use crate::publish::events::EventRecorder;
 use crate::telemetry::Metrics;
 use crate::units::Timestamp;
 
@@ -49,7 +49,7 @@ const QUIET: Duration = Duration::from_secs(60);
 
 /// How the controller goes about it.
 #[derive(Debug, Clone)]
-pub struct Options {
+pub struct ControllerOptions {
     /// The first look is delayed at random by up to this, so that the nodes of a cluster do not all
     /// ask at once.
     pub start_jitter: Duration,
@@ -62,7 +62,7 @@ pub struct Options {
     pub take_on_again: Duration,
 }
 
-impl Default for Options {
+impl Default for ControllerOptions {
     fn default() -> Self {
         Self {
             start_jitter: Duration::from_secs(10),
@@ -81,9 +81,9 @@ impl Default for Options {
 pub struct Controller<C> {
     executor: Arc<Executor<C>>,
     objects: HotplugObjects,
-    shared: Arc<Shared>,
+    shared: Arc<ObjectClient>,
     metrics: Arc<Metrics>,
-    options: Options,
+    options: ControllerOptions,
     known: HashMap<String, Known>,
     lives: JoinSet<()>,
     /// What could not be taken on yet, in the order in which it was made.
@@ -121,11 +121,12 @@ impl<C: DomainBackend> Controller<C> {
     pub fn new(
         objects: HotplugObjects,
         executor: Arc<Executor<C>>,
-        events: Events,
+        events: EventRecorder,
         metrics: Arc<Metrics>,
-        options: Options,
+        options: ControllerOptions,
     ) -> Self {
-        let shared = Shared::new(objects.clone(), options.retry, events, Arc::clone(&metrics));
+        let shared =
+            ObjectClient::new(objects.clone(), options.retry, events, Arc::clone(&metrics));
         Self {
             executor,
             objects,
@@ -200,7 +201,7 @@ impl<C: DomainBackend> Controller<C> {
 
     async fn meet(&mut self, change: HotplugChange) {
         match change {
-            HotplugChange::All(mut objects) => {
+            HotplugChange::Listed(mut objects) => {
                 let there: HashSet<_> = objects.iter().map(|object| &object.uid).collect();
                 let gone = self.known.keys().filter(|uid| !there.contains(uid));
                 for uid in gone.cloned().collect::<Vec<_>>() {
@@ -211,8 +212,8 @@ impl<C: DomainBackend> Controller<C> {
                     self.look_at(object).await;
                 }
             }
-            HotplugChange::One(object) => self.look_at(*object).await,
-            HotplugChange::Gone(uid) => self.forget(&uid),
+            HotplugChange::Changed(object) => self.look_at(*object).await,
+            HotplugChange::Deleted(uid) => self.forget(&uid),
         }
     }
 
@@ -375,7 +376,7 @@ impl<C: DomainBackend> Controller<C> {
     /// A watch that failed may only have listed what it is to watch.
     fn watch_told(&mut self, change: &HotplugChange) {
         match change {
-            HotplugChange::All(_) if self.watch.errors > 0 => {
+            HotplugChange::Listed(_) if self.watch.errors > 0 => {
                 self.watch.works_at = Some(Instant::now() + QUIET);
             }
             _ => self.watch_works(),
@@ -432,7 +433,7 @@ impl<C: DomainBackend> Controller<C> {
         self.watched.send_if_modified(|told| {
             let known = told.as_ref().is_some_and(|told| told.reason == reason);
             if !known {
-                let (kind, now) = (HOTPLUG_OBJECTS_WATCHED, shared::now());
+                let (kind, now) = (HOTPLUG_OBJECTS_WATCHED, client::now());
                 *told = Some(Condition::new(kind, holds, reason, message, now));
             }
             !known

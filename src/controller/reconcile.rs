@@ -6,10 +6,10 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until};
 
-use super::shared::{Shared, is_gone, now};
+use super::client::{ObjectClient, is_gone, now};
 use super::status::{Hold, News, ending, expires, held, news, of};
 use crate::cluster::objects::DomainHotplugStatus;
-use crate::cluster::{ClusterError, HotplugObject, Target};
+use crate::cluster::{ClusterError, HotplugObject, ObjectId};
 use crate::operation::Record;
 
 /// An operation that has its verdict by then is told of once, with the verdict.
@@ -48,7 +48,7 @@ impl From<&HotplugObject> for Changing {
 
 /// One object and all that is to be done about it.
 pub(super) struct Life {
-    shared: Arc<Shared>,
+    shared: Arc<ObjectClient>,
     name: String,
     uid: String,
     cause: Cause,
@@ -80,7 +80,7 @@ enum Step {
 
 impl Life {
     pub(super) fn new(
-        shared: Arc<Shared>,
+        shared: Arc<ObjectClient>,
         object: HotplugObject,
         cause: Cause,
         taken_on: i64,
@@ -210,8 +210,8 @@ impl Life {
         Step::Wait(until)
     }
 
-    fn target(&self) -> Target<'_> {
-        Target {
+    fn target(&self) -> ObjectId<'_> {
+        ObjectId {
             name: &self.name,
             uid: &self.uid,
         }
@@ -224,7 +224,7 @@ impl Life {
         // What a status says is told by whoever wrote it first, whatever restarts there are.
         if let Some(ending) = ending(self.shown.as_ref(), &status) {
             let note = status.message.as_deref().unwrap_or_default();
-            self.shared.tell(self.target(), ending, note);
+            self.shared.emit_event(self.target(), ending, note);
         }
         self.shown = Some(without_details(status));
         Ok(())

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use super::request::{Refusal, in_words};
-use crate::cluster::HappeningKind;
-use crate::cluster::objects::domain_hotplug::Witness;
+use crate::cluster::EventKind;
+use crate::cluster::objects::domain_hotplug::EvidenceStatus;
 use crate::cluster::objects::{Condition, DomainHotplugStatus};
 use crate::executor::SubmitError;
 use crate::hotplug::Verdict;
@@ -121,12 +121,12 @@ pub(super) fn of(record: &Record, taken_on: i64, changed: bool) -> DomainHotplug
     }
 }
 
-fn evidence(record: &Record) -> Vec<Witness> {
+fn evidence(record: &Record) -> Vec<EvidenceStatus> {
     // What was seen last is what decided.
     let skipped = record.evidence.len().saturating_sub(MOST_EVIDENCE);
     let kept = record.evidence.iter().skip(skipped);
     kept.map(|evidence| {
-        let mut witness = Witness::from(evidence.clone());
+        let mut witness = EvidenceStatus::from(evidence.clone());
         witness.detail = shortened(&witness.detail);
         witness
     })
@@ -179,7 +179,7 @@ pub(super) fn expires(
 pub(super) fn ending(
     former: Option<&DomainHotplugStatus>,
     written: &DomainHotplugStatus,
-) -> Option<(HappeningKind, String)> {
+) -> Option<(EventKind, String)> {
     let reason = |status: &DomainHotplugStatus| {
         let refused = || Some(refused(status)?.reason.clone());
         status.verdict.clone().or_else(refused)
@@ -189,8 +189,8 @@ pub(super) fn ending(
         return None;
     }
     let kind = match now == Verdict::Verified.as_str() {
-        true => HappeningKind::Normal,
-        false => HappeningKind::Warning,
+        true => EventKind::Normal,
+        false => EventKind::Warning,
     };
     Some((kind, now))
 }

@@ -235,12 +235,12 @@ fn people_see_the_verdict_once_and_each_new_one() {
     let running = of(&asked(), 1, false);
     let offline = status(Verdict::GuestOffline);
     let verified = status(Verdict::Verified);
-    let warning = |reason: &str| Some((HappeningKind::Warning, reason.to_owned()));
+    let warning = |reason: &str| Some((EventKind::Warning, reason.to_owned()));
     assert_eq!(ending(None, &running), None);
     assert_eq!(ending(Some(&running), &offline), warning("GuestOffline"));
     assert_eq!(ending(None, &offline), warning("GuestOffline"));
     assert_eq!(ending(Some(&offline), &offline), None);
-    let normal = Some((HappeningKind::Normal, "Verified".to_owned()));
+    let normal = Some((EventKind::Normal, "Verified".to_owned()));
     assert_eq!(ending(Some(&offline), &verified), normal);
 
     let refusal = Refusal::InvalidSpec("there is nothing".to_owned());

@@ -17,16 +17,16 @@ use crate::cluster::objects::Condition;
 use crate::cluster::objects::node_virtualization::HOTPLUG_OBJECTS_WATCHED;
 use crate::cluster::{Cluster, HotplugObjects};
 use crate::config::Config;
-use crate::controller::{self, Controller};
+use crate::controller::{Controller, ControllerOptions};
 use crate::executor::Executor;
 use crate::hypervisor::{DomainBackend, NodeSource};
 use crate::label::{LabelKey, LabelSet, LabelValue};
 use crate::labeller::Outlets;
-use crate::publish::events::Events;
-use crate::publish::file::{self, NODE_LABELS_FILE, Report};
-use crate::publish::news::tell_of_hypervisor;
-use crate::publish::node::{self, NodePublisher, SyncState};
-use crate::publish::virtualization::{self, VirtualizationPublisher};
+use crate::publish::events::EventRecorder;
+use crate::publish::file::{self, LabelReport, NODE_LABELS_FILE};
+use crate::publish::node::{NodePublisher, NodePublisherOptions, SyncState};
+use crate::publish::node_events::report_hypervisor;
+use crate::publish::virtualization::{VirtualizationPublisher, VirtualizationPublisherOptions};
 use crate::telemetry::Metrics;
 
 /// Between two attempts to see the Node for the first time.
@@ -35,7 +35,7 @@ const LOOK_AGAIN: Duration = Duration::from_secs(2);
 /// What everything on the own Node has in common.
 pub(super) struct OnNode {
     cluster: Cluster,
-    events: Events,
+    events: EventRecorder,
     metrics: Arc<Metrics>,
     start_jitter: Duration,
 }
@@ -48,7 +48,7 @@ impl OnNode {
         metrics: &Arc<Metrics>,
         parts: &mut Parts,
     ) -> Self {
-        let (events, writer) = Events::new(cluster.clone(), Arc::clone(metrics));
+        let (events, writer) = EventRecorder::new(cluster.clone(), Arc::clone(metrics));
         parts.start("the writer of events", |stop| writer.run(stop));
         Self {
             cluster,
@@ -59,7 +59,7 @@ impl OnNode {
     }
 
     /// Where to tell what happens, and of which Node.
-    pub(super) fn events(&self) -> (Events, ObjectReference) {
+    pub(super) fn events(&self) -> (EventRecorder, ObjectReference) {
         (self.events.clone(), self.cluster.node_reference())
     }
 
@@ -74,9 +74,9 @@ impl OnNode {
             executor,
             self.events.clone(),
             Arc::clone(&self.metrics),
-            controller::Options {
+            ControllerOptions {
                 start_jitter: self.start_jitter,
-                ..controller::Options::default()
+                ..ControllerOptions::default()
             },
         );
         let watched = controller.watched();
@@ -100,14 +100,14 @@ impl OnNode {
         let node = self.cluster.node_reference();
         let (events, connection) = (self.events.clone(), hypervisor.connection());
         parts.start("the news of the hypervisor", |stop| {
-            tell_of_hypervisor(events, node, connection, stop)
+            report_hypervisor(events, node, connection, stop)
         });
 
         let (pictures, to_publish) = watch::channel(None);
         outlets.pictures = Some(pictures);
-        let options = virtualization::Options {
+        let options = VirtualizationPublisherOptions {
             start_jitter: self.start_jitter,
-            ..virtualization::Options::default()
+            ..VirtualizationPublisherOptions::default()
         };
         let (cluster, metrics) = (self.cluster.clone(), Arc::clone(&self.metrics));
         let publisher = VirtualizationPublisher::new(cluster, metrics, options);
@@ -131,10 +131,10 @@ impl OnNode {
             metrics,
             start_jitter,
         } = self;
-        let options = node::Options {
+        let options = NodePublisherOptions {
             force_conflicts: config.force_conflicts,
             start_jitter,
-            ..node::Options::default()
+            ..NodePublisherOptions::default()
         };
         let publisher = NodePublisher::new(cluster.clone(), events, Arc::clone(&metrics), options);
         let state = publisher.state();
@@ -182,7 +182,7 @@ async fn remember(mut state: watch::Receiver<SyncState>, path: PathBuf) {
         if published.is_empty() {
             continue;
         }
-        if let Err(error) = file::store(&path, &Report::of(&published))
+        if let Err(error) = file::store(&path, &LabelReport::of(&published))
             && !std::mem::replace(&mut told, true)
         {
             warn!(%error, "what is published on the Node cannot be kept for the next run");

@@ -14,8 +14,8 @@ use crate::host;
 use crate::hypervisor::DomainBackend;
 use crate::journal::Journal;
 use crate::operation::{OperationId, Order, Record};
-use crate::publish::events::Events;
-use crate::publish::news;
+use crate::publish::events::EventRecorder;
+use crate::publish::node_events;
 use crate::telemetry::Metrics;
 
 /// An executor as the local API uses it.
@@ -33,7 +33,7 @@ impl<C: DomainBackend> Carried<C> {
         state_directory: &Path,
         deep_verify: bool,
         metrics: &Arc<Metrics>,
-        on_node: Option<(Events, ObjectReference)>,
+        on_node: Option<(EventRecorder, ObjectReference)>,
     ) -> anyhow::Result<Self> {
         let journal = Journal::open(state_directory).context("cannot open the journal")?;
         let options = Options {
@@ -96,16 +96,16 @@ impl<C: DomainBackend> Operations for Carried<C> {
 /// Passes what happens on to the metrics, and what does not end well to the Node.
 struct Told {
     metrics: Arc<Metrics>,
-    on_node: Option<(Events, ObjectReference)>,
+    on_node: Option<(EventRecorder, ObjectReference)>,
 }
 
 impl Listener for Told {
     fn changed(&self, record: &Record) {
         self.metrics.hotplug.changed(record);
         if let Some((events, node)) = &self.on_node
-            && let Some(happening) = news::of_operation(node, record)
+            && let Some(happening) = node_events::of_operation(node, record)
         {
-            events.tell(happening);
+            events.record(happening);
         }
     }
 

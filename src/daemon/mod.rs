@@ -32,7 +32,7 @@ use crate::executor::Executor;
 use crate::hypervisor::{ControlConfig, Libvirt, LibvirtConfig, LibvirtDomains};
 use crate::labeller::{Labeller, Outlets};
 use crate::monitor::Monitor;
-use crate::publish::events::Events;
+use crate::publish::events::EventRecorder;
 use crate::publish::file::FilePublisher;
 use crate::telemetry::Metrics;
 use api::Access;
@@ -199,7 +199,7 @@ fn start_hotplug(
     config: &Config,
     control: &Arc<LibvirtDomains>,
     metrics: &Arc<Metrics>,
-    events: Option<(Events, ObjectReference)>,
+    events: Option<(EventRecorder, ObjectReference)>,
     parts: &mut Parts,
 ) -> anyhow::Result<Option<Arc<Executor<LibvirtDomains>>>> {
     let started = serve_operations(config, control, metrics, events, parts);
@@ -213,7 +213,7 @@ fn serve_operations(
     config: &Config,
     control: &Arc<LibvirtDomains>,
     metrics: &Arc<Metrics>,
-    events: Option<(Events, ObjectReference)>,
+    events: Option<(EventRecorder, ObjectReference)>,
     parts: &mut Parts,
 ) -> anyhow::Result<Option<Arc<Executor<LibvirtDomains>>>> {
     // First: it also keeps a second daemon away from the journal.

@@ -15,7 +15,7 @@ use tokio::sync::mpsc::error::TrySendError;
 use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
 
-use crate::cluster::{Cluster, ClusterError, Happening, HappeningKind, Retry, WrittenEvent};
+use crate::cluster::{Cluster, ClusterError, EventKind, ObjectEvent, Retry, WrittenEvent};
 use crate::telemetry::metrics::Metrics;
 
 /// So many may wait to be written: a hundred operations that end at once, told on the Node and on
@@ -34,12 +34,12 @@ const TOO_OLD: Duration = Duration::from_secs(600);
 
 /// Where to tell what happened. Cheap to clone; never waits, never fails.
 #[derive(Clone)]
-pub struct Events {
-    queue: mpsc::Sender<(Happening, Timestamp)>,
+pub struct EventRecorder {
+    queue: mpsc::Sender<(ObjectEvent, Timestamp)>,
     metrics: Arc<Metrics>,
 }
 
-impl Events {
+impl EventRecorder {
     /// A place to tell, and the task that writes.
     pub fn new(cluster: Cluster, metrics: Arc<Metrics>) -> (Self, EventWriter) {
         let (sender, receiver) = mpsc::channel(QUEUE);
@@ -58,7 +58,7 @@ impl Events {
     }
 
     /// Tells that something happened now.
-    pub fn tell(&self, what: Happening) {
+    pub fn record(&self, what: ObjectEvent) {
         if let Err(TrySendError::Full(_)) = self.queue.try_send((what, Timestamp::now())) {
             dropped(&self.metrics, "queue-full");
         }
@@ -77,13 +77,13 @@ fn dropped(metrics: &Metrics, reason: &str) {
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct Same {
     object: [Option<String>; 4],
-    kind: HappeningKind,
+    kind: EventKind,
     reason: String,
     note: String,
 }
 
-impl From<&Happening> for Same {
-    fn from(what: &Happening) -> Self {
+impl From<&ObjectEvent> for Same {
+    fn from(what: &ObjectEvent) -> Self {
         let about = what.about.clone();
         Self {
             object: [about.kind, about.namespace, about.name, about.uid],
@@ -109,7 +109,7 @@ struct Series {
 /// Writes what was told.
 pub struct EventWriter {
     cluster: Cluster,
-    queue: mpsc::Receiver<(Happening, Timestamp)>,
+    queue: mpsc::Receiver<(ObjectEvent, Timestamp)>,
     series: HashMap<Same, Series>,
     retry: Retry,
     metrics: Arc<Metrics>,
@@ -135,7 +135,7 @@ impl EventWriter {
         }
     }
 
-    async fn take(&mut self, what: Happening, at: Timestamp) {
+    async fn take(&mut self, what: ObjectEvent, at: Timestamp) {
         let now = Instant::now();
         self.series
             .retain(|_, series| series.due.is_some() || series.seen.elapsed() < SAME_WITHIN);
@@ -170,7 +170,7 @@ impl EventWriter {
     }
 
     /// Writes a new event, and tries again until it is written, refused or too old.
-    async fn create(&self, what: &Happening, at: Timestamp) -> Option<WrittenEvent> {
+    async fn create(&self, what: &ObjectEvent, at: Timestamp) -> Option<WrittenEvent> {
         let mut failures = 0;
         loop {
             let error = match self.cluster.create_event(what, at).await {

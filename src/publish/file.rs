@@ -74,7 +74,7 @@ impl FileError {
 
 /// What `labels.json` holds, and `virtnode labels --output json` prints.
 #[derive(Debug, Serialize)]
-pub struct Report<'r> {
+pub struct LabelReport<'r> {
     /// The labels that are published.
     pub labels: &'r LabelSet,
     /// What could be no label.
@@ -83,7 +83,7 @@ pub struct Report<'r> {
     pub retained: &'r [Retained],
 }
 
-impl<'r> Report<'r> {
+impl<'r> LabelReport<'r> {
     /// A report of labels alone.
     pub fn of(labels: &'r LabelSet) -> Self {
         Self {
@@ -122,7 +122,7 @@ pub fn load(path: &Path) -> Result<LabelSet, FileError> {
 ///
 /// # Errors
 /// What the file system says.
-pub fn store(path: &Path, report: &Report<'_>) -> Result<bool, FileError> {
+pub fn store(path: &Path, report: &LabelReport<'_>) -> Result<bool, FileError> {
     let directory = path.parent().unwrap_or(Path::new("."));
     fs::create_dir_all(directory).map_err(io("create", directory))?;
     let mut text =
@@ -177,7 +177,7 @@ impl FilePublisher {
     ///
     /// # Errors
     /// The first file that could not be written.
-    pub fn publish(&self, report: &Report<'_>) -> Result<bool, FileError> {
+    pub fn publish(&self, report: &LabelReport<'_>) -> Result<bool, FileError> {
         let wrote_labels = store(&self.labels, report)?;
         let wrote_features = self.features_directory.is_dir() && {
             let path = self.features_directory.join(FEATURES_FILE);
@@ -278,7 +278,7 @@ mod tests {
     }
 
     fn publish(publisher: &FilePublisher, labels: &LabelSet) -> Result<bool, FileError> {
-        publisher.publish(&Report::of(labels))
+        publisher.publish(&LabelReport::of(labels))
     }
 
     #[test]

@@ -2,6 +2,6 @@
 
 pub mod events;
 pub mod file;
-pub mod news;
 pub mod node;
+pub mod node_events;
 pub mod virtualization;

@@ -17,13 +17,13 @@ use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use self::failures::PublishFailures;
-use super::events::Events;
-use crate::cluster::{Cluster, ClusterError, NodeState, Owners, Refusal, Seen};
+use super::events::EventRecorder;
+use crate::cluster::{ApplyConflicts, Cluster, ClusterError, NodeChange, NodeState, Owners};
 use crate::label::LabelSet;
 use crate::label::ownership::{Action, Decision, Memory, Shown, Situation, decide};
 use crate::telemetry::metrics::{Metrics, now_seconds};
 
-pub use self::report::{Problem, SyncState};
+pub use self::report::{SyncProblem, SyncState};
 pub use crate::cluster::Retry;
 
 /// So often in a row an apply may be refused because the Node changed meanwhile.
@@ -33,7 +33,7 @@ const WATCH_ERRORS: u32 = 3;
 
 /// How the Node is written to.
 #[derive(Debug, Clone)]
-pub struct Options {
+pub struct NodePublisherOptions {
     /// Take labels from other field managers that own them with another value.
     pub force_conflicts: bool,
     /// The first write is delayed at random by up to this, so that the nodes of a cluster do not
@@ -46,7 +46,7 @@ pub struct Options {
     pub retry: Retry,
 }
 
-impl Default for Options {
+impl Default for NodePublisherOptions {
     fn default() -> Self {
         Self {
             force_conflicts: false,
@@ -60,9 +60,9 @@ impl Default for Options {
 /// Keeps the labels of one Node as they should be.
 pub struct NodePublisher {
     cluster: Cluster,
-    events: Events,
+    events: EventRecorder,
     metrics: Arc<Metrics>,
-    options: Options,
+    options: NodePublisherOptions,
     state: watch::Sender<SyncState>,
 
     desired: Option<Arc<LabelSet>>,
@@ -81,7 +81,7 @@ pub struct NodePublisher {
 
 /// The watch of the Node and how it does.
 struct Watch {
-    stream: BoxStream<'static, Result<Seen, ClusterError>>,
+    stream: BoxStream<'static, Result<NodeChange, ClusterError>>,
     /// Errors in a row.
     errors: u32,
     told: bool,
@@ -114,7 +114,12 @@ enum Outcome {
 
 impl NodePublisher {
     /// Nothing is sent before [`Self::run`]. To be called within the runtime.
-    pub fn new(cluster: Cluster, events: Events, metrics: Arc<Metrics>, options: Options) -> Self {
+    pub fn new(
+        cluster: Cluster,
+        events: EventRecorder,
+        metrics: Arc<Metrics>,
+        options: NodePublisherOptions,
+    ) -> Self {
         let started = Instant::now();
         Self {
             events,
@@ -210,17 +215,17 @@ impl NodePublisher {
     }
 
     /// A change of the Node, or an error of the watch: is it time to look?
-    fn saw(&mut self, seen: Result<Seen, ClusterError>) {
+    fn saw(&mut self, seen: Result<NodeChange, ClusterError>) {
         let failures = self.failures.as_ref().map(PublishFailures::code);
         let look = match seen {
             Ok(seen) => {
                 self.watch_is_back();
                 match (failures, seen) {
-                    (None, Seen::Node(node)) => self.is_news(&node),
+                    (None, NodeChange::Node(node)) => self.is_news(&node),
                     // It tells the same as the failed look did.
-                    (_, Seen::Gone) => failures.is_none(),
+                    (_, NodeChange::Missing) => failures.is_none(),
                     // It works again. Other troubles take the time they take.
-                    (Some(code), Seen::Node(_)) => {
+                    (Some(code), NodeChange::Node(_)) => {
                         matches!(code, "api-unreachable" | "api-node-not-found")
                     }
                 }
@@ -242,7 +247,7 @@ impl NodePublisher {
         };
         let news = node.uid != self.uid
             || !self
-                .decide(&desired, &node.shown, &Refusal::new())
+                .decide(&desired, &node.shown, &ApplyConflicts::new())
                 .is_rest();
         if !news && self.state.borrow().synced {
             self.metrics.sync_last_success.set(now_seconds());
@@ -292,7 +297,7 @@ impl NodePublisher {
     }
 
     async fn sync(&mut self, desired: &LabelSet) -> Result<Outcome, ClusterError> {
-        let mut refused = Refusal::new();
+        let mut refused = ApplyConflicts::new();
         for round in 1.. {
             let node = self.cluster.observe().await?;
             self.meet(&node);
@@ -327,7 +332,7 @@ impl NodePublisher {
         Ok(Outcome::InSync)
     }
 
-    fn decide(&self, desired: &LabelSet, shown: &Shown, refused: &Refusal) -> Decision {
+    fn decide(&self, desired: &LabelSet, shown: &Shown, refused: &ApplyConflicts) -> Decision {
         decide(Situation {
             desired,
             shown,

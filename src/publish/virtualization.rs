@@ -27,7 +27,7 @@ use crate::units::Timestamp;
 
 /// How the object is written.
 #[derive(Debug, Clone)]
-pub struct Options {
+pub struct VirtualizationPublisherOptions {
     /// The first write is delayed at random by up to this, so that the nodes of a cluster do not
     /// all write at once.
     pub start_jitter: Duration,
@@ -40,7 +40,7 @@ pub struct Options {
     pub retry: Retry,
 }
 
-impl Default for Options {
+impl Default for VirtualizationPublisherOptions {
     fn default() -> Self {
         Self {
             start_jitter: Duration::from_secs(10),
@@ -59,7 +59,7 @@ impl Default for Options {
 pub struct VirtualizationPublisher {
     cluster: Cluster,
     metrics: Arc<Metrics>,
-    options: Options,
+    options: VirtualizationPublisherOptions,
 
     /// What is published, as far as it is known.
     published: Option<Published>,
@@ -88,7 +88,11 @@ struct Published {
 
 impl VirtualizationPublisher {
     /// Nothing is sent before [`Self::run`]. To be called within the runtime.
-    pub fn new(cluster: Cluster, metrics: Arc<Metrics>, options: Options) -> Self {
+    pub fn new(
+        cluster: Cluster,
+        metrics: Arc<Metrics>,
+        options: VirtualizationPublisherOptions,
+    ) -> Self {
         let write_from = Instant::now() + options.start_jitter.mul_f64(fastrand::f64());
         Self {
             cluster,
@@ -295,7 +299,7 @@ impl Published {
     fn new(
         object: NodeVirtualization,
         sent: Option<NodeVirtualizationStatus>,
-        options: &Options,
+        options: &VirtualizationPublisherOptions,
     ) -> Self {
         let shown = object.spec.facts;
         let now = Timestamp::from(jiff::Timestamp::now());

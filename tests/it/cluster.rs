@@ -15,7 +15,7 @@ use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use serde_json::{Value, json};
 use virtnode::cluster::{Cluster, ClusterConfig, ClusterError, Owners};
 use virtnode::label::LabelSet;
-use virtnode::publish::node::Options;
+use virtnode::publish::node::NodePublisherOptions;
 
 use crate::support::eventually;
 use crate::support::kube::{KubeServer, RIGHTS};
@@ -31,10 +31,10 @@ const DAEMON: &str = "system:serviceaccount:virtnode:virtnode";
 /// `benches/daemon.rs` measures.
 const REPAIRED_WITHIN: Duration = Duration::from_secs(20);
 
-fn options() -> Options {
-    Options {
+fn options() -> NodePublisherOptions {
+    NodePublisherOptions {
         start_jitter: Duration::ZERO,
-        ..Options::default()
+        ..NodePublisherOptions::default()
     }
 }
 

@@ -1,4 +1,4 @@
-//! Events on a real API server: written in their time, repeats as a series, lost ones counted.
+//! EventRecorder on a real API server: written in their time, repeats as a series, lost ones counted.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,8 +9,8 @@ use k8s_openapi::jiff::Timestamp;
 use kube::Api;
 use kube::api::ListParams;
 use tokio_util::sync::{CancellationToken, DropGuard};
-use virtnode::cluster::{Cluster, ClusterConfig, Happening, HappeningKind};
-use virtnode::publish::events::Events;
+use virtnode::cluster::{Cluster, ClusterConfig, EventKind, ObjectEvent};
+use virtnode::publish::events::EventRecorder;
 use virtnode::telemetry::Metrics;
 
 use crate::support::eventually;
@@ -20,7 +20,7 @@ use crate::support::kube::{KubeServer, RIGHTS};
 const LONG: Duration = Duration::from_secs(60);
 
 struct Told {
-    events: Events,
+    events: EventRecorder,
     cluster: Cluster,
     metrics: Arc<Metrics>,
     _stop: DropGuard,
@@ -35,7 +35,7 @@ impl Told {
         };
         let cluster = Cluster::connect(config).await?;
         let metrics = Arc::new(Metrics::new());
-        let (events, writer) = Events::new(cluster.clone(), Arc::clone(&metrics));
+        let (events, writer) = EventRecorder::new(cluster.clone(), Arc::clone(&metrics));
         let stop = CancellationToken::new();
         tokio::spawn(writer.run(stop.clone()));
         Ok(Self {
@@ -47,9 +47,9 @@ impl Told {
     }
 
     fn tell(&self, note: &str) {
-        self.events.tell(Happening {
+        self.events.record(ObjectEvent {
             about: self.cluster.node_reference(),
-            kind: HappeningKind::Warning,
+            kind: EventKind::Warning,
             reason: "HypervisorLost".to_owned(),
             action: "Connect",
             note: note.to_owned(),

@@ -9,7 +9,7 @@ use k8s_openapi::api::events::v1::Event;
 use kube::api::{Api, DeleteParams, DynamicObject, ListParams, Patch, PatchParams, PostParams};
 use serde_json::{Value, json};
 use virtnode::cluster::objects::{DomainHotplug, DomainHotplugStatus};
-use virtnode::cluster::{Cluster, ClusterConfig, ClusterError, HotplugObjects, Target};
+use virtnode::cluster::{Cluster, ClusterConfig, ClusterError, HotplugObjects, ObjectId};
 
 use crate::support::controller::{HotplugNode, becomes, condition};
 use crate::support::daemon::Daemon;
@@ -356,7 +356,7 @@ async fn what_is_said_of_an_object_is_said_of_no_other() -> anyhow::Result<()> {
         other => Err(anyhow::anyhow!("{call}: {other:?}")),
     };
     let uid = "0b9f2f3c-0000-4000-8000-000000000001";
-    let target = Target { name: "x", uid };
+    let target = ObjectId { name: "x", uid };
     let gone = async |when: &str, version: &str| {
         let status = objects.write_status(target, version, &status).await;
         is_gone(&format!("status {when}"), status.map(drop))?;

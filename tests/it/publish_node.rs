@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, ensure};
 use virtnode::cluster::Cluster;
 use virtnode::label::LabelSet;
-use virtnode::publish::node::{Options, Retry};
+use virtnode::publish::node::{NodePublisherOptions, Retry};
 
 use crate::support::eventually;
 use crate::support::fake_api::{FakeApi, Fault};
@@ -18,25 +18,25 @@ use crate::support::publisher::{Publisher, SOON, labels, until};
 const X: &str = "machine.virtnode.io/x";
 const Y: &str = "machine.virtnode.io/y";
 
-fn options() -> Options {
-    Options {
+fn options() -> NodePublisherOptions {
+    NodePublisherOptions {
         start_jitter: Duration::ZERO,
         retry: Retry {
             first: Duration::from_millis(20),
             longest: Duration::from_millis(100),
             needs_people: Duration::from_millis(100),
         },
-        ..Options::default()
+        ..NodePublisherOptions::default()
     }
 }
 
-/// Options of one who does not try again within a test.
-fn patient() -> Options {
+/// NodePublisherOptions of one who does not try again within a test.
+fn patient() -> NodePublisherOptions {
     let retry = Retry {
         first: Duration::from_secs(600),
         ..Retry::default()
     };
-    Options {
+    NodePublisherOptions {
         retry: Retry {
             needs_people: retry.first,
             ..retry
@@ -73,7 +73,7 @@ fn start_with(
     api: &FakeApi,
     pairs: &[(&str, &str)],
     already_published: LabelSet,
-    options: Options,
+    options: NodePublisherOptions,
 ) -> Running {
     let deadline = Duration::from_millis(200);
     let cluster = Cluster::with_client(api.client(), "node-a", deadline).expect("a name");
@@ -272,7 +272,7 @@ async fn force_is_never_used_on_what_was_not_looked_at() -> anyhow::Result<()> {
 async fn conflicts_are_taken_over_where_configured() -> anyhow::Result<()> {
     let api = FakeApi::with_node();
     api.change(|node| node.force_apply("kubevirt", X, "mine"));
-    let options = Options {
+    let options = NodePublisherOptions {
         force_conflicts: true,
         ..options()
     };
@@ -358,7 +358,7 @@ async fn a_watch_that_hangs_breaks_or_expires_is_made_again() -> anyhow::Result<
 #[tokio::test]
 async fn a_watch_that_is_told_nothing_is_replaced() -> anyhow::Result<()> {
     let api = FakeApi::with_node();
-    let options = Options {
+    let options = NodePublisherOptions {
         fallback: Duration::from_millis(100),
         ..options()
     };
@@ -377,7 +377,7 @@ async fn a_watch_that_is_told_nothing_is_replaced() -> anyhow::Result<()> {
 async fn without_a_watch_the_labels_are_looked_after_all_the_same() -> anyhow::Result<()> {
     let api = FakeApi::with_node();
     api.break_calls("list", Fault::Status(403), usize::MAX);
-    let options = Options {
+    let options = NodePublisherOptions {
         fallback: Duration::from_millis(100),
         ..options()
     };
@@ -483,7 +483,7 @@ async fn a_missing_right_is_told_and_not_asked_for_all_the_time() -> anyhow::Res
 #[tokio::test]
 async fn the_first_write_may_wait_and_what_is_in_place_does_not() -> anyhow::Result<()> {
     let api = FakeApi::with_node();
-    let slow = Options {
+    let slow = NodePublisherOptions {
         start_jitter: Duration::from_secs(1_000_000),
         ..options()
     };

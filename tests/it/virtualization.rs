@@ -9,7 +9,7 @@ use virtnode::capability::{
     Capabilities, CpuDefinition, CpuModel, DomainCapabilities, HostFacts, IommuKind, NodeFacts,
     PolicyFeature, Usable, Version,
 };
-use virtnode::cluster::objects::node_virtualization::{Guest, HYPERVISOR_CONNECTED, PROBED};
+use virtnode::cluster::objects::node_virtualization::{GuestStatus, HYPERVISOR_CONNECTED, PROBED};
 use virtnode::cluster::objects::{Condition, NodeVirtualization, NodeVirtualizationStatus};
 use virtnode::hypervisor::Connection;
 use virtnode::label::{InUse, Retained, RetentionReason, Source};
@@ -81,7 +81,8 @@ fn a_real_node_is_told_as_a_whole() {
     );
     let wanted = ["aarch64".to_owned()];
     let snapshot = Snapshot::new(&reading(), &[], &wanted, at(0)).facts;
-    let foreign = |guest: &&Guest| guest.architecture != "x86_64" && !guest.machines.is_empty();
+    let foreign =
+        |guest: &&GuestStatus| guest.architecture != "x86_64" && !guest.machines.is_empty();
     let foreign: Vec<_> = snapshot.guests.iter().filter(foreign).collect();
     assert_eq!(foreign.len(), 1);
     assert_eq!(foreign[0].architecture, "aarch64");

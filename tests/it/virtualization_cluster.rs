@@ -17,7 +17,9 @@ use virtnode::cluster::{Cluster, ClusterConfig, Retry};
 use virtnode::hypervisor::Connection;
 use virtnode::label::Source;
 use virtnode::probe::Failure;
-use virtnode::publish::virtualization::{Options, Snapshot, VirtualizationPublisher};
+use virtnode::publish::virtualization::{
+    Snapshot, VirtualizationPublisher, VirtualizationPublisherOptions,
+};
 use virtnode::telemetry::Metrics;
 
 use crate::support::eventually;
@@ -35,7 +37,11 @@ struct Writer {
 }
 
 impl Writer {
-    async fn start(server: &KubeServer, node: &str, options: Options) -> anyhow::Result<Self> {
+    async fn start(
+        server: &KubeServer,
+        node: &str,
+        options: VirtualizationPublisherOptions,
+    ) -> anyhow::Result<Self> {
         let kubeconfig = server.pod_kubeconfig("virtnode", "virtnode", node).await?;
         let config = ClusterConfig {
             kubeconfig: Some(kubeconfig),
@@ -75,15 +81,15 @@ impl Writer {
     }
 }
 
-fn options() -> Options {
-    Options {
+fn options() -> VirtualizationPublisherOptions {
+    VirtualizationPublisherOptions {
         start_jitter: Duration::ZERO,
         settle: Duration::ZERO,
         retry: Retry {
             needs_people: Duration::from_secs(1),
             ..Retry::default()
         },
-        ..Options::default()
+        ..VirtualizationPublisherOptions::default()
     }
 }
 
@@ -227,7 +233,7 @@ async fn the_time_of_a_probe_alone_is_written_after_an_hour_only() -> anyhow::Re
     let writer = Writer::start(
         &server,
         "n1",
-        Options {
+        VirtualizationPublisherOptions {
             refresh,
             ..options()
         },

@@ -98,7 +98,7 @@ pub struct DomainHotplugSpec {
     /// guest's firmware interface or driver confirmed it. Online: the guest uses it (for an unplug: it
     /// is gone everywhere). Online unless given.
     #[serde(default)]
-    pub require: Level,
+    pub require: RequireLevel,
     /// How long after it was taken on (status.startTime) there must be a verdict. Waiting for other
     /// operations on the same domain counts. From 1 to 3600; 120 unless given.
     #[serde(default = "deadline_seconds")]
@@ -163,7 +163,7 @@ pub struct MemoryTarget {
 
 /// A level of proof.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-pub enum Level {
+pub enum RequireLevel {
     // No doc comments: the schema would become one of three objects instead of three words.
     #[allow(missing_docs)]
     Accepted,
@@ -174,12 +174,12 @@ pub enum Level {
     Online,
 }
 
-impl From<Level> for Require {
-    fn from(level: Level) -> Self {
+impl From<RequireLevel> for Require {
+    fn from(level: RequireLevel) -> Self {
         match level {
-            Level::Accepted => Self::Accepted,
-            Level::Acknowledged => Self::Acknowledged,
-            Level::Online => Self::Online,
+            RequireLevel::Accepted => Self::Accepted,
+            RequireLevel::Acknowledged => Self::Acknowledged,
+            RequireLevel::Online => Self::Online,
         }
     }
 }
@@ -231,13 +231,13 @@ pub struct DomainHotplugStatus {
     pub after: Option<AmountStatus>,
     /// What was seen, in order.
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub evidence: Vec<Witness>,
+    pub evidence: Vec<EvidenceStatus>,
     /// The hypervisor's own error, if it had one, whether or not it was the last word.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hypervisor_error: Option<String>,
     /// What is wrong with the guest and what to do, if it is the guest.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub diagnosis: Option<Finding>,
+    pub diagnosis: Option<DiagnosisStatus>,
     /// Accepted: whether the object is sound and was taken on; if not, the reason is InvalidSpec or
     /// WrongNode. Progressing: whether it is being done. Succeeded: whether it was, Unknown until there
     /// is a verdict. The reason is the verdict, once there is one; before, Queued or Running.
@@ -287,7 +287,7 @@ impl From<Amount> for AmountStatus {
 
 /// One piece of evidence.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-pub struct Witness {
+pub struct EvidenceStatus {
     /// Where it comes from: hypervisor-call, live-xml, acpi-ost, device-event, guest-agent, vcpu-time,
     /// virtio-mem, balloon-stats or lifecycle.
     pub source: String,
@@ -298,7 +298,7 @@ pub struct Witness {
     pub time: Timestamp,
 }
 
-impl From<Evidence> for Witness {
+impl From<Evidence> for EvidenceStatus {
     fn from(evidence: Evidence) -> Self {
         Self {
             source: evidence.source.as_str().to_owned(),
@@ -310,7 +310,7 @@ impl From<Evidence> for Witness {
 
 /// What is wrong with the guest, and what to do.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-pub struct Finding {
+pub struct DiagnosisStatus {
     /// A short word for programs.
     pub code: String,
     /// What was seen.
@@ -319,7 +319,7 @@ pub struct Finding {
     pub remedy: String,
 }
 
-impl From<Diagnosis> for Finding {
+impl From<Diagnosis> for DiagnosisStatus {
     fn from(diagnosis: Diagnosis) -> Self {
         Self {
             code: diagnosis.code,

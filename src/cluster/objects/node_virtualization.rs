@@ -90,36 +90,36 @@ pub struct NodeVirtualizationStatus {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub eim: Option<String>,
     /// The versions of what runs there.
-    pub versions: Versions,
+    pub versions: VersionsStatus,
     /// The host's IOMMU and what devices can be handed to guests with.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub iommu: Option<Iommu>,
+    pub iommu: Option<IommuStatus>,
     /// Whether guests can be hypervisors themselves.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub nested: Option<bool>,
     /// The host's time stamp counter.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub tsc: Option<Tsc>,
+    pub tsc: Option<TscStatus>,
     /// Kinds of confidential guests and enclaves: `sev`, `sev-es`, `sev-snp`, `tdx`, `sgx`,
     /// `s390-pv`.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub security: Vec<String>,
     /// What guests can have of a CPU.
-    pub cpu: Cpu,
+    pub cpu: CpuStatus,
     /// The guest architectures, the host's own first. Machine types are listed for that one, and
     /// for those that the daemon's configuration names in labels.guestArchitectures.
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub guests: Vec<Guest>,
+    pub guests: Vec<GuestStatus>,
     /// Running domains that keep a label on the Node that the hypervisor no longer stands for.
     /// When they have ended, the label goes. At most 32 are listed.
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub holds: Vec<Hold>,
+    pub holds: Vec<LabelHolder>,
 }
 
 /// The versions of what runs on a node.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
-pub struct Versions {
+pub struct VersionsStatus {
     /// The daemon that wrote this.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub virtnode: Option<String>,
@@ -134,7 +134,7 @@ pub struct Versions {
 /// The host's IOMMU, and what of it can be used.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
-pub struct Iommu {
+pub struct IommuStatus {
     /// `vt-d`, `amd-vi`, `smmu`, `other` or `none`.
     pub kind: String,
     /// How many groups of devices there are that can be handed to a guest each.
@@ -148,7 +148,7 @@ pub struct Iommu {
 /// The host's time stamp counter.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
-pub struct Tsc {
+pub struct TscStatus {
     /// Its frequency, in Hz.
     pub frequency_hz: u64,
     /// Whether guests can have another one.
@@ -159,7 +159,7 @@ pub struct Tsc {
 /// What guests of the host's architecture can have of a CPU, with the best accelerator.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
-pub struct Cpu {
+pub struct CpuStatus {
     /// The CPU's vendor.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vendor: Option<String>,
@@ -171,7 +171,7 @@ pub struct Cpu {
     pub usable_models: Option<u32>,
     /// The named models that the hypervisor knows.
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub models: Vec<CpuModel>,
+    pub models: Vec<CpuModelStatus>,
     /// The CPU features that the hypervisor can give, in libvirt's spelling.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub features: Vec<String>,
@@ -183,7 +183,7 @@ pub struct Cpu {
 /// A named CPU model.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
-pub struct CpuModel {
+pub struct CpuModelStatus {
     /// libvirt's name of it.
     pub name: String,
     /// Whether it runs there as it is: `yes`, `no` or `unknown`.
@@ -203,20 +203,20 @@ pub struct CpuModel {
 /// One guest architecture.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
-pub struct Guest {
+pub struct GuestStatus {
     /// The architecture in libvirt's spelling.
     pub architecture: String,
     /// The domain types that such a guest can have, the best one first: `kvm`, `qemu`.
     pub domain_types: Vec<String>,
     /// The machine types by canonical name, with what a domain of the best type can have.
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub machines: Vec<Machine>,
+    pub machines: Vec<MachineStatus>,
 }
 
 /// A machine type.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
-pub struct Machine {
+pub struct MachineStatus {
     /// The canonical name, which means the same on every node with it: `pc-q35-10.0`.
     pub name: String,
     /// The most vCPUs that a domain of it can really have there; unknown if missing,
@@ -238,7 +238,7 @@ pub struct Machine {
 /// A running domain that keeps labels on the Node.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
-pub struct Hold {
+pub struct LabelHolder {
     /// The domain's name.
     pub domain: String,
     /// Its UUID.

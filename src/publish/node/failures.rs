@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::report::Problem;
+use super::report::SyncProblem;
 use super::{NodePublisher, Watch};
 use crate::cluster::ClusterError;
 
@@ -67,7 +67,7 @@ impl NodePublisher {
                 node = self.cluster.node(), code, %error,
                 "labels cannot be published; trying again"
             );
-            let problem = Problem {
+            let problem = SyncProblem {
                 code,
                 message: error.to_string(),
             };

@@ -5,7 +5,7 @@ use std::fmt::{Display, Write as _};
 use std::sync::Arc;
 
 use super::NodePublisher;
-use crate::cluster::{Happening, HappeningKind};
+use crate::cluster::{EventKind, ObjectEvent};
 use crate::label::ownership::{Action, Cause, Conflict, Decision};
 use crate::label::{LabelKey, LabelSet};
 
@@ -20,12 +20,12 @@ pub struct SyncState {
     /// Labels that are left to others.
     pub conflicts: Arc<BTreeMap<LabelKey, Conflict>>,
     /// Why the last attempt failed, until one succeeds.
-    pub problem: Option<Problem>,
+    pub problem: Option<SyncProblem>,
 }
 
 /// A failure to publish.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Problem {
+pub struct SyncProblem {
     /// The bounded word for it, as in the metrics.
     pub code: &'static str,
     /// The sentence for people.
@@ -43,18 +43,18 @@ impl NodePublisher {
                 .iter()
                 .map(|key| tell(key, decision))
                 .collect();
-            self.events.tell(Happening {
+            self.events.record(ObjectEvent {
                 about: self.cluster.node_reference(),
-                kind: HappeningKind::Warning,
+                kind: EventKind::Warning,
                 reason: "LabelConflict".to_owned(),
                 action: "LeaveLabel",
                 note: format!("labels left to others: {}", list(&told)),
             });
         }
         if !decision.removed.is_empty() {
-            self.events.tell(Happening {
+            self.events.record(ObjectEvent {
                 about: self.cluster.node_reference(),
-                kind: HappeningKind::Normal,
+                kind: EventKind::Normal,
                 reason: "LabelsRemoved".to_owned(),
                 action: "RemoveLabel",
                 note: format!("no longer on this node: {}", list(&decision.removed)),

@@ -2,11 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use crate::capability::{
-    CanonicalMachine, CpuModel as Model, HostFacts, NodeFacts, Usable, VcpuMax,
-};
+use crate::capability::{CanonicalMachine, CpuModel, HostFacts, NodeFacts, Usable, VcpuMax};
 use crate::cluster::objects::node_virtualization::{
-    Cpu, CpuModel, Guest, Hold, Iommu, Machine, NodeVirtualizationStatus, Tsc, Versions,
+    CpuModelStatus, CpuStatus, GuestStatus, IommuStatus, LabelHolder, MachineStatus,
+    NodeVirtualizationStatus, TscStatus, VersionsStatus,
 };
 use crate::label::{Retained, RetentionReason};
 use crate::probe::DomainInUse;
@@ -34,7 +33,7 @@ pub(super) fn describe(facts: &NodeFacts, wanted: &[String]) -> NodeVirtualizati
         max_vcpus: largest.and_then(VcpuMax::number),
         kvm_max_vcpus: facts.kvm_max_vcpus,
         eim: facts.eim().map(|eim| eim.as_str().to_owned()),
-        versions: Versions {
+        versions: VersionsStatus {
             virtnode: Some(env!("CARGO_PKG_VERSION").to_owned()),
             libvirt: text(facts.libvirt_version),
             qemu: text(facts.qemu_version()),
@@ -43,7 +42,7 @@ pub(super) fn describe(facts: &NodeFacts, wanted: &[String]) -> NodeVirtualizati
         nested: host.map(|host| host.nested),
         tsc: capabilities
             .and_then(|capabilities| capabilities.host.cpu.as_ref()?.tsc)
-            .map(|tsc| Tsc {
+            .map(|tsc| TscStatus {
                 frequency_hz: tsc.frequency_hz,
                 scaling: tsc.scaling,
             }),
@@ -55,7 +54,7 @@ pub(super) fn describe(facts: &NodeFacts, wanted: &[String]) -> NodeVirtualizati
 }
 
 /// The running domains behind labels that are kept for them, by name.
-pub(super) fn holds(retained: &[Retained], domains: &[DomainInUse]) -> Vec<Hold> {
+pub(super) fn holds(retained: &[Retained], domains: &[DomainInUse]) -> Vec<LabelHolder> {
     let kept = || {
         retained
             .iter()
@@ -63,13 +62,13 @@ pub(super) fn holds(retained: &[Retained], domains: &[DomainInUse]) -> Vec<Hold>
     };
     let hold = |domain: &DomainInUse| {
         let labels = kept().filter(|label| domain.in_use.needs(&label.key));
-        Hold {
+        LabelHolder {
             domain: domain.name.chars().take(NAME_MAX).collect(),
             uuid: domain.uuid.clone(),
             labels: labels.map(|label| label.key.to_string()).collect(),
         }
     };
-    let mut holds: Vec<Hold> = domains
+    let mut holds: Vec<LabelHolder> = domains
         .iter()
         .map(hold)
         .filter(|hold| !hold.labels.is_empty())
@@ -79,8 +78,8 @@ pub(super) fn holds(retained: &[Retained], domains: &[DomainInUse]) -> Vec<Hold>
     holds
 }
 
-fn iommu(host: &HostFacts) -> Iommu {
-    Iommu {
+fn iommu(host: &HostFacts) -> IommuStatus {
+    IommuStatus {
         kind: host.iommu.as_str().to_owned(),
         groups: host.iommu_groups,
         vfio: host.vfio,
@@ -88,15 +87,15 @@ fn iommu(host: &HostFacts) -> Iommu {
     }
 }
 
-fn cpu(facts: &NodeFacts) -> Cpu {
+fn cpu(facts: &NodeFacts) -> CpuStatus {
     let Some(document) = facts.primary_document() else {
-        return Cpu::default();
+        return CpuStatus::default();
     };
     let host_model = document.cpu.host_model.as_ref();
     let host_model = host_model.filter(|host_model| host_model.supported);
     let models = models(&document.cpu.models);
     let usable = models.iter().filter(|model| model.usable == "yes").count();
-    Cpu {
+    CpuStatus {
         vendor: host_model.and_then(|model| model.vendor.clone()),
         host_model: host_model.and_then(|model| model.model.clone()),
         usable_models: u32::try_from(usable).ok(),
@@ -106,16 +105,16 @@ fn cpu(facts: &NodeFacts) -> Cpu {
     }
 }
 
-fn models(models: &[Model]) -> Vec<CpuModel> {
-    let by_name: BTreeMap<&str, &Model> = models.iter().map(|m| (m.name.as_str(), m)).collect();
-    let describe = |model: &Model| {
+fn models(models: &[CpuModel]) -> Vec<CpuModelStatus> {
+    let by_name: BTreeMap<&str, &CpuModel> = models.iter().map(|m| (m.name.as_str(), m)).collect();
+    let describe = |model: &CpuModel| {
         let meant = model
             .canonical
             .as_deref()
             .and_then(|name| by_name.get(name));
         // libvirt prints them twice.
         let told = meant.is_some_and(|meant| meant.blockers == model.blockers);
-        CpuModel {
+        CpuModelStatus {
             name: model.name.clone(),
             usable: match model.usable {
                 Some(Usable::Yes) => "yes",
@@ -136,7 +135,7 @@ fn models(models: &[Model]) -> Vec<CpuModel> {
 }
 
 /// The guest architectures, the host's own first, the others by name.
-fn guests(facts: &NodeFacts, wanted: &[String]) -> Vec<Guest> {
+fn guests(facts: &NodeFacts, wanted: &[String]) -> Vec<GuestStatus> {
     let native = facts.native_arch();
     let listed = facts.capabilities.iter().flat_map(|c| &c.guests);
     let mut archs: Vec<&str> = listed.map(|guest| guest.arch.as_str()).collect();
@@ -149,7 +148,7 @@ fn guests(facts: &NodeFacts, wanted: &[String]) -> Vec<Guest> {
         .collect()
 }
 
-fn guest(facts: &NodeFacts, arch: &str, with_machines: bool) -> Guest {
+fn guest(facts: &NodeFacts, arch: &str, with_machines: bool) -> GuestStatus {
     let best = facts.best_domain_type(arch);
     let listed = facts.capabilities.iter().flat_map(|c| &c.guests);
     let offered = listed
@@ -166,7 +165,7 @@ fn guest(facts: &NodeFacts, arch: &str, with_machines: bool) -> Guest {
             .map(|m| m.max_vcpus)
             .fold(VcpuMax::Unknown, VcpuMax::min);
         let max_vcpus = here.effective_max.number();
-        Machine {
+        MachineStatus {
             name: here.name.to_owned(),
             max_vcpus,
             qemu_max_vcpus: by_qemu.number().filter(|max| Some(*max) != max_vcpus),
@@ -177,7 +176,7 @@ fn guest(facts: &NodeFacts, arch: &str, with_machines: bool) -> Guest {
             deprecated: here.deprecated,
         }
     };
-    Guest {
+    GuestStatus {
         architecture: arch.to_owned(),
         domain_types: owned(&domain_types),
         machines: match with_machines {

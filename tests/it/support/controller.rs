@@ -12,12 +12,12 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use virtnode::cluster::objects::Condition;
 use virtnode::cluster::{Cluster, HotplugObjects, Retry};
-use virtnode::controller::{Controller, Options};
+use virtnode::controller::{Controller, ControllerOptions};
 use virtnode::executor::{Executor, Listener, Options as ExecutorOptions};
 use virtnode::journal::Journal;
 use virtnode::operation::Record;
-use virtnode::publish::events::Events;
-use virtnode::publish::news;
+use virtnode::publish::events::EventRecorder;
+use virtnode::publish::node_events;
 use virtnode::telemetry::Metrics;
 
 use super::eventually;
@@ -27,13 +27,13 @@ use super::fake_domains::FakeControl;
 const SOON: Duration = Duration::from_secs(60);
 
 /// Who tries again at once.
-pub(crate) fn options() -> Options {
+pub(crate) fn options() -> ControllerOptions {
     let retry = Retry {
         first: Duration::from_millis(20),
         longest: Duration::from_millis(100),
         needs_people: Duration::from_millis(100),
     };
-    Options {
+    ControllerOptions {
         start_jitter: Duration::ZERO,
         retry,
         look_again: retry,
@@ -48,7 +48,7 @@ pub(crate) struct HotplugNode {
     pub(crate) metrics: Arc<Metrics>,
     watched: watch::Receiver<Option<Condition>>,
     cluster: Cluster,
-    events: Events,
+    events: EventRecorder,
     executor_options: ExecutorOptions,
     state: TempDir,
     token: CancellationToken,
@@ -57,12 +57,12 @@ pub(crate) struct HotplugNode {
 }
 
 /// Tells on the Node what the daemon tells there.
-struct OnNode(Events, Cluster);
+struct OnNode(EventRecorder, Cluster);
 
 impl Listener for OnNode {
     fn changed(&self, record: &Record) {
-        let happening = news::of_operation(&self.1.node_reference(), record);
-        happening.into_iter().for_each(|it| self.0.tell(it));
+        let happening = node_events::of_operation(&self.1.node_reference(), record);
+        happening.into_iter().for_each(|it| self.0.record(it));
     }
 
     fn concluded_after(&self, _: Duration) {}
@@ -79,7 +79,7 @@ impl HotplugNode {
         let state = TempDir::new().unwrap();
         let control = FakeControl::new();
         let metrics = Arc::new(Metrics::new());
-        let (events, writer) = Events::new(cluster.clone(), Arc::clone(&metrics));
+        let (events, writer) = EventRecorder::new(cluster.clone(), Arc::clone(&metrics));
         let writing = CancellationToken::new();
         tokio::spawn(writer.run(writing.clone()));
         let on_node = OnNode(events.clone(), cluster.clone());

@@ -9,8 +9,8 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use virtnode::cluster::Cluster;
 use virtnode::label::LabelSet;
-use virtnode::publish::events::Events;
-use virtnode::publish::node::{NodePublisher, Options, SyncState};
+use virtnode::publish::events::EventRecorder;
+use virtnode::publish::node::{NodePublisher, NodePublisherOptions, SyncState};
 use virtnode::telemetry::metrics::Metrics;
 
 use super::eventually;
@@ -48,11 +48,11 @@ impl Publisher {
         cluster: Cluster,
         desired: LabelSet,
         already_published: LabelSet,
-        options: Options,
+        options: NodePublisherOptions,
     ) -> Self {
         let metrics = Arc::new(Metrics::new());
         let token = CancellationToken::new();
-        let (events, writer) = Events::new(cluster.clone(), metrics.clone());
+        let (events, writer) = EventRecorder::new(cluster.clone(), metrics.clone());
         tokio::spawn(writer.run(token.clone()));
         let publisher = NodePublisher::new(cluster, events, metrics.clone(), options);
         let desired = watch::Sender::new(Some(Arc::new(desired)));

@@ -8,8 +8,8 @@ use std::time::Duration;
 use tokio::sync::{Notify, Semaphore};
 use tokio::time::Instant;
 
-use crate::cluster::{ClusterError, Happening, HappeningKind, HotplugObjects, Retry, Target};
-use crate::publish::events::Events;
+use crate::cluster::{ClusterError, EventKind, HotplugObjects, ObjectEvent, ObjectId, Retry};
+use crate::publish::events::EventRecorder;
 use crate::telemetry::Metrics;
 use crate::units::Timestamp;
 
@@ -20,12 +20,12 @@ const CALLS: usize = 4;
 const SAME_NODE: Duration = Duration::from_secs(60);
 
 /// What the lives of all objects share.
-pub(super) struct Shared {
+pub(super) struct ObjectClient {
     pub(super) objects: HotplugObjects,
     pub(super) retry: Retry,
     /// Told when the API server does again what it is asked.
     pub(super) back: Notify,
-    events: Events,
+    events: EventRecorder,
     metrics: Arc<Metrics>,
     calls: Semaphore,
     trouble: Mutex<Option<&'static str>>,
@@ -33,11 +33,11 @@ pub(super) struct Shared {
     node: tokio::sync::Mutex<Option<(String, Instant)>>,
 }
 
-impl Shared {
+impl ObjectClient {
     pub(super) fn new(
         objects: HotplugObjects,
         retry: Retry,
-        events: Events,
+        events: EventRecorder,
         metrics: Arc<Metrics>,
     ) -> Self {
         Self {
@@ -73,13 +73,13 @@ impl Shared {
     }
 
     /// Tells how an object ended, in an event about it.
-    pub(super) fn tell(
+    pub(super) fn emit_event(
         &self,
-        target: Target<'_>,
-        (kind, reason): (HappeningKind, String),
+        target: ObjectId<'_>,
+        (kind, reason): (EventKind, String),
         note: &str,
     ) {
-        self.events.tell(Happening {
+        self.events.record(ObjectEvent {
             about: self.objects.reference(target),
             kind,
             reason,

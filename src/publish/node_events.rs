@@ -8,8 +8,8 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
-use super::events::Events;
-use crate::cluster::{Happening, HappeningKind};
+use super::events::EventRecorder;
+use crate::cluster::{EventKind, ObjectEvent};
 use crate::hotplug::Verdict;
 use crate::hypervisor::Connection;
 use crate::operation::Record;
@@ -19,15 +19,15 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Tells of the hypervisor on the Node until `token` is cancelled: that it is lost, after a moment
 /// of patience, and then that it is back.
-pub async fn tell_of_hypervisor(
-    events: Events,
+pub async fn report_hypervisor(
+    events: EventRecorder,
     node: ObjectReference,
     connection: watch::Receiver<Connection>,
     token: CancellationToken,
 ) {
     token
         .run_until_cancelled(follow(connection, |lost| {
-            events.tell(hypervisor(&node, lost));
+            events.record(hypervisor(&node, lost));
         }))
         .await;
 }
@@ -60,20 +60,20 @@ async fn follow(mut connection: watch::Receiver<Connection>, tell: impl Fn(bool)
     }
 }
 
-fn hypervisor(node: &ObjectReference, lost: bool) -> Happening {
+fn hypervisor(node: &ObjectReference, lost: bool) -> ObjectEvent {
     let (kind, reason, note) = match lost {
         true => (
-            HappeningKind::Warning,
+            EventKind::Warning,
             "HypervisorLost",
             "There is no connection to libvirt. Labels stay as they are, hotplug is refused; virtnode goes on trying.",
         ),
         false => (
-            HappeningKind::Normal,
+            EventKind::Normal,
             "HypervisorBack",
             "There is a connection to libvirt again.",
         ),
     };
-    Happening {
+    ObjectEvent {
         about: node.clone(),
         kind,
         reason: reason.to_owned(),
@@ -86,15 +86,15 @@ fn hypervisor(node: &ObjectReference, lost: bool) -> Happening {
 ///
 /// `None` while there is no verdict, and for one that was put right later, which was told when it
 /// was given.
-pub fn of_operation(node: &ObjectReference, record: &Record) -> Option<Happening> {
+pub fn of_operation(node: &ObjectReference, record: &Record) -> Option<ObjectEvent> {
     let verdict = record.verdict?;
     if verdict == Verdict::Verified || record.corrected.is_some() {
         return None;
     }
     let message = record.message.as_deref().unwrap_or_default();
-    Some(Happening {
+    Some(ObjectEvent {
         about: node.clone(),
-        kind: HappeningKind::Warning,
+        kind: EventKind::Warning,
         reason: format!("Hotplug{verdict}"),
         action: "Hotplug",
         // A tenant's text.
