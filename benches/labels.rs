@@ -11,7 +11,9 @@ use std::hint::black_box;
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main};
 use virtnode::capability::{Capabilities, DomainCapabilities, NodeFacts, Version};
-use virtnode::label::{Derivation, InUse, Policy, Probe, Published, Schema, derive};
+use virtnode::label::{
+    CapabilitiesInUse, Derivation, Policy, ProbeResult, PublishedLabels, Schema, derive,
+};
 use virtnode::telemetry::Metrics;
 
 /// The guests that are kept of the capabilities, for about 17 KB.
@@ -136,12 +138,12 @@ fn measure<T: AsRef<str>>(group: &mut BenchmarkGroup<'_, WallTime>, name: &str, 
 fn at_rest(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("at rest");
     let derived = DEBIAN_13.labels(Schema::Both).labels;
-    let mut published = Published::starting_from(derived.clone());
-    let in_use = InUse::default();
+    let mut published = PublishedLabels::starting_from(derived.clone());
+    let in_use = CapabilitiesInUse::default();
     let id = format!("{} labels that stay as they are", derived.len());
     group.bench_function(id, |bencher| {
         bencher.iter(|| {
-            published.take(Probe {
+            published.update(ProbeResult {
                 labels: black_box(&derived),
                 failed: &[],
                 in_use: &in_use,

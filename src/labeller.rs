@@ -17,10 +17,10 @@ use crate::capability::{CanonicalMachine, NodeFacts};
 use crate::host;
 use crate::hypervisor::{Connection, NodeSource};
 use crate::label::{
-    Change, FAMILIES, Invalid, LabelSet, Policy, Probe, Published, Rejected, RetentionReason,
-    Source, derive, family,
+    FAMILIES, FactSource, InvalidLabel, LabelChange, LabelSet, Policy, ProbeResult,
+    PublishedLabels, RejectedLabel, RetentionReason, derive, family,
 };
-use crate::probe::{Failure, Prober, Reading};
+use crate::probe::{Prober, Reading, SourceFailure};
 use crate::publish::file::{FilePublisher, LabelReport};
 use crate::publish::virtualization::Snapshot;
 use crate::telemetry::Metrics;
@@ -34,40 +34,40 @@ const AFTER_FAILURE: Duration = Duration::from_secs(10);
 
 /// Where label sets are handed over.
 #[derive(Default)]
-pub struct Outlets {
+pub struct Outputs {
     /// Files, written by this service itself.
     pub file: Option<FilePublisher>,
     /// The Node's publisher.
     pub node: Option<watch::Sender<Option<Arc<LabelSet>>>>,
     /// What the Node has of ours, as soon as that is known. Before that no set is handed to the
     /// Node's publisher: what it lacks would be removed without proof.
-    pub found_on_node: Option<oneshot::Receiver<LabelSet>>,
+    pub existing_labels: Option<oneshot::Receiver<LabelSet>>,
     /// What labels cannot carry, for the `NodeVirtualization`'s publisher.
-    pub pictures: Option<watch::Sender<Option<Arc<Snapshot>>>>,
+    pub snapshots: Option<watch::Sender<Option<Arc<Snapshot>>>>,
 }
 
 /// How far the labeller is, for readiness.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Progress {
+pub struct LabellerProgress {
     /// Whether one probe has read every source.
     pub probed: bool,
     /// Whether the files hold a label set; true as well where none are wanted.
     pub files_written: bool,
     /// What the last probe could not read.
-    pub failures: Vec<Failure>,
+    pub failures: Vec<SourceFailure>,
     /// Why the files could not be written.
     pub file_problem: Option<String>,
 }
 
 /// The last probe, for those who want to know more than labels.
 #[derive(Debug, Clone, Default)]
-pub struct Latest {
+pub struct LatestProbe {
     /// What it read.
     pub facts: Arc<NodeFacts>,
     /// What it could not read.
-    pub failures: Vec<Failure>,
+    pub failures: Vec<SourceFailure>,
     /// Labels that were left out.
-    pub rejected: Vec<Rejected>,
+    pub rejected: Vec<RejectedLabel>,
 }
 
 /// Keeps the published labels true.
@@ -77,13 +77,13 @@ pub struct Labeller<H> {
     policy: Policy,
     interval: Duration,
     root: PathBuf,
-    outlets: Outlets,
+    outlets: Outputs,
     metrics: Arc<Metrics>,
-    progress: watch::Sender<Progress>,
-    latest: watch::Sender<Option<Arc<Latest>>>,
+    progress: watch::Sender<LabellerProgress>,
+    latest: watch::Sender<Option<Arc<LatestProbe>>>,
 
-    published: Published,
-    rejected: Vec<Rejected>,
+    published: PublishedLabels,
+    rejected: Vec<RejectedLabel>,
     /// The emulators that capabilities were read from.
     emulators: Vec<String>,
 }
@@ -95,7 +95,7 @@ impl<H: NodeSource> Labeller<H> {
         policy: Policy,
         interval: Duration,
         root: PathBuf,
-        outlets: Outlets,
+        outlets: Outputs,
         metrics: Arc<Metrics>,
     ) -> Self {
         let before = outlets.file.as_ref().map(FilePublisher::load);
@@ -105,9 +105,9 @@ impl<H: NodeSource> Labeller<H> {
                 warn!(%error, "what was published before is lost; beginning anew");
                 LabelSet::new()
             });
-        let progress = Progress {
+        let progress = LabellerProgress {
             files_written: outlets.file.is_none(),
-            ..Progress::default()
+            ..LabellerProgress::default()
         };
         Self {
             connection: hypervisor.connection(),
@@ -119,19 +119,19 @@ impl<H: NodeSource> Labeller<H> {
             metrics,
             progress: watch::Sender::new(progress),
             latest: watch::Sender::new(None),
-            published: Published::starting_from(before),
+            published: PublishedLabels::starting_from(before),
             rejected: Vec::new(),
             emulators: Vec::new(),
         }
     }
 
     /// How far it is, and every change of that.
-    pub fn progress(&self) -> watch::Receiver<Progress> {
+    pub fn progress(&self) -> watch::Receiver<LabellerProgress> {
         self.progress.subscribe()
     }
 
     /// The last probe, and each that follows.
-    pub fn latest(&self) -> watch::Receiver<Option<Arc<Latest>>> {
+    pub fn latest(&self) -> watch::Receiver<Option<Arc<LatestProbe>>> {
         self.latest.subscribe()
     }
 
@@ -141,8 +141,8 @@ impl<H: NodeSource> Labeller<H> {
     }
 
     async fn keep_true(&mut self) {
-        let mut found_on_node = self.outlets.found_on_node.take();
-        let mut may_write_node = found_on_node.is_none();
+        let mut existing_labels = self.outlets.existing_labels.take();
+        let mut may_write_node = existing_labels.is_none();
         let mut look = interval(LOOK_AT_FILES);
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut fingerprint = host::fingerprint(&self.root, &self.emulators);
@@ -168,7 +168,7 @@ impl<H: NodeSource> Labeller<H> {
                     info!("the emulator, /dev/kvm or the kvm module changed: probing");
                     self.prober.forget();
                 }
-                found = wait_for(&mut found_on_node) => {
+                found = wait_for(&mut existing_labels) => {
                     may_write_node = true;
                     self.published.adopt(found);
                     self.hand_over_to_node();
@@ -191,7 +191,7 @@ impl<H: NodeSource> Labeller<H> {
             if may_write_node {
                 self.hand_over_to_node();
             }
-            self.latest.send_replace(Some(Arc::new(Latest {
+            self.latest.send_replace(Some(Arc::new(LatestProbe {
                 facts: Arc::new(reading.facts),
                 failures: reading.failures,
                 rejected: self.rejected.clone(),
@@ -204,26 +204,26 @@ impl<H: NodeSource> Labeller<H> {
     /// Decides what is published after this reading. Answers with the time to the next.
     fn take(&mut self, reading: &Reading) -> Duration {
         let derivation = derive(&reading.facts, &self.policy);
-        let failed: Vec<Source> = reading
+        let failed: Vec<FactSource> = reading
             .failures
             .iter()
             .map(|failure| failure.source)
             .collect();
-        let probe = Probe {
+        let probe = ProbeResult {
             labels: &derivation.labels,
             failed: &failed,
             in_use: &reading.in_use,
         };
-        let changes = self.published.take(probe);
+        let changes = self.published.update(probe);
         self.rejected = derivation.rejected;
         self.tell_changes(&changes);
         self.tell_failures(&reading.failures);
         self.count(reading);
-        if let Some(pictures) = &self.outlets.pictures {
+        if let Some(snapshots) = &self.outlets.snapshots {
             let retained = self.published.retained();
             let wanted = &self.policy.guest_architectures;
             let snapshot = Snapshot::new(reading, retained, wanted, Timestamp::now());
-            pictures.send_replace(Some(Arc::new(snapshot)));
+            snapshots.send_replace(Some(Arc::new(snapshot)));
         }
         let emulators = emulators(&reading.facts);
         if !emulators.is_empty() {
@@ -296,7 +296,7 @@ impl<H: NodeSource> Labeller<H> {
         });
     }
 
-    fn tell_changes(&self, changes: &[Change]) {
+    fn tell_changes(&self, changes: &[LabelChange]) {
         // With a Node its publisher counts, by what the API server really took.
         if self.outlets.node.is_none() {
             for change in changes {
@@ -308,16 +308,18 @@ impl<H: NodeSource> Labeller<H> {
         }
         let added = changes
             .iter()
-            .filter(|change| matches!(change, Change::Added(..)))
+            .filter(|change| matches!(change, LabelChange::Added(..)))
             .count();
         if added > 0 {
             info!(labels = added, "labels are new");
         }
         for change in changes {
             match change {
-                Change::Added(..) => {}
-                Change::Changed(label, from, to) => info!(%label, %from, %to, "a label changed"),
-                Change::Removed(label, value) => {
+                LabelChange::Added(..) => {}
+                LabelChange::Changed(label, from, to) => {
+                    info!(%label, %from, %to, "a label changed")
+                }
+                LabelChange::Removed(label, value) => {
                     info!(%label, %value, "a label is gone after two probes without it");
                 }
             }
@@ -325,7 +327,7 @@ impl<H: NodeSource> Labeller<H> {
     }
 
     /// One line when the failures are others than before, not one each probe.
-    fn tell_failures(&self, failures: &[Failure]) {
+    fn tell_failures(&self, failures: &[SourceFailure]) {
         self.progress.send_if_modified(|progress| {
             let same = progress.failures == failures;
             if !same {
@@ -365,7 +367,7 @@ impl<H: NodeSource> Labeller<H> {
                 .with_label_values(&[name])
                 .set(gauge(count));
         }
-        for reason in Invalid::ALL {
+        for reason in InvalidLabel::ALL {
             let count = self.rejected.iter().filter(|r| r.reason == reason).count();
             self.metrics
                 .labels_rejected

@@ -13,10 +13,10 @@ use crate::capability::{
 use crate::domain::NodeRequirements;
 use crate::host;
 use crate::hypervisor::{CallError, DomainCapabilitiesQuery, NodeSource, Versions};
-use crate::label::{InUse, Source};
+use crate::label::{CapabilitiesInUse, FactSource};
 use crate::telemetry::Metrics;
 use crate::telemetry::metrics::now_seconds;
-use crate::xml::ParseError;
+use crate::xml::DocumentError;
 
 /// From this libvirt on, domain capabilities can list features that the hypervisor supports and
 /// does not turn on by itself; hypervisor-cpu-baseline then prints all it can give.
@@ -27,9 +27,9 @@ const CONFIG_UNSUPPORTED: u32 = 67;
 
 /// A source that could not be read.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Failure {
+pub struct SourceFailure {
     /// Which one.
-    pub source: Source,
+    pub source: FactSource,
     /// The bounded word for why.
     pub code: &'static str,
     /// Why, as a sentence.
@@ -37,8 +37,8 @@ pub struct Failure {
 }
 
 /// The answer to a call, or why there is none.
-fn called<T>(source: Source, answer: Result<T, CallError>) -> Result<T, Failure> {
-    answer.map_err(|error| Failure {
+fn called<T>(source: FactSource, answer: Result<T, CallError>) -> Result<T, SourceFailure> {
+    answer.map_err(|error| SourceFailure {
         source,
         code: error.code(),
         message: error.to_string(),
@@ -46,8 +46,8 @@ fn called<T>(source: Source, answer: Result<T, CallError>) -> Result<T, Failure>
 }
 
 /// The facts in a document, or why it cannot be read.
-fn understood<T>(source: Source, parsed: Result<T, ParseError>) -> Result<T, Failure> {
-    parsed.map_err(|error| Failure {
+fn understood<T>(source: FactSource, parsed: Result<T, DocumentError>) -> Result<T, SourceFailure> {
+    parsed.map_err(|error| SourceFailure {
         source,
         code: "malformed",
         message: error.to_string(),
@@ -60,24 +60,24 @@ pub struct Reading {
     /// The facts, as far as they could be read.
     pub facts: NodeFacts,
     /// What running domains stand on.
-    pub in_use: InUse,
+    pub in_use: CapabilitiesInUse,
     /// Each of them.
-    pub domains: Vec<DomainInUse>,
+    pub domains: Vec<DomainUsage>,
     /// How many domains run; `None` if that could not be read.
     pub running_domains: Option<usize>,
     /// The sources that could not be read.
-    pub failures: Vec<Failure>,
+    pub failures: Vec<SourceFailure>,
 }
 
 /// What one running domain stands on.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct DomainInUse {
+pub struct DomainUsage {
     /// Its name.
     pub name: String,
     /// Its UUID.
     pub uuid: String,
     /// What it needs of the node.
-    pub in_use: InUse,
+    pub in_use: CapabilitiesInUse,
 }
 
 /// Asks a hypervisor and the host for everything.
@@ -112,10 +112,10 @@ impl<H: NodeSource> Prober<H> {
         let host = host::read(&self.root);
         reading.facts.kvm_max_vcpus = host.kvm_max_vcpus;
         reading.facts.host = Some(host);
-        self.succeeded(Source::Host);
+        self.succeeded(FactSource::Host);
 
-        let versions = called(Source::Versions, self.hypervisor.versions().await);
-        if let Some(versions) = self.record(&mut reading, Source::Versions, versions) {
+        let versions = called(FactSource::Versions, self.hypervisor.versions().await);
+        if let Some(versions) = self.record(&mut reading, FactSource::Versions, versions) {
             reading.facts.libvirt_version = Some(versions.libvirt);
             reading.facts.hypervisor_version = versions.hypervisor;
         }
@@ -126,13 +126,13 @@ impl<H: NodeSource> Prober<H> {
         {
             // The others would fail alike, each after its own wait.
             for source in [
-                Source::Capabilities,
-                Source::DomainCapabilities,
-                Source::CpuBaseline,
-                Source::Domains,
+                FactSource::Capabilities,
+                FactSource::DomainCapabilities,
+                FactSource::CpuBaseline,
+                FactSource::Domains,
             ] {
                 let cause = reading.failures[0].clone();
-                self.failed(&mut reading, Failure { source, ..cause });
+                self.failed(&mut reading, SourceFailure { source, ..cause });
             }
             return reading;
         }
@@ -142,22 +142,25 @@ impl<H: NodeSource> Prober<H> {
     }
 
     async fn read_documents(&mut self, reading: &mut Reading) {
-        let document =
-            called(Source::Capabilities, self.hypervisor.capabilities().await).and_then(|text| {
-                let parsed = Capabilities::parse("libvirt's capabilities", text.as_bytes());
-                understood(Source::Capabilities, parsed)
-            });
-        reading.facts.capabilities = self.record(reading, Source::Capabilities, document);
+        let document = called(
+            FactSource::Capabilities,
+            self.hypervisor.capabilities().await,
+        )
+        .and_then(|text| {
+            let parsed = Capabilities::parse("libvirt's capabilities", text.as_bytes());
+            understood(FactSource::Capabilities, parsed)
+        });
+        reading.facts.capabilities = self.record(reading, FactSource::Capabilities, document);
         let query = default_query(&reading.facts);
         let answer = self.hypervisor.domain_capabilities(query.clone()).await;
-        let document = called(Source::DomainCapabilities, answer).and_then(|text| {
+        let document = called(FactSource::DomainCapabilities, answer).and_then(|text| {
             let name = "libvirt's domain capabilities";
             understood(
-                Source::DomainCapabilities,
+                FactSource::DomainCapabilities,
                 DomainCapabilities::parse(name, text.as_bytes()),
             )
         });
-        let document = self.record(reading, Source::DomainCapabilities, document);
+        let document = self.record(reading, FactSource::DomainCapabilities, document);
         match document {
             Some(document) => {
                 self.read_baseline(reading, &query, &document).await;
@@ -165,8 +168,8 @@ impl<H: NodeSource> Prober<H> {
             }
             None => self.failed(
                 reading,
-                Failure {
-                    source: Source::CpuBaseline,
+                SourceFailure {
+                    source: FactSource::CpuBaseline,
                     code: "unavailable",
                     message: "hypervisor-cpu-baseline needs the domain capabilities".to_owned(),
                 },
@@ -201,20 +204,20 @@ impl<H: NodeSource> Prober<H> {
         let host_model = wider.as_ref().unwrap_or(document).cpu.host_model.as_ref();
         let Some(cpu) = host_model.and_then(|host_model| host_model.to_cpu_xml()) else {
             // No host model, no baseline: so it is with Arm, and no fault.
-            self.succeeded(Source::CpuBaseline);
+            self.succeeded(FactSource::CpuBaseline);
             return;
         };
         let answer = self.hypervisor.baseline_cpu(query.clone(), cpu).await;
         if let Err(CallError::Unsupported { message, .. }) = &answer {
             debug!(%message, "hypervisor-cpu-baseline has no answer here");
-            self.succeeded(Source::CpuBaseline);
+            self.succeeded(FactSource::CpuBaseline);
             return;
         }
-        let cpu = called(Source::CpuBaseline, answer).and_then(|text| {
+        let cpu = called(FactSource::CpuBaseline, answer).and_then(|text| {
             let parsed = CpuDefinition::parse("libvirt's CPU baseline", text.as_bytes());
-            understood(Source::CpuBaseline, parsed)
+            understood(FactSource::CpuBaseline, parsed)
         });
-        reading.facts.baseline_cpu = self.record(reading, Source::CpuBaseline, cpu);
+        reading.facts.baseline_cpu = self.record(reading, FactSource::CpuBaseline, cpu);
     }
 
     /// Asks libvirt whether it would start a q35 domain with 256 vCPUs, and what it would add.
@@ -255,23 +258,23 @@ impl<H: NodeSource> Prober<H> {
     }
 
     async fn read_domains(&self, reading: &mut Reading) {
-        let domains = called(Source::Domains, self.hypervisor.running_domains().await);
-        let Some(domains) = self.record(reading, Source::Domains, domains) else {
+        let domains = called(FactSource::Domains, self.hypervisor.running_domains().await);
+        let Some(domains) = self.record(reading, FactSource::Domains, domains) else {
             return;
         };
         reading.running_domains = Some(domains.len());
         for domain in domains {
             let name = format!("domain {}", domain.uuid);
             let needs = NodeRequirements::parse(&name, domain.xml.as_bytes());
-            match understood(Source::Domains, needs) {
+            match understood(FactSource::Domains, needs) {
                 Ok(needs) => {
-                    let in_use = InUse {
+                    let in_use = CapabilitiesInUse {
                         machines: needs.machine.into_iter().collect(),
                         cpu_models: needs.cpu_model.into_iter().collect(),
                         cpu_features: needs.cpu_features.into_iter().collect(),
                     };
                     reading.in_use.extend(&in_use);
-                    reading.domains.push(DomainInUse {
+                    reading.domains.push(DomainUsage {
                         name: domain.name,
                         uuid: domain.uuid,
                         in_use,
@@ -286,8 +289,8 @@ impl<H: NodeSource> Prober<H> {
     fn record<T>(
         &self,
         reading: &mut Reading,
-        source: Source,
-        outcome: Result<T, Failure>,
+        source: FactSource,
+        outcome: Result<T, SourceFailure>,
     ) -> Option<T> {
         match outcome {
             Ok(value) => {
@@ -301,7 +304,7 @@ impl<H: NodeSource> Prober<H> {
         }
     }
 
-    fn succeeded(&self, source: Source) {
+    fn succeeded(&self, source: FactSource) {
         self.metrics
             .probe_attempts
             .with_label_values(&[source.as_str()])
@@ -312,7 +315,7 @@ impl<H: NodeSource> Prober<H> {
             .set(now_seconds());
     }
 
-    fn failed(&self, reading: &mut Reading, failure: Failure) {
+    fn failed(&self, reading: &mut Reading, failure: SourceFailure) {
         let source = failure.source.as_str();
         self.metrics
             .probe_attempts

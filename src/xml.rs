@@ -22,7 +22,7 @@ pub const MAX_DEPTH: usize = 64;
 /// A document that cannot be read, and where it goes wrong.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[error("{document}: {}{problem}", Location(path))]
-pub struct ParseError {
+pub struct DocumentError {
     /// What the caller calls the document: a file's name, or which answer of libvirt it is.
     pub document: String,
     /// The element or attribute, `/capabilities/guest/arch/machine/@maxCpus`; empty for the
@@ -46,13 +46,13 @@ impl fmt::Display for Location<'_> {
 
 /// What is wrong, with the path as far as it is known on the way up.
 #[derive(Debug)]
-pub struct Problem {
+pub struct ElementError {
     /// Names from the innermost outwards.
     path: Vec<String>,
     text: String,
 }
 
-impl Problem {
+impl ElementError {
     /// A problem with the element that is being read.
     pub fn new(text: impl Into<String>) -> Self {
         Self {
@@ -73,14 +73,14 @@ impl Problem {
         }
     }
 
-    fn located(self, document: &str) -> ParseError {
+    fn located(self, document: &str) -> DocumentError {
         let path = self
             .path
             .iter()
             .rev()
             .map(|name| format!("/{name}"))
             .collect();
-        ParseError {
+        DocumentError {
             document: document.to_owned(),
             path,
             problem: self.text,
@@ -93,50 +93,52 @@ impl Problem {
 /// `document` is what the document is called in errors. `read` gets the cursor inside the root.
 ///
 /// # Errors
-/// What [`ParseError`] says: too long, too deep, a DTD, not UTF-8, not well-formed, another root,
+/// What [`DocumentError`] says: too long, too deep, a DTD, not UTF-8, not well-formed, another root,
 /// or what `read` itself found.
 pub fn read<T>(
     document: &str,
     bytes: &[u8],
     roots: &[&str],
-    read: impl FnOnce(&mut Cursor<'_>, &Element<'_>) -> Result<T, Problem>,
-) -> Result<T, ParseError> {
+    read: impl FnOnce(&mut Cursor<'_>, &Element<'_>) -> Result<T, ElementError>,
+) -> Result<T, DocumentError> {
     read_root(bytes, roots, read).map_err(|problem| problem.located(document))
 }
 
 fn read_root<T>(
     bytes: &[u8],
     roots: &[&str],
-    read: impl FnOnce(&mut Cursor<'_>, &Element<'_>) -> Result<T, Problem>,
-) -> Result<T, Problem> {
+    read: impl FnOnce(&mut Cursor<'_>, &Element<'_>) -> Result<T, ElementError>,
+) -> Result<T, ElementError> {
     if bytes.len() > MAX_BYTES {
-        return Err(Problem::new(format!(
+        return Err(ElementError::new(format!(
             "is larger than {} MiB",
             MAX_BYTES / 1024 / 1024
         )));
     }
     let text = std::str::from_utf8(bytes).map_err(|error| {
-        Problem::new(format!("is not UTF-8 after byte {}", error.valid_up_to()))
+        ElementError::new(format!("is not UTF-8 after byte {}", error.valid_up_to()))
     })?;
     let mut cursor = Cursor::new(text);
     let root = match cursor.next()? {
-        Step::Start(root) if roots.contains(&root.name()) => root,
-        Step::Start(root) => {
+        Token::Start(root) if roots.contains(&root.name()) => root,
+        Token::Start(root) => {
             let expected = roots.join("> or <");
             let got = printable(root.name());
-            return Err(Problem::new(format!(
+            return Err(ElementError::new(format!(
                 "the root is <{got}>, expected <{expected}>"
             )));
         }
-        Step::End | Step::Eof => return Err(Problem::new("is empty: it has no root element")),
-        Step::Text(_) => return Err(Problem::new("is no XML document: it begins with text")),
+        Token::End | Token::Eof => {
+            return Err(ElementError::new("is empty: it has no root element"));
+        }
+        Token::Text(_) => return Err(ElementError::new("is no XML document: it begins with text")),
     };
     let facts = read(&mut cursor, &root)
         .and_then(|facts| cursor.finish(0).map(|()| facts))
         .map_err(|problem| problem.inside(root.name()))?;
     match cursor.next()? {
-        Step::Eof => Ok(facts),
-        _ => Err(Problem::new(
+        Token::Eof => Ok(facts),
+        _ => Err(ElementError::new(
             "has something after the end of its root element",
         )),
     }
@@ -148,10 +150,10 @@ pub struct Cursor<'x> {
     depth: usize,
     /// Behind an element without content, `<e/>`, whose end is still to be told.
     ends_at_once: bool,
-    passed_over: usize,
+    unknown_elements: usize,
 }
 
-enum Step<'x> {
+enum Token<'x> {
     Start(Element<'x>),
     End,
     Text(Cow<'x, str>),
@@ -164,7 +166,7 @@ impl<'x> Cursor<'x> {
             reader: quick_xml::Reader::from_str(text),
             depth: 0,
             ends_at_once: false,
-            passed_over: 0,
+            unknown_elements: 0,
         };
         cursor.heed_space(false);
         cursor
@@ -182,17 +184,17 @@ impl<'x> Cursor<'x> {
     /// The first problem in the document or of `each`.
     pub fn children(
         &mut self,
-        mut each: impl FnMut(&mut Self, &Element<'x>) -> Result<(), Problem>,
-    ) -> Result<(), Problem> {
+        mut each: impl FnMut(&mut Self, &Element<'x>) -> Result<(), ElementError>,
+    ) -> Result<(), ElementError> {
         let depth = self.depth;
         loop {
             match self.next()? {
-                Step::Start(child) => each(self, &child)
+                Token::Start(child) => each(self, &child)
                     .and_then(|()| self.finish(depth))
                     .map_err(|problem| problem.inside(child.name()))?,
-                Step::End => return Ok(()),
-                Step::Text(_) => {}
-                Step::Eof => return Err(Problem::new("ends too early")),
+                Token::End => return Ok(()),
+                Token::Text(_) => {}
+                Token::Eof => return Err(ElementError::new("ends too early")),
             }
         }
     }
@@ -201,23 +203,23 @@ impl<'x> Cursor<'x> {
     ///
     /// # Errors
     /// The first problem in the document.
-    pub fn text(&mut self) -> Result<String, Problem> {
+    pub fn text(&mut self) -> Result<String, ElementError> {
         self.heed_space(true);
         let text = self.whole_text();
         self.heed_space(false);
         Ok(text?.trim().to_owned())
     }
 
-    fn whole_text(&mut self) -> Result<Cow<'x, str>, Problem> {
+    fn whole_text(&mut self) -> Result<Cow<'x, str>, ElementError> {
         let depth = self.depth;
         let mut text: Cow<'x, str> = Cow::Borrowed("");
         loop {
             match self.next()? {
-                Step::Text(part) if text.is_empty() => text = part,
-                Step::Text(part) => text.to_mut().push_str(&part),
-                Step::Start(_) => self.finish(depth)?,
-                Step::End => return Ok(text),
-                Step::Eof => return Err(Problem::new("ends too early")),
+                Token::Text(part) if text.is_empty() => text = part,
+                Token::Text(part) => text.to_mut().push_str(&part),
+                Token::Start(_) => self.finish(depth)?,
+                Token::End => return Ok(text),
+                Token::Eof => return Err(ElementError::new("ends too early")),
             }
         }
     }
@@ -226,42 +228,42 @@ impl<'x> Cursor<'x> {
     ///
     /// # Errors
     /// A text that does not spell a `T`, or a problem in the document.
-    pub fn parsed<T: FromStr>(&mut self, what: &str) -> Result<T, Problem> {
+    pub fn parsed<T: FromStr>(&mut self, what: &str) -> Result<T, ElementError> {
         let text = self.text()?;
         text.parse()
-            .map_err(|_| Problem::new(format!("'{}' is no {what}", printable(&text))))
+            .map_err(|_| ElementError::new(format!("'{}' is no {what}", printable(&text))))
     }
 
     /// Notes that a child is of no known kind. It is passed over like every child that is not
     /// read; this only counts it.
-    pub fn unknown(&mut self) {
-        self.passed_over += 1;
+    pub fn ignore_unknown(&mut self) {
+        self.unknown_elements += 1;
     }
 
     /// How many children were of no known kind so far.
-    pub fn passed_over(&self) -> usize {
-        self.passed_over
+    pub fn unknown_elements(&self) -> usize {
+        self.unknown_elements
     }
 
     /// Reads on until `depth` elements are open.
-    fn finish(&mut self, depth: usize) -> Result<(), Problem> {
+    fn finish(&mut self, depth: usize) -> Result<(), ElementError> {
         while self.depth > depth {
-            if let Step::Eof = self.next()? {
-                return Err(Problem::new("ends too early"));
+            if let Token::Eof = self.next()? {
+                return Err(ElementError::new("ends too early"));
             }
         }
         Ok(())
     }
 
-    fn next(&mut self) -> Result<Step<'x>, Problem> {
+    fn next(&mut self) -> Result<Token<'x>, ElementError> {
         if std::mem::take(&mut self.ends_at_once) {
             self.depth -= 1;
-            return Ok(Step::End);
+            return Ok(Token::End);
         }
         loop {
             let event = self.reader.read_event().map_err(|error| {
                 let at = self.reader.error_position();
-                Problem::new(format!("is not well-formed at byte {at}: {error}"))
+                ElementError::new(format!("is not well-formed at byte {at}: {error}"))
             })?;
             match event {
                 Event::Start(start) => return self.enter(start),
@@ -271,34 +273,36 @@ impl<'x> Cursor<'x> {
                 }
                 Event::End(_) => {
                     self.depth -= 1;
-                    return Ok(Step::End);
+                    return Ok(Token::End);
                 }
-                Event::Text(text) => return Ok(Step::Text(text.into_inner())),
-                Event::CData(data) => return Ok(Step::Text(data.into_inner())),
-                Event::GeneralRef(reference) => return Ok(Step::Text(resolve(&reference)?.into())),
+                Event::Text(text) => return Ok(Token::Text(text.into_inner())),
+                Event::CData(data) => return Ok(Token::Text(data.into_inner())),
+                Event::GeneralRef(reference) => {
+                    return Ok(Token::Text(resolve(&reference)?.into()));
+                }
                 Event::DocType(_) => {
-                    return Err(Problem::new("has a DTD, which libvirt never sends"));
+                    return Err(ElementError::new("has a DTD, which libvirt never sends"));
                 }
-                Event::Eof if self.depth > 0 => return Err(Problem::new("ends too early")),
-                Event::Eof => return Ok(Step::Eof),
+                Event::Eof if self.depth > 0 => return Err(ElementError::new("ends too early")),
+                Event::Eof => return Ok(Token::Eof),
                 Event::Comment(_) | Event::Decl(_) | Event::PI(_) => {}
             }
         }
     }
 
-    fn enter(&mut self, start: BytesStart<'x>) -> Result<Step<'x>, Problem> {
+    fn enter(&mut self, start: BytesStart<'x>) -> Result<Token<'x>, ElementError> {
         if self.depth >= MAX_DEPTH {
-            return Err(Problem::new(format!(
+            return Err(ElementError::new(format!(
                 "is nested deeper than {MAX_DEPTH} elements"
             )));
         }
         self.depth += 1;
-        Ok(Step::Start(Element { start }))
+        Ok(Token::Start(Element { start }))
     }
 }
 
-fn resolve(reference: &quick_xml::events::BytesRef<'_>) -> Result<String, Problem> {
-    let bad = || Problem::new("has an entity that is not one of XML's own");
+fn resolve(reference: &quick_xml::events::BytesRef<'_>) -> Result<String, ElementError> {
+    let bad = || ElementError::new("has an entity that is not one of XML's own");
     if let Some(character) = reference.resolve_char_ref().map_err(|_| bad())? {
         return Ok(character.to_string());
     }
@@ -322,15 +326,16 @@ impl Element<'_> {
     ///
     /// # Errors
     /// Attributes that are not well-formed.
-    pub fn attribute(&self, name: &str) -> Result<Option<Cow<'_, str>>, Problem> {
+    pub fn attribute(&self, name: &str) -> Result<Option<Cow<'_, str>>, ElementError> {
         for attribute in self.start.attributes().with_checks(false) {
-            let attribute = attribute
-                .map_err(|error| Problem::new(format!("has a malformed attribute: {error}")))?;
+            let attribute = attribute.map_err(|error| {
+                ElementError::new(format!("has a malformed attribute: {error}"))
+            })?;
             if attribute.key.0 == name {
                 return attribute
                     .normalized_value(XmlVersion::Implicit1_0)
                     .map(Some)
-                    .map_err(|error| Problem::at_attribute(name, error.to_string()));
+                    .map_err(|error| ElementError::at_attribute(name, error.to_string()));
             }
         }
         Ok(None)
@@ -340,7 +345,7 @@ impl Element<'_> {
     ///
     /// # Errors
     /// As [`Element::attribute`].
-    pub fn text(&self, name: &str) -> Result<Option<String>, Problem> {
+    pub fn text(&self, name: &str) -> Result<Option<String>, ElementError> {
         Ok(self.attribute(name)?.map(Cow::into_owned))
     }
 
@@ -349,12 +354,12 @@ impl Element<'_> {
     ///
     /// # Errors
     /// As [`Element::attribute`], and a value that does not spell a `T`.
-    pub fn parsed<T: FromStr>(&self, name: &str, what: &str) -> Result<Option<T>, Problem> {
+    pub fn parsed<T: FromStr>(&self, name: &str, what: &str) -> Result<Option<T>, ElementError> {
         let Some(value) = self.attribute(name)? else {
             return Ok(None);
         };
         value.trim().parse().map(Some).map_err(|_| {
-            Problem::at_attribute(name, format!("'{}' is no {what}", printable(&value)))
+            ElementError::at_attribute(name, format!("'{}' is no {what}", printable(&value)))
         })
     }
 
@@ -362,12 +367,12 @@ impl Element<'_> {
     ///
     /// # Errors
     /// As [`Element::attribute`], and any other value.
-    pub fn yes_no(&self, name: &str) -> Result<Option<bool>, Problem> {
+    pub fn yes_no(&self, name: &str) -> Result<Option<bool>, ElementError> {
         match self.attribute(name)?.as_deref() {
             None => Ok(None),
             Some("yes" | "on") => Ok(Some(true)),
             Some("no" | "off") => Ok(Some(false)),
-            Some(other) => Err(Problem::at_attribute(
+            Some(other) => Err(ElementError::at_attribute(
                 name,
                 format!("'{}' is neither 'yes' nor 'no'", printable(other)),
             )),
@@ -394,7 +399,7 @@ mod tests {
     use super::*;
 
     /// The names of the root's children and the texts of those called `t`.
-    fn walk(text: impl AsRef<[u8]>) -> Result<Vec<String>, ParseError> {
+    fn walk(text: impl AsRef<[u8]>) -> Result<Vec<String>, DocumentError> {
         read("doc.xml", text.as_ref(), &["r"], |cursor, _| {
             let mut seen = Vec::new();
             cursor.children(|cursor, child| {

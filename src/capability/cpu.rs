@@ -6,7 +6,7 @@ use quick_xml::events::BytesText;
 use serde::Serialize;
 
 use super::read::{non_empty, read_values};
-use crate::xml::{self, Cursor, Element, ParseError, Problem};
+use crate::xml::{self, Cursor, DocumentError, Element, ElementError};
 
 /// `/domainCapabilities/cpu`. A mode that the document does not name is `None`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
@@ -141,7 +141,7 @@ impl CpuDefinition {
     ///
     /// # Errors
     /// A document that is none, or one in which a known value is malformed.
-    pub fn parse(document: &str, bytes: &[u8]) -> Result<Self, ParseError> {
+    pub fn parse(document: &str, bytes: &[u8]) -> Result<Self, DocumentError> {
         xml::read(document, bytes, &["cpu"], |cursor, _| {
             let mut cpu = Self::default();
             cursor.children(|cursor, child| {
@@ -149,7 +149,7 @@ impl CpuDefinition {
                     "model" => cpu.model = non_empty(cursor.text()?),
                     "vendor" => cpu.vendor = non_empty(cursor.text()?),
                     "feature" => cpu.features.extend(read_feature(child)?),
-                    _ => cursor.unknown(),
+                    _ => cursor.ignore_unknown(),
                 }
                 Ok(())
             })?;
@@ -158,11 +158,11 @@ impl CpuDefinition {
     }
 }
 
-pub(super) fn read_cpu_modes(cursor: &mut Cursor<'_>) -> Result<CpuModes, Problem> {
+pub(super) fn read_cpu_modes(cursor: &mut Cursor<'_>) -> Result<CpuModes, ElementError> {
     let mut modes = CpuModes::default();
     cursor.children(|cursor, mode| {
         if mode.name() != "mode" {
-            cursor.unknown();
+            cursor.ignore_unknown();
             return Ok(());
         }
         let supported = mode.yes_no("supported")?.unwrap_or(false);
@@ -176,21 +176,21 @@ pub(super) fn read_cpu_modes(cursor: &mut Cursor<'_>) -> Result<CpuModes, Proble
                 modes.custom = Some(supported);
                 modes.models = read_models(cursor)?;
             }
-            _ => cursor.unknown(),
+            _ => cursor.ignore_unknown(),
         }
         Ok(())
     })?;
     Ok(modes)
 }
 
-fn read_plain_mode(cursor: &mut Cursor<'_>, supported: bool) -> Result<PlainMode, Problem> {
+fn read_plain_mode(cursor: &mut Cursor<'_>, supported: bool) -> Result<PlainMode, ElementError> {
     let mut migratable = false;
     cursor.children(|cursor, child| {
         match (child.name(), child.attribute("name")?.as_deref()) {
             ("enum", Some("hostPassthroughMigratable" | "maximumMigratable")) => {
                 migratable = read_values(cursor)?.iter().any(|value| value == "on");
             }
-            _ => cursor.unknown(),
+            _ => cursor.ignore_unknown(),
         }
         Ok(())
     })?;
@@ -200,7 +200,7 @@ fn read_plain_mode(cursor: &mut Cursor<'_>, supported: bool) -> Result<PlainMode
     })
 }
 
-fn read_host_model(cursor: &mut Cursor<'_>, supported: bool) -> Result<HostModel, Problem> {
+fn read_host_model(cursor: &mut Cursor<'_>, supported: bool) -> Result<HostModel, ElementError> {
     let mut host_model = HostModel {
         supported,
         ..HostModel::default()
@@ -214,21 +214,21 @@ fn read_host_model(cursor: &mut Cursor<'_>, supported: bool) -> Result<HostModel
                 host_model.physical_address_limit = child.parsed("limit", "number of bits")?;
             }
             "feature" => host_model.features.extend(read_feature(child)?),
-            _ => cursor.unknown(),
+            _ => cursor.ignore_unknown(),
         }
         Ok(())
     })?;
     Ok(host_model)
 }
 
-fn read_feature(element: &Element<'_>) -> Result<Option<PolicyFeature>, Problem> {
+fn read_feature(element: &Element<'_>) -> Result<Option<PolicyFeature>, ElementError> {
     let policy = element.text("policy")?.and_then(non_empty);
     let name = element.text("name")?.and_then(non_empty);
     Ok(name.map(|name| PolicyFeature { name, policy }))
 }
 
 /// The models of the custom mode. `<blockers model=…>` are siblings that follow their model.
-fn read_models(cursor: &mut Cursor<'_>) -> Result<Vec<CpuModel>, Problem> {
+fn read_models(cursor: &mut Cursor<'_>) -> Result<Vec<CpuModel>, ElementError> {
     let mut models: Vec<CpuModel> = Vec::new();
     let mut blockers: BTreeMap<String, Vec<String>> = BTreeMap::new();
     cursor.children(|cursor, child| {
@@ -242,7 +242,7 @@ fn read_models(cursor: &mut Cursor<'_>) -> Result<Vec<CpuModel>, Problem> {
                     _ => drop(blockers.insert(model, features)),
                 }
             }
-            _ => cursor.unknown(),
+            _ => cursor.ignore_unknown(),
         }
         Ok(())
     })?;
@@ -254,7 +254,10 @@ fn read_models(cursor: &mut Cursor<'_>) -> Result<Vec<CpuModel>, Problem> {
     Ok(models)
 }
 
-fn read_model(cursor: &mut Cursor<'_>, element: &Element<'_>) -> Result<Option<CpuModel>, Problem> {
+fn read_model(
+    cursor: &mut Cursor<'_>,
+    element: &Element<'_>,
+) -> Result<Option<CpuModel>, ElementError> {
     let usable = element
         .attribute("usable")?
         .map(|usable| match usable.as_ref() {
@@ -275,12 +278,12 @@ fn read_model(cursor: &mut Cursor<'_>, element: &Element<'_>) -> Result<Option<C
     }))
 }
 
-fn read_blockers(cursor: &mut Cursor<'_>) -> Result<Vec<String>, Problem> {
+fn read_blockers(cursor: &mut Cursor<'_>) -> Result<Vec<String>, ElementError> {
     let mut features = Vec::new();
     cursor.children(|cursor, child| {
         match child.name() {
             "feature" => features.extend(child.text("name")?.and_then(non_empty)),
-            _ => cursor.unknown(),
+            _ => cursor.ignore_unknown(),
         }
         Ok(())
     })?;

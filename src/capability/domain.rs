@@ -11,7 +11,7 @@ use serde::Serialize;
 use super::cpu::{CpuModes, read_cpu_modes};
 use super::read::{non_empty, read_values};
 use super::vcpus::VcpuMax;
-use crate::xml::{self, Cursor, Element, ParseError, Problem};
+use crate::xml::{self, Cursor, DocumentError, Element, ElementError};
 
 /// A `<domainCapabilities>` document.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
@@ -128,7 +128,7 @@ impl DomainCapabilities {
     ///
     /// # Errors
     /// A document that is none, or one in which a known value is malformed.
-    pub fn parse(document: &str, bytes: &[u8]) -> Result<Self, ParseError> {
+    pub fn parse(document: &str, bytes: &[u8]) -> Result<Self, DocumentError> {
         xml::read(document, bytes, &["domainCapabilities"], |cursor, _| {
             let mut facts = Self::default();
             cursor.children(|cursor, child| {
@@ -144,11 +144,11 @@ impl DomainCapabilities {
                     "memoryBacking" => facts.memory_backing = read_section(cursor, child)?,
                     "devices" => facts.devices = read_sections(cursor)?,
                     "features" => read_features(cursor, &mut facts)?,
-                    _ => cursor.unknown(),
+                    _ => cursor.ignore_unknown(),
                 }
                 Ok(())
             })?;
-            facts.unknown_elements = cursor.passed_over();
+            facts.unknown_elements = cursor.unknown_elements();
             Ok(facts)
         })
     }
@@ -166,7 +166,10 @@ impl DomainCapabilities {
     }
 }
 
-fn read_features(cursor: &mut Cursor<'_>, facts: &mut DomainCapabilities) -> Result<(), Problem> {
+fn read_features(
+    cursor: &mut Cursor<'_>,
+    facts: &mut DomainCapabilities,
+) -> Result<(), ElementError> {
     cursor.children(|cursor, child| {
         let supported = child.yes_no("supported")?;
         match child.name() {
@@ -182,7 +185,7 @@ fn read_features(cursor: &mut Cursor<'_>, facts: &mut DomainCapabilities) -> Res
     })
 }
 
-fn read_sections(cursor: &mut Cursor<'_>) -> Result<BTreeMap<String, Section>, Problem> {
+fn read_sections(cursor: &mut Cursor<'_>) -> Result<BTreeMap<String, Section>, ElementError> {
     let mut sections = BTreeMap::new();
     cursor.children(|cursor, child| {
         sections.insert(child.name().to_owned(), read_section(cursor, child)?);
@@ -191,7 +194,7 @@ fn read_sections(cursor: &mut Cursor<'_>) -> Result<BTreeMap<String, Section>, P
     Ok(sections)
 }
 
-fn read_section(cursor: &mut Cursor<'_>, element: &Element<'_>) -> Result<Section, Problem> {
+fn read_section(cursor: &mut Cursor<'_>, element: &Element<'_>) -> Result<Section, ElementError> {
     let mut section = Section {
         supported: element.yes_no("supported")?,
         ..Section::default()
@@ -218,7 +221,7 @@ fn read_section(cursor: &mut Cursor<'_>, element: &Element<'_>) -> Result<Sectio
     Ok(section)
 }
 
-fn read_sev(cursor: &mut Cursor<'_>) -> Result<Option<Sev>, Problem> {
+fn read_sev(cursor: &mut Cursor<'_>) -> Result<Option<Sev>, ElementError> {
     let mut sev = Sev::default();
     cursor.children(|cursor, child| {
         match child.name() {
@@ -227,18 +230,18 @@ fn read_sev(cursor: &mut Cursor<'_>) -> Result<Option<Sev>, Problem> {
             "maxGuests" => sev.max_guests = Some(cursor.parsed("number")?),
             "maxESGuests" => sev.max_es_guests = Some(cursor.parsed("number")?),
             "cpu0Id" => {}
-            _ => cursor.unknown(),
+            _ => cursor.ignore_unknown(),
         }
         Ok(())
     })?;
     Ok(Some(sev))
 }
 
-fn read_sgx(cursor: &mut Cursor<'_>) -> Result<Option<Sgx>, Problem> {
+fn read_sgx(cursor: &mut Cursor<'_>) -> Result<Option<Sgx>, ElementError> {
     let yes_no = |text: String| match text.as_str() {
         "yes" => Ok(Some(true)),
         "no" => Ok(Some(false)),
-        _ => Err(Problem::new("is neither 'yes' nor 'no'")),
+        _ => Err(ElementError::new("is neither 'yes' nor 'no'")),
     };
     let mut sgx = Sgx::default();
     cursor.children(|cursor, child| {
@@ -248,14 +251,14 @@ fn read_sgx(cursor: &mut Cursor<'_>) -> Result<Option<Sgx>, Problem> {
             "sgx2" => sgx.sgx2 = yes_no(cursor.text()?)?,
             "section_size" => sgx.section_size_kib = Some(cursor.parsed("number of KiB")?),
             "sections" => {}
-            _ => cursor.unknown(),
+            _ => cursor.ignore_unknown(),
         }
         Ok(())
     })?;
     Ok(Some(sgx))
 }
 
-fn read_hyperv(cursor: &mut Cursor<'_>, supported: bool) -> Result<Hyperv, Problem> {
+fn read_hyperv(cursor: &mut Cursor<'_>, supported: bool) -> Result<Hyperv, ElementError> {
     let mut hyperv = Hyperv {
         supported,
         ..Hyperv::default()
@@ -271,7 +274,7 @@ fn read_hyperv(cursor: &mut Cursor<'_>, supported: bool) -> Result<Hyperv, Probl
                     .insert(default.name().to_owned(), cursor.text()?);
                 Ok(())
             })?,
-            _ => cursor.unknown(),
+            _ => cursor.ignore_unknown(),
         }
         Ok(())
     })?;

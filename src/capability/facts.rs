@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use super::{
-    Capabilities, CpuDefinition, DomainCapabilities, Eim, HostFacts, Machine, VcpuMax, Version,
+    Capabilities, CpuDefinition, DomainCapabilities, Eim, HostFacts, MachineType, VcpuMax, Version,
 };
 
 /// The most vCPUs on x86 without extended interrupt mode: APIC IDs are 8 bits wide
@@ -207,9 +207,9 @@ impl NodeFacts {
 
     /// The machine types of an architecture as libvirt lists them, aliases as well, without
     /// repetition.
-    pub fn machines(&self, arch: &str) -> Vec<Machine> {
+    pub fn machines(&self, arch: &str) -> Vec<MachineType> {
         let best = self.best_domain_type(arch);
-        let mut machines: BTreeMap<&str, Machine> = BTreeMap::new();
+        let mut machines: BTreeMap<&str, MachineType> = BTreeMap::new();
         let guests = self.capabilities.iter().flat_map(|c| &c.guests);
         for guest in guests.filter(|guest| guest.arch == arch) {
             let own = guest
@@ -236,7 +236,7 @@ impl NodeFacts {
     pub fn canonical_machines<'m>(
         &'m self,
         arch: &'m str,
-        machines: &'m [Machine],
+        machines: &'m [MachineType],
     ) -> Vec<CanonicalMachine<'m>> {
         let mut canonical: BTreeMap<&str, (VcpuMax, bool)> = BTreeMap::new();
         for machine in machines {
@@ -275,7 +275,7 @@ impl NodeFacts {
     ///
     /// KVM's own answer, and what shows in a document whose maximum is below its machine's:
     /// libvirt prints the lower of the two (`virQEMUCapsFillDomainCaps`).
-    pub(crate) fn accelerator_limit(&self, arch: &str, machines: &[Machine]) -> VcpuMax {
+    pub(crate) fn accelerator_limit(&self, arch: &str, machines: &[MachineType]) -> VcpuMax {
         if self.best_domain_type(arch) != Some("kvm") {
             return VcpuMax::Unknown;
         }

@@ -8,12 +8,12 @@ use serde::Serialize;
 
 use super::read::non_empty;
 use super::vcpus::VcpuMax;
-use crate::xml::{Cursor, Element, Problem};
+use crate::xml::{Cursor, Element, ElementError};
 
 /// `/capabilities/guest`: one guest type of one architecture.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Guest {
+pub struct GuestCapabilities {
     /// `hvm`, `xen`, `exe` …
     pub os_type: String,
     /// The guest's architecture, `x86_64`.
@@ -23,7 +23,7 @@ pub struct Guest {
     /// The emulator's path.
     pub emulator: Option<String>,
     /// The machine types, aliases as well, in libvirt's order.
-    pub machines: Vec<Machine>,
+    pub machines: Vec<MachineType>,
     /// The domain types.
     pub domains: Vec<GuestDomain>,
 }
@@ -39,13 +39,13 @@ pub struct GuestDomain {
     /// Its emulator, where it differs.
     pub emulator: Option<String>,
     /// Its machine types, where they differ.
-    pub machines: Vec<Machine>,
+    pub machines: Vec<MachineType>,
 }
 
 /// A machine type or an alias of one.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Machine {
+pub struct MachineType {
     /// The name: `pc-q35-10.0`, or `q35` for an alias.
     pub name: String,
     /// The real name, if this is an alias.
@@ -56,15 +56,15 @@ pub struct Machine {
     pub deprecated: bool,
 }
 
-impl Machine {
+impl MachineType {
     /// The name that does not change its meaning from node to node.
     pub fn canonical_name(&self) -> &str {
         self.canonical.as_deref().unwrap_or(&self.name)
     }
 }
 
-pub(super) fn read_guest(cursor: &mut Cursor<'_>) -> Result<Guest, Problem> {
-    let mut guest = Guest::default();
+pub(super) fn read_guest(cursor: &mut Cursor<'_>) -> Result<GuestCapabilities, ElementError> {
+    let mut guest = GuestCapabilities::default();
     cursor.children(|cursor, child| {
         match child.name() {
             "os_type" => guest.os_type = cursor.text()?,
@@ -74,14 +74,14 @@ pub(super) fn read_guest(cursor: &mut Cursor<'_>) -> Result<Guest, Problem> {
             }
             // pae, acpi, disksnapshot …: facts that no label and no check stands on.
             "features" => {}
-            _ => cursor.unknown(),
+            _ => cursor.ignore_unknown(),
         }
         Ok(())
     })?;
     Ok(guest)
 }
 
-fn read_arch(cursor: &mut Cursor<'_>, guest: &mut Guest) -> Result<(), Problem> {
+fn read_arch(cursor: &mut Cursor<'_>, guest: &mut GuestCapabilities) -> Result<(), ElementError> {
     cursor.children(|cursor, child| {
         match child.name() {
             "wordsize" => guest.word_size = Some(cursor.parsed("number")?),
@@ -89,13 +89,16 @@ fn read_arch(cursor: &mut Cursor<'_>, guest: &mut Guest) -> Result<(), Problem> 
             "machine" => guest.machines.extend(read_machine(cursor, child)?),
             "domain" => guest.domains.push(read_domain(cursor, child)?),
             "loader" => {}
-            _ => cursor.unknown(),
+            _ => cursor.ignore_unknown(),
         }
         Ok(())
     })
 }
 
-fn read_domain(cursor: &mut Cursor<'_>, element: &Element<'_>) -> Result<GuestDomain, Problem> {
+fn read_domain(
+    cursor: &mut Cursor<'_>,
+    element: &Element<'_>,
+) -> Result<GuestDomain, ElementError> {
     let virt_type = element.text("type")?.unwrap_or_default();
     let mut domain = GuestDomain {
         virt_type,
@@ -106,7 +109,7 @@ fn read_domain(cursor: &mut Cursor<'_>, element: &Element<'_>) -> Result<GuestDo
             "emulator" => domain.emulator = non_empty(cursor.text()?),
             "machine" => domain.machines.extend(read_machine(cursor, child)?),
             "loader" => {}
-            _ => cursor.unknown(),
+            _ => cursor.ignore_unknown(),
         }
         Ok(())
     })?;
@@ -116,11 +119,11 @@ fn read_domain(cursor: &mut Cursor<'_>, element: &Element<'_>) -> Result<GuestDo
 fn read_machine(
     cursor: &mut Cursor<'_>,
     element: &Element<'_>,
-) -> Result<Option<Machine>, Problem> {
+) -> Result<Option<MachineType>, ElementError> {
     let canonical = element.text("canonical")?.and_then(non_empty);
     let max_vcpus = VcpuMax::read(element, "maxCpus")?;
     let deprecated = element.yes_no("deprecated")?.unwrap_or(false);
-    Ok(non_empty(cursor.text()?).map(|name| Machine {
+    Ok(non_empty(cursor.text()?).map(|name| MachineType {
         name,
         canonical,
         max_vcpus,

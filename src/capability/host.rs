@@ -6,18 +6,18 @@
 
 use serde::Serialize;
 
-use super::guest::{Guest, read_guest};
+use super::guest::{GuestCapabilities, read_guest};
 use super::read::non_empty;
-use crate::xml::{self, Cursor, Element, ParseError, Problem};
+use crate::xml::{self, Cursor, DocumentError, Element, ElementError};
 
 /// The `<capabilities>` document.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Capabilities {
     /// The machine that libvirt runs on.
-    pub host: Host,
+    pub host: HostCapabilities,
     /// One entry for each pair of guest type and architecture.
-    pub guests: Vec<Guest>,
+    pub guests: Vec<GuestCapabilities>,
     /// Elements of no known kind, which were passed over.
     pub unknown_elements: usize,
 }
@@ -25,7 +25,7 @@ pub struct Capabilities {
 /// `/capabilities/host`.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Host {
+pub struct HostCapabilities {
     /// The machine's UUID.
     pub uuid: Option<String>,
     /// The CPU as libvirt decodes it. It is *not* what guests get: that is the host model of the
@@ -40,21 +40,21 @@ pub struct Host {
     pub security_models: Vec<String>,
     /// Whom emulators run as, by the security driver `dac`.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub emulator_owner: Option<Owner>,
+    pub emulator_owner: Option<EmulatorOwner>,
     /// Whether live migration is offered, and over which transports.
     pub migration: Option<Migration>,
 }
 
 /// A user and a group by number: `+64055:+107` in libvirt's spelling.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-pub struct Owner {
+pub struct EmulatorOwner {
     /// The user.
     pub uid: u32,
     /// The group.
     pub gid: u32,
 }
 
-impl Owner {
+impl EmulatorOwner {
     /// From libvirt's spelling (`virSecurityDACGetBaseLabel`); `None` if it is another.
     fn parse(text: &str) -> Option<Self> {
         let (uid, gid) = text.trim().split_once(':')?;
@@ -81,7 +81,7 @@ pub struct HostCpu {
     /// The time stamp counter.
     pub tsc: Option<TscCounter>,
     /// Sockets, dies, clusters, cores and threads.
-    pub topology: Option<Topology>,
+    pub topology: Option<CpuTopology>,
     /// Physical address bits.
     pub physical_address_bits: Option<u32>,
     /// Features beyond the model.
@@ -103,7 +103,7 @@ pub struct TscCounter {
 /// The shape of a CPU. Where libvirt does not say, 1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Topology {
+pub struct CpuTopology {
     /// Sockets in each NUMA cell.
     pub sockets: u32,
     /// Dies in each socket.
@@ -155,25 +155,25 @@ impl Capabilities {
     ///
     /// # Errors
     /// A document that is none, or one in which a known value is malformed.
-    pub fn parse(document: &str, bytes: &[u8]) -> Result<Self, ParseError> {
+    pub fn parse(document: &str, bytes: &[u8]) -> Result<Self, DocumentError> {
         xml::read(document, bytes, &["capabilities"], |cursor, _| {
             let mut capabilities = Self::default();
             cursor.children(|cursor, child| {
                 match child.name() {
                     "host" => capabilities.host = read_host(cursor)?,
                     "guest" => capabilities.guests.push(read_guest(cursor)?),
-                    _ => cursor.unknown(),
+                    _ => cursor.ignore_unknown(),
                 }
                 Ok(())
             })?;
-            capabilities.unknown_elements = cursor.passed_over();
+            capabilities.unknown_elements = cursor.unknown_elements();
             Ok(capabilities)
         })
     }
 }
 
-fn read_host(cursor: &mut Cursor<'_>) -> Result<Host, Problem> {
-    let mut host = Host::default();
+fn read_host(cursor: &mut Cursor<'_>) -> Result<HostCapabilities, ElementError> {
+    let mut host = HostCapabilities::default();
     cursor.children(|cursor, child| {
         match child.name() {
             "uuid" => host.uuid = Some(cursor.text()?),
@@ -184,14 +184,14 @@ fn read_host(cursor: &mut Cursor<'_>) -> Result<Host, Problem> {
             "migration_features" => host.migration = Some(read_migration(cursor)?),
             // Facts that no label and no check stands on.
             "power_management" | "netprefix" | "cache" | "memory_bandwidth" => {}
-            _ => cursor.unknown(),
+            _ => cursor.ignore_unknown(),
         }
         Ok(())
     })?;
     Ok(host)
 }
 
-fn read_cpu(cursor: &mut Cursor<'_>) -> Result<HostCpu, Problem> {
+fn read_cpu(cursor: &mut Cursor<'_>) -> Result<HostCpu, ElementError> {
     let mut cpu = HostCpu::default();
     cursor.children(|cursor, child| {
         match child.name() {
@@ -213,16 +213,16 @@ fn read_cpu(cursor: &mut Cursor<'_>) -> Result<HostCpu, Problem> {
             "feature" => cpu.features.extend(child.text("name")?),
             "pages" => cpu.page_sizes_kib.extend(page_size(child)?),
             "features" | "signature" | "counter" => {}
-            _ => cursor.unknown(),
+            _ => cursor.ignore_unknown(),
         }
         Ok(())
     })?;
     Ok(cpu)
 }
 
-fn read_cpu_topology(element: &Element<'_>) -> Result<Topology, Problem> {
-    let part = |name| Ok::<u32, Problem>(element.parsed(name, "number")?.unwrap_or(1));
-    Ok(Topology {
+fn read_cpu_topology(element: &Element<'_>) -> Result<CpuTopology, ElementError> {
+    let part = |name| Ok::<u32, ElementError>(element.parsed(name, "number")?.unwrap_or(1));
+    Ok(CpuTopology {
         sockets: part("sockets")?,
         dies: part("dies")?,
         clusters: part("clusters")?,
@@ -232,27 +232,27 @@ fn read_cpu_topology(element: &Element<'_>) -> Result<Topology, Problem> {
 }
 
 /// `<cells>` in `<topology>`.
-fn read_topology(cursor: &mut Cursor<'_>) -> Result<Vec<NumaCell>, Problem> {
+fn read_topology(cursor: &mut Cursor<'_>) -> Result<Vec<NumaCell>, ElementError> {
     let mut cells = Vec::new();
     cursor.children(|cursor, child| match child.name() {
         "cells" => cursor.children(|cursor, cell| {
             match cell.name() {
                 "cell" => cells.push(read_cell(cursor, cell)?),
-                _ => cursor.unknown(),
+                _ => cursor.ignore_unknown(),
             }
             Ok(())
         }),
         // Latency and bandwidth between cells (HMAT).
         "interconnects" => Ok(()),
         _ => {
-            cursor.unknown();
+            cursor.ignore_unknown();
             Ok(())
         }
     })?;
     Ok(cells)
 }
 
-fn read_cell(cursor: &mut Cursor<'_>, element: &Element<'_>) -> Result<NumaCell, Problem> {
+fn read_cell(cursor: &mut Cursor<'_>, element: &Element<'_>) -> Result<NumaCell, ElementError> {
     let id = element.parsed("id", "number")?.unwrap_or_default();
     let mut cell = NumaCell {
         id,
@@ -274,35 +274,35 @@ fn read_cell(cursor: &mut Cursor<'_>, element: &Element<'_>) -> Result<NumaCell,
             "cpus" => cursor.children(|cursor, cpu| {
                 match cpu.name() {
                     "cpu" => cell.cpus.extend(cpu.parsed::<u32>("id", "number")?),
-                    _ => cursor.unknown(),
+                    _ => cursor.ignore_unknown(),
                 }
                 Ok(())
             })?,
             "distances" | "cache" => {}
-            _ => cursor.unknown(),
+            _ => cursor.ignore_unknown(),
         }
         Ok(())
     })?;
     Ok(cell)
 }
 
-fn read_secmodel(cursor: &mut Cursor<'_>, host: &mut Host) -> Result<(), Problem> {
+fn read_secmodel(cursor: &mut Cursor<'_>, host: &mut HostCapabilities) -> Result<(), ElementError> {
     cursor.children(|cursor, child| {
         match child.name() {
             "model" => host.security_models.extend(non_empty(cursor.text()?)),
             // One for each domain type, all the same; other drivers' are no numbers.
             "baselabel" => {
-                let owner = Owner::parse(&cursor.text()?);
+                let owner = EmulatorOwner::parse(&cursor.text()?);
                 host.emulator_owner = owner.or(host.emulator_owner);
             }
             "doi" => {}
-            _ => cursor.unknown(),
+            _ => cursor.ignore_unknown(),
         }
         Ok(())
     })
 }
 
-fn read_migration(cursor: &mut Cursor<'_>) -> Result<Migration, Problem> {
+fn read_migration(cursor: &mut Cursor<'_>) -> Result<Migration, ElementError> {
     let mut migration = Migration::default();
     cursor.children(|cursor, child| {
         match child.name() {
@@ -310,11 +310,11 @@ fn read_migration(cursor: &mut Cursor<'_>) -> Result<Migration, Problem> {
             "uri_transports" => cursor.children(|cursor, transport| {
                 match transport.name() {
                     "uri_transport" => migration.transports.extend(non_empty(cursor.text()?)),
-                    _ => cursor.unknown(),
+                    _ => cursor.ignore_unknown(),
                 }
                 Ok(())
             })?,
-            _ => cursor.unknown(),
+            _ => cursor.ignore_unknown(),
         }
         Ok(())
     })?;
@@ -323,7 +323,7 @@ fn read_migration(cursor: &mut Cursor<'_>) -> Result<Migration, Problem> {
 
 /// `<pages unit='KiB' size='2048'>` in KiB. libvirt always writes KiB; another unit is not
 /// guessed at.
-fn page_size(element: &Element<'_>) -> Result<Option<u64>, Problem> {
+fn page_size(element: &Element<'_>) -> Result<Option<u64>, ElementError> {
     Ok(element
         .parsed("size", "number")?
         .and_then(|size| kib(element, size)))

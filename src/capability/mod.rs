@@ -15,9 +15,10 @@ pub use cpu::{CpuDefinition, CpuModel, CpuModes, HostModel, PlainMode, PolicyFea
 pub use domain::{DomainCapabilities, Hyperv, Section, Sev, Sgx};
 pub use eim::Eim;
 pub use facts::{Accelerator, CanonicalMachine, NodeFacts, is_q35, is_x86};
-pub use guest::{Guest, GuestDomain, Machine};
+pub use guest::{GuestCapabilities, GuestDomain, MachineType};
 pub use host::{
-    Capabilities, Host, HostCpu, Migration, NumaCell, Owner, Pages, Topology, TscCounter,
+    Capabilities, CpuTopology, EmulatorOwner, HostCapabilities, HostCpu, Migration, NumaCell,
+    Pages, TscCounter,
 };
 pub use node::{HostFacts, IommuKind, KvmHyperv};
 pub use vcpus::{UNLIMITED, VcpuMax};

@@ -1,6 +1,6 @@
 //! Shapes that recur in libvirt's documents.
 
-use crate::xml::{Cursor, Problem};
+use crate::xml::{Cursor, ElementError};
 
 /// A text, unless it is empty.
 pub(super) fn non_empty(text: String) -> Option<String> {
@@ -8,12 +8,12 @@ pub(super) fn non_empty(text: String) -> Option<String> {
 }
 
 /// The `<value>` elements of an `<enum>`.
-pub(super) fn read_values(cursor: &mut Cursor<'_>) -> Result<Vec<String>, Problem> {
+pub(super) fn read_values(cursor: &mut Cursor<'_>) -> Result<Vec<String>, ElementError> {
     let mut values = Vec::new();
     cursor.children(|cursor, child| {
         match child.name() {
             "value" => values.extend(non_empty(cursor.text()?)),
-            _ => cursor.unknown(),
+            _ => cursor.ignore_unknown(),
         }
         Ok(())
     })?;

@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::Serialize;
 
-use crate::xml::{Element, Problem};
+use crate::xml::{Element, ElementError};
 
 /// libvirt's way to say "no limit": `INT_MAX`, seen with pseries machines of QEMU 6.2 to 7.1.
 pub const UNLIMITED: u32 = 2_147_483_647;
@@ -31,7 +31,7 @@ impl VcpuMax {
         }
     }
 
-    pub(super) fn read(element: &Element<'_>, attribute: &str) -> Result<Self, Problem> {
+    pub(super) fn read(element: &Element<'_>, attribute: &str) -> Result<Self, ElementError> {
         let number = element.parsed(attribute, "number of vCPUs")?;
         Ok(number.map_or(Self::Unknown, Self::from_number))
     }

@@ -6,7 +6,9 @@ use super::offline::Offline;
 use super::output::{Output, print, print_value, table};
 use super::{Exit, conclude, probe};
 use crate::config::Config;
-use crate::label::{InUse, LabelSet, Probe, Published, Rejected, Source, derive};
+use crate::label::{
+    CapabilitiesInUse, FactSource, LabelSet, ProbeResult, PublishedLabels, RejectedLabel, derive,
+};
 use crate::probe::Reading;
 use crate::publish::file::{FilePublisher, LabelReport};
 
@@ -25,11 +27,11 @@ impl Labels {
     pub(super) fn run(self, config: &Config) -> anyhow::Result<Exit> {
         if let Some(facts) = self.offline.read()? {
             let derivation = derive(&facts, &config.policy);
-            let mut published = Published::default();
-            published.take(Probe {
+            let mut published = PublishedLabels::default();
+            published.update(ProbeResult {
                 labels: &derivation.labels,
                 failed: &[],
-                in_use: &InUse::default(),
+                in_use: &CapabilitiesInUse::default(),
             });
             self.print(&published, &derivation.rejected)?;
             return Ok(Exit::Done);
@@ -45,7 +47,7 @@ impl Labels {
         Ok(exit)
     }
 
-    fn print(&self, published: &Published, rejected: &[Rejected]) -> anyhow::Result<()> {
+    fn print(&self, published: &PublishedLabels, rejected: &[RejectedLabel]) -> anyhow::Result<()> {
         let report = LabelReport {
             labels: published.labels(),
             rejected,
@@ -59,17 +61,17 @@ impl Labels {
 }
 
 /// What the daemon would publish after this reading, given what it published before.
-fn decide(reading: &Reading, config: &Config) -> (Published, Vec<Rejected>) {
+fn decide(reading: &Reading, config: &Config) -> (PublishedLabels, Vec<RejectedLabel>) {
     let file = FilePublisher::new(&config.state_directory, &config.features_directory);
     let before = file.load().unwrap_or_else(|_| LabelSet::new());
     let derivation = derive(&reading.facts, &config.policy);
-    let failed: Vec<Source> = reading
+    let failed: Vec<FactSource> = reading
         .failures
         .iter()
         .map(|failure| failure.source)
         .collect();
-    let mut published = Published::starting_from(before);
-    published.take(Probe {
+    let mut published = PublishedLabels::starting_from(before);
+    published.update(ProbeResult {
         labels: &derivation.labels,
         failed: &failed,
         in_use: &reading.in_use,

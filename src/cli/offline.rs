@@ -83,7 +83,7 @@ impl Offline {
 /// Reads a document. A file that is too large is not read whole.
 fn read<T>(
     path: &Path,
-    parse: impl Fn(&str, &[u8]) -> Result<T, crate::xml::ParseError>,
+    parse: impl Fn(&str, &[u8]) -> Result<T, crate::xml::DocumentError>,
 ) -> anyhow::Result<T> {
     let name = path.display().to_string();
     let size = std::fs::metadata(path)

@@ -8,7 +8,7 @@ use std::time::Duration;
 use kube::core::Status;
 use thiserror::Error;
 
-use crate::label::ownership::Owner;
+use crate::label::ownership::FieldManager;
 
 /// What a call was about.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -140,7 +140,7 @@ pub enum ClusterError {
 }
 
 /// The label keys that an apply was refused for, and who owns them.
-pub type ApplyConflicts = BTreeMap<String, Owner>;
+pub type ApplyConflicts = BTreeMap<String, FieldManager>;
 
 impl ClusterError {
     /// The bounded word for this error, one of [`crate::telemetry::metrics::SYNC_FAILURES`].
@@ -261,7 +261,7 @@ impl ClusterError {
 fn refusal(status: &Status) -> ApplyConflicts {
     let causes = status.details.iter().flat_map(|details| &details.causes);
     let conflicts = causes.filter(|cause| cause.reason == "FieldManagerConflict");
-    let owner = |message: &str| Owner {
+    let owner = |message: &str| FieldManager {
         manager: message.split('"').nth(1).unwrap_or("unknown").to_owned(),
         applies: !message.contains(" using "),
     };

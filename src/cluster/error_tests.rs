@@ -23,7 +23,7 @@ fn a_refusal_names_keys_and_owners() {
     let ClusterError::Conflict { refusal, .. } = error else {
         panic!("{error}")
     };
-    let owner = |manager: &str, applies| Owner {
+    let owner = |manager: &str, applies| FieldManager {
         manager: manager.into(),
         applies,
     };

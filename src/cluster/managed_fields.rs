@@ -8,12 +8,12 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ManagedFieldsEntry;
 use kube::core::ObjectMeta;
 
 use super::FIELD_MANAGER;
-use crate::label::ownership::{Owner, Shown};
+use crate::label::ownership::{FieldManager, ObservedLabels};
 
-pub(super) fn shown(meta: ObjectMeta) -> Shown {
-    let mut shown = Shown {
+pub(super) fn shown(meta: ObjectMeta) -> ObservedLabels {
+    let mut shown = ObservedLabels {
         labels: meta.labels.unwrap_or_default(),
-        ..Shown::default()
+        ..ObservedLabels::default()
     };
     for entry in meta.managed_fields.unwrap_or_default() {
         let applies = entry.operation.as_deref() == Some("Apply");
@@ -24,7 +24,7 @@ pub(super) fn shown(meta: ObjectMeta) -> Shown {
             continue;
         }
         for key in labels(&entry) {
-            let owner = Owner {
+            let owner = FieldManager {
                 manager: manager.to_owned(),
                 applies,
             };
@@ -48,7 +48,7 @@ fn labels(entry: &ManagedFieldsEntry) -> impl Iterator<Item = &str> {
 mod tests {
     use super::*;
 
-    fn shown_by(managed_fields: serde_json::Value) -> Shown {
+    fn shown_by(managed_fields: serde_json::Value) -> ObservedLabels {
         let meta = serde_json::json!({"labels": {"a.io/x": "1"}, "managedFields": managed_fields});
         shown(serde_json::from_value(meta).unwrap())
     }

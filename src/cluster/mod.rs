@@ -32,7 +32,7 @@ use tower::timeout::TimeoutLayer;
 
 use self::pulse::Pulse;
 use crate::label::LabelSet;
-use crate::label::ownership::Shown;
+use crate::label::ownership::ObservedLabels;
 
 pub use config::ClusterConfig;
 pub use error::{ApplyConflicts, ClusterError, Object};
@@ -57,7 +57,7 @@ pub struct NodeState {
     /// Which version of it.
     pub resource_version: String,
     /// Its labels and whose they are.
-    pub shown: Shown,
+    pub shown: ObservedLabels,
 }
 
 impl From<ObjectMeta> for NodeState {

@@ -14,7 +14,7 @@ pub use self::devices::{HostDevices, IoApic, Iommu, IommuModel, PciControllers};
 use crate::capability::is_x86;
 use crate::domain::{Domain, DomainState};
 use crate::units::Bytes;
-use crate::xml::{self, Cursor, Element, ParseError, Problem};
+use crate::xml::{self, Cursor, DocumentError, Element, ElementError};
 
 /// The Hyper-V enlightenments that every KVM gives, also where a libvirt before 9.0 lists none: two
 /// came with the first of them, two are values that the guest is told.
@@ -158,7 +158,7 @@ impl Requirement {
     ///
     /// # Errors
     /// A document that is none, has no name or memory, or in which a known value is malformed.
-    pub fn parse(document: &str, bytes: &[u8]) -> Result<Self, ParseError> {
+    pub fn parse(document: &str, bytes: &[u8]) -> Result<Self, DocumentError> {
         let mut requirement = xml::read(document, bytes, &["domain"], |cursor, root| {
             let mut requirement = Self {
                 live: root.attribute("id")?.is_some(),
@@ -200,7 +200,7 @@ impl Requirement {
         names.filter(|name| !EVERYWHERE.contains(name))
     }
 
-    fn read(&mut self, cursor: &mut Cursor<'_>) -> Result<(), Problem> {
+    fn read(&mut self, cursor: &mut Cursor<'_>) -> Result<(), ElementError> {
         cursor.children(|cursor, child| {
             match child.name() {
                 "name" => self.name = Some(cursor.text()?),
@@ -217,20 +217,24 @@ impl Requirement {
                 "memoryBacking" => self.read_backing(cursor)?,
                 "devices" => devices::read(cursor, self)?,
                 name if name.starts_with("qemu:") => self.raw_arguments = true,
-                _ => cursor.unknown(),
+                _ => cursor.ignore_unknown(),
             }
             Ok(())
         })
     }
 
-    fn read_vcpu(&mut self, cursor: &mut Cursor<'_>, element: &Element<'_>) -> Result<(), Problem> {
+    fn read_vcpu(
+        &mut self,
+        cursor: &mut Cursor<'_>,
+        element: &Element<'_>,
+    ) -> Result<(), ElementError> {
         let current = element.parsed("current", "number of vCPUs")?;
         self.vcpus.maximum = cursor.parsed("number of vCPUs")?;
         self.vcpus.current = current.unwrap_or(self.vcpus.maximum);
         Ok(())
     }
 
-    fn read_os(&mut self, cursor: &mut Cursor<'_>) -> Result<(), Problem> {
+    fn read_os(&mut self, cursor: &mut Cursor<'_>) -> Result<(), ElementError> {
         cursor.children(|cursor, child| {
             match child.name() {
                 "type" => {
@@ -244,13 +248,13 @@ impl Requirement {
                     self.secure_boot |= secure && feature.yes_no("enabled")? == Some(true);
                     Ok(())
                 })?,
-                _ => cursor.unknown(),
+                _ => cursor.ignore_unknown(),
             }
             Ok(())
         })
     }
 
-    fn read_backing(&mut self, cursor: &mut Cursor<'_>) -> Result<(), Problem> {
+    fn read_backing(&mut self, cursor: &mut Cursor<'_>) -> Result<(), ElementError> {
         cursor.children(|cursor, child| {
             match child.name() {
                 "source" => self.memory_source = child.text("type")?,
@@ -265,7 +269,7 @@ impl Requirement {
                         Ok(())
                     })?;
                 }
-                _ => cursor.unknown(),
+                _ => cursor.ignore_unknown(),
             }
             Ok(())
         })

@@ -21,7 +21,7 @@ use crate::controller::{Controller, ControllerOptions};
 use crate::executor::Executor;
 use crate::hypervisor::{DomainBackend, NodeSource};
 use crate::label::{LabelKey, LabelSet, LabelValue};
-use crate::labeller::Outlets;
+use crate::labeller::Outputs;
 use crate::publish::events::EventRecorder;
 use crate::publish::file::{self, LabelReport, NODE_LABELS_FILE};
 use crate::publish::node::{NodePublisher, NodePublisherOptions, SyncState};
@@ -94,7 +94,7 @@ impl OnNode {
         config: &Config,
         hypervisor: &Arc<H>,
         hotplug_watched: watch::Receiver<Option<Condition>>,
-        outlets: &mut Outlets,
+        outlets: &mut Outputs,
         parts: &mut Parts,
     ) -> watch::Receiver<SyncState> {
         let node = self.cluster.node_reference();
@@ -103,8 +103,8 @@ impl OnNode {
             report_hypervisor(events, node, connection, stop)
         });
 
-        let (pictures, to_publish) = watch::channel(None);
-        outlets.pictures = Some(pictures);
+        let (snapshots, to_publish) = watch::channel(None);
+        outlets.snapshots = Some(snapshots);
         let options = VirtualizationPublisherOptions {
             start_jitter: self.start_jitter,
             ..VirtualizationPublisherOptions::default()
@@ -122,7 +122,7 @@ impl OnNode {
     fn publish_labels(
         self,
         config: &Config,
-        outlets: &mut Outlets,
+        outlets: &mut Outputs,
         parts: &mut Parts,
     ) -> watch::Receiver<SyncState> {
         let Self {
@@ -139,9 +139,9 @@ impl OnNode {
         let publisher = NodePublisher::new(cluster.clone(), events, Arc::clone(&metrics), options);
         let state = publisher.state();
         let (desired, to_publish) = watch::channel(None);
-        let (found, found_on_node) = oneshot::channel();
+        let (found, existing_labels) = oneshot::channel();
         outlets.node = Some(desired);
-        outlets.found_on_node = Some(found_on_node);
+        outlets.existing_labels = Some(existing_labels);
 
         let memory = config.state_directory.join(NODE_LABELS_FILE);
         let kept = remember(state.clone(), memory.clone());

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use tokio::sync::watch;
 use tokio::time::{Duration, Instant};
 
-use crate::labeller::Progress;
+use crate::labeller::LabellerProgress;
 use crate::publish::node::SyncState;
 use crate::telemetry::Inventory;
 
@@ -21,7 +21,7 @@ const STUCK_AFTER: Duration = Duration::from_secs(20);
 pub struct Health {
     started: Instant,
     last_tick_millis: AtomicU64,
-    progress: watch::Receiver<Progress>,
+    progress: watch::Receiver<LabellerProgress>,
     node: Option<watch::Receiver<SyncState>>,
     domains: Option<Arc<Inventory>>,
 }
@@ -29,7 +29,7 @@ pub struct Health {
 impl Health {
     /// Joins what the labeller and the Node's publisher, if there is one, tell.
     pub fn new(
-        progress: watch::Receiver<Progress>,
+        progress: watch::Receiver<LabellerProgress>,
         node: Option<watch::Receiver<SyncState>>,
     ) -> Self {
         Self {
@@ -113,7 +113,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_loop_that_stands_still_is_noticed() {
-        let (_progress, progress) = watch::channel(Progress::default());
+        let (_progress, progress) = watch::channel(LabellerProgress::default());
         let health = Health::new(progress, None);
         health.tick();
         assert_eq!(health.stuck_for(), None);
@@ -125,7 +125,7 @@ mod tests {
 
     #[test]
     fn readiness_lists_what_is_missing() {
-        let (progress, receiver) = watch::channel(Progress::default());
+        let (progress, receiver) = watch::channel(LabellerProgress::default());
         let (node, state) = watch::channel(SyncState::default());
         let health = Health::new(receiver, Some(state));
         assert_eq!(health.missing().len(), 3);

@@ -30,7 +30,7 @@ use crate::config::{Config, ConfigError, Target};
 use crate::doctor::{DoctorScope, DoctorTask};
 use crate::executor::Executor;
 use crate::hypervisor::{ControlConfig, Libvirt, LibvirtConfig, LibvirtDomains};
-use crate::labeller::{Labeller, Outlets};
+use crate::labeller::{Labeller, Outputs};
 use crate::monitor::Monitor;
 use crate::publish::events::EventRecorder;
 use crate::publish::file::FilePublisher;
@@ -121,11 +121,11 @@ async fn start(config: &Config, listener: TcpListener, parts: &mut Parts) -> any
     let events = on_node.as_ref().map(OnNode::events);
     let executor = start_hotplug(config, &control, &metrics, events, parts);
 
-    let mut outlets = Outlets {
+    let mut outlets = Outputs {
         file: config
             .publishes_to(Target::File)
             .then(|| FilePublisher::new(&config.state_directory, &config.features_directory)),
-        ..Outlets::default()
+        ..Outputs::default()
     };
     let synced = on_node.map(|on_node| {
         let watched = match executor {

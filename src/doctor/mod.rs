@@ -22,10 +22,10 @@ use crate::doctor::checks::{Check, DoctorReport, Severity, diagnose};
 use crate::domain::MemoryDevice;
 use crate::host;
 use crate::hypervisor::{CallError, DomainBackend, DomainRef, NodeSource};
-use crate::label::{Policy, Source, derive};
-use crate::labeller::Latest;
+use crate::label::{FactSource, Policy, derive};
+use crate::labeller::LatestProbe;
 use crate::monitor::{Patience, Sight, look};
-use crate::probe::{Failure, Prober};
+use crate::probe::{Prober, SourceFailure};
 use crate::telemetry::Metrics;
 use crate::telemetry::metrics::now_seconds;
 use crate::units::Bytes;
@@ -109,10 +109,11 @@ fn trouble(error: &CallError) -> LibvirtFailure {
 }
 
 /// What libvirt did not answer: the connection as a whole, or single questions by virsh's words.
-fn take_failures(libvirt: &mut LibvirtStatus, failures: &[Failure]) {
+fn take_failures(libvirt: &mut LibvirtStatus, failures: &[SourceFailure]) {
     // The baseline is called unavailable also where the document was that it rests on.
-    let lost =
-        |failure: &&Failure| failure.code == "unavailable" && failure.source != Source::CpuBaseline;
+    let lost = |failure: &&SourceFailure| {
+        failure.code == "unavailable" && failure.source != FactSource::CpuBaseline
+    };
     if let Some(failure) = failures.iter().find(lost) {
         libvirt.failure = Some(LibvirtFailure {
             code: failure.code,
@@ -125,10 +126,10 @@ fn take_failures(libvirt: &mut LibvirtStatus, failures: &[Failure]) {
         .filter(|failure| failure.code != "unavailable")
         .map(|failure| {
             let question = match failure.source {
-                Source::Versions => "version",
-                Source::DomainCapabilities | Source::CpuBaseline => "domcapabilities",
-                Source::Domains => "list",
-                Source::Capabilities | Source::Host => "capabilities",
+                FactSource::Versions => "version",
+                FactSource::DomainCapabilities | FactSource::CpuBaseline => "domcapabilities",
+                FactSource::Domains => "list",
+                FactSource::Capabilities | FactSource::Host => "capabilities",
             };
             (question.to_owned(), failure.message.clone())
         })
@@ -217,7 +218,7 @@ fn taken(seen: &ObservedDomain) -> BTreeMap<String, Bytes> {
 pub struct DoctorTask {
     scope: DoctorScope,
     interval: Duration,
-    latest: watch::Receiver<Option<Arc<Latest>>>,
+    latest: watch::Receiver<Option<Arc<LatestProbe>>>,
     sight: watch::Receiver<Sight>,
     metrics: Arc<Metrics>,
     /// What guests had of virtio-mem devices, by domain, and since when it is that.
@@ -231,7 +232,7 @@ impl DoctorTask {
     pub fn new(
         scope: DoctorScope,
         interval: Duration,
-        latest: watch::Receiver<Option<Arc<Latest>>>,
+        latest: watch::Receiver<Option<Arc<LatestProbe>>>,
         sight: watch::Receiver<Sight>,
         metrics: Arc<Metrics>,
     ) -> Self {
@@ -264,7 +265,7 @@ impl DoctorTask {
     }
 
     /// What is known already, and the host, which is files.
-    fn observe(&mut self, latest: &Latest) -> Observed {
+    fn observe(&mut self, latest: &LatestProbe) -> Observed {
         let mut libvirt = LibvirtStatus {
             uri: self.scope.uri.clone(),
             ..LibvirtStatus::default()
@@ -353,8 +354,8 @@ impl DoctorTask {
 mod tests {
     use super::*;
 
-    fn failure(source: Source, code: &'static str) -> Failure {
-        Failure {
+    fn failure(source: FactSource, code: &'static str) -> SourceFailure {
+        SourceFailure {
             source,
             code,
             message: "why".to_owned(),
@@ -365,14 +366,17 @@ mod tests {
     fn a_document_that_is_late_is_no_lost_connection() {
         let mut libvirt = LibvirtStatus::default();
         let late = [
-            failure(Source::DomainCapabilities, "timeout"),
-            failure(Source::CpuBaseline, "unavailable"),
+            failure(FactSource::DomainCapabilities, "timeout"),
+            failure(FactSource::CpuBaseline, "unavailable"),
         ];
         take_failures(&mut libvirt, &late);
         assert_eq!(libvirt.failure, None);
         let expected = ("domcapabilities".to_owned(), "why".to_owned());
         assert_eq!(libvirt.unanswered, [expected]);
-        take_failures(&mut libvirt, &[failure(Source::Versions, "unavailable")]);
+        take_failures(
+            &mut libvirt,
+            &[failure(FactSource::Versions, "unavailable")],
+        );
         assert_eq!(
             libvirt.failure.map(|trouble| trouble.code),
             Some("unavailable")

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::xml::{Cursor, Element, Problem};
+use crate::xml::{Cursor, Element, ElementError};
 
 /// The guest agent's channel name, which libvirt itself looks for (`qemuFindAgentConfig`).
 const AGENT: &str = "org.qemu.guest_agent.0";
@@ -63,7 +63,7 @@ impl Draft {
         &mut self,
         cursor: &mut Cursor<'_>,
         element: &Element<'_>,
-    ) -> Result<(), Problem> {
+    ) -> Result<(), ElementError> {
         let kind = element.name().to_owned();
         let is_balloon = kind == "memballoon";
         if is_balloon {
@@ -97,6 +97,6 @@ impl Draft {
     }
 }
 
-fn is_agent(target: &Element<'_>) -> Result<bool, Problem> {
+fn is_agent(target: &Element<'_>) -> Result<bool, ElementError> {
     Ok(target.attribute("name")?.as_deref() == Some(AGENT))
 }

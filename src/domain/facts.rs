@@ -6,7 +6,7 @@ use super::devices::{self, AgentChannel, Balloon, Device};
 use super::memory::{self, Memory};
 use super::state::DomainState;
 use super::vcpus::{self, Vcpus};
-use crate::xml::{self, Cursor, ParseError, Problem};
+use crate::xml::{self, Cursor, DocumentError, ElementError};
 
 /// A domain, as its live XML and libvirt's word about its state tell.
 ///
@@ -76,12 +76,14 @@ impl Domain {
     ///
     /// # Errors
     /// A document that is none, has no name, or in which a known value is malformed.
-    pub fn parse(document: &str, bytes: &[u8], state: DomainState) -> Result<Self, ParseError> {
+    pub fn parse(document: &str, bytes: &[u8], state: DomainState) -> Result<Self, DocumentError> {
         xml::read(document, bytes, &["domain"], |cursor, root| {
             let mut draft = Draft::default();
             draft.read(cursor)?;
             Ok(Self {
-                name: draft.name.ok_or_else(|| Problem::new("has no <name>"))?,
+                name: draft
+                    .name
+                    .ok_or_else(|| ElementError::new("has no <name>"))?,
                 uuid: draft.uuid,
                 id: root.parsed("id", "number of a domain")?,
                 virt_type: root.text("type")?.unwrap_or_default(),
@@ -127,7 +129,7 @@ struct Draft {
 }
 
 impl Draft {
-    fn read(&mut self, cursor: &mut Cursor<'_>) -> Result<(), Problem> {
+    fn read(&mut self, cursor: &mut Cursor<'_>) -> Result<(), ElementError> {
         cursor.children(|cursor, child| match child.name() {
             "name" => cursor.text().map(|name| self.name = Some(name)),
             "uuid" => cursor.text().map(|uuid| self.uuid = Some(uuid)),
@@ -154,7 +156,7 @@ impl Draft {
         })
     }
 
-    fn read_os(&mut self, cursor: &mut Cursor<'_>) -> Result<(), Problem> {
+    fn read_os(&mut self, cursor: &mut Cursor<'_>) -> Result<(), ElementError> {
         cursor.children(|_, child| {
             if child.name() == "type" {
                 self.arch = child.text("arch")?;
@@ -164,21 +166,21 @@ impl Draft {
         })
     }
 
-    fn read_features(&mut self, cursor: &mut Cursor<'_>) -> Result<(), Problem> {
+    fn read_features(&mut self, cursor: &mut Cursor<'_>) -> Result<(), ElementError> {
         cursor.children(|_, child| {
             self.acpi |= child.name() == "acpi";
             Ok(())
         })
     }
 
-    fn read_backing(&mut self, cursor: &mut Cursor<'_>) -> Result<(), Problem> {
+    fn read_backing(&mut self, cursor: &mut Cursor<'_>) -> Result<(), ElementError> {
         cursor.children(|_, child| {
             self.memory.memory.huge_pages |= child.name() == "hugepages";
             Ok(())
         })
     }
 
-    fn read_cpu(&mut self, cursor: &mut Cursor<'_>) -> Result<(), Problem> {
+    fn read_cpu(&mut self, cursor: &mut Cursor<'_>) -> Result<(), ElementError> {
         cursor.children(|cursor, child| {
             match child.name() {
                 "model" => self.cpu.model = Some(cursor.text()?).filter(|model| !model.is_empty()),
@@ -202,7 +204,7 @@ impl Draft {
         })
     }
 
-    fn read_devices(&mut self, cursor: &mut Cursor<'_>) -> Result<(), Problem> {
+    fn read_devices(&mut self, cursor: &mut Cursor<'_>) -> Result<(), ElementError> {
         cursor.children(|cursor, child| match child.name() {
             "memory" => self.memory.read_device(cursor, child),
             _ => self.devices.read(cursor, child),

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::IdSet;
 use crate::units::{Bytes, KiB};
-use crate::xml::{Cursor, Element, Problem};
+use crate::xml::{Cursor, Element, ElementError};
 
 /// The memory of a domain.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -143,17 +143,17 @@ impl Draft {
         &mut self,
         cursor: &mut Cursor<'_>,
         element: &Element<'_>,
-    ) -> Result<(), Problem> {
+    ) -> Result<(), ElementError> {
         self.memory.slots = element.parsed("slots", "number of slots")?.unwrap_or(0);
         self.memory.maximum = Some(read_size(cursor, element)?);
         Ok(())
     }
 
     /// `<cpu><numa>`.
-    pub(super) fn read_cells(&mut self, cursor: &mut Cursor<'_>) -> Result<(), Problem> {
+    pub(super) fn read_cells(&mut self, cursor: &mut Cursor<'_>) -> Result<(), ElementError> {
         cursor.children(|cursor, child| {
             if child.name() != "cell" {
-                cursor.unknown();
+                cursor.ignore_unknown();
                 return Ok(());
             }
             let ordinal = u32::try_from(self.memory.cells.len()).unwrap_or(u32::MAX);
@@ -172,7 +172,7 @@ impl Draft {
         &mut self,
         cursor: &mut Cursor<'_>,
         element: &Element<'_>,
-    ) -> Result<(), Problem> {
+    ) -> Result<(), ElementError> {
         let model = match element.attribute("model")?.as_deref() {
             Some("dimm") => MemoryModel::Dimm,
             Some("virtio-mem") => MemoryModel::VirtioMem,
@@ -207,7 +207,7 @@ impl Draft {
     /// All together. `<memory>` is the sum of what the domain booted with and the sizes of all
     /// devices (`virDomainDefGetMemoryTotal`, libvirt 11.3); the cells, where there are any, hold
     /// what it booted with and nothing else.
-    pub(super) fn finish(self) -> Result<Memory, Problem> {
+    pub(super) fn finish(self) -> Result<Memory, ElementError> {
         let Self { total, mut memory } = self;
         let sum = |sizes: &mut dyn Iterator<Item = Bytes>| {
             sizes.fold(Bytes::ZERO, |sum, size| sum.saturating_add(size))
@@ -215,9 +215,9 @@ impl Draft {
         let in_cells = sum(&mut memory.cells.iter().map(|cell| cell.memory));
         let in_devices = sum(&mut memory.devices.iter().map(|device| device.size));
         memory.boot = match (in_cells, total) {
-            (Bytes::ZERO, None) => return Err(Problem::new("has no <memory>")),
+            (Bytes::ZERO, None) => return Err(ElementError::new("has no <memory>")),
             (Bytes::ZERO, Some(total)) => total.checked_sub(in_devices).ok_or_else(|| {
-                Problem::new(format!(
+                ElementError::new(format!(
                     "has {total} of memory, and devices of {in_devices} in it"
                 ))
             })?,
@@ -227,7 +227,7 @@ impl Draft {
     }
 }
 
-fn read_target(cursor: &mut Cursor<'_>, device: &mut MemoryDevice) -> Result<(), Problem> {
+fn read_target(cursor: &mut Cursor<'_>, device: &mut MemoryDevice) -> Result<(), ElementError> {
     cursor.children(|cursor, child| {
         match child.name() {
             "size" => device.size = read_size(cursor, child)?,
@@ -242,14 +242,17 @@ fn read_target(cursor: &mut Cursor<'_>, device: &mut MemoryDevice) -> Result<(),
 }
 
 /// A size with a `unit` attribute.
-pub(super) fn read_size(cursor: &mut Cursor<'_>, element: &Element<'_>) -> Result<Bytes, Problem> {
+pub(super) fn read_size(
+    cursor: &mut Cursor<'_>,
+    element: &Element<'_>,
+) -> Result<Bytes, ElementError> {
     let number = cursor.parsed("size")?;
     scaled(number, element.attribute("unit")?.as_deref())
 }
 
 /// libvirt's units (`virScaleInteger`): KiB if none is said, single letters are powers of 1024
 /// and those with a B of 1000. libvirt itself always writes KiB.
-pub(crate) fn scaled(number: u64, unit: Option<&str>) -> Result<Bytes, Problem> {
+pub(crate) fn scaled(number: u64, unit: Option<&str>) -> Result<Bytes, ElementError> {
     let unit = unit.unwrap_or("KiB");
     let factor = match unit.to_ascii_lowercase().as_str() {
         "b" | "byte" | "bytes" => Some(1),
@@ -267,8 +270,8 @@ pub(crate) fn scaled(number: u64, unit: Option<&str>) -> Result<Bytes, Problem> 
         "eb" => Some(1_000_000_000_000_000_000),
         _ => None,
     };
-    let factor = factor.ok_or_else(|| Problem::new("has an unknown unit of size"))?;
-    let too_large = || Problem::new(format!("{number} {unit} are more than there can be"));
+    let factor = factor.ok_or_else(|| ElementError::new("has an unknown unit of size"))?;
+    let too_large = || ElementError::new(format!("{number} {unit} are more than there can be"));
     let bytes = number
         .checked_mul(factor)
         .map(Bytes::new)

@@ -1,6 +1,6 @@
 //! What a running domain needs of its node: machine type, CPU model and features.
 
-use crate::xml::{self, Cursor, ParseError, Problem};
+use crate::xml::{self, Cursor, DocumentError, ElementError};
 
 /// What a running domain needs of its node. libvirt writes the canonical machine name and, for
 /// the host-model mode, the real model into the live definition.
@@ -19,7 +19,7 @@ impl NodeRequirements {
     ///
     /// # Errors
     /// A document that is none.
-    pub fn parse(document: &str, bytes: &[u8]) -> Result<Self, ParseError> {
+    pub fn parse(document: &str, bytes: &[u8]) -> Result<Self, DocumentError> {
         xml::read(document, bytes, &["domain"], |cursor, _| {
             let mut needs = Self::default();
             cursor.children(|cursor, child| match child.name() {
@@ -32,7 +32,7 @@ impl NodeRequirements {
     }
 }
 
-fn read_os(cursor: &mut Cursor<'_>, needs: &mut NodeRequirements) -> Result<(), Problem> {
+fn read_os(cursor: &mut Cursor<'_>, needs: &mut NodeRequirements) -> Result<(), ElementError> {
     cursor.children(|_, child| {
         if child.name() == "type" {
             needs.machine = child.text("machine")?;
@@ -41,7 +41,7 @@ fn read_os(cursor: &mut Cursor<'_>, needs: &mut NodeRequirements) -> Result<(), 
     })
 }
 
-fn read_cpu(cursor: &mut Cursor<'_>, needs: &mut NodeRequirements) -> Result<(), Problem> {
+fn read_cpu(cursor: &mut Cursor<'_>, needs: &mut NodeRequirements) -> Result<(), ElementError> {
     cursor.children(|cursor, child| {
         match child.name() {
             "model" => needs.cpu_model = Some(cursor.text()?).filter(|model| !model.is_empty()),

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::IdSet;
-use crate::xml::{Cursor, Element, Problem};
+use crate::xml::{Cursor, Element, ElementError};
 
 /// More than any hypervisor has, to bound what a number in a document can cost.
 const MOST: u32 = 65_536;
@@ -78,11 +78,11 @@ impl Draft {
         &mut self,
         cursor: &mut Cursor<'_>,
         element: &Element<'_>,
-    ) -> Result<(), Problem> {
+    ) -> Result<(), ElementError> {
         self.current = element.parsed("current", "number of vCPUs")?;
         let maximum: u32 = cursor.parsed("number of vCPUs")?;
         if maximum > MOST {
-            return Err(Problem::new(format!(
+            return Err(ElementError::new(format!(
                 "{maximum} vCPUs are more than there can be"
             )));
         }
@@ -91,14 +91,14 @@ impl Draft {
     }
 
     /// `<vcpus><vcpu id='0' enabled='yes' hotpluggable='no' order='1'/>…</vcpus>`.
-    pub(super) fn read_each(&mut self, cursor: &mut Cursor<'_>) -> Result<(), Problem> {
+    pub(super) fn read_each(&mut self, cursor: &mut Cursor<'_>) -> Result<(), ElementError> {
         cursor.children(|cursor, child| {
             if child.name() != "vcpu" {
-                cursor.unknown();
+                cursor.ignore_unknown();
                 return Ok(());
             }
             let id = child.parsed("id", "number of a vCPU")?;
-            let id: u32 = id.ok_or_else(|| Problem::new("has no id"))?;
+            let id: u32 = id.ok_or_else(|| ElementError::new("has no id"))?;
             let enabled = child.yes_no("enabled")?.unwrap_or(false);
             self.each.push(Vcpu {
                 id,
@@ -113,16 +113,16 @@ impl Draft {
     /// Both together. Without `<vcpus>`, which libvirt writes only after the first change or
     /// where the definition has it, the first `current` are plugged and fixed, the others free
     /// (`virDomainDefVcpusParse` and `qemuDomainSetVcpusLive`, libvirt 11.3).
-    pub(super) fn finish(self) -> Result<Vcpus, Problem> {
+    pub(super) fn finish(self) -> Result<Vcpus, ElementError> {
         let maximum = self.maximum.unwrap_or(0);
         let current = self.current.unwrap_or(maximum);
         if current > maximum {
-            return Err(Problem::new(format!(
+            return Err(ElementError::new(format!(
                 "has {current} vCPUs of {maximum} at most"
             )));
         }
         if self.each.iter().any(|vcpu| vcpu.id >= maximum) {
-            return Err(Problem::new(format!(
+            return Err(ElementError::new(format!(
                 "has a vCPU whose number is not below the maximum of {maximum}"
             )));
         }

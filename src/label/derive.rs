@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize, Serializer};
 
-use super::{Invalid, LabelKey, LabelSet, LabelValue, kubevirt, native};
+use super::{InvalidLabel, LabelKey, LabelSet, LabelValue, kubevirt, native};
 use crate::capability::NodeFacts;
 
 /// Which keys are written.
@@ -59,17 +59,17 @@ pub struct Policy {
 
 /// A label that was not made, and why.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Rejected {
+pub struct RejectedLabel {
     /// The key it would have had.
     pub key: String,
     /// The value it would have had.
     pub value: String,
     /// Why it is no label.
     #[serde(serialize_with = "code")]
-    pub reason: Invalid,
+    pub reason: InvalidLabel,
 }
 
-fn code<S: Serializer>(reason: &Invalid, serializer: S) -> Result<S::Ok, S::Error> {
+fn code<S: Serializer>(reason: &InvalidLabel, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.serialize_str(reason.code())
 }
 
@@ -79,7 +79,7 @@ pub struct Derivation {
     /// The labels.
     pub labels: LabelSet,
     /// What could be no label, sorted by key.
-    pub rejected: Vec<Rejected>,
+    pub rejected: Vec<RejectedLabel>,
 }
 
 impl Derivation {
@@ -88,7 +88,7 @@ impl Derivation {
     pub(super) fn add(&mut self, prefix: &str, name: &str, value: &str) {
         match (LabelKey::new(prefix, name), LabelValue::new(value)) {
             (Ok(key), Ok(value)) => drop(self.labels.insert(key, value)),
-            (Err(reason), _) | (_, Err(reason)) => self.rejected.push(Rejected {
+            (Err(reason), _) | (_, Err(reason)) => self.rejected.push(RejectedLabel {
                 key: format!("{prefix}/{name}"),
                 value: value.to_owned(),
                 reason,

@@ -4,7 +4,7 @@ use super::LabelKey;
 
 /// A source of facts that can fail on its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Source {
+pub enum FactSource {
     /// The versions of libvirt and QEMU.
     Versions,
     /// `<capabilities>`.
@@ -19,7 +19,7 @@ pub enum Source {
     Host,
 }
 
-impl Source {
+impl FactSource {
     /// All of them.
     pub const ALL: [Self; 6] = [
         Self::Versions,
@@ -114,8 +114,8 @@ pub fn family(key: &LabelKey) -> &'static str {
 /// The sources that the value of a key rests on. While one of them cannot be read, what was
 /// published for the key is better than what can be derived: without the domain capabilities,
 /// say, a machine's maximum would jump to what QEMU allows and KVM does not.
-pub fn sources(key: &LabelKey) -> &'static [Source] {
-    use Source::{Capabilities, CpuBaseline, DomainCapabilities, Host, Versions};
+pub fn sources(key: &LabelKey) -> &'static [FactSource] {
+    use FactSource::{Capabilities, CpuBaseline, DomainCapabilities, Host, Versions};
     match (family(key), key.name()) {
         ("machine", _) | (_, "max-vcpus" | "eim") => {
             &[Versions, Capabilities, DomainCapabilities, Host]

@@ -17,7 +17,7 @@ const PREFIX_MAX: usize = 253;
 
 /// Why a text is no label key or value. `code()` is the bounded word for it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
-pub enum Invalid {
+pub enum InvalidLabel {
     /// The part after the slash is empty.
     #[error("the name is empty")]
     EmptyName,
@@ -42,7 +42,7 @@ pub enum Invalid {
     ValueSyntax,
 }
 
-impl Invalid {
+impl InvalidLabel {
     /// Every reason there is, for metrics that begin at zero.
     pub const ALL: [Self; 6] = [
         Self::EmptyName,
@@ -76,12 +76,12 @@ impl LabelKey {
     ///
     /// # Errors
     /// The first rule that the two break.
-    pub fn new(prefix: &str, name: &str) -> Result<Self, Invalid> {
+    pub fn new(prefix: &str, name: &str) -> Result<Self, InvalidLabel> {
         check_prefix(prefix)?;
         match name {
-            "" => Err(Invalid::EmptyName),
-            name if name.len() > NAME_MAX => Err(Invalid::NameTooLong),
-            name if !is_name(name) => Err(Invalid::NameSyntax),
+            "" => Err(InvalidLabel::EmptyName),
+            name if name.len() > NAME_MAX => Err(InvalidLabel::NameTooLong),
+            name if !is_name(name) => Err(InvalidLabel::NameSyntax),
             name => {
                 let mut key = String::with_capacity(prefix.len() + 1 + name.len());
                 key.push_str(prefix);
@@ -109,18 +109,18 @@ impl LabelKey {
 }
 
 impl FromStr for LabelKey {
-    type Err = Invalid;
+    type Err = InvalidLabel;
 
-    fn from_str(text: &str) -> Result<Self, Invalid> {
-        let (prefix, name) = text.split_once('/').ok_or(Invalid::Prefix)?;
+    fn from_str(text: &str) -> Result<Self, InvalidLabel> {
+        let (prefix, name) = text.split_once('/').ok_or(InvalidLabel::Prefix)?;
         Self::new(prefix, name)
     }
 }
 
 impl TryFrom<String> for LabelKey {
-    type Error = Invalid;
+    type Error = InvalidLabel;
 
-    fn try_from(text: String) -> Result<Self, Invalid> {
+    fn try_from(text: String) -> Result<Self, InvalidLabel> {
         text.parse()
     }
 }
@@ -147,11 +147,11 @@ impl LabelValue {
     ///
     /// # Errors
     /// The rule that the text breaks.
-    pub fn new(text: &str) -> Result<Self, Invalid> {
+    pub fn new(text: &str) -> Result<Self, InvalidLabel> {
         match text {
             "" => Ok(Self("".into())),
-            text if text.len() > NAME_MAX => Err(Invalid::ValueTooLong),
-            text if !is_name(text) => Err(Invalid::ValueSyntax),
+            text if text.len() > NAME_MAX => Err(InvalidLabel::ValueTooLong),
+            text if !is_name(text) => Err(InvalidLabel::ValueSyntax),
             text => Ok(Self(text.into())),
         }
     }
@@ -163,17 +163,17 @@ impl LabelValue {
 }
 
 impl FromStr for LabelValue {
-    type Err = Invalid;
+    type Err = InvalidLabel;
 
-    fn from_str(text: &str) -> Result<Self, Invalid> {
+    fn from_str(text: &str) -> Result<Self, InvalidLabel> {
         Self::new(text)
     }
 }
 
 impl TryFrom<String> for LabelValue {
-    type Error = Invalid;
+    type Error = InvalidLabel;
 
-    fn try_from(text: String) -> Result<Self, Invalid> {
+    fn try_from(text: String) -> Result<Self, InvalidLabel> {
         Self::new(&text)
     }
 }
@@ -200,7 +200,7 @@ fn is_name(text: &str) -> bool {
             .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
 }
 
-fn check_prefix(prefix: &str) -> Result<(), Invalid> {
+fn check_prefix(prefix: &str) -> Result<(), InvalidLabel> {
     let part = |part: &str| {
         let bytes = part.as_bytes();
         let alnum = |b: &u8| b.is_ascii_lowercase() || b.is_ascii_digit();
@@ -211,7 +211,7 @@ fn check_prefix(prefix: &str) -> Result<(), Invalid> {
     if prefix.len() <= PREFIX_MAX && prefix.split('.').all(part) {
         Ok(())
     } else {
-        Err(Invalid::Prefix)
+        Err(InvalidLabel::Prefix)
     }
 }
 
@@ -226,8 +226,8 @@ mod tests {
         assert!(name("sse4.2").is_ok());
         assert!(name("tsc_adjust").is_ok());
         assert!(name(&"x".repeat(63)).is_ok());
-        assert_eq!(name(""), Err(Invalid::EmptyName));
-        assert_eq!(name(&"x".repeat(64)), Err(Invalid::NameTooLong));
+        assert_eq!(name(""), Err(InvalidLabel::EmptyName));
+        assert_eq!(name(&"x".repeat(64)), Err(InvalidLabel::NameTooLong));
         for bad in [
             "Zhaoxin CentaurHauls",
             "a+b",
@@ -238,7 +238,7 @@ mod tests {
             "ä",
             "a\n",
         ] {
-            assert_eq!(name(bad), Err(Invalid::NameSyntax), "{bad:?}");
+            assert_eq!(name(bad), Err(InvalidLabel::NameSyntax), "{bad:?}");
         }
     }
 
@@ -253,17 +253,27 @@ mod tests {
             "a.io-",
             &"a".repeat(254),
         ] {
-            assert_eq!(LabelKey::new(bad, "x"), Err(Invalid::Prefix), "{bad:?}");
+            assert_eq!(
+                LabelKey::new(bad, "x"),
+                Err(InvalidLabel::Prefix),
+                "{bad:?}"
+            );
         }
-        assert_eq!("no-slash".parse::<LabelKey>(), Err(Invalid::Prefix));
-        assert_eq!("a.io/b/c".parse::<LabelKey>(), Err(Invalid::NameSyntax));
+        assert_eq!("no-slash".parse::<LabelKey>(), Err(InvalidLabel::Prefix));
+        assert_eq!(
+            "a.io/b/c".parse::<LabelKey>(),
+            Err(InvalidLabel::NameSyntax)
+        );
     }
 
     #[test]
     fn a_value_may_be_empty_but_not_blank() {
         assert_eq!(LabelValue::new("").map(String::from), Ok(String::new()));
-        assert_eq!(LabelValue::new(" "), Err(Invalid::ValueSyntax));
-        assert_eq!(LabelValue::new(&"1".repeat(64)), Err(Invalid::ValueTooLong));
+        assert_eq!(LabelValue::new(" "), Err(InvalidLabel::ValueSyntax));
+        assert_eq!(
+            LabelValue::new(&"1".repeat(64)),
+            Err(InvalidLabel::ValueTooLong)
+        );
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Facts and policy as labels. Pure.
 //!
 //! * [`derive()`]: what the facts say, in one schema or both;
-//! * [`Published`]: what that becomes, given what was published before: nothing is taken away on
+//! * [`PublishedLabels`]: what that becomes, given what was published before: nothing is taken away on
 //!   the word of one probe, or while a running domain stands on it;
 //! * [`ownership`]: which of these may be written to a Node that others write to as well.
 
@@ -17,12 +17,16 @@ mod reference;
 
 use std::collections::BTreeMap;
 
-pub use derive::{Derivation, Policy, Rejected, Schema, derive};
-pub use family::{FAMILIES, KUBEVIRT_KEYS, KUBEVIRT_PREFIXES, Source, family, is_ours, sources};
-pub use key::{Invalid, LabelKey, LabelValue};
+pub use derive::{Derivation, Policy, RejectedLabel, Schema, derive};
+pub use family::{
+    FAMILIES, FactSource, KUBEVIRT_KEYS, KUBEVIRT_PREFIXES, family, is_ours, sources,
+};
+pub use key::{InvalidLabel, LabelKey, LabelValue};
 pub use kubevirt::DEFAULT_OBSOLETE_CPU_MODELS;
-pub use published::{Change, Changes, InUse, Probe, Published, Retained, RetentionReason};
-pub use reference::{Entry, REFERENCE};
+pub use published::{
+    CapabilitiesInUse, LabelChange, ProbeResult, PublishedLabels, RetainedLabel, RetentionReason,
+};
+pub use reference::{LabelEntry, REFERENCE};
 
 /// A set of labels, sorted by key.
 pub type LabelSet = BTreeMap<LabelKey, LabelValue>;

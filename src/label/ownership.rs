@@ -19,7 +19,7 @@ pub const FIGHT_WINDOW: Duration = Duration::from_secs(600);
 
 /// Another field manager that owns a label.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Owner {
+pub struct FieldManager {
     /// The field manager's name, `kubectl-label`.
     pub manager: String,
     /// Whether it owns the key by server-side apply, and so claims it for good; otherwise by an
@@ -27,7 +27,7 @@ pub struct Owner {
     pub applies: bool,
 }
 
-impl fmt::Display for Owner {
+impl fmt::Display for FieldManager {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.manager)
     }
@@ -35,40 +35,40 @@ impl fmt::Display for Owner {
 
 /// The labels that the Node shows, and whose they are.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Shown {
+pub struct ObservedLabels {
     /// Every label, ours and foreign.
     pub labels: BTreeMap<String, String>,
     /// The keys that our field manager owns by server-side apply.
     pub owned: BTreeSet<String>,
     /// Who else owns which key.
-    pub owners: BTreeMap<String, Vec<Owner>>,
+    pub owners: BTreeMap<String, Vec<FieldManager>>,
 }
 
 /// What makes a conflict of a key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Cause {
+pub enum ConflictCause {
     /// The Node names another owner.
     Owned,
     /// The Node names none, but the API server did when it refused our apply.
     Refused,
     /// It was put back too often.
-    Fought,
+    Contested,
 }
 
 /// Why a desired label is not written.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Conflict {
     /// Who owns the key; `None` if the Node does not tell.
-    pub owner: Option<Owner>,
+    pub owner: Option<FieldManager>,
     /// The value that the Node shows; `None` if the key keeps being deleted.
     pub value: Option<String>,
     /// What makes it a conflict.
-    pub cause: Cause,
+    pub cause: ConflictCause,
 }
 
 /// What is known from before: nothing of it is on the Node itself.
 #[derive(Debug, Clone, Default)]
-pub struct Memory {
+pub struct OwnershipHistory {
     /// The labels that the API server took from us last.
     pub published: LabelSet,
     /// The conflicts at the last decision that was carried out.
@@ -77,7 +77,7 @@ pub struct Memory {
     repairs: BTreeMap<LabelKey, VecDeque<Duration>>,
 }
 
-impl Memory {
+impl OwnershipHistory {
     /// Begins with the labels that an earlier run published.
     pub fn new(published: LabelSet) -> Self {
         Self {
@@ -88,12 +88,12 @@ impl Memory {
 
     /// Begins anew: another Node by the same name has none of our labels, and nobody took them
     /// from it.
-    pub fn forget(&mut self) {
+    pub fn reset(&mut self) {
         *self = Self::default();
     }
 
     /// Writes down that a decision was carried out at `now`.
-    pub fn commit(&mut self, decision: Decision, now: Duration) {
+    pub fn record(&mut self, decision: Decision, now: Duration) {
         let put_back = decision.repaired.into_iter().chain(decision.forced);
         for key in put_back {
             self.repairs.entry(key).or_default().push_back(now);
@@ -116,7 +116,7 @@ impl Memory {
 
 /// Whether something is to be written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Action {
+pub enum LabelWrite {
     /// The Node shows all there is to show.
     Nothing,
     /// [`Decision::labels`] are to be applied.
@@ -131,7 +131,7 @@ pub enum Action {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Decision {
     /// Whether to write.
-    pub action: Action,
+    pub action: LabelWrite,
     /// The whole set that is ours: what is desired less the conflicts.
     pub labels: LabelSet,
     /// Keys that appear on the Node.
@@ -154,8 +154,8 @@ pub struct Decision {
 
 impl Decision {
     /// Whether there is nothing to write and nothing to tell.
-    pub fn is_rest(&self) -> bool {
-        self.action == Action::Nothing
+    pub fn is_noop(&self) -> bool {
+        self.action == LabelWrite::Nothing
             && self.new_conflicts.is_empty()
             && self.ended_conflicts.is_empty()
     }
@@ -163,15 +163,15 @@ impl Decision {
 
 /// What a decision is made from.
 #[derive(Debug, Clone, Copy)]
-pub struct Situation<'s> {
+pub struct DecisionInput<'s> {
     /// The labels that the Node should show.
     pub desired: &'s LabelSet,
     /// The labels that it shows.
-    pub shown: &'s Shown,
+    pub shown: &'s ObservedLabels,
     /// What is known from before.
-    pub memory: &'s Memory,
+    pub memory: &'s OwnershipHistory,
     /// Owners that the API server named when it refused an apply, where the Node did not.
-    pub refused: &'s BTreeMap<String, Owner>,
+    pub refused: &'s BTreeMap<String, FieldManager>,
     /// Take over labels in conflict.
     pub force_conflicts: bool,
     /// The time now, from any fixed moment on.
@@ -179,11 +179,11 @@ pub struct Situation<'s> {
 }
 
 /// What is to become of one desired key.
-enum Verdict {
+enum KeyDecision {
     /// It shows our value. If only somebody else owns it so far, to own it too harms nobody.
     Keep,
     Add,
-    Change {
+    LabelChange {
         by_force: bool,
     },
     Repair {
@@ -193,15 +193,15 @@ enum Verdict {
 }
 
 /// Decides what to write, if anything.
-pub fn decide(situation: Situation<'_>) -> Decision {
-    let Situation {
+pub fn decide(situation: DecisionInput<'_>) -> Decision {
+    let DecisionInput {
         desired,
         shown,
         memory,
         ..
     } = situation;
     let mut decision = Decision {
-        action: Action::Nothing,
+        action: LabelWrite::Nothing,
         labels: LabelSet::new(),
         added: Vec::new(),
         changed: Vec::new(),
@@ -215,23 +215,23 @@ pub fn decide(situation: Situation<'_>) -> Decision {
     let mut force = false;
     for (key, value) in desired {
         match situation.judge(key, value.as_str()) {
-            Verdict::Keep => {}
-            Verdict::Add => decision.added.push(key.clone()),
-            Verdict::Change { by_force } => {
+            KeyDecision::Keep => {}
+            KeyDecision::Add => decision.added.push(key.clone()),
+            KeyDecision::LabelChange { by_force } => {
                 force |= by_force;
                 decision.changed.push(key.clone());
             }
-            Verdict::Repair { by_force } => {
+            KeyDecision::Repair { by_force } => {
                 force |= by_force;
                 decision.repaired.push(key.clone());
             }
-            Verdict::Conflict(conflict)
-                if situation.force_conflicts && conflict.cause != Cause::Fought =>
+            KeyDecision::Conflict(conflict)
+                if situation.force_conflicts && conflict.cause != ConflictCause::Contested =>
             {
                 force = true;
                 decision.forced.push(key.clone());
             }
-            Verdict::Conflict(conflict) => {
+            KeyDecision::Conflict(conflict) => {
                 if !memory.conflicts.contains_key(key) {
                     decision.new_conflicts.push(key.clone());
                 }
@@ -250,7 +250,7 @@ pub fn decide(situation: Situation<'_>) -> Decision {
         || !decision.forced.is_empty();
     // To apply nothing is to remove everything: `cleanup` does that, never a decision.
     if write && !decision.labels.is_empty() {
-        decision.action = Action::Apply { force };
+        decision.action = LabelWrite::Apply { force };
         let desired: BTreeSet<&str> = desired.keys().map(LabelKey::as_str).collect();
         // What somebody else owns too stays on the Node when we let go of it.
         let goes = |key: &&String| {
@@ -261,64 +261,69 @@ pub fn decide(situation: Situation<'_>) -> Decision {
     decision
 }
 
-impl Situation<'_> {
-    fn judge(&self, key: &LabelKey, value: &str) -> Verdict {
+impl DecisionInput<'_> {
+    fn judge(&self, key: &LabelKey, value: &str) -> KeyDecision {
         let name = key.as_str();
         let ours = self.shown.owned.contains(name);
         let before = ours || self.memory.published.contains_key(key);
         let fight = self.memory.is_fight(key, self.now);
         let Some(shown) = self.shown.labels.get(name) else {
             return match (fight, before) {
-                (true, _) => conflict(Vec::new(), None, Cause::Fought),
-                (false, true) => Verdict::Repair { by_force: false },
-                (false, false) => Verdict::Add,
+                (true, _) => conflict(Vec::new(), None, ConflictCause::Contested),
+                (false, true) => KeyDecision::Repair { by_force: false },
+                (false, false) => KeyDecision::Add,
             };
         };
         if shown == value {
-            return Verdict::Keep;
+            return KeyDecision::Keep;
         }
         let (owners, cause) = self.owners(key, shown);
         let claimed = owners.iter().any(|owner| owner.applies);
         if ours && !claimed {
             // The value is what we wrote; an owner beside us has not touched it since.
-            return Verdict::Change {
+            return KeyDecision::LabelChange {
                 by_force: !owners.is_empty(),
             };
         }
         if fight {
-            return conflict(owners, Some(shown), Cause::Fought);
+            return conflict(owners, Some(shown), ConflictCause::Contested);
         }
         if before && !claimed {
-            return Verdict::Repair { by_force: true };
+            return KeyDecision::Repair { by_force: true };
         }
         if owners.is_empty() {
             // Nobody claims it here. If somebody does over there, the apply is refused.
-            return Verdict::Change { by_force: false };
+            return KeyDecision::LabelChange { by_force: false };
         }
         conflict(owners, Some(shown), cause)
     }
 
     /// Everybody else who owns the key, by the Node or, where it is silent, by a refusal.
-    fn owners(&self, key: &LabelKey, shown: &str) -> (Vec<Owner>, Cause) {
+    fn owners(&self, key: &LabelKey, shown: &str) -> (Vec<FieldManager>, ConflictCause) {
         if let Some(owners) = self.shown.owners.get(key.as_str()) {
-            return (owners.clone(), Cause::Owned);
+            return (owners.clone(), ConflictCause::Owned);
         }
         let remembered = || {
             let conflict = self.memory.conflicts.get(key)?;
-            let same = conflict.value.as_deref() == Some(shown) && conflict.cause == Cause::Refused;
+            let same = conflict.value.as_deref() == Some(shown)
+                && conflict.cause == ConflictCause::Refused;
             same.then(|| conflict.owner.clone()).flatten()
         };
         let refused = self.refused.get(key.as_str()).cloned();
         (
             refused.or_else(remembered).into_iter().collect(),
-            Cause::Refused,
+            ConflictCause::Refused,
         )
     }
 }
 
-fn conflict(owners: Vec<Owner>, shown: Option<&String>, cause: Cause) -> Verdict {
+fn conflict(
+    owners: Vec<FieldManager>,
+    shown: Option<&String>,
+    cause: ConflictCause,
+) -> KeyDecision {
     let owner = owners.iter().find(|owner| owner.applies).or(owners.first());
-    Verdict::Conflict(Conflict {
+    KeyDecision::Conflict(Conflict {
         owner: owner.cloned(),
         value: shown.cloned(),
         cause,

@@ -13,16 +13,16 @@ fn keys(names: &[&str]) -> Vec<LabelKey> {
 
 /// A Node and what we know of it.
 #[derive(Default)]
-struct Case {
+struct OwnershipCase {
     desired: LabelSet,
-    shown: Shown,
-    memory: Memory,
-    refused: BTreeMap<String, Owner>,
+    shown: ObservedLabels,
+    memory: OwnershipHistory,
+    refused: BTreeMap<String, FieldManager>,
     force_conflicts: bool,
     now: Duration,
 }
 
-impl Case {
+impl OwnershipCase {
     fn desiring(pairs: &[(&str, &str)]) -> Self {
         Self {
             desired: set(pairs),
@@ -55,7 +55,7 @@ impl Case {
 
     /// Somebody else writes a key and so takes it over.
     fn taken(mut self, key: &str, value: &str, applies: bool) -> Self {
-        let owner = Owner {
+        let owner = FieldManager {
             manager: EDITOR.into(),
             applies,
         };
@@ -66,7 +66,7 @@ impl Case {
     }
 
     fn decide(&self) -> Decision {
-        decide(Situation {
+        decide(DecisionInput {
             desired: &self.desired,
             shown: &self.shown,
             memory: &self.memory,
@@ -79,24 +79,24 @@ impl Case {
     /// Decides and lets the Node show the outcome.
     fn carry_out(&mut self) -> Decision {
         let decision = self.decide();
-        if let Action::Apply { .. } = decision.action {
+        if let LabelWrite::Apply { .. } = decision.action {
             for (key, value) in &decision.labels {
                 self.shown.labels.insert(key.to_string(), value.to_string());
                 self.shown.owners.remove(key.as_str());
             }
             self.shown.owned = decision.labels.keys().map(LabelKey::to_string).collect();
         }
-        self.memory.commit(decision.clone(), self.now);
+        self.memory.record(decision.clone(), self.now);
         decision
     }
 }
 
-const APPLY: Action = Action::Apply { force: false };
-const FORCE: Action = Action::Apply { force: true };
+const APPLY: LabelWrite = LabelWrite::Apply { force: false };
+const FORCE: LabelWrite = LabelWrite::Apply { force: true };
 
 #[test]
 fn a_new_node_gets_everything() {
-    let decision = Case::desiring(&[("a.io/x", "1"), ("a.io/y", "2")]).decide();
+    let decision = OwnershipCase::desiring(&[("a.io/x", "1"), ("a.io/y", "2")]).decide();
     assert_eq!(decision.action, APPLY);
     assert_eq!(decision.added, keys(&["a.io/x", "a.io/y"]));
     assert!(decision.repaired.is_empty());
@@ -104,20 +104,20 @@ fn a_new_node_gets_everything() {
 
 #[test]
 fn nothing_is_written_at_rest() {
-    let case = Case::in_place(&[("a.io/x", "1")]).taken("foreign.io/z", "1", false);
-    assert!(case.decide().is_rest());
+    let case = OwnershipCase::in_place(&[("a.io/x", "1")]).taken("foreign.io/z", "1", false);
+    assert!(case.decide().is_noop());
 }
 
 #[test]
 fn nothing_is_written_at_rest_after_a_restart_without_memory() {
-    let mut case = Case::in_place(&[("a.io/x", "1")]);
-    case.memory = Memory::default();
-    assert!(case.decide().is_rest());
+    let mut case = OwnershipCase::in_place(&[("a.io/x", "1")]);
+    case.memory = OwnershipHistory::default();
+    assert!(case.decide().is_noop());
 }
 
 #[test]
 fn a_changed_value_is_written_without_force() {
-    let mut case = Case::in_place(&[("a.io/x", "1"), ("a.io/y", "1")]);
+    let mut case = OwnershipCase::in_place(&[("a.io/x", "1"), ("a.io/y", "1")]);
     case.desired = set(&[("a.io/x", "2"), ("a.io/y", "1")]);
     let decision = case.decide();
     assert_eq!(
@@ -128,7 +128,7 @@ fn a_changed_value_is_written_without_force() {
 
 #[test]
 fn a_key_no_longer_desired_goes() {
-    let mut case = Case::in_place(&[("a.io/x", "1"), ("a.io/y", "1")]);
+    let mut case = OwnershipCase::in_place(&[("a.io/x", "1"), ("a.io/y", "1")]);
     case.desired = set(&[("a.io/x", "1")]);
     let decision = case.decide();
     assert_eq!(
@@ -140,23 +140,23 @@ fn a_key_no_longer_desired_goes() {
 
 #[test]
 fn an_empty_set_is_never_applied() {
-    let mut case = Case::in_place(&[("a.io/x", "1")]);
+    let mut case = OwnershipCase::in_place(&[("a.io/x", "1")]);
     case.desired = LabelSet::new();
     let decision = case.decide();
     assert_eq!(
         (decision.action, decision.removed),
-        (Action::Nothing, vec![])
+        (LabelWrite::Nothing, vec![])
     );
     // Neither when every key is in conflict.
-    let case = Case::desiring(&[("a.io/x", "1")])
+    let case = OwnershipCase::desiring(&[("a.io/x", "1")])
         .taken("a.io/x", "other", false)
         .ours("a.io/z", "1");
-    assert_eq!(case.decide().action, Action::Nothing);
+    assert_eq!(case.decide().action, LabelWrite::Nothing);
 }
 
 #[test]
 fn a_deleted_label_is_put_back() {
-    let decision = Case::in_place(&[("a.io/x", "1"), ("a.io/y", "1")])
+    let decision = OwnershipCase::in_place(&[("a.io/x", "1"), ("a.io/y", "1")])
         .deleted("a.io/x")
         .decide();
     assert_eq!(
@@ -168,7 +168,7 @@ fn a_deleted_label_is_put_back() {
 
 #[test]
 fn an_edited_label_is_put_back_by_force() {
-    let decision = Case::in_place(&[("a.io/x", "1")])
+    let decision = OwnershipCase::in_place(&[("a.io/x", "1")])
         .taken("a.io/x", "2", false)
         .decide();
     assert_eq!(
@@ -182,7 +182,7 @@ fn an_edited_label_is_put_back_by_force() {
 fn a_foreign_value_from_before_us_is_a_conflict_for_this_key_only() {
     for applies in [false, true] {
         let desired = [("a.io/x", "1"), ("a.io/y", "1")];
-        let mut case = Case::desiring(&desired).taken("a.io/x", "other", applies);
+        let mut case = OwnershipCase::desiring(&desired).taken("a.io/x", "other", applies);
         let decision = case.carry_out();
         assert_eq!(
             (decision.action, decision.added),
@@ -194,29 +194,30 @@ fn a_foreign_value_from_before_us_is_a_conflict_for_this_key_only() {
         assert_eq!(conflict.owner.as_ref().unwrap().to_string(), EDITOR);
         // Told once; it stays a conflict and is no reason to write.
         let again = case.carry_out();
-        assert!(again.is_rest());
+        assert!(again.is_noop());
         assert_eq!(again.conflicts.len(), 1);
     }
 }
 
 #[test]
 fn what_another_applier_takes_is_a_conflict_even_if_it_was_ours() {
-    let mut case = Case::in_place(&[("a.io/x", "1"), ("a.io/y", "1")]).taken("a.io/x", "2", true);
+    let mut case =
+        OwnershipCase::in_place(&[("a.io/x", "1"), ("a.io/y", "1")]).taken("a.io/x", "2", true);
     let decision = case.carry_out();
-    assert_eq!(decision.action, Action::Nothing);
+    assert_eq!(decision.action, LabelWrite::Nothing);
     assert_eq!(decision.new_conflicts, keys(&["a.io/x"]));
-    assert!(case.decide().is_rest());
+    assert!(case.decide().is_noop());
 }
 
 #[test]
 fn a_value_that_changes_is_a_conflict_if_another_applier_shares_the_key() {
-    let mut case = Case::in_place(&[("a.io/x", "1"), ("a.io/y", "1")]);
-    let sharer = Owner {
+    let mut case = OwnershipCase::in_place(&[("a.io/x", "1"), ("a.io/y", "1")]);
+    let sharer = FieldManager {
         manager: "gitops".into(),
         applies: true,
     };
     case.shown.owners.insert("a.io/x".into(), vec![sharer]);
-    assert!(case.decide().is_rest());
+    assert!(case.decide().is_noop());
     case.desired = set(&[("a.io/x", "2"), ("a.io/y", "1")]);
     let decision = case.decide();
     assert_eq!(
@@ -229,12 +230,12 @@ fn a_value_that_changes_is_a_conflict_if_another_applier_shares_the_key() {
 #[test]
 fn a_conflict_ends_when_the_owner_is_gone_or_agrees() {
     let desired = [("a.io/x", "1"), ("a.io/y", "1")];
-    let mut case = Case::desiring(&desired).taken("a.io/x", "other", true);
+    let mut case = OwnershipCase::desiring(&desired).taken("a.io/x", "other", true);
     case.carry_out();
-    let agreed = Case {
+    let agreed = OwnershipCase {
         memory: case.memory.clone(),
         shown: case.shown.clone(),
-        ..Case::desiring(&desired)
+        ..OwnershipCase::desiring(&desired)
     }
     .taken("a.io/x", "1", true)
     .decide();
@@ -253,7 +254,7 @@ fn a_conflict_ends_when_the_owner_is_gone_or_agrees() {
 
 #[test]
 fn a_conflict_can_be_taken_over_by_configuration() {
-    let mut case = Case::desiring(&[("a.io/x", "1")]).taken("a.io/x", "other", true);
+    let mut case = OwnershipCase::desiring(&[("a.io/x", "1")]).taken("a.io/x", "other", true);
     case.force_conflicts = true;
     let decision = case.carry_out();
     assert_eq!(
@@ -261,13 +262,13 @@ fn a_conflict_can_be_taken_over_by_configuration() {
         (FORCE, keys(&["a.io/x"]))
     );
     assert!(decision.conflicts.is_empty());
-    assert!(case.decide().is_rest());
+    assert!(case.decide().is_noop());
 }
 
 #[test]
 fn a_shared_key_whose_value_changes_is_taken_over_too() {
-    let mut case = Case::in_place(&[("a.io/x", "1")]);
-    let sharer = Owner {
+    let mut case = OwnershipCase::in_place(&[("a.io/x", "1")]);
+    let sharer = FieldManager {
         manager: "gitops".into(),
         applies: true,
     };
@@ -280,8 +281,8 @@ fn a_shared_key_whose_value_changes_is_taken_over_too() {
 #[test]
 fn a_label_put_back_too_often_is_left_alone_for_a_while() {
     for edit in [true, false] {
-        let mut case = Case::in_place(&[("a.io/x", "1"), ("a.io/y", "1")]);
-        let meddle = |case: Case| match edit {
+        let mut case = OwnershipCase::in_place(&[("a.io/x", "1"), ("a.io/y", "1")]);
+        let meddle = |case: OwnershipCase| match edit {
             true => case.taken("a.io/x", "2", false),
             false => case.deleted("a.io/x"),
         };
@@ -298,15 +299,15 @@ fn a_label_put_back_too_often_is_left_alone_for_a_while() {
         let decision = case.carry_out();
         assert_eq!(
             (decision.action, decision.new_conflicts),
-            (Action::Nothing, keys(&["a.io/x"]))
+            (LabelWrite::Nothing, keys(&["a.io/x"]))
         );
-        assert!(case.carry_out().is_rest());
+        assert!(case.carry_out().is_noop());
 
         case.now += FIGHT_WINDOW;
         let decision = case.decide();
         match edit {
             // Whoever edited it owns it now.
-            true => assert!(decision.is_rest()),
+            true => assert!(decision.is_noop()),
             false => assert_eq!(decision.added, keys(&["a.io/x"])),
         }
     }
@@ -314,7 +315,7 @@ fn a_label_put_back_too_often_is_left_alone_for_a_while() {
 
 #[test]
 fn a_forced_label_is_not_fought_over_for_ever_either() {
-    let mut case = Case::desiring(&[("a.io/x", "1"), ("a.io/y", "1")]);
+    let mut case = OwnershipCase::desiring(&[("a.io/x", "1"), ("a.io/y", "1")]);
     case.force_conflicts = true;
     for _ in 0..FIGHT_REPAIRS {
         case = case.taken("a.io/x", "other", true);
@@ -328,23 +329,23 @@ fn a_forced_label_is_not_fought_over_for_ever_either() {
 
 #[test]
 fn an_owner_named_by_a_refusal_counts_and_is_remembered() {
-    let mut case = Case::desiring(&[("a.io/x", "1"), ("a.io/y", "1")]);
+    let mut case = OwnershipCase::desiring(&[("a.io/x", "1"), ("a.io/y", "1")]);
     case.shown.labels.insert("a.io/x".into(), "other".into());
     let first = case.decide();
     assert_eq!((first.action, first.changed), (APPLY, keys(&["a.io/x"])));
-    let owner = Owner {
+    let owner = FieldManager {
         manager: "before-first-apply".into(),
         applies: false,
     };
     case.refused.insert("a.io/x".into(), owner);
     assert_eq!(case.carry_out().new_conflicts, keys(&["a.io/x"]));
     case.refused.clear();
-    assert!(case.decide().is_rest());
+    assert!(case.decide().is_noop());
 }
 
 #[test]
 fn a_shared_value_is_joined() {
-    let decision = Case::desiring(&[("a.io/x", "1")])
+    let decision = OwnershipCase::desiring(&[("a.io/x", "1")])
         .taken("a.io/x", "1", false)
         .decide();
     assert_eq!(decision.action, APPLY);
@@ -353,8 +354,8 @@ fn a_shared_value_is_joined() {
 
 #[test]
 fn another_node_by_the_same_name_was_not_robbed() {
-    let mut case = Case::in_place(&[("a.io/x", "1")]).deleted("a.io/x");
-    case.memory.forget();
+    let mut case = OwnershipCase::in_place(&[("a.io/x", "1")]).deleted("a.io/x");
+    case.memory.reset();
     let decision = case.decide();
     assert_eq!(
         (decision.added, decision.repaired),

@@ -8,14 +8,14 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Serialize, Serializer};
 
-use super::{LabelKey, LabelSet, LabelValue, Source, sources};
+use super::{FactSource, LabelKey, LabelSet, LabelValue, sources};
 
 /// How many successful probes in a row must lack a label before it goes.
 const PROBES_TO_REMOVE: u8 = 2;
 
 /// What running domains here stand on.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct InUse {
+pub struct CapabilitiesInUse {
     /// Machine types by canonical name.
     pub machines: BTreeSet<String>,
     /// CPU models.
@@ -24,7 +24,7 @@ pub struct InUse {
     pub cpu_features: BTreeSet<String>,
 }
 
-impl InUse {
+impl CapabilitiesInUse {
     /// Adds what others stand on.
     pub fn extend(&mut self, other: &Self) {
         self.machines.extend(other.machines.iter().cloned());
@@ -33,7 +33,7 @@ impl InUse {
     }
 
     /// Whether a running domain stands on this label, in either schema.
-    pub fn needs(&self, key: &LabelKey) -> bool {
+    pub fn includes(&self, key: &LabelKey) -> bool {
         let prefix = key.prefix();
         let family = prefix.split('.').next().unwrap_or_default();
         let names = match family {
@@ -48,13 +48,13 @@ impl InUse {
 
 /// One probe's outcome.
 #[derive(Debug, Clone, Copy)]
-pub struct Probe<'p> {
+pub struct ProbeResult<'p> {
     /// The labels that its facts call for.
     pub labels: &'p LabelSet,
     /// The sources that could not be read. With any, nothing is removed.
-    pub failed: &'p [Source],
+    pub failed: &'p [FactSource],
     /// What running domains stand on.
-    pub in_use: &'p InUse,
+    pub in_use: &'p CapabilitiesInUse,
 }
 
 /// Why a label is kept that the last probe does not call for.
@@ -87,7 +87,7 @@ impl Serialize for RetentionReason {
 
 /// A label that is kept though the last probe does not call for it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Retained {
+pub struct RetainedLabel {
     /// Its key.
     pub key: LabelKey,
     /// Its value.
@@ -98,7 +98,7 @@ pub struct Retained {
 
 /// What happened to a label.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Change {
+pub enum LabelChange {
     /// It is new.
     Added(LabelKey, LabelValue),
     /// It has another value: the old, the new.
@@ -107,7 +107,7 @@ pub enum Change {
     Removed(LabelKey, LabelValue),
 }
 
-impl Change {
+impl LabelChange {
     /// The word in metrics and logs.
     pub fn action(&self) -> &'static str {
         match self {
@@ -118,19 +118,16 @@ impl Change {
     }
 }
 
-/// The changes between two label sets, sorted by key.
-pub type Changes = Vec<Change>;
-
 /// The labels to publish, and what is remembered between probes to decide it.
 #[derive(Debug, Clone, Default)]
-pub struct Published {
+pub struct PublishedLabels {
     labels: LabelSet,
     /// For each label that the last probe lacked, how many successful ones in a row did.
     lacking: BTreeMap<LabelKey, u8>,
-    retained: Vec<Retained>,
+    retained: Vec<RetainedLabel>,
 }
 
-impl Published {
+impl PublishedLabels {
     /// Begins with what was published before, by this process or one before it.
     pub fn starting_from(labels: LabelSet) -> Self {
         Self {
@@ -153,7 +150,7 @@ impl Published {
     }
 
     /// Those among them that the last probe does not call for.
-    pub fn retained(&self) -> &[Retained] {
+    pub fn retained(&self) -> &[RetainedLabel] {
         &self.retained
     }
 
@@ -164,7 +161,7 @@ impl Published {
     /// * A label it lacks stays while a running domain stands on it, and until
     ///   two successful probes in a row lack it.
     /// * A probe that calls for nothing at all proves nothing, nor does one with a failed source.
-    pub fn take(&mut self, probe: Probe<'_>) -> Changes {
+    pub fn update(&mut self, probe: ProbeResult<'_>) -> Vec<LabelChange> {
         let proves_absence = probe.failed.is_empty() && !probe.labels.is_empty();
         let mut changes = Vec::new();
         self.retained.clear();
@@ -178,12 +175,16 @@ impl Published {
             };
             let value = match before.get(key) {
                 None => {
-                    changes.push(Change::Added(key.clone(), value.clone()));
+                    changes.push(LabelChange::Added(key.clone(), value.clone()));
                     value
                 }
                 Some(old) if old == value || uncertain() => old,
                 Some(old) => {
-                    changes.push(Change::Changed(key.clone(), old.clone(), value.clone()));
+                    changes.push(LabelChange::Changed(
+                        key.clone(),
+                        old.clone(),
+                        value.clone(),
+                    ));
                     value
                 }
             };
@@ -199,16 +200,16 @@ impl Published {
             } else {
                 0
             };
-            let reason = if probe.in_use.needs(&key) {
+            let reason = if probe.in_use.includes(&key) {
                 RetentionReason::DomainUsesIt
             } else if *lacking < PROBES_TO_REMOVE {
                 RetentionReason::AwaitingSecondProbe
             } else {
                 self.lacking.remove(&key);
-                changes.push(Change::Removed(key, value));
+                changes.push(LabelChange::Removed(key, value));
                 continue;
             };
-            self.retained.push(Retained {
+            self.retained.push(RetainedLabel {
                 key: key.clone(),
                 value: value.clone(),
                 reason,
@@ -230,29 +231,33 @@ mod tests {
             .collect()
     }
 
-    fn take(published: &mut Published, labels: &[(&str, &str)], failed: &[Source]) -> Vec<String> {
-        let in_use = InUse::default();
+    fn take(
+        published: &mut PublishedLabels,
+        labels: &[(&str, &str)],
+        failed: &[FactSource],
+    ) -> Vec<String> {
+        let in_use = CapabilitiesInUse::default();
         take_with(published, labels, failed, &in_use)
     }
 
     fn take_with(
-        published: &mut Published,
+        published: &mut PublishedLabels,
         labels: &[(&str, &str)],
-        failed: &[Source],
-        in_use: &InUse,
+        failed: &[FactSource],
+        in_use: &CapabilitiesInUse,
     ) -> Vec<String> {
         let labels = set(labels);
         published
-            .take(Probe {
+            .update(ProbeResult {
                 labels: &labels,
                 failed,
                 in_use,
             })
             .iter()
             .map(|change| match change {
-                Change::Added(key, value) => format!("+{key}={value}"),
-                Change::Changed(key, old, new) => format!("{key}: {old} to {new}"),
-                Change::Removed(key, _) => format!("-{key}"),
+                LabelChange::Added(key, value) => format!("+{key}={value}"),
+                LabelChange::Changed(key, old, new) => format!("{key}: {old} to {new}"),
+                LabelChange::Removed(key, _) => format!("-{key}"),
             })
             .collect()
     }
@@ -262,7 +267,7 @@ mod tests {
 
     #[test]
     fn a_label_goes_after_two_successful_probes_without_it() {
-        let mut published = Published::default();
+        let mut published = PublishedLabels::default();
         assert_eq!(take(&mut published, &[Q35, EPYC], &[]).len(), 2);
         assert!(take(&mut published, &[Q35], &[]).is_empty());
         assert_eq!(
@@ -279,16 +284,16 @@ mod tests {
 
     #[test]
     fn a_failed_probe_in_between_starts_the_count_anew() {
-        let mut published = Published::starting_from(set(&[Q35, EPYC]));
+        let mut published = PublishedLabels::starting_from(set(&[Q35, EPYC]));
         assert!(take(&mut published, &[Q35], &[]).is_empty());
-        assert!(take(&mut published, &[Q35], &[Source::DomainCapabilities]).is_empty());
+        assert!(take(&mut published, &[Q35], &[FactSource::DomainCapabilities]).is_empty());
         assert!(take(&mut published, &[Q35], &[]).is_empty());
         assert_eq!(take(&mut published, &[Q35], &[]).len(), 1);
     }
 
     #[test]
     fn a_label_that_comes_back_is_counted_anew() {
-        let mut published = Published::starting_from(set(&[Q35, EPYC]));
+        let mut published = PublishedLabels::starting_from(set(&[Q35, EPYC]));
         for _ in 0..5 {
             assert!(take(&mut published, &[Q35], &[]).is_empty());
             assert!(take(&mut published, &[Q35, EPYC], &[]).is_empty());
@@ -297,7 +302,7 @@ mod tests {
 
     #[test]
     fn adopted_labels_go_by_proof_too() {
-        let mut published = Published::default();
+        let mut published = PublishedLabels::default();
         take(&mut published, &[Q35], &[]);
         published.adopt(set(&[EPYC, ("machine.virtnode.io/pc-q35-10.0", "1")]));
         assert_eq!(published.labels(), &set(&[Q35, EPYC]));
@@ -310,39 +315,40 @@ mod tests {
 
     #[test]
     fn nothing_found_proves_nothing() {
-        let mut published = Published::starting_from(set(&[Q35, EPYC]));
+        let mut published = PublishedLabels::starting_from(set(&[Q35, EPYC]));
         for _ in 0..5 {
             assert!(take(&mut published, &[], &[]).is_empty());
-            assert!(take(&mut published, &[], &Source::ALL).is_empty());
+            assert!(take(&mut published, &[], &FactSource::ALL).is_empty());
         }
         assert_eq!(published.labels(), &set(&[Q35, EPYC]));
     }
 
     #[test]
     fn a_value_that_rests_on_a_failed_source_stays() {
-        let mut published = Published::starting_from(set(&[Q35, ("virtnode.io/vfio", "true")]));
+        let mut published =
+            PublishedLabels::starting_from(set(&[Q35, ("virtnode.io/vfio", "true")]));
         let jumped = [
             ("machine.virtnode.io/pc-q35-10.0", "4096"),
             ("virtnode.io/iommu", "vt-d"),
         ];
-        let changes = take(&mut published, &jumped, &[Source::DomainCapabilities]);
+        let changes = take(&mut published, &jumped, &[FactSource::DomainCapabilities]);
         assert_eq!(changes, ["+virtnode.io/iommu=vt-d"]);
         assert_eq!(published.labels()[&Q35.0.parse().unwrap()].as_str(), "1024");
-        let changes = take(&mut published, &jumped, &[Source::CpuBaseline]);
+        let changes = take(&mut published, &jumped, &[FactSource::CpuBaseline]);
         assert_eq!(changes, ["machine.virtnode.io/pc-q35-10.0: 1024 to 4096"]);
     }
 
     #[test]
     fn what_a_running_domain_stands_on_stays_and_goes_with_the_domain() {
-        let mut published = Published::starting_from(set(&[
+        let mut published = PublishedLabels::starting_from(set(&[
             Q35,
             EPYC,
             ("machine-type.node.kubevirt.io/pc-q35-4.0", "true"),
         ]));
-        let in_use = InUse {
+        let in_use = CapabilitiesInUse {
             machines: ["pc-q35-4.0".to_owned()].into(),
             cpu_models: ["EPYC".to_owned()].into(),
-            ..InUse::default()
+            ..CapabilitiesInUse::default()
         };
         for _ in 0..3 {
             assert!(take_with(&mut published, &[Q35], &[], &in_use).is_empty());

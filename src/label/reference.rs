@@ -5,7 +5,7 @@ use super::{LabelKey, Schema};
 
 /// One kind of label.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Entry {
+pub struct LabelEntry {
     /// Which schema has it; never [`Schema::Both`].
     pub schema: Schema,
     /// Its key, in which `<…>` stands for a name of libvirt's.
@@ -16,7 +16,7 @@ pub struct Entry {
     pub meaning: &'static str,
 }
 
-impl Entry {
+impl LabelEntry {
     /// Whether a key is of this kind.
     pub fn describes(&self, key: &LabelKey) -> bool {
         let Some((prefix, name)) = self.key.split_once('/') else {
@@ -34,8 +34,8 @@ impl Entry {
     }
 }
 
-const fn native(key: &'static str, value: &'static str, meaning: &'static str) -> Entry {
-    Entry {
+const fn native(key: &'static str, value: &'static str, meaning: &'static str) -> LabelEntry {
+    LabelEntry {
         schema: Schema::Native,
         key,
         value,
@@ -43,8 +43,8 @@ const fn native(key: &'static str, value: &'static str, meaning: &'static str) -
     }
 }
 
-const fn kubevirt(key: &'static str, value: &'static str, meaning: &'static str) -> Entry {
-    Entry {
+const fn kubevirt(key: &'static str, value: &'static str, meaning: &'static str) -> LabelEntry {
+    LabelEntry {
         schema: Schema::Kubevirt,
         key,
         value,
@@ -53,7 +53,7 @@ const fn kubevirt(key: &'static str, value: &'static str, meaning: &'static str)
 }
 
 /// Every kind of label of both schemas.
-pub const REFERENCE: &[Entry] = &[
+pub const REFERENCE: &[LabelEntry] = &[
     native(
         "machine.virtnode.io/<machine type>",
         "a number, or `unknown`",

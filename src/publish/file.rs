@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::label::{LabelKey, LabelSet, LabelValue, Rejected, Retained, is_ours};
+use crate::label::{LabelKey, LabelSet, LabelValue, RejectedLabel, RetainedLabel, is_ours};
 
 /// The name in the state directory.
 pub const LABELS_FILE: &str = "labels.json";
@@ -78,9 +78,9 @@ pub struct LabelReport<'r> {
     /// The labels that are published.
     pub labels: &'r LabelSet,
     /// What could be no label.
-    pub rejected: &'r [Rejected],
+    pub rejected: &'r [RejectedLabel],
     /// Those among the labels that are kept though the last probe does not call for them.
-    pub retained: &'r [Retained],
+    pub retained: &'r [RetainedLabel],
 }
 
 impl<'r> LabelReport<'r> {

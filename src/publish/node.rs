@@ -20,7 +20,9 @@ use self::failures::PublishFailures;
 use super::events::EventRecorder;
 use crate::cluster::{ApplyConflicts, Cluster, ClusterError, NodeChange, NodeState, Owners};
 use crate::label::LabelSet;
-use crate::label::ownership::{Action, Decision, Memory, Shown, Situation, decide};
+use crate::label::ownership::{
+    Decision, DecisionInput, LabelWrite, ObservedLabels, OwnershipHistory, decide,
+};
 use crate::telemetry::metrics::{Metrics, now_seconds};
 
 pub use self::report::{SyncProblem, SyncState};
@@ -66,7 +68,7 @@ pub struct NodePublisher {
     state: watch::Sender<SyncState>,
 
     desired: Option<Arc<LabelSet>>,
-    memory: Memory,
+    memory: OwnershipHistory,
     /// Which Node `memory` is of; empty before the first look.
     uid: String,
     failures: Option<PublishFailures>,
@@ -128,7 +130,7 @@ impl NodePublisher {
             metrics,
             state: watch::Sender::new(SyncState::default()),
             desired: None,
-            memory: Memory::default(),
+            memory: OwnershipHistory::default(),
             uid: String::new(),
             failures: None,
             started,
@@ -157,7 +159,7 @@ impl NodePublisher {
     ) {
         self.state
             .send_modify(|state| state.published = Arc::new(already_published.clone()));
-        self.memory = Memory::new(already_published);
+        self.memory = OwnershipHistory::new(already_published);
         token
             .run_until_cancelled_owned(self.keep_in_sync(desired))
             .await;
@@ -248,7 +250,7 @@ impl NodePublisher {
         let news = node.uid != self.uid
             || !self
                 .decide(&desired, &node.shown, &ApplyConflicts::new())
-                .is_rest();
+                .is_noop();
         if !news && self.state.borrow().synced {
             self.metrics.sync_last_success.set(now_seconds());
         }
@@ -302,7 +304,7 @@ impl NodePublisher {
             let node = self.cluster.observe().await?;
             self.meet(&node);
             let decision = self.decide(desired, &node.shown, &refused);
-            if let Action::Apply { force } = decision.action {
+            if let LabelWrite::Apply { force } = decision.action {
                 if Instant::now() < self.write_from {
                     return Ok(Outcome::TooEarly);
                 }
@@ -326,14 +328,19 @@ impl NodePublisher {
                 }
             }
             self.report(&decision);
-            self.memory.commit(decision, self.started.elapsed());
+            self.memory.record(decision, self.started.elapsed());
             break;
         }
         Ok(Outcome::InSync)
     }
 
-    fn decide(&self, desired: &LabelSet, shown: &Shown, refused: &ApplyConflicts) -> Decision {
-        decide(Situation {
+    fn decide(
+        &self,
+        desired: &LabelSet,
+        shown: &ObservedLabels,
+        refused: &ApplyConflicts,
+    ) -> Decision {
+        decide(DecisionInput {
             desired,
             shown,
             memory: &self.memory,
@@ -351,7 +358,7 @@ impl NodePublisher {
                     node = self.cluster.node(),
                     "the Node was replaced by a new one"
                 );
-                self.memory.forget();
+                self.memory.reset();
             }
             self.uid.clone_from(&node.uid);
         }

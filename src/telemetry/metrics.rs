@@ -16,7 +16,7 @@ use super::hotplug::HotplugMetrics;
 use super::inventory::{Inventory, InventoryCollector};
 use crate::doctor::checks::{Check, Severity};
 use crate::hypervisor::CallError;
-use crate::label::{FAMILIES, Invalid, RetentionReason, Source};
+use crate::label::{FAMILIES, FactSource, InvalidLabel, RetentionReason};
 
 /// The names of the calls to libvirt about itself, as in the metrics' label `call`.
 pub const CALLS: [&str; 8] = [
@@ -263,7 +263,7 @@ impl Metrics {
                 self.call_failures.with_label_values(&[call, reason]);
             }
         }
-        for source in Source::ALL.map(Source::as_str) {
+        for source in FactSource::ALL.map(FactSource::as_str) {
             self.probe_attempts.with_label_values(&[source]);
             self.probe_last_success.with_label_values(&[source]);
             for reason in probe_failure_reasons() {
@@ -276,7 +276,7 @@ impl Metrics {
         for family in FAMILIES {
             self.labels.with_label_values(&[family]);
         }
-        for reason in Invalid::ALL {
+        for reason in InvalidLabel::ALL {
             self.labels_rejected.with_label_values(&[reason.code()]);
         }
         for reason in RetentionReason::ALL {

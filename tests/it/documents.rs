@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use proptest::sample::Index;
 use virtnode::capability::{Capabilities, CpuDefinition, DomainCapabilities, NodeFacts, Version};
 use virtnode::label::{FAMILIES, Policy, Schema, derive, family, is_ours};
-use virtnode::xml::ParseError;
+use virtnode::xml::DocumentError;
 
 fn fixtures() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures")
@@ -29,7 +29,7 @@ fn xml_files(directory: &Path) -> Vec<PathBuf> {
 }
 
 /// The facts of one document of any kind; `None` for one of a kind that is none of ours.
-fn facts(name: &str, bytes: &[u8]) -> Option<Result<NodeFacts, ParseError>> {
+fn facts(name: &str, bytes: &[u8]) -> Option<Result<NodeFacts, DocumentError>> {
     let has = |root: &str| {
         bytes
             .windows(root.len())

@@ -9,7 +9,7 @@ use tokio::sync::{oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use virtnode::hypervisor::{CallError, RunningDomain};
 use virtnode::label::{LabelSet, Policy, Schema};
-use virtnode::labeller::{Labeller, Outlets};
+use virtnode::labeller::{Labeller, Outputs};
 use virtnode::telemetry::Metrics;
 
 use crate::support::hypervisor::InMemory;
@@ -28,16 +28,16 @@ struct Running {
 }
 
 impl Running {
-    fn start(found_on_node: Option<oneshot::Receiver<LabelSet>>) -> Self {
+    fn start(existing_labels: Option<oneshot::Receiver<LabelSet>>) -> Self {
         let hypervisor = Arc::new(InMemory::debian_13());
         let metrics = Arc::new(Metrics::new());
         let root = tempfile::tempdir().unwrap();
         let (desired, node) = watch::channel(None);
-        let outlets = Outlets {
+        let outlets = Outputs {
             file: None,
             node: Some(desired),
-            found_on_node,
-            ..Outlets::default()
+            existing_labels,
+            ..Outputs::default()
         };
         let labeller = Labeller::new(
             Arc::clone(&hypervisor),

@@ -12,8 +12,8 @@ use virtnode::capability::{
 use virtnode::cluster::objects::node_virtualization::{GuestStatus, HYPERVISOR_CONNECTED, PROBED};
 use virtnode::cluster::objects::{Condition, NodeVirtualization, NodeVirtualizationStatus};
 use virtnode::hypervisor::Connection;
-use virtnode::label::{InUse, Retained, RetentionReason, Source};
-use virtnode::probe::{DomainInUse, Failure, Reading};
+use virtnode::label::{CapabilitiesInUse, FactSource, RetainedLabel, RetentionReason};
+use virtnode::probe::{DomainUsage, Reading, SourceFailure};
 use virtnode::publish::virtualization::Snapshot;
 
 const UP: Connection = Connection::Up(1);
@@ -240,7 +240,7 @@ fn even_an_absurd_node_has_its_machines_and_usable_models() {
 #[test]
 fn what_cannot_be_read_stays_as_it_was() {
     let before = status(&reading());
-    let failure = |source, message: &str| Failure {
+    let failure = |source, message: &str| SourceFailure {
         source,
         code: "unavailable",
         message: message.to_owned(),
@@ -250,9 +250,9 @@ fn what_cannot_be_read_stays_as_it_was() {
             host: Some(HostFacts::default()),
             ..NodeFacts::default()
         },
-        failures: Source::ALL
+        failures: FactSource::ALL
             .into_iter()
-            .filter(|source| *source != Source::Host)
+            .filter(|source| *source != FactSource::Host)
             .map(|source| failure(source, "no connection after 7 s"))
             .collect(),
         ..Reading::default()
@@ -302,16 +302,16 @@ fn what_cannot_be_read_stays_as_it_was() {
 #[test]
 fn a_domain_that_holds_labels_is_named() {
     let mut reading = reading();
-    let domain = |name: &str, machine: &str| DomainInUse {
+    let domain = |name: &str, machine: &str| DomainUsage {
         name: name.to_owned(),
         uuid: "1b4e28ba-2fa1-11d2-883f-b9a761bde3fb".to_owned(),
-        in_use: InUse {
+        in_use: CapabilitiesInUse {
             machines: [machine.to_owned()].into(),
-            ..InUse::default()
+            ..CapabilitiesInUse::default()
         },
     };
     reading.domains = vec![domain("old", "pc-q35-2.4"), domain("new", "pc-q35-10.0")];
-    let kept = Retained {
+    let kept = RetainedLabel {
         key: "machine.virtnode.io/pc-q35-2.4".parse().unwrap(),
         value: "255".parse().unwrap(),
         reason: RetentionReason::DomainUsesIt,

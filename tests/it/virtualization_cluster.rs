@@ -15,8 +15,8 @@ use virtnode::cluster::objects::node_virtualization::{HYPERVISOR_CONNECTED, PROB
 use virtnode::cluster::objects::{Condition, NodeVirtualization, NodeVirtualizationStatus};
 use virtnode::cluster::{Cluster, ClusterConfig, Retry};
 use virtnode::hypervisor::Connection;
-use virtnode::label::Source;
-use virtnode::probe::Failure;
+use virtnode::label::FactSource;
+use virtnode::probe::SourceFailure;
 use virtnode::publish::virtualization::{
     Snapshot, VirtualizationPublisher, VirtualizationPublisherOptions,
 };
@@ -63,7 +63,7 @@ impl Writer {
     }
 
     /// A probe saw this many vCPUs.
-    fn probe(&self, max_vcpus: u32, failures: Vec<Failure>) {
+    fn probe(&self, max_vcpus: u32, failures: Vec<SourceFailure>) {
         let facts = NodeVirtualizationStatus {
             accelerator: Some("kvm".to_owned()),
             max_vcpus: Some(max_vcpus),
@@ -166,8 +166,8 @@ async fn a_node_virtualization_is_written_when_something_changed() -> anyhow::Re
     assert_eq!(writes(&server).await?, before + 1);
 
     // A lost libvirt: the conditions flip, the facts stay.
-    let lost = Failure {
-        source: Source::Capabilities,
+    let lost = SourceFailure {
+        source: FactSource::Capabilities,
         code: "unavailable",
         message: "no connection to libvirt".to_owned(),
     };

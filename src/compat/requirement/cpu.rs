@@ -5,7 +5,7 @@ use serde::Serialize;
 
 use super::{Shape, VcpuRequirement};
 use crate::capability::PolicyFeature;
-use crate::xml::{Cursor, Element, Problem};
+use crate::xml::{Cursor, Element, ElementError};
 
 /// What a domain asks of its CPU.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
@@ -117,7 +117,7 @@ pub(super) fn read(
     cursor: &mut Cursor<'_>,
     element: &Element<'_>,
     vcpus: &mut VcpuRequirement,
-) -> Result<CpuRequirement, Problem> {
+) -> Result<CpuRequirement, ElementError> {
     let mut cpu = CpuRequirement {
         mode: element.text("mode")?,
         matching: element.text("match")?,
@@ -142,7 +142,7 @@ pub(super) fn read(
                 vcpus.topology = Some(read_topology(child)?);
                 vcpus.topology_lacks = lacking(child)?;
             }
-            _ => cursor.unknown(),
+            _ => cursor.ignore_unknown(),
         }
         Ok(())
     })?;
@@ -153,16 +153,16 @@ pub(super) fn read(
     Ok(cpu)
 }
 
-fn read_feature(element: &Element<'_>) -> Result<Option<PolicyFeature>, Problem> {
+fn read_feature(element: &Element<'_>) -> Result<Option<PolicyFeature>, ElementError> {
     let policy = element.text("policy")?;
     let name = element.text("name")?.filter(|name| !name.is_empty());
     Ok(name.map(|name| PolicyFeature { name, policy }))
 }
 
-fn read_topology(element: &Element<'_>) -> Result<Shape, Problem> {
+fn read_topology(element: &Element<'_>) -> Result<Shape, ElementError> {
     let count = |name| {
         let count = element.parsed(name, "number")?;
-        Ok::<u32, Problem>(count.unwrap_or(1))
+        Ok::<u32, ElementError>(count.unwrap_or(1))
     };
     Ok(Shape {
         sockets: count("sockets")?,
@@ -174,7 +174,7 @@ fn read_topology(element: &Element<'_>) -> Result<Shape, Problem> {
 }
 
 /// libvirt wants these three (`virCPUDefParseXML`).
-fn lacking(element: &Element<'_>) -> Result<Option<&'static str>, Problem> {
+fn lacking(element: &Element<'_>) -> Result<Option<&'static str>, ElementError> {
     for name in ["sockets", "cores", "threads"] {
         if element.attribute(name)?.is_none() {
             return Ok(Some(name));

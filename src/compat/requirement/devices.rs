@@ -4,7 +4,7 @@
 use serde::Serialize;
 
 use super::Requirement;
-use crate::xml::{Cursor, Element, Problem};
+use crate::xml::{Cursor, Element, ElementError};
 
 /// Who emulates the I/O APIC.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -116,7 +116,7 @@ impl PciControllers {
 pub(super) fn read_features(
     cursor: &mut Cursor<'_>,
     requirement: &mut Requirement,
-) -> Result<(), Problem> {
+) -> Result<(), ElementError> {
     cursor.children(|cursor, child| {
         match child.name() {
             "ioapic" => {
@@ -135,13 +135,16 @@ pub(super) fn read_features(
                 }
                 Ok(())
             })?,
-            _ => cursor.unknown(),
+            _ => cursor.ignore_unknown(),
         }
         Ok(())
     })
 }
 
-pub(super) fn read(cursor: &mut Cursor<'_>, requirement: &mut Requirement) -> Result<(), Problem> {
+pub(super) fn read(
+    cursor: &mut Cursor<'_>,
+    requirement: &mut Requirement,
+) -> Result<(), ElementError> {
     cursor.children(|cursor, child| match child.name() {
         "iommu" => {
             requirement.iommu = Some(read_iommu(cursor, child)?);
@@ -172,7 +175,7 @@ pub(super) fn read(cursor: &mut Cursor<'_>, requirement: &mut Requirement) -> Re
     })
 }
 
-fn read_device(cursor: &mut Cursor<'_>, requirement: &mut Requirement) -> Result<(), Problem> {
+fn read_device(cursor: &mut Cursor<'_>, requirement: &mut Requirement) -> Result<(), ElementError> {
     cursor.children(|_, child| {
         match child.name() {
             "address" if child.attribute("type")?.as_deref() == Some("pci") => {
@@ -200,7 +203,7 @@ fn bus_number(text: &str) -> Option<u32> {
     }
 }
 
-fn read_iommu(cursor: &mut Cursor<'_>, element: &Element<'_>) -> Result<Iommu, Problem> {
+fn read_iommu(cursor: &mut Cursor<'_>, element: &Element<'_>) -> Result<Iommu, ElementError> {
     let mut iommu = Iommu {
         model: IommuModel::from_libvirt(&element.text("model")?.unwrap_or_default()),
         intremap: None,
@@ -214,7 +217,7 @@ fn read_iommu(cursor: &mut Cursor<'_>, element: &Element<'_>) -> Result<Iommu, P
                 iommu.eim = child.yes_no("eim")?;
                 iommu.xtsup = child.yes_no("xtsup")?;
             }
-            _ => cursor.unknown(),
+            _ => cursor.ignore_unknown(),
         }
         Ok(())
     })?;

@@ -7,7 +7,7 @@ use std::time::Duration;
 use crate::capability::NodeFacts;
 use crate::domain::{Domain, DomainState, Stats};
 use crate::hotplug::GuestVcpus;
-use crate::label::Rejected;
+use crate::label::RejectedLabel;
 use crate::units::Bytes;
 
 /// All that was seen.
@@ -20,7 +20,7 @@ pub struct Observed {
     /// What libvirt and the host say of what the node can run.
     pub facts: Arc<NodeFacts>,
     /// Labels that were left out.
-    pub rejected: Vec<Rejected>,
+    pub rejected: Vec<RejectedLabel>,
     /// The running domains, or why they could not be listed.
     pub domains: Result<Vec<ObservedDomain>, String>,
     /// The daemon of this node.

@@ -9,7 +9,7 @@ use super::*;
 use crate::capability::{Capabilities, Eim, NodeFacts, Version};
 use crate::domain::{Domain, DomainState, Stats};
 use crate::hotplug::GuestVcpus;
-use crate::label::{Invalid, Rejected};
+use crate::label::{InvalidLabel, RejectedLabel};
 use crate::units::Bytes;
 
 /// A Debian host that is well: libvirt 11.3 with QEMU 10.0, KVM open to QEMU, a daemon.
@@ -337,10 +337,10 @@ fn the_age_of_the_last_probe(#[case] at: f64, #[case] severity: Severity, #[case
 #[test]
 fn label_troubles_are_counted_and_named() {
     let mut observed = well();
-    observed.rejected = vec![Rejected {
+    observed.rejected = vec![RejectedLabel {
         key: "machine.virtnode.io/pc+x".to_owned(),
         value: "8".to_owned(),
-        reason: Invalid::ALL[0],
+        reason: InvalidLabel::ALL[0],
     }];
     observed.daemon = daemon(990.0, 3);
     let diagnosis = diagnose(&observed);

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::NodePublisher;
 use crate::cluster::{EventKind, ObjectEvent};
-use crate::label::ownership::{Action, Cause, Conflict, Decision};
+use crate::label::ownership::{Conflict, ConflictCause, Decision, LabelWrite};
 use crate::label::{LabelKey, LabelSet};
 
 /// What is published on the Node, and what stands in the way.
@@ -100,7 +100,7 @@ impl NodePublisher {
 
     fn log(&self, decision: &Decision) {
         let node = self.cluster.node();
-        if let Action::Apply { .. } = decision.action {
+        if let LabelWrite::Apply { .. } = decision.action {
             tracing::info!(
                 node,
                 labels = decision.labels.len(),
@@ -142,7 +142,9 @@ fn tell(key: &LabelKey, decision: &Decision) -> String {
         .as_ref()
         .map_or("somebody", |owner| owner.manager.as_str());
     match (&conflict.value, conflict.cause) {
-        (Some(value), Cause::Fought) => format!("{key}: {owner} keeps setting it to {value:?}"),
+        (Some(value), ConflictCause::Contested) => {
+            format!("{key}: {owner} keeps setting it to {value:?}")
+        }
         (Some(value), _) => format!("{key}: {owner} owns it with the value {value:?}"),
         (None, _) => format!("{key}: {owner} keeps deleting it"),
     }

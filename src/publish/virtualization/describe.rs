@@ -7,8 +7,8 @@ use crate::cluster::objects::node_virtualization::{
     CpuModelStatus, CpuStatus, GuestStatus, IommuStatus, LabelHolder, MachineStatus,
     NodeVirtualizationStatus, TscStatus, VersionsStatus,
 };
-use crate::label::{Retained, RetentionReason};
-use crate::probe::DomainInUse;
+use crate::label::{RetainedLabel, RetentionReason};
+use crate::probe::DomainUsage;
 
 /// So many domains are listed that hold labels.
 const HOLDS_MAX: usize = 32;
@@ -54,14 +54,14 @@ pub(super) fn describe(facts: &NodeFacts, wanted: &[String]) -> NodeVirtualizati
 }
 
 /// The running domains behind labels that are kept for them, by name.
-pub(super) fn holds(retained: &[Retained], domains: &[DomainInUse]) -> Vec<LabelHolder> {
+pub(super) fn holds(retained: &[RetainedLabel], domains: &[DomainUsage]) -> Vec<LabelHolder> {
     let kept = || {
         retained
             .iter()
             .filter(|label| label.reason == RetentionReason::DomainUsesIt)
     };
-    let hold = |domain: &DomainInUse| {
-        let labels = kept().filter(|label| domain.in_use.needs(&label.key));
+    let hold = |domain: &DomainUsage| {
+        let labels = kept().filter(|label| domain.in_use.includes(&label.key));
         LabelHolder {
             domain: domain.name.chars().take(NAME_MAX).collect(),
             uuid: domain.uuid.clone(),

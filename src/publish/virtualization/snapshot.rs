@@ -5,8 +5,8 @@ use super::truncate::{STATUS_MAX, truncate};
 use crate::cluster::objects::node_virtualization::{HYPERVISOR_CONNECTED, PROBED};
 use crate::cluster::objects::{Condition, NodeVirtualizationStatus};
 use crate::hypervisor::Connection;
-use crate::label::{Retained, Source};
-use crate::probe::{Failure, Reading};
+use crate::label::{FactSource, RetainedLabel};
+use crate::probe::{Reading, SourceFailure};
 use crate::units::Timestamp;
 
 /// What one probe showed.
@@ -15,7 +15,7 @@ pub struct Snapshot {
     /// The facts, as far as they could be read.
     pub facts: NodeVirtualizationStatus,
     /// The sources that could not be read.
-    pub failures: Vec<Failure>,
+    pub failures: Vec<SourceFailure>,
     /// When that was.
     pub at: jiff::Timestamp,
 }
@@ -25,7 +25,7 @@ impl Snapshot {
     /// types of other architectures than the host's are told of those that are `wanted`.
     pub fn new(
         reading: &Reading,
-        retained: &[Retained],
+        retained: &[RetainedLabel],
         wanted: &[String],
         at: jiff::Timestamp,
     ) -> Self {
@@ -49,7 +49,7 @@ impl Snapshot {
     ) -> NodeVirtualizationStatus {
         let now = Timestamp::from(now);
         let mut status = self.facts.clone();
-        let failed: Vec<Source> = self.failures.iter().map(|failure| failure.source).collect();
+        let failed: Vec<FactSource> = self.failures.iter().map(|failure| failure.source).collect();
         keep(&mut status, before, &failed);
         status.last_probe_time = match self.failures.is_empty() {
             true => Some(self.at.into()),
@@ -73,7 +73,7 @@ impl Snapshot {
             );
         }
         // Which sources, and why: a reason is a word, and `,` and `:` are letters of it.
-        let word = |failure: &Failure| {
+        let word = |failure: &SourceFailure| {
             format!("{}:{}", camel(failure.source.as_str()), camel(failure.code))
         };
         let reasons: Vec<_> = self.failures.iter().map(word).collect();
@@ -103,10 +103,10 @@ fn connected(connection: Connection, now: Timestamp) -> Condition {
 fn keep(
     status: &mut NodeVirtualizationStatus,
     before: &NodeVirtualizationStatus,
-    failed: &[Source],
+    failed: &[FactSource],
 ) {
-    use Source::{Capabilities, CpuBaseline, DomainCapabilities, Domains, Host, Versions};
-    let fails = |sources: &[Source]| sources.iter().any(|source| failed.contains(source));
+    use FactSource::{Capabilities, CpuBaseline, DomainCapabilities, Domains, Host, Versions};
+    let fails = |sources: &[FactSource]| sources.iter().any(|source| failed.contains(source));
     let models = [Capabilities, DomainCapabilities];
     let machines = [Versions, Capabilities, DomainCapabilities, Host];
     let before = before.clone();
