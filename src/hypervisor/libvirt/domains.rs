@@ -1,6 +1,6 @@
 //! The calls about domains, over one connection. Everything here blocks.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use virt::domain::Domain;
 use virt::error::Error;
@@ -22,8 +22,14 @@ const STATS: u32 =
 const STATS_FLAGS: u32 = sys::VIR_CONNECT_GET_ALL_DOMAINS_STATS_NOWAIT;
 
 impl Session {
-    fn sort_domain(&self, call: &'static str, domain: Option<&Domain>, error: &Error) -> CallError {
-        failure::sort_domain(call, error, self.is_alive(), || {
+    fn classify_domain(
+        &self,
+        call: &'static str,
+        domain: Option<&Domain>,
+        error: &Error,
+        began: Instant,
+    ) -> CallError {
+        failure::classify_domain(call, error, began.elapsed(), self.is_alive(), || {
             domain.is_none_or(|domain| domain.is_active().unwrap_or(true))
         })
     }
@@ -35,11 +41,12 @@ impl Session {
         domain: &DomainRef,
         work: impl FnOnce(&Domain) -> Result<T, Error>,
     ) -> Result<T, CallError> {
+        let began = Instant::now();
         let domain = self
             .connect
             .lookup_domain_by_uuid_string(&domain.uuid)
-            .map_err(|error| self.sort_domain(call, None, &error))?;
-        work(&domain).map_err(|error| self.sort_domain(call, Some(&domain), &error))
+            .map_err(|error| self.classify_domain(call, None, &error, began))?;
+        work(&domain).map_err(|error| self.classify_domain(call, Some(&domain), &error, began))
     }
 
     pub(super) fn find_domain(&self, name_or_uuid: &str) -> Result<DomainRef, CallError> {
@@ -49,6 +56,7 @@ impl Session {
             let message = format!("no domain has the name {name_or_uuid:?}");
             return Err(CallError::DomainNotFound(message));
         }
+        let began = Instant::now();
         let by_uuid = match is_uuid(name_or_uuid) {
             true => self.connect.lookup_domain_by_uuid_string(name_or_uuid).ok(),
             false => None,
@@ -56,7 +64,7 @@ impl Session {
         let found = by_uuid.map_or_else(|| self.connect.lookup_domain_by_name(name_or_uuid), Ok);
         found
             .and_then(|domain| identity(&domain))
-            .map_err(|error| self.sort_domain(CALL, None, &error))
+            .map_err(|error| self.classify_domain(CALL, None, &error, began))
     }
 
     pub(super) fn domain(&self, domain: &DomainRef) -> Result<LiveDomain, CallError> {
@@ -76,8 +84,9 @@ impl Session {
 
     pub(super) fn all_domain_stats(&self) -> Result<Vec<DomainStats>, CallError> {
         let flags = STATS_FLAGS | sys::VIR_CONNECT_GET_ALL_DOMAINS_STATS_ACTIVE;
+        let began = Instant::now();
         let records = ffi::all_domain_stats(&self.connect, STATS, flags)
-            .map_err(|error| self.sort_domain("all-domain-stats", None, &error))?;
+            .map_err(|error| self.classify_domain("all-domain-stats", None, &error, began))?;
         Ok(records.into_iter().map(stats).collect())
     }
 
@@ -230,12 +239,13 @@ fn identity(domain: &Domain) -> Result<DomainRef, Error> {
     })
 }
 
-/// What is being done to it in the background. A driver that cannot tell, tells of none.
+/// Returns the background job on a domain. A driver that has no such call reports none.
 fn job(domain: &Domain) -> Option<Job> {
     match ffi::job(domain) {
         Ok(operation) => operation.map(Job::from_libvirt),
-        // "migration statistics are available only on the source host" (qemu_driver.c)
-        Err(error) if error.message().contains("only on the source host") => Some(Job::MigrationIn),
+        Err(error) if failure::is_migration_in(&error) && domain.is_active().unwrap_or(false) => {
+            Some(Job::MigrationIn)
+        }
         Err(_) => None,
     }
 }

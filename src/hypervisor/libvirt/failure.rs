@@ -1,19 +1,30 @@
-//! libvirt's error numbers as what they mean for a caller.
+//! Classifies libvirt's errors by number, by the part of libvirt that reported them
+//! (`virErrorDomain`), by the call's duration and by the domain's state.
+//!
+//! Never by the message: libvirtd translates it (`LANGUAGE`), and releases reword it.
+
+use std::time::Duration;
 
 use virt::error::Error;
 use virt::sys;
 
 use crate::hypervisor::CallError;
 
-/// libvirt's number of this error, known to the binding or not.
+/// libvirt's wait for its lock on a domain (`VIR_JOB_WAIT_TIME`, virdomainjob.c; before 8.8
+/// `QEMU_JOB_WAIT_TIME`, qemu_domainjob.c). A lock's timeout cannot be reported earlier.
+const LOCK_WAIT: Duration = Duration::from_secs(30);
+
+/// The calls that go to the guest agent.
+const AGENT_CALLS: [&str; 2] = ["guest-vcpus", "set-guest-vcpus"];
+
+/// Returns the error's `virErrorNumber`, including one that the binding has no name for.
 pub(super) fn number(error: &Error) -> u32 {
     error.code().to_raw()
 }
 
-/// What an error of `call` means. `alive` says whether the connection still is: an error of a
-/// dead one is about the connection, whatever its number says (`38`, `39`, and `1` with "client
-/// socket is closed" are seen).
-pub(super) fn sort(call: &'static str, error: &Error, alive: bool) -> CallError {
+/// Classifies an error of `call`. Any error on a connection that is no longer `alive` is about the
+/// connection: libvirt reports 38, 39, and 1 ("client socket is closed") then.
+pub(super) fn classify(call: &'static str, error: &Error, alive: bool) -> CallError {
     let message = error.message().to_owned();
     if !alive {
         return CallError::Unavailable(message);
@@ -22,8 +33,8 @@ pub(super) fn sort(call: &'static str, error: &Error, alive: bool) -> CallError 
         sys::VIR_ERR_NO_SUPPORT | sys::VIR_ERR_OPERATION_UNSUPPORTED => {
             CallError::Unsupported { call, message }
         }
-        // "computing baseline hypervisor CPU is not supported for arch …" (qemu_driver.c);
-        // of other calls this number is a refusal of the XML they were given.
+        // "computing baseline hypervisor CPU is not supported for arch …" (qemu_driver.c). Other
+        // calls use this number to reject the XML that they were given.
         sys::VIR_ERR_CONFIG_UNSUPPORTED if call == "baseline-cpu" => {
             CallError::Unsupported { call, message }
         }
@@ -39,38 +50,51 @@ pub(super) fn sort(call: &'static str, error: &Error, alive: bool) -> CallError 
     }
 }
 
-/// What an error of a call about one domain means. `is_active` says whether the domain runs; it
-/// is asked only where the error does not say so itself.
-///
-/// Numbers and texts as in libvirt 9.0 to 12.5: virDomainObjBeginJobInternal (virdomainjob.c),
-/// qemuDomainHotplugDelVcpu (qemu_hotplug.c), qemuDomainAgentAvailable (qemu_domain.c).
-pub(super) fn sort_domain(
+/// An error of a call about one domain, with everything that its classification depends on.
+#[derive(Debug, Clone, Copy)]
+struct Facts {
+    call: &'static str,
+    number: u32,
+    /// The part of libvirt that reported the error (`virErrorDomain`).
+    reported_by: u32,
+    took: Duration,
+}
+
+/// Classifies an error of a call about one domain that took `took`. Calls `is_active` only where
+/// libvirt's number leaves open whether the domain runs.
+pub(super) fn classify_domain(
     call: &'static str,
     error: &Error,
+    took: Duration,
     alive: bool,
     is_active: impl FnOnce() -> bool,
 ) -> CallError {
-    let meaning = match alive {
-        true => domain_meaning(call, number(error), error.message(), is_active),
-        false => None,
+    if !alive {
+        return classify(call, error, alive);
+    }
+    let facts = Facts {
+        call,
+        number: number(error),
+        reported_by: error.domain().to_raw(),
+        took,
     };
-    meaning.unwrap_or_else(|| sort(call, error, alive))
+    domain_error(facts, error.message(), is_active).unwrap_or_else(|| classify(call, error, alive))
 }
 
-/// What a number and a text mean for a call about a domain; `None` for nothing special.
-fn domain_meaning(
-    call: &'static str,
-    number: u32,
+/// Returns the kind of error that only calls about a domain end with, if it is one.
+fn domain_error(
+    facts: Facts,
     message: &str,
     is_active: impl FnOnce() -> bool,
 ) -> Option<CallError> {
-    let is_lock = message.contains("cannot acquire state change lock");
+    let call = facts.call;
     let message = message.to_owned();
-    Some(match number {
+    Some(match facts.number {
         sys::VIR_ERR_NO_DOMAIN => CallError::DomainNotFound(message),
         sys::VIR_ERR_OPERATION_INVALID if !is_active() => CallError::DomainNotRunning(message),
-        // "QEMU guest agent is not configured" is an unsupported argument; of a domain that is
-        // held, whose agent cannot answer, libvirt says that it is not running.
+        // A domain without an agent's channel is an unsupported argument; for a paused domain,
+        // whose agent cannot answer, libvirt reports an invalid operation
+        // (qemuDomainAgentAvailable, qemu_domain.c).
         sys::VIR_ERR_ARGUMENT_UNSUPPORTED | sys::VIR_ERR_OPERATION_INVALID
             if AGENT_CALLS.contains(&call) =>
         {
@@ -81,10 +105,11 @@ fn domain_meaning(
         | sys::VIR_ERR_AGENT_COMMAND_TIMEOUT
         | sys::VIR_ERR_AGENT_COMMAND_FAILED => CallError::AgentUnavailable { call, message },
         sys::VIR_ERR_RESOURCE_BUSY => CallError::Busy { call, message },
-        // Also with the number of a failure, when too many wait for it (max_queued).
-        _ if is_lock => CallError::Busy { call, message },
-        // Of our calls only this one waits for the guest and says so when it stops.
-        sys::VIR_ERR_OPERATION_TIMEOUT if call == "set-vcpus" => {
+        // More callers than qemu.conf's max_queued wait for the lock.
+        sys::VIR_ERR_OPERATION_FAILED if facts.reported_by == sys::VIR_FROM_NONE => {
+            CallError::Busy { call, message }
+        }
+        sys::VIR_ERR_OPERATION_TIMEOUT if is_unplug_timeout(facts) => {
             CallError::UnplugPending { call, message }
         }
         sys::VIR_ERR_OPERATION_TIMEOUT => CallError::Busy { call, message },
@@ -92,18 +117,27 @@ fn domain_meaning(
     })
 }
 
-/// The calls that go to the guest agent.
-const AGENT_CALLS: [&str; 3] = ["guest-vcpus", "set-guest-vcpus", "agent-timeout"];
+/// True if libvirt sent the unplug to QEMU and stopped waiting for the guest, rather than for its
+/// lock on the domain; both are `VIR_ERR_OPERATION_TIMEOUT`.
+///
+/// Of the calls made here only a change of the vCPUs waits for a guest. Its timeout comes from the
+/// QEMU driver (qemuDomainHotplugDelVcpu, qemu_hotplug.c), after 5 s, or 10 s on pseries. The
+/// lock's comes from no driver since libvirt 8.8 (virDomainObjBeginJobInternal, virdomainjob.c,
+/// `VIR_FROM_NONE`); before, it came from the QEMU driver too (qemu_domainjob.c), but never before
+/// [`LOCK_WAIT`] had passed.
+fn is_unplug_timeout(facts: Facts) -> bool {
+    facts.call == "set-vcpus" && facts.reported_by != sys::VIR_FROM_NONE && facts.took < LOCK_WAIT
+}
 
-/// What an error of opening a connection means: there is none, unless libvirt said who may.
-pub(super) fn sort_open(error: &Error) -> CallError {
-    match sort("open", error, true) {
+/// Classifies an error of opening a connection: denied, or there is no connection.
+pub(super) fn classify_open(error: &Error) -> CallError {
+    match classify("open", error, true) {
         denied @ CallError::Denied { .. } => denied,
         _ => CallError::Unavailable(error.message().to_owned()),
     }
 }
 
-/// Whether an error may be about flags that this libvirt does not know (`virCheckFlags`).
+/// True if the cause may be flags that this libvirt does not know (`virCheckFlags`).
 pub(super) fn may_be_about_flags(error: &Error) -> bool {
     matches!(
         number(error),
@@ -111,7 +145,7 @@ pub(super) fn may_be_about_flags(error: &Error) -> bool {
     )
 }
 
-/// Whether an error says that a domain ended meanwhile.
+/// True if the domain ended between two calls.
 pub(super) fn is_gone(error: &Error) -> bool {
     matches!(
         number(error),
@@ -119,80 +153,94 @@ pub(super) fn is_gone(error: &Error) -> bool {
     )
 }
 
+/// True if an error of `virDomainGetJobStats` on a domain that runs means that the domain is
+/// being migrated to this host: libvirt keeps the statistics of a migration on its source, and
+/// rejects the question on the destination (qemuDomainGetJobStatsInternal, qemu_driver.c) as
+/// invalid, or as unsupported in later releases.
+pub(super) fn is_migration_in(error: &Error) -> bool {
+    matches!(
+        number(error),
+        sys::VIR_ERR_OPERATION_INVALID | sys::VIR_ERR_OPERATION_UNSUPPORTED
+    )
+}
+
 #[cfg(test)]
 mod tests {
+    use rstest::rstest;
+
     use super::*;
 
-    /// An error with libvirt's number 8, the only one that can be made without libvirt.
+    /// Returns an error with libvirt's number 8, the only one that can be made without libvirt.
     fn invalid_argument() -> Error {
         std::ffi::CString::new("a\0b").unwrap_err().into()
     }
 
     #[test]
-    fn an_error_of_a_dead_connection_is_the_connections() {
-        let dead = sort("capabilities", &invalid_argument(), false);
+    fn error_on_dead_connection_is_unavailable() {
+        let dead = classify("capabilities", &invalid_argument(), false);
         assert!(matches!(dead, CallError::Unavailable(_)), "{dead:?}");
-        let alive = sort("capabilities", &invalid_argument(), true);
+        let alive = classify("capabilities", &invalid_argument(), true);
         assert!(
             matches!(alive, CallError::Failed { number: 8, .. }),
             "{alive:?}"
         );
     }
 
-    /// As libvirt 11.3 words them.
-    #[test]
-    fn an_error_of_a_domain_says_what_to_do() {
-        let lock = "Timed out during operation: cannot acquire state change lock (held by \
-                    monitor=remoteDispatchDomainSetVcpusFlags)";
-        let unplug = "Timed out during operation: vcpu unplug request timed out. Unplug result \
-                      must be manually inspected in the domain";
-        let not_running = "Requested operation is not valid: domain is not running";
-        for (call, number, message, active, code) in [
-            ("domain", 42, "Domain not found", true, "domain-not-found"),
-            ("set-vcpus", 55, not_running, false, "domain-not-running"),
-            ("set-vcpus", 55, "not a state for it", true, ""),
-            ("guest-vcpus", 55, not_running, false, "domain-not-running"),
-            ("guest-vcpus", 55, not_running, true, "agent-unavailable"),
-            ("set-vcpus", 68, lock, true, "busy"),
-            ("set-vcpus", 68, unplug, true, "unplug-pending"),
-            ("memory-stats", 68, lock, true, "busy"),
-            ("guest-vcpus", 68, "another wording", true, "busy"),
-            (
-                "set-vcpus",
-                9,
-                "cannot acquire state change lock due to max_queued",
-                true,
-                "busy",
-            ),
-            (
-                "guest-vcpus",
-                86,
-                "not connected",
-                true,
-                "agent-unavailable",
-            ),
-            ("guest-vcpus", 97, "unsynced", true, "agent-unavailable"),
-            ("guest-vcpus", 112, "timed out", true, "agent-unavailable"),
-            ("set-guest-vcpus", 113, "no", true, "agent-unavailable"),
-            (
-                "guest-vcpus",
-                74,
-                "not configured",
-                true,
-                "agent-unavailable",
-            ),
-            ("attach-device", 74, "not for us", true, ""),
-            ("set-vcpus", 8, "too many", true, ""),
+    /// `virErrorDomain` of no driver, of the QEMU driver, and of the guest agent.
+    const NONE: u32 = sys::VIR_FROM_NONE;
+    const QEMU: u32 = sys::VIR_FROM_QEMU;
+
+    #[rstest]
+    #[case::unknown_domain("domain", 42, QEMU, 0, true, "domain-not-found")]
+    #[case::not_running("set-vcpus", 55, QEMU, 0, false, "domain-not-running")]
+    #[case::invalid_for_running_domain("set-vcpus", 55, QEMU, 0, true, "")]
+    #[case::agent_of_ended_domain("guest-vcpus", 55, QEMU, 0, false, "domain-not-running")]
+    #[case::agent_of_paused_domain("guest-vcpus", 55, QEMU, 0, true, "agent-unavailable")]
+    #[case::lock("set-vcpus", 68, NONE, 30, true, "busy")]
+    #[case::lock_after_any_time("set-vcpus", 68, NONE, 1, true, "busy")]
+    #[case::unplug("set-vcpus", 68, QEMU, 5, true, "unplug-pending")]
+    #[case::lock_of_old_libvirt("set-vcpus", 68, QEMU, 30, true, "busy")]
+    #[case::unplug_on_pseries("set-vcpus", 68, QEMU, 10, true, "unplug-pending")]
+    #[case::lock_for_reading("domain", 68, QEMU, 30, true, "busy")]
+    #[case::lock_of_agent("guest-vcpus", 68, NONE, 30, true, "busy")]
+    #[case::too_many_wait("set-vcpus", 9, NONE, 0, true, "busy")]
+    #[case::operation_failed("set-vcpus", 9, QEMU, 0, true, "")]
+    #[case::agent_not_connected("guest-vcpus", 86, QEMU, 0, true, "agent-unavailable")]
+    #[case::agent_unsynced("guest-vcpus", 97, QEMU, 0, true, "agent-unavailable")]
+    #[case::agent_timeout("guest-vcpus", 112, QEMU, 5, true, "agent-unavailable")]
+    #[case::agent_refuses("set-guest-vcpus", 113, QEMU, 0, true, "agent-unavailable")]
+    #[case::no_agent_channel("guest-vcpus", 74, QEMU, 0, true, "agent-unavailable")]
+    #[case::unsupported_argument("attach-device", 74, QEMU, 0, true, "")]
+    #[case::invalid_argument("set-vcpus", 8, QEMU, 0, true, "")]
+    fn domain_error_is_classified_whatever_its_message(
+        #[case] call: &'static str,
+        #[case] number: u32,
+        #[case] reported_by: u32,
+        #[case] seconds: u64,
+        #[case] active: bool,
+        #[case] code: &str,
+    ) {
+        let took = Duration::from_secs(seconds);
+        let facts = Facts {
+            call,
+            number,
+            reported_by,
+            took,
+        };
+        for message in [
+            "",
+            "vcpu unplug request timed out",
+            "状態変更ロックを獲得できません",
         ] {
-            let meaning = domain_meaning(call, number, message, || active);
-            let found = meaning.as_ref().map_or("", CallError::code);
-            assert_eq!(found, code, "{call} {number} {message}");
+            let classified = domain_error(facts, message, || active);
+            assert_eq!(classified.as_ref().map_or("", CallError::code), code);
         }
     }
 
     #[test]
-    fn an_invalid_argument_may_be_a_flag() {
+    fn invalid_argument_may_be_a_flag() {
         assert!(may_be_about_flags(&invalid_argument()));
         assert!(!is_gone(&invalid_argument()));
+        assert!(!is_migration_in(&invalid_argument()));
     }
 }

@@ -42,10 +42,10 @@ impl Session {
         event_loop::ensure().map_err(CallError::Unavailable)?;
         no_nul("open", [Some(config.uri.as_str())])?;
         let uri = Some(config.uri.as_str()).filter(|uri| !uri.is_empty());
-        let connect = Connect::open(uri).map_err(|error| failure::sort_open(&error))?;
-        let unless_unsupported = |error: Error| match failure::sort("open", &error, true) {
+        let connect = Connect::open(uri).map_err(|error| failure::classify_open(&error))?;
+        let unless_unsupported = |error: Error| match failure::classify("open", &error, true) {
             CallError::Unsupported { .. } => Ok(()),
-            _ => Err(failure::sort_open(&error)),
+            _ => Err(failure::classify_open(&error)),
         };
         // Drivers inside this process have no other side that could go away.
         let keepalive = config.keepalive;
@@ -62,7 +62,7 @@ impl Session {
         };
         let libvirt = connect
             .lib_version()
-            .map_err(|error| failure::sort_open(&error))?;
+            .map_err(|error| failure::classify_open(&error))?;
         Ok(Self {
             subscription: None,
             connect,
@@ -81,10 +81,10 @@ impl Session {
             Subscription::new(&self.connect, &notices::monitor_events(), move |told| {
                 announcer.announce(told);
             })
-            .map_err(|error| failure::sort_open(&error))?;
+            .map_err(|error| failure::classify_open(&error))?;
         for (event, error) in subscription.refused() {
             if !self.is_alive() {
-                return Err(failure::sort_open(error));
+                return Err(failure::classify_open(error));
             }
             notices.refused(event, error.message());
         }
@@ -97,8 +97,8 @@ impl Session {
         self.connect.is_alive().unwrap_or(false)
     }
 
-    fn sort(&self, call: &'static str, error: &Error) -> CallError {
-        failure::sort(call, error, self.is_alive())
+    fn classify(&self, call: &'static str, error: &Error) -> CallError {
+        failure::classify(call, error, self.is_alive())
     }
 
     pub(super) fn versions(&self) -> Result<Versions, CallError> {
@@ -106,7 +106,7 @@ impl Session {
             Ok(number) => Version::from_libvirt(number.into()),
             // Without an emulator there is no version of one; libvirt's is known all the same.
             Err(_) if self.is_alive() => None,
-            Err(error) => return Err(self.sort("versions", &error)),
+            Err(error) => return Err(self.classify("versions", &error)),
         };
         Ok(Versions {
             libvirt: self.libvirt,
@@ -116,7 +116,7 @@ impl Session {
 
     pub(super) fn capabilities(&self) -> Result<String, CallError> {
         let answer = self.connect.capabilities();
-        answer.map_err(|error| self.sort("capabilities", &error))
+        answer.map_err(|error| self.classify("capabilities", &error))
     }
 
     pub(super) fn domain_capabilities(
@@ -129,7 +129,7 @@ impl Session {
             self.connect
                 .domain_capabilities(None, arch, machine, virt_type, flags)
         })
-        .map_err(|error| self.sort(CALL, &error))
+        .map_err(|error| self.classify(CALL, &error))
     }
 
     pub(super) fn baseline_cpu(
@@ -141,7 +141,7 @@ impl Session {
         let (arch, machine, virt_type) = choice(CALL, query)?;
         let flags = sys::VIR_CONNECT_BASELINE_CPU_EXPAND_FEATURES;
         baseline_hypervisor_cpu(&self.connect, arch, machine, virt_type, cpu, flags)
-            .map_err(|error| self.sort(CALL, &error))
+            .map_err(|error| self.classify(CALL, &error))
     }
 
     pub(super) fn compare_cpu(
@@ -164,20 +164,20 @@ impl Session {
                     words: error.message().to_owned(),
                 })
             }
-            Err(error) => Err(self.sort(CALL, &error)),
+            Err(error) => Err(self.classify(CALL, &error)),
         }
     }
 
     pub(super) fn native_arguments(&self, domain: &str) -> Result<String, CallError> {
         let answer = self.connect.domain_xml_to_native("qemu-argv", domain, 0);
-        answer.map_err(|error| self.sort("native-arguments", &error))
+        answer.map_err(|error| self.classify("native-arguments", &error))
     }
 
     pub(super) fn running_domains(&mut self) -> Result<Vec<RunningDomain>, CallError> {
         let active = self
             .connect
             .list_all_domains(sys::VIR_CONNECT_LIST_DOMAINS_ACTIVE)
-            .map_err(|error| self.sort("running-domains", &error))?;
+            .map_err(|error| self.classify("running-domains", &error))?;
         let mut known = std::mem::take(&mut self.domains);
         for domain in active {
             match read_domain(&domain, &mut known) {
@@ -190,7 +190,7 @@ impl Session {
                     // Those that are known need not be read again: the next time only this one
                     // can hold it up, which is new and has something done to it just now.
                     self.domains.extend(known);
-                    return Err(self.sort("running-domains", &error));
+                    return Err(self.classify("running-domains", &error));
                 }
             }
         }
