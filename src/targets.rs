@@ -166,7 +166,9 @@ fn models(status: &NodeVirtualizationStatus, domain: &Requirement) -> Vec<CpuMod
                 "yes" => Usable::Yes,
                 // Before libvirt 10.9 nobody says which features are missing, and the domain may
                 // do without them.
-                "no" if blockers.is_empty() && domain.cpu.gives_up_features() => Usable::Unknown,
+                "no" if blockers.is_empty() && domain.cpu.tolerates_missing_features() => {
+                    Usable::Unknown
+                }
                 "no" => Usable::No,
                 _ => Usable::Unknown,
             };

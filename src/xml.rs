@@ -150,6 +150,8 @@ pub struct Cursor<'x> {
     depth: usize,
     /// Behind an element without content, `<e/>`, whose end is still to be told.
     ends_at_once: bool,
+    /// Inside content of which nothing is read, and whose depth is not bounded.
+    is_skipping: bool,
     unknown_elements: usize,
 }
 
@@ -166,6 +168,7 @@ impl<'x> Cursor<'x> {
             reader: quick_xml::Reader::from_str(text),
             depth: 0,
             ends_at_once: false,
+            is_skipping: false,
             unknown_elements: 0,
         };
         cursor.heed_space(false);
@@ -245,6 +248,18 @@ impl<'x> Cursor<'x> {
         self.unknown_elements
     }
 
+    /// Skips the rest of the present element without counting its depth against [`MAX_DEPTH`]: for
+    /// content of others, which may nest as deeply as they like.
+    ///
+    /// # Errors
+    /// The first problem in the document.
+    pub fn skip(&mut self) -> Result<(), ElementError> {
+        self.is_skipping = true;
+        let outcome = self.finish(self.depth - 1);
+        self.is_skipping = false;
+        outcome
+    }
+
     /// Reads on until `depth` elements are open.
     fn finish(&mut self, depth: usize) -> Result<(), ElementError> {
         while self.depth > depth {
@@ -291,7 +306,7 @@ impl<'x> Cursor<'x> {
     }
 
     fn enter(&mut self, start: BytesStart<'x>) -> Result<Token<'x>, ElementError> {
-        if self.depth >= MAX_DEPTH {
+        if self.depth >= MAX_DEPTH && !self.is_skipping {
             return Err(ElementError::new(format!(
                 "is nested deeper than {MAX_DEPTH} elements"
             )));

@@ -5,9 +5,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::Serialize;
 use serde::ser::{SerializeMap, Serializer};
 
+use super::Requirement;
 use super::offer::{ARCH_LABEL, go_arch};
-use super::{Check, CpuRequirement, Requirement};
 use crate::capability::Accelerator;
+use crate::domain::{CpuCheck, CpuRequirement};
 use crate::label::prefix::{CPU_FEATURE, CPU_MODEL, HYPERV, MACHINE, MACHINE_ALIAS, NODE};
 use crate::label::{LabelKey, LabelValue};
 
@@ -213,10 +214,10 @@ fn cpus(domain: &Requirement) -> Vec<Vec<Condition>> {
     let mut alternatives = Vec::new();
     match (mode, cpu.model.as_deref()) {
         ("custom", Some(model)) => {
-            let any_will_do = check == Check::None
-                || (cpu.matching.as_deref() == Some("minimum") && check == Check::Full);
+            let any_will_do = check == CpuCheck::None
+                || (cpu.matching.as_deref() == Some("minimum") && check == CpuCheck::Full);
             let vendor = cpu.vendor.as_deref();
-            let vendor = vendor.filter(|_| check != Check::None && !is_tcg);
+            let vendor = vendor.filter(|_| check != CpuCheck::None && !is_tcg);
             let vendor = vendor.map(|vendor| is_in(NODE, "cpu-vendor", vendor));
             let rest: Vec<Condition> = vendor.into_iter().chain(features).collect();
             let with = |first: Option<Condition>| first.into_iter().chain(rest.clone()).collect();
@@ -226,7 +227,7 @@ fn cpus(domain: &Requirement) -> Vec<Vec<Condition>> {
                     alternatives.push(with(Some(exists(CPU_MODEL, model))));
                     // Not usable as it is, and so in no label of its own, but without what the
                     // domain does without: the usual thing for a domain of the mode host-model.
-                    if cpu.gives_up_features() {
+                    if cpu.tolerates_missing_features() {
                         alternatives.push(with(Some(is_in(NODE, "host-model", model))));
                     }
                 }
@@ -241,16 +242,16 @@ fn cpus(domain: &Requirement) -> Vec<Vec<Condition>> {
     alternatives
 }
 
-fn features(cpu: &CpuRequirement, mode: &str, check: Check) -> Vec<Condition> {
+fn features(cpu: &CpuRequirement, mode: &str, check: CpuCheck) -> Vec<Condition> {
     let is_plain = matches!(mode, "maximum" | "host-passthrough");
     let check = match check {
-        Check::Partial if is_plain => Check::None,
+        CpuCheck::Partial if is_plain => CpuCheck::None,
         check => check,
     };
     let mut wanted: Vec<&str> = match check {
-        Check::None => Vec::new(),
-        Check::Partial => cpu.required().collect(),
-        Check::Full => cpu.required().chain(cpu.forced()).collect(),
+        CpuCheck::None => Vec::new(),
+        CpuCheck::Partial => cpu.required().collect(),
+        CpuCheck::Full => cpu.required().chain(cpu.forced()).collect(),
     };
     wanted.sort_unstable();
     wanted.dedup();
@@ -258,7 +259,7 @@ fn features(cpu: &CpuRequirement, mode: &str, check: Check) -> Vec<Condition> {
     // What can be no label is on no node.
     let unwanted = cpu
         .forbidden()
-        .filter(|_| check == Check::Partial || mode == "host-model")
+        .filter(|_| check == CpuCheck::Partial || mode == "host-model")
         .filter_map(|name| Expression::label(CPU_FEATURE, name, Operator::DoesNotExist, []))
         .map(Some);
     wanted.chain(unwanted).collect()

@@ -3,7 +3,7 @@
 use quick_xml::Writer;
 use quick_xml::events::BytesText;
 
-use super::requirement::Shape;
+use crate::domain::CpuTopology;
 use crate::units::Bytes;
 
 /// What somebody asks about without a definition at hand.
@@ -23,7 +23,7 @@ pub struct Definition {
     /// Those to start with; all if not said.
     pub current: Option<u32>,
     /// Their arrangement.
-    pub topology: Option<Shape>,
+    pub topology: Option<CpuTopology>,
     /// The memory.
     pub memory: Bytes,
     /// A mode without a model.

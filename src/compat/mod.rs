@@ -30,8 +30,5 @@ pub use dry_run::dry_run_xml;
 pub use finding::{Answer, Code, Finding, Severity, Stage};
 pub use offer::{Offer, OfferedMachine};
 pub use placement::{Candidate, NodeAnswer, State, Targets, Told, targets};
-pub use requirement::{
-    Check, CpuRequirement, HostDevices, IoApic, Iommu, IommuModel, PciControllers, Requirement,
-    Shape, VcpuRequirement,
-};
+pub use requirement::{Requirement, VcpuRequirement};
 pub use rules::{Fit, Headroom, MemoryRoom, VcpuRoom, fits};

@@ -1,4 +1,4 @@
-//! Domains that a real libvirt printed, and documents that no libvirt would.
+//! Captured domains of a real libvirt, and malformed documents.
 
 use proptest::prelude::*;
 
@@ -25,7 +25,7 @@ fn mib(mib: u64) -> Bytes {
 }
 
 #[test]
-fn a_domain_with_everything_plugged() {
+fn plugged_domain_is_read_completely() {
     let domain = parse(PLUGGED).unwrap();
     assert_eq!((domain.name.as_str(), domain.id), ("p1", Some(67)));
     assert_eq!(domain.machine.as_deref(), Some("pc-q35-10.0"));
@@ -61,7 +61,7 @@ fn a_domain_with_everything_plugged() {
             stats_period: Some(1)
         }
     );
-    let serial = Device {
+    let serial = AliasedDevice {
         kind: "serial".to_owned(),
         alias: "serial0".to_owned(),
     };
@@ -69,7 +69,7 @@ fn a_domain_with_everything_plugged() {
 }
 
 #[test]
-fn a_domain_before_its_first_change_does_not_list_its_vcpus() {
+fn domain_without_vcpus_element_has_current_plugged_and_rest_free() {
     let domain = parse(fixture!("q35-fresh.xml")).unwrap();
     assert_eq!(domain.vcpus.plugged_ids().to_string(), "0");
     assert_eq!((domain.vcpus.fixed(), domain.vcpus.free()), (1, 3));
@@ -77,7 +77,7 @@ fn a_domain_before_its_first_change_does_not_list_its_vcpus() {
 }
 
 #[test]
-fn a_dimm_is_part_of_the_total() {
+fn dimm_is_part_of_total_memory() {
     let domain = parse(fixture!("q35-dimm.xml")).unwrap();
     let dimm = domain.memory.dimms().next().unwrap();
     assert_eq!(
@@ -91,7 +91,7 @@ fn a_dimm_is_part_of_the_total() {
 }
 
 #[test]
-fn a_domain_that_cannot_grow() {
+fn domain_without_max_memory_has_no_room() {
     let domain = parse(fixture!("q35-plain.xml")).unwrap();
     assert_eq!((domain.memory.maximum, domain.memory.slots), (None, 0));
     assert_eq!(domain.memory.boot, mib(512));
@@ -99,7 +99,7 @@ fn a_domain_that_cannot_grow() {
 }
 
 #[test]
-fn the_statistics_of_a_real_domain() {
+fn captured_statistics_are_parsed() {
     let text = fixture!("q35-plugged.stats");
     let stats = Stats::from_parameters(text.lines().filter_map(|line| {
         let (name, value) = line.trim().split_once('=')?;
@@ -113,7 +113,7 @@ fn the_statistics_of_a_real_domain() {
 const SMALL: &str = "<memory unit='KiB'>1024</memory>";
 
 #[test]
-fn what_is_left_out_has_libvirts_meaning() {
+fn missing_elements_take_libvirts_defaults() {
     let domain = parse(&format!("<domain><name>x</name>{SMALL}</domain>")).unwrap();
     assert_eq!(
         (domain.vcpus.maximum, domain.id, domain.acpi),
@@ -136,13 +136,13 @@ fn what_is_left_out_has_libvirts_meaning() {
 }
 
 #[test]
-fn a_malformed_known_value_is_an_error_with_its_path() {
+fn malformed_known_value_is_an_error_with_its_path() {
     for (inner, error) in [
         (SMALL.to_owned(), "vm: /domain: has no <name>"),
         ("<name>x</name>".to_owned(), "vm: /domain: has no <memory>"),
         (
             format!("<name>x</name>{SMALL}<vcpu current='5'>4</vcpu>"),
-            "vm: /domain: has 5 vCPUs of 4 at most",
+            "vm: /domain: has 5 vCPUs at start, more than its maximum of 4",
         ),
         (
             format!("<name>x</name>{SMALL}<vcpu>many</vcpu>"),
@@ -150,7 +150,7 @@ fn a_malformed_known_value_is_an_error_with_its_path() {
         ),
         (
             format!("<name>x</name>{SMALL}<vcpu>4000000000</vcpu>"),
-            "vm: /domain/vcpu: 4000000000 vCPUs are more than there can be",
+            "vm: /domain: has 4000000000 vCPUs, more than the limit of 65536",
         ),
         (
             format!("<name>x</name>{SMALL}<vcpu>1</vcpu><vcpus><vcpu id='7'/></vcpus>"),
@@ -162,14 +162,14 @@ fn a_malformed_known_value_is_an_error_with_its_path() {
         ),
         (
             "<name>x</name><memory unit='EiB'>99</memory>".to_owned(),
-            "vm: /domain/memory: 99 EiB are more than there can be",
+            "vm: /domain/memory: 99 EiB exceed the largest size",
         ),
         (
             format!(
                 "<name>x</name>{SMALL}<devices><memory model='dimm'><target>\
                  <size unit='MiB'>2</size></target></memory></devices>"
             ),
-            "vm: /domain: has 1MiB of memory, and devices of 2MiB in it",
+            "vm: /domain: has 1MiB of memory, which is less than its memory devices of 2MiB",
         ),
     ] {
         assert_eq!(
@@ -180,17 +180,55 @@ fn a_malformed_known_value_is_an_error_with_its_path() {
 }
 
 #[test]
-fn names_are_kept_as_they_are() {
+fn name_with_markup_and_line_break_is_kept() {
     let domain = parse(&format!(
         "<domain><name>a&lt;b&quot;/&#10;c</name>{SMALL}</domain>"
     ));
     assert_eq!(domain.unwrap().name, "a<b\"/\nc");
 }
 
+/// Tenants write `<metadata>`; [`crate::xml::MAX_DEPTH`] bounds everything else.
+#[test]
+fn deeply_nested_metadata_is_skipped() {
+    let deep = |element: &str| {
+        let (open, close) = ("<t:a>".repeat(70), "</t:a>".repeat(70));
+        format!(
+            "<domain><name>x</name><{element}>{open}text{close}</{element}><metadata/>{SMALL}\
+             <vcpu>2</vcpu></domain>"
+        )
+    };
+    assert_eq!(parse(&deep("metadata")).unwrap().vcpus.maximum, 2);
+    let error = parse(&deep("sysinfo")).unwrap_err();
+    assert!(
+        error.ends_with("is nested deeper than 64 elements"),
+        "{error}"
+    );
+    let unclosed = parse("<domain><metadata><a></metadata></domain>").unwrap_err();
+    assert!(
+        unclosed.contains("/domain/metadata: is not well-formed"),
+        "{unclosed}"
+    );
+}
+
+/// Journal version 1 holds this form.
+#[test]
+fn journal_form_of_a_domain_is_stable() {
+    let json = serde_json::to_value(parse(PLUGGED).unwrap()).unwrap();
+    let keys: Vec<_> = json.as_object().unwrap().keys().cloned().collect();
+    assert_eq!(
+        keys,
+        [
+            "acpi", "agent", "arch", "balloon", "cpu", "devices", "id", "machine", "memory",
+            "name", "state", "uuid", "vcpus", "virtType"
+        ]
+    );
+    let read: Domain = serde_json::from_value(json).unwrap();
+    assert_eq!(read, parse(PLUGGED).unwrap());
+}
+
 proptest! {
-    /// A real document, cut off or with a piece replaced, is read or refused.
     #[test]
-    fn no_document_panics(at in 0..PLUGGED.len(), len in 0_usize..40, with in "[<>/a-z0-9'= -]{0,20}") {
+    fn damaged_document_does_not_panic(at in 0..PLUGGED.len(), len in 0_usize..40, with in "[<>/a-z0-9'= -]{0,20}") {
         let bytes = PLUGGED.as_bytes();
         let end = (at + len).min(bytes.len());
         let mut changed = bytes[..at].to_vec();
@@ -200,9 +238,8 @@ proptest! {
         drop(Domain::parse("vm", &bytes[..at], DomainState::Running));
     }
 
-    /// Any numbers at all.
     #[test]
-    fn no_number_panics(size: u64, requested: u64, cell: u64, maximum: u64, current: u32, vcpus: u32) {
+    fn arbitrary_numbers_do_not_panic(size: u64, requested: u64, cell: u64, maximum: u64, current: u32, vcpus: u32) {
         let xml = format!(
             "<domain><name>x</name><maxMemory slots='{current}'>{maximum}</maxMemory>\
              <memory>{size}</memory><vcpu current='{current}'>{vcpus}</vcpu>\

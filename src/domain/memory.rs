@@ -1,4 +1,4 @@
-//! A domain's memory: what it booted with, what is plugged, and how much more could be.
+//! A domain's memory: at boot, plugged, and the room left.
 
 use serde::{Deserialize, Serialize};
 
@@ -10,43 +10,42 @@ use crate::xml::{Cursor, Element, ElementError};
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Memory {
-    /// What the domain booted with.
+    /// The memory that the domain booted with.
     pub boot: Bytes,
-    /// `<currentMemory>`: what the balloon leaves the guest of what it has.
+    /// `<currentMemory>`: the amount that the balloon leaves to the guest.
     pub balloon: Option<Bytes>,
-    /// `<maxMemory>`: what it booted with and all devices may together be; fixed at start.
+    /// `<maxMemory>`: the maximum of boot memory and all devices together, fixed at start.
     /// Without it nothing can be plugged.
     pub maximum: Option<Bytes>,
-    /// The slots for DIMMs.
+    /// The number of DIMM slots.
     pub slots: u32,
     /// The guest's NUMA cells.
     pub cells: Vec<NumaCell>,
     /// The memory devices in the document's order.
     pub devices: Vec<MemoryDevice>,
-    /// Whether the memory comes from huge pages, which the host's free memory does not count.
+    /// True if huge pages back the memory; the host's free memory does not include them.
     pub huge_pages: bool,
 }
 
 /// `<numa><cell>`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NumaCell {
-    /// The cell's number.
     pub id: u32,
-    /// Its CPUs, up to the maximum.
+    /// The cell's vCPUs, up to the maximum.
     pub cpus: IdSet,
-    /// What it booted with.
+    /// The memory that the cell booted with.
     pub memory: Bytes,
 }
 
-/// What kind a memory device is.
+/// The model of a memory device.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum MemoryModel {
-    /// A plain module: all or nothing.
+    /// A module that the guest uses entirely or not at all.
     Dimm,
-    /// Memory whose amount the host asks for and the guest's driver plugs by blocks.
+    /// The host requests an amount, and the guest's driver plugs it block by block.
     VirtioMem,
-    /// Not the guest's main memory: `nvdimm`, `virtio-pmem`, `sgx-epc`, or one newer than this list.
+    /// Not part of the guest's main memory: `nvdimm`, `virtio-pmem`, `sgx-epc`, or a newer model.
     Other(String),
 }
 
@@ -54,55 +53,55 @@ pub enum MemoryModel {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct MemoryDevice {
-    /// What kind it is.
     pub model: MemoryModel,
-    /// The name that libvirt and events call it by; a live device has one.
+    /// libvirt's name of the device in calls and events; every live device has one.
     pub alias: Option<String>,
-    /// The size; for virtio-mem the most that it can give.
+    /// For virtio-mem the maximum.
     pub size: Bytes,
-    /// virtio-mem: what the host asks the guest to take.
+    /// virtio-mem: the amount that the host requests.
     pub requested: Option<Bytes>,
-    /// virtio-mem: what the guest has taken.
+    /// virtio-mem: the amount that the guest has plugged.
     pub current: Option<Bytes>,
-    /// virtio-mem: sizes are multiples of this.
+    /// virtio-mem: the block size, of which every amount is a multiple.
     pub block: Option<Bytes>,
-    /// The guest's NUMA cell that it belongs to.
+    /// The guest's NUMA cell.
     pub node: Option<u32>,
     /// A DIMM's slot.
     pub slot: Option<u32>,
 }
 
 impl Memory {
-    /// What the domain is meant to have: what it booted with, its DIMMs, and what virtio-mem
-    /// devices are asked for.
+    /// Returns the amount that the host wants the guest to have: boot memory, DIMMs, and the
+    /// requested sizes of virtio-mem devices.
     pub fn asked(&self) -> Bytes {
         self.devices
             .iter()
             .fold(self.boot, |sum, device| sum.saturating_add(device.asked()))
     }
 
-    /// What it has: what it booted with, its DIMMs, and what the guest took of virtio-mem.
+    /// Returns the amount that the domain has: boot memory, DIMMs, and the current sizes of
+    /// virtio-mem devices.
     pub fn plugged(&self) -> Bytes {
         self.devices.iter().fold(self.boot, |sum, device| {
             sum.saturating_add(device.plugged())
         })
     }
 
-    /// The devices of virtio-mem.
+    /// Returns the virtio-mem devices.
     pub fn virtio_mem(&self) -> impl DoubleEndedIterator<Item = &MemoryDevice> {
         self.devices
             .iter()
             .filter(|device| device.model == MemoryModel::VirtioMem)
     }
 
-    /// The DIMMs.
+    /// Returns the DIMMs.
     pub fn dimms(&self) -> impl Iterator<Item = &MemoryDevice> {
         self.devices
             .iter()
             .filter(|device| device.model == MemoryModel::Dimm)
     }
 
-    /// The device of that alias.
+    /// Returns the device with that alias.
     pub fn device(&self, alias: &str) -> Option<&MemoryDevice> {
         self.devices
             .iter()
@@ -111,7 +110,25 @@ impl Memory {
 }
 
 impl MemoryDevice {
-    /// What it is meant to add to the guest's main memory.
+    /// Returns an empty device of the model with libvirt's name.
+    pub(super) fn new(model: &str) -> Self {
+        Self {
+            model: match model {
+                "dimm" => MemoryModel::Dimm,
+                "virtio-mem" => MemoryModel::VirtioMem,
+                other => MemoryModel::Other(other.to_owned()),
+            },
+            alias: None,
+            size: Bytes::ZERO,
+            requested: None,
+            current: None,
+            block: None,
+            node: None,
+            slot: None,
+        }
+    }
+
+    /// Returns the amount that the host wants this device to add to the guest's main memory.
     pub fn asked(&self) -> Bytes {
         match self.model {
             MemoryModel::Dimm => self.size,
@@ -120,7 +137,7 @@ impl MemoryDevice {
         }
     }
 
-    /// What it adds to the guest's main memory, used or not.
+    /// Returns the amount that this device adds to the guest's main memory, used or not.
     pub fn plugged(&self) -> Bytes {
         match self.model {
             MemoryModel::Dimm => self.size,
@@ -130,104 +147,82 @@ impl MemoryDevice {
     }
 }
 
-/// What the elements say, until all are read.
-#[derive(Debug, Default)]
-pub(super) struct Draft {
-    pub(super) total: Option<Bytes>,
-    pub(super) memory: Memory,
+/// The memory elements of a definition, but for the devices.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct MemoryDefinition {
+    /// `<memory>`.
+    pub total: Option<Bytes>,
+    /// `<currentMemory>`.
+    pub balloon: Option<Bytes>,
+    /// `<maxMemory>`.
+    pub maximum: Option<Bytes>,
+    pub slots: u32,
+    pub cells: Vec<NumaCell>,
+    pub huge_pages: bool,
 }
 
-impl Draft {
-    /// `<maxMemory slots='4' unit='KiB'>`.
+impl MemoryDefinition {
+    /// Reads `<maxMemory slots='4' unit='KiB'>`.
     pub(super) fn read_maximum(
         &mut self,
         cursor: &mut Cursor<'_>,
         element: &Element<'_>,
     ) -> Result<(), ElementError> {
-        self.memory.slots = element.parsed("slots", "number of slots")?.unwrap_or(0);
-        self.memory.maximum = Some(read_size(cursor, element)?);
+        self.slots = element.parsed("slots", "number of slots")?.unwrap_or(0);
+        self.maximum = Some(read_size(cursor, element)?);
         Ok(())
     }
 
-    /// `<cpu><numa>`.
+    /// Reads `<cpu><numa>`.
     pub(super) fn read_cells(&mut self, cursor: &mut Cursor<'_>) -> Result<(), ElementError> {
-        cursor.children(|cursor, child| {
-            if child.name() != "cell" {
-                cursor.ignore_unknown();
-                return Ok(());
+        cursor.children(|_, child| {
+            if child.name() == "cell" {
+                let ordinal = u32::try_from(self.cells.len()).unwrap_or(u32::MAX);
+                let memory = child.parsed("memory", "size")?.unwrap_or(0);
+                self.cells.push(NumaCell {
+                    id: child.parsed("id", "number of a cell")?.unwrap_or(ordinal),
+                    cpus: child.parsed("cpus", "list of CPUs")?.unwrap_or_default(),
+                    memory: scaled(memory, child.attribute("unit")?.as_deref())?,
+                });
             }
-            let ordinal = u32::try_from(self.memory.cells.len()).unwrap_or(u32::MAX);
-            let memory = child.parsed("memory", "size")?.unwrap_or(0);
-            self.memory.cells.push(NumaCell {
-                id: child.parsed("id", "number of a cell")?.unwrap_or(ordinal),
-                cpus: child.parsed("cpus", "list of CPUs")?.unwrap_or_default(),
-                memory: scaled(memory, child.attribute("unit")?.as_deref())?,
-            });
             Ok(())
         })
     }
 
-    /// `<memory model=…>` among the devices.
-    pub(super) fn read_device(
-        &mut self,
-        cursor: &mut Cursor<'_>,
-        element: &Element<'_>,
-    ) -> Result<(), ElementError> {
-        let model = match element.attribute("model")?.as_deref() {
-            Some("dimm") => MemoryModel::Dimm,
-            Some("virtio-mem") => MemoryModel::VirtioMem,
-            other => MemoryModel::Other(other.unwrap_or_default().to_owned()),
-        };
-        let mut device = MemoryDevice {
-            model,
-            alias: None,
-            size: Bytes::ZERO,
-            requested: None,
-            current: None,
-            block: None,
-            node: None,
-            slot: None,
-        };
-        cursor.children(|cursor, child| {
-            match child.name() {
-                "target" => read_target(cursor, &mut device)?,
-                "alias" => device.alias = child.text("name")?,
-                // those of virtio devices are on PCI
-                "address" if child.attribute("type")?.as_deref() == Some("dimm") => {
-                    device.slot = child.parsed("slot", "number of a slot")?;
-                }
-                _ => {}
-            }
-            Ok(())
-        })?;
-        self.memory.devices.push(device);
-        Ok(())
-    }
-
-    /// All together. `<memory>` is the sum of what the domain booted with and the sizes of all
-    /// devices (`virDomainDefGetMemoryTotal`, libvirt 11.3); the cells, where there are any, hold
-    /// what it booted with and nothing else.
-    pub(super) fn finish(self) -> Result<Memory, ElementError> {
-        let Self { total, mut memory } = self;
+    /// Returns the domain's memory. `<memory>` is the sum of boot memory and the sizes of all
+    /// devices (`virDomainDefGetMemoryTotal`, libvirt 11.3); NUMA cells hold boot memory only.
+    pub(super) fn resolve(self, devices: Vec<MemoryDevice>) -> Result<Memory, ElementError> {
         let sum = |sizes: &mut dyn Iterator<Item = Bytes>| {
             sizes.fold(Bytes::ZERO, |sum, size| sum.saturating_add(size))
         };
-        let in_cells = sum(&mut memory.cells.iter().map(|cell| cell.memory));
-        let in_devices = sum(&mut memory.devices.iter().map(|device| device.size));
-        memory.boot = match (in_cells, total) {
+        let in_cells = sum(&mut self.cells.iter().map(|cell| cell.memory));
+        let in_devices = sum(&mut devices.iter().map(|device| device.size));
+        let boot = match (in_cells, self.total) {
             (Bytes::ZERO, None) => return Err(ElementError::new("has no <memory>")),
             (Bytes::ZERO, Some(total)) => total.checked_sub(in_devices).ok_or_else(|| {
                 ElementError::new(format!(
-                    "has {total} of memory, and devices of {in_devices} in it"
+                    "has {total} of memory, which is less than its memory devices of {in_devices}"
                 ))
             })?,
             (in_cells, _) => in_cells,
         };
-        Ok(memory)
+        Ok(Memory {
+            boot,
+            balloon: self.balloon,
+            maximum: self.maximum,
+            slots: self.slots,
+            cells: self.cells,
+            devices,
+            huge_pages: self.huge_pages,
+        })
     }
 }
 
-fn read_target(cursor: &mut Cursor<'_>, device: &mut MemoryDevice) -> Result<(), ElementError> {
+/// Reads `<target>` of a memory device.
+pub(super) fn read_target(
+    cursor: &mut Cursor<'_>,
+    device: &mut MemoryDevice,
+) -> Result<(), ElementError> {
     cursor.children(|cursor, child| {
         match child.name() {
             "size" => device.size = read_size(cursor, child)?,
@@ -241,7 +236,7 @@ fn read_target(cursor: &mut Cursor<'_>, device: &mut MemoryDevice) -> Result<(),
     })
 }
 
-/// A size with a `unit` attribute.
+/// Reads a size with a `unit` attribute.
 pub(super) fn read_size(
     cursor: &mut Cursor<'_>,
     element: &Element<'_>,
@@ -250,9 +245,9 @@ pub(super) fn read_size(
     scaled(number, element.attribute("unit")?.as_deref())
 }
 
-/// libvirt's units (`virScaleInteger`): KiB if none is said, single letters are powers of 1024
-/// and those with a B of 1000. libvirt itself always writes KiB.
-pub(crate) fn scaled(number: u64, unit: Option<&str>) -> Result<Bytes, ElementError> {
+/// Scales by libvirt's units (`virScaleInteger`): KiB by default; single letters are powers of
+/// 1024, those followed by a B powers of 1000. libvirt itself always writes KiB.
+pub(super) fn scaled(number: u64, unit: Option<&str>) -> Result<Bytes, ElementError> {
     let unit = unit.unwrap_or("KiB");
     let factor = match unit.to_ascii_lowercase().as_str() {
         "b" | "byte" | "bytes" => Some(1),
@@ -271,7 +266,7 @@ pub(crate) fn scaled(number: u64, unit: Option<&str>) -> Result<Bytes, ElementEr
         _ => None,
     };
     let factor = factor.ok_or_else(|| ElementError::new("has an unknown unit of size"))?;
-    let too_large = || ElementError::new(format!("{number} {unit} are more than there can be"));
+    let too_large = || ElementError::new(format!("{number} {unit} exceed the largest size"));
     let bytes = number
         .checked_mul(factor)
         .map(Bytes::new)

@@ -1,5 +1,7 @@
-//! Domains, as facts: from their live XML and their statistics. Pure.
+//! Domains: the reader of their XML, the views of it, states, jobs and statistics. Pure.
 
+mod cpu;
+mod definition;
 pub mod device_xml;
 mod devices;
 mod facts;
@@ -15,15 +17,19 @@ mod stats;
 mod text;
 mod vcpus;
 
-pub use devices::{AgentChannel, Balloon, Device};
-pub use facts::{Cpu, Domain, Topology};
+pub use cpu::{CpuCheck, CpuRequirement, CpuTopology, DomainCpu};
+pub use definition::{DomainDefinition, IoApicDriver};
+pub use devices::{
+    AgentChannel, AliasedDevice, Balloon, DeviceDefinitions, HostDevices, IommuDevice, IommuModel,
+    PciControllers,
+};
+pub use facts::Domain;
 pub use idset::{IdSet, NotAnIdSet};
 pub use job::Job;
-pub(crate) use memory::scaled;
-pub use memory::{Memory, MemoryDevice, MemoryModel, NumaCell};
+pub use memory::{Memory, MemoryDefinition, MemoryDevice, MemoryModel, NumaCell};
 pub use pause_reason::PauseReason;
 pub use requirements::NodeRequirements;
 pub use state::DomainState;
 pub use stats::{BalloonStats, Stats, VcpuStats};
 pub use text::{is_plain, plain};
-pub use vcpus::{Vcpu, Vcpus};
+pub use vcpus::{Vcpu, VcpuDefinition, Vcpus};

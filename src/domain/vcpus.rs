@@ -5,16 +5,17 @@ use serde::{Deserialize, Serialize};
 use super::IdSet;
 use crate::xml::{Cursor, Element, ElementError};
 
-/// More than any hypervisor has, to bound what a number in a document can cost.
-const MOST: u32 = 65_536;
+/// Maximum number of vCPUs that is accepted, above that of any hypervisor: it bounds the memory
+/// that a number in a document can make us allocate.
+const MAX_VCPUS: u32 = 65_536;
 
 /// The virtual processors of a domain.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Vcpus {
-    /// The most that can be plugged while the domain runs; fixed when it was started.
+    /// Fixed at start.
     pub maximum: u32,
-    /// All up to the maximum, by number.
+    /// All vCPUs up to the maximum, by number.
     pub each: Vec<Vcpu>,
 }
 
@@ -22,24 +23,23 @@ pub struct Vcpus {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Vcpu {
-    /// Its number.
     pub id: u32,
-    /// Whether it is plugged. That says nothing about the guest.
+    /// True if it is plugged. The guest may use it or not.
     pub enabled: bool,
-    /// Whether it can be plugged or unplugged while the domain runs. Those that a domain is
-    /// started with cannot, unless its definition says otherwise.
+    /// True if it can be plugged or unplugged while the domain runs. Those present at start
+    /// cannot, unless the definition marks them so.
     pub hotpluggable: bool,
-    /// The place in the order of plugging, from 1.
+    /// The position in the order of plugging, from 1.
     pub order: Option<u32>,
 }
 
 impl Vcpus {
-    /// How many are plugged.
+    /// Returns the number of plugged vCPUs.
     pub fn plugged(&self) -> u32 {
         self.plugged_ids().len()
     }
 
-    /// Which are plugged.
+    /// Returns the numbers of the plugged vCPUs.
     pub fn plugged_ids(&self) -> IdSet {
         self.each
             .iter()
@@ -48,12 +48,12 @@ impl Vcpus {
             .collect()
     }
 
-    /// How many are plugged and stay so for as long as the domain runs.
+    /// Returns the number of plugged vCPUs that cannot be unplugged.
     pub fn fixed(&self) -> u32 {
         self.count(|vcpu| vcpu.enabled && !vcpu.hotpluggable)
     }
 
-    /// How many can be plugged on top of those that are.
+    /// Returns the number of vCPUs that can still be plugged.
     pub fn free(&self) -> u32 {
         self.count(|vcpu| !vcpu.enabled && vcpu.hotpluggable)
     }
@@ -64,61 +64,71 @@ impl Vcpus {
     }
 }
 
-/// What the two elements say, until both are read: their order is not fixed.
-#[derive(Debug, Default)]
-pub(super) struct Draft {
-    maximum: Option<u32>,
-    current: Option<u32>,
-    each: Vec<Vcpu>,
+/// `<vcpu>` and `<vcpus>` as written, possibly contradictory.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct VcpuDefinition {
+    pub maximum: Option<u64>,
+    /// The number at start; `None` means the maximum.
+    pub current: Option<u64>,
+    /// The entries of `<vcpus>`.
+    pub each: Vec<Vcpu>,
 }
 
-impl Draft {
-    /// `<vcpu current='1'>4</vcpu>`.
+impl VcpuDefinition {
+    /// Reads `<vcpu current='1'>4</vcpu>`.
     pub(super) fn read_count(
         &mut self,
         cursor: &mut Cursor<'_>,
         element: &Element<'_>,
     ) -> Result<(), ElementError> {
         self.current = element.parsed("current", "number of vCPUs")?;
-        let maximum: u32 = cursor.parsed("number of vCPUs")?;
-        if maximum > MOST {
-            return Err(ElementError::new(format!(
-                "{maximum} vCPUs are more than there can be"
-            )));
-        }
-        self.maximum = Some(maximum);
+        self.maximum = Some(cursor.parsed("number of vCPUs")?);
         Ok(())
     }
 
-    /// `<vcpus><vcpu id='0' enabled='yes' hotpluggable='no' order='1'/>…</vcpus>`.
+    /// Reads `<vcpus><vcpu id='0' enabled='yes' hotpluggable='no' order='1'/>…</vcpus>`.
     pub(super) fn read_each(&mut self, cursor: &mut Cursor<'_>) -> Result<(), ElementError> {
-        cursor.children(|cursor, child| {
+        cursor.children(|_, child| {
             if child.name() != "vcpu" {
-                cursor.ignore_unknown();
                 return Ok(());
             }
             let id = child.parsed("id", "number of a vCPU")?;
-            let id: u32 = id.ok_or_else(|| ElementError::new("has no id"))?;
             let enabled = child.yes_no("enabled")?.unwrap_or(false);
             self.each.push(Vcpu {
-                id,
+                id: id.ok_or_else(|| ElementError::new("has no id"))?,
                 enabled,
                 hotpluggable: child.yes_no("hotpluggable")?.unwrap_or(!enabled),
-                order: child.parsed("order", "place in an order")?,
+                order: child.parsed("order", "position in the plugging order")?,
             });
             Ok(())
         })
     }
 
-    /// Both together. Without `<vcpus>`, which libvirt writes only after the first change or
-    /// where the definition has it, the first `current` are plugged and fixed, the others free
-    /// (`virDomainDefVcpusParse` and `qemuDomainSetVcpusLive`, libvirt 11.3).
-    pub(super) fn finish(self) -> Result<Vcpus, ElementError> {
+    /// True if `maximum` is acceptable and not below `current`.
+    pub fn is_consistent(&self) -> bool {
+        let (maximum, current) = self.numbers();
+        current <= maximum && maximum <= MAX_VCPUS.into()
+    }
+
+    fn numbers(&self) -> (u64, u64) {
         let maximum = self.maximum.unwrap_or(0);
-        let current = self.current.unwrap_or(maximum);
-        if current > maximum {
+        (maximum, self.current.unwrap_or(maximum))
+    }
+
+    /// Returns the domain's vCPUs. libvirt writes `<vcpus>` only after the first change or if the
+    /// definition has it; without it the first `current` vCPUs are plugged and fixed, the others
+    /// free (`virDomainDefVcpusParse` and `qemuDomainSetVcpusLive`, libvirt 11.3).
+    pub(super) fn resolve(self) -> Result<Vcpus, ElementError> {
+        let (maximum, current) = self.numbers();
+        let bounded = u32::try_from(maximum).ok().filter(|max| *max <= MAX_VCPUS);
+        let Some(maximum) = bounded else {
             return Err(ElementError::new(format!(
-                "has {current} vCPUs of {maximum} at most"
+                "has {maximum} vCPUs, more than the limit of {MAX_VCPUS}"
+            )));
+        };
+        if current > maximum.into() {
+            return Err(ElementError::new(format!(
+                "has {current} vCPUs at start, more than its maximum of {maximum}"
             )));
         }
         if self.each.iter().any(|vcpu| vcpu.id >= maximum) {
@@ -126,11 +136,12 @@ impl Draft {
                 "has a vCPU whose number is not below the maximum of {maximum}"
             )));
         }
+        let is_listed = !self.each.is_empty();
         let mut each: Vec<Vcpu> = (0..maximum)
             .map(|id| Vcpu {
                 id,
-                enabled: self.each.is_empty() && id < current,
-                hotpluggable: self.each.is_empty() && id >= current,
+                enabled: !is_listed && u64::from(id) < current,
+                hotpluggable: !is_listed && u64::from(id) >= current,
                 order: None,
             })
             .collect();

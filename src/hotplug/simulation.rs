@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use super::*;
 use crate::domain::{
-    AgentChannel, Balloon, BalloonStats, Cpu, Domain, DomainState, IdSet, Memory, MemoryDevice,
-    MemoryModel, NumaCell, PauseReason, Stats, Vcpu, VcpuStats, Vcpus,
+    AgentChannel, Balloon, BalloonStats, Domain, DomainCpu, DomainState, IdSet, Memory,
+    MemoryDevice, MemoryModel, NumaCell, PauseReason, Stats, Vcpu, VcpuStats, Vcpus,
 };
 use crate::units::Bytes;
 
@@ -157,7 +157,7 @@ impl World {
             arch: Some("x86_64".to_owned()),
             machine: Some("pc-q35-10.0".to_owned()),
             acpi: true,
-            cpu: Cpu::default(),
+            cpu: DomainCpu::default(),
             vcpus: Vcpus {
                 maximum: 4,
                 each: (0..4)

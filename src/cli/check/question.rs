@@ -8,7 +8,8 @@ use clap::Args;
 
 use crate::capability::is_x86;
 use crate::cli::{Exit, Failure};
-use crate::compat::{Definition, Requirement, Shape};
+use crate::compat::{Definition, Requirement};
+use crate::domain::CpuTopology;
 use crate::units::Bytes;
 use crate::xml::MAX_BYTES;
 
@@ -156,12 +157,12 @@ impl Description {
         let arch = self.arch.as_deref().or(native);
         let parts = [self.sockets, self.dies, self.cores, self.threads];
         let [sockets, dies, cores, threads] = parts.map(|part| part.unwrap_or(1));
-        let shape = Shape {
+        let shape = CpuTopology {
             sockets,
             dies,
             cores,
             threads,
-            ..Shape::default()
+            ..CpuTopology::default()
         };
         let topology = parts.iter().any(Option::is_some).then_some(shape);
         let product = topology.map(|shape| u32::try_from(shape.product()).unwrap_or(u32::MAX));

@@ -132,7 +132,7 @@ impl Offer {
                 name: name.clone(),
                 // Labels do not name what keeps it from being usable, which the domain may do
                 // without.
-                usable: Some(match domain.cpu.gives_up_features() {
+                usable: Some(match domain.cpu.tolerates_missing_features() {
                     true => Usable::Unknown,
                     false => Usable::No,
                 }),

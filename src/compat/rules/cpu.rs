@@ -9,7 +9,8 @@ use super::features::{
 use super::vcpus::effective_check;
 use super::{Case, named, unsupported};
 use crate::capability::{CpuModel, CpuModes, Usable};
-use crate::compat::{Check, Code, Finding, Severity, Stage};
+use crate::compat::{Code, Finding, Severity, Stage};
+use crate::domain::CpuCheck;
 
 pub(super) fn check(case: &Case<'_>, findings: &mut Vec<Finding>) {
     let cpu = &case.domain.cpu;
@@ -92,7 +93,7 @@ pub(super) fn check(case: &Case<'_>, findings: &mut Vec<Finding>) {
 /// What QEMU adds by itself shows only when it starts: `hypervisor`, or `ht` for several threads or
 /// cores. A running domain's definition has all of it written down.
 fn check_full(case: &Case<'_>, findings: &mut Vec<Finding>) {
-    if effective_check(case) != Check::Full || case.domain.live {
+    if effective_check(case) != CpuCheck::Full || case.domain.live {
         return;
     }
     findings.push(
@@ -229,7 +230,7 @@ fn check_vendor(case: &Case<'_>, modes: &CpuModes, findings: &mut Vec<Finding>) 
     let (Some(wanted), Some(host)) = (case.domain.cpu.vendor.as_deref(), host) else {
         return;
     };
-    if case.is_tcg() || wanted == host || effective_check(case) == Check::None {
+    if case.is_tcg() || wanted == host || effective_check(case) == CpuCheck::None {
         return;
     }
     findings.push(
@@ -275,8 +276,8 @@ fn check_model<'m>(
     match (model.usable, check) {
         (Some(Usable::Yes), _) => {}
         // The host model is taken, whatever the named one lacks.
-        (_, Check::None | Check::Full) if cpu.matching.as_deref() == Some("minimum") => {}
-        (Some(Usable::No), Check::None) => findings.push(
+        (_, CpuCheck::None | CpuCheck::Full) if cpu.matching.as_deref() == Some("minimum") => {}
+        (Some(Usable::No), CpuCheck::None) => findings.push(
             Finding::new(
                 Severity::Warning,
                 Code::CpuModel,
@@ -289,7 +290,7 @@ fn check_model<'m>(
         ),
         // The live XML is what QEMU really made, and libvirt holds the next one against it only
         // when it is made: without what the domain does without there is nothing to miss.
-        (Some(Usable::No), Check::Full)
+        (Some(Usable::No), CpuCheck::Full)
             if case.domain.live && lacking.is_empty() && !model.blockers.is_empty() => {}
         (Some(Usable::No), _) if lacking.is_empty() && !model.blockers.is_empty() => findings.push(
             Finding::new(
@@ -311,7 +312,7 @@ fn check_model<'m>(
             .remedy(model_remedy(case, model));
             findings.push(missing_words(finding, check, &lacking));
         }
-        (Some(Usable::Unknown) | None, Check::None) => {}
+        (Some(Usable::Unknown) | None, CpuCheck::None) => {}
         (Some(Usable::Unknown) | None, check) => findings.push(
             Finding::new(
                 Severity::Unknown,

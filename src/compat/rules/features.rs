@@ -6,24 +6,29 @@ use super::cpu::or_any;
 use super::vcpus::effective_check;
 use super::{Case, named, unsupported};
 use crate::capability::CpuModes;
-use crate::compat::{Check, Code, Finding, Severity, Stage};
+use crate::compat::{Code, Finding, Severity, Stage};
+use crate::domain::CpuCheck;
 
-pub(super) fn stage_of(check: Check) -> Stage {
+pub(super) fn stage_of(check: CpuCheck) -> Stage {
     match check {
-        Check::Full => Stage::Emulator,
+        CpuCheck::Full => Stage::Emulator,
         _ => Stage::Start,
     }
 }
 
 /// What libvirt says of missing features. It may name more: those that its own definition of a
 /// model has and QEMU's has not.
-pub(super) fn missing_words(finding: Finding, check: Check, missing: &BTreeSet<&str>) -> Finding {
+pub(super) fn missing_words(
+    finding: Finding,
+    check: CpuCheck,
+    missing: &BTreeSet<&str>,
+) -> Finding {
     let list = |separator: &str| match missing.is_empty() {
         true => "…".to_owned(),
         false => missing.iter().copied().collect::<Vec<_>>().join(separator),
     };
     match check {
-        Check::Full => finding.in_emulator(format!(
+        CpuCheck::Full => finding.in_emulator(format!(
             "operation failed: guest CPU doesn't match specification: missing features: {}",
             list(",")
         )),
@@ -47,13 +52,13 @@ pub(super) fn check_features_beyond(
     let cpu = &case.domain.cpu;
     let mut check = effective_check(case);
     // Held against the host only in these two modes.
-    if check == Check::Partial
+    if check == CpuCheck::Partial
         && matches!(cpu.mode.as_deref(), Some("maximum" | "host-passthrough"))
     {
-        check = Check::None;
+        check = CpuCheck::None;
     }
     let asked: BTreeSet<&str> = match check {
-        Check::Full => cpu.required().chain(cpu.forced()).collect(),
+        CpuCheck::Full => cpu.required().chain(cpu.forced()).collect(),
         _ => cpu.required().collect(),
     };
     let gives = |feature: &&str| case.node.gives(feature);
@@ -65,11 +70,11 @@ pub(super) fn check_features_beyond(
     if !missing.is_empty() {
         check_missing(check, &missing, findings);
     }
-    if check == Check::None {
+    if check == CpuCheck::None {
         return;
     }
     let forbidden: BTreeSet<&str> = match check {
-        Check::Partial => cpu.forbidden().collect(),
+        CpuCheck::Partial => cpu.forbidden().collect(),
         _ => BTreeSet::new(),
     };
     let open: Vec<&str> = asked
@@ -121,9 +126,9 @@ pub(super) fn check_features_beyond(
     }
 }
 
-fn check_missing(check: Check, missing: &BTreeSet<&str>, findings: &mut Vec<Finding>) {
+fn check_missing(check: CpuCheck, missing: &BTreeSet<&str>, findings: &mut Vec<Finding>) {
     let list = named(missing.iter().copied());
-    if check != Check::None {
+    if check != CpuCheck::None {
         let finding = Finding::new(
             Severity::Blocks,
             Code::CpuFeature,
@@ -195,7 +200,7 @@ pub(super) fn check_forbidden_in_host_model(
     // Of a node of which only a summary is told, what it can give may be in its host model.
     let is_summary = modes.host_model.iter().all(|host| host.features.is_empty());
     let mut forbidden = case.domain.cpu.forbidden();
-    if is_summary && effective_check(case) != Check::Partial {
+    if is_summary && effective_check(case) != CpuCheck::Partial {
         if let Some(name) = forbidden.find(|name| case.node.gives(name) == Some(true)) {
             findings.push(
                 Finding::new(

@@ -4,7 +4,8 @@
 use super::machine::{WITHOUT_PCI, knows_pci};
 use super::{Case, MOST_WITHOUT_EIM, unsupported};
 use crate::capability::{Eim, Version};
-use crate::compat::{Code, Finding, IoApic, Iommu, IommuModel, Severity};
+use crate::compat::{Code, Finding, Severity};
+use crate::domain::{IoApicDriver, IommuDevice, IommuModel};
 
 /// libvirt completes an `<iommu model='intel'>` that is given, and the I/O APIC, wherever it is
 /// needed ("qemu: Enable I/O APIC even more frequently" and the change before it, NEWS of 11.0.0;
@@ -76,7 +77,7 @@ fn blocks(code: Code, message: String) -> Finding {
     Finding::new(Severity::Blocks, code, message)
 }
 
-fn check_model(case: &Case<'_>, iommu: &Iommu, findings: &mut Vec<Finding>) {
+fn check_model(case: &Case<'_>, iommu: &IommuDevice, findings: &mut Vec<Finding>) {
     let model = iommu.model.as_str();
     let known = match &iommu.model {
         IommuModel::Intel | IommuModel::Virtio | IommuModel::Smmuv3 => Some(true),
@@ -181,7 +182,7 @@ fn check_virtio(case: &Case<'_>, findings: &mut Vec<Finding>) {
     }
 }
 
-fn check_migration(case: &Case<'_>, iommu: &Iommu, findings: &mut Vec<Finding>) {
+fn check_migration(case: &Case<'_>, iommu: &IommuDevice, findings: &mut Vec<Finding>) {
     let stays = case.node.qemu_version.is_some_and(|qemu| qemu <= AMD_STAYS);
     if iommu.model == IommuModel::Amd && stays {
         findings.push(
@@ -205,7 +206,7 @@ fn check_automatic(case: &Case<'_>, findings: &mut Vec<Finding>) {
         case.maximum_counts()
     );
     match case.node.eim {
-        Some(Eim::Auto) if case.domain.io_apic == Some(IoApic::Kvm) => {
+        Some(Eim::Auto) if case.domain.io_apic == Some(IoApicDriver::Kvm) => {
             findings.push(not_split(
                 "libvirt adds the IOMMU by itself, and its interrupt remapping needs",
             ));
@@ -240,7 +241,7 @@ fn check_automatic(case: &Case<'_>, findings: &mut Vec<Finding>) {
 }
 
 /// An Intel IOMMU in the definition, with what libvirt completes of it.
-fn check_intel(case: &Case<'_>, iommu: &Iommu, findings: &mut Vec<Finding>) {
+fn check_intel(case: &Case<'_>, iommu: &IommuDevice, findings: &mut Vec<Finding>) {
     let needed = case.needs_eim() && case.is_q35();
     let completes = case.libvirt_is(COMPLETES);
     let partly = completes == Some(false) && case.libvirt_is(COMPLETES_PARTLY) == Some(true);
@@ -310,10 +311,10 @@ fn check_intel(case: &Case<'_>, iommu: &Iommu, findings: &mut Vec<Finding>) {
     }
     if intremap == Some(true) {
         match (case.domain.io_apic, completes) {
-            (Some(IoApic::Qemu), _) | (None, Some(true)) => {}
+            (Some(IoApicDriver::Qemu), _) | (None, Some(true)) => {}
             (None, Some(false)) if partly => findings.push(unknown("the split I/O APIC")),
             (None, None) => findings.push(unknown("the split I/O APIC")),
-            (Some(IoApic::Kvm) | None, _) => {
+            (Some(IoApicDriver::Kvm) | None, _) => {
                 findings.push(not_split("the IOMMU's interrupt remapping needs"));
             }
         }
@@ -353,7 +354,7 @@ fn without_eim(case: &Case<'_>, lacks: &str, remedy: String) -> Finding {
 }
 
 /// More than 255 vCPUs with an IOMMU of another model.
-fn check_other(case: &Case<'_>, iommu: &Iommu, findings: &mut Vec<Finding>) {
+fn check_other(case: &Case<'_>, iommu: &IommuDevice, findings: &mut Vec<Finding>) {
     let model = iommu.model.as_str();
     let carries = match iommu.model {
         IommuModel::Amd => case.libvirt_is(AMD_CARRIES),

@@ -183,7 +183,7 @@ fn check_machine(case: &Case<'_>, findings: &mut Vec<Finding>) {
 
 /// Whether libvirt adds devices by itself that want PCI; without it there is no place for them.
 fn wants_pci(case: &Case<'_>) -> bool {
-    case.is_x86() && case.domain.pci.declined < 2
+    case.is_x86() && case.domain.pci.suppressed_defaults < 2
 }
 
 fn not_listed(case: &Case<'_>, canonical: &str) -> Finding {

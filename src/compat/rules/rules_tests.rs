@@ -185,7 +185,7 @@ fn apic_ids_have_a_field_of_bits_for_each_level(
     #[case] vcpus: u64,
     #[case] highest: u128,
 ) {
-    let shape = crate::compat::Shape {
+    let shape = crate::domain::CpuTopology {
         sockets,
         cores,
         threads,

@@ -2,8 +2,8 @@
 
 use super::{Case, MOST_WITHOUT_EIM, unsupported};
 use crate::capability::{VcpuMax, Version};
-use crate::compat::requirement::Shape;
-use crate::compat::{Check, Code, Finding, Severity};
+use crate::compat::{Code, Finding, Severity};
+use crate::domain::{CpuCheck, CpuTopology};
 
 /// The first APIC ID that a CPU without x2APIC cannot have (`apic_common_set_id`, QEMU
 /// hw/intc/apic_common.c).
@@ -108,7 +108,9 @@ fn larger_machine<'c>(case: &'c Case<'_>) -> Option<(&'c str, VcpuMax)> {
 
 fn check_topology(case: &Case<'_>, findings: &mut Vec<Finding>) {
     let vcpus = &case.domain.vcpus;
-    let Some(shape) = vcpus.topology else { return };
+    let Some(shape) = case.domain.cpu.topology else {
+        return;
+    };
     let parts = [
         ("sockets", shape.sockets),
         ("dies", shape.dies),
@@ -117,7 +119,7 @@ fn check_topology(case: &Case<'_>, findings: &mut Vec<Finding>) {
         ("threads", shape.threads),
     ];
     let blocks = |message: String| Finding::new(Severity::Blocks, Code::Topology, message);
-    if let Some(name) = vcpus.topology_lacks {
+    if let Some(name) = case.domain.cpu.missing_topology_attribute {
         let finding = blocks(format!("<topology> does not say how many {name} there are"));
         findings.push(
             finding
@@ -175,7 +177,7 @@ fn check_topology(case: &Case<'_>, findings: &mut Vec<Finding>) {
 /// pseries plugs whole cores (`qemuValidateDefGetVcpuHotplugGranularity`, libvirt 11.3).
 fn check_granularity(case: &Case<'_>, findings: &mut Vec<Finding>) {
     let vcpus = &case.domain.vcpus;
-    let threads = match vcpus.topology {
+    let threads = match case.domain.cpu.topology {
         Some(shape) if case.is_pseries() => u64::from(shape.threads).max(1),
         _ => 1,
     };
@@ -380,12 +382,12 @@ fn check_apic_ids(case: &Case<'_>, findings: &mut Vec<Finding>) {
 
 /// The highest APIC ID of the first `count` vCPUs. Without a topology each vCPU is a socket.
 fn highest_id(case: &Case<'_>, count: u64) -> Option<u128> {
-    match case.domain.vcpus.topology {
+    match case.domain.cpu.topology {
         Some(shape) if shape.product() == u128::from(case.domain.vcpus.maximum) => {
             shape.highest_apic_id(count)
         }
         Some(_) => None,
-        None => Shape::default().highest_apic_id(count),
+        None => CpuTopology::default().highest_apic_id(count),
     }
 }
 
@@ -444,6 +446,6 @@ pub(super) fn has_x2apic(case: &Case<'_>) -> Option<bool> {
 }
 
 /// What libvirt verifies, also where the definition leaves it to libvirt.
-pub(super) fn effective_check(case: &Case<'_>) -> Check {
+pub(super) fn effective_check(case: &Case<'_>) -> CpuCheck {
     case.domain.cpu.effective_check(case.is_tcg())
 }

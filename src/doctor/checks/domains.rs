@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use super::finding::{Check, DoctorReport, Finding, Place, Remedy, Severity, counted, quoted};
 use super::libvirt::virsh;
 use super::observed::{AgentAnswer, DomainDetails, Observed, ObservedDomain};
-use crate::domain::{AgentChannel, Device, IdSet};
+use crate::domain::{AgentChannel, AliasedDevice, IdSet};
 
 /// The domains that could be looked at closely.
 fn looked(domains: &[ObservedDomain]) -> impl Iterator<Item = (&ObservedDomain, &DomainDetails)> {
@@ -175,7 +175,7 @@ const INSTALL: &str = "The guest needs the package qemu-guest-agent (Windows: vi
 /// cannot be plugged (libvirt 11.3: "no virtio-serial controllers are available"); else with its next
 /// start, if it has a definition.
 fn attach_channel(observed: &Observed, seen: &ObservedDomain, look: &DomainDetails) -> Remedy {
-    let is_controller = |device: &Device| device.alias.starts_with("virtio-serial");
+    let is_controller = |device: &AliasedDevice| device.alias.starts_with("virtio-serial");
     let now = look.domain.devices.iter().any(is_controller);
     let (flags, text) = match (now, look.persistent) {
         (true, true) => ("--live --config", INSTALL.to_owned()),
