@@ -17,6 +17,8 @@ use tracing::{error, warn};
 use crate::hotplug::History;
 use crate::operation::{OperationId, Order, Record};
 
+mod v1;
+
 /// Where it is, below the state directory.
 pub const DIRECTORY: &str = "operations";
 
@@ -29,8 +31,8 @@ const LARGEST: u64 = 64 << 20;
 /// How much all files together may take before the oldest finished ones go.
 const MOST_BYTES: u64 = 256 << 20;
 
-/// The form of the files.
-const VERSION: u32 = 1;
+/// Version of the file format that is written. Version 1 is read as well.
+const VERSION: u32 = 2;
 
 /// What is kept of an operation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -104,6 +106,12 @@ impl Sizes {
 struct Versioned<E> {
     version: u32,
     entry: E,
+}
+
+/// The part of a file that every version has.
+#[derive(Deserialize)]
+struct Header {
+    version: u32,
 }
 
 impl Journal {
@@ -300,17 +308,21 @@ fn read(path: &Path, id: &OperationId) -> Result<(Entry, u64), String> {
     if size > LARGEST {
         return Err("it is too large".to_owned());
     }
-    let versioned: Versioned<Entry> =
-        serde_json::from_slice(&text).map_err(|error| error.to_string())?;
-    match versioned {
-        Versioned { version, .. } if version != VERSION => {
-            Err(format!("it is of version {version}"))
-        }
-        Versioned { entry, .. } if entry.record.id != *id => {
-            Err(format!("it is about operation {}", entry.record.id))
-        }
-        Versioned { entry, .. } => Ok((entry, size)),
+    let entry = parse(&text)?;
+    if entry.record.id != *id {
+        return Err(format!("it is about operation {}", entry.record.id));
     }
+    Ok((entry, size))
+}
+
+fn parse(text: &[u8]) -> Result<Entry, String> {
+    let header: Header = serde_json::from_slice(text).map_err(|error| error.to_string())?;
+    match header.version {
+        1 => v1::parse(text),
+        VERSION => serde_json::from_slice(text).map(|file: Versioned<Entry>| file.entry),
+        version => return Err(format!("its version {version} is unknown")),
+    }
+    .map_err(|error| error.to_string())
 }
 
 fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> JournalError {

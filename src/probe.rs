@@ -23,7 +23,7 @@ use crate::xml::DocumentError;
 const LISTS_SUPPORTED_FEATURES: Version = Version::new(12, 5, 0);
 
 /// `VIR_ERR_CONFIG_UNSUPPORTED`: what every refusal of a definition comes as.
-const CONFIG_UNSUPPORTED: u32 = 67;
+const CONFIG_UNSUPPORTED: &str = "67";
 
 /// A source that could not be read.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -208,8 +208,8 @@ impl<H: NodeSource> Prober<H> {
             return;
         };
         let answer = self.hypervisor.baseline_cpu(query.clone(), cpu).await;
-        if let Err(CallError::Unsupported { message, .. }) = &answer {
-            debug!(%message, "hypervisor-cpu-baseline has no answer here");
+        if let Err(CallError::Unsupported { text, .. }) = &answer {
+            debug!(message = %text, "hypervisor-cpu-baseline has no answer here");
             self.succeeded(FactSource::CpuBaseline);
             return;
         }
@@ -250,7 +250,7 @@ impl<H: NodeSource> Prober<H> {
                 Err(_) => None,
             },
             // A libvirt that is slow with this one is not asked again at every probe.
-            Ok(_) | Err(CallError::Timeout { .. }) => None,
+            Ok(_) | Err(CallError::Overdue { .. }) => None,
             Err(_) => return None,
         };
         self.dry_run = Some((versions, answer));
@@ -331,13 +331,10 @@ impl<H: NodeSource> Prober<H> {
 
 /// Whether libvirt understood the domain and would not start it.
 fn is_refusal(error: &CallError) -> bool {
-    matches!(
-        error,
-        CallError::Failed {
-            number: CONFIG_UNSUPPORTED,
-            ..
-        } | CallError::Unsupported { .. }
-    )
+    match error {
+        CallError::Failed { code, .. } => code == CONFIG_UNSUPPORTED,
+        error => matches!(error, CallError::Unsupported { .. }),
+    }
 }
 
 /// Asks for the machine type that new guests use and the best domain type, and leaves to libvirt

@@ -1,5 +1,6 @@
 //! Domains: the reader of their XML, the views of it, states, jobs and statistics. Pure.
 
+mod call_error;
 mod cpu;
 mod definition;
 pub mod device_xml;
@@ -17,6 +18,7 @@ mod stats;
 mod text;
 mod vcpus;
 
+pub use call_error::CallError;
 pub use cpu::{CpuCheck, CpuRequirement, CpuTopology, DomainCpu};
 pub use definition::{DomainDefinition, IoApicDriver};
 pub use devices::{

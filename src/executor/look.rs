@@ -141,7 +141,7 @@ fn parse(live: &LiveDomain) -> Result<Domain, Contact> {
 /// What an error means about the domain.
 pub(super) fn contact(error: CallError) -> Contact {
     match error {
-        CallError::DomainNotFound(_) => Contact::Absent,
+        CallError::NotFound(_) => Contact::Absent,
         error => Contact::Unreachable(error.to_string()),
     }
 }

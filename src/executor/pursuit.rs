@@ -183,7 +183,8 @@ impl<C: DomainBackend> Pursuit<C> {
     fn too_soon(&self, action: &Action) -> Option<Instant> {
         let last = self.history.calls().last()?;
         let (at, how) = last.returned.as_ref()?;
-        let failed = matches!(how, Return::Failed { .. }) && last.action == *action;
+        let failed = matches!(how, Return::Failed(error) if error.text().is_some());
+        let failed = failed && last.action == *action;
         let until = last.started.after(BETWEEN_TRIES);
         (failed && *at < until && self.operation.clock.now() < until)
             .then(|| self.operation.clock.instant(until))

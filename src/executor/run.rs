@@ -153,8 +153,8 @@ pub(super) fn last_of_each_domain(entries: &[Entry]) -> HashSet<OperationId> {
 }
 
 fn no_answer(after: Duration) -> CallError {
-    CallError::Timeout {
-        call: "find-domain",
+    CallError::Overdue {
+        call: "find-domain".into(),
         after,
     }
 }

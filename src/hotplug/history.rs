@@ -6,6 +6,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::{Action, Event, HotplugRequest, Observation, Ost, Plan, Terms};
+use crate::domain::CallError;
 use crate::units::Timestamp;
 
 /// Bounds for what is kept; an operation that takes its time is looked at many times.
@@ -44,24 +45,37 @@ pub struct Call {
     pub returned: Option<(Timestamp, Return)>,
 }
 
-/// How a call came back.
+/// The result of a call that returned.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum Return {
-    /// Without an error. That says nothing about the guest.
+    /// The hypervisor did its part. That proves nothing about the guest.
     Done,
-    /// With libvirt's error.
-    Failed {
-        /// libvirt's error number (`virErrorNumber`).
-        number: u32,
-        /// libvirt's text.
-        message: String,
-    },
-    /// Not in time: it may still be running over there.
-    Overdue,
-    /// Not at all: the connection or this program ended. Whether libvirt got it is found out by
-    /// looking.
-    Lost,
+    Failed(CallError),
+}
+
+impl Call {
+    pub(super) fn error(&self) -> Option<&CallError> {
+        match &self.returned {
+            Some((_, Return::Failed(error))) => Some(error),
+            Some((_, Return::Done)) | None => None,
+        }
+    }
+
+    /// True if the hypervisor may still be working on the call.
+    pub(super) fn is_running(&self) -> bool {
+        self.returned.is_none() || matches!(self.error(), Some(CallError::Overdue { .. }))
+    }
+
+    /// True if only observing the domain shows what became of the call.
+    pub(super) fn is_lost(&self) -> bool {
+        self.error().is_some_and(CallError::is_lost)
+    }
+
+    /// True if libvirt stopped waiting for an unplug that it had requested.
+    pub(super) fn is_pending_unplug(&self) -> bool {
+        matches!(self.error(), Some(CallError::UnplugPending { .. }))
+    }
 }
 
 /// Why the domain could not be looked at.
@@ -171,7 +185,8 @@ impl History {
     /// who made it has ended.
     pub fn lost(&mut self, at: Timestamp) {
         if self.running_call().is_some() {
-            self.returned(at, Return::Lost);
+            let error = CallError::Lost("virtnode ended during the call".to_owned());
+            self.returned(at, Return::Failed(error));
         }
     }
 
@@ -195,9 +210,7 @@ impl History {
 
     /// How often the answer to such a call was lost.
     pub(super) fn times_lost(&self, action: &Action) -> usize {
-        let lost = |call: &&Call| {
-            call.action == *action && matches!(call.returned, Some((_, Return::Lost)))
-        };
+        let lost = |call: &&Call| call.action == *action && call.is_lost();
         self.calls.iter().filter(lost).count()
     }
 
@@ -209,9 +222,7 @@ impl History {
 
     /// The call that is running.
     pub(super) fn running_call(&self) -> Option<&Call> {
-        self.calls
-            .last()
-            .filter(|call| matches!(call.returned, None | Some((_, Return::Overdue))))
+        self.calls.last().filter(|call| call.is_running())
     }
 
     /// The first action of the plan that was never called. What became of one that was, is
@@ -298,13 +309,8 @@ impl History {
 
     /// The last error that libvirt gave, whether or not it was the last word.
     pub(super) fn last_error(&self) -> Option<String> {
-        self.calls
-            .iter()
-            .rev()
-            .find_map(|call| match &call.returned {
-                Some((_, Return::Failed { message, .. })) => Some(message.clone()),
-                _ => None,
-            })
+        let mut texts = self.calls.iter().rev().filter_map(Call::error);
+        texts.find_map(CallError::text).map(str::to_owned)
     }
 
     /// Whether the time is over.

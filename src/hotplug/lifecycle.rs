@@ -4,13 +4,8 @@
 use super::history::{Call, Contact, History, Return};
 use super::outcome::{Diagnosis, Finding, Ruling};
 use super::{Action, Event, Verdict};
-use crate::domain::{DomainState, Job};
+use crate::domain::{CallError, DomainState, Job};
 use crate::units::Timestamp;
-
-/// libvirt's error numbers (virterror.h) that mean something here.
-const NO_DOMAIN: u32 = 42;
-const OPERATION_INVALID: u32 = 55;
-const OPERATION_TIMEOUT: u32 = 68;
 
 /// Whether the domain's life ended the operation, or made it pointless.
 pub(super) fn ended(history: &History) -> Option<Finding> {
@@ -45,30 +40,6 @@ pub(super) fn ended(history: &History) -> Option<Finding> {
     }
 }
 
-/// What a failed call means for the operation.
-pub(super) enum Failure {
-    /// libvirt did not get hold of the domain: nothing was changed, ask again.
-    Locked,
-    /// libvirt waited for the guest to let a vCPU go, and gave up waiting; the request stands.
-    UnplugTimedOut,
-    /// The domain does not run.
-    NotRunning,
-    /// Anything else.
-    Error,
-}
-
-/// What kind of failure it is. libvirt has one number for two time-outs, told apart by text
-/// (reference: qemu_hotplug.c `qemuDomainHotplugDelVcpu`, virdomainjob.c).
-pub(super) fn failure(number: u32, message: &str) -> Failure {
-    match number {
-        OPERATION_TIMEOUT if message.contains("state change lock") => Failure::Locked,
-        OPERATION_TIMEOUT if message.contains("unplug") => Failure::UnplugTimedOut,
-        NO_DOMAIN => Failure::NotRunning,
-        OPERATION_INVALID if message.contains("not running") => Failure::NotRunning,
-        _ => Failure::Error,
-    }
-}
-
 /// What the last call leaves to be said before the guest is looked at; `None` to look at it.
 /// `done` says whether the live XML shows what was asked for.
 pub(super) fn after_call(history: &History, now: Timestamp, done: bool) -> Option<Ruling> {
@@ -76,70 +47,64 @@ pub(super) fn after_call(history: &History, now: Timestamp, done: bool) -> Optio
     // That an agent does not do as told is the guest's affair.
     let ours = |call: &&Call| !matches!(call.action, Action::OnlineVcpus { .. });
     let call = history.calls().last().filter(ours)?;
-    let Some((at, how)) = &call.returned else {
-        return (over && !done).then(|| still_running(history));
+    let (at, error) = match &call.returned {
+        None => return (over && !done).then(|| still_running(history)),
+        Some((_, Return::Done)) => return None,
+        Some((at, Return::Failed(error))) => (*at, error),
     };
-    match how {
-        Return::Done => None,
-        Return::Failed { number, message } => match failure(*number, message) {
-            Failure::UnplugTimedOut => None,
-            Failure::Locked if over => Some(Ruling::Found(Finding::new(
-                Verdict::Busy,
-                format!(
-                    "{} held the domain until the deadline: {message}",
-                    holder(history)
-                ),
-            ))),
-            Failure::Locked if history.may_call() => Some(Ruling::Call(call.action.clone())),
-            Failure::Locked => None,
-            Failure::NotRunning => Some(Ruling::Found(Finding::new(
-                Verdict::DomainNotRunning,
-                said(message),
-            ))),
-            // What was done before the error stays done: it is looked at first.
-            Failure::Error if history.latest().at < *at && !over => {
-                Some(Ruling::wait("a look at what the failed call left"))
+    match error {
+        CallError::UnplugPending { .. } => None,
+        CallError::Busy { text, .. } if over => Some(Ruling::Found(Finding::new(
+            Verdict::Busy,
+            format!(
+                "{} held the domain until the deadline: {text}",
+                holder(history)
+            ),
+        ))),
+        CallError::Busy { .. } if history.may_call() => Some(Ruling::Call(call.action.clone())),
+        CallError::Busy { .. } => None,
+        CallError::NotFound(text) | CallError::NotRunning(text) => Some(Ruling::Found(
+            Finding::new(Verdict::DomainNotRunning, said(text)),
+        )),
+        CallError::Overdue { .. } if over && !done => Some(still_running(history)),
+        CallError::Overdue { .. } => None,
+        CallError::Lost(_) | CallError::Unavailable(_) => lost(history, call, at, now),
+        // What was done before the error stays done: it is looked at first.
+        CallError::AgentSilent { text, .. }
+        | CallError::Denied { text, .. }
+        | CallError::Unsupported { text, .. }
+        | CallError::Failed { text, .. } => {
+            if history.latest().at < at && !over {
+                return Some(Ruling::wait("a look at what the failed call left"));
             }
             // It was made again although the lost one before it had been carried out.
-            Failure::Error
-                if history.times_lost(&call.action) > 0
-                    && call.action.is_shown(history.latest()) =>
-            {
-                None
-            }
+            let was_done =
+                history.times_lost(&call.action) > 0 && call.action.is_shown(history.latest());
             // What was asked for was asked of the guest before; what it did is looked at.
-            Failure::Error if not_told(history).is_some() => None,
-            Failure::Error => Some(Ruling::Found(error(message))),
-        },
-        Return::Overdue if over && !done => Some(still_running(history)),
-        Return::Overdue => None,
-        Return::Lost => lost(history, call, *at, now),
+            let was_asked = repeated_unplug_error(history).is_some();
+            (!was_done && !was_asked).then(|| Ruling::Found(error_finding(history, call, text)))
+        }
     }
 }
 
-/// libvirt's words when it was told again of an unplug that it had taken for one that timed out,
-/// and failed otherwise this time.
+/// Returns the last call and libvirt's text if it repeated an unplug that had timed out, and failed
+/// otherwise.
 ///
 /// libvirt 9.0 cannot be told that QEMU has dropped a vCPU: it asks QEMU to drop it, QEMU has no
 /// such device, and libvirt gives up with "An error occurred, but the cause is unknown" (measured;
 /// 11.3 takes it for done).
-pub(super) fn not_told(history: &History) -> Option<&str> {
-    let failed = |call: &'_ Call| match &call.returned {
-        Some((_, Return::Failed { number, message })) => Some(failure(*number, message)),
-        _ => None,
-    };
+pub(super) fn repeated_unplug_error(history: &History) -> Option<(&Call, &str)> {
     let (last, earlier) = history.calls().split_last()?;
-    let timed_out = |call: &Call| {
-        call.action == last.action && matches!(failed(call), Some(Failure::UnplugTimedOut))
+    let text = match last.error()? {
+        CallError::AgentSilent { text, .. }
+        | CallError::Denied { text, .. }
+        | CallError::Unsupported { text, .. }
+        | CallError::Failed { text, .. } => text,
+        _ => return None,
     };
-    match (&last.returned, failed(last)) {
-        (Some((_, Return::Failed { message, .. })), Some(Failure::Error))
-            if earlier.iter().any(timed_out) =>
-        {
-            Some(message)
-        }
-        _ => None,
-    }
+    let timed_out = |call: &Call| call.action == last.action && call.is_pending_unplug();
+    let is_repeated = earlier.iter().any(timed_out);
+    is_repeated.then_some((last, text.as_str()))
 }
 
 /// How often a call is made at most whose answer was lost each time.
@@ -194,7 +159,7 @@ fn lost(history: &History, call: &Call, at: Timestamp, now: Timestamp) -> Option
 /// end. So an answer to a look that was begun after the loss comes after the lost call was taken
 /// up, if it reached libvirt at all; a second one, a moment later, finds it carried out.
 pub(super) fn is_unsettled(history: &History, call: &Call) -> bool {
-    let Some((at, Return::Lost)) = &call.returned else {
+    let Some((at, _)) = call.returned.as_ref().filter(|_| call.is_lost()) else {
         return false;
     };
     let latest = history.latest();
@@ -235,12 +200,8 @@ fn holder(history: &History) -> String {
 
 /// Whether libvirt could not get hold of the domain before.
 fn was_locked(history: &History) -> bool {
-    history.calls().iter().any(|call| match &call.returned {
-        Some((_, Return::Failed { number, message })) => {
-            matches!(failure(*number, message), Failure::Locked)
-        }
-        _ => false,
-    })
+    let is_busy = |call: &Call| matches!(call.error(), Some(CallError::Busy { .. }));
+    history.calls().iter().any(is_busy)
 }
 
 fn unreachable(why: &str) -> Finding {
@@ -277,14 +238,33 @@ fn said(message: &str) -> &str {
     }
 }
 
-/// libvirt's or QEMU's own error, with what is known about it.
-pub(super) fn error(message: &str) -> Finding {
-    let finding = Finding::new(Verdict::HypervisorError, said(message));
-    let known = KNOWN.iter().find(|(text, ..)| message.contains(text));
+/// The hypervisor's own error, with an explanation if there is one.
+pub(super) fn error_finding(history: &History, call: &Call, text: &str) -> Finding {
+    let finding = Finding::new(Verdict::HypervisorError, said(text));
+    let known = KNOWN.iter().find(|(known, ..)| text.contains(known));
     match known {
         Some((_, code, seen, remedy)) => finding.because(Diagnosis::new(code, *seen, *remedy)),
+        None if is_miscounted_unplug(history, call) => finding.because(Diagnosis::new(
+            "libvirt-miscounts",
+            "libvirt 9.0 fails like this when it unplugs a vCPU that QEMU no longer has: the guest \
+             released it before, and libvirt did not notice",
+            COUNT_ANEW,
+        )),
         None => finding,
     }
+}
+
+/// True if an unplug of vCPUs failed after it had timed out, or although the guest's agent sees
+/// fewer than libvirt counts.
+fn is_miscounted_unplug(history: &History, call: &Call) -> bool {
+    let latest = history.latest();
+    let counted = latest.domain.vcpus.plugged();
+    let guest_has_fewer = latest
+        .guest()
+        .is_some_and(|guest| guest.vcpus.len() < counted);
+    matches!(call.action, Action::SetVcpus { .. })
+        && call.action.is_unplug(&history.before)
+        && (guest_has_fewer || repeated_unplug_error(history).is_some())
 }
 
 /// What makes libvirt count the vCPUs that QEMU has (measured: 9.0).
@@ -292,15 +272,9 @@ pub(super) const COUNT_ANEW: &str = "start libvirt's daemon anew (systemctl rest
      then counts what QEMU has. Until then it plugs no vCPU that it believes to be there. A newer \
      libvirt (11.3 does) takes note by itself";
 
-/// Errors whose text does not say what to do: text, code, what it means, what to do.
-const KNOWN: [(&str, &str, &str, &str); 7] = [
-    (
-        "An error occurred, but the cause is unknown",
-        "libvirt-miscounts",
-        "libvirt 9.0 says no more than that when it is to unplug a vCPU that QEMU has no more: the \
-         guest let it go before, and libvirt did not notice",
-        COUNT_ANEW,
-    ),
+/// Explanations of QEMU's and libvirt's English error texts that do not say what to do: text, code,
+/// meaning, remedy. They only explain: no verdict and no step depends on them.
+const KNOWN: [(&str, &str, &str, &str); 6] = [
     (
         "with SMI wasn't enabled by firmware",
         "firmware-smi",

@@ -1,7 +1,8 @@
 //! The truth table of what comes between: ends, resets, errors, answers that never come.
 
-use super::simulation::{Change, Habits, World, mib, ms, onlines, without_agent};
+use super::simulation::{Change, Habits, World, failed, mib, ms, onlines, without_agent};
 use super::*;
+use crate::domain::CallError;
 
 #[test]
 fn a_domain_that_does_not_run_is_not_touched() {
@@ -157,7 +158,7 @@ fn an_error_of_libvirt_is_the_verdict_after_a_look() {
     let mut world = World::new(1, onlines());
     let text = "internal error: unable to execute QEMU command 'device_add': cpu hotplug with SMI \
                 wasn't enabled by firmware";
-    world.fails = Some((1, text.to_owned()));
+    world.fails = Some(failed(text));
     let ended = world.vcpus(3);
     assert_eq!(
         (ended.verdict(), ended.diagnosis()),
@@ -167,15 +168,16 @@ fn an_error_of_libvirt_is_the_verdict_after_a_look() {
     assert_eq!(world.made.len(), 1);
 
     let mut world = World::new(1, onlines());
-    world.fails = Some((
-        55,
-        "Requested operation is not valid: domain is not running".to_owned(),
+    world.fails = Some(CallError::NotRunning(
+        "ドメインは動作していません".to_owned(),
     ));
     assert_eq!(world.vcpus(3).verdict(), Verdict::DomainNotRunning);
 
     let mut world = World::new(1, onlines());
-    let lock = "Timed out during operation: cannot acquire state change lock (held by monitor=x)";
-    world.fails = Some((68, lock.to_owned()));
+    world.fails = Some(CallError::Busy {
+        call: "set-vcpus".into(),
+        text: "操作がタイムアウトしました".to_owned(),
+    });
     world.call_takes = ms(7000);
     let ended = world.vcpus(3);
     assert_eq!(ended.verdict(), Verdict::Busy);
@@ -311,7 +313,8 @@ fn a_lost_call_may_still_be_carried_out() {
     let mut world = World::new(1, onlines());
     let mut history = killed(&world, vcpus(3));
     let late = history.terms.deadline.after(ms(1));
-    history.returned(late, Return::Lost);
+    let error = CallError::Lost("the connection broke".to_owned());
+    history.returned(late, Return::Failed(error));
     let mut seen = world.observe();
     seen.at = late;
     history.observed(seen);

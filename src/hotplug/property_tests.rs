@@ -7,7 +7,7 @@ use proptest::sample::select;
 
 use super::simulation::{Change, Ended, Habits, World, mib, ms};
 use super::*;
-use crate::domain::{MemoryModel, VcpuStats};
+use crate::domain::{CallError, MemoryModel, VcpuStats};
 use crate::units::{Bytes, KiB};
 
 fn habits() -> impl Strategy<Value = Habits> {
@@ -273,6 +273,26 @@ fn event() -> impl Strategy<Value = Event> {
     ]
 }
 
+fn call_error() -> impl Strategy<Value = CallError> {
+    let after = ms(30_000);
+    ("(set-vcpus|update-device)", ".{0,20}", 0..11).prop_map(move |(call, text, variant)| {
+        let (call, code) = (call.into(), "1".to_owned());
+        match variant {
+            0 => CallError::Unavailable(text),
+            1 => CallError::Overdue { call, after },
+            2 => CallError::Lost(text),
+            3 => CallError::NotFound(text),
+            4 => CallError::NotRunning(text),
+            5 => CallError::Busy { call, text },
+            6 => CallError::UnplugPending { call, text },
+            7 => CallError::AgentSilent { call, text },
+            8 => CallError::Denied { call, text },
+            9 => CallError::Unsupported { call, text },
+            _ => CallError::Failed { call, code, text },
+        }
+    })
+}
+
 fn input() -> impl Strategy<Value = Input> {
     let ids = || 0_u32..6;
     let seen = (
@@ -289,11 +309,7 @@ fn input() -> impl Strategy<Value = Input> {
         3 => event().prop_map(Input::Happened),
         2 => prop_oneof![
             Just(Return::Done),
-            Just(Return::Overdue),
-            Just(Return::Lost),
-            (any::<u32>(), "(vcpu unplug|state change lock|.{0,20})").prop_map(|(number, message)| {
-                Return::Failed { number: number % 120, message }
-            }),
+            call_error().prop_map(Return::Failed),
         ].prop_map(Input::Returned),
         1 => prop_oneof![
             Just(Contact::Absent),

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::*;
 use crate::domain::{
-    AgentChannel, Balloon, BalloonStats, Domain, DomainCpu, DomainState, IdSet, Memory,
+    AgentChannel, Balloon, BalloonStats, CallError, Domain, DomainCpu, DomainState, IdSet, Memory,
     MemoryDevice, MemoryModel, NumaCell, PauseReason, Stats, Vcpu, VcpuStats, Vcpus,
 };
 use crate::units::Bytes;
@@ -119,7 +119,7 @@ pub(super) struct World {
     /// Every call that was made.
     pub(super) made: Vec<Action>,
     /// How a call is to fail instead of being done.
-    pub(super) fails: Option<(u32, String)>,
+    pub(super) fails: Option<CallError>,
     /// A call takes so long to come back.
     pub(super) call_takes: Duration,
     qemu: BTreeSet<u32>,
@@ -336,11 +336,7 @@ impl World {
             }
         }
         for (at, how) in std::mem::take(&mut self.returned) {
-            let waiting = history
-                .calls()
-                .last()
-                .is_some_and(|call| matches!(call.returned, None | Some((_, Return::Overdue))));
-            if waiting {
+            if history.running_call().is_some() {
                 history.returned(at, how);
             }
         }
@@ -489,6 +485,15 @@ impl Ended {
             Self::Rejected(_) => Duration::ZERO,
             Self::Judged(judged) => world.now.since(judged.1.before.at),
         }
+    }
+}
+
+/// An error without a meaning of its own.
+pub(super) fn failed(text: &str) -> CallError {
+    CallError::Failed {
+        call: "set-vcpus".into(),
+        code: "1".to_owned(),
+        text: text.to_owned(),
     }
 }
 

@@ -27,9 +27,14 @@ impl Timeline {
             let (at, how) = match &call.returned {
                 None => (call.started, "no answer yet".to_owned()),
                 Some((at, Return::Done)) => (*at, "accepted".to_owned()),
-                Some((at, Return::Failed { message, .. })) => (*at, format!("failed: {message}")),
-                Some((at, Return::Overdue)) => (*at, "no answer in time".to_owned()),
-                Some((at, Return::Lost)) => (*at, "the answer was lost".to_owned()),
+                Some((at, Return::Failed(error))) => (
+                    *at,
+                    match error.text() {
+                        Some(text) => format!("failed: {text}"),
+                        None if error.is_lost() => "the answer was lost".to_owned(),
+                        None => "no answer in time".to_owned(),
+                    },
+                ),
             };
             timeline.add(Source::HypervisorCall, at, format!("{what}: {how}"));
         }

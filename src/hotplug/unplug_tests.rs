@@ -97,7 +97,12 @@ fn a_libvirt_that_cannot_be_told_is_to_be_started_anew() {
     for (agent, verdict) in [(true, Verdict::Pending), (false, Verdict::HypervisorError)] {
         let mut world = unteachable(agent);
         world.monitor_events = false;
-        assert_eq!(world.vcpus(2).verdict(), verdict, "agent {agent}");
+        let ended = world.vcpus(2);
+        assert_eq!(
+            (ended.verdict(), ended.diagnosis()),
+            (verdict, "libvirt-miscounts"),
+            "agent {agent}"
+        );
     }
 }
 

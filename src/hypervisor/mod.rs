@@ -10,9 +10,7 @@ mod control;
 mod libvirt;
 
 use std::future::Future;
-use std::time::Duration;
 
-use thiserror::Error;
 use tokio::sync::watch;
 
 pub use self::control::{
@@ -21,115 +19,7 @@ pub use self::control::{
 pub use self::libvirt::{ControlConfig, Keepalive, Libvirt, LibvirtConfig, LibvirtDomains};
 use crate::capability::Version;
 use crate::compat::CpuComparison;
-
-/// What a call to the hypervisor can end with instead of an answer.
-///
-/// The texts are whole sentences' cores for people; [`CallError::code`] is the bounded word for metrics.
-#[derive(Debug, Clone, PartialEq, Eq, Error)]
-pub enum CallError {
-    /// There is no connection: libvirt is not running, went away, or could not be reached.
-    #[error("no connection to libvirt: {0}")]
-    Unavailable(String),
-    /// The call was sent and no answer came in time. It may still be running over there.
-    #[error("libvirt did not answer {call} within {after:?}")]
-    Timeout {
-        /// The name of the call, as in the metrics.
-        call: &'static str,
-        /// How long was waited.
-        after: Duration,
-    },
-    /// The driver or this libvirt does not know the call (`VIR_ERR_NO_SUPPORT`), its flags, or
-    /// it cannot be done for this architecture.
-    #[error("{call} is not supported here: {message}")]
-    Unsupported {
-        /// The name of the call.
-        call: &'static str,
-        /// libvirt's own text.
-        message: String,
-    },
-    /// libvirt's access control said no.
-    #[error("libvirt denied {call}: {message}")]
-    Denied {
-        /// The name of the call.
-        call: &'static str,
-        /// libvirt's own text.
-        message: String,
-    },
-    /// There is no such domain, or not any more (`VIR_ERR_NO_DOMAIN`).
-    #[error("libvirt knows no such domain: {0}")]
-    DomainNotFound(String),
-    /// The domain does not run (`VIR_ERR_OPERATION_INVALID`, and libvirt says it is not active).
-    #[error("the domain does not run: {0}")]
-    DomainNotRunning(String),
-    /// The guest agent did not answer, is not connected, has no channel, or said no
-    /// (`VIR_ERR_AGENT_UNRESPONSIVE`, `_UNSYNCED`, `_COMMAND_TIMEOUT`, `_COMMAND_FAILED`).
-    #[error("the guest agent did not do {call}: {message}")]
-    AgentUnavailable {
-        /// The name of the call.
-        call: &'static str,
-        /// libvirt's own text.
-        message: String,
-    },
-    /// libvirt asked for an unplug and stopped waiting for it. The request stays; what came of it
-    /// only QEMU and the guest can tell.
-    #[error("libvirt stopped waiting for the unplug of {call}: {message}")]
-    UnplugPending {
-        /// The name of the call.
-        call: &'static str,
-        /// libvirt's own text.
-        message: String,
-    },
-    /// Something else is being done to the domain and did not end in time: libvirt's lock on it
-    /// was not to be had, or an earlier call of ours has not come back.
-    #[error("{call} could not begin: {message}")]
-    Busy {
-        /// The name of the call.
-        call: &'static str,
-        /// What it waited for.
-        message: String,
-    },
-    /// libvirt answered with any other error.
-    #[error("libvirt failed {call}: {message} (error {number})")]
-    Failed {
-        /// The name of the call.
-        call: &'static str,
-        /// libvirt's error number (`virErrorNumber`).
-        number: u32,
-        /// libvirt's own text.
-        message: String,
-    },
-}
-
-impl CallError {
-    /// The codes that every call can end with, for metrics that begin at zero.
-    pub const CODES: [&'static str; 5] =
-        ["unavailable", "timeout", "unsupported", "denied", "failed"];
-
-    /// The codes that only calls about one domain can end with, beside those.
-    pub const DOMAIN_CODES: [&'static str; 5] = [
-        "domain-not-found",
-        "domain-not-running",
-        "agent-unavailable",
-        "unplug-pending",
-        "busy",
-    ];
-
-    /// The bounded word for this error.
-    pub fn code(&self) -> &'static str {
-        match self {
-            Self::Unavailable(_) => "unavailable",
-            Self::Timeout { .. } => "timeout",
-            Self::Unsupported { .. } => "unsupported",
-            Self::Denied { .. } => "denied",
-            Self::DomainNotFound(_) => "domain-not-found",
-            Self::DomainNotRunning(_) => "domain-not-running",
-            Self::AgentUnavailable { .. } => "agent-unavailable",
-            Self::UnplugPending { .. } => "unplug-pending",
-            Self::Busy { .. } => "busy",
-            Self::Failed { .. } => "failed",
-        }
-    }
-}
+pub use crate::domain::CallError;
 
 /// The versions behind a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -304,7 +304,7 @@ impl Metrics {
         outcome: &Result<T, CallError>,
     ) {
         match outcome {
-            Err(CallError::Timeout { .. }) => {
+            Err(CallError::Overdue { .. }) => {
                 self.call_timeouts.with_label_values(&[call]).inc();
             }
             Err(error) => {
@@ -440,8 +440,8 @@ mod tests {
     fn a_timeout_is_no_failure_and_has_no_duration() {
         let metrics = Metrics::new();
         let took = Duration::from_secs(5);
-        let late: Result<(), _> = Err(CallError::Timeout {
-            call: "open",
+        let late: Result<(), _> = Err(CallError::Overdue {
+            call: "open".into(),
             after: took,
         });
         metrics.call_ended("open", took, &late);

@@ -72,7 +72,7 @@ impl Node {
         let asked = dry_run_xml(xml).unwrap();
         match self.libvirt.native_arguments(asked).await {
             Ok(_) => DryRun::Accepted,
-            Err(CallError::Failed { message, .. }) => DryRun::Refused { words: message },
+            Err(CallError::Failed { text, .. }) => DryRun::Refused { words: text },
             Err(error) => panic!("{error}: {xml}"),
         }
     }

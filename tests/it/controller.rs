@@ -75,9 +75,9 @@ async fn every_verdict_is_told_with_its_reason_and_few_calls() -> anyhow::Result
         ..FakeGuest::default()
     };
     let failed = CallError::Failed {
-        call: "set-vcpus",
-        number: 1,
-        message: "internal error".into(),
+        call: "set-vcpus".into(),
+        code: "1".to_owned(),
+        text: "internal error".to_owned(),
     };
     let cases = [
         (

@@ -445,9 +445,9 @@ async fn what_qemu_remembers_stands_in_for_events_that_were_missed() {
 async fn an_error_of_libvirt_is_told_in_its_words() {
     let node = Node::new();
     let error = CallError::Failed {
-        call: "set-vcpus",
-        number: 1,
-        message: "it is Monday".to_owned(),
+        call: "set-vcpus".into(),
+        code: "1".to_owned(),
+        text: "it is Monday".to_owned(),
     };
     let fails = FakeGuest {
         calls: Calls::Fail(error),

@@ -145,8 +145,8 @@ async fn failed_and_malformed_answers_take_nothing_away_and_change_nothing() {
     let running = Running::start(None);
     running.probes(1).await;
     let before = running.node.borrow().clone();
-    let timeout = CallError::Timeout {
-        call: "x",
+    let timeout = CallError::Overdue {
+        call: "x".into(),
         after: Duration::from_secs(1),
     };
     let good = running.hypervisor.answers().domain_capabilities.clone();

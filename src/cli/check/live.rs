@@ -58,7 +58,7 @@ pub(super) fn ask(question: &Question, config: &Config) -> anyhow::Result<Result
 pub(in crate::cli) async fn running(name: &str, libvirt: &Libvirt) -> anyhow::Result<Asked> {
     let domains = libvirt.running_domains().await.map_err(|error| {
         let exit = match error {
-            CallError::Unavailable(_) | CallError::Timeout { .. } => Exit::Unreachable,
+            CallError::Unavailable(_) | CallError::Overdue { .. } => Exit::Unreachable,
             _ => Exit::Failed,
         };
         Failure::new(exit, error)
@@ -130,7 +130,7 @@ async fn ask_hypervisor(asked: &Asked, offer: &Offer, libvirt: &Libvirt) -> Conf
     let dry_run = match dry_run_xml(&asked.xml) {
         Some(xml) => match libvirt.native_arguments(xml).await {
             Ok(_) => DryRun::Accepted,
-            Err(CallError::Failed { message, .. }) => DryRun::Refused { words: message },
+            Err(CallError::Failed { text, .. }) => DryRun::Refused { words: text },
             Err(error) => DryRun::Failed {
                 reason: error.to_string(),
             },

@@ -6,11 +6,8 @@ impl World {
     /// What the hypervisor does when it is called.
     pub(super) fn call(&mut self, action: &Action) {
         self.made.push(action.clone());
-        if let Some((number, message)) = self.fails.clone() {
-            return self.later(
-                self.call_takes,
-                Effect::Return(Return::Failed { number, message }),
-            );
+        if let Some(error) = self.fails.clone() {
+            return self.later(self.call_takes, Effect::Return(Return::Failed(error)));
         }
         let mut how = (self.call_takes, Return::Done);
         match action {
@@ -24,10 +21,8 @@ impl World {
                 }
                 for id in plugged.into_iter().filter(|id| id >= count).rev() {
                     if !self.qemu.contains(&id) && self.unteachable {
-                        how.1 = Return::Failed {
-                            number: 1,
-                            message: "An error occurred, but the cause is unknown".to_owned(),
-                        };
+                        let text = "An error occurred, but the cause is unknown";
+                        how.1 = Return::Failed(failed(text));
                         break;
                     }
                     if !self.qemu.contains(&id) {
@@ -38,15 +33,13 @@ impl World {
                     // libvirt waits for this one, and goes no further
                     let keeps = self.habits.deaf || self.habits.keeps == Some(id);
                     if self.forgetful || keeps {
-                        let message = "vcpu unplug request timed out. Unplug result must be \
-                                       manually inspected in the domain";
-                        how = (
-                            ms(5000),
-                            Return::Failed {
-                                number: 68,
-                                message: message.to_owned(),
-                            },
-                        );
+                        let error = CallError::UnplugPending {
+                            call: "set-vcpus".into(),
+                            text: "vcpu unplug request timed out. Unplug result must be manually \
+                                   inspected in the domain"
+                                .to_owned(),
+                        };
+                        how = (ms(5000), Return::Failed(error));
                         break;
                     }
                     how.0 += ms(100);
@@ -54,11 +47,10 @@ impl World {
             }
             Action::OnlineVcpus { ids } => {
                 if self.habits.stuck {
-                    let message = "Input/output error".to_owned();
-                    how.1 = Return::Failed {
-                        number: 113,
-                        message,
-                    };
+                    how.1 = Return::Failed(CallError::AgentSilent {
+                        call: "set-guest-vcpus".into(),
+                        text: "Input/output error".to_owned(),
+                    });
                 } else {
                     self.online.extend(ids.iter());
                 }
@@ -211,7 +203,8 @@ impl World {
             Change::AgentDies => self.habits.agent = false,
             Change::LosesLibvirt => {
                 self.lost = true;
-                self.returned.push((self.now, Return::Lost));
+                let error = CallError::Unavailable("Connection reset".to_owned());
+                self.returned.push((self.now, Return::Failed(error)));
             }
             Change::FindsLibvirt => self.lost = false,
             Change::FreesMemory => {

@@ -5,7 +5,7 @@ mod unplug;
 
 use super::evidence::Signs;
 use crate::hotplug::history::Return;
-use crate::hotplug::lifecycle::{self, Failure};
+use crate::hotplug::lifecycle;
 use crate::hotplug::outcome::{Finding, Ruling, counted, seconds};
 use crate::hotplug::{Action, Answer, History, Require, Verdict};
 use crate::units::Timestamp;
@@ -127,21 +127,9 @@ impl Case<'_> {
 
     /// Whether libvirt has taken the request for an unplug.
     fn submitted(&self) -> bool {
-        let returned = self
-            .history
-            .calls()
-            .last()
-            .and_then(|call| call.returned.as_ref());
-        match returned {
-            Some((_, Return::Done)) => true,
-            Some((_, Return::Failed { number, message })) => {
-                matches!(
-                    lifecycle::failure(*number, message),
-                    Failure::UnplugTimedOut
-                )
-            }
-            _ => false,
-        }
+        self.history.calls().last().is_some_and(|call| {
+            matches!(call.returned, Some((_, Return::Done))) || call.is_pending_unplug()
+        })
     }
 
     /// Whether the last look was begun after that moment.

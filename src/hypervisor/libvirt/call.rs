@@ -49,9 +49,9 @@ fn unpanicked<T>(
 ) -> Result<T, CallError> {
     catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| {
         Err(CallError::Failed {
-            call,
-            number: virt::sys::VIR_ERR_INTERNAL_ERROR,
-            message: "the call panicked".to_owned(),
+            call: call.into(),
+            code: virt::sys::VIR_ERR_INTERNAL_ERROR.to_string(),
+            text: "the call panicked".to_owned(),
         })
     })
 }

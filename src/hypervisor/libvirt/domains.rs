@@ -54,7 +54,7 @@ impl Session {
         if no_nul(CALL, [Some(name_or_uuid)]).is_err() {
             // libvirt could not be asked for it.
             let message = format!("no domain has the name {name_or_uuid:?}");
-            return Err(CallError::DomainNotFound(message));
+            return Err(CallError::NotFound(message));
         }
         let began = Instant::now();
         let by_uuid = match is_uuid(name_or_uuid) {
@@ -97,7 +97,7 @@ impl Session {
         // A domain that ended after it was looked up is left out.
         record
             .map(stats)
-            .ok_or_else(|| CallError::DomainNotFound(format!("{id} ended")))
+            .ok_or_else(|| CallError::NotFound(format!("{id} ended")))
     }
 
     pub(super) fn memory_stats(&self, domain: &DomainRef) -> Result<BalloonStats, CallError> {
@@ -126,9 +126,9 @@ impl Session {
                 .unwrap_or_default()
         };
         GuestVcpus::from_libvirt(text("vcpus"), text("online")).map_err(|error| {
-            CallError::AgentUnavailable {
-                call: CALL,
-                message: error.to_string(),
+            CallError::AgentSilent {
+                call: CALL.into(),
+                text: error.to_string(),
             }
         })
     }
@@ -138,9 +138,9 @@ impl Session {
         const QUERY: &str = r#"{"execute":"query-acpi-ospm-status"}"#;
         let answer = self.with(CALL, domain, |domain| domain.qemu_monitor_command(QUERY, 0))?;
         Ost::from_query(&answer).map_err(|error| CallError::Failed {
-            call: CALL,
-            number: sys::VIR_ERR_INTERNAL_ERROR,
-            message: error.to_string(),
+            call: CALL.into(),
+            code: sys::VIR_ERR_INTERNAL_ERROR.to_string(),
+            text: error.to_string(),
         })
     }
 
@@ -201,9 +201,9 @@ impl Session {
         let xml = self.with(CALL, domain, |domain| domain.xml_desc(0))?;
         let device = with_requested(&xml, alias, requested);
         let device = device.ok_or_else(|| CallError::Failed {
-            call: CALL,
-            number: sys::VIR_ERR_DEVICE_MISSING,
-            message: format!("there is no virtio-mem device with the alias {alias:?}"),
+            call: CALL.into(),
+            code: sys::VIR_ERR_DEVICE_MISSING.to_string(),
+            text: format!("there is no virtio-mem device with the alias {alias:?}"),
         })?;
         self.update_device(domain, &device, Scope::Live)
     }

@@ -25,27 +25,27 @@ pub(super) fn number(error: &Error) -> u32 {
 /// Classifies an error of `call`. Any error on a connection that is no longer `alive` is about the
 /// connection: libvirt reports 38, 39, and 1 ("client socket is closed") then.
 pub(super) fn classify(call: &'static str, error: &Error, alive: bool) -> CallError {
-    let message = error.message().to_owned();
+    let text = error.message().to_owned();
     if !alive {
-        return CallError::Unavailable(message);
+        return CallError::Unavailable(text);
     }
+    let is_baseline = call == "baseline-cpu";
+    let call = call.into();
     match number(error) {
         sys::VIR_ERR_NO_SUPPORT | sys::VIR_ERR_OPERATION_UNSUPPORTED => {
-            CallError::Unsupported { call, message }
+            CallError::Unsupported { call, text }
         }
         // "computing baseline hypervisor CPU is not supported for arch …" (qemu_driver.c). Other
         // calls use this number to reject the XML that they were given.
-        sys::VIR_ERR_CONFIG_UNSUPPORTED if call == "baseline-cpu" => {
-            CallError::Unsupported { call, message }
-        }
+        sys::VIR_ERR_CONFIG_UNSUPPORTED if is_baseline => CallError::Unsupported { call, text },
         sys::VIR_ERR_ACCESS_DENIED
         | sys::VIR_ERR_AUTH_FAILED
         | sys::VIR_ERR_AUTH_CANCELLED
-        | sys::VIR_ERR_AUTH_UNAVAILABLE => CallError::Denied { call, message },
+        | sys::VIR_ERR_AUTH_UNAVAILABLE => CallError::Denied { call, text },
         number => CallError::Failed {
             call,
-            number,
-            message,
+            code: number.to_string(),
+            text,
         },
     }
 }
@@ -87,32 +87,31 @@ fn domain_error(
     message: &str,
     is_active: impl FnOnce() -> bool,
 ) -> Option<CallError> {
-    let call = facts.call;
-    let message = message.to_owned();
+    let is_agent_call = AGENT_CALLS.contains(&facts.call);
+    let call = facts.call.into();
+    let text = message.to_owned();
     Some(match facts.number {
-        sys::VIR_ERR_NO_DOMAIN => CallError::DomainNotFound(message),
-        sys::VIR_ERR_OPERATION_INVALID if !is_active() => CallError::DomainNotRunning(message),
+        sys::VIR_ERR_NO_DOMAIN => CallError::NotFound(text),
+        sys::VIR_ERR_OPERATION_INVALID if !is_active() => CallError::NotRunning(text),
         // A domain without an agent's channel is an unsupported argument; for a paused domain,
         // whose agent cannot answer, libvirt reports an invalid operation
         // (qemuDomainAgentAvailable, qemu_domain.c).
-        sys::VIR_ERR_ARGUMENT_UNSUPPORTED | sys::VIR_ERR_OPERATION_INVALID
-            if AGENT_CALLS.contains(&call) =>
-        {
-            CallError::AgentUnavailable { call, message }
+        sys::VIR_ERR_ARGUMENT_UNSUPPORTED | sys::VIR_ERR_OPERATION_INVALID if is_agent_call => {
+            CallError::AgentSilent { call, text }
         }
         sys::VIR_ERR_AGENT_UNRESPONSIVE
         | sys::VIR_ERR_AGENT_UNSYNCED
         | sys::VIR_ERR_AGENT_COMMAND_TIMEOUT
-        | sys::VIR_ERR_AGENT_COMMAND_FAILED => CallError::AgentUnavailable { call, message },
-        sys::VIR_ERR_RESOURCE_BUSY => CallError::Busy { call, message },
+        | sys::VIR_ERR_AGENT_COMMAND_FAILED => CallError::AgentSilent { call, text },
+        sys::VIR_ERR_RESOURCE_BUSY => CallError::Busy { call, text },
         // More callers than qemu.conf's max_queued wait for the lock.
         sys::VIR_ERR_OPERATION_FAILED if facts.reported_by == sys::VIR_FROM_NONE => {
-            CallError::Busy { call, message }
+            CallError::Busy { call, text }
         }
         sys::VIR_ERR_OPERATION_TIMEOUT if is_unplug_timeout(facts) => {
-            CallError::UnplugPending { call, message }
+            CallError::UnplugPending { call, text }
         }
-        sys::VIR_ERR_OPERATION_TIMEOUT => CallError::Busy { call, message },
+        sys::VIR_ERR_OPERATION_TIMEOUT => CallError::Busy { call, text },
         _ => return None,
     })
 }
@@ -181,7 +180,7 @@ mod tests {
         assert!(matches!(dead, CallError::Unavailable(_)), "{dead:?}");
         let alive = classify("capabilities", &invalid_argument(), true);
         assert!(
-            matches!(alive, CallError::Failed { number: 8, .. }),
+            matches!(&alive, CallError::Failed { code, .. } if code == "8"),
             "{alive:?}"
         );
     }

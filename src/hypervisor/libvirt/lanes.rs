@@ -94,8 +94,8 @@ impl Lanes {
                     since.elapsed()
                 ))
             }
-            _ => CallError::Timeout {
-                call,
+            _ => CallError::Overdue {
+                call: call.into(),
                 after: config.call_deadline,
             },
         }
@@ -124,8 +124,8 @@ impl Lanes {
             self.late.fetch_add(1, Ordering::AcqRel);
         }
         if let Activity::Opening(since) = activity {
-            let late: Result<(), _> = Err(CallError::Timeout {
-                call: "open",
+            let late: Result<(), _> = Err(CallError::Overdue {
+                call: "open".into(),
                 after: self.link.config().open_deadline,
             });
             self.link.call_ended("open", since.elapsed(), &late);

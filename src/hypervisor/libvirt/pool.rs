@@ -90,7 +90,10 @@ impl Pool {
         domain: &DomainRef,
         deadline: Instant,
     ) -> Result<Seat, CallError> {
-        let busy = |message| CallError::Busy { call, message };
+        let busy = |text| CallError::Busy {
+            call: call.into(),
+            text,
+        };
         let turn = timeout_at(deadline, self.turn(domain).acquire_owned())
             .await
             .map_err(|_| busy("an earlier call for this domain has not come back".to_owned()))?
@@ -181,7 +184,10 @@ fn late(call: &'static str, after: Duration, activity: Activity) -> CallError {
             "libvirt has not answered to a new connection for {:.1?}",
             since.elapsed()
         )),
-        _ => CallError::Timeout { call, after },
+        _ => CallError::Overdue {
+            call: call.into(),
+            after,
+        },
     }
 }
 

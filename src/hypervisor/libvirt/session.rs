@@ -265,9 +265,9 @@ pub(super) fn no_nul<const N: usize>(
     match texts.into_iter().flatten().find(|text| text.contains('\0')) {
         None => Ok(()),
         Some(text) => Err(CallError::Failed {
-            call,
-            number: sys::VIR_ERR_INVALID_ARG,
-            message: format!("{text:?} holds a NUL"),
+            call: call.into(),
+            code: sys::VIR_ERR_INVALID_ARG.to_string(),
+            text: format!("{text:?} holds a NUL"),
         }),
     }
 }

@@ -356,7 +356,7 @@ impl FakeControl {
         let found = domains.iter().find(|(_, have)| have.uuid == domain.uuid);
         found
             .map(|(name, have)| (name.clone(), have.clone()))
-            .ok_or_else(|| CallError::DomainNotFound(domain.name.clone()))
+            .ok_or_else(|| CallError::NotFound(domain.name.clone()))
     }
 
     /// Notes a call, and does what calls meet with this domain; says whether it is carried out,
@@ -392,12 +392,12 @@ impl FakeControl {
         loop {
             let held = |domain: &mut FakeDomain| domain.job.is_some_and(Job::holds_changes);
             match self.change(name, held) {
-                None => return Err(CallError::DomainNotFound(name.to_owned())),
+                None => return Err(CallError::NotFound(name.to_owned())),
                 Some(false) => return Ok(()),
                 Some(true) if Instant::now() >= until => {
                     return Err(CallError::Busy {
-                        call: "set-vcpus",
-                        message: "cannot acquire state change lock".to_owned(),
+                        call: "set-vcpus".into(),
+                        text: "cannot acquire state change lock".to_owned(),
                     });
                 }
                 Some(true) => sleep(GUEST).await,
@@ -441,12 +441,12 @@ impl FakeControl {
     /// the guest did for a timeout, and finds out when it is told again.
     async fn unplug(&self, name: &str, count: u32) -> Result<(), CallError> {
         let timed_out = || CallError::UnplugPending {
-            call: "set-vcpus",
-            message: "vcpu unplug request timed out".to_owned(),
+            call: "set-vcpus".into(),
+            text: "vcpu unplug request timed out".to_owned(),
         };
         loop {
             let Ok((_, domain)) = self.find_by_name(name) else {
-                return Err(CallError::DomainNotFound(name.to_owned()));
+                return Err(CallError::NotFound(name.to_owned()));
             };
             if domain.by_libvirt <= count {
                 return Ok(());
@@ -485,7 +485,7 @@ impl FakeControl {
         let found = domains.get(name).cloned();
         found
             .map(|domain| (name.to_owned(), domain))
-            .ok_or_else(|| CallError::DomainNotFound(name.to_owned()))
+            .ok_or_else(|| CallError::NotFound(name.to_owned()))
     }
 }
 

@@ -77,10 +77,10 @@ impl NodeSource for InMemory {
         _: DomainCapabilitiesQuery,
         _: String,
     ) -> Result<String, CallError> {
-        let message = "not in memory".to_owned();
+        let text = "not in memory".to_owned();
         Err(CallError::Unsupported {
-            call: "baseline-cpu",
-            message,
+            call: "baseline-cpu".into(),
+            text,
         })
     }
 
@@ -89,10 +89,10 @@ impl NodeSource for InMemory {
         _: DomainCapabilitiesQuery,
         _: String,
     ) -> Result<CpuComparison, CallError> {
-        let message = "not in memory".to_owned();
+        let text = "not in memory".to_owned();
         Err(CallError::Unsupported {
-            call: "compare-cpu",
-            message,
+            call: "compare-cpu".into(),
+            text,
         })
     }
 

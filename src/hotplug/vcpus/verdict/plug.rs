@@ -1,8 +1,9 @@
 //! What the signs prove when vCPUs were plugged, or are there already.
 
 use super::Case;
+use crate::domain::CallError;
 use crate::domain::IdSet;
-use crate::hotplug::history::{Call, Return};
+use crate::hotplug::history::Call;
 use crate::hotplug::outcome::{Finding, Ruling, counted};
 use crate::hotplug::vcpus::diagnosis;
 use crate::hotplug::{Action, Agent, Answer, GuestVcpus, Observation, Verdict};
@@ -90,8 +91,7 @@ impl Case<'_> {
         // One whose answer was lost may not have reached the agent, and telling it twice is harmless.
         let tried = |ids: &IdSet| {
             calls.iter().any(|call| {
-                let heard = !matches!(call.returned, Some((_, Return::Lost)));
-                heard && matches!(&call.action, Action::OnlineVcpus { ids: told } if ids.without(told).is_empty())
+                !call.is_lost() && matches!(&call.action, Action::OnlineVcpus { ids: told } if ids.without(told).is_empty())
             })
         };
         if online
@@ -113,10 +113,8 @@ impl Case<'_> {
             .max();
         let since = told.or_else(|| self.first_seen_offline());
         let until = since.map(|since| self.history.patient_until(since, patience));
-        let error = calls.iter().rev().find_map(|call| match &call.returned {
-            Some((_, Return::Failed { message, .. })) => Some(message.as_str()),
-            _ => None,
-        });
+        let mut errors = calls.iter().rev().filter_map(|call| call.error());
+        let error = errors.find_map(CallError::text);
         // An agent that says it cannot will not do so later.
         let hopeless = error.is_some() && self.looked_after(told);
         if self.over || hopeless || until.is_some_and(|until| self.looked_after(Some(until))) {

@@ -1,8 +1,8 @@
 //! What the signs prove when vCPUs are to go.
 
 use super::Case;
-use crate::hotplug::history::{Call, Return};
-use crate::hotplug::lifecycle::{self, Failure};
+use crate::hotplug::history::Call;
+use crate::hotplug::lifecycle;
 use crate::hotplug::outcome::{Finding, Ruling, counted};
 use crate::hotplug::vcpus::diagnosis;
 use crate::hotplug::{Action, Verdict};
@@ -21,8 +21,8 @@ impl Case<'_> {
                     .because(diagnosis),
             );
         }
-        if let Some(words) = lifecycle::not_told(self.history) {
-            return Ruling::Found(self.miscounted(words));
+        if let Some((call, words)) = lifecycle::repeated_unplug_error(self.history) {
+            return Ruling::Found(self.miscounted(call, words));
         }
         if let Some(nudge) = self.nudge() {
             return Ruling::Call(nudge);
@@ -56,14 +56,14 @@ impl Case<'_> {
 
     /// libvirt does not take note of what the guest and QEMU have done, and only a new start of
     /// its daemon makes it.
-    fn miscounted(&self, words: &str) -> Finding {
+    fn miscounted(&self, call: &Call, words: &str) -> Finding {
         let signs = &self.signs;
         let by_agent = signs
             .guest
             .map_or(0, |guest| signs.plugged.saturating_sub(guest.vcpus.len()));
         let gone = signs.gone_count().max(by_agent);
         let verdict = match gone {
-            0 => return lifecycle::error(words),
+            0 => return lifecycle::error_finding(self.history, call, words),
             gone if gone < self.before - self.count => Verdict::PartiallyApplied,
             _ => Verdict::Pending,
         };
@@ -78,7 +78,7 @@ impl Case<'_> {
     /// Whether nobody knows if libvirt got the last call.
     fn is_lost(&self) -> bool {
         let last = self.history.calls().last();
-        last.is_some_and(|call| matches!(call.returned, Some((_, Return::Lost))))
+        last.is_some_and(Call::is_lost)
     }
 
     fn partly_gone_or(&self, verdict: Verdict, message: String) -> Finding {
@@ -98,11 +98,10 @@ impl Case<'_> {
     /// was last told; where nothing else can say so, once.
     fn nudge(&self) -> Option<Action> {
         let (signs, history) = (&self.signs, self.history);
-        let timed_out = |call: &&Call| {
-            matches!(&call.returned, Some((_, Return::Failed { number, message }))
-                if matches!(lifecycle::failure(*number, message), Failure::UnplugTimedOut))
-        };
-        let last = history.calls().last().filter(timed_out)?;
+        let last = history
+            .calls()
+            .last()
+            .filter(|call| call.is_pending_unplug())?;
         if self.over || !history.may_call() || signs.plugged <= self.count {
             return None;
         }
@@ -131,7 +130,7 @@ impl Case<'_> {
         let (returned, _) = last.returned.as_ref()?;
         let had = history.before.domain.vcpus.plugged_ids();
         let has = signs.latest?.domain.vcpus.plugged_ids();
-        let useless = lifecycle::not_told(history).is_some();
+        let useless = lifecycle::repeated_unplug_error(history).is_some();
         if history.running_call().is_some() || !history.may_call() || has != had || useless {
             return None;
         }

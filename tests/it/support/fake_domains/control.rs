@@ -15,9 +15,9 @@ use super::{Blocks, Cpus, DIMM, FakeControl, FakeDomain, LINUX_BLOCK, MIB, PLUG}
 
 fn failed(call: &'static str, number: u32, message: &str) -> CallError {
     CallError::Failed {
-        call,
-        number,
-        message: message.to_owned(),
+        call: call.into(),
+        code: number.to_string(),
+        text: message.to_owned(),
     }
 }
 
@@ -30,7 +30,7 @@ impl DomainBackend for FakeControl {
             .find(|(name, domain)| *name == name_or_uuid || domain.uuid == name_or_uuid);
         found
             .map(|(name, domain)| domain.id(name))
-            .ok_or_else(|| CallError::DomainNotFound(name_or_uuid.to_owned()))
+            .ok_or_else(|| CallError::NotFound(name_or_uuid.to_owned()))
     }
 
     async fn domain(&self, domain: &DomainRef) -> Result<LiveDomain, CallError> {
@@ -84,9 +84,9 @@ impl DomainBackend for FakeControl {
                 vcpus: have.present,
                 online: have.online,
             }),
-            false => Err(CallError::AgentUnavailable {
-                call: "guest-vcpus",
-                message: "the agent is not connected".to_owned(),
+            false => Err(CallError::AgentSilent {
+                call: "guest-vcpus".into(),
+                text: "the agent is not connected".to_owned(),
             }),
         }
     }
