@@ -1,5 +1,5 @@
 //! Joins what a cluster tells of its nodes with what a domain needs, for `virtnode targets`. The
-//! answers are [`crate::compat::targets`]'s.
+//! answers are [`crate::compat::find_targets`]'s.
 
 use std::collections::BTreeMap;
 
@@ -11,7 +11,7 @@ use crate::cluster::objects::node_virtualization::{
 };
 use crate::cluster::objects::{Condition, NodeVirtualizationStatus};
 use crate::cluster::{Inventory, NodeSummary};
-use crate::compat::{Candidate, Offer, OfferedMachine, Requirement, Told};
+use crate::compat::{Candidate, Offer, OfferedMachine, ReportedOffer, Requirement};
 
 /// A daemon writes once an hour when it last read everything. One that has not done so for as long
 /// as this does not run, or may not write.
@@ -36,13 +36,13 @@ pub fn candidates(
             connected.is_some_and(|condition| condition.status == "False")
         };
         let cut_off = matches!(&status, Some(Ok(status)) if is_cut_off(status));
-        let told = match status {
-            None => Told::Nothing,
-            Some(Err(_)) => Told::Unreadable,
-            Some(Ok(status)) if is_stale(&status, now) => Told::Stale,
-            Some(Ok(status)) => {
-                offer(&status, domain).map_or(Told::Nothing, |offer| Told::Offer(Box::new(offer)))
-            }
+        let reported = match status {
+            None => ReportedOffer::None,
+            Some(Err(_)) => ReportedOffer::Unreadable,
+            Some(Ok(status)) if is_stale(&status, now) => ReportedOffer::Stale,
+            Some(Ok(status)) => offer(&status, domain).map_or(ReportedOffer::None, |offer| {
+                ReportedOffer::Offer(Box::new(offer))
+            }),
         };
         Candidate {
             here: here == Some(node.name.as_str()),
@@ -51,7 +51,7 @@ pub fn candidates(
             ready: node.ready,
             cordoned: node.cordoned,
             cut_off,
-            told,
+            reported,
         }
     };
     nodes.into_iter().map(candidate).collect()

@@ -14,7 +14,7 @@ use super::offline::Offline;
 use super::output::{Output, print, print_value};
 use super::{Exit, Failure};
 use crate::capability::Version;
-use crate::compat::{Answer, Confirmation, Fit, Offer, Requirement, fits};
+use crate::compat::{Assessment, Confirmation, Feasibility, Offer, Requirement, assess};
 use crate::config::Config;
 
 /// The arguments of `virtnode check`.
@@ -38,7 +38,7 @@ struct Report {
     /// The domain's name, or none for one that was only described.
     domain: Option<String>,
     #[serde(flatten)]
-    fit: Fit,
+    fit: Assessment,
     /// What the hypervisor itself says; none offline.
     confirmation: Option<Confirmation>,
     /// Whether it says the same as was computed; none if it said nothing.
@@ -76,7 +76,7 @@ impl Check {
                     domain.requirement.virt_type.as_deref(),
                 );
                 let offer = Offer::from_facts(&facts, arch, virt_type);
-                let fit = fits(&domain.requirement, &offer);
+                let fit = assess(&domain.requirement, &offer);
                 Report::new(domain.is_described, &domain.requirement, fit, &offer, None)
             }
             None => match live::ask(&self.question, config)? {
@@ -89,9 +89,9 @@ impl Check {
             output => print_value(&report, output)?,
         }
         Ok(match report.fit.answer {
-            Answer::Feasible => Exit::Done,
-            Answer::Infeasible => Exit::Infeasible,
-            Answer::Unknown => Exit::Failed,
+            Feasibility::Feasible => Exit::Done,
+            Feasibility::Infeasible => Exit::Infeasible,
+            Feasibility::Unknown => Exit::Failed,
         })
     }
 }
@@ -100,7 +100,7 @@ impl Report {
     fn new(
         is_described: bool,
         domain: &Requirement,
-        fit: Fit,
+        fit: Assessment,
         offer: &Offer,
         confirmation: Option<(Confirmation, Option<bool>)>,
     ) -> Self {

@@ -16,7 +16,8 @@ use super::report::plain;
 use super::{Exit, Failure, runtime};
 use crate::cluster::{Cluster, ClusterError, Inventory, Virtualizations};
 use crate::compat::{
-    Affinity, Answer, NodeAnswer, Requirement, Severity, State, Targets as Answers, targets,
+    Affinity, CandidateState, Feasibility, NodeAssessment, Placement, Requirement, RuleSeverity,
+    find_targets,
 };
 use crate::config::Config;
 use crate::daemon::cluster_config;
@@ -62,7 +63,7 @@ struct Report {
     /// How many nodes fit.
     fitting: usize,
     #[serde(flatten)]
-    answers: Answers,
+    answers: Placement,
 }
 
 impl Targets {
@@ -99,7 +100,7 @@ impl Targets {
         if nodes.is_empty() {
             bail!("there are no nodes to choose from");
         }
-        let answers = targets(&domain, &nodes);
+        let answers = find_targets(&domain, &nodes);
         let report = Report {
             domain: domain.name.clone(),
             fitting: answers.fitting(),
@@ -115,10 +116,10 @@ impl Targets {
             (_, false, output) => print_value(&report, output)?,
         }
         Ok(match report.answers.nodes.first().map(|best| best.answer) {
-            Some(Answer::Feasible) => Exit::Done,
-            Some(Answer::Infeasible) => Exit::Infeasible,
+            Some(Feasibility::Feasible) => Exit::Done,
+            Some(Feasibility::Infeasible) => Exit::Infeasible,
             // As `check` ends when it does not know.
-            Some(Answer::Unknown) | None => Exit::Failed,
+            Some(Feasibility::Unknown) | None => Exit::Failed,
         })
     }
 
@@ -244,7 +245,7 @@ fn show(report: &Report) -> anyhow::Result<String> {
         let blocking = node
             .findings
             .iter()
-            .find(|f| f.severity == Severity::Blocks);
+            .find(|f| f.severity == RuleSeverity::Blocks);
         if let Some(remedy) = blocking.and_then(|finding| finding.remedy.as_deref()) {
             remedies.entry(remedy).or_default().push(&node.name);
         }
@@ -255,16 +256,16 @@ fn show(report: &Report) -> anyhow::Result<String> {
             text.push_str(&format!("  {}: {}\n", few(&nodes), plain(remedy)));
         }
     }
-    if !answers.untold.is_empty() {
-        let names: Vec<&str> = answers.untold.iter().map(String::as_str).collect();
+    if !answers.unlabeled.is_empty() {
+        let names: Vec<&str> = answers.unlabeled.iter().map(String::as_str).collect();
         text.push_str(&format!(
             "\nWithout virtnode's labels, so nothing is known of them: {}\n",
             few(&names)
         ));
     }
-    if !answers.unsaid.is_empty() {
+    if !answers.unverified.is_empty() {
         text.push_str("\nNot told of any node, so not looked at:\n");
-        for what in &answers.unsaid {
+        for what in &answers.unverified {
             text.push_str(&format!("  * {}\n", plain(what)));
         }
     }
@@ -293,16 +294,16 @@ fn show(report: &Report) -> anyhow::Result<String> {
     Ok(text)
 }
 
-fn fits(answer: Answer) -> &'static str {
+fn fits(answer: Feasibility) -> &'static str {
     match answer {
-        Answer::Feasible => "yes",
-        Answer::Infeasible => "no",
-        Answer::Unknown => "unknown",
+        Feasibility::Feasible => "yes",
+        Feasibility::Infeasible => "no",
+        Feasibility::Unknown => "unknown",
     }
 }
 
 /// The nodes that are not listed one by one: how many for which reason, the most first.
-fn summary(rest: &[NodeAnswer]) -> String {
+fn summary(rest: &[NodeAssessment]) -> String {
     const SHOWN: usize = 5;
     let mut reasons: BTreeMap<(&str, &str), usize> = BTreeMap::new();
     for node in rest {
@@ -311,7 +312,7 @@ fn summary(rest: &[NodeAnswer]) -> String {
             .first()
             .map(|finding| finding.message.as_str());
         let reason = match node.answer {
-            Answer::Feasible => "",
+            Feasibility::Feasible => "",
             _ => first.unwrap_or_default(),
         };
         *reasons.entry((fits(node.answer), reason)).or_default() += 1;
@@ -342,19 +343,19 @@ fn summary(rest: &[NodeAnswer]) -> String {
 }
 
 /// The first reasons, behind what marks the node.
-fn why(node: &NodeAnswer) -> String {
+fn why(node: &NodeAssessment) -> String {
     let marks = node.states.iter().map(|state| match state {
-        State::Cordoned => "cordoned",
-        State::NotReady => "not ready",
-        State::RunsHere => "runs here now",
-        State::CutOff => "its daemon has no connection to libvirt",
-        State::Stale => "its NodeVirtualization is out of date and not gone by",
-        State::Unreadable => "its NodeVirtualization cannot be read",
+        CandidateState::Cordoned => "cordoned",
+        CandidateState::NotReady => "not ready",
+        CandidateState::RunsHere => "runs here now",
+        CandidateState::CutOff => "its daemon has no connection to libvirt",
+        CandidateState::Stale => "its NodeVirtualization is out of date and not gone by",
+        CandidateState::Unreadable => "its NodeVirtualization cannot be read",
     });
     let reasons = node
         .findings
         .iter()
-        .filter(|finding| finding.severity < Severity::Note)
+        .filter(|finding| finding.severity < RuleSeverity::Note)
         .map(|finding| finding.message.as_str())
         .take(2);
     let words: Vec<String> = marks.chain(reasons).map(|w| plain(w).to_string()).collect();

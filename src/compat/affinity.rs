@@ -13,7 +13,7 @@ use crate::label::prefix::{CPU_FEATURE, CPU_MODEL, HYPERV, MACHINE, MACHINE_ALIA
 use crate::label::{LabelKey, LabelValue};
 
 /// A node's labels.
-pub type Labels = BTreeMap<String, String>;
+pub type NodeLabels = BTreeMap<String, String>;
 
 /// A required node affinity: a node that one of the terms matches will do.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -109,7 +109,7 @@ impl Expression {
 }
 
 impl Term {
-    fn matches(&self, node: &str, labels: &Labels) -> bool {
+    fn matches(&self, node: &str, labels: &NodeLabels) -> bool {
         let label = |expression: &Expression| {
             expression.matches(labels.get(&expression.key).map(String::as_str))
         };
@@ -151,7 +151,7 @@ impl Affinity {
     }
 
     /// Whether the scheduler would take the node.
-    pub fn matches(&self, node: &str, labels: &Labels) -> bool {
+    pub fn matches(&self, node: &str, labels: &NodeLabels) -> bool {
         self.terms.iter().any(|term| term.matches(node, labels))
     }
 }
@@ -167,21 +167,21 @@ impl Serialize for Affinity {
 }
 
 /// `None`: there can be no such label, so that no node meets it.
-type Condition = Option<Expression>;
+type LabelCondition = Option<Expression>;
 
-fn exists(prefix: &str, name: &str) -> Condition {
+fn exists(prefix: &str, name: &str) -> LabelCondition {
     Expression::label(prefix, name, Operator::Exists, [])
 }
 
-fn is_in(prefix: &str, name: &str, value: &str) -> Condition {
+fn is_in(prefix: &str, name: &str, value: &str) -> LabelCondition {
     Expression::label(prefix, name, Operator::In, [value])
 }
 
-fn is_above(prefix: &str, name: &str, value: u64) -> Condition {
+fn is_above(prefix: &str, name: &str, value: u64) -> LabelCondition {
     Expression::label(prefix, name, Operator::Gt, [value.to_string().as_str()])
 }
 
-fn host(domain: &Requirement) -> Vec<Condition> {
+fn host(domain: &Requirement) -> Vec<LabelCondition> {
     let arch = domain.arch.as_deref().map(|arch| {
         let (prefix, name) = ARCH_LABEL.split_once('/')?;
         is_in(prefix, name, go_arch(arch))
@@ -193,7 +193,7 @@ fn host(domain: &Requirement) -> Vec<Condition> {
     arch.into_iter().chain(accelerator).collect()
 }
 
-fn machine(domain: &Requirement, name: &str) -> Condition {
+fn machine(domain: &Requirement, name: &str) -> LabelCondition {
     match domain.vcpus.maximum {
         // Every machine type has one, also where the number is not known.
         0 | 1 => exists(MACHINE, name),
@@ -202,7 +202,7 @@ fn machine(domain: &Requirement, name: &str) -> Condition {
 }
 
 /// The alternatives for the CPU.
-fn cpus(domain: &Requirement) -> Vec<Vec<Condition>> {
+fn cpus(domain: &Requirement) -> Vec<Vec<LabelCondition>> {
     let cpu = &domain.cpu;
     let is_tcg = domain.virt_type.as_deref() == Some("qemu");
     let check = cpu.effective_check(is_tcg);
@@ -219,8 +219,9 @@ fn cpus(domain: &Requirement) -> Vec<Vec<Condition>> {
             let vendor = cpu.vendor.as_deref();
             let vendor = vendor.filter(|_| check != CpuCheck::None && !is_tcg);
             let vendor = vendor.map(|vendor| is_in(NODE, "cpu-vendor", vendor));
-            let rest: Vec<Condition> = vendor.into_iter().chain(features).collect();
-            let with = |first: Option<Condition>| first.into_iter().chain(rest.clone()).collect();
+            let rest: Vec<LabelCondition> = vendor.into_iter().chain(features).collect();
+            let with =
+                |first: Option<LabelCondition>| first.into_iter().chain(rest.clone()).collect();
             match any_will_do {
                 true => alternatives.push(with(None)),
                 false => {
@@ -242,7 +243,7 @@ fn cpus(domain: &Requirement) -> Vec<Vec<Condition>> {
     alternatives
 }
 
-fn features(cpu: &CpuRequirement, mode: &str, check: CpuCheck) -> Vec<Condition> {
+fn features(cpu: &CpuRequirement, mode: &str, check: CpuCheck) -> Vec<LabelCondition> {
     let is_plain = matches!(mode, "maximum" | "host-passthrough");
     let check = match check {
         CpuCheck::Partial if is_plain => CpuCheck::None,
@@ -265,14 +266,14 @@ fn features(cpu: &CpuRequirement, mode: &str, check: CpuCheck) -> Vec<Condition>
     wanted.chain(unwanted).collect()
 }
 
-fn enlightenments(domain: &Requirement) -> impl Iterator<Item = Condition> {
+fn enlightenments(domain: &Requirement) -> impl Iterator<Item = LabelCondition> {
     // Software emulation takes them and does nothing.
     let is_tcg = domain.virt_type.as_deref() == Some("qemu");
     let names = domain.special_enlightenments().filter(move |_| !is_tcg);
     names.map(|name| exists(HYPERV, name))
 }
 
-fn devices(domain: &Requirement) -> Vec<Condition> {
+fn devices(domain: &Requirement) -> Vec<LabelCondition> {
     let mut conditions = Vec::new();
     if domain.host_devices.vfio() > 0 {
         conditions.push(exists(NODE, "vfio"));

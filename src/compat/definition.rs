@@ -3,12 +3,12 @@
 use quick_xml::Writer;
 use quick_xml::events::BytesText;
 
-use crate::domain::CpuTopology;
+use crate::domain::VcpuTopology;
 use crate::units::Bytes;
 
 /// What somebody asks about without a definition at hand.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Definition {
+pub struct MinimalDefinition {
     /// The domain type, `kvm`.
     pub virt_type: String,
     /// The architecture; libvirt's choice if there is none.
@@ -23,7 +23,7 @@ pub struct Definition {
     /// Those to start with; all if not said.
     pub current: Option<u32>,
     /// Their arrangement.
-    pub topology: Option<CpuTopology>,
+    pub topology: Option<VcpuTopology>,
     /// The memory.
     pub memory: Bytes,
     /// A mode without a model.
@@ -34,7 +34,7 @@ pub struct Definition {
     pub features: Vec<String>,
 }
 
-impl Definition {
+impl MinimalDefinition {
     /// The XML, which [`super::Requirement::parse`] and libvirt read.
     pub fn to_xml(&self) -> String {
         let mut writer = Writer::new(Vec::new());

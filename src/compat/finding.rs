@@ -5,7 +5,7 @@ use serde::Serialize;
 /// Whether a domain would run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Answer {
+pub enum Feasibility {
     /// It would.
     Feasible,
     /// It would not: at least one finding blocks it.
@@ -17,7 +17,7 @@ pub enum Answer {
 /// What a finding means for the answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Severity {
+pub enum RuleSeverity {
     /// The domain does not run here as it is.
     Blocks,
     /// It may not: what decides is not known.
@@ -43,11 +43,11 @@ pub enum Stage {
 /// One thing that was found.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Finding {
+pub struct RuleFinding {
     /// What it means for the answer.
-    pub severity: Severity,
+    pub severity: RuleSeverity,
     /// The bounded word for the rule.
-    pub code: Code,
+    pub code: RuleCode,
     /// What is so, with the limit, as a sentence without its full stop.
     pub message: String,
     /// What libvirt or QEMU will say, word for word.
@@ -61,9 +61,9 @@ pub struct Finding {
     pub remedy: Option<String>,
 }
 
-impl Finding {
+impl RuleFinding {
     /// A finding of this severity; words and remedy are added.
-    pub fn new(severity: Severity, code: Code, message: impl Into<String>) -> Self {
+    pub fn new(severity: RuleSeverity, code: RuleCode, message: impl Into<String>) -> Self {
         Self {
             severity,
             code,
@@ -116,7 +116,7 @@ impl Finding {
 /// The rule behind a finding: a closed list for scripts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Code {
+pub enum RuleCode {
     /// The driver runs no guests of that type.
     DomainType,
     /// No emulator for the architecture.

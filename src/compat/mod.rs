@@ -2,13 +2,13 @@
 //!
 //! ```text
 //! domain XML ─▶ Requirement ─┐
-//!                            ├─ fits ─▶ Fit: an answer, findings, headroom
+//!                            ├─ fits ─▶ Assessment: an answer, findings, headroom
 //! NodeFacts ───▶ Offer ──────┘
 //! ```
 //!
 //! [`Requirement`] is what one domain needs of any node; [`Offer`] is what one node has for
 //! domains of one architecture and domain type, from whatever source: live facts, documents,
-//! labels. [`fits`] compares the two. What is unknown of the node stays unknown in the answer.
+//! labels. [`assess`] compares the two. What is unknown of the node stays unknown in the answer.
 //!
 //! [`targets`] asks that of every node of a cluster, by their labels and what else is told of them,
 //! and makes the [`Affinity`] that says the same to Kubernetes' scheduler.
@@ -23,12 +23,14 @@ mod placement;
 mod requirement;
 mod rules;
 
-pub use affinity::{Affinity, Expression, Labels, Operator, Term};
+pub use affinity::{Affinity, Expression, NodeLabels, Operator, Term};
 pub use confirmation::{Confirmation, CpuComparison, DryRun, confirm};
-pub use definition::Definition;
+pub use definition::MinimalDefinition;
 pub use dry_run::dry_run_xml;
-pub use finding::{Answer, Code, Finding, Severity, Stage};
+pub use finding::{Feasibility, RuleCode, RuleFinding, RuleSeverity, Stage};
 pub use offer::{Offer, OfferedMachine};
-pub use placement::{Candidate, NodeAnswer, State, Targets, Told, targets};
+pub use placement::{
+    Candidate, CandidateState, NodeAssessment, Placement, ReportedOffer, find_targets,
+};
 pub use requirement::{Requirement, VcpuRequirement};
-pub use rules::{Fit, Headroom, MemoryRoom, VcpuRoom, fits};
+pub use rules::{Assessment, Headroom, MemoryRoom, VcpuRoom, assess};

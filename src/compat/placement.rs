@@ -15,9 +15,9 @@ use std::collections::BTreeSet;
 
 use serde::Serialize;
 
-use super::affinity::{Affinity, Expression, Labels, Operator, Term};
+use super::affinity::{Affinity, Expression, NodeLabels, Operator, Term};
 use super::offer::family;
-use super::{Answer, Finding, Offer, Requirement};
+use super::{Feasibility, Offer, Requirement, RuleFinding};
 use crate::label::prefix::{MACHINE, MACHINE_ALIAS, NODE};
 
 /// The most nodes that an affinity names in one way. What is above is said instead.
@@ -29,7 +29,7 @@ pub struct Candidate {
     /// Its name.
     pub name: String,
     /// Its labels.
-    pub labels: Labels,
+    pub labels: NodeLabels,
     /// Whether the kubelet says that it is ready; `None` if that is not told.
     pub ready: Option<bool>,
     /// Whether it takes no new pods.
@@ -39,15 +39,15 @@ pub struct Candidate {
     /// Whether its daemon says that it has no connection to libvirt.
     pub cut_off: bool,
     /// What is told of it beside the labels, for this very domain.
-    pub told: Told,
+    pub reported: ReportedOffer,
 }
 
 /// What a `NodeVirtualization` tells of a node, for one domain.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub enum Told {
+pub enum ReportedOffer {
     /// Nothing: there is none, or nothing in it about such domains.
     #[default]
-    Nothing,
+    None,
     /// That it has this.
     Offer(Box<Offer>),
     /// What was so long ago that nobody keeps it true any more.
@@ -56,7 +56,7 @@ pub enum Told {
     Unreadable,
 }
 
-impl Told {
+impl ReportedOffer {
     fn offer(&self) -> Option<&Offer> {
         match self {
             Self::Offer(offer) => Some(offer),
@@ -68,7 +68,7 @@ impl Told {
 /// What is to be known of a node beside whether it fits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum State {
+pub enum CandidateState {
     /// It takes no new pods.
     Cordoned,
     /// The kubelet does not say that it is ready.
@@ -86,25 +86,25 @@ pub enum State {
 /// What came of one node.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
-pub struct NodeAnswer {
+pub struct NodeAssessment {
     /// The node.
     pub name: String,
     /// Whether the domain would run there.
-    pub answer: Answer,
+    pub answer: Feasibility,
     /// Whether its labels alone say so to the scheduler.
     pub matched: bool,
     /// What else is to be known.
-    pub states: Vec<State>,
+    pub states: Vec<CandidateState>,
     /// All that was found, what blocks first.
-    pub findings: Vec<Finding>,
+    pub findings: Vec<RuleFinding>,
 }
 
 /// What came of all nodes.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Targets {
+pub struct Placement {
     /// The nodes of which something is told, the best first.
-    pub nodes: Vec<NodeAnswer>,
+    pub nodes: Vec<NodeAssessment>,
     /// What a pod has to ask for; `None` if no node fits and labels cannot say so.
     pub affinity: Option<Affinity>,
     /// The nodes that the affinity takes or leaves by name, since their labels say otherwise.
@@ -112,13 +112,15 @@ pub struct Targets {
     /// How many more there are, which it does not name.
     pub unnamed: usize,
     /// What the domain needs and nothing here tells of any node.
-    pub unsaid: Vec<String>,
+    #[serde(rename = "unsaid")]
+    pub unverified: Vec<String>,
     /// The nodes of which nothing is told: virtnode does not run there.
-    pub untold: Vec<String>,
+    #[serde(rename = "untold")]
+    pub unlabeled: Vec<String>,
 }
 
 /// Which nodes can take a domain, why each other cannot, and how a pod asks for those that can.
-pub fn targets(domain: &Requirement, nodes: &[Candidate]) -> Targets {
+pub fn find_targets(domain: &Requirement, nodes: &[Candidate]) -> Placement {
     let (told, untold): (Vec<&Candidate>, Vec<&Candidate>) =
         nodes.iter().partition(|node| is_told(node));
     let source = told.iter().copied().find(|node| node.here);
@@ -129,11 +131,11 @@ pub fn targets(domain: &Requirement, nodes: &[Candidate]) -> Targets {
         .filter_map(|node| node.labels.get(alias.as_deref()?).cloned())
         .collect();
     let affinity = Affinity::of(domain, &meanings);
-    let mut judged: Vec<(rank::Rank, NodeAnswer)> = told
+    let mut judged: Vec<(rank::Rank, NodeAssessment)> = told
         .iter()
         .map(|node| {
             let (findings, offer) = judge::judge(domain, node, source);
-            let answer = NodeAnswer {
+            let answer = NodeAssessment {
                 name: node.name.clone(),
                 answer: judge::answer_of(&findings),
                 matched: affinity.matches(&node.name, &node.labels),
@@ -145,31 +147,32 @@ pub fn targets(domain: &Requirement, nodes: &[Candidate]) -> Targets {
         })
         .collect();
     judged.sort_by(|(a, _), (b, _)| a.cmp(b));
-    let mut targets = Targets {
+    let mut targets = Placement {
         nodes: judged.into_iter().map(|(_, answer)| answer).collect(),
-        unsaid: judge::unsaid(domain),
-        untold: untold.into_iter().map(|node| node.name.clone()).collect(),
-        ..Targets::default()
+        unverified: judge::unverified(domain),
+        unlabeled: untold.into_iter().map(|node| node.name.clone()).collect(),
+        ..Placement::default()
     };
     targets.correct(affinity);
     targets
 }
 
-impl Targets {
+impl Placement {
     /// How many nodes fit.
     pub fn fitting(&self) -> usize {
-        let fits = |node: &&NodeAnswer| node.answer == Answer::Feasible;
+        let fits = |node: &&NodeAssessment| node.answer == Feasibility::Feasible;
         self.nodes.iter().filter(fits).count()
     }
 
     /// Names in the affinity the nodes whose labels say otherwise than their answer.
     fn correct(&mut self, mut affinity: Affinity) {
-        let fits = |node: &NodeAnswer| node.answer == Answer::Feasible;
+        let fits = |node: &NodeAssessment| node.answer == Feasibility::Feasible;
         if self.fitting() == 0 && self.nodes.iter().any(|node| node.matched) {
             return;
         }
         let differs = |matched: bool| {
-            let wrong = move |node: &&NodeAnswer| node.matched == matched && fits(node) != matched;
+            let wrong =
+                move |node: &&NodeAssessment| node.matched == matched && fits(node) != matched;
             let names = self.nodes.iter().filter(wrong);
             let mut names: Vec<String> = names.map(|node| node.name.clone()).collect();
             names.sort_unstable();
@@ -198,19 +201,22 @@ impl Targets {
 }
 
 fn is_told(node: &Candidate) -> bool {
-    node.told.offer().is_some()
+    node.reported.offer().is_some()
         || node.labels.contains_key(&format!("{NODE}/accelerator"))
         || family(&node.labels, MACHINE).next().is_some()
 }
 
-fn states(node: &Candidate) -> Vec<State> {
+fn states(node: &Candidate) -> Vec<CandidateState> {
     let states = [
-        (node.here, State::RunsHere),
-        (node.cordoned, State::Cordoned),
-        (node.ready == Some(false), State::NotReady),
-        (node.cut_off, State::CutOff),
-        (node.told == Told::Stale, State::Stale),
-        (node.told == Told::Unreadable, State::Unreadable),
+        (node.here, CandidateState::RunsHere),
+        (node.cordoned, CandidateState::Cordoned),
+        (node.ready == Some(false), CandidateState::NotReady),
+        (node.cut_off, CandidateState::CutOff),
+        (node.reported == ReportedOffer::Stale, CandidateState::Stale),
+        (
+            node.reported == ReportedOffer::Unreadable,
+            CandidateState::Unreadable,
+        ),
     ];
     let there = states.into_iter().filter(|(there, _)| *there);
     there.map(|(_, state)| state).collect()

@@ -19,49 +19,49 @@ mod vcpus;
 use serde::Serialize;
 
 pub use self::headroom::{Headroom, MemoryRoom, VcpuRoom};
-use super::{Answer, Finding, Offer, Requirement, Severity};
+use super::{Feasibility, Offer, Requirement, RuleFinding, RuleSeverity};
 use crate::capability::{Version, is_q35, is_x86};
 
 /// What came of holding a domain against a node.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Fit {
+pub struct Assessment {
     /// Whether the domain would run there.
-    pub answer: Answer,
+    pub answer: Feasibility,
     /// All that was found, what blocks first.
-    pub findings: Vec<Finding>,
+    pub findings: Vec<RuleFinding>,
     /// What could be plugged into it while it runs; `None` where the definition contradicts
     /// itself.
     pub headroom: Option<Headroom>,
 }
 
-impl Fit {
+impl Assessment {
     /// Takes up more findings, and answers anew.
     #[must_use]
-    pub fn with(mut self, findings: impl IntoIterator<Item = Finding>) -> Self {
+    pub fn with(mut self, findings: impl IntoIterator<Item = RuleFinding>) -> Self {
         self.findings.extend(findings);
         self.findings.sort_by_key(|finding| finding.severity);
         self.answer = match self.findings.first().map(|finding| finding.severity) {
-            Some(Severity::Blocks) => Answer::Infeasible,
-            Some(Severity::Unknown) => Answer::Unknown,
-            _ => Answer::Feasible,
+            Some(RuleSeverity::Blocks) => Feasibility::Infeasible,
+            Some(RuleSeverity::Unknown) => Feasibility::Unknown,
+            _ => Feasibility::Feasible,
         };
         self
     }
 
     /// What keeps the domain from running there.
-    pub fn blocking(&self) -> impl Iterator<Item = &Finding> {
+    pub fn blocking(&self) -> impl Iterator<Item = &RuleFinding> {
         self.findings
             .iter()
-            .filter(|finding| finding.severity == Severity::Blocks)
+            .filter(|finding| finding.severity == RuleSeverity::Blocks)
     }
 }
 
 /// Whether a domain would run on a node, with every reason and remedy.
 ///
 /// The offer has to be for the domain's architecture and domain type.
-pub fn fits(domain: &Requirement, node: &Offer) -> Fit {
-    let case = Case::new(domain, node);
+pub fn assess(domain: &Requirement, node: &Offer) -> Assessment {
+    let case = RuleInput::new(domain, node);
     let mut findings = Vec::new();
     machine::check(&case, &mut findings);
     vcpus::check(&case, &mut findings);
@@ -71,8 +71,8 @@ pub fn fits(domain: &Requirement, node: &Offer) -> Fit {
     memory::check(&case, &mut findings);
     node::check(&case, &mut findings);
     let headroom = headroom::of(&case);
-    let fit = Fit {
-        answer: Answer::Feasible,
+    let fit = Assessment {
+        answer: Feasibility::Feasible,
         findings: Vec::new(),
         headroom,
     };
@@ -80,7 +80,7 @@ pub fn fits(domain: &Requirement, node: &Offer) -> Fit {
 }
 
 /// The two sides, and what several rules want to know of them.
-struct Case<'a> {
+struct RuleInput<'a> {
     domain: &'a Requirement,
     node: &'a Offer,
     /// The machine type by canonical name, as far as it can be told.
@@ -92,7 +92,7 @@ struct Case<'a> {
 /// libvirt src/qemu/qemu_validate.h).
 const MOST_WITHOUT_EIM: u64 = 255;
 
-impl<'a> Case<'a> {
+impl<'a> RuleInput<'a> {
     fn new(domain: &'a Requirement, node: &'a Offer) -> Self {
         let arch = domain.arch.as_deref().or(node.arch.as_deref());
         Self {

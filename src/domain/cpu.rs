@@ -14,12 +14,12 @@ pub struct DomainCpu {
     /// `custom`, `host-passthrough` …
     pub mode: Option<String>,
     pub model: Option<String>,
-    pub topology: Option<CpuTopology>,
+    pub topology: Option<VcpuTopology>,
 }
 
 /// The arrangement of vCPUs: `<topology>` in full.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct CpuTopology {
+pub struct VcpuTopology {
     pub sockets: u32,
     /// Dies per socket.
     pub dies: u32,
@@ -31,7 +31,7 @@ pub struct CpuTopology {
     pub threads: u32,
 }
 
-impl Default for CpuTopology {
+impl Default for VcpuTopology {
     fn default() -> Self {
         Self {
             sockets: 1,
@@ -43,7 +43,7 @@ impl Default for CpuTopology {
     }
 }
 
-impl CpuTopology {
+impl VcpuTopology {
     fn read(element: &Element<'_>) -> Result<Self, ElementError> {
         let count = |name| {
             let count = element.parsed(name, "number")?;
@@ -109,7 +109,7 @@ pub struct CpuRequirement {
     pub features: Vec<PolicyFeature>,
     /// `migratable=` of host-passthrough and maximum.
     pub migratable: Option<bool>,
-    pub topology: Option<CpuTopology>,
+    pub topology: Option<VcpuTopology>,
     /// The first attribute of `<topology>` that libvirt requires and that is missing.
     pub missing_topology_attribute: Option<&'static str>,
 }
@@ -158,7 +158,7 @@ impl CpuRequirement {
                     cpu.features.extend(feature);
                 }
                 "topology" => {
-                    cpu.topology = Some(CpuTopology::read(child)?);
+                    cpu.topology = Some(VcpuTopology::read(child)?);
                     cpu.missing_topology_attribute = missing_topology_attribute(child)?;
                 }
                 "numa" => memory.read_cells(cursor)?,

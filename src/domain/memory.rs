@@ -20,7 +20,7 @@ pub struct Memory {
     /// The number of DIMM slots.
     pub slots: u32,
     /// The guest's NUMA cells.
-    pub cells: Vec<NumaCell>,
+    pub cells: Vec<GuestNumaCell>,
     /// The memory devices in the document's order.
     pub devices: Vec<MemoryDevice>,
     /// True if huge pages back the memory; the host's free memory does not include them.
@@ -29,7 +29,7 @@ pub struct Memory {
 
 /// `<numa><cell>`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct NumaCell {
+pub struct GuestNumaCell {
     pub id: u32,
     /// The cell's vCPUs, up to the maximum.
     pub cpus: IdSet,
@@ -157,7 +157,7 @@ pub struct MemoryDefinition {
     /// `<maxMemory>`.
     pub maximum: Option<Bytes>,
     pub slots: u32,
-    pub cells: Vec<NumaCell>,
+    pub cells: Vec<GuestNumaCell>,
     pub huge_pages: bool,
 }
 
@@ -179,7 +179,7 @@ impl MemoryDefinition {
             if child.name() == "cell" {
                 let ordinal = u32::try_from(self.cells.len()).unwrap_or(u32::MAX);
                 let memory = child.parsed("memory", "size")?.unwrap_or(0);
-                self.cells.push(NumaCell {
+                self.cells.push(GuestNumaCell {
                     id: child.parsed("id", "number of a cell")?.unwrap_or(ordinal),
                     cpus: child.parsed("cpus", "list of CPUs")?.unwrap_or_default(),
                     memory: scaled(memory, child.attribute("unit")?.as_deref())?,

@@ -19,7 +19,7 @@ mod text;
 mod vcpus;
 
 pub use call_error::CallError;
-pub use cpu::{CpuCheck, CpuRequirement, CpuTopology, DomainCpu};
+pub use cpu::{CpuCheck, CpuRequirement, DomainCpu, VcpuTopology};
 pub use definition::{DomainDefinition, IoApicDriver};
 pub use devices::{
     AgentChannel, AliasedDevice, Balloon, DeviceDefinitions, HostDevices, IommuDevice, IommuModel,
@@ -28,7 +28,7 @@ pub use devices::{
 pub use facts::Domain;
 pub use idset::{IdSet, NotAnIdSet};
 pub use job::Job;
-pub use memory::{Memory, MemoryDefinition, MemoryDevice, MemoryModel, NumaCell};
+pub use memory::{GuestNumaCell, Memory, MemoryDefinition, MemoryDevice, MemoryModel};
 pub use pause_reason::PauseReason;
 pub use requirements::NodeRequirements;
 pub use state::DomainState;

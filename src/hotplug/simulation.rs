@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use super::*;
 use crate::domain::{
-    AgentChannel, Balloon, BalloonStats, CallError, Domain, DomainCpu, DomainState, IdSet, Memory,
-    MemoryDevice, MemoryModel, NumaCell, PauseReason, Stats, Vcpu, VcpuStats, Vcpus,
+    AgentChannel, Balloon, BalloonStats, CallError, Domain, DomainCpu, DomainState, GuestNumaCell,
+    IdSet, Memory, MemoryDevice, MemoryModel, PauseReason, Stats, Vcpu, VcpuStats, Vcpus,
 };
 use crate::units::Bytes;
 
@@ -174,7 +174,7 @@ impl World {
                 balloon: Some(mib(512)),
                 maximum: Some(mib(4096)),
                 slots: 4,
-                cells: vec![NumaCell {
+                cells: vec![GuestNumaCell {
                     id: 0,
                     cpus: "0-3".parse().unwrap(),
                     memory: mib(512),

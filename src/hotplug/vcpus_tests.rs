@@ -314,7 +314,7 @@ fn what_cannot_be_is_refused_with_the_limit() {
     assert_eq!(infeasible(1, u32::MAX, &|_| {}).0, "above-maximum-vcpus");
     let (code, text) = infeasible(1, 3, &|world| {
         world.domain.machine = Some("pseries-9.2".to_owned());
-        world.domain.cpu.topology = Some(crate::domain::CpuTopology {
+        world.domain.cpu.topology = Some(crate::domain::VcpuTopology {
             sockets: 1,
             dies: 1,
             clusters: 1,

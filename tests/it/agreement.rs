@@ -12,8 +12,8 @@ use std::sync::Arc;
 
 use virtnode::capability::{NodeFacts, Version};
 use virtnode::compat::{
-    Answer, Code, Confirmation, DryRun, Finding, Fit, Offer, Requirement, Severity, Stage, confirm,
-    dry_run_xml, fits,
+    Assessment, Confirmation, DryRun, Feasibility, Offer, Requirement, RuleCode, RuleFinding,
+    RuleSeverity, Stage, assess, confirm, dry_run_xml,
 };
 use virtnode::hypervisor::{CallError, Libvirt, LibvirtConfig, NodeSource};
 use virtnode::probe::Prober;
@@ -60,11 +60,11 @@ impl Node {
         }
     }
 
-    fn compute(&self, xml: &str) -> Fit {
+    fn compute(&self, xml: &str) -> Assessment {
         let domain = Requirement::parse("generated", xml.as_bytes()).unwrap();
         let arch = domain.arch.as_deref();
         let offer = Offer::from_facts(&self.facts, arch, domain.virt_type.as_deref());
-        fits(&domain, &offer)
+        assess(&domain, &offer)
     }
 
     /// libvirt's own words, if it refuses.
@@ -79,7 +79,7 @@ impl Node {
 }
 
 /// Whether libvirt itself is to say this.
-fn is_libvirts(finding: &&Finding) -> bool {
+fn is_libvirts(finding: &&RuleFinding) -> bool {
     matches!(finding.stage, Some(Stage::Define | Stage::Start))
 }
 
@@ -105,18 +105,18 @@ async fn libvirt_says_what_was_computed_of_every_generated_domain() {
     let trusts_qemu = node.facts.libvirt_version >= Some(TRUSTS_QEMU);
     let mut wrong = Vec::new();
     let mut answers: BTreeMap<String, usize> = BTreeMap::new();
-    let mut to_start: BTreeMap<String, Vec<(String, Fit)>> = BTreeMap::new();
+    let mut to_start: BTreeMap<String, Vec<(String, Assessment)>> = BTreeMap::new();
     for seed in 0..GENERATED {
         let xml = generate(seed);
         let fit = node.compute(&xml);
         let dry_run = node.dry_run(&xml).await;
-        let blocking: Vec<&Finding> = fit.blocking().filter(is_libvirts).collect();
-        let unknown = |f: &&Finding| f.severity == Severity::Unknown && is_libvirts(f);
-        let open: Vec<&Finding> = fit.findings.iter().filter(unknown).collect();
+        let blocking: Vec<&RuleFinding> = fit.blocking().filter(is_libvirts).collect();
+        let unknown = |f: &&RuleFinding| f.severity == RuleSeverity::Unknown && is_libvirts(f);
+        let open: Vec<&RuleFinding> = fit.findings.iter().filter(unknown).collect();
         // What may be left open without asking: names that only libvirt's own lists decide on.
         assert!(
             open.iter()
-                .all(|f| matches!(f.code, Code::CpuModel | Code::CpuFeature)),
+                .all(|f| matches!(f.code, RuleCode::CpuModel | RuleCode::CpuFeature)),
             "{open:?}: {xml}"
         );
         let complaint = match &dry_run {
@@ -152,7 +152,7 @@ async fn libvirt_says_what_was_computed_of_every_generated_domain() {
         let open = confirmed.findings.iter().any(|f| unknown(&f));
         let unanswered = match dry_run {
             DryRun::Accepted => open,
-            _ => confirmed.answer != Answer::Infeasible,
+            _ => confirmed.answer != Feasibility::Infeasible,
         };
         if unanswered {
             wrong.push(format!(
@@ -162,7 +162,7 @@ async fn libvirt_says_what_was_computed_of_every_generated_domain() {
         if dry_run == DryRun::Accepted {
             let first = confirmed.findings.first();
             let group = match confirmed.answer {
-                Answer::Feasible => "feasible".to_owned(),
+                Feasibility::Feasible => "feasible".to_owned(),
                 _ => format!("{:?}", first.map(|finding| finding.code)),
             };
             to_start.entry(group).or_default().push((xml, confirmed));
@@ -186,7 +186,7 @@ async fn libvirt_says_what_was_computed_of_every_generated_domain() {
 }
 
 /// Starts some of those that libvirt would start: what QEMU says only a start shows.
-fn start_some(node: &Node, groups: BTreeMap<String, Vec<(String, Fit)>>) {
+fn start_some(node: &Node, groups: BTreeMap<String, Vec<(String, Assessment)>>) {
     let mut tally: BTreeMap<String, usize> = BTreeMap::new();
     for (group, mut domains) in groups {
         let current = |xml: &str| {
@@ -204,10 +204,10 @@ fn start_some(node: &Node, groups: BTreeMap<String, Vec<(String, Fit)>>) {
                 })
             };
             match (fit.answer, &said) {
-                (Answer::Feasible, Ok(())) => {}
-                (Answer::Infeasible, Err(said)) if foretold(said) => {}
+                (Feasibility::Feasible, Ok(())) => {}
+                (Feasibility::Infeasible, Err(said)) if foretold(said) => {}
                 // check='full' may go either way, and is said to.
-                (Answer::Unknown, _) => {}
+                (Feasibility::Unknown, _) => {}
                 _ => panic!("{fit:#?}\nQEMU: {said:?}\n{xml}"),
             }
             *tally.entry(group.clone()).or_default() += 1;

@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use virtnode::capability::{Capabilities, DomainCapabilities, Eim, NodeFacts, Version};
-use virtnode::compat::{Answer, Code, Finding, Offer, Requirement, fits};
+use virtnode::compat::{Feasibility, Offer, Requirement, RuleCode, RuleFinding, assess};
 
 use crate::support::libvirtd::Libvirtd;
 
@@ -198,9 +198,9 @@ fn every_refusal_is_foretold_with_its_remedy() {
         // Features are those of an emulated CPU without AVX-512.
         offer.cpu_features = Some(["sse2".to_owned()].into());
         facts.eim = domain.eim;
-        let fit = fits(&requirement, &offer);
-        assert_eq!(fit.answer, Answer::Infeasible, "{xml}\n{fit:#?}");
-        let is_it = |finding: &&Finding| {
+        let fit = assess(&requirement, &offer);
+        assert_eq!(fit.answer, Feasibility::Infeasible, "{xml}\n{fit:#?}");
+        let is_it = |finding: &&RuleFinding| {
             let has = finding
                 .words
                 .as_deref()
@@ -236,10 +236,10 @@ fn enlightenments_are_no_hindrance_in_software_emulation() {
     libvirtd.start_and_end(&xml).unwrap();
     let offer = Offer::from_facts(&facts_of_files(&domain), Some("x86_64"), Some("qemu"));
     assert_eq!(offer.enlightens("synic"), Some(false));
-    let fit = fits(&Requirement::parse("d", xml.as_bytes()).unwrap(), &offer);
-    assert_eq!(fit.answer, Answer::Feasible, "{fit:#?}");
+    let fit = assess(&Requirement::parse("d", xml.as_bytes()).unwrap(), &offer);
+    assert_eq!(fit.answer, Feasibility::Feasible, "{fit:#?}");
     let mut findings = fit.findings.iter();
-    let warning = findings.find(|finding| finding.code == Code::Enlightenment);
+    let warning = findings.find(|finding| finding.code == RuleCode::Enlightenment);
     assert!(
         warning
             .unwrap()
@@ -277,9 +277,9 @@ fn an_older_libvirt_adds_nothing_by_itself() {
         });
         let requirement = Requirement::parse("row", domain.xml().as_bytes()).unwrap();
         let offer = Offer::from_facts(&facts, Some("x86_64"), Some("kvm"));
-        fits(&requirement, &offer).answer
+        assess(&requirement, &offer).answer
     };
-    use Answer::{Feasible, Infeasible, Unknown};
+    use Feasibility::{Feasible, Infeasible, Unknown};
     for (domain, version, expected) in [
         (domain, "10.9.0", Infeasible),
         (domain, "10.10.0", Feasible),

@@ -8,7 +8,7 @@ use super::question::{Asked, Question};
 use crate::capability::{CpuDefinition, DomainCapabilities, NodeFacts};
 use crate::cli::{Exit, Failure, conclude, runtime};
 use crate::compat::{
-    Confirmation, CpuComparison, DryRun, Offer, Requirement, confirm, dry_run_xml, fits,
+    Confirmation, CpuComparison, DryRun, Offer, Requirement, assess, confirm, dry_run_xml,
 };
 use crate::config::Config;
 use crate::hypervisor::{
@@ -39,7 +39,7 @@ pub(super) fn ask(question: &Question, config: &Config) -> anyhow::Result<Result
             None => running(question.running().unwrap_or_default(), &libvirt).await?,
         };
         let offer = offer(&asked.requirement, &mut facts, &libvirt).await;
-        let computed = fits(&asked.requirement, &offer);
+        let computed = assess(&asked.requirement, &offer);
         let confirmation = ask_hypervisor(&asked, &offer, &libvirt).await;
         let agrees = confirmation.agrees_with(&computed);
         let fit = confirm(computed, &confirmation);

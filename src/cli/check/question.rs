@@ -8,8 +8,8 @@ use clap::Args;
 
 use crate::capability::is_x86;
 use crate::cli::{Exit, Failure};
-use crate::compat::{Definition, Requirement};
-use crate::domain::CpuTopology;
+use crate::compat::{MinimalDefinition, Requirement};
+use crate::domain::VcpuTopology;
 use crate::units::Bytes;
 use crate::xml::MAX_BYTES;
 
@@ -153,20 +153,20 @@ impl Description {
         &self,
         native: Option<&str>,
         best_type: impl Fn(&str) -> Option<String>,
-    ) -> Definition {
+    ) -> MinimalDefinition {
         let arch = self.arch.as_deref().or(native);
         let parts = [self.sockets, self.dies, self.cores, self.threads];
         let [sockets, dies, cores, threads] = parts.map(|part| part.unwrap_or(1));
-        let shape = CpuTopology {
+        let shape = VcpuTopology {
             sockets,
             dies,
             cores,
             threads,
-            ..CpuTopology::default()
+            ..VcpuTopology::default()
         };
         let topology = parts.iter().any(Option::is_some).then_some(shape);
         let product = topology.map(|shape| u32::try_from(shape.product()).unwrap_or(u32::MAX));
-        Definition {
+        MinimalDefinition {
             virt_type: self
                 .domain_type
                 .clone()

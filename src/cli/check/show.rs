@@ -5,7 +5,7 @@ use std::fmt::Write;
 use super::Report;
 use crate::cli::report::plain;
 use crate::compat::{
-    Answer, Confirmation, CpuComparison, DryRun, Finding, Headroom, Severity, Stage,
+    Confirmation, CpuComparison, DryRun, Feasibility, Headroom, RuleFinding, RuleSeverity, Stage,
 };
 use crate::domain::AgentChannel;
 use crate::units::Bytes;
@@ -16,14 +16,14 @@ const WIDTH: usize = 100;
 pub(super) fn report(report: &Report) -> String {
     let mut text = headline(report);
     let groups = [
-        (Severity::Blocks, "Why not"),
-        (Severity::Unknown, "Not known"),
-        (Severity::Warning, "Mind"),
-        (Severity::Note, "Good to know"),
+        (RuleSeverity::Blocks, "Why not"),
+        (RuleSeverity::Unknown, "Not known"),
+        (RuleSeverity::Warning, "Mind"),
+        (RuleSeverity::Note, "Good to know"),
     ];
     for (severity, title) in groups {
         let findings = report.fit.findings.iter();
-        let findings: Vec<&Finding> = findings.filter(|f| f.severity == severity).collect();
+        let findings: Vec<&RuleFinding> = findings.filter(|f| f.severity == severity).collect();
         if !findings.is_empty() {
             line(&mut text, &format!("\n{title}:"));
             for finding in findings {
@@ -32,7 +32,7 @@ pub(super) fn report(report: &Report) -> String {
         }
     }
     if let Some(headroom) = &report.fit.headroom
-        && report.fit.answer != Answer::Infeasible
+        && report.fit.answer != Feasibility::Infeasible
     {
         show_headroom(&mut text, headroom);
     }
@@ -50,9 +50,9 @@ fn headline(report: &Report) -> String {
         false => "on the node of these files",
     };
     let mut text = match report.fit.answer {
-        Answer::Feasible => format!("Feasible: {domain} would run {place}"),
-        Answer::Infeasible => format!("Not feasible: {domain} does not run {place}"),
-        Answer::Unknown => {
+        Feasibility::Feasible => format!("Feasible: {domain} would run {place}"),
+        Feasibility::Infeasible => format!("Not feasible: {domain} does not run {place}"),
+        Feasibility::Unknown => {
             format!(
                 "Unknown: nothing known keeps {domain} from running {place}, and not all is known"
             )
@@ -75,7 +75,7 @@ fn headline(report: &Report) -> String {
     text
 }
 
-fn show_finding(text: &mut String, finding: &Finding) {
+fn show_finding(text: &mut String, finding: &RuleFinding) {
     wrapped(text, "  * ", "    ", &plain(&finding.message));
     if let Some(words) = &finding.words {
         let who = match finding.stage {

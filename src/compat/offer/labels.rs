@@ -6,7 +6,7 @@ use super::{Offer, OfferedMachine, listed_or_unknown};
 use crate::capability::{
     Accelerator, CpuModel, CpuModes, Eim, HostModel, PlainMode, Usable, VcpuMax, Version, is_q35,
 };
-use crate::compat::{Labels, Requirement};
+use crate::compat::{NodeLabels, Requirement};
 use crate::label::prefix::{
     CPU_FEATURE, CPU_MODEL, HYPERV, MACHINE, MACHINE_ALIAS, MACHINE_DEPRECATED, NODE,
 };
@@ -52,7 +52,7 @@ impl Offer {
     ///
     /// A machine type's maximum is the effective one, in which the limits of KVM, of APIC IDs and
     /// of the interrupt controller are counted already.
-    pub fn from_labels(labels: &Labels, domain: &Requirement) -> Self {
+    pub fn from_labels(labels: &NodeLabels, domain: &Requirement) -> Self {
         let of = |name: &str| labels.get(&format!("{NODE}/{name}")).map(String::as_str);
         let told = labels
             .get(ARCH_LABEL)
@@ -80,7 +80,7 @@ impl Offer {
         offer
     }
 
-    fn take_machine_labels(&mut self, labels: &Labels, domain: &Requirement) {
+    fn take_machine_labels(&mut self, labels: &NodeLabels, domain: &Requirement) {
         for (alias, canonical) in family(labels, MACHINE_ALIAS) {
             self.aliases.insert(alias.to_owned(), canonical.to_owned());
         }
@@ -113,7 +113,7 @@ impl Offer {
         self.machines = Some(machines).filter(|machines| !machines.is_empty());
     }
 
-    fn take_cpu_labels(&mut self, labels: &Labels, domain: &Requirement) {
+    fn take_cpu_labels(&mut self, labels: &NodeLabels, domain: &Requirement) {
         let of = |name: &str| labels.get(&format!("{NODE}/{name}")).cloned();
         if !labels.contains_key(&format!("{NODE}/accelerator")) {
             return;
@@ -130,7 +130,7 @@ impl Offer {
         {
             models.push(CpuModel {
                 name: name.clone(),
-                // Labels do not name what keeps it from being usable, which the domain may do
+                // NodeLabels do not name what keeps it from being usable, which the domain may do
                 // without.
                 usable: Some(match domain.cpu.tolerates_missing_features() {
                     true => Usable::Unknown,
@@ -183,7 +183,7 @@ impl CpuModes {
 
 /// The labels under a prefix: names and values.
 pub(crate) fn family<'l>(
-    labels: &'l Labels,
+    labels: &'l NodeLabels,
     prefix: &'l str,
 ) -> impl Iterator<Item = (&'l str, &'l str)> {
     let first = format!("{prefix}/");
@@ -202,7 +202,7 @@ fn domain_type(accelerator: &str) -> &str {
     }
 }
 
-fn confidential(labels: &Labels) -> Vec<String> {
+fn confidential(labels: &NodeLabels) -> Vec<String> {
     let there = |kind: &&str| labels.contains_key(&format!("{NODE}/{kind}"));
     let kinds = ["sev", "sev-snp", "tdx", "s390-pv"].into_iter();
     kinds.filter(there).map(str::to_owned).collect()

@@ -1,23 +1,23 @@
 //! What would make a node fit, where that is not changing the domain.
 
 use crate::capability::{VcpuMax, Version};
-use crate::compat::{Code, Finding, Offer, Requirement, Severity};
+use crate::compat::{Offer, Requirement, RuleCode, RuleFinding, RuleSeverity};
 
 /// libvirt adds extended interrupt mode by itself since then (NEWS of 10.10.0).
 const ADDS_EIM: Version = Version::new(10, 10, 0);
 
 /// Gives a finding that blocks the remedy on the node's side, in front of the one on the domain's.
-pub(super) fn for_node(finding: &mut Finding, domain: &Requirement, offer: &Offer) {
-    if finding.severity != Severity::Blocks {
+pub(super) fn for_node(finding: &mut RuleFinding, domain: &Requirement, offer: &Offer) {
+    if finding.severity != RuleSeverity::Blocks {
         return;
     }
     let cure = match finding.code {
-        Code::Machine => machine(domain, offer),
-        Code::Eim if offer.libvirt_version.is_some_and(|have| have < ADDS_EIM) => {
+        RuleCode::Machine => machine(domain, offer),
+        RuleCode::Eim if offer.libvirt_version.is_some_and(|have| have < ADDS_EIM) => {
             Some(format!("update libvirt there to {ADDS_EIM} or later"))
         }
         // A label's number is the lowest of all limits.
-        Code::VcpusMachine if offer.accelerator_max == VcpuMax::Unlimited => {
+        RuleCode::VcpusMachine if offer.accelerator_max == VcpuMax::Unlimited => {
             Some("see its NodeVirtualization for which limit it is".to_owned())
         }
         _ => None,

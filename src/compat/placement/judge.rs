@@ -4,14 +4,14 @@ use std::collections::BTreeSet;
 
 use super::{Candidate, cure};
 use crate::compat::offer::{ARCH_LABEL, family, go_arch};
-use crate::compat::{Answer, Code, Finding, Offer, Requirement, Severity, fits};
+use crate::compat::{Feasibility, Offer, Requirement, RuleCode, RuleFinding, RuleSeverity, assess};
 use crate::label::prefix::{CPU_FEATURE, NODE};
 
-pub(super) fn answer_of(findings: &[Finding]) -> Answer {
+pub(super) fn answer_of(findings: &[RuleFinding]) -> Feasibility {
     match findings.iter().map(|finding| finding.severity).min() {
-        Some(Severity::Blocks) => Answer::Infeasible,
-        Some(Severity::Unknown) => Answer::Unknown,
-        _ => Answer::Feasible,
+        Some(RuleSeverity::Blocks) => Feasibility::Infeasible,
+        Some(RuleSeverity::Unknown) => Feasibility::Unknown,
+        _ => Feasibility::Feasible,
     }
 }
 
@@ -20,24 +20,24 @@ pub(super) fn judge(
     domain: &Requirement,
     node: &Candidate,
     source: Option<&Candidate>,
-) -> (Vec<Finding>, Offer) {
+) -> (Vec<RuleFinding>, Offer) {
     let by_labels = Offer::from_labels(&node.labels, domain);
     let mut labelled = match beyond_labels(domain, node) {
         Some(finding) => vec![finding],
         None => held_against(domain, &by_labels),
     };
     settle_cpu(domain, node, source, &mut labelled);
-    let told = node.told.offer().map(|offer| {
+    let told = node.reported.offer().map(|offer| {
         let mut findings = held_against(domain, offer);
         settle_cpu(domain, node, source, &mut findings);
         (findings, offer.clone())
     });
-    let note = |text: &str| Finding::new(Severity::Note, Code::Hypervisor, text);
+    let note = |text: &str| RuleFinding::new(RuleSeverity::Note, RuleCode::Hypervisor, text);
     let (mut findings, offer) = match (answer_of(&labelled), told) {
         (_, None) => (labelled, by_labels),
-        (_, Some((told, _))) if answer_of(&told) == Answer::Unknown => (labelled, by_labels),
-        (Answer::Infeasible, Some((told, offer))) => match answer_of(&told) {
-            Answer::Infeasible => (told, offer),
+        (_, Some((told, _))) if answer_of(&told) == Feasibility::Unknown => (labelled, by_labels),
+        (Feasibility::Infeasible, Some((told, offer))) => match answer_of(&told) {
+            Feasibility::Infeasible => (told, offer),
             _ => {
                 labelled.push(note(
                     "its NodeVirtualization says that it could; the label is missing, or not ours",
@@ -45,8 +45,8 @@ pub(super) fn judge(
                 (labelled, by_labels)
             }
         },
-        (Answer::Feasible, Some((mut told, offer))) => {
-            if answer_of(&told) == Answer::Infeasible {
+        (Feasibility::Feasible, Some((mut told, offer))) => {
+            if answer_of(&told) == Feasibility::Infeasible {
                 told.push(note(
                     "its labels say that it could: one is kept for a domain that runs there, or \
                      not ours",
@@ -54,7 +54,7 @@ pub(super) fn judge(
             }
             (told, offer)
         }
-        (Answer::Unknown, Some(told)) => told,
+        (Feasibility::Unknown, Some(told)) => told,
     };
     findings.extend(other_cpu(domain, node, source));
     for finding in &mut findings {
@@ -65,8 +65,8 @@ pub(super) fn judge(
 }
 
 /// What labels do not tell at all for such a domain, and what rules it out from the start.
-fn beyond_labels(domain: &Requirement, node: &Candidate) -> Option<Finding> {
-    let unknown = |code, text: String| Some(Finding::new(Severity::Unknown, code, text));
+fn beyond_labels(domain: &Requirement, node: &Candidate) -> Option<RuleFinding> {
+    let unknown = |code, text: String| Some(RuleFinding::new(RuleSeverity::Unknown, code, text));
     let virt_type = domain.virt_type.as_deref().unwrap_or("kvm");
     if let Some(arch) = domain.arch.as_deref() {
         let wanted = go_arch(arch);
@@ -74,50 +74,57 @@ fn beyond_labels(domain: &Requirement, node: &Candidate) -> Option<Finding> {
             Some(have) if have == wanted => {}
             None => {
                 return unknown(
-                    Code::Architecture,
+                    RuleCode::Architecture,
                     format!("the kubelet's label {ARCH_LABEL} is not on it"),
                 );
             }
             // Software emulation knows no borders, and KVM on x86_64 runs 32 bits as well.
             Some(have) if virt_type == "qemu" || (have, wanted) == ("amd64", "386") => {
                 return unknown(
-                    Code::Architecture,
+                    RuleCode::Architecture,
                     format!("its labels speak of {have} guests, and the domain is {wanted}"),
                 );
             }
             Some(have) => {
                 let text =
                     format!("the node is {have}, and the domain needs {wanted} for {virt_type}");
-                return Some(Finding::new(Severity::Blocks, Code::Architecture, text));
+                return Some(RuleFinding::new(
+                    RuleSeverity::Blocks,
+                    RuleCode::Architecture,
+                    text,
+                ));
             }
         }
     }
     match node.labels.get(&format!("{NODE}/accelerator")) {
         None => unknown(
-            Code::DomainType,
+            RuleCode::DomainType,
             format!("the label {NODE}/accelerator is not on it"),
         ),
         Some(have) if virt_type == "qemu" && have != "tcg" => unknown(
-            Code::DomainType,
+            RuleCode::DomainType,
             format!("its labels speak of {have} domains, and this one is of type qemu"),
         ),
         Some(_) => None,
     }
 }
 
-/// What [`fits`] finds, less what is said once for all nodes.
-fn held_against(domain: &Requirement, offer: &Offer) -> Vec<Finding> {
-    let mut findings = fits(domain, offer).findings;
+/// What [`assess`] finds, less what is said once for all nodes.
+fn held_against(domain: &Requirement, offer: &Offer) -> Vec<RuleFinding> {
+    let mut findings = assess(domain, offer).findings;
     findings.retain(|finding| {
         let is_unsaid = matches!(
             finding.code,
-            Code::Firmware | Code::MemoryBacking | Code::Memory | Code::RawArguments
+            RuleCode::Firmware
+                | RuleCode::MemoryBacking
+                | RuleCode::Memory
+                | RuleCode::RawArguments
         );
-        !(is_unsaid && finding.severity == Severity::Unknown)
+        !(is_unsaid && finding.severity == RuleSeverity::Unknown)
     });
     for finding in &mut findings {
         // Those are about flags for files.
-        if finding.severity == Severity::Unknown {
+        if finding.severity == RuleSeverity::Unknown {
             finding.remedy = None;
         }
     }
@@ -130,13 +137,14 @@ fn settle_cpu(
     domain: &Requirement,
     node: &Candidate,
     source: Option<&Candidate>,
-    findings: &mut Vec<Finding>,
+    findings: &mut Vec<RuleFinding>,
 ) {
     let Some(source) = source.filter(|_| domain.live) else {
         return;
     };
-    let is_open =
-        |finding: &Finding| finding.severity == Severity::Unknown && finding.code == Code::CpuModel;
+    let is_open = |finding: &RuleFinding| {
+        finding.severity == RuleSeverity::Unknown && finding.code == RuleCode::CpuModel
+    };
     if !findings.iter().any(is_open) {
         return;
     }
@@ -158,16 +166,16 @@ fn other_cpu(
     domain: &Requirement,
     node: &Candidate,
     source: Option<&Candidate>,
-) -> Option<Finding> {
+) -> Option<RuleFinding> {
     let is_plain = domain.cpu.mode.as_deref() == Some("host-passthrough");
     let source = source.filter(|_| domain.live && is_plain && !node.here)?;
     let model = |node: &Candidate| node.labels.get(&format!("{NODE}/host-model")).cloned();
     if features(source) == features(node) && model(source) == model(node) {
         return None;
     }
-    let finding = Finding::new(
-        Severity::Warning,
-        Code::Migratable,
+    let finding = RuleFinding::new(
+        RuleSeverity::Warning,
+        RuleCode::Migratable,
         "its CPU is another one than where the domain runs: it can be started here anew, and not \
          be migrated",
     );
@@ -176,7 +184,7 @@ fn other_cpu(
 
 /// What a domain needs, or what stands in its way, that neither labels nor `NodeVirtualization`
 /// tell of a node.
-pub(super) fn unsaid(domain: &Requirement) -> Vec<String> {
+pub(super) fn unverified(domain: &Requirement) -> Vec<String> {
     let mut unsaid = Vec::new();
     if let Some(firmware) = &domain.firmware {
         let secure = match domain.secure_boot {

@@ -2,9 +2,9 @@
 
 use std::cmp::Reverse;
 
-use super::{Candidate, NodeAnswer};
+use super::{Candidate, NodeAssessment};
 use crate::capability::Version;
-use crate::compat::{Answer, Offer, Requirement, Severity};
+use crate::compat::{Feasibility, Offer, Requirement, RuleSeverity};
 use crate::label::prefix::NODE;
 
 /// The place of a node: the smaller one comes first. What counts, in this order:
@@ -36,7 +36,7 @@ impl Rank {
         node: &Candidate,
         offer: &Offer,
         source: Option<&Candidate>,
-        answer: &NodeAnswer,
+        answer: &NodeAssessment,
     ) -> Self {
         let host_model = |node: &Candidate| node.labels.get(&format!("{NODE}/host-model")).cloned();
         let qemu = |node: &Candidate| {
@@ -52,16 +52,16 @@ impl Rank {
             .and_then(|name| offer.machines.as_ref()?.get(offer.canonical(name)));
         Self {
             answer: match answer.answer {
-                Answer::Feasible => 0,
-                Answer::Unknown => 1,
-                Answer::Infeasible => 2,
+                Feasibility::Feasible => 0,
+                Feasibility::Unknown => 1,
+                Feasibility::Infeasible => 2,
             },
             is_closed: node.cordoned || node.ready == Some(false) || node.cut_off,
             is_here: node.here,
             is_other_cpu: source.is_some_and(|source| host_model(source) != host_model(node)),
             is_older: source.is_some_and(|source| qemu(node) < qemu(source)),
-            warnings: count(Severity::Warning),
-            reasons: count(Severity::Blocks) + count(Severity::Unknown),
+            warnings: count(RuleSeverity::Warning),
+            reasons: count(RuleSeverity::Blocks) + count(RuleSeverity::Unknown),
             room: Reverse(machine.and_then(|machine| machine.max_vcpus.number())),
             name: node.name.clone(),
         }

@@ -4,7 +4,7 @@ use rstest::rstest;
 use serde_json::json;
 
 use super::*;
-use crate::compat::{Code, Severity};
+use crate::compat::{RuleCode, RuleSeverity};
 
 mod properties;
 
@@ -39,9 +39,9 @@ const NODE_LABELS: [(&str, &str); 24] = [
 /// Takes a label away, as a value.
 const GONE: &str = "(gone)";
 
-fn labels(changes: &[(&str, &str)]) -> Labels {
+fn labels(changes: &[(&str, &str)]) -> NodeLabels {
     let owned = |(key, value): &(&str, &str)| ((*key).to_owned(), (*value).to_owned());
-    let mut labels: Labels = NODE_LABELS.iter().chain(changes).map(owned).collect();
+    let mut labels: NodeLabels = NODE_LABELS.iter().chain(changes).map(owned).collect();
     labels.retain(|_, value| value != GONE);
     labels
 }
@@ -78,12 +78,12 @@ fn xml_of(attributes: &str, machine: &str, vcpus: u32, rest: &str) -> String {
     )
 }
 
-fn names(targets: &Targets) -> Vec<&str> {
+fn names(targets: &Placement) -> Vec<&str> {
     let nodes = targets.nodes.iter();
     nodes.map(|node| node.name.as_str()).collect()
 }
 
-use Answer::{Feasible, Infeasible, Unknown};
+use Feasibility::{Feasible, Infeasible, Unknown};
 
 const HYPERV: &str = "<features><hyperv mode='custom'><relaxed state='on'/><vpindex state='on'/>\
                       <synic state='on'/><stimer state='off'/></hyperv></features>";
@@ -101,66 +101,66 @@ const NO_X2APIC: &str = "<cpu mode='custom' check='partial'><model>EPYC</model>\
 #[case("pc-q35-10.0", 4, "", &[], Feasible, None, "")]
 #[case("q35", 1024, "", &[], Feasible, None, "")]
 #[case("pc-q35-10.0", 4, "", &[("machine.virtnode.io/pc-q35-10.0", GONE), ("virtnode.io/qemu-version", "9.2.1")],
-    Infeasible, Some(Code::Machine), "update QEMU there to 10.0 or later; or use q35")]
-#[case("pc-q35-2.1", 4, "", &[], Infeasible, Some(Code::Machine),
+    Infeasible, Some(RuleCode::Machine), "update QEMU there to 10.0 or later; or use q35")]
+#[case("pc-q35-2.1", 4, "", &[], Infeasible, Some(RuleCode::Machine),
     "give the domain a newer machine type: QEMU 10.0.2 there has dropped this one; or use q35")]
-#[case("nonsense", 4, "", &[], Infeasible, Some(Code::Machine), "use q35, which is pc-q35-10.0 here")]
+#[case("nonsense", 4, "", &[], Infeasible, Some(RuleCode::Machine), "use q35, which is pc-q35-10.0 here")]
 #[case("pc-q35-10.0", 4, "", &[("virtnode.io/accelerator", "tcg")],
-    Infeasible, Some(Code::DomainType), "see that libvirt's user may open /dev/kvm")]
+    Infeasible, Some(RuleCode::DomainType), "see that libvirt's user may open /dev/kvm")]
 #[case("pc-q35-10.0", 4, "", &[("kubernetes.io/arch", "arm64")],
-    Infeasible, Some(Code::Architecture), "")]
+    Infeasible, Some(RuleCode::Architecture), "")]
 #[case("pc-q35-10.0", 4, "", &[("kubernetes.io/arch", GONE)],
-    Unknown, Some(Code::Architecture), "")]
+    Unknown, Some(RuleCode::Architecture), "")]
 #[case("pc-q35-10.0", 4, "", &[("virtnode.io/accelerator", GONE)],
-    Unknown, Some(Code::DomainType), "")]
+    Unknown, Some(RuleCode::DomainType), "")]
 #[case("pc-q35-10.0", 4, "", &[("machine.virtnode.io/pc-q35-10.0", GONE), ("machine.virtnode.io/pc-q35-7.2", GONE),
-    ("machine.virtnode.io/pc-i440fx-10.0", GONE)], Unknown, Some(Code::Machine), "")]
-#[case("pc-q35-10.0", 2000, "", &[], Infeasible, Some(Code::VcpusMachine),
+    ("machine.virtnode.io/pc-i440fx-10.0", GONE)], Unknown, Some(RuleCode::Machine), "")]
+#[case("pc-q35-10.0", 2000, "", &[], Infeasible, Some(RuleCode::VcpusMachine),
     "see its NodeVirtualization for which limit it is; or lower <vcpu> to 1024")]
 #[case("pc-q35-10.0", 300, "", &[("machine.virtnode.io/pc-q35-10.0", "255"), ("virtnode.io/eim", "explicit"),
-    ("virtnode.io/libvirt-version", "9.0.0")], Infeasible, Some(Code::Eim), "update libvirt there to 10.10.0 or later; or write <iommu")]
+    ("virtnode.io/libvirt-version", "9.0.0")], Infeasible, Some(RuleCode::Eim), "update libvirt there to 10.10.0 or later; or write <iommu")]
 #[case("pc-q35-10.0", 1, "", &[("machine.virtnode.io/pc-q35-10.0", "unknown")], Feasible, None, "")]
 #[case("pc-q35-10.0", 1, "<cpu><model>Denverton</model></cpu>", &[],
-    Infeasible, Some(Code::CpuModel), "use host-model, or choose a node")]
+    Infeasible, Some(RuleCode::CpuModel), "use host-model, or choose a node")]
 #[case("pc-q35-10.0", 1, "<cpu mode='host-model'/>", &[("virtnode.io/host-model", GONE)],
-    Infeasible, Some(Code::CpuMode), "name a <model>")]
+    Infeasible, Some(RuleCode::CpuMode), "name a <model>")]
 #[case("pc-q35-10.0", 1, "<cpu mode='maximum'/>", &[("virtnode.io/libvirt-version", "7.0.0")],
-    Infeasible, Some(Code::CpuMode), "name a <model>")]
-#[case("pc-q35-10.0", 1, AVX, &[], Infeasible, Some(Code::CpuFeature), "choose a node that has them")]
+    Infeasible, Some(RuleCode::CpuMode), "name a <model>")]
+#[case("pc-q35-10.0", 1, AVX, &[], Infeasible, Some(RuleCode::CpuFeature), "choose a node that has them")]
 #[case("pc-q35-10.0", 1, AVX, &[("cpu-feature.virtnode.io/avx512f", "true")], Feasible, None, "")]
-#[case("pc-q35-10.0", 1, NO_X2APIC, &[], Infeasible, Some(Code::CpuFeature), "use policy='disable'")]
+#[case("pc-q35-10.0", 1, NO_X2APIC, &[], Infeasible, Some(RuleCode::CpuFeature), "use policy='disable'")]
 #[case("pc-q35-10.0", 1, NO_X2APIC, &[("cpu-feature.virtnode.io/x2apic", GONE)], Feasible, None, "")]
 #[case("pc-q35-10.0", 1, "<cpu mode='host-model' check='none'><feature policy='forbid' name='x2apic'/></cpu>", &[],
-    Unknown, Some(Code::CpuFeature), "")]
-#[case("pc-q35-10.0", 1, INTEL, &[], Infeasible, Some(Code::CpuVendor), "leave <vendor> out")]
-#[case("pc-q35-10.0", 1, HYPERV, &[], Infeasible, Some(Code::Enlightenment), "leave them out of <hyperv>")]
+    Unknown, Some(RuleCode::CpuFeature), "")]
+#[case("pc-q35-10.0", 1, INTEL, &[], Infeasible, Some(RuleCode::CpuVendor), "leave <vendor> out")]
+#[case("pc-q35-10.0", 1, HYPERV, &[], Infeasible, Some(RuleCode::Enlightenment), "leave them out of <hyperv>")]
 #[case("pc-q35-10.0", 1, HYPERV, &[("hyperv.virtnode.io/synic", "true")], Feasible, None, "")]
 #[case("pc-q35-10.0", 1, HYPERV, &[("hyperv.virtnode.io/spinlocks", GONE)],
-    Unknown, Some(Code::Enlightenment), "")]
+    Unknown, Some(RuleCode::Enlightenment), "")]
 #[case("pc-q35-10.0", 1, PCI, &[], Feasible, None, "")]
-#[case("pc-q35-10.0", 1, PCI, &[("virtnode.io/vfio", GONE)], Infeasible, Some(Code::HostDevice), "intel_iommu=on")]
-#[case("pc-q35-10.0", 1, PCI, &[("virtnode.io/iommu-groups", "0")], Infeasible, Some(Code::HostDevice), "vfio-pci")]
-#[case("pc-q35-10.0", 1, PCI, &[("virtnode.io/iommu-groups", GONE)], Unknown, Some(Code::HostDevice), "")]
-#[case("pc-q35-10.0", 1, IOMMUFD, &[], Infeasible, Some(Code::HostDevice), "load iommufd")]
+#[case("pc-q35-10.0", 1, PCI, &[("virtnode.io/vfio", GONE)], Infeasible, Some(RuleCode::HostDevice), "intel_iommu=on")]
+#[case("pc-q35-10.0", 1, PCI, &[("virtnode.io/iommu-groups", "0")], Infeasible, Some(RuleCode::HostDevice), "vfio-pci")]
+#[case("pc-q35-10.0", 1, PCI, &[("virtnode.io/iommu-groups", GONE)], Unknown, Some(RuleCode::HostDevice), "")]
+#[case("pc-q35-10.0", 1, IOMMUFD, &[], Infeasible, Some(RuleCode::HostDevice), "load iommufd")]
 #[case("pc-q35-10.0", 1, "<launchSecurity type='sev'/>", &[], Feasible, None, "")]
 #[case("pc-q35-10.0", 1, "<launchSecurity type='tdx'/>", &[],
-    Infeasible, Some(Code::LaunchSecurity), "choose a node that has it")]
+    Infeasible, Some(RuleCode::LaunchSecurity), "choose a node that has it")]
 #[case("pc-q35-10.0", 1, "<launchSecurity type='tdx'/>", &[("virtnode.io/tdx", "true")], Feasible, None, "")]
 fn a_node_is_unfit_for_a_reason_with_a_remedy(
     #[case] machine: &str,
     #[case] vcpus: u32,
     #[case] rest: &str,
     #[case] changes: &[(&str, &str)],
-    #[case] answer: Answer,
-    #[case] code: Option<Code>,
+    #[case] answer: Feasibility,
+    #[case] code: Option<RuleCode>,
     #[case] remedy: &str,
 ) {
-    let targets = targets(&domain(machine, vcpus, rest), &[node("a", changes)]);
+    let targets = find_targets(&domain(machine, vcpus, rest), &[node("a", changes)]);
     let node = &targets.nodes[0];
     let first = node
         .findings
         .first()
-        .filter(|f| f.severity <= Severity::Unknown);
+        .filter(|f| f.severity <= RuleSeverity::Unknown);
     assert_eq!(
         (node.answer, first.map(|f| f.code)),
         (answer, code),
@@ -176,7 +176,8 @@ fn a_node_is_unfit_for_a_reason_with_a_remedy(
 #[test]
 fn other_domain_types_are_beyond_labels() {
     let soft = domain_of("type='qemu'", "pc-q35-10.0", 1, "");
-    let answer = |changes: &[(&str, &str)]| targets(&soft, &[node("a", changes)]).nodes[0].answer;
+    let answer =
+        |changes: &[(&str, &str)]| find_targets(&soft, &[node("a", changes)]).nodes[0].answer;
     assert_eq!(answer(&[]), Unknown);
     assert_eq!(answer(&[("virtnode.io/accelerator", "tcg")]), Feasible);
     assert_eq!(answer(&[("kubernetes.io/arch", "arm64")]), Unknown);
@@ -220,11 +221,11 @@ fn the_best_comes_first() {
         node("a-same", &[]),
         node("roomy", &[("machine.virtnode.io/pc-q35-7.2", "289")]),
         Candidate {
-            labels: Labels::new(),
+            labels: NodeLabels::new(),
             ..node("without", &[])
         },
     ];
-    let targets = targets(&live, &nodes);
+    let targets = find_targets(&live, &nodes);
     let order = [
         "roomy",
         "a-same",
@@ -241,16 +242,16 @@ fn the_best_comes_first() {
         "two-reasons",
     ];
     assert_eq!(names(&targets), order);
-    assert_eq!(targets.untold, ["without"]);
+    assert_eq!(targets.unlabeled, ["without"]);
     assert_eq!(targets.fitting(), 10);
     let states = |name: &str| {
         let node = targets.nodes.iter().find(|node| node.name == name);
         node.unwrap().states.clone()
     };
-    assert_eq!(states("source"), [State::RunsHere]);
-    assert_eq!(states("cordoned"), [State::Cordoned]);
-    assert_eq!(states("not-ready"), [State::NotReady]);
-    assert_eq!(states("cut-off"), [State::CutOff]);
+    assert_eq!(states("source"), [CandidateState::RunsHere]);
+    assert_eq!(states("cordoned"), [CandidateState::Cordoned]);
+    assert_eq!(states("not-ready"), [CandidateState::NotReady]);
+    assert_eq!(states("cut-off"), [CandidateState::CutOff]);
     assert_eq!(states("a-same"), []);
 }
 
@@ -268,12 +269,12 @@ fn an_alias_is_what_each_node_means_by_it() {
         // A number of its own, and no alias for it: the name means nothing there.
         node("nameless", &[("machine-alias.virtnode.io/q35", GONE)]),
     ];
-    let small = targets(&domain("q35", 200, ""), &nodes);
+    let small = find_targets(&domain("q35", 200, ""), &nodes);
     assert_eq!(names(&small), ["new", "old", "nameless"]);
     assert_eq!(small.fitting(), 2);
     assert_eq!(small.named, [""; 0]);
     // 288 are the most of a pc-q35-7.2.
-    let large = targets(&domain("q35", 289, ""), &nodes);
+    let large = find_targets(&domain("q35", 289, ""), &nodes);
     assert_eq!(large.fitting(), 1);
     let affinity = serde_json::to_value(&large.affinity).unwrap();
     let term = |means: &str| {
@@ -299,7 +300,7 @@ fn a_named_model_without_some_features_also_runs_where_it_is_the_hosts() {
         node("is-it", &[("virtnode.io/host-model", "EPYC-Genoa")]),
         node("neither", &[]),
     ];
-    let targets = targets(&domain("q35", 1, cpu), &nodes);
+    let targets = find_targets(&domain("q35", 1, cpu), &nodes);
     let matched: Vec<&str> = targets
         .nodes
         .iter()
@@ -313,40 +314,40 @@ fn a_named_model_without_some_features_also_runs_where_it_is_the_hosts() {
 fn what_is_told_beside_the_labels_is_said_by_name() {
     let asked = domain("pc-q35-10.0", 4, "");
     let told = |changes: &[(&str, &str)]| {
-        Told::Offer(Box::new(Offer::from_labels(&labels(changes), &asked)))
+        ReportedOffer::Offer(Box::new(Offer::from_labels(&labels(changes), &asked)))
     };
     let without = [("machine.virtnode.io/pc-q35-10.0", GONE)];
     let nodes = [
         node("plain", &[]),
         Candidate {
-            told: told(&without),
+            reported: told(&without),
             ..node("taken-back", &[])
         },
         Candidate {
-            told: told(&[]),
+            reported: told(&[]),
             ..node("not-labelled", &without)
         },
         Candidate {
-            told: told(&[]),
-            labels: Labels::new(),
+            reported: told(&[]),
+            labels: NodeLabels::new(),
             ..node("told-only", &[])
         },
         Candidate {
-            told: Told::Stale,
+            reported: ReportedOffer::Stale,
             ..node("stale", &[])
         },
         Candidate {
-            told: Told::Unreadable,
+            reported: ReportedOffer::Unreadable,
             ..node("unreadable", &[])
         },
         Candidate {
-            told: Told::Stale,
-            labels: Labels::new(),
+            reported: ReportedOffer::Stale,
+            labels: NodeLabels::new(),
             ..node("forgotten", &[])
         },
     ];
-    let targets = targets(&asked, &nodes);
-    let answers: Vec<(&str, Answer, bool)> = targets
+    let targets = find_targets(&asked, &nodes);
+    let answers: Vec<(&str, Feasibility, bool)> = targets
         .nodes
         .iter()
         .map(|node| (node.name.as_str(), node.answer, node.matched))
@@ -361,7 +362,7 @@ fn what_is_told_beside_the_labels_is_said_by_name() {
     ];
     assert_eq!(answers, expected);
     assert_eq!(targets.named, ["taken-back", "told-only"]);
-    assert_eq!(targets.untold, ["forgotten"]);
+    assert_eq!(targets.unlabeled, ["forgotten"]);
     let affinity = targets.affinity.unwrap();
     for node in &nodes {
         let fits = ["plain", "told-only", "stale", "unreadable"].contains(&node.name.as_str());
@@ -380,12 +381,12 @@ fn nodes_are_not_named_without_end() {
     let without = labels(&[("machine.virtnode.io/pc-q35-10.0", GONE)]);
     let nodes: Vec<Candidate> = (0..60)
         .map(|number| Candidate {
-            told: Told::Offer(Box::new(Offer::from_labels(&without, &asked))),
+            reported: ReportedOffer::Offer(Box::new(Offer::from_labels(&without, &asked))),
             ..node(&format!("node-{number:02}"), &[])
         })
         .chain([node("fits", &[])])
         .collect();
-    let targets = targets(&asked, &nodes);
+    let targets = find_targets(&asked, &nodes);
     assert_eq!(targets.fitting(), 1);
     assert_eq!((targets.named.len(), targets.unnamed), (50, 10));
 }
@@ -400,7 +401,7 @@ fn nodes_are_not_named_without_end() {
 #[case("q35", "<launchSecurity type='-'/>")]
 #[case("q35", "<cpu><model>über</model></cpu>")]
 fn names_that_can_be_no_label_are_in_no_affinity(#[case] machine: &str, #[case] rest: &str) {
-    let targets = targets(&domain(machine, 1, rest), &[node("a", &[]), node("b", &[])]);
+    let targets = find_targets(&domain(machine, 1, rest), &[node("a", &[]), node("b", &[])]);
     assert_eq!(targets.fitting(), 0);
     assert_eq!(targets.affinity, None);
 }
@@ -413,7 +414,7 @@ fn no_affinity_says_so_where_labels_promise_and_no_node_fits() {
         4,
         "<cpu><topology sockets='3' cores='1' threads='1'/></cpu>",
     );
-    let targets = targets(&asked, &[node("a", &[])]);
+    let targets = find_targets(&asked, &[node("a", &[])]);
     assert_eq!((targets.fitting(), &targets.affinity), (0, &None));
     assert!(targets.nodes[0].matched);
 }

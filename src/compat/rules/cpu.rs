@@ -7,21 +7,21 @@ use super::features::{
     missing_words, stage_of,
 };
 use super::vcpus::effective_check;
-use super::{Case, named, unsupported};
+use super::{RuleInput, named, unsupported};
 use crate::capability::{CpuModel, CpuModes, Usable};
-use crate::compat::{Code, Finding, Severity, Stage};
+use crate::compat::{RuleCode, RuleFinding, RuleSeverity, Stage};
 use crate::domain::CpuCheck;
 
-pub(super) fn check(case: &Case<'_>, findings: &mut Vec<Finding>) {
+pub(super) fn check(case: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
     let cpu = &case.domain.cpu;
     check_policies(case, findings);
     let mode = match (cpu.mode.as_deref(), cpu.model.as_deref()) {
         (None | Some("custom"), None) => {
             if !cpu.features.is_empty() {
                 findings.push(
-                    Finding::new(
-                        Severity::Blocks,
-                        Code::CpuFeature,
+                    RuleFinding::new(
+                        RuleSeverity::Blocks,
+                        RuleCode::CpuFeature,
                         "<cpu> asks for features and names no model to add them to",
                     )
                     .at_define("XML error: Non-empty feature list specified without CPU model")
@@ -34,9 +34,9 @@ pub(super) fn check(case: &Case<'_>, findings: &mut Vec<Finding>) {
     };
     let Some(modes) = &case.node.cpu else {
         findings.push(
-            Finding::new(
-                Severity::Unknown,
-                Code::CpuMode,
+            RuleFinding::new(
+                RuleSeverity::Unknown,
+                RuleCode::CpuMode,
                 format!(
                     "which CPUs the node has for domains of type {} is not known",
                     or_any(case)
@@ -78,9 +78,9 @@ pub(super) fn check(case: &Case<'_>, findings: &mut Vec<Finding>) {
             }
         }
         other => findings.push(
-            Finding::new(
-                Severity::Blocks,
-                Code::CpuMode,
+            RuleFinding::new(
+                RuleSeverity::Blocks,
+                RuleCode::CpuMode,
                 format!("libvirt knows no CPU mode '{other}'"),
             )
             .at_define(unsupported(format!("Invalid mode attribute '{other}'")))
@@ -92,14 +92,14 @@ pub(super) fn check(case: &Case<'_>, findings: &mut Vec<Finding>) {
 /// `check='full'`: a new domain's CPU seldom is what libvirt's own list says, feature by feature.
 /// What QEMU adds by itself shows only when it starts: `hypervisor`, or `ht` for several threads or
 /// cores. A running domain's definition has all of it written down.
-fn check_full(case: &Case<'_>, findings: &mut Vec<Finding>) {
+fn check_full(case: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
     if effective_check(case) != CpuCheck::Full || case.domain.live {
         return;
     }
     findings.push(
-        Finding::new(
-            Severity::Unknown,
-            Code::CpuModel,
+        RuleFinding::new(
+            RuleSeverity::Unknown,
+            RuleCode::CpuModel,
             "check='full' holds the CPU that QEMU makes against libvirt's own list, feature by \
              feature; what QEMU adds to it shows only when the domain starts",
         )
@@ -108,11 +108,11 @@ fn check_full(case: &Case<'_>, findings: &mut Vec<Finding>) {
     );
 }
 
-pub(super) fn or_any<'c>(case: &'c Case<'_>) -> &'c str {
+pub(super) fn or_any<'c>(case: &'c RuleInput<'_>) -> &'c str {
     case.virt_type().unwrap_or("any")
 }
 
-fn check_mode(case: &Case<'_>, mode: &str, supported: bool, findings: &mut Vec<Finding>) {
+fn check_mode(case: &RuleInput<'_>, mode: &str, supported: bool, findings: &mut Vec<RuleFinding>) {
     if supported {
         return;
     }
@@ -129,9 +129,9 @@ fn check_mode(case: &Case<'_>, mode: &str, supported: bool, findings: &mut Vec<F
         _ => "name a <model> that `virtnode capabilities` lists as usable",
     };
     findings.push(
-        Finding::new(
-            Severity::Blocks,
-            Code::CpuMode,
+        RuleFinding::new(
+            RuleSeverity::Blocks,
+            RuleCode::CpuMode,
             format!("CPU mode {mode} is not to be had for {arch} domains of type {} here", or_any(case)),
         )
         .at_start(unsupported(format!(
@@ -142,7 +142,7 @@ fn check_mode(case: &Case<'_>, mode: &str, supported: bool, findings: &mut Vec<F
     );
 }
 
-fn check_migratable(case: &Case<'_>, mode: &str, can: bool, findings: &mut Vec<Finding>) {
+fn check_migratable(case: &RuleInput<'_>, mode: &str, can: bool, findings: &mut Vec<RuleFinding>) {
     let message = match (mode, case.domain.cpu.migratable) {
         (_, Some(false)) => format!("CPU mode {mode} with migratable='off': the domain stays here"),
         ("host-passthrough", _) if !can => {
@@ -156,12 +156,12 @@ fn check_migratable(case: &Case<'_>, mode: &str, can: bool, findings: &mut Vec<F
         _ => return,
     };
     findings.push(
-        Finding::new(Severity::Note, Code::Migratable, message)
+        RuleFinding::new(RuleSeverity::Note, RuleCode::Migratable, message)
             .remedy("use host-model or a named model for a domain that is to move"),
     );
 }
 
-fn check_custom(case: &Case<'_>, modes: &CpuModes, findings: &mut Vec<Finding>) {
+fn check_custom(case: &RuleInput<'_>, modes: &CpuModes, findings: &mut Vec<RuleFinding>) {
     let cpu = &case.domain.cpu;
     let Some(name) = cpu.model.as_deref() else {
         return;
@@ -176,9 +176,9 @@ fn check_custom(case: &Case<'_>, modes: &CpuModes, findings: &mut Vec<Finding>) 
     };
     if model.deprecated {
         findings.push(
-            Finding::new(
-                Severity::Warning,
-                Code::CpuModel,
+            RuleFinding::new(
+                RuleSeverity::Warning,
+                RuleCode::CpuModel,
                 format!("CPU model {name} is deprecated: a newer QEMU will not have it"),
             )
             .remedy("use a newer model of the same vendor, or host-model"),
@@ -190,7 +190,7 @@ fn check_custom(case: &Case<'_>, modes: &CpuModes, findings: &mut Vec<Finding>) 
 }
 
 /// A model that libvirt does not list for this emulator.
-fn unlisted(case: &Case<'_>, modes: &CpuModes, name: &str) -> Finding {
+fn unlisted(case: &RuleInput<'_>, modes: &CpuModes, name: &str) -> RuleFinding {
     let usable = modes
         .models
         .iter()
@@ -202,8 +202,8 @@ fn unlisted(case: &Case<'_>, modes: &CpuModes, name: &str) -> Finding {
     );
     let forbids = case.domain.cpu.fallback.as_deref() == Some("forbid");
     let severity = match forbids {
-        true => Severity::Blocks,
-        false => Severity::Unknown,
+        true => RuleSeverity::Blocks,
+        false => RuleSeverity::Unknown,
     };
     let message = match forbids {
         true => {
@@ -214,14 +214,14 @@ fn unlisted(case: &Case<'_>, modes: &CpuModes, name: &str) -> Finding {
              knows that model itself, and refuses it otherwise"
         ),
     };
-    let finding = Finding::new(severity, Code::CpuModel, message).remedy(remedy);
+    let finding = RuleFinding::new(severity, RuleCode::CpuModel, message).remedy(remedy);
     match case.is_x86() {
         true => finding.at_start(format!("internal error: Unknown CPU model {name}")),
         false => finding.stage(Stage::Start),
     }
 }
 
-fn check_vendor(case: &Case<'_>, modes: &CpuModes, findings: &mut Vec<Finding>) {
+fn check_vendor(case: &RuleInput<'_>, modes: &CpuModes, findings: &mut Vec<RuleFinding>) {
     // Software emulation has any vendor.
     let host = modes
         .host_model
@@ -234,9 +234,9 @@ fn check_vendor(case: &Case<'_>, modes: &CpuModes, findings: &mut Vec<Finding>) 
         return;
     }
     findings.push(
-        Finding::new(
-            Severity::Blocks,
-            Code::CpuVendor,
+        RuleFinding::new(
+            RuleSeverity::Blocks,
+            RuleCode::CpuVendor,
             format!("the domain wants a CPU of {wanted}, and this host's is of {host}"),
         )
         .at_start(format!(
@@ -249,9 +249,9 @@ fn check_vendor(case: &Case<'_>, modes: &CpuModes, findings: &mut Vec<Finding>) 
 
 /// Says whether the model runs here, and which of its features are missing.
 fn check_model<'m>(
-    case: &Case<'_>,
+    case: &RuleInput<'_>,
     model: &'m CpuModel,
-    findings: &mut Vec<Finding>,
+    findings: &mut Vec<RuleFinding>,
 ) -> BTreeSet<&'m str> {
     let cpu = &case.domain.cpu;
     let name = &model.name;
@@ -278,9 +278,9 @@ fn check_model<'m>(
         // The host model is taken, whatever the named one lacks.
         (_, CpuCheck::None | CpuCheck::Full) if cpu.matching.as_deref() == Some("minimum") => {}
         (Some(Usable::No), CpuCheck::None) => findings.push(
-            Finding::new(
-                Severity::Warning,
-                Code::CpuModel,
+            RuleFinding::new(
+                RuleSeverity::Warning,
+                RuleCode::CpuModel,
                 format!(
                     "CPU model {name} is not whole here: QEMU leaves out what it does not have; {}",
                     list()
@@ -293,9 +293,9 @@ fn check_model<'m>(
         (Some(Usable::No), CpuCheck::Full)
             if case.domain.live && lacking.is_empty() && !model.blockers.is_empty() => {}
         (Some(Usable::No), _) if lacking.is_empty() && !model.blockers.is_empty() => findings.push(
-            Finding::new(
-                Severity::Unknown,
-                Code::CpuModel,
+            RuleFinding::new(
+                RuleSeverity::Unknown,
+                RuleCode::CpuModel,
                 format!(
                     "CPU model {name} is not usable as it is; all features that keep it from that \
                      are disabled, and whether that is enough for libvirt it does not say"
@@ -304,9 +304,9 @@ fn check_model<'m>(
             .stage(stage_of(check)),
         ),
         (Some(Usable::No), check) => {
-            let finding = Finding::new(
-                Severity::Blocks,
-                Code::CpuModel,
+            let finding = RuleFinding::new(
+                RuleSeverity::Blocks,
+                RuleCode::CpuModel,
                 format!("CPU model {name} is not usable here: {}", list()),
             )
             .remedy(model_remedy(case, model));
@@ -314,9 +314,9 @@ fn check_model<'m>(
         }
         (Some(Usable::Unknown) | None, CpuCheck::None) => {}
         (Some(Usable::Unknown) | None, check) => findings.push(
-            Finding::new(
-                Severity::Unknown,
-                Code::CpuModel,
+            RuleFinding::new(
+                RuleSeverity::Unknown,
+                RuleCode::CpuModel,
                 format!("libvirt does not say whether CPU model {name} is usable here"),
             )
             .stage(stage_of(check)),
@@ -328,7 +328,7 @@ fn check_model<'m>(
     }
 }
 
-fn model_remedy(case: &Case<'_>, model: &CpuModel) -> String {
+fn model_remedy(case: &RuleInput<'_>, model: &CpuModel) -> String {
     let usable: Vec<&str> = case
         .node
         .cpu

@@ -4,8 +4,8 @@
 //! QEMU target/i386/kvm/kvm.c). In software emulation libvirt 11.3 with QEMU 10.0 starts a domain
 //! with any of them, of which its guest sees nothing (tests/it/foretold.rs).
 
-use super::{Case, named, unsupported};
-use crate::compat::{Code, Finding, Severity, Stage};
+use super::{RuleInput, named, unsupported};
+use crate::compat::{RuleCode, RuleFinding, RuleSeverity, Stage};
 
 /// Every enlightenment that libvirt knows (`virDomainHyperv`, libvirt 12.0); what a newer one knows
 /// besides is in its list.
@@ -29,7 +29,7 @@ const KNOWN: [&str; 17] = [
     "xmm_input",
 ];
 
-pub(super) fn check(case: &Case<'_>, findings: &mut Vec<Finding>) {
+pub(super) fn check(case: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
     let wanted = || case.domain.special_enlightenments();
     let strange = wanted().find(|name| {
         let is_listed = case.node.enlightens(name) == Some(true);
@@ -37,9 +37,9 @@ pub(super) fn check(case: &Case<'_>, findings: &mut Vec<Finding>) {
     });
     if let Some(name) = strange {
         findings.push(
-            Finding::new(
-                Severity::Blocks,
-                Code::Enlightenment,
+            RuleFinding::new(
+                RuleSeverity::Blocks,
+                RuleCode::Enlightenment,
                 format!("libvirt knows no Hyper-V enlightenment of the name {name}"),
             )
             .at_define(unsupported(format!(
@@ -57,9 +57,9 @@ pub(super) fn check(case: &Case<'_>, findings: &mut Vec<Finding>) {
     if case.is_tcg() {
         let ignored: Vec<&str> = wanted().collect();
         if !ignored.is_empty() {
-            findings.push(Finding::new(
-                Severity::Warning,
-                Code::Enlightenment,
+            findings.push(RuleFinding::new(
+                RuleSeverity::Warning,
+                RuleCode::Enlightenment,
                 format!(
                     "software emulation does nothing for Hyper-V enlightenments, and the guest \
                      does not see them: {}",
@@ -72,9 +72,9 @@ pub(super) fn check(case: &Case<'_>, findings: &mut Vec<Finding>) {
     let (missing, open) = (with(Some(false)), with(None));
     if !missing.is_empty() {
         findings.push(
-            Finding::new(
-                Severity::Blocks,
-                Code::Enlightenment,
+            RuleFinding::new(
+                RuleSeverity::Blocks,
+                RuleCode::Enlightenment,
                 format!(
                     "KVM here has no Hyper-V enlightenments that the domain asks for: {}",
                     named(missing)
@@ -88,9 +88,9 @@ pub(super) fn check(case: &Case<'_>, findings: &mut Vec<Finding>) {
     }
     if !open.is_empty() {
         findings.push(
-            Finding::new(
-                Severity::Unknown,
-                Code::Enlightenment,
+            RuleFinding::new(
+                RuleSeverity::Unknown,
+                RuleCode::Enlightenment,
                 format!(
                     "whether KVM has these Hyper-V enlightenments is not known: {}",
                     named(open)

@@ -4,9 +4,9 @@ use std::collections::BTreeSet;
 
 use super::cpu::or_any;
 use super::vcpus::effective_check;
-use super::{Case, named, unsupported};
+use super::{RuleInput, named, unsupported};
 use crate::capability::CpuModes;
-use crate::compat::{Code, Finding, Severity, Stage};
+use crate::compat::{RuleCode, RuleFinding, RuleSeverity, Stage};
 use crate::domain::CpuCheck;
 
 pub(super) fn stage_of(check: CpuCheck) -> Stage {
@@ -19,10 +19,10 @@ pub(super) fn stage_of(check: CpuCheck) -> Stage {
 /// What libvirt says of missing features. It may name more: those that its own definition of a
 /// model has and QEMU's has not.
 pub(super) fn missing_words(
-    finding: Finding,
+    finding: RuleFinding,
     check: CpuCheck,
     missing: &BTreeSet<&str>,
-) -> Finding {
+) -> RuleFinding {
     let list = |separator: &str| match missing.is_empty() {
         true => "…".to_owned(),
         false => missing.iter().copied().collect::<Vec<_>>().join(separator),
@@ -39,15 +39,15 @@ pub(super) fn missing_words(
     }
 }
 
-pub(super) fn check_features(case: &Case<'_>, findings: &mut Vec<Finding>) {
+pub(super) fn check_features(case: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
     check_features_beyond(case, &BTreeSet::new(), findings);
 }
 
 /// The features that the definition asks for by name, but for those that were named already.
 pub(super) fn check_features_beyond(
-    case: &Case<'_>,
+    case: &RuleInput<'_>,
     named_already: &BTreeSet<&str>,
-    findings: &mut Vec<Finding>,
+    findings: &mut Vec<RuleFinding>,
 ) {
     let cpu = &case.domain.cpu;
     let mut check = effective_check(case);
@@ -84,9 +84,9 @@ pub(super) fn check_features_beyond(
         .collect();
     if !open.is_empty() {
         findings.push(
-            Finding::new(
-                Severity::Unknown,
-                Code::CpuFeature,
+            RuleFinding::new(
+                RuleSeverity::Unknown,
+                RuleCode::CpuFeature,
                 format!(
                     "whether the hypervisor can give domains of type {} these CPU features is not \
                      known: {}",
@@ -107,9 +107,9 @@ pub(super) fn check_features_beyond(
         .collect();
     if !provided.is_empty() {
         findings.push(
-            Finding::new(
-                Severity::Blocks,
-                Code::CpuFeature,
+            RuleFinding::new(
+                RuleSeverity::Blocks,
+                RuleCode::CpuFeature,
                 format!(
                     "the host has CPU features that the domain forbids: {}",
                     named(provided.iter().copied())
@@ -126,12 +126,12 @@ pub(super) fn check_features_beyond(
     }
 }
 
-fn check_missing(check: CpuCheck, missing: &BTreeSet<&str>, findings: &mut Vec<Finding>) {
+fn check_missing(check: CpuCheck, missing: &BTreeSet<&str>, findings: &mut Vec<RuleFinding>) {
     let list = named(missing.iter().copied());
     if check != CpuCheck::None {
-        let finding = Finding::new(
-            Severity::Blocks,
-            Code::CpuFeature,
+        let finding = RuleFinding::new(
+            RuleSeverity::Blocks,
+            RuleCode::CpuFeature,
             format!("the hypervisor cannot give CPU features that the domain requires: {list}"),
         )
         .remedy("leave them out or use policy='optional', or choose a node that has them");
@@ -139,9 +139,9 @@ fn check_missing(check: CpuCheck, missing: &BTreeSet<&str>, findings: &mut Vec<F
         return;
     }
     findings.push(
-        Finding::new(
-            Severity::Warning,
-            Code::CpuFeature,
+        RuleFinding::new(
+            RuleSeverity::Warning,
+            RuleCode::CpuFeature,
             format!(
                 "the guest will lack CPU features that the domain requires, and nothing checks \
                  it: {list}"
@@ -153,14 +153,14 @@ fn check_missing(check: CpuCheck, missing: &BTreeSet<&str>, findings: &mut Vec<F
 
 /// Names that may be libvirt's or not: it knows them by a list of its own, and its documents have
 /// only those that matter for this host. A running domain's are known.
-fn check_names(case: &Case<'_>, findings: &mut Vec<Finding>) {
+fn check_names(case: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
     if case.domain.live || !case.is_x86() {
         return;
     }
     let (Some(given), Some(modes)) = (&case.node.cpu_features, &case.node.cpu) else {
         return;
     };
-    // Labels and the like are no documents: those have the host model's features.
+    // NodeLabels and the like are no documents: those have the host model's features.
     let host_model = modes.host_model.as_ref();
     if host_model.is_none_or(|host_model| host_model.features.is_empty()) {
         return;
@@ -172,9 +172,9 @@ fn check_names(case: &Case<'_>, findings: &mut Vec<Finding>) {
         .collect();
     let Some(first) = strange.first() else { return };
     findings.push(
-        Finding::new(
-            Severity::Unknown,
-            Code::CpuFeature,
+        RuleFinding::new(
+            RuleSeverity::Unknown,
+            RuleCode::CpuFeature,
             format!(
                 "libvirt may not know a CPU feature of the name {}: none of its documents has it",
                 named(strange.iter().copied())
@@ -188,9 +188,9 @@ fn check_names(case: &Case<'_>, findings: &mut Vec<Finding>) {
 /// What libvirt writes into the host model stays there (`x86UpdateHostModel`), whatever `check`
 /// says.
 pub(super) fn check_forbidden_in_host_model(
-    case: &Case<'_>,
+    case: &RuleInput<'_>,
     modes: &CpuModes,
-    findings: &mut Vec<Finding>,
+    findings: &mut Vec<RuleFinding>,
 ) {
     let host = modes.host_model.iter().flat_map(|host| &host.features);
     let has: BTreeSet<&str> = host
@@ -203,9 +203,9 @@ pub(super) fn check_forbidden_in_host_model(
     if is_summary && effective_check(case) != CpuCheck::Partial {
         if let Some(name) = forbidden.find(|name| case.node.gives(name) == Some(true)) {
             findings.push(
-                Finding::new(
-                    Severity::Unknown,
-                    Code::CpuFeature,
+                RuleFinding::new(
+                    RuleSeverity::Unknown,
+                    RuleCode::CpuFeature,
                     format!("the host model may have CPU feature {name}, which the domain forbids"),
                 )
                 .stage(Stage::Start),
@@ -215,9 +215,9 @@ pub(super) fn check_forbidden_in_host_model(
     }
     if let Some(name) = forbidden.find(|name| has.contains(name)) {
         findings.push(
-            Finding::new(
-                Severity::Blocks,
-                Code::CpuFeature,
+            RuleFinding::new(
+                RuleSeverity::Blocks,
+                RuleCode::CpuFeature,
                 format!("the host model has CPU feature {name}, which the domain forbids"),
             )
             .at_start(format!(
@@ -230,7 +230,7 @@ pub(super) fn check_forbidden_in_host_model(
 }
 
 /// Every name of a feature that libvirt's documents have here.
-fn features_in_documents<'c>(case: &'c Case<'_>) -> BTreeSet<&'c str> {
+fn features_in_documents<'c>(case: &'c RuleInput<'_>) -> BTreeSet<&'c str> {
     let modes = case.node.cpu.iter();
     let blockers = modes
         .clone()
@@ -245,7 +245,7 @@ fn features_in_documents<'c>(case: &'c Case<'_>) -> BTreeSet<&'c str> {
         .collect()
 }
 
-pub(super) fn check_policies(case: &Case<'_>, findings: &mut Vec<Finding>) {
+pub(super) fn check_policies(case: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
     check_names(case, findings);
     let mut seen = BTreeSet::new();
     for feature in &case.domain.cpu.features {
@@ -256,9 +256,9 @@ pub(super) fn check_policies(case: &Case<'_>, findings: &mut Vec<Finding>) {
             "force" | "require" | "optional" | "disable" | "forbid"
         ) {
             findings.push(
-                Finding::new(
-                    Severity::Blocks,
-                    Code::CpuFeature,
+                RuleFinding::new(
+                    RuleSeverity::Blocks,
+                    RuleCode::CpuFeature,
                     format!("libvirt knows no policy '{policy}' for CPU feature {name}"),
                 )
                 .at_define(unsupported("Invalid CPU feature policy"))
@@ -267,9 +267,9 @@ pub(super) fn check_policies(case: &Case<'_>, findings: &mut Vec<Finding>) {
         }
         if !seen.insert(name) {
             findings.push(
-                Finding::new(
-                    Severity::Blocks,
-                    Code::CpuFeature,
+                RuleFinding::new(
+                    RuleSeverity::Blocks,
+                    RuleCode::CpuFeature,
                     format!("CPU feature {name} is named more than once"),
                 )
                 .at_define(format!(

@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use super::memory::takes_slot;
-use super::{Case, vcpus};
+use super::{RuleInput, vcpus};
 use crate::domain::{AgentChannel, IdSet};
 use crate::units::Bytes;
 
@@ -52,7 +52,7 @@ pub struct MemoryRoom {
     pub free_slots: u32,
 }
 
-pub(super) fn of(case: &Case<'_>) -> Option<Headroom> {
+pub(super) fn of(case: &RuleInput<'_>) -> Option<Headroom> {
     let domain = case.domain.domain.as_ref()?;
     let mut hints = Vec::new();
     let vcpus = vcpu_room(case, &mut hints)?;
@@ -85,7 +85,7 @@ pub(super) fn of(case: &Case<'_>) -> Option<Headroom> {
     })
 }
 
-fn vcpu_room(case: &Case<'_>, hints: &mut Vec<String>) -> Option<VcpuRoom> {
+fn vcpu_room(case: &RuleInput<'_>, hints: &mut Vec<String>) -> Option<VcpuRoom> {
     let vcpus = &case.domain.domain.as_ref()?.vcpus;
     let plugged = vcpus.plugged();
     let mut pluggable: IdSet = vcpus
@@ -142,7 +142,7 @@ fn vcpu_room(case: &Case<'_>, hints: &mut Vec<String>) -> Option<VcpuRoom> {
     })
 }
 
-fn memory_room(case: &Case<'_>, hints: &mut Vec<String>) -> Option<MemoryRoom> {
+fn memory_room(case: &RuleInput<'_>, hints: &mut Vec<String>) -> Option<MemoryRoom> {
     let memory = &case.domain.domain.as_ref()?.memory;
     let virtio_mem = memory.virtio_mem().fold(Bytes::ZERO, |sum, device| {
         sum.saturating_add(device.size.saturating_sub(device.asked()))

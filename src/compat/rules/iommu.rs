@@ -2,9 +2,9 @@
 //! definition gives them and as libvirt completes them by itself.
 
 use super::machine::{WITHOUT_PCI, knows_pci};
-use super::{Case, MOST_WITHOUT_EIM, unsupported};
+use super::{MOST_WITHOUT_EIM, RuleInput, unsupported};
 use crate::capability::{Eim, Version};
-use crate::compat::{Code, Finding, Severity};
+use crate::compat::{RuleCode, RuleFinding, RuleSeverity};
 use crate::domain::{IoApicDriver, IommuDevice, IommuModel};
 
 /// libvirt completes an `<iommu model='intel'>` that is given, and the I/O APIC, wherever it is
@@ -33,7 +33,7 @@ const EIM_NEEDS_REMAPPING: &str = "IOMMU eim requires interrupt remapping to be 
 const WHOLE: &str = "<iommu model='intel'><driver intremap='on' eim='on'/></iommu> in <devices> and \
                      <ioapic driver='qemu'/> in <features>";
 
-pub(super) fn check(case: &Case<'_>, findings: &mut Vec<Finding>) {
+pub(super) fn check(case: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
     let domain = case.domain;
     if let Some(iommu) = &domain.iommu {
         check_model(case, iommu, findings);
@@ -55,9 +55,9 @@ pub(super) fn check(case: &Case<'_>, findings: &mut Vec<Finding>) {
         }
         if case.needs_eim() && domain.host_devices.vfio() > 0 {
             findings.push(
-                Finding::new(
-                    Severity::Warning,
-                    Code::Iommu,
+                RuleFinding::new(
+                    RuleSeverity::Warning,
+                    RuleCode::Iommu,
                     format!(
                         "more than {MOST_WITHOUT_EIM} vCPUs bring a virtual IOMMU, and with one \
                          the domain's memory is locked once for each of its {} VFIO devices",
@@ -73,11 +73,11 @@ pub(super) fn check(case: &Case<'_>, findings: &mut Vec<Finding>) {
     }
 }
 
-fn blocks(code: Code, message: String) -> Finding {
-    Finding::new(Severity::Blocks, code, message)
+fn blocks(code: RuleCode, message: String) -> RuleFinding {
+    RuleFinding::new(RuleSeverity::Blocks, code, message)
 }
 
-fn check_model(case: &Case<'_>, iommu: &IommuDevice, findings: &mut Vec<Finding>) {
+fn check_model(case: &RuleInput<'_>, iommu: &IommuDevice, findings: &mut Vec<RuleFinding>) {
     let model = iommu.model.as_str();
     let known = match &iommu.model {
         IommuModel::Intel | IommuModel::Virtio | IommuModel::Smmuv3 => Some(true),
@@ -94,7 +94,7 @@ fn check_model(case: &Case<'_>, iommu: &IommuDevice, findings: &mut Vec<Finding>
                 _ => format!("libvirt knows no <iommu model='{model}'>"),
             };
             findings.push(
-                blocks(Code::Iommu, message)
+                blocks(RuleCode::Iommu, message)
                     .at_define(format!(
                         "XML error: Invalid value for attribute 'model' in element 'iommu': \
                          '{model}'."
@@ -104,9 +104,9 @@ fn check_model(case: &Case<'_>, iommu: &IommuDevice, findings: &mut Vec<Finding>
             return;
         }
         None => findings.push(
-            Finding::new(
-                Severity::Unknown,
-                Code::Iommu,
+            RuleFinding::new(
+                RuleSeverity::Unknown,
+                RuleCode::Iommu,
                 format!(
                     "<iommu model='amd'> needs libvirt {KNOWS_AMD}, and its version is not known"
                 ),
@@ -128,7 +128,7 @@ fn check_model(case: &Case<'_>, iommu: &IommuDevice, findings: &mut Vec<Finding>
         };
         findings.push(
             blocks(
-                Code::Iommu,
+                RuleCode::Iommu,
                 format!(
                     "an IOMMU of model {model} needs {machines}, and the domain is of machine \
                      type {}",
@@ -157,11 +157,11 @@ fn check_model(case: &Case<'_>, iommu: &IommuDevice, findings: &mut Vec<Finding>
 }
 
 /// The paravirtual IOMMU is a PCI device that ACPI tables describe.
-fn check_virtio(case: &Case<'_>, findings: &mut Vec<Finding>) {
+fn check_virtio(case: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
     if case.is_x86() && case.machine.is_some_and(|name| WITHOUT_PCI.contains(&name)) {
         findings.push(
             blocks(
-                Code::Iommu,
+                RuleCode::Iommu,
                 "an IOMMU of model virtio is a PCI device, and the machine type has no PCI"
                     .to_owned(),
             )
@@ -172,7 +172,7 @@ fn check_virtio(case: &Case<'_>, findings: &mut Vec<Finding>) {
     if !case.domain.acpi {
         findings.push(
             blocks(
-                Code::Iommu,
+                RuleCode::Iommu,
                 "an IOMMU of model virtio reaches its guest through ACPI, and the domain has none"
                     .to_owned(),
             )
@@ -182,13 +182,13 @@ fn check_virtio(case: &Case<'_>, findings: &mut Vec<Finding>) {
     }
 }
 
-fn check_migration(case: &Case<'_>, iommu: &IommuDevice, findings: &mut Vec<Finding>) {
+fn check_migration(case: &RuleInput<'_>, iommu: &IommuDevice, findings: &mut Vec<RuleFinding>) {
     let stays = case.node.qemu_version.is_some_and(|qemu| qemu <= AMD_STAYS);
     if iommu.model == IommuModel::Amd && stays {
         findings.push(
-            Finding::new(
-                Severity::Warning,
-                Code::Migratable,
+            RuleFinding::new(
+                RuleSeverity::Warning,
+                RuleCode::Migratable,
                 "a domain with an IOMMU of model amd cannot be migrated with this QEMU",
             )
             .remedy("use model='intel', which runs on AMD's hosts as well"),
@@ -197,7 +197,7 @@ fn check_migration(case: &Case<'_>, iommu: &IommuDevice, findings: &mut Vec<Find
 }
 
 /// More than 255 vCPUs, and nothing given: libvirt adds what is needed, or not.
-fn check_automatic(case: &Case<'_>, findings: &mut Vec<Finding>) {
+fn check_automatic(case: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
     let vcpus = &case.domain.vcpus;
     let why = format!(
         "{} vCPUs are more than {MOST_WITHOUT_EIM} and need a virtual IOMMU with extended \
@@ -211,28 +211,31 @@ fn check_automatic(case: &Case<'_>, findings: &mut Vec<Finding>) {
                 "libvirt adds the IOMMU by itself, and its interrupt remapping needs",
             ));
         }
-        Some(Eim::Auto) => findings.push(Finding::new(
-            Severity::Note,
-            Code::Eim,
+        Some(Eim::Auto) => findings.push(RuleFinding::new(
+            RuleSeverity::Note,
+            RuleCode::Eim,
             format!("{why}; libvirt adds it here by itself"),
         )),
         Some(Eim::Explicit) => findings.push(
             blocks(
-                Code::Eim,
+                RuleCode::Eim,
                 format!("{why}; this libvirt does not add it by itself (10.10.0 and later do)"),
             )
             .at_define(unsupported(NEEDS_EIM))
             .remedy(format!("write {WHOLE}; or lower <vcpu> to 255")),
         ),
         Some(Eim::None) => findings.push(
-            blocks(Code::Eim, format!("{why}, and this node cannot give that"))
-                .at_define(unsupported(NEEDS_EIM))
-                .remedy("lower <vcpu> to 255, or update libvirt and QEMU"),
+            blocks(
+                RuleCode::Eim,
+                format!("{why}, and this node cannot give that"),
+            )
+            .at_define(unsupported(NEEDS_EIM))
+            .remedy("lower <vcpu> to 255, or update libvirt and QEMU"),
         ),
         None => findings.push(
-            Finding::new(
-                Severity::Unknown,
-                Code::Eim,
+            RuleFinding::new(
+                RuleSeverity::Unknown,
+                RuleCode::Eim,
                 format!("{why}; whether libvirt adds it here is not known"),
             )
             .remedy(format!("give --libvirt-version or --eim, or write {WHOLE}")),
@@ -241,7 +244,7 @@ fn check_automatic(case: &Case<'_>, findings: &mut Vec<Finding>) {
 }
 
 /// An Intel IOMMU in the definition, with what libvirt completes of it.
-fn check_intel(case: &Case<'_>, iommu: &IommuDevice, findings: &mut Vec<Finding>) {
+fn check_intel(case: &RuleInput<'_>, iommu: &IommuDevice, findings: &mut Vec<RuleFinding>) {
     let needed = case.needs_eim() && case.is_q35();
     let completes = case.libvirt_is(COMPLETES);
     let partly = completes == Some(false) && case.libvirt_is(COMPLETES_PARTLY) == Some(true);
@@ -252,9 +255,9 @@ fn check_intel(case: &Case<'_>, iommu: &IommuDevice, findings: &mut Vec<Finding>
                 "it depends on libvirt's version, which is not known, whether it does".to_owned()
             }
         };
-        Finding::new(
-            Severity::Unknown,
-            Code::Eim,
+        RuleFinding::new(
+            RuleSeverity::Unknown,
+            RuleCode::Eim,
             format!("{what} is left for libvirt to turn on: {version}"),
         )
         .remedy(format!("write {WHOLE}"))
@@ -272,7 +275,7 @@ fn check_intel(case: &Case<'_>, iommu: &IommuDevice, findings: &mut Vec<Finding>
     if iommu.eim == Some(true) && case.node.eim == Some(Eim::None) {
         findings.push(
             blocks(
-                Code::Eim,
+                RuleCode::Eim,
                 "this QEMU has no extended interrupt mode".to_owned(),
             )
             .at_define(unsupported(
@@ -298,7 +301,7 @@ fn check_intel(case: &Case<'_>, iommu: &IommuDevice, findings: &mut Vec<Finding>
     match (eim, intremap) {
         (Some(true), Some(false)) => findings.push(
             blocks(
-                Code::InterruptRemapping,
+                RuleCode::InterruptRemapping,
                 "the IOMMU has extended interrupt mode on and interrupt remapping off, which it \
                  needs"
                     .to_owned(),
@@ -321,9 +324,9 @@ fn check_intel(case: &Case<'_>, iommu: &IommuDevice, findings: &mut Vec<Finding>
     }
 }
 
-fn not_split(why: &str) -> Finding {
+fn not_split(why: &str) -> RuleFinding {
     blocks(
-        Code::InterruptRemapping,
+        RuleCode::InterruptRemapping,
         format!("{why} a split I/O APIC, and the domain's is KVM's"),
     )
     .at_define(unsupported(NEEDS_SPLIT))
@@ -331,30 +334,31 @@ fn not_split(why: &str) -> Finding {
 }
 
 /// More than 255 vCPUs and an IOMMU that lacks what they need.
-fn without_eim(case: &Case<'_>, lacks: &str, remedy: String) -> Finding {
+fn without_eim(case: &RuleInput<'_>, lacks: &str, remedy: String) -> RuleFinding {
     let message = format!(
         "{} vCPUs are more than {MOST_WITHOUT_EIM} and need {lacks}",
         case.domain.vcpus.maximum
     );
     let finding = match case.node.libvirt_version {
-        Some(version) if version >= TAKES_ALL => Finding::new(
-            Severity::Warning,
-            Code::Eim,
+        Some(version) if version >= TAKES_ALL => RuleFinding::new(
+            RuleSeverity::Warning,
+            RuleCode::Eim,
             format!(
                 "{message}; this libvirt starts the domain all the same, and its guest may not \
                  use them all"
             ),
         ),
         Some(version) if version > LAST_TO_REFUSE => {
-            Finding::new(Severity::Unknown, Code::Eim, message).at_define(unsupported(NEEDS_EIM))
+            RuleFinding::new(RuleSeverity::Unknown, RuleCode::Eim, message)
+                .at_define(unsupported(NEEDS_EIM))
         }
-        _ => blocks(Code::Eim, message).at_define(unsupported(NEEDS_EIM)),
+        _ => blocks(RuleCode::Eim, message).at_define(unsupported(NEEDS_EIM)),
     };
     finding.remedy(remedy)
 }
 
 /// More than 255 vCPUs with an IOMMU of another model.
-fn check_other(case: &Case<'_>, iommu: &IommuDevice, findings: &mut Vec<Finding>) {
+fn check_other(case: &RuleInput<'_>, iommu: &IommuDevice, findings: &mut Vec<RuleFinding>) {
     let model = iommu.model.as_str();
     let carries = match iommu.model {
         IommuModel::Amd => case.libvirt_is(AMD_CARRIES),
@@ -364,7 +368,7 @@ fn check_other(case: &Case<'_>, iommu: &IommuDevice, findings: &mut Vec<Finding>
     match carries {
         Some(true) if iommu.xtsup == Some(false) => findings.push(
             blocks(
-                Code::Eim,
+                RuleCode::Eim,
                 format!(
                     "{} vCPUs are more than {MOST_WITHOUT_EIM} and need xtsup on AMD's IOMMU, \
                      which is off",
@@ -384,9 +388,9 @@ fn check_other(case: &Case<'_>, iommu: &IommuDevice, findings: &mut Vec<Finding>
             remedy,
         )),
         None => findings.push(
-            Finding::new(
-                Severity::Unknown,
-                Code::Eim,
+            RuleFinding::new(
+                RuleSeverity::Unknown,
+                RuleCode::Eim,
                 format!(
                     "more than {MOST_WITHOUT_EIM} vCPUs with an IOMMU of model amd need libvirt \
                      {AMD_CARRIES}, and its version is not known"

@@ -1,8 +1,8 @@
 //! Type of guest, architecture, accelerator and machine type.
 
-use super::{Case, named, unsupported};
+use super::{RuleInput, named, unsupported};
 use crate::capability::Version;
-use crate::compat::{Code, Finding, OfferedMachine, Severity, Stage};
+use crate::compat::{OfferedMachine, RuleCode, RuleFinding, RuleSeverity, Stage};
 
 /// The machine types of x86 without PCI.
 pub(super) const WITHOUT_PCI: [&str; 2] = ["isapc", "microvm"];
@@ -15,7 +15,7 @@ const KNOWS_PCI: Version = Version::new(11, 9, 0);
 const LAST_WITHOUT: Version = Version::new(11, 3, 99);
 
 /// Whether this libvirt knows it; without a version it is taken for an older one.
-pub(super) fn knows_pci(case: &Case<'_>) -> Option<bool> {
+pub(super) fn knows_pci(case: &RuleInput<'_>) -> Option<bool> {
     match case.node.libvirt_version {
         Some(version) if version >= KNOWS_PCI => Some(true),
         Some(version) if version > LAST_WITHOUT => None,
@@ -23,14 +23,15 @@ pub(super) fn knows_pci(case: &Case<'_>) -> Option<bool> {
     }
 }
 
-pub(super) fn check(case: &Case<'_>, findings: &mut Vec<Finding>) {
+pub(super) fn check(case: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
     check_os_type(case, findings);
     check_accelerator(case, findings);
     check_machine(case, findings);
 }
 
-fn check_os_type(case: &Case<'_>, findings: &mut Vec<Finding>) {
-    let finding = |message: String| Finding::new(Severity::Blocks, Code::DomainType, message);
+fn check_os_type(case: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
+    let finding =
+        |message: String| RuleFinding::new(RuleSeverity::Blocks, RuleCode::DomainType, message);
     if case.domain.virt_type.is_none() {
         let finding = finding("the definition does not say its domain type".to_owned())
             .at_define("internal error: missing domain type attribute")
@@ -62,12 +63,12 @@ fn is_qemus(virt_type: &str) -> bool {
     matches!(virt_type, "kvm" | "qemu" | "hvf")
 }
 
-fn check_accelerator(case: &Case<'_>, findings: &mut Vec<Finding>) {
+fn check_accelerator(case: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
     let Some(arch) = case.arch else {
         findings.push(
-            Finding::new(
-                Severity::Unknown,
-                Code::Architecture,
+            RuleFinding::new(
+                RuleSeverity::Unknown,
+                RuleCode::Architecture,
                 "neither the domain nor the node says which architecture it has",
             )
             .remedy("name it in <type arch='x86_64'> or with --arch, or give --capabilities of the node"),
@@ -79,9 +80,9 @@ fn check_accelerator(case: &Case<'_>, findings: &mut Vec<Finding>) {
             || case.node.machines.is_none()
         {
             findings.push(
-                Finding::new(
-                    Severity::Unknown,
-                    Code::Machine,
+                RuleFinding::new(
+                    RuleSeverity::Unknown,
+                    RuleCode::Machine,
                     "the node's accelerators and machine types are not known",
                 )
                 .remedy("give --capabilities what `virsh capabilities` prints on the node"),
@@ -91,9 +92,9 @@ fn check_accelerator(case: &Case<'_>, findings: &mut Vec<Finding>) {
     };
     if types.is_empty() {
         findings.push(
-            Finding::new(
-                Severity::Blocks,
-                Code::Architecture,
+            RuleFinding::new(
+                RuleSeverity::Blocks,
+                RuleCode::Architecture,
                 format!("the node has no emulator for {arch}"),
             )
             .at_define(unsupported(format!("No emulator found for arch '{arch}'")))
@@ -118,9 +119,9 @@ fn check_accelerator(case: &Case<'_>, findings: &mut Vec<Finding>) {
         _ => "write one of those as <domain type=…>, or choose a node that has it",
     };
     findings.push(
-        Finding::new(
-            Severity::Blocks,
-            Code::DomainType,
+        RuleFinding::new(
+            RuleSeverity::Blocks,
+            RuleCode::DomainType,
             format!(
                 "domain type {wanted} is not to be had here for {arch}, only {}",
                 named(types.iter().map(String::as_str))
@@ -134,7 +135,7 @@ fn check_accelerator(case: &Case<'_>, findings: &mut Vec<Finding>) {
     );
 }
 
-fn check_machine(case: &Case<'_>, findings: &mut Vec<Finding>) {
+fn check_machine(case: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
     let Some(canonical) = case.machine else {
         return;
     };
@@ -149,9 +150,9 @@ fn check_machine(case: &Case<'_>, findings: &mut Vec<Finding>) {
         // No emulator, or nothing is known of the node: said already.
         _ if case.node.virt_types.as_ref().is_none_or(Vec::is_empty) => {}
         _ => findings.push(
-            Finding::new(
-                Severity::Unknown,
-                Code::Machine,
+            RuleFinding::new(
+                RuleSeverity::Unknown,
+                RuleCode::Machine,
                 format!("whether the node has machine type {canonical} is not known"),
             )
             .remedy("give --capabilities what `virsh capabilities` prints on the node"),
@@ -160,13 +161,13 @@ fn check_machine(case: &Case<'_>, findings: &mut Vec<Finding>) {
     let knows_pci = knows_pci(case);
     if wants_pci(case) && WITHOUT_PCI.contains(&canonical) && knows_pci != Some(true) {
         let (severity, adds) = match knows_pci {
-            Some(_) => (Severity::Blocks, "libvirt adds"),
-            None => (Severity::Unknown, "libvirt may add"),
+            Some(_) => (RuleSeverity::Blocks, "libvirt adds"),
+            None => (RuleSeverity::Unknown, "libvirt may add"),
         };
         findings.push(
-            Finding::new(
+            RuleFinding::new(
                 severity,
-                Code::Machine,
+                RuleCode::Machine,
                 format!(
                     "machine type {canonical} has no PCI, and {adds} a USB controller and a \
                      balloon, which need it"
@@ -182,11 +183,11 @@ fn check_machine(case: &Case<'_>, findings: &mut Vec<Finding>) {
 }
 
 /// Whether libvirt adds devices by itself that want PCI; without it there is no place for them.
-fn wants_pci(case: &Case<'_>) -> bool {
+fn wants_pci(case: &RuleInput<'_>) -> bool {
     case.is_x86() && case.domain.pci.suppressed_defaults < 2
 }
 
-fn not_listed(case: &Case<'_>, canonical: &str) -> Finding {
+fn not_listed(case: &RuleInput<'_>, canonical: &str) -> RuleFinding {
     // Of a name that it does not know libvirt thinks that there is PCI.
     let is_strange = case.is_x86() && !canonical.starts_with("pc") && !case.is_q35();
     let words = match knows_pci(case) {
@@ -200,9 +201,9 @@ fn not_listed(case: &Case<'_>, canonical: &str) -> Finding {
             case.emulator()
         ))),
     };
-    let finding = Finding::new(
-        Severity::Blocks,
-        Code::Machine,
+    let finding = RuleFinding::new(
+        RuleSeverity::Blocks,
+        RuleCode::Machine,
         format!("machine type {canonical} is not known here"),
     );
     let finding = match words {
@@ -213,16 +214,16 @@ fn not_listed(case: &Case<'_>, canonical: &str) -> Finding {
 }
 
 fn check_known(
-    case: &Case<'_>,
+    case: &RuleInput<'_>,
     canonical: &str,
     machine: OfferedMachine,
-    findings: &mut Vec<Finding>,
+    findings: &mut Vec<RuleFinding>,
 ) {
     if machine.deprecated {
         findings.push(
-            Finding::new(
-                Severity::Warning,
-                Code::MachineDeprecated,
+            RuleFinding::new(
+                RuleSeverity::Warning,
+                RuleCode::MachineDeprecated,
                 format!(
                     "machine type {canonical} is deprecated: a newer QEMU will not have it, and \
                      the domain cannot go there"
@@ -238,11 +239,15 @@ fn check_known(
         None => format!("the definition names no machine type: libvirt takes {canonical} here"),
         Some(_) => return,
     };
-    findings.push(Finding::new(Severity::Note, Code::MachineAlias, message));
+    findings.push(RuleFinding::new(
+        RuleSeverity::Note,
+        RuleCode::MachineAlias,
+        message,
+    ));
 }
 
 /// The machine type of the same family that new guests get.
-fn instead(case: &Case<'_>, canonical: &str) -> String {
+fn instead(case: &RuleInput<'_>, canonical: &str) -> String {
     let family = match canonical {
         name if name.starts_with("pc-q35") || name == "q35" => "q35",
         name if name.starts_with("pc-i440fx") || name == "pc" => "pc",

@@ -1,8 +1,8 @@
 //! Memory: room for devices, the devices themselves, and whether the node has as much.
 
-use super::{Case, unsupported};
+use super::{RuleInput, unsupported};
 use crate::capability::Version;
-use crate::compat::{Code, Finding, Severity};
+use crate::compat::{RuleCode, RuleFinding, RuleSeverity};
 use crate::domain::{Memory, MemoryDevice, MemoryModel};
 use crate::units::Bytes;
 
@@ -17,14 +17,14 @@ const FORTY_BITS: Bytes = Bytes::new(1 << 40);
 /// What is taken of them by the hole for PCI and by alignment, on the safe side.
 const BESIDE_MEMORY: Bytes = Bytes::new(64 << 30);
 
-pub(super) fn check(case: &Case<'_>, findings: &mut Vec<Finding>) {
+pub(super) fn check(case: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
     let Some(domain) = &case.domain.domain else {
         return;
     };
     let memory = &domain.memory;
     if memory.boot == Bytes::ZERO && memory.devices.is_empty() {
         findings.push(
-            blocks(Code::Memory, "the domain has no memory".to_owned())
+            blocks(RuleCode::Memory, "the domain has no memory".to_owned())
                 .at_define(
                     "XML error: Memory size must be specified via <memory> or in the <numa> \
                      configuration",
@@ -41,8 +41,8 @@ pub(super) fn check(case: &Case<'_>, findings: &mut Vec<Finding>) {
     check_node(case, memory, findings);
 }
 
-fn blocks(code: Code, message: String) -> Finding {
-    Finding::new(Severity::Blocks, code, message)
+fn blocks(code: RuleCode, message: String) -> RuleFinding {
+    RuleFinding::new(RuleSeverity::Blocks, code, message)
 }
 
 /// What the domain has with all its devices at their full size.
@@ -53,13 +53,13 @@ fn total(memory: &Memory) -> Bytes {
         .fold(memory.boot, |sum, device| sum.saturating_add(device.size))
 }
 
-fn check_maximum(case: &Case<'_>, memory: &Memory, findings: &mut Vec<Finding>) {
+fn check_maximum(case: &RuleInput<'_>, memory: &Memory, findings: &mut Vec<RuleFinding>) {
     let total = total(memory);
     let Some(maximum) = memory.maximum else {
         if !memory.devices.is_empty() {
             findings.push(
                 blocks(
-                    Code::MemoryDevices,
+                    RuleCode::MemoryDevices,
                     "the domain has memory devices and no <maxMemory> to hold them".to_owned(),
                 )
                 .at_define(unsupported(
@@ -76,7 +76,7 @@ fn check_maximum(case: &Case<'_>, memory: &Memory, findings: &mut Vec<Finding>) 
     if maximum < total {
         findings.push(
             blocks(
-                Code::MemoryDevices,
+                RuleCode::MemoryDevices,
                 format!(
                     "<maxMemory> is {maximum}, and the domain has {total} with all its devices"
                 ),
@@ -91,7 +91,7 @@ fn check_maximum(case: &Case<'_>, memory: &Memory, findings: &mut Vec<Finding>) 
     if memory.slots > 0 && maximum == memory.boot {
         findings.push(
             blocks(
-                Code::MemoryDevices,
+                RuleCode::MemoryDevices,
                 format!("<maxMemory> has slots and is no larger than what the domain boots with, {maximum}"),
             )
             .in_emulator(format!(
@@ -106,9 +106,9 @@ fn check_maximum(case: &Case<'_>, memory: &Memory, findings: &mut Vec<Finding>) 
     if needs_cell && memory.cells.is_empty() {
         let words = "At least one numa node has to be configured when enabling memory hotplug";
         let finding = |severity| {
-            Finding::new(
+            RuleFinding::new(
                 severity,
-                Code::MemoryDevices,
+                RuleCode::MemoryDevices,
                 format!("<maxMemory> needs a NUMA cell, which libvirt adds by itself since {ADDS_A_CELL}"),
             )
             .at_define(unsupported(words))
@@ -116,16 +116,16 @@ fn check_maximum(case: &Case<'_>, memory: &Memory, findings: &mut Vec<Finding>) 
         };
         match case.libvirt_is(ADDS_A_CELL) {
             Some(true) => {}
-            Some(false) => findings.push(finding(Severity::Blocks)),
-            None => findings.push(finding(Severity::Unknown)),
+            Some(false) => findings.push(finding(RuleSeverity::Blocks)),
+            None => findings.push(finding(RuleSeverity::Unknown)),
         }
     }
     let reach = FORTY_BITS.saturating_sub(BESIDE_MEMORY);
     if case.is_x86() && maximum > reach && maximum >= memory.boot {
         findings.push(
-            Finding::new(
-                Severity::Unknown,
-                Code::Memory,
+            RuleFinding::new(
+                RuleSeverity::Unknown,
+                RuleCode::Memory,
                 format!(
                     "{maximum} may be more than the guest's CPU can address: QEMU gives it 40 \
                      address bits if nothing else is said"
@@ -137,11 +137,11 @@ fn check_maximum(case: &Case<'_>, memory: &Memory, findings: &mut Vec<Finding>) 
     }
 }
 
-fn check_slots(case: &Case<'_>, memory: &Memory, findings: &mut Vec<Finding>) {
+fn check_slots(case: &RuleInput<'_>, memory: &Memory, findings: &mut Vec<RuleFinding>) {
     if memory.slots > MOST_SLOTS {
         findings.push(
             blocks(
-                Code::MemoryDevices,
+                RuleCode::MemoryDevices,
                 format!(
                     "QEMU has {MOST_SLOTS} memory slots at most, and <maxMemory> asks for {}",
                     memory.slots
@@ -162,7 +162,7 @@ fn check_slots(case: &Case<'_>, memory: &Memory, findings: &mut Vec<Finding>) {
     if memory.maximum.is_some() && slotted > usize::try_from(memory.slots).unwrap_or(usize::MAX) {
         findings.push(
             blocks(
-                Code::MemoryDevices,
+                RuleCode::MemoryDevices,
                 format!(
                     "the domain has {slotted} DIMMs, and <maxMemory> has {} slots",
                     memory.slots
@@ -178,7 +178,7 @@ fn check_slots(case: &Case<'_>, memory: &Memory, findings: &mut Vec<Finding>) {
     if case.is_x86() && !case.domain.acpi && memory.devices.iter().any(|d| is_dimm(&d)) {
         findings.push(
             blocks(
-                Code::MemoryDevices,
+                RuleCode::MemoryDevices,
                 "a DIMM reaches its guest through ACPI, and the domain has none".to_owned(),
             )
             .in_emulator("memory hotplug is not enabled: missing acpi device or acpi disabled")
@@ -196,7 +196,7 @@ pub(super) fn takes_slot(device: &MemoryDevice) -> bool {
     }
 }
 
-fn check_device(memory: &Memory, device: &MemoryDevice, findings: &mut Vec<Finding>) {
+fn check_device(memory: &Memory, device: &MemoryDevice, findings: &mut Vec<RuleFinding>) {
     // Without any cell libvirt adds number 0.
     let cells = memory.cells.len().max(1);
     if let Some(node) = device.node
@@ -205,7 +205,7 @@ fn check_device(memory: &Memory, device: &MemoryDevice, findings: &mut Vec<Findi
     {
         findings.push(
             blocks(
-                Code::MemoryDevices,
+                RuleCode::MemoryDevices,
                 format!("a memory device belongs to NUMA cell {node}, and the guest has {cells}"),
             )
             .at_start(format!(
@@ -222,7 +222,7 @@ fn check_device(memory: &Memory, device: &MemoryDevice, findings: &mut Vec<Findi
     let requested = device.requested.unwrap_or_default();
     let mut refuse = |message: String, words: String, remedy: String| {
         findings.push(
-            blocks(Code::MemoryDevices, message)
+            blocks(RuleCode::MemoryDevices, message)
                 .at_define(words)
                 .remedy(remedy),
         );
@@ -268,14 +268,14 @@ fn check_device(memory: &Memory, device: &MemoryDevice, findings: &mut Vec<Findi
     }
 }
 
-fn check_node(case: &Case<'_>, memory: &Memory, findings: &mut Vec<Finding>) {
+fn check_node(case: &RuleInput<'_>, memory: &Memory, findings: &mut Vec<RuleFinding>) {
     let Some(has) = case.node.memory else { return };
     let wants = memory.asked();
     if wants > has && !case.domain.huge_pages {
         findings.push(
-            Finding::new(
-                Severity::Unknown,
-                Code::Memory,
+            RuleFinding::new(
+                RuleSeverity::Unknown,
+                RuleCode::Memory,
                 format!(
                     "the domain boots with {wants}, and the node has {has} in all: it starts only \
                      where the kernel overcommits memory (vm.overcommit_memory=1) or has swap"

@@ -1,19 +1,19 @@
 //! What a domain needs of the node beside CPU and memory: firmware, host devices, huge pages,
 //! confidential guests.
 
-use super::{Case, named, unsupported};
-use crate::compat::{Code, Finding, Severity, Stage};
+use super::{RuleInput, named, unsupported};
+use crate::compat::{RuleCode, RuleFinding, RuleSeverity, Stage};
 
-pub(super) fn check(case: &Case<'_>, findings: &mut Vec<Finding>) {
+pub(super) fn check(case: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
     check_firmware(case, findings);
     check_launch_security(case, findings);
     check_backing(case, findings);
     check_host_devices(case, findings);
     if case.domain.raw_arguments {
         findings.push(
-            Finding::new(
-                Severity::Unknown,
-                Code::RawArguments,
+            RuleFinding::new(
+                RuleSeverity::Unknown,
+                RuleCode::RawArguments,
                 "the definition hands QEMU arguments of its own (qemu:commandline), of which \
                  nothing can be said",
             )
@@ -22,15 +22,15 @@ pub(super) fn check(case: &Case<'_>, findings: &mut Vec<Finding>) {
     }
 }
 
-fn check_firmware(case: &Case<'_>, findings: &mut Vec<Finding>) {
+fn check_firmware(case: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
     let Some(wanted) = case.domain.firmware.as_deref() else {
         return;
     };
     let Some(os) = &case.node.os else {
         findings.push(
-            Finding::new(
-                Severity::Unknown,
-                Code::Firmware,
+            RuleFinding::new(
+                RuleSeverity::Unknown,
+                RuleCode::Firmware,
                 format!("whether the node has {wanted} firmware is not known"),
             )
             .stage(Stage::Start)
@@ -40,9 +40,9 @@ fn check_firmware(case: &Case<'_>, findings: &mut Vec<Finding>) {
     };
     if !os.offers("firmware", wanted) {
         findings.push(
-            Finding::new(
-                Severity::Blocks,
-                Code::Firmware,
+            RuleFinding::new(
+                RuleSeverity::Blocks,
+                RuleCode::Firmware,
                 format!("the node has no {wanted} firmware with a descriptor for libvirt"),
             )
             .at_define(format!(
@@ -56,9 +56,9 @@ fn check_firmware(case: &Case<'_>, findings: &mut Vec<Finding>) {
     let loader = os.sections.get("loader");
     if case.domain.secure_boot && loader.is_some_and(|l| !l.offers("secure", "yes")) {
         findings.push(
-            Finding::new(
-                Severity::Blocks,
-                Code::Firmware,
+            RuleFinding::new(
+                RuleSeverity::Blocks,
+                RuleCode::Firmware,
                 "the node has no firmware for secure boot with this machine type",
             )
             .stage(Stage::Define)
@@ -67,7 +67,7 @@ fn check_firmware(case: &Case<'_>, findings: &mut Vec<Finding>) {
     }
 }
 
-fn check_launch_security(case: &Case<'_>, findings: &mut Vec<Finding>) {
+fn check_launch_security(case: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
     let Some(wanted) = case.domain.launch_security.as_deref() else {
         return;
     };
@@ -79,9 +79,9 @@ fn check_launch_security(case: &Case<'_>, findings: &mut Vec<Finding>) {
                 false => named(types.iter().map(String::as_str)),
             };
             findings.push(
-                Finding::new(
-                    Severity::Blocks,
-                    Code::LaunchSecurity,
+                RuleFinding::new(
+                    RuleSeverity::Blocks,
+                    RuleCode::LaunchSecurity,
                     format!("the node has no confidential guests of type {wanted}; it has {has}"),
                 )
                 .at_define(unsupported(format!(
@@ -94,9 +94,9 @@ fn check_launch_security(case: &Case<'_>, findings: &mut Vec<Finding>) {
             );
         }
         None => findings.push(
-            Finding::new(
-                Severity::Unknown,
-                Code::LaunchSecurity,
+            RuleFinding::new(
+                RuleSeverity::Unknown,
+                RuleCode::LaunchSecurity,
                 format!("whether the node has confidential guests of type {wanted} is not known"),
             )
             .stage(Stage::Define),
@@ -104,15 +104,15 @@ fn check_launch_security(case: &Case<'_>, findings: &mut Vec<Finding>) {
     }
 }
 
-fn check_backing(case: &Case<'_>, findings: &mut Vec<Finding>) {
+fn check_backing(case: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
     let domain = case.domain;
     if let (Some(wanted), Some(has)) = (&domain.memory_source, &case.node.memory_sources)
         && !has.contains(wanted)
     {
         findings.push(
-            Finding::new(
-                Severity::Blocks,
-                Code::MemoryBacking,
+            RuleFinding::new(
+                RuleSeverity::Blocks,
+                RuleCode::MemoryBacking,
                 format!(
                     "memory cannot come from {wanted} here, only from {}",
                     named(has.iter().map(String::as_str))
@@ -127,9 +127,9 @@ fn check_backing(case: &Case<'_>, findings: &mut Vec<Finding>) {
     }
     let Some(pages) = &case.node.pages else {
         findings.push(
-            Finding::new(
-                Severity::Unknown,
-                Code::MemoryBacking,
+            RuleFinding::new(
+                RuleSeverity::Unknown,
+                RuleCode::MemoryBacking,
                 "which huge pages the node has is not known",
             )
             .stage(Stage::Start)
@@ -154,26 +154,28 @@ fn check_backing(case: &Case<'_>, findings: &mut Vec<Finding>) {
             .map(|(_, count)| *count);
         let needed = wants.get().div_ceil(size.get().max(1));
         let finding = |severity, message: String| {
-            Finding::new(severity, Code::MemoryBacking, message).stage(Stage::Start)
+            RuleFinding::new(severity, RuleCode::MemoryBacking, message).stage(Stage::Start)
         };
         match count {
             None => findings.push(
-                finding(Severity::Blocks, format!("the host has no pages of {size}")).remedy(
-                    format!(
-                        "use one of {}",
-                        named(
-                            huge()
-                                .map(|(size, _)| size.to_string())
-                                .collect::<Vec<_>>()
-                                .iter()
-                                .map(String::as_str)
-                        )
-                    ),
-                ),
+                finding(
+                    RuleSeverity::Blocks,
+                    format!("the host has no pages of {size}"),
+                )
+                .remedy(format!(
+                    "use one of {}",
+                    named(
+                        huge()
+                            .map(|(size, _)| size.to_string())
+                            .collect::<Vec<_>>()
+                            .iter()
+                            .map(String::as_str)
+                    )
+                )),
             ),
             Some(count) if count < needed && domain.huge_page_sizes.len() < 2 => findings.push(
                 finding(
-                    Severity::Blocks,
+                    RuleSeverity::Blocks,
                     format!(
                         "{wants} are {needed} pages of {size}, and the host has set aside {count}"
                     ),
@@ -185,7 +187,7 @@ fn check_backing(case: &Case<'_>, findings: &mut Vec<Finding>) {
                 )),
             ),
             Some(_) => findings.push(finding(
-                Severity::Note,
+                RuleSeverity::Note,
                 format!(
                     "{wants} come from {needed} pages of {size}, which must be free at the start"
                 ),
@@ -194,23 +196,23 @@ fn check_backing(case: &Case<'_>, findings: &mut Vec<Finding>) {
     }
 }
 
-fn check_host_devices(case: &Case<'_>, findings: &mut Vec<Finding>) {
+fn check_host_devices(case: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
     let devices = case.domain.host_devices;
     let count = devices.vfio();
     if count > 0 {
         match case.node.vfio {
-            Some(true) => findings.push(Finding::new(
-                Severity::Note,
-                Code::HostDevice,
+            Some(true) => findings.push(RuleFinding::new(
+                RuleSeverity::Note,
+                RuleCode::HostDevice,
                 format!(
                     "{count} devices are handed over by VFIO; whether those very devices are here \
                      and free is not looked at"
                 ),
             )),
             Some(false) => findings.push(
-                Finding::new(
-                    Severity::Blocks,
-                    Code::HostDevice,
+                RuleFinding::new(
+                    RuleSeverity::Blocks,
+                    RuleCode::HostDevice,
                     format!(
                         "{count} devices are to be handed over by VFIO, and the host has no active \
                          IOMMU with VFIO"
@@ -223,9 +225,9 @@ fn check_host_devices(case: &Case<'_>, findings: &mut Vec<Finding>) {
                 ),
             ),
             None => findings.push(
-                Finding::new(
-                    Severity::Unknown,
-                    Code::HostDevice,
+                RuleFinding::new(
+                    RuleSeverity::Unknown,
+                    RuleCode::HostDevice,
                     format!("{count} devices are to be handed over by VFIO; whether the host can is not known"),
                 )
                 .stage(Stage::Start),
@@ -234,9 +236,9 @@ fn check_host_devices(case: &Case<'_>, findings: &mut Vec<Finding>) {
     }
     if devices.iommufd && case.node.iommufd == Some(false) {
         findings.push(
-            Finding::new(
-                Severity::Blocks,
-                Code::HostDevice,
+            RuleFinding::new(
+                RuleSeverity::Blocks,
+                RuleCode::HostDevice,
                 "a device is to be handed over by iommufd, which the host does not have",
             )
             .stage(Stage::Start)
@@ -244,9 +246,9 @@ fn check_host_devices(case: &Case<'_>, findings: &mut Vec<Finding>) {
         );
     }
     if devices.others > 0 {
-        findings.push(Finding::new(
-            Severity::Note,
-            Code::HostDevice,
+        findings.push(RuleFinding::new(
+            RuleSeverity::Note,
+            RuleCode::HostDevice,
             format!(
                 "{} USB, SCSI or other devices of the host are handed over; whether they are here \
                  is not looked at",

@@ -7,7 +7,7 @@ use crate::capability::{
     CpuModel, CpuModes, Eim, HostModel, PlainMode, PolicyFeature, Section, Usable, VcpuMax,
 };
 use crate::compat::OfferedMachine;
-use crate::compat::{Code, Stage};
+use crate::compat::{RuleCode, Stage};
 use crate::units::Bytes;
 
 /// A node with KVM, all of which is known.
@@ -113,35 +113,35 @@ fn of_arch(virt_type: &str, arch: &str, machine: &str, vcpu: &str, rest: &str) -
 }
 
 /// What blocks, and what is not known.
-fn found(domain: &Requirement, node: &Offer) -> (Answer, Vec<Code>) {
-    let fit = fits(domain, node);
+fn found(domain: &Requirement, node: &Offer) -> (Feasibility, Vec<RuleCode>) {
+    let fit = assess(domain, node);
     let serious = fit
         .findings
         .iter()
-        .filter(|f| f.severity <= Severity::Unknown);
+        .filter(|f| f.severity <= RuleSeverity::Unknown);
     (fit.answer, serious.map(|finding| finding.code).collect())
 }
 
-use Answer::{Feasible, Infeasible, Unknown};
+use Feasibility::{Feasible, Infeasible, Unknown};
 
 const ONE: &str = "<vcpu>1</vcpu>";
 
 #[rstest]
 #[case("q35", "<vcpu>1024</vcpu>", Feasible, &[])]
-#[case("q35", "<vcpu current='2'>1025</vcpu>", Infeasible, &[Code::VcpusKvm])]
+#[case("q35", "<vcpu current='2'>1025</vcpu>", Infeasible, &[RuleCode::VcpusKvm])]
 #[case("pc", "<vcpu>255</vcpu>", Feasible, &[])]
-#[case("pc", "<vcpu current='1'>256</vcpu>", Infeasible, &[Code::VcpusMachine, Code::VcpusQ35])]
+#[case("pc", "<vcpu current='1'>256</vcpu>", Infeasible, &[RuleCode::VcpusMachine, RuleCode::VcpusQ35])]
 #[case("pc-q35-2.8", "<vcpu>288</vcpu>", Feasible, &[])]
-#[case("pc-q35-2.8", "<vcpu>289</vcpu>", Infeasible, &[Code::VcpusMachine])]
-#[case("pc-q35-4.0", ONE, Infeasible, &[Code::Machine])]
-#[case("q35", "<vcpu>0</vcpu>", Infeasible, &[Code::Vcpus])]
-#[case("q35", "<vcpu current='3'>2</vcpu>", Infeasible, &[Code::Vcpus])]
-#[case("q35", "<vcpu>18446744073709551615</vcpu>", Infeasible, &[Code::VcpusMachine, Code::VcpusKvm])]
+#[case("pc-q35-2.8", "<vcpu>289</vcpu>", Infeasible, &[RuleCode::VcpusMachine])]
+#[case("pc-q35-4.0", ONE, Infeasible, &[RuleCode::Machine])]
+#[case("q35", "<vcpu>0</vcpu>", Infeasible, &[RuleCode::Vcpus])]
+#[case("q35", "<vcpu current='3'>2</vcpu>", Infeasible, &[RuleCode::Vcpus])]
+#[case("q35", "<vcpu>18446744073709551615</vcpu>", Infeasible, &[RuleCode::VcpusMachine, RuleCode::VcpusKvm])]
 fn the_maximum_number_of_vcpus(
     #[case] machine: &str,
     #[case] vcpu: &str,
-    #[case] answer: Answer,
-    #[case] codes: &[Code],
+    #[case] answer: Feasibility,
+    #[case] codes: &[RuleCode],
 ) {
     let found = found(&domain(machine, vcpu, ""), &node());
     assert_eq!(found, (answer, codes.to_vec()));
@@ -152,7 +152,10 @@ fn what_is_unknown_of_the_node_is_unknown_in_the_answer() {
     let nothing = Offer::default();
     let (answer, codes) = found(&domain("q35", "<vcpu>300</vcpu>", ""), &nothing);
     assert_eq!(answer, Unknown);
-    assert_eq!(codes, [Code::Machine, Code::VcpusKvm, Code::Eim]);
+    assert_eq!(
+        codes,
+        [RuleCode::Machine, RuleCode::VcpusKvm, RuleCode::Eim]
+    );
     let without_kvm = Offer {
         accelerator_max: VcpuMax::Unknown,
         ..node()
@@ -185,7 +188,7 @@ fn apic_ids_have_a_field_of_bits_for_each_level(
     #[case] vcpus: u64,
     #[case] highest: u128,
 ) {
-    let shape = crate::domain::CpuTopology {
+    let shape = crate::domain::VcpuTopology {
         sockets,
         cores,
         threads,
@@ -198,14 +201,14 @@ fn apic_ids_have_a_field_of_bits_for_each_level(
 #[test]
 fn holes_in_apic_ids_are_said() {
     let cpu = "<cpu><topology sockets='5' cores='33' threads='1'/></cpu>";
-    let fit = fits(&domain("q35", "<vcpu>165</vcpu>", cpu), &node());
+    let fit = assess(&domain("q35", "<vcpu>165</vcpu>", cpu), &node());
     assert_eq!(fit.answer, Feasible);
     let warned = fit
         .findings
         .iter()
-        .find(|f| f.code == Code::ApicId)
+        .find(|f| f.code == RuleCode::ApicId)
         .unwrap();
-    assert_eq!(warned.severity, Severity::Warning);
+    assert_eq!(warned.severity, RuleSeverity::Warning);
     assert!(
         warned.message.contains("the last of 165 vCPUs has 288"),
         "{}",
@@ -233,7 +236,7 @@ fn a_version_2_gic_has_8_vcpus(
     #[case] virt_type: &str,
     #[case] rest: &str,
     #[case] vcpu: &str,
-    #[case] answer: Answer,
+    #[case] answer: Feasibility,
 ) {
     let domain = of_arch(virt_type, "aarch64", "virt", vcpu, rest);
     assert_eq!(found(&domain, &node()).0, answer);
@@ -246,7 +249,7 @@ fn a_version_2_gic_has_8_vcpus(
 #[case("12.1.0", Infeasible)]
 #[case("12.2.0", Unknown)]
 #[case("12.8.0", Feasible)]
-fn more_than_255_vcpus_on_an_iommu_without_eim(#[case] libvirt: &str, #[case] answer: Answer) {
+fn more_than_255_vcpus_on_an_iommu_without_eim(#[case] libvirt: &str, #[case] answer: Feasibility) {
     let node = Offer {
         libvirt_version: Some(libvirt.parse().unwrap()),
         ..node()
@@ -260,8 +263,8 @@ fn more_than_255_vcpus_on_an_iommu_without_eim(#[case] libvirt: &str, #[case] an
         );
         let domain = domain("q35", "<vcpu>300</vcpu>", &rest);
         assert_eq!(found(&domain, &node).0, answer, "{iommu}");
-        let said = fits(&domain, &node);
-        let eim = said.findings.iter().find(|f| f.code == Code::Eim);
+        let said = assess(&domain, &node);
+        let eim = said.findings.iter().find(|f| f.code == RuleCode::Eim);
         assert!(eim.unwrap().remedy.is_some(), "{iommu}");
     }
 }
@@ -272,7 +275,7 @@ fn more_than_255_vcpus_on_an_iommu_without_eim(#[case] libvirt: &str, #[case] an
 #[case("11.9.0", Feasible, Some("supports PCI but no PCI controller added"))]
 fn machine_types_without_pci(
     #[case] libvirt: &str,
-    #[case] answer: Answer,
+    #[case] answer: Feasibility,
     #[case] words: Option<&str>,
 ) {
     let mut node = Offer {
@@ -289,9 +292,12 @@ fn machine_types_without_pci(
         .insert("microvm".to_owned(), machine);
     assert_eq!(found(&domain("microvm", ONE, ""), &node).0, answer);
     // Which words there are for a machine type that is not there at all.
-    let strange = fits(&domain("nonsense", ONE, ""), &node);
+    let strange = assess(&domain("nonsense", ONE, ""), &node);
     assert_eq!(strange.answer, Infeasible);
-    let said = strange.findings.iter().find(|f| f.code == Code::Machine);
+    let said = strange
+        .findings
+        .iter()
+        .find(|f| f.code == RuleCode::Machine);
     let said = said.unwrap().words.as_deref();
     assert_eq!(said.is_some(), words.is_some(), "{said:?}");
     assert!(words.is_none_or(|words| said.unwrap().contains(words)));
@@ -304,7 +310,7 @@ fn a_host_with_only_a_version_2_gic_has_no_better_one() {
         ..node()
     };
     let domain = of_arch("kvm", "aarch64", "virt", "<vcpu>9</vcpu>", "");
-    assert_eq!(found(&domain, &old), (Infeasible, vec![Code::Gic]));
+    assert_eq!(found(&domain, &old), (Infeasible, vec![RuleCode::Gic]));
 }
 
 #[test]
@@ -323,19 +329,19 @@ fn pseries_plugs_whole_cores() {
 
 #[rstest]
 #[case("<cpu><model>EPYC</model></cpu>", Feasible, &[])]
-#[case("<cpu><model>EPYC-Genoa</model></cpu>", Infeasible, &[Code::CpuModel])]
+#[case("<cpu><model>EPYC-Genoa</model></cpu>", Infeasible, &[RuleCode::CpuModel])]
 #[case("<cpu check='none'><model>EPYC-Genoa</model></cpu>", Feasible, &[])]
-#[case("<cpu check='full'><model>EPYC</model></cpu>", Unknown, &[Code::CpuModel])]
-#[case("<cpu><model>Strange</model></cpu>", Unknown, &[Code::CpuModel])]
-#[case("<cpu><model fallback='forbid'>Strange</model></cpu>", Infeasible, &[Code::CpuModel])]
-#[case("<cpu><model>EPYC</model><vendor>Intel</vendor></cpu>", Infeasible, &[Code::CpuVendor])]
+#[case("<cpu check='full'><model>EPYC</model></cpu>", Unknown, &[RuleCode::CpuModel])]
+#[case("<cpu><model>Strange</model></cpu>", Unknown, &[RuleCode::CpuModel])]
+#[case("<cpu><model fallback='forbid'>Strange</model></cpu>", Infeasible, &[RuleCode::CpuModel])]
+#[case("<cpu><model>EPYC</model><vendor>Intel</vendor></cpu>", Infeasible, &[RuleCode::CpuVendor])]
 #[case("<cpu><model>EPYC</model><feature policy='require' name='sse4.2'/></cpu>", Feasible, &[])]
-#[case("<cpu><model>EPYC</model><feature policy='require' name='amx'/></cpu>", Infeasible, &[Code::CpuFeature, Code::CpuFeature])]
-#[case("<cpu><model>EPYC</model><feature policy='optional' name='amx'/></cpu>", Unknown, &[Code::CpuFeature])]
+#[case("<cpu><model>EPYC</model><feature policy='require' name='amx'/></cpu>", Infeasible, &[RuleCode::CpuFeature, RuleCode::CpuFeature])]
+#[case("<cpu><model>EPYC</model><feature policy='optional' name='amx'/></cpu>", Unknown, &[RuleCode::CpuFeature])]
 #[case("<cpu mode='host-model'/>", Feasible, &[])]
 #[case("<cpu mode='host-passthrough'/>", Feasible, &[])]
-#[case("<cpu mode='maximum'/>", Infeasible, &[Code::CpuMode])]
-fn cpus(#[case] cpu: &str, #[case] answer: Answer, #[case] codes: &[Code]) {
+#[case("<cpu mode='maximum'/>", Infeasible, &[RuleCode::CpuMode])]
+fn cpus(#[case] cpu: &str, #[case] answer: Feasibility, #[case] codes: &[RuleCode]) {
     assert_eq!(
         found(&domain("q35", ONE, cpu), &node()),
         (answer, codes.to_vec())
@@ -344,7 +350,7 @@ fn cpus(#[case] cpu: &str, #[case] answer: Answer, #[case] codes: &[Code]) {
 
 #[test]
 fn the_blocking_features_are_named() {
-    let fit = fits(
+    let fit = assess(
         &domain("q35", ONE, "<cpu><model>EPYC-Genoa</model></cpu>"),
         &node(),
     );
@@ -390,7 +396,7 @@ fn enlightenments(
     #[case] virt_type: &str,
     #[case] wanted: &str,
     #[case] listed: Option<&[&str]>,
-    #[case] answer: Answer,
+    #[case] answer: Feasibility,
 ) {
     let node = Offer {
         enlightenments: listed.map(|names| names.iter().map(|&name| name.to_owned()).collect()),
@@ -401,7 +407,7 @@ fn enlightenments(
     let blamed = answer != Feasible;
     assert_eq!(
         (is, codes),
-        (answer, vec![Code::Enlightenment; usize::from(blamed)])
+        (answer, vec![RuleCode::Enlightenment; usize::from(blamed)])
     );
 }
 
@@ -410,7 +416,7 @@ fn a_list_of_machine_types_that_is_missing_is_no_list_to_be_missing_from() {
     for machines in [None, Some(std::collections::BTreeMap::new())] {
         let node = Offer { machines, ..node() };
         let found = found(&domain("pc-q35-10.0", ONE, ""), &node);
-        assert_eq!(found, (Unknown, vec![Code::Machine]));
+        assert_eq!(found, (Unknown, vec![RuleCode::Machine]));
     }
 }
 
@@ -418,11 +424,11 @@ fn a_list_of_machine_types_that_is_missing_is_no_list_to_be_missing_from() {
 fn what_the_node_must_have_beside_cpu_and_memory() {
     let ask = |rest: &str| found(&domain("q35", ONE, rest), &node());
     let device = "<devices><hostdev mode='subsystem' type='pci'/></devices>";
-    assert_eq!(ask(device), (Infeasible, vec![Code::HostDevice]));
+    assert_eq!(ask(device), (Infeasible, vec![RuleCode::HostDevice]));
     assert_eq!(ask("<launchSecurity type='sev'/>").0, Feasible);
     assert_eq!(
         ask("<launchSecurity type='tdx'/>"),
-        (Infeasible, vec![Code::LaunchSecurity])
+        (Infeasible, vec![RuleCode::LaunchSecurity])
     );
     let pages = "<memoryBacking><hugepages/></memoryBacking>";
     assert_eq!(ask(pages).0, Feasible); // 256 of 512 pages
@@ -431,11 +437,11 @@ fn what_the_node_must_have_beside_cpu_and_memory() {
         ..node()
     };
     let answer = found(&domain("q35", ONE, pages), &few);
-    assert_eq!(answer, (Infeasible, vec![Code::MemoryBacking]));
+    assert_eq!(answer, (Infeasible, vec![RuleCode::MemoryBacking]));
     let file = "<memoryBacking><source type='file'/></memoryBacking>";
-    assert_eq!(ask(file), (Infeasible, vec![Code::MemoryBacking]));
+    assert_eq!(ask(file), (Infeasible, vec![RuleCode::MemoryBacking]));
     let raw = "<qemu:commandline xmlns:qemu='x'><qemu:arg value='-x'/></qemu:commandline>";
-    assert_eq!(ask(raw), (Unknown, vec![Code::RawArguments]));
+    assert_eq!(ask(raw), (Unknown, vec![RuleCode::RawArguments]));
 }
 
 #[test]
@@ -443,7 +449,7 @@ fn more_memory_than_the_node_has_may_not_start() {
     let xml = "<domain type='kvm'><name>d</name><memory unit='TiB'>1</memory><os>\
                <type arch='x86_64' machine='q35'>hvm</type></os></domain>";
     let domain = Requirement::parse("d", xml.as_bytes()).unwrap();
-    assert_eq!(found(&domain, &node()), (Unknown, vec![Code::Memory]));
+    assert_eq!(found(&domain, &node()), (Unknown, vec![RuleCode::Memory]));
 }
 
 #[test]
@@ -465,7 +471,7 @@ fn headroom_is_what_can_be_plugged() {
       <block unit='MiB'>2</block><requested unit='MiB'>512</requested></target></memory>
   </devices></domain>";
     let domain = Requirement::parse("d", xml.as_bytes()).unwrap();
-    let fit = fits(&domain, &node());
+    let fit = assess(&domain, &node());
     assert_eq!(fit.answer, Feasible, "{fit:#?}");
     let room = fit.headroom.unwrap();
     assert_eq!((room.vcpus.plugged, room.vcpus.maximum), (2, 8));
@@ -479,7 +485,7 @@ fn headroom_is_what_can_be_plugged() {
 
 #[test]
 fn without_acpi_nothing_can_be_plugged() {
-    let room = fits(&domain("q35", "<vcpu current='1'>2</vcpu>", ""), &node())
+    let room = assess(&domain("q35", "<vcpu current='1'>2</vcpu>", ""), &node())
         .headroom
         .unwrap();
     assert!(room.vcpus.pluggable.is_empty());

@@ -1,9 +1,9 @@
 //! How many vCPUs, and how they are arranged.
 
-use super::{Case, MOST_WITHOUT_EIM, unsupported};
+use super::{MOST_WITHOUT_EIM, RuleInput, unsupported};
 use crate::capability::{VcpuMax, Version};
-use crate::compat::{Code, Finding, Severity};
-use crate::domain::{CpuCheck, CpuTopology};
+use crate::compat::{RuleCode, RuleFinding, RuleSeverity};
+use crate::domain::{CpuCheck, VcpuTopology};
 
 /// The first APIC ID that a CPU without x2APIC cannot have (`apic_common_set_id`, QEMU
 /// hw/intc/apic_common.c).
@@ -15,11 +15,11 @@ const TCG_HAS_X2APIC: Version = Version::new(9, 0, 0);
 /// What every KVM of the last years has; above it, its number must be known.
 const SURELY_IN_KVM: u64 = 255;
 
-pub(super) fn check(case: &Case<'_>, findings: &mut Vec<Finding>) {
+pub(super) fn check(case: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
     let vcpus = &case.domain.vcpus;
-    let blocks = |code, message: String| Finding::new(Severity::Blocks, code, message);
+    let blocks = |code, message: String| RuleFinding::new(RuleSeverity::Blocks, code, message);
     if vcpus.maximum == 0 {
-        let finding = blocks(Code::Vcpus, "a domain needs at least 1 vCPU".to_owned());
+        let finding = blocks(RuleCode::Vcpus, "a domain needs at least 1 vCPU".to_owned());
         findings.push(finding.remedy("write <vcpu>1</vcpu> or more"));
         return;
     }
@@ -27,7 +27,7 @@ pub(super) fn check(case: &Case<'_>, findings: &mut Vec<Finding>) {
         let (current, maximum) = (vcpus.current, vcpus.maximum);
         let message = format!("it is to start with {current} vCPUs of {maximum} at most");
         findings.push(
-            blocks(Code::Vcpus, message)
+            blocks(RuleCode::Vcpus, message)
                 .at_define(unsupported(
                     "maximum vCPU count must not be less than current vCPU count",
                 ))
@@ -47,7 +47,7 @@ pub(super) fn check(case: &Case<'_>, findings: &mut Vec<Finding>) {
             case.maximum_counts()
         );
         findings.push(
-            blocks(Code::VcpusQ35, message)
+            blocks(RuleCode::VcpusQ35, message)
                 .at_define(unsupported(
                     "more than 255 vCPUs are only supported on q35-based machine types",
                 ))
@@ -59,7 +59,7 @@ pub(super) fn check(case: &Case<'_>, findings: &mut Vec<Finding>) {
     check_apic_ids(case, findings);
 }
 
-fn check_machine_limit(case: &Case<'_>, findings: &mut Vec<Finding>) {
+fn check_machine_limit(case: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
     let Some(name) = case.machine else { return };
     let machine = case.node.machines.as_ref().and_then(|m| m.get(name));
     let vcpus = &case.domain.vcpus;
@@ -70,9 +70,9 @@ fn check_machine_limit(case: &Case<'_>, findings: &mut Vec<Finding>) {
                 remedy.push_str(&format!(", or use {larger}, which has up to {more} here"));
             }
             findings.push(
-                Finding::new(
-                    Severity::Blocks,
-                    Code::VcpusMachine,
+                RuleFinding::new(
+                    RuleSeverity::Blocks,
+                    RuleCode::VcpusMachine,
                     format!(
                         "machine type {name} has at most {limit} vCPUs, and <vcpu> asks for room \
                          for {}",
@@ -85,9 +85,9 @@ fn check_machine_limit(case: &Case<'_>, findings: &mut Vec<Finding>) {
                 .remedy(remedy),
             );
         }
-        Some(VcpuMax::Unknown) if vcpus.maximum > 1 => findings.push(Finding::new(
-            Severity::Unknown,
-            Code::VcpusMachine,
+        Some(VcpuMax::Unknown) if vcpus.maximum > 1 => findings.push(RuleFinding::new(
+            RuleSeverity::Unknown,
+            RuleCode::VcpusMachine,
             format!("libvirt does not say how many vCPUs machine type {name} has"),
         )),
         _ => {}
@@ -95,7 +95,7 @@ fn check_machine_limit(case: &Case<'_>, findings: &mut Vec<Finding>) {
 }
 
 /// The machine type behind q35 (or virt), if it has room for the domain.
-fn larger_machine<'c>(case: &'c Case<'_>) -> Option<(&'c str, VcpuMax)> {
+fn larger_machine<'c>(case: &'c RuleInput<'_>) -> Option<(&'c str, VcpuMax)> {
     let family = match case.is_x86() {
         true => "q35",
         false => "virt",
@@ -106,7 +106,7 @@ fn larger_machine<'c>(case: &'c Case<'_>) -> Option<(&'c str, VcpuMax)> {
     enough.then_some((name, max))
 }
 
-fn check_topology(case: &Case<'_>, findings: &mut Vec<Finding>) {
+fn check_topology(case: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
     let vcpus = &case.domain.vcpus;
     let Some(shape) = case.domain.cpu.topology else {
         return;
@@ -118,7 +118,8 @@ fn check_topology(case: &Case<'_>, findings: &mut Vec<Finding>) {
         ("cores", shape.cores),
         ("threads", shape.threads),
     ];
-    let blocks = |message: String| Finding::new(Severity::Blocks, Code::Topology, message);
+    let blocks =
+        |message: String| RuleFinding::new(RuleSeverity::Blocks, RuleCode::Topology, message);
     if let Some(name) = case.domain.cpu.missing_topology_attribute {
         let finding = blocks(format!("<topology> does not say how many {name} there are"));
         findings.push(
@@ -175,7 +176,7 @@ fn check_topology(case: &Case<'_>, findings: &mut Vec<Finding>) {
 }
 
 /// pseries plugs whole cores (`qemuValidateDefGetVcpuHotplugGranularity`, libvirt 11.3).
-fn check_granularity(case: &Case<'_>, findings: &mut Vec<Finding>) {
+fn check_granularity(case: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
     let vcpus = &case.domain.vcpus;
     let threads = match case.domain.cpu.topology {
         Some(shape) if case.is_pseries() => u64::from(shape.threads).max(1),
@@ -183,9 +184,9 @@ fn check_granularity(case: &Case<'_>, findings: &mut Vec<Finding>) {
     };
     if !vcpus.maximum.is_multiple_of(threads) || !vcpus.current.is_multiple_of(threads) {
         findings.push(
-            Finding::new(
-                Severity::Blocks,
-                Code::Topology,
+            RuleFinding::new(
+                RuleSeverity::Blocks,
+                RuleCode::Topology,
                 format!("this machine type plugs whole cores of {threads} threads"),
             )
             .at_define(unsupported(format!(
@@ -198,7 +199,7 @@ fn check_granularity(case: &Case<'_>, findings: &mut Vec<Finding>) {
     }
 }
 
-fn check_kvm(case: &Case<'_>, findings: &mut Vec<Finding>) {
+fn check_kvm(case: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
     if case.virt_type() != Some("kvm") {
         return;
     }
@@ -210,9 +211,9 @@ fn check_kvm(case: &Case<'_>, findings: &mut Vec<Finding>) {
                 false => ("hotpluggable", vcpus.maximum),
             };
             findings.push(
-                Finding::new(
-                    Severity::Blocks,
-                    Code::VcpusKvm,
+                RuleFinding::new(
+                    RuleSeverity::Blocks,
+                    RuleCode::VcpusKvm,
                     format!(
                         "KVM here has at most {limit} vCPUs for a domain, and <vcpu> asks for \
                          room for {}; libvirt takes the definition all the same",
@@ -230,9 +231,9 @@ fn check_kvm(case: &Case<'_>, findings: &mut Vec<Finding>) {
             );
         }
         VcpuMax::Unknown if vcpus.maximum > SURELY_IN_KVM => findings.push(
-            Finding::new(
-                Severity::Unknown,
-                Code::VcpusKvm,
+            RuleFinding::new(
+                RuleSeverity::Unknown,
+                RuleCode::VcpusKvm,
                 "how many vCPUs KVM has here is not known",
             )
             .remedy("give --kvm-max-vcpus (KVM_CAP_MAX_VCPUS), or --domain-capabilities for kvm"),
@@ -241,7 +242,7 @@ fn check_kvm(case: &Case<'_>, findings: &mut Vec<Finding>) {
     }
 }
 
-fn check_gic(case: &Case<'_>, findings: &mut Vec<Finding>) {
+fn check_gic(case: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
     let vcpus = &case.domain.vcpus;
     if !case.is_virt()
         || !matches!(case.arch, Some("aarch64" | "armv7l"))
@@ -269,9 +270,9 @@ fn check_gic(case: &Case<'_>, findings: &mut Vec<Finding>) {
     };
     match is_v2 {
         Some(true) => findings.push(
-            Finding::new(
-                Severity::Blocks,
-                Code::Gic,
+            RuleFinding::new(
+                RuleSeverity::Blocks,
+                RuleCode::Gic,
                 format!(
                     "a version 2 GIC, which this domain gets, has {MOST_WITH_GIC_V2} vCPUs at \
                      most, and <vcpu> asks for room for {}",
@@ -286,9 +287,9 @@ fn check_gic(case: &Case<'_>, findings: &mut Vec<Finding>) {
             .remedy(remedy),
         ),
         Some(false) => {}
-        None => findings.push(Finding::new(
-            Severity::Unknown,
-            Code::Gic,
+        None => findings.push(RuleFinding::new(
+            RuleSeverity::Unknown,
+            RuleCode::Gic,
             format!(
                 "which version the interrupt controller has here is not known; version 2 has \
                  {MOST_WITH_GIC_V2} vCPUs at most"
@@ -299,7 +300,7 @@ fn check_gic(case: &Case<'_>, findings: &mut Vec<Finding>) {
 
 /// APIC IDs have a field of bits for each level of the topology, so that one whose parts are no
 /// powers of two has wide IDs even with few vCPUs.
-fn check_apic_ids(case: &Case<'_>, findings: &mut Vec<Finding>) {
+fn check_apic_ids(case: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
     let vcpus = &case.domain.vcpus;
     // More than 255 without q35 are refused anyway.
     if !case.is_x86() || (case.needs_eim() && !case.is_q35()) {
@@ -316,9 +317,9 @@ fn check_apic_ids(case: &Case<'_>, findings: &mut Vec<Finding>) {
         // get no interrupts from devices.
         if !case.needs_eim() {
             findings.push(
-                Finding::new(
-                    Severity::Warning,
-                    Code::ApicId,
+                RuleFinding::new(
+                    RuleSeverity::Warning,
+                    RuleCode::ApicId,
                     format!(
                         "the topology has holes in its APIC IDs: the last of {} vCPUs has {highest}, \
                          and those above 254 cannot get interrupts from devices without interrupt \
@@ -342,9 +343,9 @@ fn check_apic_ids(case: &Case<'_>, findings: &mut Vec<Finding>) {
     match (has_x2apic(case), starts) {
         (Some(true), _) => {}
         (Some(false), true) => findings.push(
-            Finding::new(
-                Severity::Blocks,
-                Code::ApicId,
+            RuleFinding::new(
+                RuleSeverity::Blocks,
+                RuleCode::ApicId,
                 format!(
                     "vCPU {first} gets APIC ID {}, and the guest's CPU has no x2APIC, which IDs \
                      above 254 need",
@@ -355,9 +356,9 @@ fn check_apic_ids(case: &Case<'_>, findings: &mut Vec<Finding>) {
             .remedy(remedy),
         ),
         (Some(false), false) => findings.push(
-            Finding::new(
-                Severity::Warning,
-                Code::ApicId,
+            RuleFinding::new(
+                RuleSeverity::Warning,
+                RuleCode::ApicId,
                 format!(
                     "vCPUs from number {first} on cannot be plugged: their APIC IDs are above 254, \
                      and the guest's CPU has no x2APIC"
@@ -366,9 +367,9 @@ fn check_apic_ids(case: &Case<'_>, findings: &mut Vec<Finding>) {
             .remedy(remedy),
         ),
         (None, true) => findings.push(
-            Finding::new(
-                Severity::Unknown,
-                Code::ApicId,
+            RuleFinding::new(
+                RuleSeverity::Unknown,
+                RuleCode::ApicId,
                 format!(
                     "vCPU {first} needs x2APIC, and whether this CPU model has it is not known"
                 ),
@@ -381,18 +382,18 @@ fn check_apic_ids(case: &Case<'_>, findings: &mut Vec<Finding>) {
 }
 
 /// The highest APIC ID of the first `count` vCPUs. Without a topology each vCPU is a socket.
-fn highest_id(case: &Case<'_>, count: u64) -> Option<u128> {
+fn highest_id(case: &RuleInput<'_>, count: u64) -> Option<u128> {
     match case.domain.cpu.topology {
         Some(shape) if shape.product() == u128::from(case.domain.vcpus.maximum) => {
             shape.highest_apic_id(count)
         }
         Some(_) => None,
-        None => CpuTopology::default().highest_apic_id(count),
+        None => VcpuTopology::default().highest_apic_id(count),
     }
 }
 
 /// The first vCPU with a wide APIC ID: they grow with the number.
-pub(super) fn first_wide(case: &Case<'_>) -> Option<u64> {
+pub(super) fn first_wide(case: &RuleInput<'_>) -> Option<u64> {
     let (mut low, mut high) = (0, case.domain.vcpus.maximum);
     while low < high {
         let middle = low + (high - low) / 2;
@@ -405,7 +406,7 @@ pub(super) fn first_wide(case: &Case<'_>) -> Option<u64> {
 }
 
 /// Whether the guest's CPU has x2APIC under software emulation; `None` if it cannot be told.
-pub(super) fn has_x2apic(case: &Case<'_>) -> Option<bool> {
+pub(super) fn has_x2apic(case: &RuleInput<'_>) -> Option<bool> {
     const FEATURE: &str = "x2apic";
     if !case.is_tcg() {
         return Some(true);
@@ -446,6 +447,6 @@ pub(super) fn has_x2apic(case: &Case<'_>) -> Option<bool> {
 }
 
 /// What libvirt verifies, also where the definition leaves it to libvirt.
-pub(super) fn effective_check(case: &Case<'_>) -> CpuCheck {
+pub(super) fn effective_check(case: &RuleInput<'_>) -> CpuCheck {
     case.domain.cpu.effective_check(case.is_tcg())
 }

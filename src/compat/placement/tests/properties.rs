@@ -9,7 +9,7 @@ use super::*;
 
 /// A node selector as Kubernetes evaluates it (`component-helpers/scheduling/corev1/nodeaffinity`),
 /// on what a pod would be given.
-fn scheduler_takes(affinity: &Value, name: &str, labels: &Labels) -> bool {
+fn scheduler_takes(affinity: &Value, name: &str, labels: &NodeLabels) -> bool {
     let required = &affinity["requiredDuringSchedulingIgnoredDuringExecution"];
     let terms = required["nodeSelectorTerms"].as_array().unwrap();
     assert!(!terms.is_empty(), "the API server wants one at least");
@@ -104,7 +104,7 @@ fn any_domain() -> impl Strategy<Value = String> {
 }
 
 /// A node whose labels differ from the usual in some places.
-fn any_labels() -> impl Strategy<Value = Labels> {
+fn any_labels() -> impl Strategy<Value = NodeLabels> {
     let changes: Vec<(&str, &str)> = vec![
         ("kubernetes.io/arch", "arm64"),
         ("kubernetes.io/arch", GONE),
@@ -166,7 +166,7 @@ fn any_nodes(xml: &str) -> impl Strategy<Value = Vec<Candidate>> + use<> {
         any::<[bool; 3]>(),
     );
     proptest::collection::vec(node, 1..6).prop_map(move |nodes| {
-        let candidate = |(number, node): (usize, (Labels, Option<Labels>, [bool; 3]))| {
+        let candidate = |(number, node): (usize, (NodeLabels, Option<NodeLabels>, [bool; 3]))| {
             let (labels, told, [closed, ready, here]) = node;
             let told = told.map(|told| Offer::from_labels(&told, &asked));
             Candidate {
@@ -176,7 +176,9 @@ fn any_nodes(xml: &str) -> impl Strategy<Value = Vec<Candidate>> + use<> {
                 cordoned: closed,
                 here: here && number == 0,
                 cut_off: false,
-                told: told.map_or(Told::Nothing, |offer| Told::Offer(Box::new(offer))),
+                reported: told.map_or(ReportedOffer::None, |offer| {
+                    ReportedOffer::Offer(Box::new(offer))
+                }),
             }
         };
         nodes.into_iter().enumerate().map(candidate).collect()
@@ -198,8 +200,8 @@ proptest! {
             (Just(xml), nodes)
         })
     ) {
-        let targets = targets(&parsed(&xml), &nodes);
-        prop_assert_eq!(targets.nodes.len() + targets.untold.len(), nodes.len());
+        let targets = find_targets(&parsed(&xml), &nodes);
+        prop_assert_eq!(targets.nodes.len() + targets.unlabeled.len(), nodes.len());
         let weights = targets.nodes.iter().map(|node| match node.answer {
             Feasible => 0,
             Unknown => 1,
@@ -237,11 +239,11 @@ proptest! {
                 ..Candidate::default()
             })
             .collect();
-        for node in targets(&parsed(&xml), &nodes).nodes {
+        for node in find_targets(&parsed(&xml), &nodes).nodes {
             match node.answer {
                 Feasible => prop_assert!(node.matched, "{:#?}", node),
                 // A version is no number that a scheduler compares; the other is wrong everywhere.
-                Infeasible if matches!(node.findings[0].code, Code::CpuMode | Code::ApicId) => {}
+                Infeasible if matches!(node.findings[0].code, RuleCode::CpuMode | RuleCode::ApicId) => {}
                 Infeasible => prop_assert!(!node.matched, "{:#?}", node),
                 Unknown => {}
             }
