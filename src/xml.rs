@@ -1,9 +1,15 @@
-//! Walking over libvirt's XML: bounded, borrowed, and with a path in every error. Pure.
+//! A bounded, borrowing XML cursor whose errors carry the path of the faulty element. Pure.
 //!
-//! libvirt's documents are small (3 to 150 KB), but they can come from anywhere and, for domains,
-//! hold tenants' text. So a document is at most [`MAX_BYTES`] long and [`MAX_DEPTH`] deep, has no
-//! DTD (libvirt sends none, and with it go entity tricks) and is UTF-8. What a reader does not ask
-//! for is passed over and counted: newer libvirts add elements with every release.
+//! libvirt's documents are small (3 to 150 KB), but a user can supply one from anywhere, and a
+//! domain's XML contains text written by tenants. [`read`] therefore rejects a document longer than
+//! [`MAX_BYTES`] or nested deeper than [`MAX_DEPTH`], a document with a DTD (libvirt sends none, and
+//! without one no entity can expand) and a document that is not UTF-8.
+//!
+//! Unknown elements are skipped and counted, because every libvirt release adds some. A known value
+//! that is malformed is an error.
+//!
+//! The caller nests closures the way the document nests elements: [`Cursor::children`] visits the
+//! children, and an error that a closure returns collects the element names on its way up.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -13,22 +19,20 @@ use quick_xml::XmlVersion;
 use quick_xml::events::{BytesStart, Event};
 use thiserror::Error;
 
-/// The longest document that is read.
+/// Maximum size of a document, in bytes. libvirt's largest documents have about 150 KB.
 pub const MAX_BYTES: usize = 8 * 1024 * 1024;
 
-/// The deepest nesting that is read; libvirt's own documents stay below 12.
+/// Maximum nesting depth. libvirt's own documents stay below 12.
 pub const MAX_DEPTH: usize = 64;
 
-/// A document that cannot be read, and where it goes wrong.
+/// A malformed document, with the location of the error.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[error("{document}: {}{problem}", Location(path))]
 pub struct DocumentError {
-    /// What the caller calls the document: a file's name, or which answer of libvirt it is.
+    /// The caller's name for the document: a file name, or the kind of document.
     pub document: String,
-    /// The element or attribute, `/capabilities/guest/arch/machine/@maxCpus`; empty for the
-    /// document as a whole.
+    /// `/capabilities/guest/arch/machine/@maxCpus`; empty if the error concerns the whole document.
     pub path: String,
-    /// What is wrong, as the rest of a sentence.
     pub problem: String,
 }
 
@@ -44,16 +48,16 @@ impl fmt::Display for Location<'_> {
     }
 }
 
-/// What is wrong, with the path as far as it is known on the way up.
+/// An error in the current element. Each enclosing element adds its name as the error passes
+/// through it; [`read`] turns the result into a [`DocumentError`].
 #[derive(Debug)]
 pub struct ElementError {
-    /// Names from the innermost outwards.
+    /// Element names, innermost first.
     path: Vec<String>,
     text: String,
 }
 
 impl ElementError {
-    /// A problem with the element that is being read.
     pub fn new(text: impl Into<String>) -> Self {
         Self {
             path: Vec::new(),
@@ -88,13 +92,13 @@ impl ElementError {
     }
 }
 
-/// Reads a document whose root has one of the names in `roots`.
+/// Parses a document whose root element has one of the names in `roots`.
 ///
-/// `document` is what the document is called in errors. `read` gets the cursor inside the root.
+/// `document` names the document in errors. `read` receives the cursor positioned inside the root.
 ///
 /// # Errors
-/// What [`DocumentError`] says: too long, too deep, a DTD, not UTF-8, not well-formed, another root,
-/// or what `read` itself found.
+/// A document that is too long, too deep, not UTF-8 or not well-formed, that has a DTD or another
+/// root, and any error of `read`.
 pub fn read<T>(
     document: &str,
     bytes: &[u8],
@@ -131,7 +135,11 @@ fn read_root<T>(
         Token::End | Token::Eof => {
             return Err(ElementError::new("is empty: it has no root element"));
         }
-        Token::Text(_) => return Err(ElementError::new("is no XML document: it begins with text")),
+        Token::Text(_) => {
+            return Err(ElementError::new(
+                "is not an XML document: it begins with text",
+            ));
+        }
     };
     let facts = read(&mut cursor, &root)
         .and_then(|facts| cursor.finish(0).map(|()| facts))
@@ -139,18 +147,18 @@ fn read_root<T>(
     match cursor.next()? {
         Token::Eof => Ok(facts),
         _ => Err(ElementError::new(
-            "has something after the end of its root element",
+            "has content after the end of its root element",
         )),
     }
 }
 
-/// A place in a document, just behind a start tag.
+/// A position in a document, just after a start tag.
 pub struct Cursor<'x> {
     reader: quick_xml::Reader<&'x [u8]>,
     depth: usize,
-    /// Behind an element without content, `<e/>`, whose end is still to be told.
-    ends_at_once: bool,
-    /// Inside content of which nothing is read, and whose depth is not bounded.
+    /// True after an empty element `<e/>` whose end has not been reported yet.
+    end_pending: bool,
+    /// True inside content that is skipped, whose depth is unlimited.
     is_skipping: bool,
     unknown_elements: usize,
 }
@@ -167,24 +175,21 @@ impl<'x> Cursor<'x> {
         let mut cursor = Self {
             reader: quick_xml::Reader::from_str(text),
             depth: 0,
-            ends_at_once: false,
+            end_pending: false,
             is_skipping: false,
             unknown_elements: 0,
         };
-        cursor.heed_space(false);
+        cursor.keep_whitespace(false);
         cursor
     }
 
-    /// Whether white space is text. Between elements it only makes them easy to read.
-    fn heed_space(&mut self, heed: bool) {
-        self.reader.config_mut().trim_text_start = !heed;
+    /// Outside of text elements, whitespace is only indentation.
+    fn keep_whitespace(&mut self, keep: bool) {
+        self.reader.config_mut().trim_text_start = !keep;
     }
 
-    /// Calls `each` for every child of the present element, up to its end tag. What `each` leaves
-    /// unread of a child is passed over.
-    ///
-    /// # Errors
-    /// The first problem in the document or of `each`.
+    /// Calls `each` for every child of the current element, up to its end tag. Content of a child
+    /// that `each` does not read is skipped.
     pub fn children(
         &mut self,
         mut each: impl FnMut(&mut Self, &Element<'x>) -> Result<(), ElementError>,
@@ -202,15 +207,32 @@ impl<'x> Cursor<'x> {
         }
     }
 
-    /// The trimmed text of the present element, up to its end tag, without that of children.
-    ///
-    /// # Errors
-    /// The first problem in the document.
+    /// Returns the texts of all children with this name, without empty ones. Other children count
+    /// as unknown.
+    pub fn texts_of(&mut self, name: &str) -> Result<Vec<String>, ElementError> {
+        let mut texts = Vec::new();
+        self.children(|cursor, child| {
+            if child.name() == name {
+                texts.extend(cursor.non_empty_text()?);
+            } else {
+                cursor.ignore_unknown();
+            }
+            Ok(())
+        })?;
+        Ok(texts)
+    }
+
+    /// Returns the trimmed text of the current element, without the text of its children.
     pub fn text(&mut self) -> Result<String, ElementError> {
-        self.heed_space(true);
+        self.keep_whitespace(true);
         let text = self.whole_text();
-        self.heed_space(false);
+        self.keep_whitespace(false);
         Ok(text?.trim().to_owned())
+    }
+
+    /// Returns [`Cursor::text`], or `None` if it is empty.
+    pub fn non_empty_text(&mut self) -> Result<Option<String>, ElementError> {
+        Ok(Some(self.text()?).filter(|text| !text.is_empty()))
     }
 
     fn whole_text(&mut self) -> Result<Cow<'x, str>, ElementError> {
@@ -227,32 +249,25 @@ impl<'x> Cursor<'x> {
         }
     }
 
-    /// The text of the present element as a number or another type with a spelling.
-    ///
-    /// # Errors
-    /// A text that does not spell a `T`, or a problem in the document.
+    /// Parses the text of the current element; `what` names the expected value in the error.
     pub fn parsed<T: FromStr>(&mut self, what: &str) -> Result<T, ElementError> {
         let text = self.text()?;
         text.parse()
-            .map_err(|_| ElementError::new(format!("'{}' is no {what}", printable(&text))))
+            .map_err(|_| ElementError::new(format!("'{}' is not a valid {what}", printable(&text))))
     }
 
-    /// Notes that a child is of no known kind. It is passed over like every child that is not
-    /// read; this only counts it.
+    /// Counts an unknown child. [`Cursor::children`] skips the child in any case.
     pub fn ignore_unknown(&mut self) {
         self.unknown_elements += 1;
     }
 
-    /// How many children were of no known kind so far.
+    /// Number of calls to [`Cursor::ignore_unknown`] so far.
     pub fn unknown_elements(&self) -> usize {
         self.unknown_elements
     }
 
-    /// Skips the rest of the present element without counting its depth against [`MAX_DEPTH`]: for
-    /// content of others, which may nest as deeply as they like.
-    ///
-    /// # Errors
-    /// The first problem in the document.
+    /// Skips the rest of the current element without a limit on its depth, for content of other
+    /// XML namespaces.
     pub fn skip(&mut self) -> Result<(), ElementError> {
         self.is_skipping = true;
         let outcome = self.finish(self.depth - 1);
@@ -260,7 +275,7 @@ impl<'x> Cursor<'x> {
         outcome
     }
 
-    /// Reads on until `depth` elements are open.
+    /// Skips content until `depth` elements are open.
     fn finish(&mut self, depth: usize) -> Result<(), ElementError> {
         while self.depth > depth {
             if let Token::Eof = self.next()? {
@@ -271,7 +286,7 @@ impl<'x> Cursor<'x> {
     }
 
     fn next(&mut self) -> Result<Token<'x>, ElementError> {
-        if std::mem::take(&mut self.ends_at_once) {
+        if std::mem::take(&mut self.end_pending) {
             self.depth -= 1;
             return Ok(Token::End);
         }
@@ -283,7 +298,7 @@ impl<'x> Cursor<'x> {
             match event {
                 Event::Start(start) => return self.enter(start),
                 Event::Empty(start) => {
-                    self.ends_at_once = true;
+                    self.end_pending = true;
                     return self.enter(start);
                 }
                 Event::End(_) => {
@@ -332,15 +347,11 @@ pub struct Element<'x> {
 }
 
 impl Element<'_> {
-    /// The element's name.
     pub fn name(&self) -> &str {
         self.start.name().0
     }
 
-    /// An attribute's value with its entities resolved; `None` if it is not there.
-    ///
-    /// # Errors
-    /// Attributes that are not well-formed.
+    /// Returns an attribute's value with entities resolved, or `None` if the attribute is absent.
     pub fn attribute(&self, name: &str) -> Result<Option<Cow<'_, str>>, ElementError> {
         for attribute in self.start.attributes().with_checks(false) {
             let attribute = attribute.map_err(|error| {
@@ -356,32 +367,30 @@ impl Element<'_> {
         Ok(None)
     }
 
-    /// An attribute's value as an owned text.
-    ///
-    /// # Errors
-    /// As [`Element::attribute`].
+    /// Returns an attribute's value as an owned string.
     pub fn text(&self, name: &str) -> Result<Option<String>, ElementError> {
         Ok(self.attribute(name)?.map(Cow::into_owned))
     }
 
-    /// An attribute's value as a number or another type with a spelling; `what` names it in the
-    /// error.
-    ///
-    /// # Errors
-    /// As [`Element::attribute`], and a value that does not spell a `T`.
+    /// Returns an attribute's value, or `None` if it is absent or empty.
+    pub fn non_empty(&self, name: &str) -> Result<Option<String>, ElementError> {
+        Ok(self.text(name)?.filter(|value| !value.is_empty()))
+    }
+
+    /// Parses an attribute's value; `what` names the expected value in the error.
     pub fn parsed<T: FromStr>(&self, name: &str, what: &str) -> Result<Option<T>, ElementError> {
         let Some(value) = self.attribute(name)? else {
             return Ok(None);
         };
         value.trim().parse().map(Some).map_err(|_| {
-            ElementError::at_attribute(name, format!("'{}' is no {what}", printable(&value)))
+            ElementError::at_attribute(
+                name,
+                format!("'{}' is not a valid {what}", printable(&value)),
+            )
         })
     }
 
-    /// An attribute whose value is `yes` or `no` (or `on` or `off`).
-    ///
-    /// # Errors
-    /// As [`Element::attribute`], and any other value.
+    /// Parses an attribute whose value is `yes` or `no` (or `on` or `off`).
     pub fn yes_no(&self, name: &str) -> Result<Option<bool>, ElementError> {
         match self.attribute(name)?.as_deref() {
             None => Ok(None),
@@ -395,15 +404,15 @@ impl Element<'_> {
     }
 }
 
-/// A text from a document, short and without control characters, for an error or a log line.
+/// Shortens and escapes text from a document, so that it is safe in an error or a log line.
 fn printable(text: &str) -> String {
-    const LONGEST: usize = 60;
+    const MAX_CHARS: usize = 60;
     let mut shown: String = text
         .chars()
-        .take(LONGEST)
+        .take(MAX_CHARS)
         .flat_map(char::escape_debug)
         .collect();
-    if text.chars().nth(LONGEST).is_some() {
+    if text.chars().nth(MAX_CHARS).is_some() {
         shown.push('…');
     }
     shown
@@ -413,7 +422,7 @@ fn printable(text: &str) -> String {
 mod tests {
     use super::*;
 
-    /// The names of the root's children and the texts of those called `t`.
+    /// Returns the names of the root's children, with the value in place of the name for known ones.
     fn walk(text: impl AsRef<[u8]>) -> Result<Vec<String>, DocumentError> {
         read("doc.xml", text.as_ref(), &["r"], |cursor, _| {
             let mut seen = Vec::new();
@@ -438,26 +447,26 @@ mod tests {
     }
 
     #[test]
-    fn children_are_visited_and_what_is_not_read_is_passed_over() {
+    fn unread_content_of_a_child_is_skipped() {
         let text = "<?xml version='1.0'?><!-- c --><r> <a><t>inner</t></a> <t> x </t><e/>\n</r>\n";
         assert_eq!(walk(text).unwrap(), ["a", "x", "e"]);
     }
 
     #[test]
-    fn text_is_joined_over_entities_cdata_and_children() {
+    fn text_spans_entities_cdata_and_children() {
         let text = "<r><t>a&amp; &amp;b&#x41;<u>no <v/></u> <![CDATA[<c>]]> </t></r>";
         assert_eq!(walk(text).unwrap(), ["a& &bA <c>"]);
     }
 
     #[test]
-    fn an_error_names_the_document_and_the_path() {
+    fn malformed_value_yields_error_with_document_and_path() {
         assert_eq!(
             error("<r><n max='x'/></r>"),
-            "doc.xml: /r/n/@max: 'x' is no number"
+            "doc.xml: /r/n/@max: 'x' is not a valid number"
         );
         assert_eq!(
             error("<r><n max='-1'/></r>"),
-            "doc.xml: /r/n/@max: '-1' is no number"
+            "doc.xml: /r/n/@max: '-1' is not a valid number"
         );
         assert_eq!(
             error("<r><b on='maybe'/></r>"),
@@ -472,18 +481,18 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_document_is_told_apart() {
+    fn each_kind_of_malformed_document_has_its_own_error() {
         assert_eq!(error(""), "doc.xml: is empty: it has no root element");
         assert_eq!(error("  \n"), "doc.xml: is empty: it has no root element");
         assert_eq!(
             error("hello"),
-            "doc.xml: is no XML document: it begins with text"
+            "doc.xml: is not an XML document: it begins with text"
         );
         assert_eq!(error("<x/>"), "doc.xml: the root is <x>, expected <r>");
         assert_eq!(error("<r><a>"), "doc.xml: /r/a: ends too early");
         assert_eq!(
             error("<r/><r/>"),
-            "doc.xml: has something after the end of its root element"
+            "doc.xml: has content after the end of its root element"
         );
         assert_eq!(error([b'<', 0xff]), "doc.xml: is not UTF-8 after byte 1");
         assert_eq!(
@@ -497,7 +506,7 @@ mod tests {
     }
 
     #[test]
-    fn bounds_hold() {
+    fn too_deep_or_too_large_document_is_rejected() {
         let deep = format!("<r>{}{}</r>", "<a>".repeat(100), "</a>".repeat(100));
         assert!(error(deep).ends_with("is nested deeper than 64 elements"));
         assert_eq!(

@@ -1,112 +1,99 @@
-//! CPU modes and models: `/domainCapabilities/cpu`, and the `<cpu>` of hypervisor-cpu-baseline.
+//! CPU modes and models: `/domainCapabilities/cpu`, and the `<cpu>` from hypervisor-cpu-baseline.
 
 use std::collections::BTreeMap;
 
 use quick_xml::events::BytesText;
 use serde::Serialize;
 
-use super::read::{non_empty, read_values};
 use crate::xml::{self, Cursor, DocumentError, Element, ElementError};
 
-/// `/domainCapabilities/cpu`. A mode that the document does not name is `None`.
+/// `/domainCapabilities/cpu`. A mode that the document does not mention is `None`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct CpuModes {
-    /// The host's CPU as it is.
     pub host_passthrough: Option<PlainMode>,
-    /// The most that the hypervisor can give.
     pub maximum: Option<PlainMode>,
-    /// The named model closest to the host.
+    /// The named model closest to the host CPU, with the features that differ.
     pub host_model: Option<HostModel>,
-    /// Whether named models are supported.
+    /// True if named models are supported.
     pub custom: Option<bool>,
-    /// The named models, in libvirt's order.
+    /// In libvirt's order.
     pub models: Vec<CpuModel>,
 }
 
-/// A mode without a model.
+/// A CPU mode without a model.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct PlainMode {
-    /// Whether it can be used.
     pub supported: bool,
-    /// Whether a domain with it can be migrated if it asks so: `hostPassthroughMigratable` or
+    /// True if a domain can request migratability: `hostPassthroughMigratable` or
     /// `maximumMigratable` lists `on`.
     pub migratable: bool,
 }
 
-/// The host-model mode.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct HostModel {
-    /// Whether it can be used.
     pub supported: bool,
-    /// The model's name; a host-model without one exists in the field.
+    /// Some real documents have a host-model without a model.
     pub model: Option<String>,
-    /// The vendor's name; a space in it has been seen.
+    /// May contain a space.
     pub vendor: Option<String>,
-    /// The most physical address bits a guest can have.
+    /// Maximum number of physical address bits of a guest.
     pub physical_address_limit: Option<u32>,
-    /// Features beside the model, in libvirt's order.
+    /// Differences from the model, in libvirt's order.
     pub features: Vec<PolicyFeature>,
 }
 
-/// `feature` with its policy.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct PolicyFeature {
-    /// libvirt's name of the feature: `sse4.2`.
+    /// `sse4.2`
     pub name: String,
-    /// `require`, `disable` …; s390x leaves it out at times.
+    /// `require`, `disable` … libvirt sometimes omits it on s390x.
     pub policy: Option<String>,
 }
 
-/// A named model.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct CpuModel {
-    /// The name: `EPYC-Genoa`.
+    /// `EPYC-Genoa`
     pub name: String,
-    /// Whether it runs here as it is; `None` where libvirt does not print the attribute.
+    /// `None` if libvirt omits the attribute.
     pub usable: Option<Usable>,
-    /// The vendor; libvirt prints `unknown` for none.
+    /// libvirt writes `unknown` for a model without a vendor.
     pub vendor: Option<String>,
-    /// The versioned name that this one is an alias of (libvirt 10.10).
+    /// The versioned name, if this is an alias (libvirt 10.10).
     pub canonical: Option<String>,
-    /// Whether the hypervisor is going to drop it.
+    /// True if QEMU plans to remove the model.
     pub deprecated: bool,
-    /// The features that keep it from running here, if it is not usable (libvirt 10.9).
+    /// The features that the host lacks, if the model is not usable (libvirt 10.9).
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub blockers: Vec<String>,
 }
 
-/// `usable` of a named model.
+/// `usable` of a named model: whether the host supports all of its features.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Usable {
-    /// It runs here as it is.
     Yes,
-    /// It does not.
     No,
-    /// The hypervisor cannot tell, or libvirt says something newer than this program.
+    /// libvirt reports `unknown`, or a value that is newer than this program.
     Unknown,
 }
 
-/// A `<cpu>` definition: what hypervisor-cpu-baseline prints.
+/// A `<cpu>` definition, as hypervisor-cpu-baseline returns it.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct CpuDefinition {
-    /// The model, if any.
     pub model: Option<String>,
-    /// The vendor, if any.
     pub vendor: Option<String>,
-    /// The features with their policies.
     pub features: Vec<PolicyFeature>,
 }
 
 impl HostModel {
-    /// The host model as the `<cpu>` definition that hypervisor-cpu-baseline takes, as virsh makes
-    /// it of the domain capabilities (`vshExtractCPUDefXMLs`). `None` without a model.
+    /// Writes the `<cpu>` definition that hypervisor-cpu-baseline expects, as virsh extracts it
+    /// from the domain capabilities (`vshExtractCPUDefXMLs`). `None` without a model.
     pub fn to_cpu_xml(&self) -> Option<String> {
         let model = self.model.as_deref().filter(|_| self.supported)?;
         let mut writer = quick_xml::Writer::new(Vec::new());
@@ -137,17 +124,14 @@ impl HostModel {
 }
 
 impl CpuDefinition {
-    /// Reads a `<cpu>` document; `document` is what errors call it.
-    ///
-    /// # Errors
-    /// A document that is none, or one in which a known value is malformed.
+    /// Parses a `<cpu>` document; `document` names it in errors.
     pub fn parse(document: &str, bytes: &[u8]) -> Result<Self, DocumentError> {
         xml::read(document, bytes, &["cpu"], |cursor, _| {
             let mut cpu = Self::default();
             cursor.children(|cursor, child| {
                 match child.name() {
-                    "model" => cpu.model = non_empty(cursor.text()?),
-                    "vendor" => cpu.vendor = non_empty(cursor.text()?),
+                    "model" => cpu.model = cursor.non_empty_text()?,
+                    "vendor" => cpu.vendor = cursor.non_empty_text()?,
                     "feature" => cpu.features.extend(read_feature(child)?),
                     _ => cursor.ignore_unknown(),
                 }
@@ -188,7 +172,7 @@ fn read_plain_mode(cursor: &mut Cursor<'_>, supported: bool) -> Result<PlainMode
     cursor.children(|cursor, child| {
         match (child.name(), child.attribute("name")?.as_deref()) {
             ("enum", Some("hostPassthroughMigratable" | "maximumMigratable")) => {
-                migratable = read_values(cursor)?.iter().any(|value| value == "on");
+                migratable = cursor.texts_of("value")?.iter().any(|value| value == "on");
             }
             _ => cursor.ignore_unknown(),
         }
@@ -207,9 +191,9 @@ fn read_host_model(cursor: &mut Cursor<'_>, supported: bool) -> Result<HostModel
     };
     cursor.children(|cursor, child| {
         match child.name() {
-            // The first wins where there are several.
-            "model" => host_model.model = host_model.model.take().or(non_empty(cursor.text()?)),
-            "vendor" => host_model.vendor = non_empty(cursor.text()?),
+            // The first of several models wins.
+            "model" => host_model.model = host_model.model.take().or(cursor.non_empty_text()?),
+            "vendor" => host_model.vendor = cursor.non_empty_text()?,
             "maxphysaddr" => {
                 host_model.physical_address_limit = child.parsed("limit", "number of bits")?;
             }
@@ -222,12 +206,12 @@ fn read_host_model(cursor: &mut Cursor<'_>, supported: bool) -> Result<HostModel
 }
 
 fn read_feature(element: &Element<'_>) -> Result<Option<PolicyFeature>, ElementError> {
-    let policy = element.text("policy")?.and_then(non_empty);
-    let name = element.text("name")?.and_then(non_empty);
+    let policy = element.non_empty("policy")?;
+    let name = element.non_empty("name")?;
     Ok(name.map(|name| PolicyFeature { name, policy }))
 }
 
-/// The models of the custom mode. `<blockers model=…>` are siblings that follow their model.
+/// Reads the models of the custom mode. `<blockers model=…>` usually follows its model as a sibling.
 fn read_models(cursor: &mut Cursor<'_>) -> Result<Vec<CpuModel>, ElementError> {
     let mut models: Vec<CpuModel> = Vec::new();
     let mut blockers: BTreeMap<String, Vec<String>> = BTreeMap::new();
@@ -266,9 +250,9 @@ fn read_model(
             _ => Usable::Unknown,
         });
     let vendor = element.text("vendor")?.filter(|vendor| vendor != "unknown");
-    let canonical = element.text("canonical")?.and_then(non_empty);
+    let canonical = element.non_empty("canonical")?;
     let deprecated = element.yes_no("deprecated")?.unwrap_or(false);
-    Ok(non_empty(cursor.text()?).map(|name| CpuModel {
+    Ok(cursor.non_empty_text()?.map(|name| CpuModel {
         name,
         usable,
         vendor,
@@ -282,7 +266,7 @@ fn read_blockers(cursor: &mut Cursor<'_>) -> Result<Vec<String>, ElementError> {
     let mut features = Vec::new();
     cursor.children(|cursor, child| {
         match child.name() {
-            "feature" => features.extend(child.text("name")?.and_then(non_empty)),
+            "feature" => features.extend(child.non_empty("name")?),
             _ => cursor.ignore_unknown(),
         }
         Ok(())

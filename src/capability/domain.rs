@@ -1,80 +1,74 @@
-//! `<domainCapabilities>`: what one emulator offers for one architecture, machine and domain type.
+//! `<domainCapabilities>`: the abilities of one emulator for one architecture, machine type and
+//! domain type.
 //!
-//! Shapes after `virDomainCapsFormat` (libvirt 11.3, src/conf/domain_capabilities.c) and
-//! docs/formatdomaincaps.rst, up to what 12.x adds. `supported='no'` elements are empty; every
-//! enum is an open set.
+//! The types follow `virDomainCapsFormat` (libvirt 11.3, src/conf/domain_capabilities.c) and
+//! docs/formatdomaincaps.rst up to libvirt 12.x. An element with `supported='no'` is empty. Newer
+//! libvirts may add values to any enum.
 
 use std::collections::BTreeMap;
 
 use serde::Serialize;
 
 use super::cpu::{CpuModes, read_cpu_modes};
-use super::read::{non_empty, read_values};
 use super::vcpus::VcpuMax;
 use crate::xml::{self, Cursor, DocumentError, Element, ElementError};
 
-/// A `<domainCapabilities>` document.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct DomainCapabilities {
-    /// The emulator's path.
+    /// Path of the emulator binary.
     pub emulator: Option<String>,
-    /// The domain type: `kvm`, `qemu`, `xen` …
+    /// `kvm`, `qemu`, `xen` …
     pub virt_type: Option<String>,
-    /// The machine type, with its canonical name.
+    /// Canonical name of the machine type.
     pub machine: Option<String>,
-    /// The guest architecture.
     pub arch: Option<String>,
-    /// For kvm the lower of the machine's maximum and KVM's own
-    /// (`virQEMUCapsFillDomainCaps`), else the machine's. It knows nothing of EIM.
+    /// The machine type's maximum; with `kvm`, the lower of that and KVM's own
+    /// (`virQEMUCapsFillDomainCaps`). It does not account for EIM.
     pub max_vcpus: VcpuMax,
-    /// Whether I/O threads are supported.
     pub io_threads: Option<bool>,
-    /// Firmware and loader: `os`.
+    /// Firmware and loader
     pub os: Section,
-    /// The CPU modes and models.
     pub cpu: CpuModes,
-    /// Memory backing: `sourceType`.
     pub memory_backing: Section,
-    /// Device kinds by element name: `disk`, `hostdev`, `tpm` …
+    /// By element name: `disk`, `hostdev`, `tpm` …
     pub devices: BTreeMap<String, Section>,
-    /// Features by element name, except those with a shape of their own below: `genid`, `gic`,
-    /// `backup`, `s390-pv`, `tdx`, `launchSecurity` …
+    /// By element name: `genid`, `gic`, `backup`, `s390-pv`, `tdx`, `launchSecurity` … Features
+    /// with a type of their own are in the fields below.
     pub features: BTreeMap<String, Section>,
-    /// AMD's encrypted guests, if supported.
+    /// AMD encrypted guests; `None` unless supported.
     pub sev: Option<Sev>,
-    /// Intel's enclaves, if supported.
+    /// Intel enclaves; `None` unless supported.
     pub sgx: Option<Sgx>,
-    /// Hyper-V enlightenments, if the document says anything of them (libvirt 9.0).
+    /// `None` before libvirt 9.0, which introduced the element.
     pub hyperv: Option<Hyperv>,
-    /// Elements of no known kind, which were passed over.
+    /// Number of unknown elements that were skipped.
     pub unknown_elements: usize,
 }
 
-/// An element with `supported`, values, enums and sections within.
+/// An element with `supported` that contains values, enums and nested sections.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Section {
-    /// `None` where the element is absent or does not say.
+    /// `None` if the element or the attribute is absent.
     pub supported: Option<bool>,
-    /// Direct `<value>` elements, such as firmware files.
+    /// Direct `<value>` children, such as firmware files.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub values: Vec<String>,
-    /// `<enum name=…>` by name. An enum may be there and empty.
+    /// `<enum name=…>` by name. An enum may be empty.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub enums: BTreeMap<String, Vec<String>>,
-    /// Elements within that are sections themselves, such as `os/loader`.
+    /// Nested sections, such as `os/loader`.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub sections: BTreeMap<String, Section>,
 }
 
 impl Section {
-    /// Whether it says `supported='yes'`.
     pub fn is_supported(&self) -> bool {
         self.supported == Some(true)
     }
 
-    /// Whether the enum `name` lists `value`.
+    /// True if the enum `name` lists `value`.
     pub fn offers(&self, name: &str, value: &str) -> bool {
         self.enums
             .get(name)
@@ -86,13 +80,13 @@ impl Section {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Sev {
-    /// The bit in a page table entry that says "encrypted".
+    /// The bit that marks an encrypted page in a page table entry.
     pub c_bit_position: Option<u32>,
-    /// Physical address bits that are lost to encryption.
+    /// Number of physical address bits that encryption takes.
     pub reduced_physical_bits: Option<u32>,
-    /// How many SEV guests there can be at a time.
+    /// Maximum number of concurrent SEV guests.
     pub max_guests: Option<u32>,
-    /// How many SEV-ES guests there can be at a time; SEV-ES is there if this is above 0.
+    /// Maximum number of concurrent SEV-ES guests. SEV-ES is available if it is above 0.
     pub max_es_guests: Option<u32>,
 }
 
@@ -100,13 +94,10 @@ pub struct Sev {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Sgx {
-    /// Flexible launch control.
     pub flexible_launch_control: Option<bool>,
-    /// SGX version 1.
     pub sgx1: Option<bool>,
-    /// SGX version 2.
     pub sgx2: Option<bool>,
-    /// The enclave page cache, in KiB.
+    /// Size of the enclave page cache.
     pub section_size_kib: Option<u64>,
 }
 
@@ -114,29 +105,25 @@ pub struct Sgx {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Hyperv {
-    /// Whether there are any.
     pub supported: bool,
-    /// The enlightenments' names: `relaxed`, `stimer` …
+    /// `relaxed`, `stimer` …
     pub enlightenments: Vec<String>,
-    /// What libvirt sets by itself for each (libvirt 11.10 or so).
+    /// Default of each enlightenment (since about libvirt 11.10).
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub defaults: BTreeMap<String, String>,
 }
 
 impl DomainCapabilities {
-    /// Reads a `<domainCapabilities>` document; `document` is what errors call it.
-    ///
-    /// # Errors
-    /// A document that is none, or one in which a known value is malformed.
+    /// Parses a `<domainCapabilities>` document; `document` names it in errors.
     pub fn parse(document: &str, bytes: &[u8]) -> Result<Self, DocumentError> {
         xml::read(document, bytes, &["domainCapabilities"], |cursor, _| {
             let mut facts = Self::default();
             cursor.children(|cursor, child| {
                 match child.name() {
-                    "path" => facts.emulator = non_empty(cursor.text()?),
-                    "domain" => facts.virt_type = non_empty(cursor.text()?),
-                    "machine" => facts.machine = non_empty(cursor.text()?),
-                    "arch" => facts.arch = non_empty(cursor.text()?),
+                    "path" => facts.emulator = cursor.non_empty_text()?,
+                    "domain" => facts.virt_type = cursor.non_empty_text()?,
+                    "machine" => facts.machine = cursor.non_empty_text()?,
+                    "arch" => facts.arch = cursor.non_empty_text()?,
                     "vcpu" => facts.max_vcpus = VcpuMax::read(child, "max")?,
                     "iothreads" => facts.io_threads = child.yes_no("supported")?,
                     "os" => facts.os = read_section(cursor, child)?,
@@ -153,14 +140,14 @@ impl DomainCapabilities {
         })
     }
 
-    /// Whether `launchSecurity` offers this type of confidential guest: `sev-snp`, `tdx` …
+    /// True if `launchSecurity` offers this type of confidential guest: `sev-snp`, `tdx` …
     pub fn launches(&self, sectype: &str) -> bool {
         self.features
             .get("launchSecurity")
             .is_some_and(|section| section.is_supported() && section.offers("sectype", sectype))
     }
 
-    /// Whether `features` has this element with `supported='yes'`.
+    /// True if `features` has this element with `supported='yes'`.
     pub fn has_feature(&self, name: &str) -> bool {
         self.features.get(name).is_some_and(Section::is_supported)
     }
@@ -173,8 +160,8 @@ fn read_features(
     cursor.children(|cursor, child| {
         let supported = child.yes_no("supported")?;
         match child.name() {
-            "sev" => facts.sev = read_sev(cursor)?.filter(|_| supported == Some(true)),
-            "sgx" => facts.sgx = read_sgx(cursor)?.filter(|_| supported == Some(true)),
+            "sev" => facts.sev = Some(read_sev(cursor)?).filter(|_| supported == Some(true)),
+            "sgx" => facts.sgx = Some(read_sgx(cursor)?).filter(|_| supported == Some(true)),
             "hyperv" => facts.hyperv = Some(read_hyperv(cursor, supported == Some(true))?),
             name => {
                 let section = read_section(cursor, child)?;
@@ -208,7 +195,7 @@ fn read_section(cursor: &mut Cursor<'_>, element: &Element<'_>) -> Result<Sectio
                     .enums
                     .entry(name)
                     .or_default()
-                    .extend(read_values(cursor)?);
+                    .extend(cursor.texts_of("value")?);
             }
             name => {
                 section
@@ -221,7 +208,7 @@ fn read_section(cursor: &mut Cursor<'_>, element: &Element<'_>) -> Result<Sectio
     Ok(section)
 }
 
-fn read_sev(cursor: &mut Cursor<'_>) -> Result<Option<Sev>, ElementError> {
+fn read_sev(cursor: &mut Cursor<'_>) -> Result<Sev, ElementError> {
     let mut sev = Sev::default();
     cursor.children(|cursor, child| {
         match child.name() {
@@ -234,14 +221,14 @@ fn read_sev(cursor: &mut Cursor<'_>) -> Result<Option<Sev>, ElementError> {
         }
         Ok(())
     })?;
-    Ok(Some(sev))
+    Ok(sev)
 }
 
-fn read_sgx(cursor: &mut Cursor<'_>) -> Result<Option<Sgx>, ElementError> {
+fn read_sgx(cursor: &mut Cursor<'_>) -> Result<Sgx, ElementError> {
     let yes_no = |text: String| match text.as_str() {
         "yes" => Ok(Some(true)),
         "no" => Ok(Some(false)),
-        _ => Err(ElementError::new("is neither 'yes' nor 'no'")),
+        _ => Err(ElementError::new("must be 'yes' or 'no'")),
     };
     let mut sgx = Sgx::default();
     cursor.children(|cursor, child| {
@@ -255,7 +242,7 @@ fn read_sgx(cursor: &mut Cursor<'_>) -> Result<Option<Sgx>, ElementError> {
         }
         Ok(())
     })?;
-    Ok(Some(sgx))
+    Ok(sgx)
 }
 
 fn read_hyperv(cursor: &mut Cursor<'_>, supported: bool) -> Result<Hyperv, ElementError> {
@@ -266,7 +253,7 @@ fn read_hyperv(cursor: &mut Cursor<'_>, supported: bool) -> Result<Hyperv, Eleme
     cursor.children(|cursor, child| {
         match child.name() {
             "enum" if child.attribute("name")?.as_deref() == Some("features") => {
-                hyperv.enlightenments = read_values(cursor)?;
+                hyperv.enlightenments = cursor.texts_of("value")?;
             }
             "defaults" => cursor.children(|cursor, default| {
                 hyperv

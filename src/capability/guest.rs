@@ -1,44 +1,41 @@
 //! `/capabilities/guest`: the machine types of each guest architecture.
 //!
-//! `maxCpus` is QEMU's `cpu-max` of `query-machines`, left out when 0 and *not* cut by what KVM
-//! can do (`virQEMUCapsGetMachineTypesCaps`, libvirt src/qemu/qemu_capabilities.c). A type that
-//! has an alias has two entries: the alias with `canonical`, and the canonical name alone.
+//! `maxCpus` is `cpu-max` of QEMU's `query-machines`. libvirt omits 0 and does *not* apply KVM's
+//! limit (`virQEMUCapsGetMachineTypesCaps`, libvirt src/qemu/qemu_capabilities.c). A machine type
+//! with an alias has two entries: one for the alias, with `canonical`, and one for the canonical
+//! name.
 
 use serde::Serialize;
 
-use super::read::non_empty;
 use super::vcpus::VcpuMax;
 use crate::xml::{Cursor, Element, ElementError};
 
-/// `/capabilities/guest`: one guest type of one architecture.
+/// `/capabilities/guest`: one guest OS type on one architecture.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct GuestCapabilities {
     /// `hvm`, `xen`, `exe` …
     pub os_type: String,
-    /// The guest's architecture, `x86_64`.
     pub arch: String,
-    /// 32 or 64.
     pub word_size: Option<u32>,
-    /// The emulator's path.
+    /// Path of the emulator binary.
     pub emulator: Option<String>,
-    /// The machine types, aliases as well, in libvirt's order.
+    /// Includes aliases, in libvirt's order.
     pub machines: Vec<MachineType>,
-    /// The domain types.
     pub domains: Vec<GuestDomain>,
 }
 
-/// `/capabilities/guest/arch/domain`: a domain type, which may have an emulator and machine types
-/// of its own.
+/// `/capabilities/guest/arch/domain`: a domain type, which may override the emulator and the machine
+/// types.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct GuestDomain {
     /// `kvm`, `qemu`, `hvf`, `xen` …
     #[serde(rename = "type")]
     pub virt_type: String,
-    /// Its emulator, where it differs.
+    /// Set only if it differs from the guest's emulator.
     pub emulator: Option<String>,
-    /// Its machine types, where they differ.
+    /// Filled only if they differ from the guest's machine types.
     pub machines: Vec<MachineType>,
 }
 
@@ -46,18 +43,17 @@ pub struct GuestDomain {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct MachineType {
-    /// The name: `pc-q35-10.0`, or `q35` for an alias.
+    /// `pc-q35-10.0`, or `q35` for an alias.
     pub name: String,
-    /// The real name, if this is an alias.
+    /// Set if this is an alias.
     pub canonical: Option<String>,
-    /// The most vCPUs that the machine type allows.
     pub max_vcpus: VcpuMax,
-    /// Whether the hypervisor is going to drop it (printed since libvirt 7.1 or so).
+    /// True if QEMU plans to remove the machine type. libvirt reports this since about 7.1.
     pub deprecated: bool,
 }
 
 impl MachineType {
-    /// The name that does not change its meaning from node to node.
+    /// Returns the name that means the same on every node, which an alias does not.
     pub fn canonical_name(&self) -> &str {
         self.canonical.as_deref().unwrap_or(&self.name)
     }
@@ -72,7 +68,7 @@ pub(super) fn read_guest(cursor: &mut Cursor<'_>) -> Result<GuestCapabilities, E
                 guest.arch = child.text("name")?.unwrap_or_default();
                 read_arch(cursor, &mut guest)?;
             }
-            // pae, acpi, disksnapshot …: facts that no label and no check stands on.
+            // pae, acpi, disksnapshot …: no label or check uses them.
             "features" => {}
             _ => cursor.ignore_unknown(),
         }
@@ -85,7 +81,7 @@ fn read_arch(cursor: &mut Cursor<'_>, guest: &mut GuestCapabilities) -> Result<(
     cursor.children(|cursor, child| {
         match child.name() {
             "wordsize" => guest.word_size = Some(cursor.parsed("number")?),
-            "emulator" => guest.emulator = non_empty(cursor.text()?),
+            "emulator" => guest.emulator = cursor.non_empty_text()?,
             "machine" => guest.machines.extend(read_machine(cursor, child)?),
             "domain" => guest.domains.push(read_domain(cursor, child)?),
             "loader" => {}
@@ -106,7 +102,7 @@ fn read_domain(
     };
     cursor.children(|cursor, child| {
         match child.name() {
-            "emulator" => domain.emulator = non_empty(cursor.text()?),
+            "emulator" => domain.emulator = cursor.non_empty_text()?,
             "machine" => domain.machines.extend(read_machine(cursor, child)?),
             "loader" => {}
             _ => cursor.ignore_unknown(),
@@ -120,10 +116,10 @@ fn read_machine(
     cursor: &mut Cursor<'_>,
     element: &Element<'_>,
 ) -> Result<Option<MachineType>, ElementError> {
-    let canonical = element.text("canonical")?.and_then(non_empty);
+    let canonical = element.non_empty("canonical")?;
     let max_vcpus = VcpuMax::read(element, "maxCpus")?;
     let deprecated = element.yes_no("deprecated")?.unwrap_or(false);
-    Ok(non_empty(cursor.text()?).map(|name| MachineType {
+    Ok(cursor.non_empty_text()?.map(|name| MachineType {
         name,
         canonical,
         max_vcpus,

@@ -1,24 +1,21 @@
-//! `<capabilities>`: the host, and what guests its emulators can run.
+//! `<capabilities>`: the host, and the guests that its emulators can run.
 //!
-//! Shapes after `virCapabilitiesFormatHostXML` and `virCapabilitiesFormatGuestXML`
-//! (libvirt 11.3, src/conf/capabilities.c) and capability.rng of 7.0 to 12.x. An element that is
-//! absent means that the driver says nothing, not that there is nothing.
+//! The types follow `virCapabilitiesFormatHostXML` and `virCapabilitiesFormatGuestXML`
+//! (libvirt 11.3, src/conf/capabilities.c) and capability.rng of libvirt 7.0 to 12.x. An absent
+//! element means that the driver reports nothing about it, not that the host lacks it.
 
 use serde::Serialize;
 
 use super::guest::{GuestCapabilities, read_guest};
-use super::read::non_empty;
 use crate::xml::{self, Cursor, DocumentError, Element, ElementError};
 
-/// The `<capabilities>` document.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Capabilities {
-    /// The machine that libvirt runs on.
     pub host: HostCapabilities,
-    /// One entry for each pair of guest type and architecture.
+    /// One entry per guest OS type and architecture.
     pub guests: Vec<GuestCapabilities>,
-    /// Elements of no known kind, which were passed over.
+    /// Number of unknown elements that were skipped.
     pub unknown_elements: usize,
 }
 
@@ -26,36 +23,31 @@ pub struct Capabilities {
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct HostCapabilities {
-    /// The machine's UUID.
     pub uuid: Option<String>,
-    /// The CPU as libvirt decodes it. It is *not* what guests get: that is the host model of the
+    /// The CPU as libvirt decodes it. A guest's `host-model` CPU is *not* this one: it is in the
     /// domain capabilities.
     pub cpu: Option<HostCpu>,
-    /// Whether `/sys/kernel/iommu_groups` has an entry (`virHostHasIOMMU`, libvirt
+    /// True if `/sys/kernel/iommu_groups` has an entry (`virHostHasIOMMU`, libvirt
     /// src/util/virutil.c).
     pub iommu: Option<bool>,
-    /// NUMA cells, by libvirt's order.
     pub cells: Vec<NumaCell>,
-    /// Security drivers: `selinux`, `apparmor`, `dac`, `none`.
+    /// `selinux`, `apparmor`, `dac`, `none`
     pub security_models: Vec<String>,
-    /// Whom emulators run as, by the security driver `dac`.
+    /// The account that emulators run as, from the base label of the security driver `dac`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub emulator_owner: Option<EmulatorOwner>,
-    /// Whether live migration is offered, and over which transports.
     pub migration: Option<Migration>,
 }
 
-/// A user and a group by number: `+64055:+107` in libvirt's spelling.
+/// A numeric user and group; libvirt writes `+64055:+107`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct EmulatorOwner {
-    /// The user.
     pub uid: u32,
-    /// The group.
     pub gid: u32,
 }
 
 impl EmulatorOwner {
-    /// From libvirt's spelling (`virSecurityDACGetBaseLabel`); `None` if it is another.
+    /// Parses the format of `virSecurityDACGetBaseLabel`; `None` for any other.
     fn parse(text: &str) -> Option<Self> {
         let (uid, gid) = text.trim().split_once(':')?;
         let number = |text: &str| text.strip_prefix('+')?.parse().ok();
@@ -70,23 +62,17 @@ impl EmulatorOwner {
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct HostCpu {
-    /// The architecture, `x86_64`.
     pub arch: Option<String>,
-    /// The closest model that libvirt knows.
+    /// The closest named model.
     pub model: Option<String>,
-    /// The vendor, `Intel`.
     pub vendor: Option<String>,
-    /// The microcode's version.
+    /// Microcode version
     pub microcode: Option<u64>,
-    /// The time stamp counter.
     pub tsc: Option<TscCounter>,
-    /// Sockets, dies, clusters, cores and threads.
     pub topology: Option<CpuTopology>,
-    /// Physical address bits.
     pub physical_address_bits: Option<u32>,
-    /// Features beyond the model.
+    /// Features in addition to those of the model.
     pub features: Vec<String>,
-    /// Page sizes in KiB.
     pub page_sizes_kib: Vec<u64>,
 }
 
@@ -94,25 +80,24 @@ pub struct HostCpu {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct TscCounter {
-    /// Its frequency in Hz.
     pub frequency_hz: u64,
-    /// Whether a guest's counter can run at another frequency.
+    /// True if a guest's counter can run at another frequency.
     pub scaling: Option<bool>,
 }
 
-/// The shape of a CPU. Where libvirt does not say, 1.
+/// `topology` of the host CPU. A count that libvirt omits is 1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct CpuTopology {
-    /// Sockets in each NUMA cell.
+    /// Sockets per NUMA cell
     pub sockets: u32,
-    /// Dies in each socket.
+    /// Dies per socket
     pub dies: u32,
-    /// Clusters in each die.
+    /// Clusters per die
     pub clusters: u32,
-    /// Cores in each cluster.
+    /// Cores per cluster
     pub cores: u32,
-    /// Threads in each core.
+    /// Threads per core
     pub threads: u32,
 }
 
@@ -120,23 +105,19 @@ pub struct CpuTopology {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct NumaCell {
-    /// The cell's number.
     pub id: u32,
-    /// Its memory in KiB; `None` for a cell without any.
+    /// `None` for a cell without memory.
     pub memory_kib: Option<u64>,
-    /// How many pages of each size it has: size in KiB and count.
     pub pages: Vec<Pages>,
-    /// The CPUs in it, by number.
+    /// CPU numbers
     pub cpus: Vec<u32>,
 }
 
-/// A count of pages of one size.
+/// Number of memory pages of one size.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Pages {
-    /// The size of a page in KiB.
     pub size_kib: u64,
-    /// How many there are.
     pub count: u64,
 }
 
@@ -144,17 +125,13 @@ pub struct Pages {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Migration {
-    /// Whether a domain can be migrated while it runs.
     pub live: bool,
-    /// URI schemes: `tcp`, `rdma`.
+    /// URI schemes: `tcp`, `rdma`
     pub transports: Vec<String>,
 }
 
 impl Capabilities {
-    /// Reads a `<capabilities>` document; `document` is what errors call it.
-    ///
-    /// # Errors
-    /// A document that is none, or one in which a known value is malformed.
+    /// Parses a `<capabilities>` document; `document` names it in errors.
     pub fn parse(document: &str, bytes: &[u8]) -> Result<Self, DocumentError> {
         xml::read(document, bytes, &["capabilities"], |cursor, _| {
             let mut capabilities = Self::default();
@@ -182,7 +159,7 @@ fn read_host(cursor: &mut Cursor<'_>) -> Result<HostCapabilities, ElementError> 
             "topology" => host.cells = read_topology(cursor)?,
             "secmodel" => read_secmodel(cursor, &mut host)?,
             "migration_features" => host.migration = Some(read_migration(cursor)?),
-            // Facts that no label and no check stands on.
+            // No label or check uses them.
             "power_management" | "netprefix" | "cache" | "memory_bandwidth" => {}
             _ => cursor.ignore_unknown(),
         }
@@ -195,18 +172,17 @@ fn read_cpu(cursor: &mut Cursor<'_>) -> Result<HostCpu, ElementError> {
     let mut cpu = HostCpu::default();
     cursor.children(|cursor, child| {
         match child.name() {
-            "arch" => cpu.arch = non_empty(cursor.text()?),
-            "model" => cpu.model = non_empty(cursor.text()?),
-            "vendor" => cpu.vendor = non_empty(cursor.text()?),
+            "arch" => cpu.arch = cursor.non_empty_text()?,
+            "model" => cpu.model = cursor.non_empty_text()?,
+            "vendor" => cpu.vendor = cursor.non_empty_text()?,
             "microcode" => cpu.microcode = child.parsed("version", "number")?,
             "counter" if child.attribute("name")?.as_deref() == Some("tsc") => {
-                cpu.tsc = match child.parsed("frequency", "number of Hz")? {
-                    Some(frequency_hz) => Some(TscCounter {
-                        frequency_hz,
-                        scaling: child.yes_no("scaling")?,
-                    }),
-                    None => None,
-                };
+                let scaling = child.yes_no("scaling")?;
+                let frequency = child.parsed("frequency", "number of Hz")?;
+                cpu.tsc = frequency.map(|frequency_hz| TscCounter {
+                    frequency_hz,
+                    scaling,
+                });
             }
             "topology" => cpu.topology = Some(read_cpu_topology(child)?),
             "maxphysaddr" => cpu.physical_address_bits = child.parsed("bits", "number of bits")?,
@@ -231,7 +207,6 @@ fn read_cpu_topology(element: &Element<'_>) -> Result<CpuTopology, ElementError>
     })
 }
 
-/// `<cells>` in `<topology>`.
 fn read_topology(cursor: &mut Cursor<'_>) -> Result<Vec<NumaCell>, ElementError> {
     let mut cells = Vec::new();
     cursor.children(|cursor, child| match child.name() {
@@ -289,8 +264,8 @@ fn read_cell(cursor: &mut Cursor<'_>, element: &Element<'_>) -> Result<NumaCell,
 fn read_secmodel(cursor: &mut Cursor<'_>, host: &mut HostCapabilities) -> Result<(), ElementError> {
     cursor.children(|cursor, child| {
         match child.name() {
-            "model" => host.security_models.extend(non_empty(cursor.text()?)),
-            // One for each domain type, all the same; other drivers' are no numbers.
+            "model" => host.security_models.extend(cursor.non_empty_text()?),
+            // One per domain type, all equal. Other drivers' labels are not numeric.
             "baselabel" => {
                 let owner = EmulatorOwner::parse(&cursor.text()?);
                 host.emulator_owner = owner.or(host.emulator_owner);
@@ -307,13 +282,7 @@ fn read_migration(cursor: &mut Cursor<'_>) -> Result<Migration, ElementError> {
     cursor.children(|cursor, child| {
         match child.name() {
             "live" => migration.live = true,
-            "uri_transports" => cursor.children(|cursor, transport| {
-                match transport.name() {
-                    "uri_transport" => migration.transports.extend(non_empty(cursor.text()?)),
-                    _ => cursor.ignore_unknown(),
-                }
-                Ok(())
-            })?,
+            "uri_transports" => migration.transports = cursor.texts_of("uri_transport")?,
             _ => cursor.ignore_unknown(),
         }
         Ok(())
@@ -321,8 +290,7 @@ fn read_migration(cursor: &mut Cursor<'_>) -> Result<Migration, ElementError> {
     Ok(migration)
 }
 
-/// `<pages unit='KiB' size='2048'>` in KiB. libvirt always writes KiB; another unit is not
-/// guessed at.
+/// Reads `<pages unit='KiB' size='2048'>`. libvirt always writes KiB; an unknown unit yields `None`.
 fn page_size(element: &Element<'_>) -> Result<Option<u64>, ElementError> {
     Ok(element
         .parsed("size", "number")?

@@ -1,4 +1,11 @@
-//! What libvirt and the host say of a node, as facts. Pure.
+//! Facts about a node: libvirt's capability documents parsed into types, and the conclusions that
+//! follow from them. Pure: a document arrives as bytes, whoever fetched it.
+//!
+//! * [`Capabilities`], [`DomainCapabilities`], [`CpuDefinition`]: one parser for each document;
+//! * [`HostFacts`]: facts from the kernel, read by [`crate::host`];
+//! * [`NodeFacts`]: all of these together, with the rules that combine them.
+//!
+//! A fact that is missing is unknown. It is never replaced by a guess.
 
 mod cpu;
 mod domain;
@@ -7,7 +14,6 @@ mod facts;
 mod guest;
 mod host;
 mod node;
-mod read;
 mod vcpus;
 mod version;
 

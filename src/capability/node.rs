@@ -1,52 +1,46 @@
-//! What is true of the machine itself, beside libvirt. Read by [`crate::host`].
+//! Facts about the host itself, independent of libvirt. [`crate::host`] reads them.
 
 use std::collections::BTreeSet;
 use std::fmt;
 
 use serde::{Serialize, Serializer};
 
-/// Plain facts of a machine. What could not be read is `None`, 0 or `false`.
+/// Facts that the kernel provides. An unreadable one is `None`, 0 or `false`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct HostFacts {
-    /// The kernel's name of the architecture, as in `uname -m`: `x86_64`, `aarch64`, `ppc64le`.
+    /// Architecture in the kernel's spelling (`uname -m`): `x86_64`, `aarch64`, `ppc64le`.
     pub arch: String,
-    /// The most vCPUs that KVM gives one domain; `None` without a usable /dev/kvm.
+    /// KVM's maximum number of vCPUs per domain; `None` without a usable /dev/kvm.
     pub kvm_max_vcpus: Option<u32>,
-    /// Hyper-V enlightenments that KVM offers; `None` without a usable /dev/kvm and on other
-    /// architectures than x86_64.
+    /// `None` without a usable /dev/kvm and on architectures other than x86_64.
     pub kvm_hyperv: Option<KvmHyperv>,
-    /// The IOMMU of the host.
     pub iommu: IommuKind,
-    /// The number of IOMMU groups; 0 where none is active.
     pub iommu_groups: u32,
-    /// Whether devices can be handed to guests by VFIO.
+    /// True if VFIO can assign devices to guests.
     pub vfio: bool,
-    /// Whether there is iommufd.
     pub iommufd: bool,
-    /// Whether guests can be hypervisors themselves.
+    /// True if a guest can run KVM itself.
     pub nested: bool,
-    /// Whether real-time tasks may use all of a CPU's time (`kernel.sched_rt_runtime_us` is -1).
+    /// True if real-time tasks may use all of a CPU's time (`kernel.sched_rt_runtime_us` is -1).
     pub realtime: bool,
 }
 
-/// The kind of the host's IOMMU.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum IommuKind {
-    /// Intel's.
+    /// Intel
     VtD,
-    /// AMD's.
+    /// AMD
     AmdVi,
-    /// Arm's.
+    /// Arm
     Smmu,
-    /// There are IOMMU groups, of another kind: s390x, ppc64, virtio-iommu.
+    /// IOMMU groups exist without one of the devices above: s390x, ppc64, virtio-iommu.
     Other,
-    /// No IOMMU is active.
     #[default]
     None,
 }
 
 impl IommuKind {
-    /// The kind as in the label `virtnode.io/iommu`.
+    /// Returns the value of the label `virtnode.io/iommu`.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::VtD => "vt-d",
@@ -70,13 +64,13 @@ impl Serialize for IommuKind {
     }
 }
 
-/// Hyper-V enlightenments that KVM offers, under the names of KubeVirt's labels
+/// Hyper-V enlightenments that KVM supports, named as in KubeVirt's labels
 /// `hyperv.node.kubevirt.io/<name>`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct KvmHyperv(BTreeSet<&'static str>);
 
 impl KvmHyperv {
-    /// Those with a capability of their own: name and number of the capability (`linux/kvm.h`).
+    /// Enlightenments with a KVM capability: name and capability number (`linux/kvm.h`).
     pub const EXTENSIONS: [(&'static str, u32); 7] = [
         ("base", 44),
         ("time", 96),
@@ -87,7 +81,7 @@ impl KvmHyperv {
         ("synic2", 148),
     ];
 
-    /// Those that show by a model-specific register: name and index of the register.
+    /// Enlightenments detected by a model-specific register: name and register index.
     pub const REGISTERS: [(&'static str, u32); 5] = [
         ("frequencies", 0x4000_0022),
         ("reset", 0x4000_0003),
@@ -96,10 +90,10 @@ impl KvmHyperv {
         ("reenlightenment", 0x4000_0106),
     ];
 
-    /// From the capabilities KVM said yes to and the registers it listed.
+    /// Selects the enlightenments by KVM's capabilities and the registers that KVM lists.
     ///
-    /// Where KubeVirt knows both ways for one name (`vpindex`, `synic`, `synic2`) the capability
-    /// decides there too (kvm-caps-info-plugin_amd64.go), so the registers are not asked here.
+    /// `vpindex`, `synic` and `synic2` have both. KubeVirt decides by the capability
+    /// (kvm-caps-info-plugin_amd64.go), so their registers are not evaluated here.
     pub fn derive(has_extension: impl Fn(u32) -> bool, registers: &[u32]) -> Self {
         let by_extension = Self::EXTENSIONS
             .iter()
@@ -115,12 +109,11 @@ impl KvmHyperv {
         )
     }
 
-    /// The names, in order.
+    /// Returns the names, sorted.
     pub fn iter(&self) -> impl Iterator<Item = &'static str> + '_ {
         self.0.iter().copied()
     }
 
-    /// Whether this one is offered.
     pub fn contains(&self, name: &str) -> bool {
         self.0.contains(name)
     }
@@ -131,20 +124,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn enlightenments_come_from_capabilities_and_registers() {
+    fn capabilities_and_registers_both_yield_enlightenments() {
         let hyperv = KvmHyperv::derive(|capability| capability == 44, &[0x4000_0010, 0x174]);
         assert_eq!(hyperv.iter().collect::<Vec<_>>(), ["base", "runtime"]);
         assert!(hyperv.contains("base") && !hyperv.contains("synic"));
     }
 
     #[test]
-    fn a_capability_decides_where_kubevirt_knows_a_register_too() {
+    fn register_of_enlightenment_with_capability_is_ignored() {
         let hyperv = KvmHyperv::derive(|_| false, &[0x4000_0002, 0x4000_0080]);
         assert_eq!(hyperv, KvmHyperv::default());
     }
 
     #[test]
-    fn the_kind_of_iommu_is_the_labels_word() {
+    fn iommu_kind_serializes_as_label_value() {
         assert_eq!(IommuKind::default().as_str(), "none");
         assert_eq!(
             serde_json::to_string(&IommuKind::AmdVi).unwrap(),

@@ -1,28 +1,25 @@
-//! A maximum number of vCPUs, as libvirt says it.
-
 use std::fmt;
 
 use serde::Serialize;
 
 use crate::xml::{Element, ElementError};
 
-/// libvirt's way to say "no limit": `INT_MAX`, seen with pseries machines of QEMU 6.2 to 7.1.
+/// libvirt's value for "no limit": `INT_MAX`. pseries machines of QEMU 6.2 to 7.1 have it.
 pub const UNLIMITED: u32 = 2_147_483_647;
 
-/// A maximum number of vCPUs.
+/// A maximum number of vCPUs, as libvirt reports it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum VcpuMax {
-    /// libvirt does not say. This is not zero.
+    /// libvirt reports no maximum. This is not the same as zero.
     #[default]
     Unknown,
-    /// At most so many.
     AtMost(u32),
-    /// libvirt says that there is no limit ([`UNLIMITED`]).
+    /// libvirt reports [`UNLIMITED`].
     Unlimited,
 }
 
 impl VcpuMax {
-    /// What a number of libvirt's means: 0 is unknown.
+    /// Converts libvirt's number, where 0 means unknown.
     pub fn from_number(number: u32) -> Self {
         match number {
             0 => Self::Unknown,
@@ -36,7 +33,7 @@ impl VcpuMax {
         Ok(number.map_or(Self::Unknown, Self::from_number))
     }
 
-    /// The lower of two; what is unknown does not lower anything.
+    /// Returns the lower of two maximums. An unknown maximum does not lower the other.
     #[must_use]
     pub fn min(self, other: Self) -> Self {
         match (self, other) {
@@ -46,7 +43,7 @@ impl VcpuMax {
         }
     }
 
-    /// The number, [`UNLIMITED`] for no limit.
+    /// Returns the number, [`UNLIMITED`] for no limit.
     pub fn number(self) -> Option<u32> {
         match self {
             Self::Unknown => None,
@@ -66,7 +63,7 @@ impl fmt::Display for VcpuMax {
 }
 
 impl Serialize for VcpuMax {
-    /// A number, or null while unknown.
+    /// Serializes the number, or null if unknown.
     fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         self.number().serialize(serializer)
     }
@@ -77,7 +74,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_lower_of_two_is_the_lower_known_one() {
+    fn min_ignores_unknown_maximum() {
         use VcpuMax::{AtMost, Unknown, Unlimited};
         assert_eq!(AtMost(4).min(AtMost(2)), AtMost(2));
         assert_eq!(Unknown.min(AtMost(2)), AtMost(2));
@@ -88,7 +85,7 @@ mod tests {
     }
 
     #[test]
-    fn zero_is_unknown_and_int_max_is_no_limit() {
+    fn zero_is_unknown_and_int_max_is_unlimited() {
         assert_eq!(VcpuMax::from_number(0), VcpuMax::Unknown);
         assert_eq!(
             VcpuMax::from_number(2_147_483_647).to_string(),

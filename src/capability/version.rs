@@ -1,5 +1,3 @@
-//! Versions as libvirt counts them.
-
 use std::fmt;
 use std::str::FromStr;
 
@@ -9,21 +7,17 @@ use thiserror::Error;
 /// A version of libvirt or of a hypervisor: `11.3.0`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Version {
-    /// The first number.
     pub major: u32,
-    /// The second number.
     pub minor: u32,
-    /// The third number, which libvirt calls "release" or "micro".
+    /// libvirt calls it "release" or "micro".
     pub micro: u32,
 }
 
-/// A text that is no version.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
-#[error("'{0}' is no version: write it like 11.3.0")]
+#[error("'{0}' is not a valid version, expected a format like 11.3.0")]
 pub struct NotAVersion(String);
 
 impl Version {
-    /// `major.minor.micro`.
     pub const fn new(major: u32, minor: u32, micro: u32) -> Self {
         Self {
             major,
@@ -32,7 +26,7 @@ impl Version {
         }
     }
 
-    /// From the one number of `virConnectGetVersion` and `virConnectGetLibVersion`:
+    /// Decodes a number from `virConnectGetVersion` or `virConnectGetLibVersion`:
     /// `major * 1,000,000 + minor * 1,000 + release` (libvirt-host.h). 0 means unknown.
     pub fn from_libvirt(number: u64) -> Option<Self> {
         let part = |n: u64| u32::try_from(n).ok();
@@ -50,16 +44,17 @@ impl Version {
 impl FromStr for Version {
     type Err = NotAVersion;
 
-    /// Two or three numbers with dots; what follows the third after a `-`, `+` or `~` is a
-    /// distribution's own and is left out.
+    /// Parses two or three numbers separated by dots. A distribution's suffix, after `-`, `+` or
+    /// `~`, is ignored.
     fn from_str(text: &str) -> Result<Self, NotAVersion> {
         let bad = || NotAVersion(text.to_owned());
         let core = text.split(['-', '+', '~']).next().unwrap_or_default();
         let parts = core
             .split('.')
-            .map(|part| match part.bytes().all(|b| b.is_ascii_digit()) {
-                true => part.parse().map_err(|_| bad()),
-                false => Err(bad()),
+            .map(|part| {
+                // `parse` alone accepts a leading '+'.
+                let digits = part.bytes().all(|b| b.is_ascii_digit());
+                part.parse().ok().filter(|_| digits).ok_or_else(bad)
             })
             .collect::<Result<Vec<u32>, _>>()?;
         match parts[..] {
@@ -87,7 +82,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn libvirts_number_comes_apart() {
+    fn libvirt_version_number_is_decoded() {
         assert_eq!(
             Version::from_libvirt(11_003_000),
             Some(Version::new(11, 3, 0))
@@ -100,7 +95,7 @@ mod tests {
     }
 
     #[test]
-    fn texts_are_read_with_and_without_a_suffix() {
+    fn version_with_or_without_suffix_is_parsed() {
         assert_eq!("11.3.0".parse(), Ok(Version::new(11, 3, 0)));
         assert_eq!("10.10.0-7.el9".parse(), Ok(Version::new(10, 10, 0)));
         assert_eq!("9.0".parse(), Ok(Version::new(9, 0, 0)));
@@ -110,7 +105,7 @@ mod tests {
     }
 
     #[test]
-    fn ten_comes_after_nine() {
+    fn version_parts_compare_as_numbers() {
         assert!(Version::new(10, 9, 0) < Version::new(10, 10, 0));
     }
 }

@@ -146,7 +146,7 @@ fn malformed_known_value_is_an_error_with_its_path() {
         ),
         (
             format!("<name>x</name>{SMALL}<vcpu>many</vcpu>"),
-            "vm: /domain/vcpu: 'many' is no number of vCPUs",
+            "vm: /domain/vcpu: 'many' is not a valid number of vCPUs",
         ),
         (
             format!("<name>x</name>{SMALL}<vcpu>4000000000</vcpu>"),

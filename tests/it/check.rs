@@ -130,7 +130,7 @@ fn bad_questions_get_a_sentence() {
         ),
         (
             b"<domain><name>x</name><vcpu>many</vcpu></domain>",
-            "'many' is no number of vCPUs",
+            "'many' is not a valid number of vCPUs",
         ),
         (b"<domain>\xff</domain>", "is not UTF-8"),
         (&vec![b' '; 9 << 20], "is larger than 8 MiB"),

@@ -220,11 +220,11 @@ fn a_bad_document_is_a_sentence_and_exit_code_1() {
         ("deep", "<capabilities>".repeat(1000).into_bytes(), "is nested deeper than 64"),
         ("wrong root", b"<domain/>".to_vec(), "the root is <domain>, expected <capabilities>"),
         ("a DTD", b"<!DOCTYPE x><capabilities/>".to_vec(), "has a DTD"),
-        ("text", b"error: failed to connect".to_vec(), "is no XML document"),
+        ("text", b"error: failed to connect".to_vec(), "is not an XML document"),
         (
             "a bad number",
             b"<capabilities><guest><arch name='x'><machine maxCpus='many'>m</machine></arch></guest></capabilities>".to_vec(),
-            "/capabilities/guest/arch/machine/@maxCpus: 'many' is no number of vCPUs",
+            "/capabilities/guest/arch/machine/@maxCpus: 'many' is not a valid number of vCPUs",
         ),
     ];
     for (name, content, sentence) in cases {
