@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use quick_xml::events::BytesText;
+use quick_xml::escape::escape;
 use serde::Serialize;
 
 use crate::xml::{self, Cursor, DocumentError, Element, ElementError};
@@ -96,30 +96,16 @@ impl HostModel {
     /// from the domain capabilities (`vshExtractCPUDefXMLs`). `None` without a model.
     pub fn to_cpu_xml(&self) -> Option<String> {
         let model = self.model.as_deref().filter(|_| self.supported)?;
-        let mut writer = quick_xml::Writer::new(Vec::new());
-        writer
-            .create_element("cpu")
-            .write_inner_content(|writer| {
-                writer
-                    .create_element("model")
-                    .write_text_content(BytesText::new(model))?;
-                if let Some(vendor) = &self.vendor {
-                    writer
-                        .create_element("vendor")
-                        .write_text_content(BytesText::new(vendor))?;
-                }
-                for feature in &self.features {
-                    let policy = feature.policy.as_deref().unwrap_or("require");
-                    let attributes = [("policy", policy), ("name", feature.name.as_str())];
-                    writer
-                        .create_element("feature")
-                        .with_attributes(attributes)
-                        .write_empty()?;
-                }
-                Ok(())
-            })
-            .ok()?;
-        String::from_utf8(writer.into_inner()).ok()
+        let mut xml = format!("<cpu><model>{}</model>", escape(model));
+        if let Some(vendor) = &self.vendor {
+            xml += &format!("<vendor>{}</vendor>", escape(vendor.as_str()));
+        }
+        for feature in &self.features {
+            let policy = feature.policy.as_deref().unwrap_or("require");
+            let (policy, name) = (escape(policy), escape(feature.name.as_str()));
+            xml += &format!("<feature policy=\"{policy}\" name=\"{name}\"/>");
+        }
+        Some(xml + "</cpu>")
     }
 }
 

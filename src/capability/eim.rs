@@ -1,52 +1,52 @@
-//! Whether domains here can have more than 255 vCPUs: extended interrupt mode of the virtual IOMMU.
+//! Extended interrupt mode (EIM) of the virtual IOMMU, which an x86 domain needs for more than 255
+//! vCPUs.
 //!
-//! libvirt has no word for it in its capabilities. It can be told from the versions, and better
-//! from a dry run: libvirt is asked for the command line of a domain with 256 vCPUs.
+//! libvirt's capabilities do not mention EIM. Its availability follows from the versions, or more
+//! reliably from a dry run: libvirt converts a domain with 256 vCPUs to QEMU's command line.
 
 use std::fmt;
 use std::str::FromStr;
 
-use quick_xml::Writer;
-use quick_xml::events::BytesText;
+use quick_xml::escape::escape;
 use serde::{Serialize, Serializer};
 
 use super::Version;
 
-/// libvirt adds the IOMMU with EIM and the split I/O APIC to a q35 domain without `<iommu>` that
-/// needs them ("qemu: Automatically add IOMMU when needed", NEWS of 10.10.0).
-const LIBVIRT_ADDS_IT: Version = Version::new(10, 10, 0);
-/// `<driver intremap= eim=>` and `<ioapic driver='qemu'/>` are known (NEWS of 3.4.0).
-const LIBVIRT_KNOWS_IT: Version = Version::new(3, 4, 0);
-/// The first QEMU whose q35 has more than 255 vCPUs and whose intel-iommu has `eim`.
-const QEMU_HAS_IT: Version = Version::new(2, 8, 0);
-/// The smallest number of vCPUs that needs EIM; 255 is the largest that does not
-/// (`QEMU_MAX_VCPUS_WITHOUT_EIM`, libvirt's qemu_validate.h).
-const NEEDS_IT: &str = "256";
+/// First libvirt that adds an IOMMU with EIM and the split I/O APIC to a q35 domain that needs them
+/// and has no `<iommu>` ("qemu: Automatically add IOMMU when needed", NEWS of 10.10.0).
+const LIBVIRT_ADDS_EIM: Version = Version::new(10, 10, 0);
+/// First libvirt with `<driver intremap= eim=>` and `<ioapic driver='qemu'/>` (NEWS of 3.4.0).
+const LIBVIRT_ACCEPTS_EIM: Version = Version::new(3, 4, 0);
+/// First QEMU whose q35 machine has more than 255 vCPUs and whose intel-iommu has `eim`.
+const QEMU_SUPPORTS_EIM: Version = Version::new(2, 8, 0);
+/// Smallest number of vCPUs that needs EIM (`QEMU_MAX_VCPUS_WITHOUT_EIM` + 1, libvirt's
+/// qemu_validate.h).
+const VCPUS_NEEDING_EIM: u32 = 256;
 
-/// How a domain here gets extended interrupt mode, which x86 needs for more than 255 vCPUs.
+/// Availability of EIM to domains on this node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Eim {
-    /// libvirt adds what is needed by itself.
+    /// libvirt adds EIM when a domain needs it.
     Auto,
-    /// Only if the domain's XML asks for it.
+    /// The domain's XML must request EIM.
     Explicit,
-    /// Not at all.
+    /// EIM is not available.
     None,
 }
 
 impl Eim {
-    /// What the versions let expect; an unknown QEMU is taken for one that this libvirt supports.
+    /// Derives EIM from the versions. An unknown QEMU counts as one that this libvirt supports.
     pub fn from_versions(libvirt: Version, qemu: Option<Version>) -> Self {
-        if qemu.is_some_and(|qemu| qemu < QEMU_HAS_IT) || libvirt < LIBVIRT_KNOWS_IT {
+        if qemu.is_some_and(|qemu| qemu < QEMU_SUPPORTS_EIM) || libvirt < LIBVIRT_ACCEPTS_EIM {
             Self::None
-        } else if libvirt < LIBVIRT_ADDS_IT {
+        } else if libvirt < LIBVIRT_ADDS_EIM {
             Self::Explicit
         } else {
             Self::Auto
         }
     }
 
-    /// The word as in the label `virtnode.io/eim` and on the command line.
+    /// Returns the value of the label `virtnode.io/eim`, which the command line also accepts.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Auto => "auto",
@@ -63,7 +63,7 @@ impl FromStr for Eim {
         [Self::Auto, Self::Explicit, Self::None]
             .into_iter()
             .find(|eim| eim.as_str() == text)
-            .ok_or_else(|| format!("'{text}' is none of auto, explicit and none"))
+            .ok_or_else(|| format!("'{text}' is not one of auto, explicit, none"))
     }
 }
 
@@ -79,78 +79,31 @@ impl Serialize for Eim {
     }
 }
 
-/// The smallest domain that needs EIM, to be printed as QEMU's arguments and never started.
+/// Writes the smallest domain that needs EIM. libvirt converts it to QEMU's arguments and never
+/// starts it.
 ///
-/// `explicit` asks for the IOMMU, EIM and the split I/O APIC in the XML, as one must where
-/// libvirt does not add them.
+/// With `explicit` the XML requests the IOMMU, EIM and the split I/O APIC, as a libvirt that does
+/// not add them requires.
 pub fn dry_run_domain(virt_type: &str, machine: &str, explicit: bool) -> String {
-    let mut writer = Writer::new(Vec::new());
-    let written = write_domain(&mut writer, virt_type, machine, explicit);
-    debug_assert!(written.is_ok(), "writing to memory does not fail");
-    String::from_utf8(writer.into_inner()).unwrap_or_default()
+    let (virt_type, machine) = (escape(virt_type), escape(machine));
+    let requested = if explicit {
+        "<features><ioapic driver=\"qemu\"/></features><devices><iommu model=\"intel\">\
+         <driver intremap=\"on\" eim=\"on\"/></iommu></devices>"
+    } else {
+        ""
+    };
+    format!(
+        "<domain type=\"{virt_type}\"><name>virtnode-dry-run</name>\
+         <memory unit=\"MiB\">16</memory><vcpu current=\"1\">{VCPUS_NEEDING_EIM}</vcpu>\
+         <os><type arch=\"x86_64\" machine=\"{machine}\">hvm</type></os>{requested}</domain>"
+    )
 }
 
-fn write_domain(
-    writer: &mut Writer<Vec<u8>>,
-    virt_type: &str,
-    machine: &str,
-    explicit: bool,
-) -> std::io::Result<()> {
-    let domain = writer
-        .create_element("domain")
-        .with_attribute(("type", virt_type));
-    domain.write_inner_content(|writer| {
-        writer
-            .create_element("name")
-            .write_text_content(BytesText::new("virtnode-dry-run"))?;
-        let memory = writer
-            .create_element("memory")
-            .with_attribute(("unit", "MiB"));
-        memory.write_text_content(BytesText::new("16"))?;
-        let vcpu = writer
-            .create_element("vcpu")
-            .with_attribute(("current", "1"));
-        vcpu.write_text_content(BytesText::new(NEEDS_IT))?;
-        writer.create_element("os").write_inner_content(|writer| {
-            let kind = writer.create_element("type");
-            let kind = kind.with_attributes([("arch", "x86_64"), ("machine", machine)]);
-            kind.write_text_content(BytesText::new("hvm")).map(|_| ())
-        })?;
-        if explicit {
-            writer
-                .create_element("features")
-                .write_inner_content(|writer| {
-                    let ioapic = writer.create_element("ioapic");
-                    ioapic
-                        .with_attribute(("driver", "qemu"))
-                        .write_empty()
-                        .map(|_| ())
-                })?;
-            writer
-                .create_element("devices")
-                .write_inner_content(|writer| {
-                    let iommu = writer
-                        .create_element("iommu")
-                        .with_attribute(("model", "intel"));
-                    let driver = |writer: &mut Writer<Vec<u8>>| {
-                        let driver = writer.create_element("driver");
-                        let on = [("intremap", "on"), ("eim", "on")];
-                        driver.with_attributes(on).write_empty().map(|_| ())
-                    };
-                    iommu.write_inner_content(driver).map(|_| ())
-                })?;
-        }
-        Ok(())
-    })?;
-    Ok(())
-}
-
-/// Whether these arguments of QEMU (libvirt's `qemu-argv`) give the domain an IOMMU with extended
-/// interrupt mode: intel-iommu's `eim`, amd-iommu's `xtsup`. Both spellings of `-device` are read:
+/// True if these arguments of QEMU (libvirt's `qemu-argv`) include an IOMMU with extended interrupt
+/// mode: intel-iommu with `eim` or amd-iommu with `xtsup`. `-device` has two formats:
 /// `intel-iommu,intremap=on,eim=on` and `{"driver":"intel-iommu","eim":"on"}`.
 pub fn from_native_arguments(arguments: &str) -> bool {
-    let words = words(arguments);
-    words
+    split_shell_words(arguments)
         .windows(2)
         .filter(|pair| pair[0] == "-device")
         .any(|pair| is_iommu_with_eim(&pair[1]))
@@ -180,9 +133,9 @@ fn is_iommu_with_eim(device: &str) -> bool {
         .is_some_and(|switch| options.any(|option| option.strip_prefix(switch) == Some("=on")))
 }
 
-/// The words of a command line as libvirt prints it for a shell: single and double quotes, and
-/// backslashes, also before a line's end.
-fn words(line: &str) -> Vec<String> {
+/// Splits a command line that libvirt quoted for a shell: with single quotes, double quotes and
+/// backslashes, including a backslash at the end of a line.
+fn split_shell_words(line: &str) -> Vec<String> {
     let mut words = Vec::new();
     let mut word: Option<String> = None;
     let mut quote = None;
@@ -221,7 +174,7 @@ mod tests {
     #[case("3.4.0", Some("2.8.0"), Eim::Explicit)]
     #[case("3.3.0", Some("2.8.0"), Eim::None)]
     #[case("9.0.0", Some("2.7.1"), Eim::None)]
-    fn versions_tell_what_to_expect(
+    fn versions_determine_eim(
         #[case] libvirt: &str,
         #[case] qemu: Option<&str>,
         #[case] expected: Eim,
@@ -231,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn the_domain_asks_for_eim_only_when_told() {
+    fn dry_run_domain_requests_eim_only_if_explicit() {
         assert_eq!(
             dry_run_domain("qemu", "q35", false),
             "<domain type=\"qemu\"><name>virtnode-dry-run</name><memory unit=\"MiB\">16</memory>\
@@ -245,12 +198,12 @@ mod tests {
     }
 
     #[test]
-    fn names_are_escaped() {
+    fn dry_run_domain_escapes_names() {
         assert!(dry_run_domain("qemu", "a\"<b", false).contains("machine=\"a&quot;&lt;b\""));
     }
 
     #[test]
-    fn real_arguments_of_libvirt_are_read() {
+    fn captured_libvirt_arguments_are_parsed() {
         let auto = include_str!("../../tests/fixtures/native/libvirt-11.3.0-q35-256-vcpus.txt");
         assert!(from_native_arguments(auto));
         let small = include_str!("../../tests/fixtures/native/libvirt-11.3.0-q35-1-vcpu.txt");
@@ -275,7 +228,7 @@ mod tests {
     #[case("-name 'a -device intel-iommu,eim=on'", false)]
     #[case("-device", false)]
     #[case("", false)]
-    fn both_spellings_are_read(#[case] arguments: &str, #[case] expected: bool) {
+    fn both_formats_of_device_are_parsed(#[case] arguments: &str, #[case] expected: bool) {
         assert_eq!(from_native_arguments(arguments), expected);
     }
 }

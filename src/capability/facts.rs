@@ -1,4 +1,5 @@
-//! All that is known of a node, and what follows from it.
+//! [`NodeFacts`] and the rules that combine documents: native architecture, accelerator, primary
+//! document, effective vCPU limits, CPU features.
 
 use std::collections::BTreeMap;
 
@@ -8,63 +9,59 @@ use super::{
     Capabilities, CpuDefinition, DomainCapabilities, Eim, HostFacts, MachineType, VcpuMax, Version,
 };
 
-/// The most vCPUs on x86 without extended interrupt mode: APIC IDs are 8 bits wide
+/// Maximum number of vCPUs on x86 without extended interrupt mode: APIC IDs have 8 bits
 /// (`QEMU_MAX_VCPUS_WITHOUT_EIM`, libvirt src/qemu/qemu_validate.h).
 const MAX_WITHOUT_EIM: VcpuMax = VcpuMax::AtMost(255);
 
-/// The most vCPUs with a version 2 GIC, which has that many CPU interfaces (QEMU hw/arm/virt.c).
+/// Maximum number of vCPUs with a version 2 GIC: its number of CPU interfaces (QEMU hw/arm/virt.c).
 const MAX_WITH_GIC_V2: VcpuMax = VcpuMax::AtMost(8);
 
-/// All that is known of a node. What is absent is unknown, and nothing is made up for it.
+/// Everything known about a node. A missing fact is unknown.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct NodeFacts {
-    /// The versions of libvirt.
     pub libvirt_version: Option<Version>,
-    /// The version of the hypervisor behind it: QEMU's.
+    /// QEMU's version with libvirt's QEMU driver; see [`NodeFacts::qemu_version`].
     pub hypervisor_version: Option<Version>,
-    /// `<capabilities>`.
     pub capabilities: Option<Capabilities>,
-    /// `<domainCapabilities>`, as many as were asked for.
+    /// One document per query.
     pub domain_capabilities: Vec<DomainCapabilities>,
-    /// The `<cpu>` that hypervisor-cpu-baseline prints: every feature that the hypervisor can give.
+    /// The `<cpu>` from hypervisor-cpu-baseline: every feature that the hypervisor supports.
     pub baseline_cpu: Option<CpuDefinition>,
-    /// What was found out of extended interrupt mode; see [`NodeFacts::eim`].
+    /// Result of the dry run; [`NodeFacts::eim`] falls back to the versions.
     pub eim: Option<Eim>,
-    /// KVM_CAP_MAX_VCPUS.
+    /// `KVM_CAP_MAX_VCPUS`
     pub kvm_max_vcpus: Option<u32>,
-    /// What the host itself shows: sysfs, /dev and /proc.
     pub host: Option<HostFacts>,
 }
 
-/// What makes guests fast here, best first.
+/// QEMU accelerators, best first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Accelerator {
-    /// Linux's KVM.
     Kvm,
-    /// macOS's Hypervisor.framework.
+    /// Hypervisor.framework of macOS
     Hvf,
-    /// Microsoft's hypervisor with Linux as its root.
+    /// Microsoft's hypervisor with Linux as its root partition
     Mshv,
-    /// None: QEMU translates every instruction.
+    /// No accelerator: QEMU translates every instruction.
     Tcg,
 }
 
 impl Accelerator {
-    /// The accelerator behind a domain type; `None` for a type that is not QEMU's.
+    /// Returns the accelerator of a libvirt domain type; `None` for a type of another driver.
     pub fn of_domain_type(virt_type: &str) -> Option<Self> {
         match virt_type {
             "kvm" => Some(Self::Kvm),
             "hvf" => Some(Self::Hvf),
-            // libvirt's name for guests on Microsoft's hypervisor is `hyperv`.
+            // libvirt's domain type for Microsoft's hypervisor is `hyperv`.
             "mshv" | "hyperv" => Some(Self::Mshv),
             "qemu" => Some(Self::Tcg),
             _ => None,
         }
     }
 
-    /// The label's word.
+    /// Returns the value of the label `virtnode.io/accelerator`.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Kvm => "kvm",
@@ -75,19 +72,17 @@ impl Accelerator {
     }
 }
 
-/// A machine type of one architecture by its canonical name, with what it can have here.
+/// A machine type with a canonical name, and its limit on this node.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CanonicalMachine<'f> {
-    /// The canonical name.
     pub name: &'f str,
-    /// The most vCPUs that a domain of it can really have here.
+    /// Maximum number of vCPUs of a domain on this node: the lowest of all limits.
     pub effective_max: VcpuMax,
-    /// Whether the hypervisor is going to drop it.
     pub deprecated: bool,
 }
 
 impl CanonicalMachine<'_> {
-    /// The largest maximum among machines that have a future, which deprecated ones have not.
+    /// Returns the largest maximum of the machine types that are not deprecated.
     pub fn largest_max(machines: &[CanonicalMachine<'_>]) -> VcpuMax {
         machines
             .iter()
@@ -99,10 +94,10 @@ impl CanonicalMachine<'_> {
 }
 
 impl NodeFacts {
-    /// The host's own architecture in libvirt's spelling.
+    /// Returns the host's architecture in libvirt's spelling.
     ///
-    /// From the host's `<cpu>`; a host without one is known by its kernel, else by a guest that
-    /// runs at full speed, else by the only architecture there is.
+    /// The first of these that is known: the host's `<cpu>`, the kernel's architecture, the widest
+    /// accelerated guest architecture, the only guest architecture.
     pub fn native_arch(&self) -> Option<&str> {
         let capabilities = self.capabilities.as_ref();
         let decoded = capabilities.and_then(|c| c.host.cpu.as_ref()?.arch.as_deref());
@@ -149,8 +144,8 @@ impl NodeFacts {
             .filter(|arch| !arch.is_empty())
     }
 
-    /// The best domain type for guests of an architecture: `kvm` before `hvf`, Microsoft's and
-    /// `qemu`, and another driver's own type after all of these.
+    /// Returns the best domain type for an architecture, in the order of [`Accelerator`]; types of
+    /// other drivers come last.
     pub fn best_domain_type(&self, arch: &str) -> Option<&str> {
         let guests = self.capabilities.iter().flat_map(|c| &c.guests);
         let offered = guests
@@ -171,12 +166,12 @@ impl NodeFacts {
             .or_else(|| documented.min_by_key(rank))
     }
 
-    /// What accelerates native guests; `None` where that is unknown or the driver is not QEMU's.
+    /// Returns the accelerator of native guests; `None` if unknown or if the driver is not QEMU's.
     pub fn accelerator(&self) -> Option<Accelerator> {
         Accelerator::of_domain_type(self.best_domain_type(self.native_arch()?)?)
     }
 
-    /// QEMU's version; `None` where another driver's hypervisor has one.
+    /// Returns QEMU's version; `None` if the driver is not QEMU's.
     pub fn qemu_version(&self) -> Option<Version> {
         let best = self
             .native_arch()
@@ -185,8 +180,8 @@ impl NodeFacts {
         self.hypervisor_version.filter(|_| !other)
     }
 
-    /// The documents for an architecture and its best domain type. Others say nothing of what a
-    /// domain gets here.
+    /// Returns the documents for an architecture and its best domain type. The others describe
+    /// domains that nobody would run on this node.
     pub fn documents<'f>(&'f self, arch: &'f str) -> impl Iterator<Item = &'f DomainCapabilities> {
         let best = self.best_domain_type(arch);
         self.domain_capabilities.iter().filter(move |d| {
@@ -195,8 +190,8 @@ impl NodeFacts {
         })
     }
 
-    /// The document that speaks for the node: native, of the best domain type, and if there are
-    /// several the one for the machine type that new guests use.
+    /// Returns the document that represents the node: for the native architecture, the best domain
+    /// type and, if there are several, the machine type that new guests use.
     pub fn primary_document(&self) -> Option<&DomainCapabilities> {
         let arch = self.native_arch()?;
         let usual = |d: &&DomainCapabilities| d.machine.as_deref().is_some_and(is_usual_machine);
@@ -205,8 +200,7 @@ impl NodeFacts {
             .or_else(|| self.documents(arch).next())
     }
 
-    /// The machine types of an architecture as libvirt lists them, aliases as well, without
-    /// repetition.
+    /// Returns the machine types and aliases of an architecture, without duplicates.
     pub fn machines(&self, arch: &str) -> Vec<MachineType> {
         let best = self.best_domain_type(arch);
         let mut machines: BTreeMap<&str, MachineType> = BTreeMap::new();
@@ -231,8 +225,8 @@ impl NodeFacts {
         machines.into_values().collect()
     }
 
-    /// The machine types of an architecture by canonical name, sorted, each with what it can
-    /// have here. A machine that only a domain capabilities document names is one as well.
+    /// Returns the machine types of an architecture, sorted by canonical name, with their effective
+    /// limits. Includes a machine type that only a domain capabilities document mentions.
     pub fn canonical_machines<'m>(
         &'m self,
         arch: &'m str,
@@ -245,7 +239,7 @@ impl NodeFacts {
             *deprecated |= machine.deprecated;
         }
         for document in self.documents(arch) {
-            // What the document says of its machine is cut by KVM already.
+            // The document's maximum already accounts for KVM's limit.
             if let Some(name) = document.machine.as_deref() {
                 let (max, _) = canonical.entry(name).or_default();
                 *max = max.min(document.max_vcpus);
@@ -271,10 +265,9 @@ impl NodeFacts {
             .collect()
     }
 
-    /// The most vCPUs that the accelerator of an architecture allows.
-    ///
-    /// KVM's own answer, and what shows in a document whose maximum is below its machine's:
-    /// libvirt prints the lower of the two (`virQEMUCapsFillDomainCaps`).
+    /// Returns KVM's maximum number of vCPUs: from KVM itself, and from a document whose maximum is
+    /// below that of its machine type, because libvirt writes the lower of the two
+    /// (`virQEMUCapsFillDomainCaps`).
     pub(crate) fn accelerator_limit(&self, arch: &str, machines: &[MachineType]) -> VcpuMax {
         if self.best_domain_type(arch) != Some("kvm") {
             return VcpuMax::Unknown;
@@ -294,7 +287,7 @@ impl NodeFacts {
             .min(shown)
     }
 
-    /// 255 on x86, unless libvirt by itself gives a q35 machine what it needs for more.
+    /// Returns 255, except for a q35 machine to which libvirt adds EIM.
     fn apic_limit(&self, machine: &str) -> VcpuMax {
         match self.eim() {
             Some(Eim::Auto) if is_q35(machine) => VcpuMax::Unlimited,
@@ -302,7 +295,7 @@ impl NodeFacts {
         }
     }
 
-    /// 8 where only version 2 of the GIC can be had.
+    /// Returns 8 if version 2 is the only supported GIC.
     fn interrupt_controller_limit(&self, arch: &str) -> VcpuMax {
         let only_v2 = self.documents(arch).any(|document| {
             document.features.get("gic").is_some_and(|gic| {
@@ -316,15 +309,14 @@ impl NodeFacts {
         }
     }
 
-    /// How more than 255 vCPUs come about on x86: as found out, else by the versions. `None`
-    /// where it is unknown, or the question makes no sense.
+    /// Returns how a domain obtains EIM: by the dry run, else by the versions. `None` if unknown, on
+    /// architectures other than x86, and with drivers other than QEMU's.
     pub fn eim(&self) -> Option<Eim> {
         let arch = self.native_arch();
         if arch.is_some_and(|arch| !is_x86(arch)) {
             return None;
         }
         self.eim.or_else(|| {
-            // Only QEMU's driver has it, and only x86 needs it.
             arch.and(self.accelerator()).and_then(|_| {
                 Some(Eim::from_versions(
                     self.libvirt_version?,
@@ -334,11 +326,11 @@ impl NodeFacts {
         })
     }
 
-    /// The names of the CPU features that the hypervisor provides, sorted: from
-    /// hypervisor-cpu-baseline where there is one, else those that the host model requires.
+    /// Returns the names of the CPU features that the hypervisor provides, sorted: from
+    /// hypervisor-cpu-baseline if present, else those that the host model requires.
     ///
-    /// A feature without a policy is there (s390x leaves it out); `disable`, `forbid` and
-    /// `optional` are not.
+    /// A feature without a policy counts as provided (s390x omits it); one with `disable`, `forbid`
+    /// or `optional` does not.
     pub fn cpu_features(&self) -> Vec<&str> {
         let features = match &self.baseline_cpu {
             Some(cpu) => cpu.features.as_slice(),
@@ -359,9 +351,9 @@ impl NodeFacts {
         names
     }
 
-    /// The kinds of confidential guests and enclaves: `sev`, `sev-es`, `sev-snp`, `tdx`, `sgx`,
-    /// `s390-pv`. `launchSecurity` (libvirt 10.5) names types that have no element of their own,
-    /// such as SEV-SNP.
+    /// Returns the supported kinds of confidential guests and enclaves: `sev`, `sev-es`, `sev-snp`,
+    /// `tdx`, `sgx`, `s390-pv`. `launchSecurity` (libvirt 10.5) lists types without an element of
+    /// their own, such as SEV-SNP.
     pub fn security(&self) -> Vec<&'static str> {
         let Some(document) = self.primary_document() else {
             return Vec::new();
@@ -376,12 +368,12 @@ impl NodeFacts {
             ("sgx", document.sgx.is_some()),
             ("s390-pv", offered("s390-pv")),
         ];
-        let there = kinds.into_iter().filter(|(_, there)| *there);
-        there.map(|(kind, _)| kind).collect()
+        let supported = kinds.into_iter().filter(|(_, supported)| *supported);
+        supported.map(|(kind, _)| kind).collect()
     }
 
-    /// The names of Hyper-V enlightenments: libvirt's own list, or KVM's under libvirt's names
-    /// where libvirt is too old to say (before 9.0).
+    /// Returns the names of the Hyper-V enlightenments: libvirt's list, or before libvirt 9.0, which
+    /// has none, KVM's list in libvirt's spelling.
     pub fn enlightenments(&self) -> Vec<&str> {
         let document = self.primary_document();
         if let Some(hyperv) = document.and_then(|document| document.hyperv.as_ref()) {
@@ -395,7 +387,7 @@ impl NodeFacts {
             .flat_map(|kvm| kvm.iter())
             .filter_map(|name| match name {
                 "synictimer" => Some("stimer"),
-                // Not enlightenments of libvirt's, or parts of others.
+                // libvirt does not have them, or has them as parts of others.
                 "base" | "time" | "synic2" => None,
                 name => Some(name),
             })
@@ -403,18 +395,18 @@ impl NodeFacts {
     }
 }
 
-/// Whether an architecture is x86, where the 8-bit APIC ID counts.
+/// True if APIC IDs limit the number of vCPUs.
 pub fn is_x86(arch: &str) -> bool {
     matches!(arch, "x86_64" | "i686")
 }
 
-/// Whether a machine type is of the q35 family, upstream's or a distribution's
+/// True for a machine type of the q35 family, from QEMU or a distribution
 /// (`qemuDomainMachineIsQ35`, libvirt src/qemu/qemu_domain.c).
 pub fn is_q35(machine: &str) -> bool {
     machine == "q35" || machine.starts_with("pc-q35")
 }
 
-/// Whether a machine type is of Arm's `virt` family.
+/// True for a machine type of Arm's `virt` family.
 fn is_virt(machine: &str) -> bool {
     machine == "virt" || machine.starts_with("virt-")
 }
@@ -424,7 +416,7 @@ fn is_accelerated(virt_type: &str) -> bool {
         .is_some_and(|accelerator| accelerator != Accelerator::Tcg)
 }
 
-/// Whether new guests of any architecture are commonly given this machine type.
+/// True for a machine type that tools usually give to new guests.
 fn is_usual_machine(machine: &str) -> bool {
     is_q35(machine)
         || is_virt(machine)

@@ -1,5 +1,3 @@
-//! From facts to labels, by one schema or both.
-
 use std::collections::BTreeSet;
 use std::fmt;
 use std::str::FromStr;
@@ -9,16 +7,15 @@ use serde::{Deserialize, Serialize, Serializer};
 use super::{InvalidLabel, LabelKey, LabelSet, LabelValue, kubevirt, native};
 use crate::capability::NodeFacts;
 
-/// Which keys are written.
+/// The set of keys to write.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Schema {
-    /// Our own keys, under `virtnode.io`.
+    /// virtnode's keys, under `virtnode.io`.
     #[default]
     Native,
-    /// The keys of KubeVirt's own labeller.
+    /// The keys of KubeVirt's node-labeller.
     Kubevirt,
-    /// Both.
     Both,
 }
 
@@ -30,7 +27,9 @@ impl FromStr for Schema {
             "native" => Ok(Self::Native),
             "kubevirt" => Ok(Self::Kubevirt),
             "both" => Ok(Self::Both),
-            other => Err(format!("'{other}' is no schema: native, kubevirt or both")),
+            other => Err(format!(
+                "'{other}' is not a valid schema, expected native, kubevirt or both"
+            )),
         }
     }
 }
@@ -45,26 +44,22 @@ impl fmt::Display for Schema {
     }
 }
 
-/// What an operator decides about labels.
+/// The operator's settings for labels.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Policy {
-    /// Which keys are written.
     pub schema: Schema,
-    /// CPU models that no new guest should use. `None` leaves it to the schema: none for the
-    /// native one, [`super::DEFAULT_OBSOLETE_CPU_MODELS`] for KubeVirt's. A list replaces both.
+    /// CPU models that no new guest should use. With `None`, the native schema omits no model and
+    /// KubeVirt's omits [`super::DEFAULT_OBSOLETE_CPU_MODELS`]. A list replaces both defaults.
     pub obsolete_cpu_models: Option<BTreeSet<String>>,
-    /// Guest architectures beside the host's own whose machine types are published.
+    /// Guest architectures, in addition to the host's, whose machine types are published.
     pub guest_architectures: Vec<String>,
 }
 
-/// A label that was not made, and why.
+/// A label that the API server would reject, with the reason.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct RejectedLabel {
-    /// The key it would have had.
     pub key: String,
-    /// The value it would have had.
     pub value: String,
-    /// Why it is no label.
     #[serde(serialize_with = "code")]
     pub reason: InvalidLabel,
 }
@@ -73,18 +68,17 @@ fn code<S: Serializer>(reason: &InvalidLabel, serializer: S) -> Result<S::Ok, S:
     serializer.serialize_str(reason.code())
 }
 
-/// What the facts say.
+/// The labels derived from facts.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Derivation {
-    /// The labels.
     pub labels: LabelSet,
-    /// What could be no label, sorted by key.
+    /// Sorted by key.
     pub rejected: Vec<RejectedLabel>,
 }
 
 impl Derivation {
-    /// Adds `prefix/name=value`, or notes why that is no label. Names are never mangled: a
-    /// scheduler would look for the real one.
+    /// Adds `prefix/name=value`, or records why it is invalid. A name is never mangled, because a
+    /// selector contains the real one.
     pub(super) fn add(&mut self, prefix: &str, name: &str, value: &str) {
         match (LabelKey::new(prefix, name), LabelValue::new(value)) {
             (Ok(key), Ok(value)) => drop(self.labels.insert(key, value)),
@@ -111,7 +105,6 @@ impl Derivation {
     }
 }
 
-/// The labels that the facts call for under a policy.
 pub fn derive(facts: &NodeFacts, policy: &Policy) -> Derivation {
     let mut derivation = Derivation::default();
     if policy.schema != Schema::Kubevirt {

@@ -1,26 +1,23 @@
-//! Which family a label is of, for the metrics, and which sources its value rests on.
+//! Classification of keys: the metrics' family, the fact sources, and ownership by this program.
 
 use super::LabelKey;
 
-/// A source of facts that can fail on its own.
+/// A source of facts. Each can fail independently of the others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum FactSource {
-    /// The versions of libvirt and QEMU.
+    /// Versions of libvirt and QEMU
     Versions,
-    /// `<capabilities>`.
     Capabilities,
-    /// `<domainCapabilities>`.
     DomainCapabilities,
-    /// hypervisor-cpu-baseline.
+    /// hypervisor-cpu-baseline
     CpuBaseline,
-    /// The running domains.
+    /// Running domains
     Domains,
-    /// The host itself: sysfs, /dev, /proc.
+    /// sysfs, /dev and /proc of the host
     Host,
 }
 
 impl FactSource {
-    /// All of them.
     pub const ALL: [Self; 6] = [
         Self::Versions,
         Self::Capabilities,
@@ -30,7 +27,7 @@ impl FactSource {
         Self::Host,
     ];
 
-    /// The word in metrics and logs.
+    /// Returns the label value in metrics, which logs also use.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Versions => "versions",
@@ -43,8 +40,8 @@ impl FactSource {
     }
 }
 
-/// KubeVirt's prefixes that its labeller's keys have (node_labeller.go:52). The admission policy
-/// of the KubeVirt overlay has them too.
+/// Prefixes of the keys that KubeVirt's node-labeller writes (node_labeller.go:52). The admission
+/// policy of the KubeVirt overlay lists them too.
 pub const KUBEVIRT_PREFIXES: [&str; 9] = [
     "cpu-feature.node.kubevirt.io",
     "cpu-model.node.kubevirt.io",
@@ -57,8 +54,8 @@ pub const KUBEVIRT_PREFIXES: [&str; 9] = [
     "machine-type.node.kubevirt.io",
 ];
 
-/// KubeVirt's other keys that its labeller writes. More there are not ours:
-/// `kubevirt.io/schedulable`, say.
+/// Other keys that KubeVirt's node-labeller writes. This program does not write any others under
+/// these prefixes, such as `kubevirt.io/schedulable`.
 pub const KUBEVIRT_KEYS: [&str; 7] = [
     "kubevirt.io/realtime",
     "kubevirt.io/sev",
@@ -69,7 +66,7 @@ pub const KUBEVIRT_KEYS: [&str; 7] = [
     "node-labeller.kubevirt.io/obsolete-host-model",
 ];
 
-/// Whether a key is one that this program writes, in either schema.
+/// True if this program writes the key, in either schema.
 pub fn is_ours(key: &LabelKey) -> bool {
     let prefix = key.prefix();
     prefix == "virtnode.io"
@@ -78,7 +75,7 @@ pub fn is_ours(key: &LabelKey) -> bool {
         || KUBEVIRT_KEYS.contains(&key.as_str())
 }
 
-/// The families of labels, as in the metrics' label `family`.
+/// Values of the metrics' label `family`.
 pub const FAMILIES: [&str; 10] = [
     "machine",
     "machine-alias",
@@ -92,7 +89,7 @@ pub const FAMILIES: [&str; 10] = [
     "node",
 ];
 
-/// The family of a key of ours or KubeVirt's.
+/// Returns the family of a key of either schema.
 pub fn family(key: &LabelKey) -> &'static str {
     let prefix = key.prefix();
     let first = prefix.split('.').next().unwrap_or_default();
@@ -111,9 +108,9 @@ pub fn family(key: &LabelKey) -> &'static str {
     }
 }
 
-/// The sources that the value of a key rests on. While one of them cannot be read, what was
-/// published for the key is better than what can be derived: without the domain capabilities,
-/// say, a machine's maximum would jump to what QEMU allows and KVM does not.
+/// Returns the sources that the value of a key depends on. If one of them fails, the published value
+/// is more accurate than the derived one: without the domain capabilities, for example, a machine
+/// type's maximum would rise to QEMU's, which KVM may not support.
 pub fn sources(key: &LabelKey) -> &'static [FactSource] {
     use FactSource::{Capabilities, CpuBaseline, DomainCapabilities, Host, Versions};
     match (family(key), key.name()) {
@@ -162,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn what_others_write_is_not_ours() {
+    fn keys_of_other_components_are_not_ours() {
         for key in [
             "kubevirt.io/schedulable",
             "node-labeller.kubevirt.io/skip-node",

@@ -1,9 +1,9 @@
-//! Label keys and values that the API server accepts, as types.
+//! Validated label keys and values.
 //!
-//! The rules are Kubernetes' own (`apimachinery/pkg/util/validation`: `IsQualifiedName`,
-//! `IsValidLabelValue`): a key is `prefix/name`, the prefix a DNS-1123 subdomain of at most 253
-//! characters, the name and a value at most 63 characters of `[A-Za-z0-9._-]` that begin and end
-//! with a letter or digit. A value may be empty, a name may not.
+//! The rules are those of Kubernetes (`apimachinery/pkg/util/validation`: `IsQualifiedName`,
+//! `IsValidLabelValue`). A key is `prefix/name`. The prefix is a DNS-1123 subdomain of at most 253
+//! characters. A name or value has at most 63 characters of `[A-Za-z0-9._-]` and begins and ends
+//! with a letter or digit; a value may also be empty.
 
 use std::fmt;
 use std::str::FromStr;
@@ -15,35 +15,29 @@ use thiserror::Error;
 const NAME_MAX: usize = 63;
 const PREFIX_MAX: usize = 253;
 
-/// Why a text is no label key or value. `code()` is the bounded word for it.
+/// The rule that an invalid label key or value breaks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 pub enum InvalidLabel {
-    /// The part after the slash is empty.
     #[error("the name is empty")]
     EmptyName,
-    /// The part after the slash is longer than 63 characters.
     #[error("the name is longer than 63 characters")]
     NameTooLong,
-    /// The part after the slash has characters that are not allowed, or allowed ones at its ends.
     #[error(
-        "the name may only hold letters, digits, '-', '_' and '.', and must begin and end with a letter or digit"
+        "the name may only contain letters, digits, '-', '_' and '.', and must begin and end with a letter or digit"
     )]
     NameSyntax,
-    /// The part before the slash is missing or is no DNS subdomain of at most 253 characters.
-    #[error("the prefix is no DNS subdomain of at most 253 characters")]
+    /// Includes a missing prefix.
+    #[error("the prefix must be a DNS subdomain of at most 253 characters")]
     Prefix,
-    /// The value is longer than 63 characters.
     #[error("the value is longer than 63 characters")]
     ValueTooLong,
-    /// The value has characters that are not allowed, or allowed ones at its ends.
     #[error(
-        "the value may only hold letters, digits, '-', '_' and '.', and must begin and end with a letter or digit"
+        "the value may only contain letters, digits, '-', '_' and '.', and must begin and end with a letter or digit"
     )]
     ValueSyntax,
 }
 
 impl InvalidLabel {
-    /// Every reason there is, for metrics that begin at zero.
     pub const ALL: [Self; 6] = [
         Self::EmptyName,
         Self::NameTooLong,
@@ -53,7 +47,7 @@ impl InvalidLabel {
         Self::ValueSyntax,
     ];
 
-    /// The bounded word for metrics and JSON.
+    /// Returns the label value in metrics, which JSON output also uses.
     pub fn code(self) -> &'static str {
         match self {
             Self::EmptyName => "empty-name",
@@ -72,10 +66,6 @@ impl InvalidLabel {
 pub struct LabelKey(Arc<str>);
 
 impl LabelKey {
-    /// Joins a prefix and a name.
-    ///
-    /// # Errors
-    /// The first rule that the two break.
     pub fn new(prefix: &str, name: &str) -> Result<Self, InvalidLabel> {
         check_prefix(prefix)?;
         match name {
@@ -92,17 +82,14 @@ impl LabelKey {
         }
     }
 
-    /// The whole key.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 
-    /// The part before the slash.
     pub fn prefix(&self) -> &str {
         self.0.split_once('/').map_or("", |(prefix, _)| prefix)
     }
 
-    /// The part after the slash.
     pub fn name(&self) -> &str {
         self.0.split_once('/').map_or("", |(_, name)| name)
     }
@@ -137,16 +124,11 @@ impl fmt::Display for LabelKey {
     }
 }
 
-/// A label value.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct LabelValue(Arc<str>);
 
 impl LabelValue {
-    /// Checks a value.
-    ///
-    /// # Errors
-    /// The rule that the text breaks.
     pub fn new(text: &str) -> Result<Self, InvalidLabel> {
         match text {
             "" => Ok(Self("".into())),
@@ -156,7 +138,6 @@ impl LabelValue {
         }
     }
 
-    /// The value itself.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -220,7 +201,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_follow_the_rules_of_the_api_server() {
+    fn name_that_the_api_server_rejects_is_invalid() {
         let name = |name: &str| LabelKey::new("machine.virtnode.io", name);
         assert!(name("pc-q35-10.0").is_ok());
         assert!(name("sse4.2").is_ok());
@@ -243,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn prefixes_are_dns_subdomains() {
+    fn prefix_that_is_not_a_dns_subdomain_is_invalid() {
         for bad in [
             "",
             "A.io",
@@ -267,7 +248,7 @@ mod tests {
     }
 
     #[test]
-    fn a_value_may_be_empty_but_not_blank() {
+    fn empty_value_is_valid_and_blank_value_is_not() {
         assert_eq!(LabelValue::new("").map(String::from), Ok(String::new()));
         assert_eq!(LabelValue::new(" "), Err(InvalidLabel::ValueSyntax));
         assert_eq!(
@@ -277,7 +258,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_comes_apart_again() {
+    fn key_splits_into_prefix_and_name() {
         let key: LabelKey = "machine.virtnode.io/pc-q35-10.0".parse().unwrap();
         assert_eq!(
             (key.prefix(), key.name()),

@@ -1,15 +1,15 @@
-//! The keys that KubeVirt's controllers select on, as its node-labeller writes them
-//! (pkg/virt-handler/node-labeller, v1.9), so that it can be switched off.
+//! The KubeVirt schema: the keys that KubeVirt's node-labeller writes
+//! (pkg/virt-handler/node-labeller, v1.9) and its controllers select on, so that the node-labeller
+//! can be disabled.
 //!
-//! Left out on purpose: keys with an empty name, and machine types of other architectures than
-//! the host's, which its labeller mixes in. `kubevirt.io/vm-arch-…` belongs to a feature gate
-//! that is off by default.
+//! Omitted on purpose: keys with an empty name; machine types of other architectures, which
+//! KubeVirt mixes with the host's; and `kubevirt.io/vm-arch-…`, whose feature gate is off by default.
 
 use super::{Derivation, Policy};
 use crate::capability::{CpuModel, DomainCapabilities, NodeFacts, PolicyFeature, Usable};
 
-/// KubeVirt's list of models that it does not publish unless told otherwise
-/// (`DefaultObsoleteCPUModels`, node-labeller/util/util.go); each with `-v1` as well.
+/// CPU models that KubeVirt does not publish by default (`DefaultObsoleteCPUModels`,
+/// node-labeller/util/util.go), each also with the suffix `-v1`.
 pub const DEFAULT_OBSOLETE_CPU_MODELS: [&str; 17] = [
     "486",
     "pentium",
@@ -43,7 +43,7 @@ pub(super) fn derive(facts: &NodeFacts, policy: &Policy, labels: &mut Derivation
     if let Some(document) = document {
         derive_security(document, labels);
     }
-    // Its labeller knows CPUs of these two architectures only (arch_labeller.go).
+    // KubeVirt labels CPUs of these two architectures only (arch_labeller.go).
     if matches!(arch, "x86_64" | "s390x") {
         derive_features(facts, arch, labels);
         if let Some(document) = document {
@@ -88,7 +88,7 @@ fn derive_models(document: &DomainCapabilities, policy: &Policy, labels: &mut De
             .filter(|m| m.usable.is_some())
             .filter(offered)
     };
-    // `unknown` counts as usable there.
+    // KubeVirt treats `unknown` as usable.
     let usable = known().filter(|model| model.usable != Some(Usable::No));
     labels.add_all(
         "cpu-model.node.kubevirt.io",
@@ -115,7 +115,7 @@ fn derive_host_model(
     }
     if let Some(model) = &host_model.model {
         labels.add("host-model-cpu.node.kubevirt.io", model, "true");
-        // Its own list decides here and the default one does not (node_labeller.go:278).
+        // KubeVirt evaluates only a configured list here, not the default (node_labeller.go:278).
         let obsolete = policy
             .obsolete_cpu_models
             .as_ref()

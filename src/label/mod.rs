@@ -1,9 +1,11 @@
-//! Facts and policy as labels. Pure.
+//! Labels: derived from a node's facts, kept across probes, reconciled with the Node. Pure.
 //!
-//! * [`derive()`]: what the facts say, in one schema or both;
-//! * [`PublishedLabels`]: what that becomes, given what was published before: nothing is taken away on
-//!   the word of one probe, or while a running domain stands on it;
-//! * [`ownership`]: which of these may be written to a Node that others write to as well.
+//! ```text
+//! NodeFacts ── derive() ──▶ Derivation ── PublishedLabels::update ──▶ the set to publish
+//!             by Policy                    retains labels in use              │
+//!                                          or not yet proven absent           ▼
+//!                                                            ownership::decide: what to write
+//! ```
 
 mod derive;
 mod family;
@@ -28,5 +30,5 @@ pub use published::{
 };
 pub use reference::{LabelEntry, REFERENCE};
 
-/// A set of labels, sorted by key.
+/// Labels by key.
 pub type LabelSet = BTreeMap<LabelKey, LabelValue>;

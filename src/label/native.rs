@@ -1,4 +1,4 @@
-//! Our own keys. The table is design/labels.md's, and README's.
+//! The native schema, described in docs/labels.md.
 
 use super::prefix::{CPU_FEATURE, CPU_MODEL, HYPERV, NODE};
 use super::{Derivation, Policy};
@@ -17,7 +17,7 @@ pub(super) fn derive(facts: &NodeFacts, policy: &Policy, labels: &mut Derivation
             .iter()
             .filter(|other| *other != arch)
         {
-            // A prefix is a DNS name, which has no '_': x86_64 becomes x86-64.
+            // A prefix is a DNS name, which cannot contain '_': x86_64 becomes x86-64.
             let infix = format!(".{}", foreign.replace('_', "-"));
             derive_machines(facts, foreign, &infix, labels);
         }
@@ -45,8 +45,8 @@ pub(super) fn derive(facts: &NodeFacts, policy: &Policy, labels: &mut Derivation
     derive_host(facts, labels);
 }
 
-/// The machine types of an architecture under `machine<infix>.virtnode.io`. Answers with the
-/// largest maximum among those that are not deprecated.
+/// Adds the machine types of an architecture under `machine<infix>.virtnode.io`. Returns the largest
+/// maximum of those that are not deprecated.
 fn derive_machines(facts: &NodeFacts, arch: &str, infix: &str, labels: &mut Derivation) -> VcpuMax {
     let [machine_key, alias_key, deprecated_key] =
         ["machine", "machine-alias", "machine-deprecated"]
@@ -101,7 +101,8 @@ fn derive_cpu(document: &DomainCapabilities, policy: &Policy, labels: &mut Deriv
     }
 }
 
-/// The counter and the IOMMU; live from the host, offline as far as libvirt's document goes.
+/// Adds labels about the time stamp counter, the IOMMU and nesting. Without facts of the host, only
+/// libvirt's document is available.
 fn derive_host(facts: &NodeFacts, labels: &mut Derivation) {
     let host = facts
         .capabilities
@@ -121,7 +122,7 @@ fn derive_host(facts: &NodeFacts, labels: &mut Derivation) {
             labels.add_if(host.iommufd, NODE, "iommufd");
             labels.add_if(host.nested, NODE, "nested");
         }
-        // "No" is an answer; "yes" does not say which kind.
+        // libvirt's "yes" does not name the kind, but "no" is unambiguous.
         None if host.is_some_and(|host| host.iommu == Some(false)) => {
             labels.add(NODE, "iommu", IommuKind::None.as_str());
         }

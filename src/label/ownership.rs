@@ -1,10 +1,23 @@
-//! Who owns which label of the Node, and what is to be written: a pure decision.
+//! Decides which labels to write to a Node that other clients write to as well. Pure;
+//! [`crate::publish::node`] decides when, and executes the decision.
 //!
-//! Server-side apply keeps an owner for every label key. A change by anybody else takes the key
-//! away from us, and who changed it tells what it means: an edit by hand of a label that was ours
-//! is drift and is put back; a label that was never ours, or that another applier claims, is a
-//! conflict and is left alone. Ownership is as the API server's documentation of server-side apply
-//! describes it (Kubernetes: reference/using-api/server-side-apply).
+//! Server-side apply records the field managers that own each label key (Kubernetes:
+//! reference/using-api/server-side-apply). A manager that changes the value of a key takes it over.
+//! The decision for a desired key depends on the Node's value and owners:
+//!
+//! | the Node has | owners beside us | decision |
+//! | --- | --- | --- |
+//! | the desired value | any | keep it |
+//! | no label, which we never published | | add it |
+//! | no label, which we published | | repair it |
+//! | another value, which we wrote | none, or by update | change it |
+//! | another value, over ours | by update: an edit by hand | repair it by force |
+//! | another value | by apply: a claim | conflict: leave it to the owner |
+//! | another value, which we never published | by update | conflict: leave it to the owner |
+//! | another value, which we never published | none | change it; the API server may reject that |
+//!
+//! A key that needs more than [`MAX_REPAIRS`] repairs within [`REPAIR_WINDOW`] becomes a conflict too.
+//! With `force_conflicts`, the other conflicts are taken over by force.
 
 use core::time::Duration;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -12,17 +25,18 @@ use std::fmt;
 
 use super::{LabelKey, LabelSet};
 
-/// So many times a key is put back within [`FIGHT_WINDOW`]; then somebody means it.
-pub const FIGHT_REPAIRS: usize = 3;
-/// The time within which repairs of one key are counted.
-pub const FIGHT_WINDOW: Duration = Duration::from_secs(600);
+/// Maximum number of repairs of one key within [`REPAIR_WINDOW`]. After that, the other writer most
+/// likely is a controller, and repairing would never end.
+pub const MAX_REPAIRS: usize = 3;
+/// Period for which a repair counts.
+pub const REPAIR_WINDOW: Duration = Duration::from_secs(600);
 
 /// Another field manager that owns a label.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct FieldManager {
-    /// The field manager's name, `kubectl-label`.
+    /// `kubectl-label`
     pub manager: String,
-    /// Whether it owns the key by server-side apply, and so claims it for good; otherwise by an
+    /// True if it owns the key by server-side apply, which is a permanent claim; false if by an
     /// update (create, replace, patch).
     pub applies: bool,
 }
@@ -33,52 +47,50 @@ impl fmt::Display for FieldManager {
     }
 }
 
-/// The labels that the Node shows, and whose they are.
+/// The labels of the Node and their owners.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ObservedLabels {
-    /// Every label, ours and foreign.
+    /// All labels, also those of other owners.
     pub labels: BTreeMap<String, String>,
-    /// The keys that our field manager owns by server-side apply.
+    /// Keys that our field manager owns by server-side apply.
     pub owned: BTreeSet<String>,
-    /// Who else owns which key.
+    /// The other owners of each key.
     pub owners: BTreeMap<String, Vec<FieldManager>>,
 }
 
-/// What makes a conflict of a key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ConflictCause {
-    /// The Node names another owner.
+    /// The Node's managed fields name another owner.
     Owned,
-    /// The Node names none, but the API server did when it refused our apply.
+    /// The managed fields name no owner, but the API server did when it rejected an apply.
     Refused,
-    /// It was put back too often.
+    /// The key was repaired too often.
     Contested,
 }
 
-/// Why a desired label is not written.
+/// The reason not to write a desired label.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Conflict {
-    /// Who owns the key; `None` if the Node does not tell.
+    /// `None` if unknown.
     pub owner: Option<FieldManager>,
-    /// The value that the Node shows; `None` if the key keeps being deleted.
+    /// The value on the Node; `None` if someone keeps deleting the key.
     pub value: Option<String>,
-    /// What makes it a conflict.
     pub cause: ConflictCause,
 }
 
-/// What is known from before: nothing of it is on the Node itself.
+/// State that the Node itself does not contain.
 #[derive(Debug, Clone, Default)]
 pub struct OwnershipHistory {
-    /// The labels that the API server took from us last.
+    /// The labels of the last successful apply.
     pub published: LabelSet,
-    /// The conflicts at the last decision that was carried out.
+    /// The conflicts of the last executed decision.
     pub conflicts: BTreeMap<LabelKey, Conflict>,
-    /// When keys were put back or taken over, oldest first.
+    /// Times of repairs and takeovers, oldest first.
     repairs: BTreeMap<LabelKey, VecDeque<Duration>>,
 }
 
 impl OwnershipHistory {
-    /// Begins with the labels that an earlier run published.
+    /// Starts with the labels that a previous run published.
     pub fn new(published: LabelSet) -> Self {
         Self {
             published,
@@ -86,74 +98,68 @@ impl OwnershipHistory {
         }
     }
 
-    /// Begins anew: another Node by the same name has none of our labels, and nobody took them
-    /// from it.
+    /// Clears everything, for a new Node with the same name: nobody deleted labels from that one.
     pub fn reset(&mut self) {
         *self = Self::default();
     }
 
-    /// Writes down that a decision was carried out at `now`.
+    /// Records that a decision was executed at `now`.
     pub fn record(&mut self, decision: Decision, now: Duration) {
-        let put_back = decision.repaired.into_iter().chain(decision.forced);
-        for key in put_back {
+        let repaired = decision.repaired.into_iter().chain(decision.forced);
+        for key in repaired {
             self.repairs.entry(key).or_default().push_back(now);
         }
         self.repairs.retain(|_, times| {
-            times.retain(|time| now.saturating_sub(*time) < FIGHT_WINDOW);
+            times.retain(|time| now.saturating_sub(*time) < REPAIR_WINDOW);
             !times.is_empty()
         });
         self.conflicts = decision.conflicts;
         self.published = decision.labels;
     }
 
-    fn is_fight(&self, key: &LabelKey, now: Duration) -> bool {
+    fn is_contested(&self, key: &LabelKey, now: Duration) -> bool {
         self.repairs.get(key).is_some_and(|times| {
-            let recent = |time: &&Duration| now.saturating_sub(**time) < FIGHT_WINDOW;
-            times.iter().filter(recent).count() >= FIGHT_REPAIRS
+            let recent = |time: &&Duration| now.saturating_sub(**time) < REPAIR_WINDOW;
+            times.iter().filter(recent).count() >= MAX_REPAIRS
         })
     }
 }
 
-/// Whether something is to be written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LabelWrite {
-    /// The Node shows all there is to show.
     Nothing,
-    /// [`Decision::labels`] are to be applied.
+    /// Apply [`Decision::labels`].
     Apply {
-        /// Whether labels are to be taken from their present owners. Only for the Node exactly as
-        /// it was seen: the owners of other keys may have changed since.
+        /// True to take keys from their owners. The write must then depend on the observed version
+        /// of the Node, because the owners of other keys may have changed since.
         force: bool,
     },
 }
 
-/// What is to be written, and what it means.
+/// The labels to write, with the reasons for logs, metrics and events.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Decision {
-    /// Whether to write.
     pub action: LabelWrite,
-    /// The whole set that is ours: what is desired less the conflicts.
+    /// The desired labels without conflicts.
     pub labels: LabelSet,
-    /// Keys that appear on the Node.
+    /// Keys that are new on the Node.
     pub added: Vec<LabelKey>,
-    /// Keys whose value we change.
+    /// Keys with a new value.
     pub changed: Vec<LabelKey>,
-    /// Keys that go because they are no longer desired.
+    /// Keys removed because they are no longer desired.
     pub removed: Vec<String>,
-    /// Keys put back after somebody deleted or edited them.
+    /// Keys restored after someone deleted or edited them.
     pub repaired: Vec<LabelKey>,
-    /// Keys newly taken from another manager because the configuration says so.
+    /// Keys taken from another manager because of `force_conflicts`.
     pub forced: Vec<LabelKey>,
-    /// Every present conflict.
+    /// All current conflicts.
     pub conflicts: BTreeMap<LabelKey, Conflict>,
-    /// Conflicts that were not there before.
     pub new_conflicts: Vec<LabelKey>,
-    /// Conflicts that are no more.
     pub ended_conflicts: Vec<LabelKey>,
 }
 
 impl Decision {
-    /// Whether there is nothing to write and nothing to tell.
+    /// True if there is nothing to write and nothing to report.
     pub fn is_noop(&self) -> bool {
         self.action == LabelWrite::Nothing
             && self.new_conflicts.is_empty()
@@ -161,26 +167,23 @@ impl Decision {
     }
 }
 
-/// What a decision is made from.
+/// Input of [`decide`].
 #[derive(Debug, Clone, Copy)]
 pub struct DecisionInput<'s> {
-    /// The labels that the Node should show.
     pub desired: &'s LabelSet,
-    /// The labels that it shows.
     pub shown: &'s ObservedLabels,
-    /// What is known from before.
     pub memory: &'s OwnershipHistory,
-    /// Owners that the API server named when it refused an apply, where the Node did not.
+    /// Owners by key that the API server named when it rejected an apply.
     pub refused: &'s BTreeMap<String, FieldManager>,
-    /// Take over labels in conflict.
+    /// Take over labels in conflict by force.
     pub force_conflicts: bool,
-    /// The time now, from any fixed moment on.
+    /// Current time since an arbitrary fixed point.
     pub now: Duration,
 }
 
-/// What is to become of one desired key.
+/// The decision for one desired key.
 enum KeyDecision {
-    /// It shows our value. If only somebody else owns it so far, to own it too harms nobody.
+    /// The value is correct. If another manager owns the key, sharing it does no harm.
     Keep,
     Add,
     LabelChange {
@@ -192,7 +195,6 @@ enum KeyDecision {
     Conflict(Conflict),
 }
 
-/// Decides what to write, if anything.
 pub fn decide(situation: DecisionInput<'_>) -> Decision {
     let DecisionInput {
         desired,
@@ -248,15 +250,15 @@ pub fn decide(situation: DecisionInput<'_>) -> Decision {
     let write = !owned.eq(decision.labels.keys().map(LabelKey::as_str))
         || !decision.changed.is_empty()
         || !decision.forced.is_empty();
-    // To apply nothing is to remove everything: `cleanup` does that, never a decision.
+    // Applying an empty set would remove every label. Only `cleanup` may do that.
     if write && !decision.labels.is_empty() {
         decision.action = LabelWrite::Apply { force };
         let desired: BTreeSet<&str> = desired.keys().map(LabelKey::as_str).collect();
-        // What somebody else owns too stays on the Node when we let go of it.
-        let goes = |key: &&String| {
+        // A key with another owner stays on the Node after we release it.
+        let is_removed = |key: &&String| {
             !desired.contains(key.as_str()) && !shown.owners.contains_key(key.as_str())
         };
-        decision.removed = shown.owned.iter().filter(goes).cloned().collect();
+        decision.removed = shown.owned.iter().filter(is_removed).cloned().collect();
     }
     decision
 }
@@ -265,13 +267,15 @@ impl DecisionInput<'_> {
     fn judge(&self, key: &LabelKey, value: &str) -> KeyDecision {
         let name = key.as_str();
         let ours = self.shown.owned.contains(name);
-        let before = ours || self.memory.published.contains_key(key);
-        let fight = self.memory.is_fight(key, self.now);
+        let was_ours = ours || self.memory.published.contains_key(key);
+        let contested = self.memory.is_contested(key, self.now);
         let Some(shown) = self.shown.labels.get(name) else {
-            return match (fight, before) {
-                (true, _) => conflict(Vec::new(), None, ConflictCause::Contested),
-                (false, true) => KeyDecision::Repair { by_force: false },
-                (false, false) => KeyDecision::Add,
+            return if contested {
+                conflict(Vec::new(), None, ConflictCause::Contested)
+            } else if was_ours {
+                KeyDecision::Repair { by_force: false }
+            } else {
+                KeyDecision::Add
             };
         };
         if shown == value {
@@ -280,25 +284,25 @@ impl DecisionInput<'_> {
         let (owners, cause) = self.owners(key, shown);
         let claimed = owners.iter().any(|owner| owner.applies);
         if ours && !claimed {
-            // The value is what we wrote; an owner beside us has not touched it since.
+            // We wrote the value, and no co-owner has changed it since.
             return KeyDecision::LabelChange {
                 by_force: !owners.is_empty(),
             };
         }
-        if fight {
+        if contested {
             return conflict(owners, Some(shown), ConflictCause::Contested);
         }
-        if before && !claimed {
+        if was_ours && !claimed {
             return KeyDecision::Repair { by_force: true };
         }
         if owners.is_empty() {
-            // Nobody claims it here. If somebody does over there, the apply is refused.
+            // The managed fields name no owner. If there is one, the API server rejects the apply.
             return KeyDecision::LabelChange { by_force: false };
         }
         conflict(owners, Some(shown), cause)
     }
 
-    /// Everybody else who owns the key, by the Node or, where it is silent, by a refusal.
+    /// Returns the other owners of a key: from the managed fields, else from a rejected apply.
     fn owners(&self, key: &LabelKey, shown: &str) -> (Vec<FieldManager>, ConflictCause) {
         if let Some(owners) = self.shown.owners.get(key.as_str()) {
             return (owners.clone(), ConflictCause::Owned);

@@ -11,7 +11,6 @@ fn keys(names: &[&str]) -> Vec<LabelKey> {
     names.iter().map(|name| name.parse().unwrap()).collect()
 }
 
-/// A Node and what we know of it.
 #[derive(Default)]
 struct OwnershipCase {
     desired: LabelSet,
@@ -30,8 +29,8 @@ impl OwnershipCase {
         }
     }
 
-    /// As after a sync: everything desired is there, ours and remembered.
-    fn in_place(pairs: &[(&str, &str)]) -> Self {
+    /// The state after a sync: all desired labels are on the Node, owned by us and recorded.
+    fn synced(pairs: &[(&str, &str)]) -> Self {
         let mut case = Self::desiring(pairs);
         for (key, value) in pairs {
             case = case.ours(key, value);
@@ -53,7 +52,7 @@ impl OwnershipCase {
         self
     }
 
-    /// Somebody else writes a key and so takes it over.
+    /// Another manager writes a key, which takes it over.
     fn taken(mut self, key: &str, value: &str, applies: bool) -> Self {
         let owner = FieldManager {
             manager: EDITOR.into(),
@@ -76,8 +75,8 @@ impl OwnershipCase {
         })
     }
 
-    /// Decides and lets the Node show the outcome.
-    fn carry_out(&mut self) -> Decision {
+    /// Decides and applies the decision to the Node.
+    fn execute(&mut self) -> Decision {
         let decision = self.decide();
         if let LabelWrite::Apply { .. } = decision.action {
             for (key, value) in &decision.labels {
@@ -95,7 +94,7 @@ const APPLY: LabelWrite = LabelWrite::Apply { force: false };
 const FORCE: LabelWrite = LabelWrite::Apply { force: true };
 
 #[test]
-fn a_new_node_gets_everything() {
+fn new_node_gets_all_labels() {
     let decision = OwnershipCase::desiring(&[("a.io/x", "1"), ("a.io/y", "2")]).decide();
     assert_eq!(decision.action, APPLY);
     assert_eq!(decision.added, keys(&["a.io/x", "a.io/y"]));
@@ -103,21 +102,21 @@ fn a_new_node_gets_everything() {
 }
 
 #[test]
-fn nothing_is_written_at_rest() {
-    let case = OwnershipCase::in_place(&[("a.io/x", "1")]).taken("foreign.io/z", "1", false);
+fn unchanged_node_is_not_written() {
+    let case = OwnershipCase::synced(&[("a.io/x", "1")]).taken("foreign.io/z", "1", false);
     assert!(case.decide().is_noop());
 }
 
 #[test]
-fn nothing_is_written_at_rest_after_a_restart_without_memory() {
-    let mut case = OwnershipCase::in_place(&[("a.io/x", "1")]);
+fn unchanged_node_is_not_written_after_restart_without_history() {
+    let mut case = OwnershipCase::synced(&[("a.io/x", "1")]);
     case.memory = OwnershipHistory::default();
     assert!(case.decide().is_noop());
 }
 
 #[test]
-fn a_changed_value_is_written_without_force() {
-    let mut case = OwnershipCase::in_place(&[("a.io/x", "1"), ("a.io/y", "1")]);
+fn changed_value_is_written_without_force() {
+    let mut case = OwnershipCase::synced(&[("a.io/x", "1"), ("a.io/y", "1")]);
     case.desired = set(&[("a.io/x", "2"), ("a.io/y", "1")]);
     let decision = case.decide();
     assert_eq!(
@@ -127,8 +126,8 @@ fn a_changed_value_is_written_without_force() {
 }
 
 #[test]
-fn a_key_no_longer_desired_goes() {
-    let mut case = OwnershipCase::in_place(&[("a.io/x", "1"), ("a.io/y", "1")]);
+fn key_no_longer_desired_is_removed() {
+    let mut case = OwnershipCase::synced(&[("a.io/x", "1"), ("a.io/y", "1")]);
     case.desired = set(&[("a.io/x", "1")]);
     let decision = case.decide();
     assert_eq!(
@@ -139,15 +138,15 @@ fn a_key_no_longer_desired_goes() {
 }
 
 #[test]
-fn an_empty_set_is_never_applied() {
-    let mut case = OwnershipCase::in_place(&[("a.io/x", "1")]);
+fn empty_set_is_never_applied() {
+    let mut case = OwnershipCase::synced(&[("a.io/x", "1")]);
     case.desired = LabelSet::new();
     let decision = case.decide();
     assert_eq!(
         (decision.action, decision.removed),
         (LabelWrite::Nothing, vec![])
     );
-    // Neither when every key is in conflict.
+    // The same holds if every key is in conflict.
     let case = OwnershipCase::desiring(&[("a.io/x", "1")])
         .taken("a.io/x", "other", false)
         .ours("a.io/z", "1");
@@ -155,8 +154,8 @@ fn an_empty_set_is_never_applied() {
 }
 
 #[test]
-fn a_deleted_label_is_put_back() {
-    let decision = OwnershipCase::in_place(&[("a.io/x", "1"), ("a.io/y", "1")])
+fn deleted_label_is_restored() {
+    let decision = OwnershipCase::synced(&[("a.io/x", "1"), ("a.io/y", "1")])
         .deleted("a.io/x")
         .decide();
     assert_eq!(
@@ -167,8 +166,8 @@ fn a_deleted_label_is_put_back() {
 }
 
 #[test]
-fn an_edited_label_is_put_back_by_force() {
-    let decision = OwnershipCase::in_place(&[("a.io/x", "1")])
+fn edited_label_is_restored_by_force() {
+    let decision = OwnershipCase::synced(&[("a.io/x", "1")])
         .taken("a.io/x", "2", false)
         .decide();
     assert_eq!(
@@ -179,11 +178,11 @@ fn an_edited_label_is_put_back_by_force() {
 }
 
 #[test]
-fn a_foreign_value_from_before_us_is_a_conflict_for_this_key_only() {
+fn earlier_value_of_another_manager_is_conflict_for_this_key_only() {
     for applies in [false, true] {
         let desired = [("a.io/x", "1"), ("a.io/y", "1")];
         let mut case = OwnershipCase::desiring(&desired).taken("a.io/x", "other", applies);
-        let decision = case.carry_out();
+        let decision = case.execute();
         assert_eq!(
             (decision.action, decision.added),
             (APPLY, keys(&["a.io/y"]))
@@ -192,26 +191,26 @@ fn a_foreign_value_from_before_us_is_a_conflict_for_this_key_only() {
         let conflict = &decision.conflicts[&"a.io/x".parse().unwrap()];
         assert_eq!(conflict.value.as_deref(), Some("other"));
         assert_eq!(conflict.owner.as_ref().unwrap().to_string(), EDITOR);
-        // Told once; it stays a conflict and is no reason to write.
-        let again = case.carry_out();
+        // The conflict remains, but is reported once and causes no write.
+        let again = case.execute();
         assert!(again.is_noop());
         assert_eq!(again.conflicts.len(), 1);
     }
 }
 
 #[test]
-fn what_another_applier_takes_is_a_conflict_even_if_it_was_ours() {
+fn published_label_that_another_manager_applies_is_conflict() {
     let mut case =
-        OwnershipCase::in_place(&[("a.io/x", "1"), ("a.io/y", "1")]).taken("a.io/x", "2", true);
-    let decision = case.carry_out();
+        OwnershipCase::synced(&[("a.io/x", "1"), ("a.io/y", "1")]).taken("a.io/x", "2", true);
+    let decision = case.execute();
     assert_eq!(decision.action, LabelWrite::Nothing);
     assert_eq!(decision.new_conflicts, keys(&["a.io/x"]));
     assert!(case.decide().is_noop());
 }
 
 #[test]
-fn a_value_that_changes_is_a_conflict_if_another_applier_shares_the_key() {
-    let mut case = OwnershipCase::in_place(&[("a.io/x", "1"), ("a.io/y", "1")]);
+fn changed_value_of_shared_key_is_conflict() {
+    let mut case = OwnershipCase::synced(&[("a.io/x", "1"), ("a.io/y", "1")]);
     let sharer = FieldManager {
         manager: "gitops".into(),
         applies: true,
@@ -224,14 +223,14 @@ fn a_value_that_changes_is_a_conflict_if_another_applier_shares_the_key() {
         (decision.action, decision.new_conflicts),
         (APPLY, keys(&["a.io/x"]))
     );
-    assert!(decision.removed.is_empty(), "it stays the other's");
+    assert!(decision.removed.is_empty(), "the other manager keeps it");
 }
 
 #[test]
-fn a_conflict_ends_when_the_owner_is_gone_or_agrees() {
+fn conflict_ends_when_owner_agrees_or_releases_the_key() {
     let desired = [("a.io/x", "1"), ("a.io/y", "1")];
     let mut case = OwnershipCase::desiring(&desired).taken("a.io/x", "other", true);
-    case.carry_out();
+    case.execute();
     let agreed = OwnershipCase {
         memory: case.memory.clone(),
         shown: case.shown.clone(),
@@ -244,19 +243,22 @@ fn a_conflict_ends_when_the_owner_is_gone_or_agrees() {
         (APPLY, keys(&["a.io/x"]))
     );
 
-    let gone = case.deleted("a.io/x").decide();
+    let released = case.deleted("a.io/x").decide();
     assert_eq!(
-        (gone.action, gone.ended_conflicts),
+        (released.action, released.ended_conflicts),
         (APPLY, keys(&["a.io/x"]))
     );
-    assert_eq!((gone.added, gone.repaired), (keys(&["a.io/x"]), vec![]));
+    assert_eq!(
+        (released.added, released.repaired),
+        (keys(&["a.io/x"]), vec![])
+    );
 }
 
 #[test]
-fn a_conflict_can_be_taken_over_by_configuration() {
+fn conflict_with_force_conflicts_is_taken_over() {
     let mut case = OwnershipCase::desiring(&[("a.io/x", "1")]).taken("a.io/x", "other", true);
     case.force_conflicts = true;
-    let decision = case.carry_out();
+    let decision = case.execute();
     assert_eq!(
         (decision.action, decision.forced),
         (FORCE, keys(&["a.io/x"]))
@@ -266,8 +268,8 @@ fn a_conflict_can_be_taken_over_by_configuration() {
 }
 
 #[test]
-fn a_shared_key_whose_value_changes_is_taken_over_too() {
-    let mut case = OwnershipCase::in_place(&[("a.io/x", "1")]);
+fn changed_value_of_shared_key_with_force_conflicts_is_taken_over() {
+    let mut case = OwnershipCase::synced(&[("a.io/x", "1")]);
     let sharer = FieldManager {
         manager: "gitops".into(),
         applies: true,
@@ -279,56 +281,56 @@ fn a_shared_key_whose_value_changes_is_taken_over_too() {
 }
 
 #[test]
-fn a_label_put_back_too_often_is_left_alone_for_a_while() {
+fn label_repaired_too_often_is_conflict_until_window_ends() {
     for edit in [true, false] {
-        let mut case = OwnershipCase::in_place(&[("a.io/x", "1"), ("a.io/y", "1")]);
-        let meddle = |case: OwnershipCase| match edit {
-            true => case.taken("a.io/x", "2", false),
-            false => case.deleted("a.io/x"),
+        let mut case = OwnershipCase::synced(&[("a.io/x", "1"), ("a.io/y", "1")]);
+        let meddle = |case: OwnershipCase| {
+            if edit {
+                case.taken("a.io/x", "2", false)
+            } else {
+                case.deleted("a.io/x")
+            }
         };
-        for round in 0..FIGHT_REPAIRS {
+        for round in 0..MAX_REPAIRS {
             case = meddle(case);
             case.now += Duration::from_secs(60);
-            assert_eq!(
-                case.carry_out().repaired,
-                keys(&["a.io/x"]),
-                "round {round}"
-            );
+            assert_eq!(case.execute().repaired, keys(&["a.io/x"]), "round {round}");
         }
         case = meddle(case);
-        let decision = case.carry_out();
+        let decision = case.execute();
         assert_eq!(
             (decision.action, decision.new_conflicts),
             (LabelWrite::Nothing, keys(&["a.io/x"]))
         );
-        assert!(case.carry_out().is_noop());
+        assert!(case.execute().is_noop());
 
-        case.now += FIGHT_WINDOW;
+        case.now += REPAIR_WINDOW;
         let decision = case.decide();
-        match edit {
-            // Whoever edited it owns it now.
-            true => assert!(decision.is_noop()),
-            false => assert_eq!(decision.added, keys(&["a.io/x"])),
+        if edit {
+            // The editor still owns the key.
+            assert!(decision.is_noop());
+        } else {
+            assert_eq!(decision.added, keys(&["a.io/x"]));
         }
     }
 }
 
 #[test]
-fn a_forced_label_is_not_fought_over_for_ever_either() {
+fn label_taken_over_too_often_is_conflict_until_window_ends() {
     let mut case = OwnershipCase::desiring(&[("a.io/x", "1"), ("a.io/y", "1")]);
     case.force_conflicts = true;
-    for _ in 0..FIGHT_REPAIRS {
+    for _ in 0..MAX_REPAIRS {
         case = case.taken("a.io/x", "other", true);
-        assert_eq!(case.carry_out().forced, keys(&["a.io/x"]));
+        assert_eq!(case.execute().forced, keys(&["a.io/x"]));
     }
     case = case.taken("a.io/x", "other", true);
-    assert_eq!(case.carry_out().new_conflicts, keys(&["a.io/x"]));
-    case.now += FIGHT_WINDOW;
+    assert_eq!(case.execute().new_conflicts, keys(&["a.io/x"]));
+    case.now += REPAIR_WINDOW;
     assert_eq!(case.decide().forced, keys(&["a.io/x"]));
 }
 
 #[test]
-fn an_owner_named_by_a_refusal_counts_and_is_remembered() {
+fn owner_named_by_rejected_apply_is_remembered() {
     let mut case = OwnershipCase::desiring(&[("a.io/x", "1"), ("a.io/y", "1")]);
     case.shown.labels.insert("a.io/x".into(), "other".into());
     let first = case.decide();
@@ -338,13 +340,13 @@ fn an_owner_named_by_a_refusal_counts_and_is_remembered() {
         applies: false,
     };
     case.refused.insert("a.io/x".into(), owner);
-    assert_eq!(case.carry_out().new_conflicts, keys(&["a.io/x"]));
+    assert_eq!(case.execute().new_conflicts, keys(&["a.io/x"]));
     case.refused.clear();
     assert!(case.decide().is_noop());
 }
 
 #[test]
-fn a_shared_value_is_joined() {
+fn key_with_desired_value_of_another_manager_is_shared() {
     let decision = OwnershipCase::desiring(&[("a.io/x", "1")])
         .taken("a.io/x", "1", false)
         .decide();
@@ -353,8 +355,8 @@ fn a_shared_value_is_joined() {
 }
 
 #[test]
-fn another_node_by_the_same_name_was_not_robbed() {
-    let mut case = OwnershipCase::in_place(&[("a.io/x", "1")]).deleted("a.io/x");
+fn new_node_with_same_name_needs_no_repair() {
+    let mut case = OwnershipCase::synced(&[("a.io/x", "1")]).deleted("a.io/x");
     case.memory.reset();
     let decision = case.decide();
     assert_eq!(

@@ -1,8 +1,20 @@
-//! From what is derived to what is published: removal needs proof, and a running domain's labels
-//! stay.
+//! The published label set: it follows the derived labels, but removes a label only on proof.
 //!
-//! The kubelet evicts pods whose node affinity no longer holds when it restarts
+//! When the kubelet restarts, it evicts pods whose node affinity no longer matches
 //! (kubernetes#124586), so a label that disappears for a moment can cost a running domain its pod.
+//!
+//! ```text
+//!          derived                        probe without it
+//!  absent ────────▶ published ──────────────────────────────────▶ retained
+//!    ▲                  ▲                   derived                  │
+//!    │                  └────────────────────────────────────────────┤
+//!    └───────────────────────────────────────────────────────────────┘
+//!        second complete probe in a row without it, and no running domain uses it
+//! ```
+//!
+//! A probe with a failed source, or without any label, is not complete: it restarts the count and
+//! removes nothing. It may add labels, but does not change a value that depends on a failed source.
+//! [`PublishedLabels`] owns the set; nothing else adds to it or removes from it.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -10,29 +22,27 @@ use serde::{Serialize, Serializer};
 
 use super::{FactSource, LabelKey, LabelSet, LabelValue, sources};
 
-/// How many successful probes in a row must lack a label before it goes.
+/// Number of consecutive complete probes without a label that prove its absence. A single
+/// probe could hit a transient omission.
 const PROBES_TO_REMOVE: u8 = 2;
 
-/// What running domains here stand on.
+/// Capabilities that running domains use.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct CapabilitiesInUse {
-    /// Machine types by canonical name.
+    /// Canonical names of machine types.
     pub machines: BTreeSet<String>,
-    /// CPU models.
     pub cpu_models: BTreeSet<String>,
-    /// CPU features.
     pub cpu_features: BTreeSet<String>,
 }
 
 impl CapabilitiesInUse {
-    /// Adds what others stand on.
     pub fn extend(&mut self, other: &Self) {
         self.machines.extend(other.machines.iter().cloned());
         self.cpu_models.extend(other.cpu_models.iter().cloned());
         self.cpu_features.extend(other.cpu_features.iter().cloned());
     }
 
-    /// Whether a running domain stands on this label, in either schema.
+    /// True if a running domain uses the capability behind this label, in either schema.
     pub fn includes(&self, key: &LabelKey) -> bool {
         let prefix = key.prefix();
         let family = prefix.split('.').next().unwrap_or_default();
@@ -46,31 +56,27 @@ impl CapabilitiesInUse {
     }
 }
 
-/// One probe's outcome.
+/// The outcome of one probe.
 #[derive(Debug, Clone, Copy)]
 pub struct ProbeResult<'p> {
-    /// The labels that its facts call for.
+    /// The derived labels.
     pub labels: &'p LabelSet,
-    /// The sources that could not be read. With any, nothing is removed.
+    /// The sources that failed.
     pub failed: &'p [FactSource],
-    /// What running domains stand on.
     pub in_use: &'p CapabilitiesInUse,
 }
 
-/// Why a label is kept that the last probe does not call for.
+/// The reason to keep a label that the last probe did not yield.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum RetentionReason {
-    /// A running domain here stands on it.
     DomainUsesIt,
-    /// It takes another successful probe without it to prove that it is gone.
     AwaitingSecondProbe,
 }
 
 impl RetentionReason {
-    /// All of them.
     pub const ALL: [Self; 2] = [Self::DomainUsesIt, Self::AwaitingSecondProbe];
 
-    /// The word in metrics and JSON.
+    /// Returns the label value in metrics, which JSON output also uses.
     pub fn code(self) -> &'static str {
         match self {
             Self::DomainUsesIt => "domain-uses-it",
@@ -85,30 +91,25 @@ impl Serialize for RetentionReason {
     }
 }
 
-/// A label that is kept though the last probe does not call for it.
+/// A published label that the last probe did not yield.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct RetainedLabel {
-    /// Its key.
     pub key: LabelKey,
-    /// Its value.
     pub value: LabelValue,
-    /// Why it is kept.
     pub reason: RetentionReason,
 }
 
-/// What happened to a label.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum LabelChange {
-    /// It is new.
     Added(LabelKey, LabelValue),
-    /// It has another value: the old, the new.
+    /// Key, old value, new value
     Changed(LabelKey, LabelValue, LabelValue),
-    /// It is gone; the value it had.
+    /// Key, last value
     Removed(LabelKey, LabelValue),
 }
 
 impl LabelChange {
-    /// The word in metrics and logs.
+    /// Returns the label value in metrics, which logs also use.
     pub fn action(&self) -> &'static str {
         match self {
             Self::Added(..) => "added",
@@ -118,17 +119,17 @@ impl LabelChange {
     }
 }
 
-/// The labels to publish, and what is remembered between probes to decide it.
+/// The labels to publish, with the state that spans probes.
 #[derive(Debug, Clone, Default)]
 pub struct PublishedLabels {
     labels: LabelSet,
-    /// For each label that the last probe lacked, how many successful ones in a row did.
+    /// Number of consecutive complete probes without each retained label.
     lacking: BTreeMap<LabelKey, u8>,
     retained: Vec<RetainedLabel>,
 }
 
 impl PublishedLabels {
-    /// Begins with what was published before, by this process or one before it.
+    /// Starts with the labels that a previous run published.
     pub fn starting_from(labels: LabelSet) -> Self {
         Self {
             labels,
@@ -136,33 +137,26 @@ impl PublishedLabels {
         }
     }
 
-    /// Takes over labels that turn out to have been published before: they go as others do, by
-    /// proof. What is known already stays as it is.
-    pub fn adopt(&mut self, before: LabelSet) {
-        for (key, value) in before {
+    /// Adds labels that a previous run published, so that their removal needs proof too. Known
+    /// labels keep their values.
+    pub fn adopt(&mut self, published: LabelSet) {
+        for (key, value) in published {
             self.labels.entry(key).or_insert(value);
         }
     }
 
-    /// The labels to publish.
     pub fn labels(&self) -> &LabelSet {
         &self.labels
     }
 
-    /// Those among them that the last probe does not call for.
+    /// Returns the labels that the last probe did not yield, sorted by key.
     pub fn retained(&self) -> &[RetainedLabel] {
         &self.retained
     }
 
-    /// Takes in a probe.
-    ///
-    /// * A label it calls for is published, with its value; but a known label whose value rests on
-    ///   a source that failed keeps the value it has.
-    /// * A label it lacks stays while a running domain stands on it, and until
-    ///   two successful probes in a row lack it.
-    /// * A probe that calls for nothing at all proves nothing, nor does one with a failed source.
+    /// Applies a probe as the module describes, and returns the changes.
     pub fn update(&mut self, probe: ProbeResult<'_>) -> Vec<LabelChange> {
-        let proves_absence = probe.failed.is_empty() && !probe.labels.is_empty();
+        let complete = probe.failed.is_empty() && !probe.labels.is_empty();
         let mut changes = Vec::new();
         self.retained.clear();
         let before = std::mem::take(&mut self.labels);
@@ -195,7 +189,7 @@ impl PublishedLabels {
                 continue;
             }
             let lacking = self.lacking.entry(key.clone()).or_default();
-            *lacking = if proves_absence {
+            *lacking = if complete {
                 lacking.saturating_add(1)
             } else {
                 0
@@ -231,16 +225,16 @@ mod tests {
             .collect()
     }
 
-    fn take(
+    fn update(
         published: &mut PublishedLabels,
         labels: &[(&str, &str)],
         failed: &[FactSource],
     ) -> Vec<String> {
         let in_use = CapabilitiesInUse::default();
-        take_with(published, labels, failed, &in_use)
+        update_with(published, labels, failed, &in_use)
     }
 
-    fn take_with(
+    fn update_with(
         published: &mut PublishedLabels,
         labels: &[(&str, &str)],
         failed: &[FactSource],
@@ -266,16 +260,16 @@ mod tests {
     const EPYC: (&str, &str) = ("cpu-model.virtnode.io/EPYC", "true");
 
     #[test]
-    fn a_label_goes_after_two_successful_probes_without_it() {
+    fn label_is_removed_after_two_complete_probes_without_it() {
         let mut published = PublishedLabels::default();
-        assert_eq!(take(&mut published, &[Q35, EPYC], &[]).len(), 2);
-        assert!(take(&mut published, &[Q35], &[]).is_empty());
+        assert_eq!(update(&mut published, &[Q35, EPYC], &[]).len(), 2);
+        assert!(update(&mut published, &[Q35], &[]).is_empty());
         assert_eq!(
             published.retained()[0].reason,
             RetentionReason::AwaitingSecondProbe
         );
         assert_eq!(
-            take(&mut published, &[Q35], &[]),
+            update(&mut published, &[Q35], &[]),
             ["-cpu-model.virtnode.io/EPYC"]
         );
         assert!(published.retained().is_empty());
@@ -283,63 +277,63 @@ mod tests {
     }
 
     #[test]
-    fn a_failed_probe_in_between_starts_the_count_anew() {
+    fn failed_probe_restarts_the_count() {
         let mut published = PublishedLabels::starting_from(set(&[Q35, EPYC]));
-        assert!(take(&mut published, &[Q35], &[]).is_empty());
-        assert!(take(&mut published, &[Q35], &[FactSource::DomainCapabilities]).is_empty());
-        assert!(take(&mut published, &[Q35], &[]).is_empty());
-        assert_eq!(take(&mut published, &[Q35], &[]).len(), 1);
+        assert!(update(&mut published, &[Q35], &[]).is_empty());
+        assert!(update(&mut published, &[Q35], &[FactSource::DomainCapabilities]).is_empty());
+        assert!(update(&mut published, &[Q35], &[]).is_empty());
+        assert_eq!(update(&mut published, &[Q35], &[]).len(), 1);
     }
 
     #[test]
-    fn a_label_that_comes_back_is_counted_anew() {
+    fn label_that_reappears_restarts_the_count() {
         let mut published = PublishedLabels::starting_from(set(&[Q35, EPYC]));
         for _ in 0..5 {
-            assert!(take(&mut published, &[Q35], &[]).is_empty());
-            assert!(take(&mut published, &[Q35, EPYC], &[]).is_empty());
+            assert!(update(&mut published, &[Q35], &[]).is_empty());
+            assert!(update(&mut published, &[Q35, EPYC], &[]).is_empty());
         }
     }
 
     #[test]
-    fn adopted_labels_go_by_proof_too() {
+    fn adopted_label_is_removed_after_two_complete_probes() {
         let mut published = PublishedLabels::default();
-        take(&mut published, &[Q35], &[]);
+        update(&mut published, &[Q35], &[]);
         published.adopt(set(&[EPYC, ("machine.virtnode.io/pc-q35-10.0", "1")]));
         assert_eq!(published.labels(), &set(&[Q35, EPYC]));
-        assert!(take(&mut published, &[Q35], &[]).is_empty());
+        assert!(update(&mut published, &[Q35], &[]).is_empty());
         assert_eq!(
-            take(&mut published, &[Q35], &[]),
+            update(&mut published, &[Q35], &[]),
             ["-cpu-model.virtnode.io/EPYC"]
         );
     }
 
     #[test]
-    fn nothing_found_proves_nothing() {
+    fn probe_without_labels_removes_nothing() {
         let mut published = PublishedLabels::starting_from(set(&[Q35, EPYC]));
         for _ in 0..5 {
-            assert!(take(&mut published, &[], &[]).is_empty());
-            assert!(take(&mut published, &[], &FactSource::ALL).is_empty());
+            assert!(update(&mut published, &[], &[]).is_empty());
+            assert!(update(&mut published, &[], &FactSource::ALL).is_empty());
         }
         assert_eq!(published.labels(), &set(&[Q35, EPYC]));
     }
 
     #[test]
-    fn a_value_that_rests_on_a_failed_source_stays() {
+    fn value_that_depends_on_failed_source_is_kept() {
         let mut published =
             PublishedLabels::starting_from(set(&[Q35, ("virtnode.io/vfio", "true")]));
         let jumped = [
             ("machine.virtnode.io/pc-q35-10.0", "4096"),
             ("virtnode.io/iommu", "vt-d"),
         ];
-        let changes = take(&mut published, &jumped, &[FactSource::DomainCapabilities]);
+        let changes = update(&mut published, &jumped, &[FactSource::DomainCapabilities]);
         assert_eq!(changes, ["+virtnode.io/iommu=vt-d"]);
         assert_eq!(published.labels()[&Q35.0.parse().unwrap()].as_str(), "1024");
-        let changes = take(&mut published, &jumped, &[FactSource::CpuBaseline]);
+        let changes = update(&mut published, &jumped, &[FactSource::CpuBaseline]);
         assert_eq!(changes, ["machine.virtnode.io/pc-q35-10.0: 1024 to 4096"]);
     }
 
     #[test]
-    fn what_a_running_domain_stands_on_stays_and_goes_with_the_domain() {
+    fn label_in_use_is_kept_until_its_domain_ends() {
         let mut published = PublishedLabels::starting_from(set(&[
             Q35,
             EPYC,
@@ -351,7 +345,7 @@ mod tests {
             ..CapabilitiesInUse::default()
         };
         for _ in 0..3 {
-            assert!(take_with(&mut published, &[Q35], &[], &in_use).is_empty());
+            assert!(update_with(&mut published, &[Q35], &[], &in_use).is_empty());
             assert_eq!(published.retained().len(), 2);
             assert!(
                 published
@@ -360,6 +354,6 @@ mod tests {
                     .all(|r| r.reason == RetentionReason::DomainUsesIt)
             );
         }
-        assert_eq!(take(&mut published, &[Q35], &[]).len(), 2);
+        assert_eq!(update(&mut published, &[Q35], &[]).len(), 2);
     }
 }

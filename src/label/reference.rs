@@ -1,23 +1,22 @@
-//! Every key that can be written, as an operator looks it up: docs/labels.md is made of this, and a
-//! test holds it against what is derived.
+//! The table of all label keys for operators. A test compares it with the derived labels and
+//! generates docs/labels.md from it.
 
 use super::{LabelKey, Schema};
 
-/// One kind of label.
+/// The description of one label key or of a family of keys.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LabelEntry {
-    /// Which schema has it; never [`Schema::Both`].
+    /// Never [`Schema::Both`].
     pub schema: Schema,
-    /// Its key, in which `<…>` stands for a name of libvirt's.
+    /// `<…>` stands for a name from libvirt.
     pub key: &'static str,
-    /// What its value can be.
+    /// The possible values.
     pub value: &'static str,
-    /// What it says.
     pub meaning: &'static str,
 }
 
 impl LabelEntry {
-    /// Whether a key is of this kind.
+    /// True if this entry describes the key.
     pub fn describes(&self, key: &LabelKey) -> bool {
         let Some((prefix, name)) = self.key.split_once('/') else {
             return false;
@@ -52,184 +51,223 @@ const fn kubevirt(key: &'static str, value: &'static str, meaning: &'static str)
     }
 }
 
-/// Every kind of label of both schemas.
 pub const REFERENCE: &[LabelEntry] = &[
     native(
         "machine.virtnode.io/<machine type>",
         "a number, or `unknown`",
-        "the most vCPUs that a domain of this machine type can really have here; `unknown` if libvirt does not say",
+        "maximum number of vCPUs of a domain with this machine type on this node; `unknown` if libvirt does not report it",
     ),
     native(
         "machine-alias.virtnode.io/<alias>",
         "a canonical name",
-        "the machine type that the alias means on this node",
+        "the machine type that the alias refers to on this node",
     ),
     native(
         "machine-deprecated.virtnode.io/<machine type>",
         "`true`",
-        "QEMU will drop it",
+        "QEMU plans to remove this machine type",
     ),
     native(
         "machine.<architecture>.virtnode.io/<machine type>",
         "as above",
-        "of a guest architecture that `labels.guestArchitectures` lists, with `-` for `_`",
+        "the same for a guest architecture listed in `labels.guestArchitectures`, with `-` in place of `_`",
     ),
     native(
         "machine-alias.<architecture>.virtnode.io/<alias>",
         "as above",
-        "of such an architecture",
+        "the same for such an architecture",
     ),
     native(
         "machine-deprecated.<architecture>.virtnode.io/<machine type>",
         "`true`",
-        "of such an architecture",
+        "the same for such an architecture",
     ),
     native(
         "cpu-model.virtnode.io/<model>",
         "`true`",
-        "usable as it is with the best accelerator; without those of `labels.obsoleteCpuModels`",
+        "the CPU supports all features of this model with the best accelerator; models in `labels.obsoleteCpuModels` are omitted",
     ),
     native(
         "cpu-feature.virtnode.io/<feature>",
         "`true`",
-        "the hypervisor can give it to a guest",
+        "the hypervisor can provide this CPU feature to a guest",
     ),
     native(
         "hyperv.virtnode.io/<enlightenment>",
         "`true`",
-        "the hypervisor can give it to a guest",
+        "the hypervisor can provide this Hyper-V enlightenment to a guest",
     ),
     native(
         "virtnode.io/accelerator",
         "`kvm`, `hvf`, `mshv` or `tcg`",
-        "the best there is for guests of the host's architecture",
+        "the best accelerator for guests of the host's architecture",
     ),
     native(
         "virtnode.io/max-vcpus",
         "a number",
-        "the largest maximum over the machine types that are not deprecated",
+        "highest maximum number of vCPUs of all machine types that are not deprecated",
     ),
     native(
         "virtnode.io/eim",
         "`auto`, `explicit` or `none`",
-        "how a domain gets the extended interrupt mode that more than 255 vCPUs need on x86: by itself, by its XML, or not at all",
+        "how a domain obtains extended interrupt mode, which more than 255 vCPUs require on x86: `auto` if libvirt adds it, `explicit` if the domain XML must request it, `none` if it is not available",
     ),
     native(
         "virtnode.io/host-model",
         "a CPU model",
-        "what `host-model` means here",
+        "the CPU model that `host-model` expands to on this node",
     ),
-    native("virtnode.io/cpu-vendor", "a vendor", "of that model"),
+    native(
+        "virtnode.io/cpu-vendor",
+        "a vendor",
+        "vendor of that CPU model",
+    ),
     native(
         "virtnode.io/tsc-frequency-hz",
         "a number",
-        "the time stamp counter's",
+        "frequency of the time stamp counter",
     ),
     native(
         "virtnode.io/tsc-scaling",
         "`true` or `false`",
-        "whether guests can have another",
+        "`true` if guests can have another time stamp counter frequency",
     ),
     native(
         "virtnode.io/iommu",
         "`vt-d`, `amd-vi`, `smmu`, `other` or `none`",
-        "the IOMMU that is switched on",
+        "kind of the active IOMMU",
     ),
-    native("virtnode.io/iommu-groups", "a number", "its groups"),
+    native(
+        "virtnode.io/iommu-groups",
+        "a number",
+        "number of IOMMU groups",
+    ),
     native(
         "virtnode.io/vfio",
         "`true`",
-        "devices can be given to guests by VFIO",
+        "VFIO can assign devices to guests",
     ),
-    native("virtnode.io/iommufd", "`true`", "and by iommufd"),
-    native("virtnode.io/nested", "`true`", "guests can be hypervisors"),
-    native("virtnode.io/libvirt-version", "a version", "libvirt's"),
-    native("virtnode.io/qemu-version", "a version", "QEMU's"),
-    native("virtnode.io/sev", "`true`", "AMD SEV guests can be started"),
-    native("virtnode.io/sev-es", "`true`", "with encrypted state"),
-    native("virtnode.io/sev-snp", "`true`", "with secure nested paging"),
+    native(
+        "virtnode.io/iommufd",
+        "`true`",
+        "iommufd is available for device assignment",
+    ),
+    native(
+        "virtnode.io/nested",
+        "`true`",
+        "guests can run KVM themselves",
+    ),
+    native(
+        "virtnode.io/libvirt-version",
+        "a version",
+        "version of libvirt",
+    ),
+    native("virtnode.io/qemu-version", "a version", "version of QEMU"),
+    native("virtnode.io/sev", "`true`", "AMD SEV guests are supported"),
+    native(
+        "virtnode.io/sev-es",
+        "`true`",
+        "AMD SEV-ES guests (encrypted register state) are supported",
+    ),
+    native(
+        "virtnode.io/sev-snp",
+        "`true`",
+        "AMD SEV-SNP guests (secure nested paging) are supported",
+    ),
     native(
         "virtnode.io/tdx",
         "`true`",
-        "Intel TDX guests can be started",
+        "Intel TDX guests are supported",
     ),
-    native("virtnode.io/sgx", "`true`", "guests can have SGX enclaves"),
+    native(
+        "virtnode.io/sgx",
+        "`true`",
+        "Intel SGX enclaves in guests are supported",
+    ),
     native(
         "virtnode.io/s390-pv",
         "`true`",
-        "IBM Secure Execution guests can be started",
+        "IBM Secure Execution guests are supported",
     ),
     kubevirt(
         "machine-type.node.kubevirt.io/<machine type or alias>",
         "`true`",
-        "libvirt lists it for the host's architecture",
+        "libvirt lists this machine type for the host's architecture",
     ),
     kubevirt(
         "cpu-model.node.kubevirt.io/<model>",
         "`true`",
-        "libvirt does not call it unusable; without the obsolete ones",
+        "libvirt does not report this model as unusable; obsolete models are omitted",
     ),
     kubevirt(
         "cpu-model-migration.node.kubevirt.io/<model>",
         "`true`",
-        "libvirt knows it, usable or not; without the obsolete ones",
+        "libvirt lists this model, usable or not; obsolete models are omitted",
     ),
     kubevirt(
         "cpu-feature.node.kubevirt.io/<feature>",
         "`true`",
-        "hypervisor-cpu-baseline requires it",
+        "hypervisor-cpu-baseline requires this CPU feature",
     ),
     kubevirt(
         "host-model-cpu.node.kubevirt.io/<model>",
         "`true`",
-        "what `host-model` means here",
+        "the CPU model that `host-model` expands to on this node",
     ),
     kubevirt(
         "host-model-required-features.node.kubevirt.io/<feature>",
         "`true`",
-        "`host-model` requires it",
+        "`host-model` requires this CPU feature",
     ),
     kubevirt(
         "cpu-vendor.node.kubevirt.io/<vendor>",
         "`true`",
-        "of the host model",
+        "vendor of the `host-model` CPU",
     ),
     kubevirt(
         "hyperv.node.kubevirt.io/<enlightenment>",
         "`true`",
-        "KVM offers it: only where /dev/kvm can be opened",
+        "KVM supports this Hyper-V enlightenment; requires permission to open /dev/kvm",
     ),
     kubevirt(
         "cpu-timer.node.kubevirt.io/tsc-frequency",
         "a number",
-        "the time stamp counter's, in Hz",
+        "frequency of the time stamp counter in Hz",
     ),
     kubevirt(
         "cpu-timer.node.kubevirt.io/tsc-scalable",
         "`true` or `false`",
-        "whether guests can have another",
+        "`true` if guests can have another time stamp counter frequency",
     ),
     kubevirt(
         "node-labeller.kubevirt.io/obsolete-host-model",
         "`true`",
-        "the host model is one of `labels.obsoleteCpuModels`",
+        "`labels.obsoleteCpuModels` lists the host model",
     ),
     kubevirt(
         "kubevirt.io/realtime",
         "`true`",
-        "real-time tasks may use a CPU for good",
+        "real-time tasks may use all of a CPU's time",
     ),
-    kubevirt("kubevirt.io/sev", "`true`", "AMD SEV guests can be started"),
-    kubevirt("kubevirt.io/sev-es", "`true`", "with encrypted state"),
-    kubevirt("kubevirt.io/sev-snp", "`true`", "with secure nested paging"),
+    kubevirt("kubevirt.io/sev", "`true`", "AMD SEV guests are supported"),
+    kubevirt(
+        "kubevirt.io/sev-es",
+        "`true`",
+        "AMD SEV-ES guests (encrypted register state) are supported",
+    ),
+    kubevirt(
+        "kubevirt.io/sev-snp",
+        "`true`",
+        "AMD SEV-SNP guests (secure nested paging) are supported",
+    ),
     kubevirt(
         "kubevirt.io/tdx",
         "`true`",
-        "Intel TDX guests can be started",
+        "Intel TDX guests are supported",
     ),
     kubevirt(
         "kubevirt.io/s390-pv",
         "`true`",
-        "IBM Secure Execution guests can be started",
+        "IBM Secure Execution guests are supported",
     ),
 ];

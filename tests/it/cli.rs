@@ -298,7 +298,10 @@ fn wrong_flags_and_configurations_are_exit_code_2() {
     fs::write(&config, "publsh: file\n").unwrap();
     let config = config.to_str().unwrap();
     for (arguments, sentence) in [
-        (vec!["labels", "--schema", "none"], "'none' is no schema"),
+        (
+            vec!["labels", "--schema", "none"],
+            "'none' is not a valid schema",
+        ),
         (
             vec!["labels", "--eim", "maybe"],
             "none of auto, explicit and none",
@@ -306,7 +309,7 @@ fn wrong_flags_and_configurations_are_exit_code_2() {
         (vec!["labels", "--kvm-max-vcpus", "0"], "--kvm-max-vcpus"),
         (
             vec!["labels", "--libvirt-version", "new"],
-            "'new' is no version",
+            "'new' is not a valid version",
         ),
         (vec!["lables"], "unrecognized subcommand"),
         (
