@@ -8,6 +8,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::domain::{ConnectionId, DomainRef};
 use crate::hotplug::{Amount, Diagnosis, Evidence, HotplugRequest, Outcome, Require, Verdict};
 use crate::units::Timestamp;
 
@@ -200,14 +201,38 @@ impl State {
     }
 }
 
-/// Which domain an operation is about.
+/// The domain of an operation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Target {
-    /// Its name; as long as it was not found, what it was called by. Tenants' text.
+pub struct TargetDomain {
+    #[serde(default, skip_serializing_if = "ConnectionId::is_host")]
+    pub connection: ConnectionId,
+    /// The domain's name; until the domain is found, the name or UUID of the request. Untrusted
+    /// text.
     pub name: String,
-    /// Its UUID, once it was found.
+    /// The domain's UUID once it is found.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub uuid: Option<String>,
+}
+
+impl TargetDomain {
+    /// Returns the domain's identity once it is found.
+    pub fn identity(&self) -> Option<DomainRef> {
+        Some(DomainRef {
+            connection: self.connection.clone(),
+            uuid: self.uuid.clone()?,
+            name: self.name.clone(),
+        })
+    }
+}
+
+impl From<&DomainRef> for TargetDomain {
+    fn from(domain: &DomainRef) -> Self {
+        Self {
+            connection: domain.connection.clone(),
+            name: domain.name.clone(),
+            uuid: Some(domain.uuid.clone()),
+        }
+    }
 }
 
 /// What is waited for.
@@ -227,7 +252,7 @@ pub struct Record {
     /// What names it.
     pub id: OperationId,
     /// Which domain it is about.
-    pub domain: Target,
+    pub domain: TargetDomain,
     /// What was asked for.
     pub request: HotplugRequest,
     /// What must be proven.
@@ -282,7 +307,8 @@ impl Record {
     pub fn new(id: OperationId, order: &Order, created: Timestamp) -> Self {
         Self {
             id,
-            domain: Target {
+            domain: TargetDomain {
+                connection: ConnectionId::Host,
                 name: order.domain.as_str().to_owned(),
                 uuid: None,
             },

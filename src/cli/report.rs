@@ -160,8 +160,9 @@ fn seconds(span: Duration) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::domain::ConnectionId;
     use crate::hotplug::{Diagnosis, Evidence, Outcome, Require, Source, Verdict};
-    use crate::operation::{AskedBy, OperationId, Order, Target};
+    use crate::operation::{AskedBy, OperationId, Order, TargetDomain};
     use crate::units::Bytes;
 
     const BEGIN: i64 = 1_795_260_166_250;
@@ -184,7 +185,8 @@ mod tests {
             asked_by: AskedBy::Local { uid: 0 },
         };
         let mut record = Record::new(OperationId::new(0x1a2b_3c4d, 7), &order, at(0));
-        record.domain = Target {
+        record.domain = TargetDomain {
+            connection: ConnectionId::Host,
             name: "vm1".to_owned(),
             uuid: Some("9d6c5a4e-0c1f-4f0e-8a52-d9a5d0d3b1a7".to_owned()),
         };

@@ -178,10 +178,7 @@ async fn look_at_domains<C: DomainBackend>(control: &C) -> Result<Vec<ObservedDo
 /// Looks at these domains, some at a time, until the time for all is over.
 async fn look_at<C: DomainBackend>(control: &C, seen: &mut [ObservedDomain], which: Vec<usize>) {
     let ids = which.into_iter().map(|at| {
-        let id = DomainRef {
-            name: seen[at].name.clone(),
-            uuid: seen[at].uuid.clone(),
-        };
+        let id = DomainRef::on_host(&*seen[at].name, &*seen[at].uuid);
         (at, id)
     });
     let looks = stream::iter(ids.collect::<Vec<_>>())

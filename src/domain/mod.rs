@@ -5,6 +5,7 @@ mod cpu;
 mod definition;
 pub mod device_xml;
 mod devices;
+mod domain_ref;
 mod facts;
 #[cfg(test)]
 mod facts_tests;
@@ -25,6 +26,7 @@ pub use devices::{
     AgentChannel, AliasedDevice, Balloon, DeviceDefinitions, HostDevices, IommuDevice, IommuModel,
     PciControllers,
 };
+pub use domain_ref::{ConnectionId, DomainRef};
 pub use facts::Domain;
 pub use idset::{IdSet, NotAnIdSet};
 pub use job::Job;

@@ -35,7 +35,7 @@ use crate::hypervisor::DomainBackend;
 use crate::journal::{Entry, Journal, JournalError};
 pub use crate::operation::{
     AskedBy, Awaiting, DomainName, NotADomainName, NotAnOperationId, OperationId, Order, Record,
-    State, Target,
+    State, TargetDomain,
 };
 
 /// Why an order was not taken on. Nothing was done.

@@ -257,7 +257,7 @@ impl<C: DomainBackend> Pursuit<C> {
         match notice {
             None => self.notices = None,
             Some(Notice::Gap) => self.look_soon(),
-            Some(Notice::Change { domain, at, change }) if domain.uuid == self.domain.uuid => {
+            Some(Notice::Change { domain, at, change }) if domain == self.domain => {
                 if let Change::Event(event) = change {
                     let at = self.operation.clock.heard(at);
                     self.happened(at, event);

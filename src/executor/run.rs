@@ -66,7 +66,7 @@ impl<C: DomainBackend> Executor<C> {
     pub(super) fn watch_on(self: &Arc<Self>, mut entry: Entry) {
         let clock = self.clock.not_before(latest(&entry));
         let record = &entry.record;
-        let (Some(finished), Some(uuid)) = (record.finished, &record.domain.uuid) else {
+        let (Some(finished), Some(domain)) = (record.finished, record.domain.identity()) else {
             return;
         };
         let may_change = record.verdict.is_some_and(Verdict::may_change);
@@ -75,10 +75,6 @@ impl<C: DomainBackend> Executor<C> {
         }
         let Some(mut history) = entry.history.take() else {
             return;
-        };
-        let domain = DomainRef {
-            name: record.domain.name.clone(),
-            uuid: uuid.clone(),
         };
         let Some(token) = self.follow(&domain, record) else {
             return;
@@ -143,10 +139,10 @@ impl<C: DomainBackend> Executor<C> {
 pub(super) fn last_of_each_domain(entries: &[Entry]) -> HashSet<OperationId> {
     let mut last = HashMap::new();
     for record in entries.iter().map(|entry| &entry.record) {
-        let (Some(uuid), Some(started)) = (&record.domain.uuid, record.started) else {
+        let (Some(domain), Some(started)) = (record.domain.identity(), record.started) else {
             continue;
         };
-        let known = last.entry(uuid).or_insert((started, &record.id));
+        let known = last.entry(domain).or_insert((started, &record.id));
         *known = (*known).max((started, &record.id));
     }
     last.into_values().map(|(_, id)| id.clone()).collect()
@@ -251,8 +247,7 @@ impl<C: DomainBackend> Operation<C> {
             let why = match asked.map_err(contact) {
                 Ok(domain) => {
                     let place = self.executor.domains.join(&domain.uuid, ticket);
-                    self.entry.record.domain.name.clone_from(&domain.name);
-                    self.entry.record.domain.uuid = Some(domain.uuid.clone());
+                    self.entry.record.domain = (&domain).into();
                     self.publish();
                     return Found::Domain(domain, place);
                 }

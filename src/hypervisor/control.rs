@@ -1,31 +1,14 @@
 //! Running domains: what there is to know of them, what happens to them, and changing them.
 
-use std::fmt;
 use std::future::Future;
 use std::time::{Duration, Instant};
 
 use tokio::sync::{broadcast, watch};
 
 use super::{CallError, Connection};
-use crate::domain::{BalloonStats, DomainState, IdSet, Job, PauseReason, Stats};
+use crate::domain::{BalloonStats, DomainRef, DomainState, IdSet, Job, PauseReason, Stats};
 use crate::hotplug::{Event, GuestVcpus, Ost};
 use crate::units::KiB;
-
-/// Which domain. It is the same domain as long as the UUID is: names can change.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct DomainRef {
-    /// The name when it was looked up: tenants' text.
-    pub name: String,
-    /// The UUID in its usual spelling, by which libvirt is asked.
-    pub uuid: String,
-}
-
-impl fmt::Display for DomainRef {
-    /// The name, with what is not to be printed escaped.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:?}", self.name)
-    }
-}
 
 /// A domain as libvirt has it at present.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -13,13 +13,11 @@ use std::future::Future;
 
 use tokio::sync::watch;
 
-pub use self::control::{
-    Change, DomainBackend, DomainRef, DomainStats, LiveDomain, Notice, Notices, Scope,
-};
+pub use self::control::{Change, DomainBackend, DomainStats, LiveDomain, Notice, Notices, Scope};
 pub use self::libvirt::{ControlConfig, Keepalive, Libvirt, LibvirtConfig, LibvirtDomains};
 use crate::capability::Version;
 use crate::compat::CpuComparison;
-pub use crate::domain::CallError;
+pub use crate::domain::{CallError, DomainRef};
 
 /// The versions behind a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

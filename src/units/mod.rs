@@ -1,5 +1,6 @@
 //! Sizes of memory, as types: no size crosses a module's boundary as a bare number.
 
+mod parse_error;
 mod timestamp;
 
 use std::fmt;
@@ -8,6 +9,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+pub use self::parse_error::ParseError;
 pub use self::timestamp::Timestamp;
 
 const KIB: u64 = 1024;

@@ -342,10 +342,7 @@ async fn names_and_domains_that_are_not_there_do_no_harm() {
         );
     }
     for uuid in ["6f9f6bcb-5d8e-4a5a-9b0e-0d9a0e4e1c11", "no uuid", "\0"] {
-        let id = DomainRef {
-            name: "bare".to_owned(),
-            uuid: uuid.to_owned(),
-        };
+        let id = DomainRef::on_host("bare", uuid);
         assert!(control.domain(&id).await.is_err());
         assert!(control.set_vcpus(&id, 1, Scope::Live).await.is_err());
     }

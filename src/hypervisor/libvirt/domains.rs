@@ -233,10 +233,7 @@ impl Session {
 
 /// Its name and UUID, which libvirt told when it was looked up: nobody is asked.
 fn identity(domain: &Domain) -> Result<DomainRef, Error> {
-    Ok(DomainRef {
-        name: domain.name()?,
-        uuid: domain.uuid_string()?,
-    })
+    Ok(DomainRef::on_host(domain.name()?, domain.uuid_string()?))
 }
 
 /// Returns the background job on a domain. A driver that has no such call reports none.
@@ -278,10 +275,7 @@ fn stats(record: DomainRecord) -> DomainStats {
     DomainStats {
         state: state.map_or(DomainState::Unknown, DomainState::from_libvirt),
         stats: Stats::from_parameters(numbers()),
-        id: DomainRef {
-            name: record.name,
-            uuid: record.uuid,
-        },
+        id: DomainRef::on_host(record.name, record.uuid),
     }
 }
 

@@ -44,7 +44,7 @@ impl Announcer {
         let Some(change) = change(what, &name) else {
             return;
         };
-        let domain = DomainRef { name, uuid };
+        let domain = DomainRef::on_host(name, uuid);
         self.send(Notice::Change { domain, at, change });
     }
 

@@ -310,10 +310,7 @@ impl FakeControl {
 
     fn tell(&self, name: &str, domain: &FakeDomain, event: Event) {
         let notice = Notice::Change {
-            domain: DomainRef {
-                name: name.to_owned(),
-                uuid: domain.uuid.clone(),
-            },
+            domain: DomainRef::on_host(name, domain.uuid.clone()),
             at: Instant::now().into_std(),
             change: Change::Event(event),
         };
@@ -499,10 +496,7 @@ impl FakeDomain {
     }
 
     fn id(&self, name: &str) -> DomainRef {
-        DomainRef {
-            name: name.to_owned(),
-            uuid: self.uuid.clone(),
-        }
+        DomainRef::on_host(name, self.uuid.clone())
     }
 
     /// The live XML, of what matters.
