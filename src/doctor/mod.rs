@@ -1,5 +1,9 @@
-//! Looks a node over, for `virtnode doctor` and for the daemon's metric: gathers what is seen of
-//! the host, of libvirt and of its running domains. What it means is [`crate::doctor::checks`]'s.
+//! Collects the observations behind `virtnode doctor` and the metric `virtnode_doctor_findings`;
+//! [`checks`] turns them into findings.
+//!
+//! The command queries the host, libvirt and every running domain once ([`observe_node`]). The daemon
+//! queries nothing: [`DoctorTask`] reuses the latest results of the labeller and the monitor, and reads
+//! only the host's files. Neither fails: an observation that could not be made is reported as such.
 
 pub mod checks;
 
@@ -21,7 +25,7 @@ use crate::doctor::checks::observed::{
 use crate::doctor::checks::{Check, DoctorReport, Severity, diagnose};
 use crate::domain::MemoryDevice;
 use crate::host;
-use crate::hypervisor::{CallError, DomainBackend, DomainRef, NodeSource};
+use crate::hypervisor::{DomainBackend, DomainRef, NodeSource};
 use crate::label::{FactSource, Policy, derive};
 use crate::labeller::LatestProbe;
 use crate::monitor::{Patience, Sight, look};
@@ -30,33 +34,33 @@ use crate::telemetry::Metrics;
 use crate::telemetry::metrics::now_seconds;
 use crate::units::Bytes;
 
-/// How long one look at a domain may take. libvirt itself gives an agent 5 s.
-const PATIENCE: Patience = Patience {
+/// Timeouts for one domain. libvirt itself gives a guest agent 5 s.
+const DOMAIN_TIMEOUTS: Patience = Patience {
     libvirt: Duration::from_secs(5),
     agent: Duration::from_secs(7),
 };
-/// Domains looked at at a time: some that do not answer do not hold up the rest.
-const AT_A_TIME: usize = 8;
-/// All domains together. What has not been looked at by then is said.
-const ALL_DOMAINS: Duration = Duration::from_secs(60);
-/// All questions about what the node can run together.
-const ALL_QUESTIONS: Duration = Duration::from_secs(60);
-/// Memory that a guest is just taking is more after this time.
-const STILL_AFTER: Duration = Duration::from_secs(3);
+/// Maximum number of domains queried concurrently, so that a few unresponsive ones do not delay the
+/// others.
+const CONCURRENT_DOMAINS: usize = 8;
+/// Timeout for all domains together. A domain not reached by then is reported as such.
+const ALL_DOMAINS_TIMEOUT: Duration = Duration::from_secs(60);
+/// Timeout for reading all facts about the node.
+const FACTS_TIMEOUT: Duration = Duration::from_secs(60);
+/// Time between the two readings of a guest that lacks memory: a guest that is still plugging
+/// virtio-mem blocks has more after this time.
+const MEMORY_RECHECK: Duration = Duration::from_secs(3);
 
-/// What is looked at, beside libvirt.
+/// Settings shared by the command and the daemon's task.
 #[derive(Debug, Clone)]
 pub struct DoctorScope {
-    /// Where the host's file system begins.
+    /// Root of the host's file system.
     pub root: PathBuf,
-    /// libvirt's URI.
     pub uri: String,
-    /// What an operator decides about labels.
     pub policy: Policy,
 }
 
-/// Looks everything over once. Never fails: what could not be seen is said, and it ends within
-/// about two minutes whatever does not answer.
+/// Observes host, libvirt and running domains once. Never fails, and returns within about two
+/// minutes even if libvirt, a domain or an agent does not answer.
 pub async fn observe_node<H: NodeSource, C: DomainBackend>(
     scope: &DoctorScope,
     hypervisor: Arc<H>,
@@ -74,43 +78,40 @@ pub async fn observe_node<H: NodeSource, C: DomainBackend>(
         domains: Ok(Vec::new()),
         daemon,
     };
-    // First by itself: if this is not answered, the others are not asked for minutes.
+    // Queried first and alone: if this fails, the remaining queries would each wait for their timeout.
     if let Err(error) = hypervisor.versions().await {
-        observed.libvirt.failure = Some(trouble(&error));
+        observed.libvirt.failure = Some(LibvirtFailure {
+            code: error.code(),
+            message: error.to_string(),
+        });
         observed.domains = Err("libvirt does not answer".to_owned());
         return observed;
     }
     let metrics = Arc::new(Metrics::new());
     let mut prober = Prober::new(hypervisor, metrics, scope.root.clone());
     let (reading, domains) = tokio::join!(
-        timeout(ALL_QUESTIONS, prober.read()),
-        look_at_domains(control)
+        timeout(FACTS_TIMEOUT, prober.read()),
+        observe_domains(control)
     );
     match reading {
         Ok(reading) => {
             observed.rejected = derive(&reading.facts, &scope.policy).rejected;
-            take_failures(&mut observed.libvirt, &reading.failures);
+            record_failures(&mut observed.libvirt, &reading.failures);
             observed.facts = Arc::new(reading.facts);
         }
         Err(_) => observed.libvirt.unanswered.push((
             "capabilities".to_owned(),
-            format!("not all was answered within {ALL_QUESTIONS:?}"),
+            format!("not all queries were answered within {FACTS_TIMEOUT:?}"),
         )),
     }
     observed.domains = domains;
     observed
 }
 
-fn trouble(error: &CallError) -> LibvirtFailure {
-    LibvirtFailure {
-        code: error.code(),
-        message: error.to_string(),
-    }
-}
-
-/// What libvirt did not answer: the connection as a whole, or single questions by virsh's words.
-fn take_failures(libvirt: &mut LibvirtStatus, failures: &[SourceFailure]) {
-    // The baseline is called unavailable also where the document was that it rests on.
+/// Records the prober's failures: the connection as a whole, or the unanswered queries by the name
+/// of virsh's command.
+fn record_failures(libvirt: &mut LibvirtStatus, failures: &[SourceFailure]) {
+    // The CPU baseline is also unavailable if the document that it depends on is.
     let lost = |failure: &&SourceFailure| {
         failure.code == "unavailable" && failure.source != FactSource::CpuBaseline
     };
@@ -125,18 +126,18 @@ fn take_failures(libvirt: &mut LibvirtStatus, failures: &[SourceFailure]) {
         .iter()
         .filter(|failure| failure.code != "unavailable")
         .map(|failure| {
-            let question = match failure.source {
+            let query = match failure.source {
                 FactSource::Versions => "version",
                 FactSource::DomainCapabilities | FactSource::CpuBaseline => "domcapabilities",
                 FactSource::Domains => "list",
                 FactSource::Capabilities | FactSource::Host => "capabilities",
             };
-            (question.to_owned(), failure.message.clone())
+            (query.to_owned(), failure.message.clone())
         })
         .collect();
 }
 
-/// The path of the socket that a URI names.
+/// Returns the path of the socket that a URI names.
 fn socket_of(uri: &str) -> Option<&Path> {
     let (_, parameters) = uri.split_once('?')?;
     let socket = parameters
@@ -145,9 +146,9 @@ fn socket_of(uri: &str) -> Option<&Path> {
     socket.map(Path::new)
 }
 
-/// The running domains, each with a closer look, and a second one at those whose guests lack
-/// memory, which they may just be taking.
-async fn look_at_domains<C: DomainBackend>(control: &C) -> Result<Vec<ObservedDomain>, String> {
+/// Observes the running domains, and once more those whose guests lack memory that they may just be
+/// plugging.
+async fn observe_domains<C: DomainBackend>(control: &C) -> Result<Vec<ObservedDomain>, String> {
     let running = control.all_domain_stats().await;
     let running = running.map_err(|error| error.to_string())?;
     let mut seen: Vec<ObservedDomain> = running
@@ -157,75 +158,82 @@ async fn look_at_domains<C: DomainBackend>(control: &C) -> Result<Vec<ObservedDo
             uuid: stats.id.uuid,
             state: stats.state,
             stats: stats.stats,
-            details: Err(format!("there was no time left after {ALL_DOMAINS:?}")),
+            details: Err(format!("not queried within {ALL_DOMAINS_TIMEOUT:?}")),
             earlier: BTreeMap::new(),
         })
         .collect();
     seen.sort_by(|a, b| a.name.cmp(&b.name));
     let all: Vec<usize> = (0..seen.len()).collect();
-    look_at(control, &mut seen, all).await;
-    let lacking: Vec<usize> = (0..seen.len()).filter(|at| lacks(&seen[*at])).collect();
+    query_details(control, &mut seen, all).await;
+    let lacking: Vec<usize> = (0..seen.len())
+        .filter(|at| lacks_memory(&seen[*at]))
+        .collect();
     if !lacking.is_empty() {
-        sleep(STILL_AFTER).await;
+        sleep(MEMORY_RECHECK).await;
         for at in &lacking {
-            seen[*at].earlier = taken(&seen[*at]);
+            seen[*at].earlier = plugged_memory(&seen[*at]);
         }
-        look_at(control, &mut seen, lacking).await;
+        query_details(control, &mut seen, lacking).await;
     }
     Ok(seen)
 }
 
-/// Looks at these domains, some at a time, until the time for all is over.
-async fn look_at<C: DomainBackend>(control: &C, seen: &mut [ObservedDomain], which: Vec<usize>) {
+/// Queries the details of some domains until [`ALL_DOMAINS_TIMEOUT`].
+async fn query_details<C: DomainBackend>(
+    control: &C,
+    seen: &mut [ObservedDomain],
+    which: Vec<usize>,
+) {
     let ids = which.into_iter().map(|at| {
         let id = DomainRef::on_host(&*seen[at].name, &*seen[at].uuid);
         (at, id)
     });
-    let looks = stream::iter(ids.collect::<Vec<_>>())
-        .map(|(at, id)| async move { (at, look(control, &id, PATIENCE).await) })
-        .buffer_unordered(AT_A_TIME)
-        .take_until(sleep(ALL_DOMAINS));
-    let mut looks = std::pin::pin!(looks);
-    while let Some((at, look)) = looks.next().await {
+    let queries = stream::iter(ids.collect::<Vec<_>>())
+        .map(|(at, id)| async move { (at, look(control, &id, DOMAIN_TIMEOUTS).await) })
+        .buffer_unordered(CONCURRENT_DOMAINS)
+        .take_until(sleep(ALL_DOMAINS_TIMEOUT));
+    let mut queries = std::pin::pin!(queries);
+    while let Some((at, details)) = queries.next().await {
         if let Some(domain) = seen.get_mut(at) {
-            domain.details = look.map(Arc::new);
+            domain.details = details.map(Arc::new);
         }
     }
 }
 
 fn virtio_mem(seen: &ObservedDomain) -> impl Iterator<Item = &MemoryDevice> {
-    let look = seen.details.as_ref().ok();
-    look.into_iter()
-        .flat_map(|look| look.domain.memory.virtio_mem())
+    let details = seen.details.as_ref().ok();
+    details
+        .into_iter()
+        .flat_map(|details| details.domain.memory.virtio_mem())
 }
 
-/// Whether the guest has less of a virtio-mem device than it was asked to take.
-fn lacks(seen: &ObservedDomain) -> bool {
+/// True if the guest has plugged less of a virtio-mem device than requested.
+fn lacks_memory(seen: &ObservedDomain) -> bool {
     virtio_mem(seen).any(|device| device.plugged() < device.asked())
 }
 
-/// What the guest has of each virtio-mem device.
-fn taken(seen: &ObservedDomain) -> BTreeMap<String, Bytes> {
+/// Returns the plugged size of each virtio-mem device, by alias.
+fn plugged_memory(seen: &ObservedDomain) -> BTreeMap<String, Bytes> {
     virtio_mem(seen)
         .filter_map(|device| Some((device.alias.clone()?, device.plugged())))
         .collect()
 }
 
-/// Shows in the daemon's metrics what there is to find, anew after each probe.
+/// The daemon's task: updates `virtnode_doctor_findings` after each probe and logs new errors.
 pub struct DoctorTask {
     scope: DoctorScope,
     interval: Duration,
     latest: watch::Receiver<Option<Arc<LatestProbe>>>,
     sight: watch::Receiver<Sight>,
     metrics: Arc<Metrics>,
-    /// What guests had of virtio-mem devices, by domain, and since when it is that.
+    /// Plugged virtio-mem sizes of guests that lack memory, by UUID, with the time of the last change.
     memory: HashMap<String, (Instant, BTreeMap<String, Bytes>)>,
-    /// The errors that were told.
-    told: Vec<String>,
+    /// Errors already logged.
+    logged: Vec<String>,
 }
 
 impl DoctorTask {
-    /// From what the labeller reads and the monitor sees. `interval` is the time between probes.
+    /// `interval` is the time between probes.
     pub fn new(
         scope: DoctorScope,
         interval: Duration,
@@ -240,11 +248,11 @@ impl DoctorTask {
             sight,
             metrics,
             memory: HashMap::new(),
-            told: Vec::new(),
+            logged: Vec::new(),
         }
     }
 
-    /// Works until told to stop.
+    /// Runs until `stop` is cancelled.
     pub async fn run(mut self, stop: CancellationToken) {
         stop.run_until_cancelled(async {
             while self.latest.changed().await.is_ok() {
@@ -252,27 +260,27 @@ impl DoctorTask {
                 if let Some(latest) = latest {
                     let observed = self.observe(&latest);
                     let diagnosis = diagnose(&observed);
-                    self.show(&diagnosis);
+                    self.publish(&diagnosis);
                 }
             }
-            // Its sender ends with the labeller, which is told apart.
+            // The labeller has ended, which the daemon's supervision handles.
             std::future::pending::<()>().await;
         })
         .await;
     }
 
-    /// What is known already, and the host, which is files.
+    /// Combines the latest readings of labeller and monitor with a survey of the host's files.
     fn observe(&mut self, latest: &LatestProbe) -> Observed {
         let mut libvirt = LibvirtStatus {
             uri: self.scope.uri.clone(),
             ..LibvirtStatus::default()
         };
-        take_failures(&mut libvirt, &latest.failures);
+        record_failures(&mut libvirt, &latest.failures);
         let sight = self.sight.borrow_and_update().clone();
         let domains = match sight {
             Some(Ok(domains)) => Ok(domains.to_vec()),
             Some(Err(why)) => Err(why),
-            None => Err("not looked at yet".to_owned()),
+            None => Err("not observed yet".to_owned()),
         };
         let mut observed = Observed {
             host: host::survey(&self.scope.root, socket_of(&self.scope.uri)),
@@ -289,31 +297,31 @@ impl DoctorTask {
                 Err(error) => Daemon::Unreadable(error.to_string()),
             },
         };
-        self.remember(&mut observed);
+        self.add_earlier_memory(&mut observed);
         observed
     }
 
-    /// Fills in what guests had before, for those that have had the same for a while.
-    fn remember(&mut self, observed: &mut Observed) {
+    /// Sets `earlier` of the guests whose plugged memory has not changed for [`MEMORY_RECHECK`].
+    fn add_earlier_memory(&mut self, observed: &mut Observed) {
         let Ok(domains) = &mut observed.domains else {
             return;
         };
         let mut memory = HashMap::new();
-        for seen in domains.iter_mut().filter(|seen| lacks(seen)) {
-            let taken = taken(seen);
+        for seen in domains.iter_mut().filter(|seen| lacks_memory(seen)) {
+            let plugged = plugged_memory(seen);
             let since = match self.memory.remove(&seen.uuid) {
-                Some((since, before)) if before == taken => since,
+                Some((since, before)) if before == plugged => since,
                 _ => Instant::now(),
             };
-            if since.elapsed() >= STILL_AFTER {
-                seen.earlier.clone_from(&taken);
+            if since.elapsed() >= MEMORY_RECHECK {
+                seen.earlier.clone_from(&plugged);
             }
-            memory.insert(seen.uuid.clone(), (since, taken));
+            memory.insert(seen.uuid.clone(), (since, plugged));
         }
         self.memory = memory;
     }
 
-    fn show(&mut self, diagnosis: &DoctorReport) {
+    fn publish(&mut self, diagnosis: &DoctorReport) {
         for check in Check::ALL {
             for severity in Severity::ALL {
                 let count = diagnosis.count(*check, severity);
@@ -327,23 +335,23 @@ impl DoctorTask {
             .findings
             .iter()
             .filter(|finding| finding.severity == Severity::Error)
-            // The prober and the adapter have told of the connection.
+            // The prober and the adapter log the state of the connection.
             .filter(|finding| finding.check != Check::LibvirtConnection);
-        let mut found = Vec::new();
+        let mut lines = Vec::new();
         for finding in errors {
-            let about = finding.domain.as_deref().unwrap_or_default();
-            let line = format!("{} {about} {}", finding.check, finding.what);
-            if !self.told.contains(&line) {
+            let domain = finding.domain.as_deref().unwrap_or_default();
+            let line = format!("{} {domain} {}", finding.check, finding.what);
+            if !self.logged.contains(&line) {
                 warn!(
                     check = finding.check.name(),
                     domain = finding.domain,
-                    "{}; virtnode doctor says what to do",
+                    "{}; run virtnode doctor for the remedy",
                     finding.what
                 );
             }
-            found.push(line);
+            lines.push(line);
         }
-        self.told = found;
+        self.logged = lines;
     }
 }
 
@@ -360,28 +368,28 @@ mod tests {
     }
 
     #[test]
-    fn a_document_that_is_late_is_no_lost_connection() {
+    fn late_document_is_not_a_lost_connection() {
         let mut libvirt = LibvirtStatus::default();
         let late = [
             failure(FactSource::DomainCapabilities, "timeout"),
             failure(FactSource::CpuBaseline, "unavailable"),
         ];
-        take_failures(&mut libvirt, &late);
+        record_failures(&mut libvirt, &late);
         assert_eq!(libvirt.failure, None);
         let expected = ("domcapabilities".to_owned(), "why".to_owned());
         assert_eq!(libvirt.unanswered, [expected]);
-        take_failures(
+        record_failures(
             &mut libvirt,
             &[failure(FactSource::Versions, "unavailable")],
         );
         assert_eq!(
-            libvirt.failure.map(|trouble| trouble.code),
+            libvirt.failure.map(|failure| failure.code),
             Some("unavailable")
         );
     }
 
     #[test]
-    fn the_socket_is_the_uris() {
+    fn socket_is_taken_from_the_uri() {
         let uri = "qemu+unix:///system?name=qemu:///session&socket=/run/x/libvirt-sock";
         assert_eq!(socket_of(uri), Some(Path::new("/run/x/libvirt-sock")));
         assert_eq!(socket_of("qemu:///system"), None);

@@ -1,5 +1,5 @@
-//! `virtnode doctor` on machines of other kinds: each a directory with the files that such a machine
-//! shows. libvirt is not reached, which must not keep it from telling the rest.
+//! `virtnode doctor` on simulated machines: each is a directory with the files that such a machine
+//! has. libvirt is unreachable, and all other checks must still report.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -14,7 +14,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 use virtnode::doctor::checks::Check;
 
-/// A machine: its files below a directory.
+/// A simulated machine: a directory with its files.
 struct Machine(TempDir);
 
 impl Machine {
@@ -30,7 +30,7 @@ impl Machine {
         self.0.path().join(path)
     }
 
-    /// A file, or for a path that ends in a slash a directory.
+    /// Writes a file, or creates a directory if the path ends in a slash.
     fn put(&self, path: &str, text: &str) {
         let file = self.path(path);
         if path.ends_with('/') {
@@ -41,7 +41,7 @@ impl Machine {
         fs::write(file, text).unwrap();
     }
 
-    /// Exit code and what is printed.
+    /// Returns exit code and standard output.
     fn doctor(&self, output: &str) -> (i32, String) {
         let output = Command::new(env!("CARGO_BIN_EXE_virtnode"))
             .env_clear()
@@ -51,7 +51,7 @@ impl Machine {
                 "--connect",
                 "qemu+unix:///system?socket=/nonexistent/libvirt-sock",
             ])
-            // Where nothing listens, on any machine: the port is never given out.
+            // No daemon listens there on any machine: port 1 is never assigned.
             .args([
                 "--listen",
                 "127.0.0.1:1",
@@ -68,17 +68,17 @@ impl Machine {
         )
     }
 
-    /// The diagnosis. Every check says something, and that libvirt cannot be reached is an error.
+    /// Returns the report as JSON. Every check must have an entry, and libvirt must be an error.
     fn diagnose(&self) -> Value {
         let (code, out) = self.doctor("json");
         let diagnosis: Value = serde_json::from_str(&out).unwrap();
-        let told: BTreeSet<&str> = ["findings", "unseen"]
+        let checks: BTreeSet<&str> = ["findings", "unseen"]
             .iter()
             .flat_map(|list| diagnosis[list].as_array().unwrap())
             .map(|entry| entry["check"].as_str().unwrap())
             .collect();
         let all: BTreeSet<&str> = Check::ALL.iter().map(|check| check.name()).collect();
-        assert_eq!(told, all, "{out}");
+        assert_eq!(checks, all, "{out}");
         assert_eq!(
             finding(&diagnosis, "libvirt-connection")["severity"],
             "error"
@@ -88,7 +88,7 @@ impl Machine {
     }
 }
 
-/// The worst finding of a check, or null.
+/// Returns the most severe finding of a check, or null.
 fn finding<'d>(diagnosis: &'d Value, check: &str) -> &'d Value {
     let mut of = diagnosis["findings"].as_array().unwrap().iter();
     of.find(|finding| finding["check"] == check)
@@ -107,7 +107,7 @@ fn first_command(finding: &Value) -> &str {
         .unwrap_or_default()
 }
 
-/// What is expected of a check: severity (or `unseen`), words of what was seen, words of the first
+/// Expected entry of a check: name, severity (or `unseen`), part of the text, part of the first
 /// command.
 type Expected<'e> = (&'e str, &'e str, &'e str, &'e str);
 
@@ -121,13 +121,13 @@ fn expect(machine: &Machine, expected: &[Expected<'_>]) {
         if *severity != "unseen" {
             assert_eq!(entry["severity"], *severity, "{check} in {diagnosis:#}");
         }
-        let said = entry["what"].as_str().unwrap_or_default();
-        assert!(said.contains(what), "{check}: {what:?} in {entry:#}");
+        let text = entry["what"].as_str().unwrap_or_default();
+        assert!(text.contains(what), "{check}: {what:?} in {entry:#}");
         assert!(
             first_command(entry).contains(command),
             "{check}: {command:?} in {entry:#}"
         );
-        // Whatever is wrong has a reason and a cure.
+        // A problem has a consequence and a remedy.
         if matches!(*severity, "warning" | "error") {
             assert!(entry["why"].is_string(), "{entry:#}");
             let remedy = &entry["remedy"];
@@ -149,7 +149,7 @@ const GRUB: &str = "GRUB_DEFAULT=0\nGRUB_CMDLINE_LINUX=\"quiet\"\n";
 const X86: (&str, &str) = ("proc/sys/kernel/arch", "x86_64\n");
 
 #[test]
-fn an_intel_host_whose_modules_are_not_loaded() {
+fn intel_host_without_modules_is_an_error() {
     let machine = Machine::new(&[
         X86,
         ("proc/cpuinfo", INTEL),
@@ -181,12 +181,12 @@ fn an_intel_host_whose_modules_are_not_loaded() {
                 "describes an IOMMU (DMAR)",
                 "intel_iommu=on",
             ),
-            ("vfio", "ok", "no use without an IOMMU", ""),
-            ("versions", "unseen", "only libvirt tells", ""),
+            ("vfio", "ok", "not usable without an IOMMU", ""),
+            ("versions", "unseen", "only libvirt reports", ""),
             ("probe-age", "warning", "no virtnode daemon", "virtnode run"),
         ],
     );
-    // The cure of the IOMMU does what it says.
+    // The remedy for the IOMMU edits the file as described.
     let diagnosis = machine.diagnose();
     let command = first_command(finding(&diagnosis, "iommu"));
     let grub = machine.path("etc/default/grub");
@@ -209,7 +209,7 @@ fn an_intel_host_whose_modules_are_not_loaded() {
 }
 
 #[test]
-fn an_intel_host_that_passes_devices_through() {
+fn intel_host_with_passthrough_is_ok() {
     let machine = Machine::new(&[
         X86,
         ("proc/cpuinfo", INTEL),
@@ -241,14 +241,14 @@ fn an_intel_host_that_passes_devices_through() {
 
 #[rstest]
 #[case::not_in_firmware(INTEL, "intel_iommu=on", &[], "error", "sysfs shows no IOMMU", "")]
-#[case::pt_is_not_on(INTEL, "iommu=pt", &["sys/firmware/acpi/tables/DMAR"], "error", "sysfs shows none", "--args=intel_iommu=on")]
+#[case::pt_without_on(INTEL, "iommu=pt", &["sys/firmware/acpi/tables/DMAR"], "error", "sysfs shows none", "--args=intel_iommu=on")]
 #[case::amd_off(AMD, "ro amd_iommu=off", &["sys/firmware/acpi/tables/IVRS"], "warning", "amd_iommu=off", "--remove-args=amd_iommu=off")]
-#[case::amd_not_taken(AMD, "ro", &["sys/firmware/acpi/tables/IVRS"], "warning", "(IVRS)", "dmesg")]
+#[case::amd_unused(AMD, "ro", &["sys/firmware/acpi/tables/IVRS"], "warning", "(IVRS)", "dmesg")]
 #[case::amd_translates(AMD, "iommu=pt", &["sys/class/iommu/ivhd0/", "sys/kernel/iommu_groups/0/type"], "warning", "none of AMD-Vi, 1 groups", "")]
-#[case::nothing_asked(INTEL, "ro", &[], "warning", "no IOMMU", "")]
-#[case::the_last_word_counts(INTEL, "intel_iommu=off intel_iommu=on", &[], "error", "intel_iommu=on", "")]
+#[case::no_argument(INTEL, "ro", &[], "warning", "no IOMMU", "")]
+#[case::last_argument_wins(INTEL, "intel_iommu=off intel_iommu=on", &[], "error", "intel_iommu=on", "")]
 #[case::guest(CLOUD, "ro", &[], "ok", "in a guest", "")]
-fn what_was_asked_of_the_iommu_against_what_shows(
+fn iommu_arguments_are_compared_with_sysfs(
     #[case] cpu: &str,
     #[case] arguments: &str,
     #[case] files: &[&str],
@@ -269,7 +269,7 @@ fn what_was_asked_of_the_iommu_against_what_shows(
 }
 
 #[test]
-fn an_amd_host_whose_device_node_was_lost() {
+fn amd_host_without_a_device_node_is_an_error() {
     let machine = Machine::new(&[
         X86,
         ("proc/cpuinfo", AMD),
@@ -285,7 +285,7 @@ fn an_amd_host_whose_device_node_was_lost() {
             (
                 "kvm-device",
                 "error",
-                "not there",
+                "does not exist",
                 "mknod /dev/kvm c 10 232",
             ),
             ("nested", "ok", "off: ", ""),
@@ -300,12 +300,12 @@ fn an_amd_host_whose_device_node_was_lost() {
 #[case::power("ppc64le", "cpu\t\t: POWER9\n\nplatform\t: PowerNV\n", &[], "ok", "PowerNV")]
 #[case::lpar("ppc64le", "cpu\t\t: POWER10\n\nplatform\t: pSeries\n", &[], "unseen", "PowerVM")]
 #[case::riscv("riscv64", "isa\t\t: rv64imafdch_zicsr_zba\n", &[], "ok", "(H)")]
-#[case::riscv_without("riscv64", "isa\t\t: rv64imafdc_zihintpause_sscofpmf\n", &[], "warning", "no h")]
+#[case::riscv_without("riscv64", "isa\t\t: rv64imafdc_zihintpause_sscofpmf\n", &[], "warning", "not contain h")]
 #[case::cloud("x86_64", CLOUD, &[("sys/class/dmi/id/sys_vendor", "Amazon EC2\n"), ("sys/class/dmi/id/product_name", "m5.large\n")], "warning", "guest (Amazon EC2 m5.large)")]
-#[case::firmware("x86_64", "vendor_id\t: GenuineIntel\nflags\t\t: fpu vme\n", &[], "warning", "neither vmx nor svm")]
-#[case::nothing_known("x86_64", "", &[], "warning", "neither vmx nor svm")]
-#[case::unheard_of("sparc64", "cpu\t\t: TI UltraSparc\n", &[], "unseen", "not known")]
-fn extensions_show_as_each_architecture_shows_them(
+#[case::firmware("x86_64", "vendor_id\t: GenuineIntel\nflags\t\t: fpu vme\n", &[], "warning", "neither the flag vmx nor svm")]
+#[case::empty_cpuinfo("x86_64", "", &[], "warning", "neither the flag vmx nor svm")]
+#[case::unknown_architecture("sparc64", "cpu\t\t: TI UltraSparc\n", &[], "unseen", "cannot detect")]
+fn extensions_are_detected_on_each_architecture(
     #[case] arch: &str,
     #[case] cpuinfo: &str,
     #[case] files: &[(&str, &str)],
@@ -323,7 +323,7 @@ fn extensions_show_as_each_architecture_shows_them(
 }
 
 #[test]
-fn an_arm_host_without_kvm_is_not_told_that_it_could_have_it() {
+fn arm_host_without_kvm_gets_no_remedy_to_load_it() {
     let machine = Machine::new(&[
         ("proc/sys/kernel/arch", "aarch64\n"),
         ("proc/cpuinfo", "Features\t: fp asimd\n"),
@@ -331,15 +331,15 @@ fn an_arm_host_without_kvm_is_not_told_that_it_could_have_it() {
     expect(
         &machine,
         &[
-            ("kvm-module", "unseen", "built in, or there is none", ""),
-            ("kvm-device", "warning", "no /dev/kvm", ""),
+            ("kvm-module", "unseen", "built in, or missing", ""),
+            ("kvm-device", "warning", "/dev/kvm does not exist", ""),
             ("iommu", "unseen", "/proc/cmdline", ""),
         ],
     );
 }
 
 #[test]
-fn a_container_is_told_what_it_cannot_see() {
+fn container_reports_hidden_devices_as_unseen() {
     let machine = Machine::new(&[X86, ("proc/cpuinfo", INTEL), (".dockerenv", "")]);
     expect(
         &machine,
@@ -348,7 +348,7 @@ fn a_container_is_told_what_it_cannot_see() {
             ("libvirt-connection", "error", "no connection", ""),
         ],
     );
-    // A file that an image brought makes no container of a machine.
+    // A leftover .dockerenv from an image does not make a machine a container.
     fs::create_dir_all(machine.path("proc/self/ns")).unwrap();
     for (kind, number) in [
         ("ipc", 4_026_531_839_u32),
@@ -366,7 +366,7 @@ fn a_container_is_told_what_it_cannot_see() {
 }
 
 #[test]
-fn huge_pages_without_a_mount_are_of_no_use() {
+fn huge_pages_without_a_mount_are_an_error() {
     let machine = Machine::new(&[
         (
             "proc/meminfo",
@@ -411,7 +411,7 @@ fn huge_pages_without_a_mount_are_of_no_use() {
 }
 
 #[test]
-fn isolation_that_was_switched_off_is_told() {
+fn disabled_isolation_is_a_warning() {
     let interrupts = "sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts";
     let machine = Machine::new(&[
         (interrupts, "Y\n"),
@@ -420,11 +420,11 @@ fn isolation_that_was_switched_off_is_told() {
             "N\n",
         ),
     ]);
-    let cure = format!("echo N >/{interrupts}");
-    expect(&machine, &[("vfio", "warning", "not isolated", &cure)]);
+    let command = format!("echo N >/{interrupts}");
+    expect(&machine, &[("vfio", "warning", "not isolated", &command)]);
 }
 
-/// Root can make KVM's device; others make do with a file, which is told to be no device.
+/// Creates KVM's device node, or as an unprivileged user a file, which is not a device.
 fn kvm_node(machine: &Machine) -> bool {
     machine.put("dev/", "");
     let path = machine.path("dev/kvm");
@@ -450,40 +450,43 @@ fn closed_to_qemu(groups: &str) -> (Machine, bool) {
     (machine, is_device)
 }
 
-/// The trap: /dev/kvm at mode 0600 root, with which libvirt's cache is never valid. The command that
-/// is printed is run, and the doctor is well.
+/// With /dev/kvm at mode 0600 root, libvirt's capability cache is never valid. After the printed
+/// command has run, the check is ok.
 #[test]
-fn the_trap_of_a_closed_dev_kvm_is_found_and_its_cure_cures() {
+fn closed_kvm_device_is_an_error_and_its_remedy_works() {
     let own = Gid::effective();
     let groups = format!("kvm:x:{own}:libvirt-qemu\nlibvirt-qemu:x:64055:\n");
     let (machine, is_device) = closed_to_qemu(&groups);
     if !is_device {
-        // Without the right to make devices this much can be tried.
-        expect(&machine, &[("kvm-device", "error", "no device", "mknod")]);
+        // Only this part can be tested without the privilege to create devices.
+        expect(
+            &machine,
+            &[("kvm-device", "error", "not a device", "mknod")],
+        );
         return;
     }
     let diagnosis = machine.diagnose();
-    let trap = finding(&diagnosis, "kvm-device");
-    // Where this machine has no KVM, there is no driver behind the device; nobody could open it.
-    if trap["what"].as_str().unwrap().contains("no driver") {
+    let device = finding(&diagnosis, "kvm-device");
+    // On a machine without KVM the device has no driver, so nobody can open it.
+    if device["what"].as_str().unwrap().contains("has no driver") {
         return;
     }
-    assert_eq!(trap["severity"], "error", "{trap:#}");
-    let what = trap["what"].as_str().unwrap();
+    assert_eq!(device["severity"], "error", "{device:#}");
+    let what = device["what"].as_str().unwrap();
     assert!(
         what.contains("crw------- root:") && what.contains("libvirt-qemu"),
         "{what}"
     );
     assert!(
-        trap["why"]
+        device["why"]
             .as_str()
             .unwrap()
             .contains("starts every QEMU binary again")
     );
-    let command = first_command(trap);
+    let command = first_command(device);
     assert_eq!(command, "chgrp kvm /dev/kvm && chmod 660 /dev/kvm");
 
-    // The group's name is the machine's, not that of the one the tests run on.
+    // The group's name exists on the simulated machine only.
     let device = machine.path("dev/kvm");
     let command = command
         .replace("/dev/kvm", device.to_str().unwrap())
@@ -500,7 +503,7 @@ fn the_trap_of_a_closed_dev_kvm_is_found_and_its_cure_cures() {
         &[(
             "kvm-device",
             "ok",
-            "libvirt-qemu, whom QEMU runs as, may open it",
+            "QEMU's user libvirt-qemu can open it",
             "",
         )],
     );
@@ -510,33 +513,36 @@ fn the_trap_of_a_closed_dev_kvm_is_found_and_its_cure_cures() {
 #[case::no_group("libvirt-qemu:x:64055:\n", &["groupadd --system kvm", "usermod --append --groups kvm libvirt-qemu", "chgrp kvm"])]
 #[case::not_a_member("kvm:x:107:\n", &["usermod --append --groups kvm libvirt-qemu", "chgrp kvm"])]
 #[case::member("kvm:x:107:other,libvirt-qemu\n", &["chgrp kvm"])]
-fn the_cure_fits_the_groups(#[case] groups: &str, #[case] commands: &[&str]) {
+fn remedy_depends_on_the_groups(#[case] groups: &str, #[case] commands: &[&str]) {
     let (machine, is_device) = closed_to_qemu(groups);
     let diagnosis = machine.diagnose();
-    let trap = finding(&diagnosis, "kvm-device");
-    if !is_device || trap["what"].as_str().unwrap().contains("no driver") {
+    let device = finding(&diagnosis, "kvm-device");
+    if !is_device || device["what"].as_str().unwrap().contains("has no driver") {
         return;
     }
-    let printed = trap["remedy"]["commands"].as_array().unwrap();
-    assert_eq!(printed.len(), commands.len(), "{trap:#}");
+    let printed = device["remedy"]["commands"].as_array().unwrap();
+    assert_eq!(printed.len(), commands.len(), "{device:#}");
     for (printed, expected) in printed.iter().zip(commands) {
-        assert!(printed.as_str().unwrap().starts_with(expected), "{trap:#}");
+        assert!(
+            printed.as_str().unwrap().starts_with(expected),
+            "{device:#}"
+        );
     }
 }
 
 #[test]
-fn whom_qemu_runs_as_is_read_from_its_configuration() {
+fn qemu_user_is_read_from_its_configuration() {
     let (machine, is_device) = closed_to_qemu("kvm:x:107:\n");
     machine.put("etc/libvirt/qemu.conf", "# user = \"x\"\nuser = \"root\"\n");
     let diagnosis = machine.diagnose();
     let device = finding(&diagnosis, "kvm-device");
-    if is_device && !device["what"].as_str().unwrap().contains("no driver") {
+    if is_device && !device["what"].as_str().unwrap().contains("has no driver") {
         assert_eq!(device["severity"], "ok", "{device:#}");
     }
 }
 
 #[test]
-fn a_person_reads_what_why_and_cure() {
+fn table_has_finding_consequence_and_remedy() {
     let machine = Machine::new(&[X86, ("proc/cpuinfo", INTEL), ("proc/cmdline", "ro")]);
     let (code, text) = machine.doctor("table");
     assert_eq!(code, 1);
@@ -545,7 +551,10 @@ fn a_person_reads_what_why_and_cure() {
         .iter()
         .position(|line| line.starts_with("ERROR kvm-module: "))
         .unwrap();
-    assert!(lines[at + 1].starts_with("    Without it "), "{text}");
+    assert!(
+        lines[at + 1].starts_with("    Without the module"),
+        "{text}"
+    );
     assert_eq!(lines[at + 2], "    Cure, as root here:");
     assert_eq!(lines[at + 3], "      modprobe kvm_intel");
     assert!(text.contains("\nNot looked at:\n"), "{text}");
@@ -556,7 +565,7 @@ fn a_person_reads_what_why_and_cure() {
 }
 
 #[test]
-fn a_root_that_is_none_is_a_sentence() {
+fn missing_root_directory_is_an_error() {
     let output = Command::new(env!("CARGO_BIN_EXE_virtnode"))
         .env_clear()
         .args(["doctor", "--root", "/nonexistent"])
@@ -570,9 +579,9 @@ fn a_root_that_is_none_is_a_sentence() {
     );
 }
 
-/// docs/doctor.md lists the checks that there are, in their order and words.
+/// docs/doctor.md lists all checks, in order and with their descriptions.
 #[test]
-fn the_documentation_lists_the_checks_that_there_are() {
+fn documentation_lists_all_checks() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/doctor.md");
     let text = fs::read_to_string(path).unwrap();
     let (_, table) = text

@@ -1,5 +1,5 @@
-//! The doctor on running domains: real guests on a real libvirtd, by the command and by the daemon's
-//! metric; and domains in memory that do not answer.
+//! The doctor on running domains: real guests on a real libvirtd, with the command and the daemon's
+//! metric, and unresponsive domains in memory.
 
 use std::fs;
 use std::path::Path;
@@ -21,7 +21,7 @@ use crate::support::guest::{Guest, GuestConfig};
 use crate::support::hypervisor::InMemory;
 use crate::support::libvirtd::Libvirtd;
 
-/// For what takes a moment; only a failing test waits so long.
+/// Only a failing test waits this long.
 const LONG: Duration = Duration::from_secs(180);
 
 struct Doctor<'d> {
@@ -52,14 +52,14 @@ impl Doctor<'_> {
             .output()?;
         serde_json::from_slice(&output.stdout).with_context(|| {
             format!(
-                "no JSON; on standard error: {}",
+                "no JSON; standard error: {}",
                 String::from_utf8_lossy(&output.stderr)
             )
         })
     }
 
-    /// What a check found of a domain; null if nothing.
-    fn of(&self, check: &str, domain: &str) -> anyhow::Result<Value> {
+    /// Returns the finding of a check about a domain, or null.
+    fn finding(&self, check: &str, domain: &str) -> anyhow::Result<Value> {
         let diagnosis = self.diagnose()?;
         let found = diagnosis["findings"]
             .as_array()
@@ -69,8 +69,8 @@ impl Doctor<'_> {
         Ok(found.cloned().unwrap_or_default())
     }
 
-    /// Runs a printed command as it is, with this build's `virtnode` for the installed one.
-    fn cure(&self, finding: &Value) -> anyhow::Result<()> {
+    /// Runs the first command of a remedy, with this build's `virtnode`.
+    fn apply_remedy(&self, finding: &Value) -> anyhow::Result<()> {
         let printed = &finding["remedy"]["commands"][0];
         let printed = printed
             .as_str()
@@ -98,7 +98,7 @@ impl Doctor<'_> {
     }
 }
 
-/// A q35 machine type that this QEMU is going to drop.
+/// Returns a deprecated machine type of this QEMU.
 fn deprecated_machine(libvirtd: &Libvirtd) -> anyhow::Result<String> {
     let capabilities = libvirtd.virsh(&["capabilities"])?;
     let line = capabilities.lines().map(str::trim).find(|line| {
@@ -113,7 +113,7 @@ fn deprecated_machine(libvirtd: &Libvirtd) -> anyhow::Result<String> {
     Ok(name.context("a machine type without a name")?.to_owned())
 }
 
-/// Starts a domain that is no more than its firmware.
+/// Starts a domain without a guest: it stays in its firmware.
 fn start(libvirtd: &Libvirtd, name: &str, machine: &str, devices: &str) -> anyhow::Result<()> {
     let file = libvirtd.directory().join("firmware.xml");
     let xml = format!(
@@ -128,7 +128,7 @@ fn start(libvirtd: &Libvirtd, name: &str, machine: &str, devices: &str) -> anyho
 }
 
 #[tokio::test]
-async fn troubles_of_real_guests_are_found_and_their_cures_cure() -> anyhow::Result<()> {
+async fn findings_about_real_guests_are_resolved_by_their_remedies() -> anyhow::Result<()> {
     let libvirtd = Libvirtd::start()?;
     let small = GuestConfig {
         name: "small",
@@ -145,7 +145,7 @@ async fn troubles_of_real_guests_are_found_and_their_cures_cure() -> anyhow::Res
     )?;
     let machine = deprecated_machine(&libvirtd)?;
     start(&libvirtd, "old", &machine, "")?;
-    // A shell must not read its name, and there is a place for a channel.
+    // The name must not reach a shell; the domain has a controller for a channel.
     let mute = "mute; exit 1";
     start(&libvirtd, mute, "q35", "<controller type='virtio-serial'/>")?;
     libvirtd.virsh(&["setvcpus", "small", "3", "--live"])?;
@@ -171,24 +171,24 @@ async fn troubles_of_real_guests_are_found_and_their_cures_cure() -> anyhow::Res
         daemon: &daemon,
     };
 
-    let found = doctor.of("vcpus-online", "small")?;
-    assert_eq!(found["what"], "3 vCPUs are plugged, and its guest has 1");
+    let found = doctor.finding("vcpus-online", "small")?;
+    assert_eq!(found["what"], "3 vCPUs are plugged, but its guest has 1");
     assert_eq!(found["remedy"]["place"], "guest");
-    let found = doctor.of("virtio-mem", "small")?;
-    let what = "ua-mem0: asked to take 512MiB, has 0B, and takes no more";
+    let found = doctor.finding("virtio-mem", "small")?;
+    let what = "ua-mem0: requested 512MiB, plugged 0B, no longer growing";
     assert_eq!(found["what"], what);
-    let offline = doctor.of("vcpus-online", "idle")?;
-    assert_eq!(offline["what"], "2 vCPUs are plugged, and its guest uses 1");
-    assert_eq!(doctor.of("virtio-mem", "idle")?, Value::Null);
-    let absent = doctor.of("guest-agent", mute)?;
+    let offline = doctor.finding("vcpus-online", "idle")?;
+    assert_eq!(offline["what"], "2 vCPUs are plugged, but its guest uses 1");
+    assert_eq!(doctor.finding("virtio-mem", "idle")?, Value::Null);
+    let absent = doctor.finding("guest-agent", mute)?;
     assert_eq!(absent["what"], "it has no channel for a guest agent");
-    let deprecated = doctor.of("machine-types", "old")?;
+    let deprecated = doctor.finding("machine-types", "old")?;
     assert_eq!(
         deprecated["what"],
         format!("its machine type {machine} is deprecated")
     );
 
-    // The daemon finds the same, by itself.
+    // The daemon's metric shows the same.
     let series =
         |check: &str| format!("virtnode_doctor_findings{{check=\"{check}\",severity=\"warning\"}}");
     eventually(LONG, async || {
@@ -208,28 +208,28 @@ async fn troubles_of_real_guests_are_found_and_their_cures_cure() -> anyhow::Res
     })
     .await?;
 
-    doctor.cure(&offline)?;
+    doctor.apply_remedy(&offline)?;
     idle.sees(|witness| witness.online == "0-1").await?;
-    assert_eq!(doctor.of("vcpus-online", "idle")?, Value::Null);
-    doctor.cure(&absent)?;
-    let found = doctor.of("guest-agent", mute)?;
-    let what = "nobody in the guest has opened the guest agent's channel";
+    assert_eq!(doctor.finding("vcpus-online", "idle")?, Value::Null);
+    doctor.apply_remedy(&absent)?;
+    let found = doctor.finding("guest-agent", mute)?;
+    let what = "the guest has not opened the guest agent's channel";
     assert_eq!(found["what"], what);
-    // What has no place for a channel gets one at its next start.
-    let absent = doctor.of("guest-agent", "old")?;
-    doctor.cure(&absent)?;
-    assert_eq!(doctor.of("guest-agent", "old")?, absent);
-    doctor.cure(&deprecated)?;
+    // A domain without a controller gets the channel at its next start.
+    let absent = doctor.finding("guest-agent", "old")?;
+    doctor.apply_remedy(&absent)?;
+    assert_eq!(doctor.finding("guest-agent", "old")?, absent);
+    doctor.apply_remedy(&deprecated)?;
     libvirtd.virsh(&["destroy", "old"])?;
     libvirtd.virsh(&["start", "old"])?;
-    assert_eq!(doctor.of("machine-types", "old")?, Value::Null);
-    assert_eq!(doctor.of("guest-agent", "old")?["what"], what);
+    assert_eq!(doctor.finding("machine-types", "old")?, Value::Null);
+    assert_eq!(doctor.finding("guest-agent", "old")?["what"], what);
     small.witness()?;
     Ok(())
 }
 
 #[tokio::test]
-async fn a_libvirt_that_went_away_is_an_error_and_all_else_is_told() -> anyhow::Result<()> {
+async fn lost_libvirt_is_an_error_and_the_other_checks_still_report() -> anyhow::Result<()> {
     let mut libvirtd = Libvirtd::start()?;
     let daemon = Daemon::start(&libvirtd.uri(), &["--probe-interval", "1"]).await?;
     daemon.ready().await?;
@@ -266,14 +266,14 @@ async fn a_libvirt_that_went_away_is_an_error_and_all_else_is_told() -> anyhow::
         is("hugepages", "ok") || is("hugepages", "error"),
         "{diagnosis:#}"
     );
-    // The daemon runs, and its last readings are young.
+    // The daemon is running and its last readings are recent.
     assert!(is("probe-age", "ok"), "{diagnosis:#}");
     libvirtd.restart()?;
     shows("ok").await
 }
 
 #[tokio::test]
-async fn a_libvirt_that_does_not_answer_is_not_waited_for_long() -> anyhow::Result<()> {
+async fn frozen_libvirt_is_reported_within_the_call_deadline() -> anyhow::Result<()> {
     let libvirtd = Libvirtd::start()?;
     libvirtd.freeze()?;
     let output = Command::new(env!("CARGO_BIN_EXE_virtnode"))
@@ -304,10 +304,10 @@ async fn a_libvirt_that_does_not_answer_is_not_waited_for_long() -> anyhow::Resu
     Ok(())
 }
 
-/// Of twenty domains three have agents that never answer: the others are looked at all the same,
-/// and it takes no longer than one of the three.
+/// Three of twenty agents never answer. The other domains are still observed, and the total time is
+/// that of one timeout.
 #[tokio::test(start_paused = true)]
-async fn a_stuck_agent_holds_up_nobody() -> anyhow::Result<()> {
+async fn stuck_agents_do_not_delay_other_domains() -> anyhow::Result<()> {
     let control = FakeControl::new();
     for number in 0..20 {
         let guest = FakeGuest {

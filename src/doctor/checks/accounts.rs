@@ -1,38 +1,36 @@
-//! Who QEMU runs as, and what that user may open.
+//! The user that QEMU runs as, and its permissions.
 
 use std::collections::BTreeSet;
 
-use super::observed::{Accounts, Observed};
+use super::observed::{Accounts, GIVEN_SOCKET, Observed};
 
 /// The user that libvirt runs QEMU as.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Account {
-    /// Its name; the number if it has none here.
+    /// The number if the user has no name here.
     pub(super) name: String,
-    /// Its number.
     pub(super) uid: u32,
-    /// All its groups.
     pub(super) gids: BTreeSet<u32>,
 }
 
-/// The users that distributions build libvirt with: Debian, Ubuntu and Arch; Fedora, RHEL, SUSE
+/// The users that distributions configure libvirt with: Debian, Ubuntu and Arch; Fedora, RHEL, SUSE
 /// and Gentoo.
 const USUAL: [&str; 2] = ["libvirt-qemu", "qemu"];
 
-/// The name of KVM's group, everywhere.
+/// The name of KVM's group on all distributions.
 pub(super) const KVM: &str = "kvm";
 
-/// Who QEMU runs as: by libvirt's own word (the security model `dac`), for a session by who runs
-/// libvirt, else by qemu.conf, else by what distributions do. `None` where nothing tells.
+/// Returns the user that libvirt runs QEMU as. Sources, in this order: libvirt's security model
+/// `dac`; for a session the user that runs libvirt; qemu.conf; the distributions' defaults.
 pub(super) fn qemu(observed: &Observed) -> Option<Account> {
     let host = &observed.host;
     let accounts = &host.accounts;
-    let told = observed.facts.capabilities.as_ref();
-    if let Some(owner) = told.and_then(|capabilities| capabilities.host.emulator_owner) {
+    let capabilities = observed.facts.capabilities.as_ref();
+    if let Some(owner) = capabilities.and_then(|capabilities| capabilities.host.emulator_owner) {
         return Some(accounts.account(owner.uid, Some(owner.gid)));
     }
     if observed.libvirt.uri.contains("/session") {
-        let socket = host.sockets.get(super::GIVEN_SOCKET);
+        let socket = host.sockets.get(GIVEN_SOCKET);
         let uid = socket.map_or(accounts.own_uid, |socket| socket.uid);
         return Some(accounts.account(uid, None));
     }
@@ -50,7 +48,7 @@ pub(super) fn qemu(observed: &Observed) -> Option<Account> {
     Some(accounts.account(uid, gid))
 }
 
-/// qemu.conf has `+0` for the user 0 whatever its name is.
+/// In qemu.conf `+0` is the user ID 0, even if a user is named 0.
 fn number(text: &str) -> Option<u32> {
     text.trim_start_matches('+').parse().ok()
 }
@@ -67,32 +65,30 @@ impl Accounts {
             .map(|(gid, _)| *gid);
         Account {
             uid,
-            // As libvirt gives them to QEMU (virGetGroupList): the one that is set comes on top.
+            // As in libvirt's virGetGroupList: the configured group is added to the user's own.
             gids: member.chain(gid).chain(own).collect(),
             name,
         }
     }
 
-    /// A group's number.
     pub(super) fn group(&self, name: &str) -> Option<u32> {
         self.groups.get(name).map(|(gid, _)| *gid)
     }
 
-    /// A group's name, or its number where it has none.
+    /// The number if the group has no name here.
     pub(super) fn group_name(&self, gid: u32) -> String {
         let named = self.groups.iter().find(|(_, (number, _))| *number == gid);
         named.map_or_else(|| gid.to_string(), |(name, _)| name.clone())
     }
 
-    /// A user's name, or its number where it has none.
+    /// The number if the user has no name here.
     pub(super) fn user_name(&self, uid: u32) -> String {
         self.account(uid, None).name
     }
 }
 
 impl Account {
-    /// Whether it may read and write what has these permissions, as `access(2)` decides; access
-    /// control lists do not show here.
+    /// True if `access(2)` would grant reading and writing. Access control lists are not considered.
     pub(super) fn may_open(&self, mode: u32, uid: u32, gid: u32) -> bool {
         let bits = if self.uid == 0 {
             return true;
@@ -107,7 +103,7 @@ impl Account {
     }
 }
 
-/// `crw-rw----` without its first letter.
+/// Formats permission bits as `ls` does, without the type letter.
 pub(super) fn permissions(mode: u32) -> String {
     (0..9)
         .rev()
@@ -123,13 +119,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn permissions_are_written_as_ls_does() {
+    fn permissions_are_formatted_like_ls() {
         assert_eq!(permissions(0o660), "rw-rw----");
         assert_eq!(permissions(0o751), "rwxr-x--x");
     }
 
     #[test]
-    fn the_first_that_fits_decides_as_in_the_kernel() {
+    fn first_matching_class_decides_as_in_the_kernel() {
         let account = Account {
             name: "libvirt-qemu".to_owned(),
             uid: 64055,
@@ -139,7 +135,7 @@ mod tests {
         assert!(account.may_open(0o666, 0, 0));
         assert!(!account.may_open(0o600, 0, 0));
         assert!(!account.may_open(0o660, 0, 0));
-        // The owner's bits count for the owner, even where the group's would let it in.
+        // The owner's bits decide for the owner, even if the group's bits would grant access.
         assert!(!account.may_open(0o060, 64055, 107));
         let root = Account { uid: 0, ..account };
         assert!(root.may_open(0o000, 1, 1));

@@ -5,43 +5,42 @@ use super::finding::{Check, DoctorReport, Place, Remedy, Severity, quoted};
 use super::observed::{DeviceNode, HostSurvey, Observed, OpenError};
 use super::processor::{self, Extensions, extensions};
 
-/// KVM's numbers (`KVM_MINOR`, linux/miscdevice.h).
+/// Major and minor number of KVM's device (`KVM_MINOR`, linux/miscdevice.h).
 const KVM_DEVICE: (u64, u64) = (10, 232);
 
 const CHECK: Check = Check::KvmDevice;
 
-pub(super) fn check(observed: &Observed, diagnosis: &mut DoctorReport) {
+const EMULATED: &str = "Guests run in software emulation, which is far slower.";
+
+pub(super) fn check(observed: &Observed, report: &mut DoctorReport) {
     let host = &observed.host;
     match &host.kvm.device {
         DeviceNode::Hidden(why) => {
-            diagnosis.unseen(CHECK, format!("/dev/kvm cannot be looked at: {why}"), None);
+            report.unseen(CHECK, format!("/dev/kvm cannot be inspected: {why}"), None);
         }
-        DeviceNode::Missing => missing(host, diagnosis),
-        DeviceNode::NoDevice => wrong("is no device", diagnosis),
+        DeviceNode::Missing => check_missing(host, report),
+        DeviceNode::NoDevice => report_wrong("is not a device", report),
         DeviceNode::Node { number, .. } if *number != KVM_DEVICE => {
-            wrong(
+            report_wrong(
                 &format!("is device {}:{}, not KVM's", number.0, number.1),
-                diagnosis,
+                report,
             );
         }
         DeviceNode::Node {
             open: Err(OpenError::NoDriver),
             ..
-        } => no_driver(host, diagnosis),
+        } => report_no_driver(host, report),
         DeviceNode::Node { mode, uid, gid, .. } => {
-            rights(observed, (*mode, *uid, *gid), diagnosis);
+            check_permissions(observed, (*mode, *uid, *gid), report);
         }
     }
 }
 
-const EMULATED: &str = "Guests run in software emulation, which is far slower.";
-
-fn missing(host: &HostSurvey, diagnosis: &mut DoctorReport) {
-    let module = processor::module(host);
+fn check_missing(host: &HostSurvey, report: &mut DoctorReport) {
     if host.in_container {
-        return diagnosis.unseen(
+        return report.unseen(
             CHECK,
-            "this container has no /dev/kvm; the host may have it",
+            "this container has no /dev/kvm; the host may have one",
             Some(Remedy::on_host(
                 ["virtnode doctor"],
                 "Run it on the host, or here with the host's root mounted: virtnode doctor --root \
@@ -50,41 +49,44 @@ fn missing(host: &HostSurvey, diagnosis: &mut DoctorReport) {
         );
     }
     if host.kvm.registered {
-        return diagnosis.trouble(
+        return report.problem(
             CHECK,
             Severity::Error,
-            "KVM is loaded, and /dev/kvm is not there",
+            "KVM is loaded, but /dev/kvm does not exist",
             EMULATED,
-            Remedy::on_host([format!("mknod /dev/kvm c 10 232 && {}", open_to(KVM))], ""),
+            Remedy::on_host(
+                [format!("mknod /dev/kvm c 10 232 && {}", open_to_group())],
+                "",
+            ),
         );
     }
-    match (extensions(host), module) {
-        (Extensions::NotShown(_), _) => {
-            diagnosis.ok(CHECK, "none, as the CPU shows no extensions");
+    match (extensions(host), processor::module(host)) {
+        (Extensions::Absent(_), _) => {
+            report.ok(CHECK, "none, since the CPU has no virtualization extensions");
         }
-        (Extensions::Shown(_), Some(module)) => diagnosis.trouble(
+        (Extensions::Present(_), Some(module)) => report.problem(
             CHECK,
             Severity::Error,
-            format!("/dev/kvm is not there, since {module} is not loaded"),
+            format!("/dev/kvm does not exist because {module} is not loaded"),
             EMULATED,
             processor::load(module),
         ),
-        _ => diagnosis.trouble(
+        _ => report.problem(
             CHECK,
             Severity::Warning,
-            "there is no /dev/kvm",
+            "/dev/kvm does not exist",
             EMULATED,
             Remedy::words(
                 Place::Outside,
-                "The kernel was not started where it can run guests (on Arm: at EL2), or was built \
-                 without KVM: its log says which (dmesg | grep -i kvm).",
+                "The kernel was built without KVM, or was not started in a mode that can run guests \
+                 (on Arm: EL2). Its log shows which: dmesg | grep -i kvm.",
             ),
         ),
     }
 }
 
-fn wrong(what: &str, diagnosis: &mut DoctorReport) {
-    diagnosis.trouble(
+fn report_wrong(what: &str, report: &mut DoctorReport) {
+    report.problem(
         CHECK,
         Severity::Error,
         format!("/dev/kvm {what}"),
@@ -92,36 +94,41 @@ fn wrong(what: &str, diagnosis: &mut DoctorReport) {
         Remedy::on_host(
             [format!(
                 "rm /dev/kvm && mknod /dev/kvm c 10 232 && {}",
-                open_to(KVM)
+                open_to_group()
             )],
             "",
         ),
     );
 }
 
-fn no_driver(host: &HostSurvey, diagnosis: &mut DoctorReport) {
+fn report_no_driver(host: &HostSurvey, report: &mut DoctorReport) {
     let remedy = match (extensions(host), processor::module(host)) {
-        (Extensions::Shown(_), Some(module)) => processor::load(module),
+        (Extensions::Present(_), Some(module)) => processor::load(module),
         _ => Remedy::words(
             Place::Outside,
-            "The node was made by hand or given to this container; the machine itself has no KVM.",
+            "The node was created by hand or passed to this container; the machine itself has no \
+             KVM.",
         ),
     };
-    diagnosis.trouble(
+    report.problem(
         CHECK,
         Severity::Error,
-        "/dev/kvm is there, and no driver is behind it",
+        "/dev/kvm exists but has no driver",
         EMULATED,
         remedy,
     );
 }
 
-/// The cure that lets KVM's group in.
-fn open_to(group: &str) -> String {
-    format!("chgrp {group} /dev/kvm && chmod 660 /dev/kvm")
+/// Returns the command that grants KVM's group access.
+fn open_to_group() -> String {
+    format!("chgrp {KVM} /dev/kvm && chmod 660 /dev/kvm")
 }
 
-fn rights(observed: &Observed, (mode, uid, gid): (u32, u32, u32), diagnosis: &mut DoctorReport) {
+fn check_permissions(
+    observed: &Observed,
+    (mode, uid, gid): (u32, u32, u32),
+    report: &mut DoctorReport,
+) {
     let host = &observed.host;
     let owners = format!(
         "{}:{}",
@@ -130,53 +137,48 @@ fn rights(observed: &Observed, (mode, uid, gid): (u32, u32, u32), diagnosis: &mu
     );
     let seen = format!("/dev/kvm is c{} {owners}", permissions(mode));
     let Some(qemu) = accounts::qemu(observed) else {
-        return diagnosis.unseen(
+        return report.unseen(
             CHECK,
-            format!("{seen}; which user libvirt runs QEMU as is not known"),
+            format!("{seen}; the user that libvirt runs QEMU as is unknown"),
             Some(Remedy::words(
                 Place::Host,
-                "libvirt tells it when it runs (libvirt-connection); else root can read it in \
-                 /etc/libvirt/qemu.conf.",
+                "libvirt reports that user while it is running (see libvirt-connection); otherwise \
+                 root can read it in /etc/libvirt/qemu.conf.",
             )),
         );
     };
     if qemu.may_open(mode, uid, gid) {
-        return diagnosis.ok(
+        return report.ok(
             CHECK,
-            format!("{seen}; {}, whom QEMU runs as, may open it", qemu.name),
+            format!("{seen}; QEMU's user {} can open it", qemu.name),
         );
     }
-    diagnosis.trouble(
+    report.problem(
         CHECK,
         Severity::Error,
-        format!("{seen}; {}, whom libvirt runs QEMU as, may not open it", qemu.name),
-        "Guests get no KVM. And libvirt's cache of what QEMU can do is never valid: it starts every \
-         QEMU binary again at each question, some seconds for each, instead of answering within \
+        format!("{seen}; QEMU's user {} cannot open it", qemu.name),
+        "Guests get no KVM. libvirt also never considers its cache of QEMU's capabilities valid: for \
+         each query it starts every QEMU binary again, which takes seconds each instead of \
          milliseconds.",
-        cure(host, &qemu),
+        grant_access(host, &qemu),
     );
 }
 
-fn cure(host: &HostSurvey, qemu: &Account) -> Remedy {
-    let user = quoted(&qemu.name);
+fn grant_access(host: &HostSurvey, qemu: &Account) -> Remedy {
+    let join = format!("usermod --append --groups {KVM} {}", quoted(&qemu.name));
     let mut commands = Vec::new();
     match host.accounts.group(KVM) {
-        None => {
-            commands.push(format!("groupadd --system {KVM}"));
-            commands.push(format!("usermod --append --groups {KVM} {user}"));
-        }
-        Some(kvm) if !qemu.gids.contains(&kvm) => {
-            commands.push(format!("usermod --append --groups {KVM} {user}"));
-        }
+        None => commands.extend([format!("groupadd --system {KVM}"), join]),
+        Some(kvm) if !qemu.gids.contains(&kvm) => commands.push(join),
         Some(_) => {}
     }
-    // Last, since it is the device's change that makes libvirt look again.
-    commands.push(open_to(KVM));
-    let mut text = "libvirt notices by itself.".to_owned();
+    // Last, since libvirt reads the groups again when the device changes.
+    commands.push(open_to_group());
+    let mut text = "libvirt notices the change by itself.".to_owned();
     if host.udev {
         let rule = r#"KERNEL=="kvm", GROUP="kvm", MODE="0660""#;
         commands.push(format!("echo '{rule}' >/etc/udev/rules.d/65-kvm.rules"));
-        text.push_str(" The last keeps it so after a reboot.");
+        text.push_str(" The last command makes it permanent.");
     }
     Remedy::on_host(commands, text)
 }

@@ -1,48 +1,30 @@
-//! Running domains: whether their guests have and use what they were given.
+//! Running domains: whether libvirt and the agent answer, and whether guests use their resources.
 
 use std::collections::BTreeMap;
 
-use super::finding::{Check, DoctorReport, Finding, Place, Remedy, Severity, counted, quoted};
+use super::finding::{Check, DoctorReport, Place, Remedy, Severity, counted, quoted};
 use super::libvirt::virsh;
 use super::observed::{AgentAnswer, DomainDetails, Observed, ObservedDomain};
 use crate::domain::{AgentChannel, AliasedDevice, IdSet};
 
-/// The domains that could be looked at closely.
-fn looked(domains: &[ObservedDomain]) -> impl Iterator<Item = (&ObservedDomain, &DomainDetails)> {
+/// Returns the domains whose details could be queried.
+fn detailed(domains: &[ObservedDomain]) -> impl Iterator<Item = (&ObservedDomain, &DomainDetails)> {
     domains
         .iter()
         .filter_map(|seen| Some((seen, &**seen.details.as_ref().ok()?)))
 }
 
-/// What a command calls a domain: its name where no shell and no virsh reads that as anything
-/// else, its UUID otherwise.
-fn called(domain: &ObservedDomain) -> &str {
+/// Returns the domain's name for use in commands, or its UUID if a shell or virsh would interpret
+/// the name.
+fn name_in_commands(domain: &ObservedDomain) -> &str {
     let name = domain.name.as_str();
     let plain = |c: char| c.is_ascii_alphanumeric() || "_-.".contains(c);
-    // virsh takes a number for an ID.
+    // virsh parses a number as an ID.
     let is_plain = name.starts_with(|c: char| c.is_ascii_alphabetic()) && name.chars().all(plain);
     if is_plain { name } else { &domain.uuid }
 }
 
-fn warn(
-    diagnosis: &mut DoctorReport,
-    (check, severity): (Check, Severity),
-    domain: &ObservedDomain,
-    what: impl Into<String>,
-    why: &str,
-    remedy: Remedy,
-) {
-    diagnosis.findings.push(Finding {
-        check,
-        severity,
-        domain: Some(domain.name.clone()),
-        what: what.into(),
-        why: Some(why.to_owned()),
-        remedy: Some(remedy),
-    });
-}
-
-pub(super) fn check(observed: &Observed, diagnosis: &mut DoctorReport) {
+pub(super) fn check(observed: &Observed, report: &mut DoctorReport) {
     const CHECKS: [Check; 5] = [
         Check::Domains,
         Check::GuestAgent,
@@ -54,143 +36,130 @@ pub(super) fn check(observed: &Observed, diagnosis: &mut DoctorReport) {
         Ok(domains) => domains,
         Err(why) => {
             for check in CHECKS {
-                diagnosis.unseen(check, format!("the running domains: {why}"), None);
+                report.unseen(check, format!("the running domains: {why}"), None);
             }
             return;
         }
     };
     if domains.is_empty() {
         for check in CHECKS {
-            diagnosis.ok(check, "no domain runs here");
+            report.ok(check, "no domain is running");
         }
         return;
     }
-    check_looks(observed, domains, diagnosis);
-    check_agents(observed, domains, diagnosis);
-    check_vcpus(domains, diagnosis);
-    check_virtio_mem(domains, diagnosis);
-    check_machine_types(observed, domains, diagnosis);
-    let unlooked = domains.iter().filter(|seen| seen.details.is_err()).count();
-    if unlooked > 0 {
+    check_queries(observed, domains, report);
+    check_agents(observed, domains, report);
+    check_vcpus(domains, report);
+    check_virtio_mem(domains, report);
+    check_machine_types(observed, domains, report);
+    let undetailed = domains.iter().filter(|seen| seen.details.is_err()).count();
+    if undetailed > 0 {
         for check in CHECKS.into_iter().skip(1) {
             let what = format!(
-                "{} that libvirt did not tell of: see domains",
-                counted(unlooked, "domain")
+                "{} without details from libvirt: see domains",
+                counted(undetailed, "domain")
             );
-            diagnosis.unseen(check, what, None);
+            report.unseen(check, what, None);
         }
     }
 }
 
-fn check_looks(observed: &Observed, domains: &[ObservedDomain], diagnosis: &mut DoctorReport) {
+fn check_queries(observed: &Observed, domains: &[ObservedDomain], report: &mut DoctorReport) {
     let check = Check::Domains;
-    let mut told = false;
     for seen in domains {
         if let Err(why) = &seen.details {
-            told = true;
-            warn(
-                diagnosis,
+            report.domain_problem(
                 (check, Severity::Warning),
                 seen,
-                format!("libvirt does not tell of it: {why}"),
-                "Something holds it: a job that does not end, or a QEMU that does not answer. It \
-                 cannot be changed meanwhile, and may not be stopped in good order.",
+                format!("libvirt does not answer queries about it: {why}"),
+                "The domain is locked, by a job that does not end or by a QEMU that does not answer. \
+                 Until then it cannot be changed, and may not shut down cleanly.",
                 Remedy::on_host(
-                    [format!("{} domjobinfo {}", virsh(observed), called(seen))],
-                    "It shows a job that is under way, such as a migration or a backup. If there is \
-                     none and this does not pass, look at QEMU's log in /var/log/libvirt/qemu.",
+                    [format!("{} domjobinfo {}", virsh(observed), name_in_commands(seen))],
+                    "This shows a running job, such as a migration or a backup. If there is none and \
+                     the problem persists, read QEMU's log in /var/log/libvirt/qemu.",
                 ),
             );
         }
     }
-    if !told {
+    if !report.covers(check) {
         let what = format!("libvirt answers about {}", counted(domains.len(), "domain"));
-        diagnosis.ok(check, what);
+        report.ok(check, what);
     }
 }
 
-fn check_agents(observed: &Observed, domains: &[ObservedDomain], diagnosis: &mut DoctorReport) {
+fn check_agents(observed: &Observed, domains: &[ObservedDomain], report: &mut DoctorReport) {
     let check = Check::GuestAgent;
-    let why = "Whether the guest uses what it is given can be told from outside only in part, and \
-               vCPUs cannot be brought online for it.";
+    let why = "Without the agent, virtnode can verify only in part that the guest uses its resources, \
+               and cannot bring vCPUs online in the guest.";
     let mut answering = 0;
-    let mut told = false;
-    for (seen, look) in looked(domains) {
-        let (what, remedy) = match (&look.agent, look.domain.agent) {
+    for (seen, details) in detailed(domains) {
+        let (what, remedy) = match (&details.agent, details.domain.agent) {
             (AgentAnswer::Answered(_), _) => {
                 answering += 1;
                 continue;
             }
-            // A domain that is held, or still boots its firmware, is none of this check's business.
+            // A paused domain, or one that is still in its firmware, cannot answer.
             _ if !seen.state.runs() => continue,
             (_, AgentChannel::Absent) => (
                 "it has no channel for a guest agent".to_owned(),
-                attach_channel(observed, seen, look),
+                attach_channel(observed, seen, details),
             ),
-            // Of a channel that was plugged libvirt knows no state at first.
-            (AgentAnswer::Silent(why), _) if why.contains("agent is not connected") => nobody(),
-            (_, AgentChannel::Disconnected) => nobody(),
+            // libvirt does not know the state of a hot-plugged channel at first.
+            (AgentAnswer::Silent(why), _) if why.contains("agent is not connected") => unopened(),
+            (_, AgentChannel::Disconnected) => unopened(),
             (AgentAnswer::Silent(why), _) => (
                 format!("its guest agent does not answer: {why}"),
                 Remedy::in_guest(
                     ["systemctl restart qemu-guest-agent"],
-                    "If the guest does not do even that, it hangs: look at its console.",
+                    "If the guest does not respond to that either, it hangs: check its console.",
                 ),
             ),
             (AgentAnswer::NotAsked, _) => continue,
         };
-        told = true;
-        warn(
-            diagnosis,
-            (check, Severity::Warning),
-            seen,
-            what,
-            why,
-            remedy,
-        );
+        report.domain_problem((check, Severity::Warning), seen, what, why, remedy);
     }
-    if !told {
-        diagnosis.ok(
-            check,
-            match answering {
-                0 => "no guest runs that could be asked".to_owned(),
-                answering => format!("{} answering", counted(answering, "agent")),
-            },
-        );
+    if !report.covers(check) {
+        let what = match answering {
+            0 => "no running guest could be queried".to_owned(),
+            answering => format!("{} answering", counted(answering, "agent")),
+        };
+        report.ok(check, what);
     }
 }
 
-/// Nobody in the guest listens.
-fn nobody() -> (String, Remedy) {
+fn unopened() -> (String, Remedy) {
     (
-        "nobody in the guest has opened the guest agent's channel".to_owned(),
+        "the guest has not opened the guest agent's channel".to_owned(),
         Remedy::in_guest(["systemctl enable --now qemu-guest-agent"], INSTALL),
     )
 }
 
 const INSTALL: &str = "The guest needs the package qemu-guest-agent (Windows: virtio-win's guest \
-                       tools), and its service running.";
+                       tools) with its service running.";
 
-/// How a domain gets a channel: while it runs if it has a controller for it, since such a controller
-/// cannot be plugged (libvirt 11.3: "no virtio-serial controllers are available"); else with its next
-/// start, if it has a definition.
-fn attach_channel(observed: &Observed, seen: &ObservedDomain, look: &DomainDetails) -> Remedy {
+/// Returns the command that gives a domain a channel: at once if the domain has a virtio-serial
+/// controller, which cannot be hot-plugged (libvirt 11.3: "no virtio-serial controllers are
+/// available"); otherwise at its next start, if it has a persistent definition.
+fn attach_channel(observed: &Observed, seen: &ObservedDomain, details: &DomainDetails) -> Remedy {
     let is_controller = |device: &AliasedDevice| device.alias.starts_with("virtio-serial");
-    let now = look.domain.devices.iter().any(is_controller);
-    let (flags, text) = match (now, look.persistent) {
+    let has_controller = details.domain.devices.iter().any(is_controller);
+    let (flags, text) = match (has_controller, details.persistent) {
         (true, true) => ("--live --config", INSTALL.to_owned()),
         (true, false) => ("--live", INSTALL.to_owned()),
         (false, true) => (
             "--config",
             format!(
-                "It holds from the domain's next start, not from a reboot of the guest. {INSTALL}"
+                "This takes effect when the domain is next started; rebooting the guest is not \
+                 enough. {INSTALL}"
             ),
         ),
         (false, false) => {
             return Remedy::words(
                 Place::Host,
                 format!(
-                    "Whoever makes this domain has to give it one: it has no definition of its own. {INSTALL}"
+                    "The domain has no persistent definition: whoever creates it must add the \
+                     channel. {INSTALL}"
                 ),
             );
         }
@@ -199,23 +168,23 @@ fn attach_channel(observed: &Observed, seen: &ObservedDomain, look: &DomainDetai
         "echo \"<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/>\
          </channel>\" | {} attach-device {} /dev/stdin {flags}",
         virsh(observed),
-        called(seen)
+        name_in_commands(seen)
     );
     Remedy::on_host([command], text)
 }
 
-fn check_vcpus(domains: &[ObservedDomain], diagnosis: &mut DoctorReport) {
+fn check_vcpus(domains: &[ObservedDomain], report: &mut DoctorReport) {
     let check = Check::VcpusOnline;
-    let why = "It is charged and scheduled for vCPUs that its guest does not have.";
-    let (mut fine, mut told) = (0_usize, false);
-    for (seen, look) in looked(domains) {
-        let plugged = look.domain.vcpus.plugged_ids();
+    let why = "The domain is charged and scheduled for vCPUs that its guest does not use.";
+    let mut fully_used = 0_usize;
+    for (seen, details) in detailed(domains) {
+        let plugged = details.domain.vcpus.plugged_ids();
         let count = plugged.len();
-        let name = called(seen);
-        let (what, remedy) = match &look.agent {
+        let name = name_in_commands(seen);
+        let (what, remedy) = match &details.agent {
             AgentAnswer::Answered(guest) if guest.vcpus.len() < count => (
                 format!(
-                    "{count} vCPUs are plugged, and its guest has {}",
+                    "{count} vCPUs are plugged, but its guest has {}",
                     guest.vcpus.len()
                 ),
                 Remedy::in_guest(
@@ -223,65 +192,55 @@ fn check_vcpus(domains: &[ObservedDomain], diagnosis: &mut DoctorReport) {
                         "cat /proc/cmdline /sys/devices/system/cpu/possible; dmesg | grep -i 'nr_cpus\\|possible_cpus\\|Unable to map'",
                     ],
                     format!(
-                        "Take nr_cpus= or possible_cpus= from the guest's kernel command line, or \
-                         make them larger, and reboot it. Until then, to take back what it does not \
-                         use, on the host: `virtnode hotplug vcpus {name} {}`",
-                        guest.vcpus.len().max(look.domain.vcpus.fixed())
+                        "Remove or raise nr_cpus= or possible_cpus= on the guest's kernel command \
+                         line, and reboot the guest. Until then, to remove the unused vCPUs, run on \
+                         the host: `virtnode hotplug vcpus {name} {}`",
+                        guest.vcpus.len().max(details.domain.vcpus.fixed())
                     ),
                 ),
             ),
             AgentAnswer::Answered(guest) if guest.online.len() < count => (
                 format!(
-                    "{count} vCPUs are plugged, and its guest uses {}",
+                    "{count} vCPUs are plugged, but its guest uses {}",
                     guest.online.len()
                 ),
                 Remedy::on_host(
                     [format!("virtnode hotplug vcpus {name} {count} --online")],
-                    "It brings them online through the guest agent and proves it. For those that \
-                     come later the guest needs a udev rule: `SUBSYSTEM==\"cpu\", ACTION==\"add\", \
-                     ATTR{online}=\"1\"`",
+                    "This brings the vCPUs online through the guest agent and verifies it. For vCPUs \
+                     plugged later, the guest needs a udev rule: `SUBSYSTEM==\"cpu\", \
+                     ACTION==\"add\", ATTR{online}=\"1\"`",
                 ),
             ),
             AgentAnswer::Answered(_) => {
-                fine += 1;
+                fully_used += 1;
                 continue;
             }
             AgentAnswer::Silent(_) | AgentAnswer::NotAsked => match never_ran(seen, &plugged) {
                 idle if idle.is_empty() || !seen.state.runs() => continue,
                 idle => (
-                    format!("vCPUs {idle} are plugged and have never run"),
+                    format!("vCPUs {idle} are plugged but have never run"),
                     Remedy::in_guest(
                         ["cat /sys/devices/system/cpu/present /sys/devices/system/cpu/online"],
                         "They are offline (`echo 1 >/sys/devices/system/cpu/cpuN/online`), or the \
-                         guest threw them away (nr_cpus= on its kernel command line). With its agent \
-                         virtnode could tell.",
+                         guest rejected them (nr_cpus= on its kernel command line). The guest agent \
+                         would show which.",
                     ),
                 ),
             },
         };
-        told = true;
-        warn(
-            diagnosis,
-            (check, Severity::Warning),
-            seen,
-            what,
-            why,
-            remedy,
-        );
+        report.domain_problem((check, Severity::Warning), seen, what, why, remedy);
     }
-    if !told {
-        diagnosis.ok(
-            check,
-            match fine {
-                0 => "nothing speaks against it, and no agent for it".to_owned(),
-                1 => "1 guest uses all it has, by its agent".to_owned(),
-                fine => format!("{fine} guests use all they have, by their agents"),
-            },
-        );
+    if !report.covers(check) {
+        let what = match fully_used {
+            0 => "no sign of unused vCPUs, but no agent to confirm it".to_owned(),
+            1 => "1 guest uses all its vCPUs, according to its agent".to_owned(),
+            count => format!("{count} guests use all their vCPUs, according to their agents"),
+        };
+        report.ok(check, what);
     }
 }
 
-/// The plugged vCPUs that the statistics know and that have not run since they were plugged.
+/// Returns the plugged vCPUs whose statistics show no run time since they were plugged.
 fn never_ran(seen: &ObservedDomain, plugged: &IdSet) -> IdSet {
     plugged
         .iter()
@@ -292,85 +251,69 @@ fn never_ran(seen: &ObservedDomain, plugged: &IdSet) -> IdSet {
         .collect()
 }
 
-fn check_virtio_mem(domains: &[ObservedDomain], diagnosis: &mut DoctorReport) {
+fn check_virtio_mem(domains: &[ObservedDomain], report: &mut DoctorReport) {
     let check = Check::VirtioMem;
-    let (mut devices, mut growing, mut told) = (0_usize, 0_usize, false);
-    for (seen, look) in looked(domains) {
-        for device in look.domain.memory.virtio_mem() {
+    let (mut devices, mut growing) = (0_usize, 0_usize);
+    for (seen, details) in detailed(domains) {
+        for device in details.domain.memory.virtio_mem() {
             devices += 1;
             let (requested, current) = (device.asked(), device.plugged());
             let alias = device.alias.as_deref().unwrap_or_default();
-            let is_still = seen.earlier.get(alias) == Some(&current);
             if current >= requested || !seen.state.runs() {
                 continue;
             }
-            if !is_still {
+            if seen.earlier.get(alias) != Some(&current) {
                 growing += 1;
                 continue;
             }
-            told = true;
             let what =
-                format!("{alias}: asked to take {requested}, has {current}, and takes no more");
+                format!("{alias}: requested {requested}, plugged {current}, no longer growing");
             let remedy = match current.get() {
                 0 => Remedy::in_guest(
                     ["modprobe virtio_mem"],
-                    "The driver needs CONFIG_VIRTIO_MEM and a kernel of 5.8 or newer on x86, 5.16 on \
-                     arm64. A guest that is still booting takes it later.",
+                    "The driver needs CONFIG_VIRTIO_MEM and Linux 5.8 or newer on x86, 5.16 on arm64. \
+                     A guest that is still booting takes the memory later.",
                 ),
                 _ => Remedy::in_guest(
                     [
                         "dmesg | grep -i virtio_mem",
                         "echo online >/sys/devices/system/memory/auto_online_blocks",
                     ],
-                    "Memory that is left offline, or a lack of memory to describe the new one with, \
-                     makes it stop; it goes on by itself when it can.",
+                    "The driver stops if memory stays offline, or if there is no memory left to \
+                     describe the new memory; it resumes by itself.",
                 ),
             };
-            let why = "It has less memory than it was given, and may run short.";
-            warn(
-                diagnosis,
-                (check, Severity::Warning),
-                seen,
-                what,
-                why,
-                remedy,
-            );
+            let why = "The guest has less memory than assigned, and may run out of memory.";
+            report.domain_problem((check, Severity::Warning), seen, what, why, remedy);
         }
     }
-    if !told {
-        diagnosis.ok(
-            check,
-            match (devices, growing) {
-                (0, _) => "no domain has such a device".to_owned(),
-                (1, 0) => "1 device has given what was asked for".to_owned(),
-                (devices, 0) => format!("{devices} devices have given what was asked for"),
-                (_, growing) => format!("{} still taking memory", counted(growing, "device")),
-            },
-        );
+    if !report.covers(check) {
+        let what = match (devices, growing) {
+            (0, _) => "no domain has such a device".to_owned(),
+            (1, 0) => "1 device has its requested size".to_owned(),
+            (devices, 0) => format!("{devices} devices have their requested size"),
+            (_, growing) => format!("{} still growing", counted(growing, "device")),
+        };
+        report.ok(check, what);
     }
 }
 
-fn check_machine_types(
-    observed: &Observed,
-    domains: &[ObservedDomain],
-    diagnosis: &mut DoctorReport,
-) {
+fn check_machine_types(observed: &Observed, domains: &[ObservedDomain], report: &mut DoctorReport) {
     let check = Check::MachineTypes;
     let facts = &observed.facts;
     if facts.capabilities.is_none() {
-        return diagnosis.unseen(
+        return report.unseen(
             check,
-            "which machine types there are, which only libvirt tells: see libvirt-connection",
+            "only libvirt reports the machine types: see libvirt-connection",
             None,
         );
     }
-    let mut told = false;
-    for (seen, look) in looked(domains) {
-        let (Some(arch), Some(machine)) = (&look.domain.arch, &look.domain.machine) else {
+    for (seen, details) in detailed(domains) {
+        let (Some(arch), Some(machine)) = (&details.domain.arch, &details.domain.machine) else {
             continue;
         };
         let known = facts.machines(arch);
-        // An architecture that libvirt does not list says nothing about its machines.
+        // libvirt's capabilities do not list the machine types of every architecture.
         if known.is_empty() {
             continue;
         }
@@ -378,49 +321,46 @@ fn check_machine_types(
             .iter()
             .filter_map(|m| Some((m.name.as_str(), m.canonical.as_deref()?)))
             .collect();
-        let own = known.iter().find(|m| m.name == *machine);
-        let (severity, what, why) = match own {
+        let (severity, what, why) = match known.iter().find(|m| m.name == *machine) {
             Some(own) if !own.deprecated => continue,
             Some(_) => (
                 Severity::Warning,
                 format!("its machine type {machine} is deprecated"),
-                "QEMU drops it in a coming release: from then on the domain cannot be started or \
-                 migrated to a node that has it.",
+                "A future QEMU release drops it; the domain can then neither be started nor migrated \
+                 to a node with that release.",
             ),
             None => (
                 Severity::Error,
-                format!("this QEMU has no machine type {machine} any more"),
-                "The domain runs on with the QEMU that it was started with, and cannot be started \
-                 again here.",
+                format!("this QEMU no longer has the machine type {machine}"),
+                "The domain keeps running on the QEMU that it was started with, but cannot be \
+                 started here again.",
             ),
         };
-        told = true;
         let newest = family(machine).and_then(|family| aliases.get(family).copied());
         let remedy = match newest {
-            Some(newest) if look.persistent && newest != machine => Remedy::on_host(
+            Some(newest) if details.persistent && newest != machine => Remedy::on_host(
                 [format!(
                     "{virsh} dumpxml --inactive {name} | sed {script} | {virsh} define /dev/stdin",
                     virsh = virsh(observed),
-                    name = called(seen),
+                    name = name_in_commands(seen),
                     script = quoted(&format!("s/machine='{machine}'/machine='{newest}'/"))
                 )],
-                "It holds from the next time that the domain is started after having been shut off; a \
-                 reboot of the guest is not enough. A guest may notice the new hardware (Windows may \
-                 ask to be activated again).",
+                "This takes effect when the domain is shut off and started again; rebooting the guest \
+                 is not enough. The guest may detect new hardware (Windows may require activation).",
             ),
             _ => Remedy::words(
                 Place::Host,
-                "Whoever made the domain has to give it a newer machine type and start it anew.",
+                "Whoever created the domain must give it a newer machine type and restart it.",
             ),
         };
-        warn(diagnosis, (check, severity), seen, what, why, remedy);
+        report.domain_problem((check, severity), seen, what, why, remedy);
     }
-    if !told {
-        diagnosis.ok(check, "all running domains have one with a future");
+    if !report.covers(check) {
+        report.ok(check, "no running domain has a deprecated one");
     }
 }
 
-/// The alias under which the newest of a machine type's kind is found.
+/// Returns the alias that resolves to the newest machine type of the same family.
 fn family(machine: &str) -> Option<&'static str> {
     [
         ("pc-q35-", "q35"),

@@ -1,27 +1,29 @@
-//! What a diagnosis consists of.
+//! Findings of the doctor. `Check`, `Severity`, `Place` and the field names are a contract: JSON
+//! output, metric labels and docs/doctor.md use them. The texts are prose.
 
 use std::fmt;
 
 use serde::{Serialize, Serializer};
 
+use super::observed::ObservedDomain;
+
 macro_rules! checks {
     ($($variant:ident, $name:literal, $looks_at:literal;)*) => {
-        /// What is looked at. The names are a contract: in JSON, in the metric, in docs/doctor.md.
+        /// A check, as named in JSON, in the metric and in docs/doctor.md.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
         pub enum Check {
             $(#[doc = $looks_at] $variant,)*
         }
 
         impl Check {
-            /// All of them, in the order in which they are told.
+            /// All checks, in the order of the report.
             pub const ALL: &'static [Self] = &[$(Self::$variant,)*];
 
-            /// The bounded word for it.
             pub fn name(self) -> &'static str {
                 match self { $(Self::$variant => $name,)* }
             }
 
-            /// What is looked at, as docs/doctor.md has it.
+            /// Returns the description in docs/doctor.md.
             pub fn looks_at(self) -> &'static str {
                 match self { $(Self::$variant => $looks_at,)* }
             }
@@ -30,23 +32,23 @@ macro_rules! checks {
 }
 
 checks! {
-    VirtualizationExtensions, "virtualization-extensions", "whether the CPU can run guests, the way each architecture shows it: `vmx` or `svm` on x86, EL2 on arm64 (known only by /dev/kvm), `sie` on s390x, hypervisor mode on Power, `h` on RISC-V; that KVM works counts for more than a flag";
-    KvmModule, "kvm-module", "whether the module of KVM for this CPU is loaded";
-    KvmDevice, "kvm-device", "whether /dev/kvm is there, is KVM's, and may be opened by the user that libvirt runs QEMU as";
-    Nested, "nested", "whether guests can run guests: the module's parameter `nested`";
-    Iommu, "iommu", "what the kernel command line asks of the IOMMU against what sysfs shows";
-    Vfio, "vfio", "whether devices can be passed through (vfio, iommufd), and whether their isolation was switched off";
-    Hugepages, "hugepages", "reserved huge pages, and whether hugetlbfs is mounted for each size of them";
-    LibvirtConnection, "libvirt-connection", "whether libvirt answers here: socket, rights, polkit";
-    LibvirtDaemons, "libvirt-daemons", "whether the daemons that a domain needs are there, and not both libvirtd and virtqemud";
-    Versions, "versions", "what the versions of libvirt and QEMU lack: more than 255 vCPUs (EIM) without words in the XML, virtio-mem";
-    ProbeAge, "probe-age", "how long ago the daemon last read each source of its labels";
-    Labels, "labels", "labels that were left out because they can be none, and labels that were left to another owner";
-    Domains, "domains", "whether libvirt answers about each running domain";
-    GuestAgent, "guest-agent", "whether the guest agent of each running domain answers";
-    VcpusOnline, "vcpus-online", "whether each guest uses the vCPUs that are plugged (`nr_cpus`, offline CPUs)";
-    VirtioMem, "virtio-mem", "whether each guest took the memory that its virtio-mem devices ask it to take";
-    MachineTypes, "machine-types", "whether running domains have a machine type that is deprecated, or that this QEMU does not have any more";
+    VirtualizationExtensions, "virtualization-extensions", "the CPU's virtualization extensions, as each architecture shows them: `vmx` or `svm` on x86, EL2 on arm64 (visible only through /dev/kvm), `sie` on s390x, hypervisor mode on Power, `h` on RISC-V; a working KVM overrides a missing flag";
+    KvmModule, "kvm-module", "the KVM module for this CPU is loaded";
+    KvmDevice, "kvm-device", "/dev/kvm exists, is KVM's device, and can be opened by the user that libvirt runs QEMU as";
+    Nested, "nested", "guests can run guests (module parameter `nested`)";
+    Iommu, "iommu", "the IOMMU settings on the kernel command line agree with what sysfs shows";
+    Vfio, "vfio", "devices can be passed through (vfio, iommufd), and their isolation is not disabled";
+    Hugepages, "hugepages", "reserved huge pages, and a mounted hugetlbfs for each of their sizes";
+    LibvirtConnection, "libvirt-connection", "libvirt answers: socket, permissions, polkit";
+    LibvirtDaemons, "libvirt-daemons", "the daemons that a domain needs are running, and libvirtd and virtqemud do not run at the same time";
+    Versions, "versions", "features missing from these versions of libvirt and QEMU: more than 255 vCPUs (EIM) without additional XML, virtio-mem";
+    ProbeAge, "probe-age", "age of the daemon's last reading of each label source";
+    Labels, "labels", "labels rejected as invalid, and labels left to another owner";
+    Domains, "domains", "libvirt answers queries about each running domain";
+    GuestAgent, "guest-agent", "the guest agent of each running domain answers";
+    VcpusOnline, "vcpus-online", "each guest uses its plugged vCPUs (`nr_cpus`, offline CPUs)";
+    VirtioMem, "virtio-mem", "each guest has taken the memory that its virtio-mem devices request";
+    MachineTypes, "machine-types", "running domains whose machine type is deprecated, or no longer exists in this QEMU";
 }
 
 impl fmt::Display for Check {
@@ -61,24 +63,19 @@ impl Serialize for Check {
     }
 }
 
-/// How bad it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Severity {
-    /// Looked at, and nothing to do.
     Ok,
-    /// It works, but less well than it could, or not for much longer. What is wrong inside a guest
-    /// is never more than this: the node is well.
+    /// Works, but not as well as it could or not for much longer. A problem inside a guest is at
+    /// most a warning: the node itself is healthy.
     Warning,
-    /// Something does not work.
     Error,
 }
 
 impl Severity {
-    /// All of them.
     pub const ALL: [Self; 3] = [Self::Ok, Self::Warning, Self::Error];
 
-    /// The bounded word for it.
     pub fn name(self) -> &'static str {
         match self {
             Self::Ok => "ok",
@@ -88,7 +85,7 @@ impl Severity {
     }
 }
 
-/// Where a remedy's commands are to be run.
+/// The place to run a remedy's commands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Place {
@@ -96,23 +93,20 @@ pub enum Place {
     Host,
     /// In the guest, as its root.
     Guest,
-    /// Nowhere that a command reaches: in the firmware, on the machine that this one is a guest of.
+    /// Out of reach of a command: in the firmware, or on the hypervisor that this machine runs under.
     Outside,
 }
 
-/// What cures it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Remedy {
-    /// Where.
     pub place: Place,
-    /// What to do, or what to know beside the commands; whole sentences.
+    /// Instructions, or notes on the commands; whole sentences.
     pub text: String,
-    /// Commands for a shell, to be run in this order. Names in them are quoted.
+    /// Shell commands, in the order to run them. Names in them are quoted.
     pub commands: Vec<String>,
 }
 
 impl Remedy {
-    /// Commands for this machine.
     pub fn on_host<C: Into<String>>(
         commands: impl IntoIterator<Item = C>,
         text: impl Into<String>,
@@ -120,7 +114,6 @@ impl Remedy {
         Self::at(Place::Host, commands, text)
     }
 
-    /// Commands for the guest.
     pub fn in_guest<C: Into<String>>(
         commands: impl IntoIterator<Item = C>,
         text: impl Into<String>,
@@ -128,7 +121,7 @@ impl Remedy {
         Self::at(Place::Guest, commands, text)
     }
 
-    /// Words alone.
+    /// A remedy without commands.
     pub fn words(place: Place, text: impl Into<String>) -> Self {
         Self::at(place, <[String; 0]>::default(), text)
     }
@@ -146,55 +139,46 @@ impl Remedy {
     }
 }
 
-/// One thing that was found.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Finding {
-    /// By which check.
     pub check: Check,
-    /// How bad it is.
     pub severity: Severity,
-    /// The domain it is about, by name: tenants' text. `None`: the node.
+    /// Name of the affected domain, chosen by a tenant. `None`: the node.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub domain: Option<String>,
-    /// What was seen.
     pub what: String,
-    /// Why it matters; not told where nothing is to do.
+    /// Consequence; absent if the severity is ok.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub why: Option<String>,
-    /// What cures it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub remedy: Option<Remedy>,
 }
 
-/// Something that could not be looked at, which is no finding: it may be well or not.
+/// A check that could not decide, which is not a finding.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Unseen {
-    /// What for.
     pub check: Check,
-    /// What could not be seen, and why.
+    /// The missing observation and the reason.
     pub what: String,
-    /// What would make it visible.
+    /// Makes the observation possible.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub remedy: Option<Remedy>,
 }
 
-/// All that was found, in the order of the checks.
+/// All findings, in the order of the checks.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct DoctorReport {
-    /// What was found. Each check has at least one finding or is among the unseen.
+    /// A check has at least one finding, or is in `unseen`.
     pub findings: Vec<Finding>,
-    /// What could not be looked at.
     pub unseen: Vec<Unseen>,
 }
 
 impl DoctorReport {
-    /// The worst of what was found.
     pub fn worst(&self) -> Severity {
         let severities = self.findings.iter().map(|finding| finding.severity);
         severities.max().unwrap_or(Severity::Ok)
     }
 
-    /// How many findings of a check are this bad.
     pub fn count(&self, check: Check, severity: Severity) -> usize {
         self.findings
             .iter()
@@ -202,7 +186,7 @@ impl DoctorReport {
             .count()
     }
 
-    /// In the order of the checks; the worst of a check first.
+    /// Sorts by check, the most severe finding of a check first.
     pub(super) fn sort(&mut self) {
         self.findings
             .sort_by_key(|finding| (finding.check, std::cmp::Reverse(finding.severity)));
@@ -220,7 +204,8 @@ impl DoctorReport {
         });
     }
 
-    pub(super) fn trouble(
+    /// Adds a warning or an error about the node.
+    pub(super) fn problem(
         &mut self,
         check: Check,
         severity: Severity,
@@ -238,6 +223,25 @@ impl DoctorReport {
         });
     }
 
+    /// Adds a warning or an error about a domain.
+    pub(super) fn domain_problem(
+        &mut self,
+        (check, severity): (Check, Severity),
+        domain: &ObservedDomain,
+        what: impl Into<String>,
+        why: &str,
+        remedy: Remedy,
+    ) {
+        self.findings.push(Finding {
+            check,
+            severity,
+            domain: Some(domain.name.clone()),
+            what: what.into(),
+            why: Some(why.to_owned()),
+            remedy: Some(remedy),
+        });
+    }
+
     pub(super) fn unseen(&mut self, check: Check, what: impl Into<String>, remedy: Option<Remedy>) {
         self.unseen.push(Unseen {
             check,
@@ -246,14 +250,14 @@ impl DoctorReport {
         });
     }
 
-    /// Whether a check has said anything.
-    pub(super) fn knows(&self, check: Check) -> bool {
+    /// True if the check has added an entry.
+    pub(super) fn covers(&self, check: Check) -> bool {
         self.findings.iter().any(|finding| finding.check == check)
             || self.unseen.iter().any(|unseen| unseen.check == check)
     }
 }
 
-/// A word for a shell: as it is where that is safe, else in single quotes.
+/// Quotes a word for a shell, unless it is safe as it is.
 pub(super) fn quoted(word: &str) -> String {
     let safe = |c: char| c.is_ascii_alphanumeric() || "_-./:@%+=,".contains(c);
     if !word.is_empty() && word.chars().all(safe) {
@@ -263,7 +267,7 @@ pub(super) fn quoted(word: &str) -> String {
     }
 }
 
-/// "1 domain", "2 domains".
+/// Returns "1 domain" or "2 domains".
 pub(super) fn counted(count: usize, noun: &str) -> String {
     match count {
         1 => format!("1 {noun}"),
@@ -276,7 +280,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_word_cannot_break_out_of_its_quotes() {
+    fn quoted_word_cannot_end_its_quotes() {
         assert_eq!(quoted("qemu:///system"), "qemu:///system");
         assert_eq!(quoted("a b"), "'a b'");
         assert_eq!(quoted("x'; rm -rf /; '"), r"'x'\''; rm -rf /; '\'''");
@@ -284,7 +288,7 @@ mod tests {
     }
 
     #[test]
-    fn names_of_checks_are_words_of_a_metric_and_unique() {
+    fn check_names_are_unique_metric_label_values() {
         let names: std::collections::BTreeSet<_> = Check::ALL.iter().map(|c| c.name()).collect();
         assert_eq!(names.len(), Check::ALL.len());
         for name in names {

@@ -1,7 +1,7 @@
-//! What is wrong with this node, why it matters, and what cures it. Pure: what was seen in,
-//! findings out.
+//! The checks of `virtnode doctor`: pure functions from observations to findings.
 //!
-//! docs/doctor.md lists the checks; [`Check`] is what it is held equal to.
+//! Each check adds at least one finding, or an [`Unseen`] entry with the reason why it could not
+//! decide. docs/doctor.md lists the checks; a test compares it with [`Check`].
 
 mod accounts;
 mod daemon;
@@ -16,35 +16,29 @@ mod processor;
 mod tests;
 
 pub use finding::{Check, DoctorReport, Finding, Place, Remedy, Severity, Unseen};
-pub use observed::Observed;
+pub use observed::{GIVEN_SOCKET, Observed};
 
-/// The name under which [`observed::Host::sockets`] has the socket that the connection's URI names.
-pub const GIVEN_SOCKET: &str = "given";
-
-/// Looks over all that was seen. Each check says something, if only that it could not look.
+/// Runs all checks.
 pub fn diagnose(observed: &Observed) -> DoctorReport {
-    let mut diagnosis = DoctorReport::default();
-    processor::check_extensions(observed, &mut diagnosis);
-    processor::check_module(observed, &mut diagnosis);
-    device::check(observed, &mut diagnosis);
-    processor::check_nested(observed, &mut diagnosis);
-    passthrough::check_iommu(observed, &mut diagnosis);
-    passthrough::check_vfio(observed, &mut diagnosis);
-    passthrough::check_hugepages(observed, &mut diagnosis);
-    libvirt::check_connection(observed, &mut diagnosis);
-    libvirt::check_daemons(observed, &mut diagnosis);
-    libvirt::check_versions(observed, &mut diagnosis);
-    daemon::check_probes(observed, &mut diagnosis);
-    daemon::check_labels(observed, &mut diagnosis);
-    domains::check(observed, &mut diagnosis);
-    for check in Check::ALL
-        .iter()
-        .filter(|check| !diagnosis.knows(**check))
-        .copied()
-        .collect::<Vec<_>>()
-    {
-        diagnosis.unseen(check, "nothing was seen of it", None);
+    let mut report = DoctorReport::default();
+    processor::check_extensions(observed, &mut report);
+    processor::check_module(observed, &mut report);
+    device::check(observed, &mut report);
+    processor::check_nested(observed, &mut report);
+    passthrough::check_iommu(observed, &mut report);
+    passthrough::check_vfio(observed, &mut report);
+    passthrough::check_hugepages(observed, &mut report);
+    libvirt::check_connection(observed, &mut report);
+    libvirt::check_daemons(observed, &mut report);
+    libvirt::check_versions(observed, &mut report);
+    daemon::check_probes(observed, &mut report);
+    daemon::check_labels(observed, &mut report);
+    domains::check(observed, &mut report);
+    for check in Check::ALL {
+        if !report.covers(*check) {
+            report.unseen(*check, "the check produced no result", None);
+        }
     }
-    diagnosis.sort();
-    diagnosis
+    report.sort();
+    report
 }

@@ -1,136 +1,125 @@
-//! What it takes to give devices to guests: IOMMU and VFIO. And memory in huge pages.
+//! Device passthrough (IOMMU, VFIO) and huge pages.
 
 use super::finding::{Check, DoctorReport, Place, Remedy, Severity};
+use super::libvirt::restart;
 use super::observed::{BootLoader, HostSurvey, HugePages, Observed};
 use crate::units::Bytes;
 
-/// Whose IOMMU x86 has, by what shows of it.
+/// Vendor of an x86 CPU, and thereby the kind of its IOMMU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Maker {
+enum CpuVendor {
     Intel,
     Amd,
     Other,
 }
 
-fn maker(host: &HostSurvey) -> Maker {
+fn vendor(host: &HostSurvey) -> CpuVendor {
     match host.cpu.as_ref().and_then(|cpu| cpu.vendor.as_deref()) {
-        Some("GenuineIntel") => Maker::Intel,
-        Some("AuthenticAMD" | "HygonGenuine") => Maker::Amd,
-        _ => Maker::Other,
+        Some("GenuineIntel") => CpuVendor::Intel,
+        Some("AuthenticAMD" | "HygonGenuine") => CpuVendor::Amd,
+        _ => CpuVendor::Other,
     }
 }
 
-/// The words of the command line that switch the IOMMU off. The kernel reads the words from left
-/// to right, so that the last of a name counts (Documentation/admin-guide/kernel-parameters.txt).
-fn switched_off(arguments: &[String]) -> Option<&str> {
+/// Returns the kernel argument that disables the IOMMU. The last argument of a name wins
+/// (Documentation/admin-guide/kernel-parameters.txt).
+fn disabling(arguments: &[String]) -> Option<&str> {
     ["iommu=", "intel_iommu=", "amd_iommu="]
         .iter()
         .find_map(|name| {
             let last = arguments.iter().rfind(|word| word.starts_with(name))?;
-            let value = &last[name.len()..];
-            value
-                .split(',')
-                .any(|part| part == "off")
-                .then_some(last.as_str())
+            let mut values = last[name.len()..].split(',');
+            values.any(|value| value == "off").then_some(last.as_str())
         })
 }
 
-/// Whether devices were to see the machine's own addresses.
-fn wants_passthrough(arguments: &[String]) -> Option<&str> {
+/// Returns the kernel argument that requests identity mappings for the host's own devices.
+fn requesting_identity(arguments: &[String]) -> Option<&str> {
     arguments.iter().map(String::as_str).find(|word| {
         matches!(*word, "iommu=pt" | "iommu.passthrough=1") || word.ends_with("_iommu=pt")
     })
 }
 
-fn asked_for(arguments: &[String]) -> Option<&str> {
+/// Returns the kernel argument that requests the IOMMU.
+fn requesting(arguments: &[String]) -> Option<&str> {
+    let has = |word: &str, name, values: &[&str]| {
+        word.strip_prefix(name)
+            .is_some_and(|list| list.split(',').any(|value| values.contains(&value)))
+    };
     arguments.iter().map(String::as_str).find(|word| {
-        word.strip_prefix("intel_iommu=")
-            .is_some_and(|value| value.split(',').any(|part| part == "on"))
-            || word.strip_prefix("amd_iommu=").is_some_and(|value| {
-                value
-                    .split(',')
-                    .any(|part| matches!(part, "on" | "force_enable"))
-            })
+        has(word, "intel_iommu=", &["on"])
+            || has(word, "amd_iommu=", &["on", "force_enable"])
             || matches!(*word, "iommu=force" | "iommu=pt" | "iommu.passthrough=1")
     })
 }
 
-pub(super) fn check_iommu(observed: &Observed, diagnosis: &mut DoctorReport) {
+pub(super) fn check_iommu(observed: &Observed, report: &mut DoctorReport) {
     let check = Check::Iommu;
     let host = &observed.host;
-    let iommu = &host.iommu;
     let Some(arguments) = &host.kernel_arguments else {
-        return diagnosis.unseen(check, "/proc/cmdline cannot be read", None);
+        return report.unseen(check, "/proc/cmdline cannot be read", None);
     };
-    let why = "Devices cannot be given to guests (hostdev, VFIO).";
-    if iommu.groups > 0 {
-        return present(host, arguments, diagnosis);
+    if host.iommu.groups > 0 {
+        return check_active_iommu(host, arguments, report);
     }
-    if let Some(word) = switched_off(arguments) {
-        return diagnosis.trouble(
-            check,
-            Severity::Warning,
-            format!("{word} on the kernel command line switches the IOMMU off"),
-            why,
-            change_arguments(host, None, Some(word)),
-        );
-    }
-    let tables = iommu.tables.clone().unwrap_or_default();
-    let in_firmware = ["DMAR", "IVRS"]
+    let tables = host.iommu.tables.as_ref();
+    let table = ["DMAR", "IVRS"]
         .into_iter()
-        .find(|table| tables.contains(*table));
-    match (asked_for(arguments), in_firmware) {
-        (Some(word), None) => diagnosis.trouble(
-            check,
-            Severity::Error,
-            format!("{word} is on the kernel command line, and sysfs shows no IOMMU"),
-            why,
-            not_in_firmware(host),
+        .find(|table| tables.is_some_and(|tables| tables.contains(*table)));
+    let (severity, what, remedy) = match (disabling(arguments), requesting(arguments), table) {
+        (Some(word), ..) => (
+            Severity::Warning,
+            format!("{word} on the kernel command line disables the IOMMU"),
+            change_arguments(host, None, Some(word)),
         ),
-        (Some(word), Some(table)) => diagnosis.trouble(
-            check,
+        (None, Some(word), None) => (
+            Severity::Error,
+            format!("{word} is on the kernel command line, but sysfs shows no IOMMU"),
+            enable_in_firmware(host),
+        ),
+        (None, Some(word), Some(table)) => (
             Severity::Error,
             format!(
                 "{word} is on the kernel command line and the firmware describes an IOMMU ({table}), \
                  but sysfs shows none"
             ),
-            why,
-            match (maker(host), table) {
-                // Translation for pass-through is no reason to switch the IOMMU on with VT-d.
-                (Maker::Intel, "DMAR") if !arguments.iter().any(|a| a == "intel_iommu=on") => {
-                    change_arguments(host, Some("intel_iommu=on"), None)
-                }
-                _ => in_the_log(),
+            // With VT-d, iommu=pt alone does not enable the IOMMU.
+            if (vendor(host), table) == (CpuVendor::Intel, "DMAR")
+                && !arguments.iter().any(|word| word == "intel_iommu=on")
+            {
+                change_arguments(host, Some("intel_iommu=on"), None)
+            } else {
+                read_log()
             },
         ),
-        (None, Some(table)) => diagnosis.trouble(
-            check,
+        (None, None, Some(table)) => (
             Severity::Warning,
-            format!("the firmware describes an IOMMU ({table}), and the kernel does not use it"),
-            why,
-            match maker(host) {
-                Maker::Intel => change_arguments(host, Some("intel_iommu=on"), None),
-                Maker::Amd | Maker::Other => in_the_log(),
+            format!("the firmware describes an IOMMU ({table}), but the kernel does not use it"),
+            match vendor(host) {
+                CpuVendor::Intel => change_arguments(host, Some("intel_iommu=on"), None),
+                CpuVendor::Amd | CpuVendor::Other => read_log(),
             },
         ),
-        (None, None) => match &host.guest_of {
-            Some(hypervisor) => diagnosis.ok(
-                check,
-                format!("none, in a guest ({hypervisor}); its hypervisor would have to give it one"),
-            ),
-            None if matches!(host.arch.as_str(), "x86_64" | "i686") => diagnosis.trouble(
-                check,
+        (None, None, None) => match &host.guest_of {
+            Some(hypervisor) => {
+                return report.ok(
+                    check,
+                    format!("none, in a guest ({hypervisor}); only its hypervisor can provide one"),
+                );
+            }
+            None if matches!(host.arch.as_str(), "x86_64" | "i686") => (
                 Severity::Warning,
-                "sysfs shows no IOMMU",
-                why,
-                not_in_firmware(host),
+                "sysfs shows no IOMMU".to_owned(),
+                enable_in_firmware(host),
             ),
-            None => diagnosis.ok(check, "sysfs shows none"),
+            None => return report.ok(check, "sysfs shows none"),
         },
-    }
+    };
+    let why = "Devices cannot be passed through to guests (hostdev, VFIO).";
+    report.problem(check, severity, what, why, remedy);
 }
 
-fn present(host: &HostSurvey, arguments: &[String], diagnosis: &mut DoctorReport) {
+fn check_active_iommu(host: &HostSurvey, arguments: &[String], report: &mut DoctorReport) {
     let check = Check::Iommu;
     let iommu = &host.iommu;
     let kind = match iommu.devices.first().map(String::as_str) {
@@ -140,57 +129,52 @@ fn present(host: &HostSurvey, arguments: &[String], diagnosis: &mut DoctorReport
         _ => "an IOMMU",
     };
     let seen = format!("{kind}, {} groups", iommu.groups);
-    match wants_passthrough(arguments) {
-        Some(word) if iommu.typed > 0 && iommu.identity == 0 => diagnosis.trouble(
+    match requesting_identity(arguments) {
+        Some(word) if iommu.typed > 0 && iommu.identity == 0 => report.problem(
             check,
             Severity::Warning,
-            format!("{word} is on the kernel command line, and none of {seen} is of type identity"),
-            "Each access of the host's own devices to memory is translated, which costs them speed; \
-             giving devices to guests works.",
+            format!("{word} is on the kernel command line, but none of {seen} is of type identity"),
+            "Every memory access of the host's own devices is translated, which makes them slower; \
+             passing devices through works.",
             Remedy::on_host(
                 ["grep . /sys/kernel/iommu_groups/*/type | head; dmesg | grep -iE 'iommu.*(domain|pass)'"],
-                "A later word of the command line (iommu.passthrough=0, iommu=nopt, iommu.strict=) or \
-                 the kernel's own default overrules it; its log says which.",
+                "A later argument (iommu.passthrough=0, iommu=nopt, iommu.strict=) or the kernel's own \
+                 default overrides it; the kernel log shows which.",
             ),
         ),
-        Some(word) => diagnosis.ok(
+        Some(word) => report.ok(
             check,
             format!("{seen}, {} of them identity ({word})", iommu.identity),
         ),
-        None => diagnosis.ok(check, seen),
+        None => report.ok(check, seen),
     }
 }
 
-fn in_the_log() -> Remedy {
+fn read_log() -> Remedy {
     Remedy::on_host(
         ["dmesg | grep -iE 'DMAR|IOMMU|AMD-Vi'"],
-        "The kernel's log says why it did not take it.",
+        "The kernel log shows why the IOMMU is not in use.",
     )
 }
 
-fn not_in_firmware(host: &HostSurvey) -> Remedy {
-    Remedy::words(
-        Place::Outside,
-        match &host.guest_of {
-            Some(_) => "This machine is a guest: its hypervisor has to give it a virtual IOMMU.",
-            None => {
-                "Switch it on in the firmware's setup (Intel: VT-d; AMD: IOMMU), and start the \
-                 machine anew: the firmware describes none now."
-            }
-        },
-    )
+fn enable_in_firmware(host: &HostSurvey) -> Remedy {
+    let text = if host.guest_of.is_some() {
+        "This machine is a guest: its hypervisor must provide a virtual IOMMU."
+    } else {
+        "The firmware does not describe an IOMMU. Enable it in the firmware setup (Intel: VT-d; AMD: \
+         IOMMU) and reboot."
+    };
+    Remedy::words(Place::Outside, text)
 }
 
-/// How a word comes onto the kernel command line, or goes from it.
+/// Returns the commands that add or remove a kernel argument.
 fn change_arguments(host: &HostSurvey, add: Option<&str>, remove: Option<&str>) -> Remedy {
-    const REBOOT: &str = "It takes a reboot; move or stop the domains first.";
-    // Words that sed or a shell would read as something else are left to the reader.
-    let plain = |word: &&str| {
+    // No command for words with characters that are special to sed or the shell.
+    let is_plain = |word: &&str| {
         word.chars()
             .all(|c| c.is_ascii_alphanumeric() || "_=,.".contains(c))
     };
-    let is_plain = add.iter().chain(&remove).all(plain);
-    let boot_loader = if is_plain {
+    let boot_loader = if add.iter().chain(&remove).all(is_plain) {
         host.boot_loader
     } else {
         BootLoader::Unknown
@@ -211,67 +195,72 @@ fn change_arguments(host: &HostSurvey, add: Option<&str>, remove: Option<&str>) 
         (BootLoader::UpdateGrub | BootLoader::Unknown, ..) => Vec::new(),
     };
     let what = match (add, remove) {
-        (Some(word), _) => format!("Put {word} on the kernel command line."),
-        (None, Some(word)) => format!("Take {word} from the kernel command line."),
+        (Some(word), _) => format!("Add {word} to the kernel command line."),
+        (None, Some(word)) => format!("Remove {word} from the kernel command line."),
         (None, None) => String::new(),
     };
-    Remedy::on_host(commands, format!("{what} {REBOOT}"))
+    Remedy::on_host(
+        commands,
+        format!("{what} This requires a reboot; migrate or stop the domains first."),
+    )
 }
 
-pub(super) fn check_vfio(observed: &Observed, diagnosis: &mut DoctorReport) {
+pub(super) fn check_vfio(observed: &Observed, report: &mut DoctorReport) {
     let check = Check::Vfio;
     let host = &observed.host;
     let vfio = host.vfio;
-    let mut told = false;
-    let mut warn = |what: &str, why: &str, file: &str, option: &str| {
-        told = true;
-        let module = option.split('.').next().unwrap_or_default();
-        diagnosis.trouble(
+    let unsafe_options = [
+        (
+            vfio.unsafe_interrupts,
+            "interrupts of passed-through devices are not isolated (allow_unsafe_interrupts)",
+            "A guest with such a device can send interrupts to the host and to other guests.",
+            ("vfio_iommu_type1", "allow_unsafe_interrupts"),
+        ),
+        (
+            vfio.no_iommu,
+            "devices can be passed through without an IOMMU (enable_unsafe_noiommu_mode)",
+            "A guest with such a device can read and write all of the host's memory.",
+            ("vfio", "enable_unsafe_noiommu_mode"),
+        ),
+    ];
+    for (is_set, what, why, (module, parameter)) in unsafe_options {
+        if !is_set {
+            continue;
+        }
+        report.problem(
             check,
             Severity::Warning,
             what,
             why,
             Remedy::on_host(
-                [format!("echo N >{file}")],
+                [format!(
+                    "echo N >/sys/module/{module}/parameters/{parameter}"
+                )],
                 format!(
-                    "Take the option {option} from /etc/modprobe.d (module {module}) and from the \
-                     kernel command line as well, or it comes back."
+                    "To make this permanent, also remove the option {module}.{parameter} from \
+                     /etc/modprobe.d (module {module}) and from the kernel command line."
                 ),
             ),
         );
-    };
-    if vfio.unsafe_interrupts {
-        warn(
-            "interrupts of passed-through devices are not isolated (allow_unsafe_interrupts)",
-            "A guest with a device can send interrupts to the host and to other guests.",
-            "/sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts",
-            "vfio_iommu_type1.allow_unsafe_interrupts",
-        );
     }
-    if vfio.no_iommu {
-        warn(
-            "devices can be passed through without an IOMMU (enable_unsafe_noiommu_mode)",
-            "A guest with such a device can read and write all of the host's memory.",
-            "/sys/module/vfio/parameters/enable_unsafe_noiommu_mode",
-            "vfio.enable_unsafe_noiommu_mode",
-        );
-    }
-    if told {
+    if report.covers(check) {
         return;
     }
     let what = match (vfio.vfio, vfio.iommufd) {
-        (true, true) => "vfio and iommufd are there",
-        (true, false) => "vfio is there, iommufd is not",
-        (false, true) => "iommufd is there; vfio is loaded when a device is first passed through",
+        (true, true) => "vfio and iommufd are available",
+        (true, false) => "vfio is available, iommufd is not",
+        (false, true) => {
+            "iommufd is available; vfio is loaded when a device is first passed through"
+        }
         (false, false) if host.iommu.groups > 0 => {
             "not loaded; libvirt loads it when a device is first passed through"
         }
-        (false, false) => "not loaded, and of no use without an IOMMU",
+        (false, false) => "not loaded, and not usable without an IOMMU",
     };
-    diagnosis.ok(check, what);
+    report.ok(check, what);
 }
 
-pub(super) fn check_hugepages(observed: &Observed, diagnosis: &mut DoctorReport) {
+pub(super) fn check_hugepages(observed: &Observed, report: &mut DoctorReport) {
     let check = Check::Hugepages;
     let host = &observed.host;
     let reserved: Vec<&HugePages> = host
@@ -280,37 +269,40 @@ pub(super) fn check_hugepages(observed: &Observed, diagnosis: &mut DoctorReport)
         .filter(|pages| pages.reserved > 0)
         .collect();
     if host.huge_pages.is_empty() {
-        return diagnosis.ok(check, "this kernel has none");
+        return report.ok(check, "not supported by this kernel");
     }
     if reserved.is_empty() {
-        return diagnosis.ok(check, "none are reserved");
+        return report.ok(check, "none are reserved");
     }
     let unmounted = reserved
         .iter()
         .filter(|pages| pages.mounted == Some(false) && !host.in_container);
-    let mut told = false;
     for pages in unmounted {
-        told = true;
         let size = pages.size;
         let mib = size.get() >> 20;
         let path = format!("/dev/hugepages-{mib}M");
-        diagnosis.trouble(
+        report.problem(
             check,
             Severity::Error,
-            format!("{} pages of {size} are reserved, and no hugetlbfs of that size is mounted", pages.reserved),
-            "libvirt starts no domain with <hugepages> of that size, and the memory is of no use to \
-             others.",
+            format!(
+                "{} pages of {size} are reserved, but no hugetlbfs of that size is mounted",
+                pages.reserved
+            ),
+            "libvirt does not start domains with <hugepages> of that size, and the reserved memory \
+             cannot be used for anything else.",
             Remedy::on_host(
                 [
-                    format!("mkdir -p {path} && mount -t hugetlbfs -o pagesize={mib}M hugetlbfs {path}"),
+                    format!(
+                        "mkdir -p {path} && mount -t hugetlbfs -o pagesize={mib}M hugetlbfs {path}"
+                    ),
                     restart(host),
                 ],
-                "libvirt looks for mounts when it starts; domains go on running. For after a reboot, \
-                 put the mount into /etc/fstab.",
+                "libvirt reads the mounts when it starts; domains keep running. To make the mount \
+                 permanent, add it to /etc/fstab.",
             ),
         );
     }
-    if told {
+    if report.covers(check) {
         return;
     }
     let list = reserved.iter().map(|pages| {
@@ -322,14 +314,5 @@ pub(super) fn check_hugepages(observed: &Observed, diagnosis: &mut DoctorReport)
             bytes(pages.free)
         )
     });
-    diagnosis.ok(check, list.collect::<Vec<_>>().join("; "));
-}
-
-/// How libvirt is started anew.
-pub(super) fn restart(host: &HostSurvey) -> String {
-    let daemon = super::libvirt::daemon(host);
-    match host.systemd {
-        true => format!("systemctl restart {daemon}.service"),
-        false => format!("kill $(cat /run/{daemon}.pid) && {daemon} -d"),
-    }
+    report.ok(check, list.collect::<Vec<_>>().join("; "));
 }

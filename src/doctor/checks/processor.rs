@@ -1,59 +1,68 @@
-//! What the CPU and the kernel offer: extensions, KVM's module, nesting.
+//! CPU and kernel: virtualization extensions, KVM's module, nesting.
 
 use super::finding::{Check, DoctorReport, Place, Remedy, Severity};
 use super::observed::{CpuInfo, DeviceNode, HostSurvey, Observed};
 
-/// Whether the CPU can run guests.
+/// Virtualization extensions of the CPU, each with the reason as text.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Extensions {
-    /// It can, and this shows it.
-    Shown(&'static str),
-    /// It would show, and does not.
-    NotShown(&'static str),
-    /// It cannot be known from here.
+    Present(&'static str),
+    Absent(&'static str),
     Unknown(&'static str),
 }
 
-/// What the architecture shows by itself, whatever KVM says.
+/// Returns what the CPU's own flags show, regardless of KVM.
 pub(super) fn extensions(host: &HostSurvey) -> Extensions {
+    use Extensions::{Absent, Present, Unknown};
     let none = CpuInfo::default();
     let cpu = host.cpu.as_ref().unwrap_or(&none);
     let has = |flag: &str| cpu.flags.contains(flag);
+    let by_flag = |is_present, present, absent| {
+        if is_present {
+            Present(present)
+        } else {
+            Absent(absent)
+        }
+    };
     match host.arch.as_str() {
-        "aarch64" | "armv7l" => Extensions::Unknown(
-            "on Arm the kernel shows only by /dev/kvm that it was started at EL2",
+        "aarch64" | "armv7l" => {
+            Unknown("on Arm the kernel shows only through /dev/kvm that it was started at EL2")
+        }
+        _ if host.cpu.is_none() => Unknown("/proc/cpuinfo cannot be read"),
+        "x86_64" | "i686" if has("vmx") => Present("VT-x (flag vmx)"),
+        "x86_64" | "i686" => by_flag(
+            has("svm"),
+            "AMD-V (flag svm)",
+            "the CPU has neither the flag vmx nor svm",
         ),
-        _ if host.cpu.is_none() => Extensions::Unknown("/proc/cpuinfo cannot be read"),
-        "x86_64" | "i686" => match (has("vmx"), has("svm")) {
-            (true, _) => Extensions::Shown("VT-x (flag vmx)"),
-            (_, true) => Extensions::Shown("AMD-V (flag svm)"),
-            _ => Extensions::NotShown("neither vmx nor svm is among the CPU's flags"),
-        },
-        "s390x" => match has("sie") {
-            true => Extensions::Shown("SIE (feature sie)"),
-            false => Extensions::NotShown("sie is not among the CPU's features"),
-        },
+        "s390x" => by_flag(
+            has("sie"),
+            "SIE (feature sie)",
+            "the CPU does not have the feature sie",
+        ),
         "ppc64" | "ppc64le" => match cpu.platform.as_deref() {
-            Some("PowerNV") => Extensions::Shown("hypervisor mode (platform PowerNV)"),
-            _ => Extensions::Unknown(
-                "this kernel runs under PowerVM or another hypervisor, which may let it have guests \
-                 or not; only /dev/kvm shows it",
+            Some("PowerNV") => Present("hypervisor mode (platform PowerNV)"),
+            _ => Unknown(
+                "this kernel runs under PowerVM or another hypervisor, which may or may not allow \
+                 guests; only /dev/kvm shows it",
             ),
         },
-        "riscv64" => match cpu.flags.iter().any(|isa| has_h(isa)) {
-            true => Extensions::Shown("the hypervisor extension (H)"),
-            false => Extensions::NotShown("the CPU's isa has no h"),
-        },
-        "loongarch64" => match has("lvz") {
-            true => Extensions::Shown("LVZ (feature lvz)"),
-            false => Extensions::NotShown("lvz is not among the CPU's features"),
-        },
-        _ => Extensions::Unknown("how this architecture shows it is not known here"),
+        "riscv64" => by_flag(
+            cpu.flags.iter().any(|isa| has_h(isa)),
+            "the hypervisor extension (H)",
+            "the CPU's isa string does not contain h",
+        ),
+        "loongarch64" => by_flag(
+            has("lvz"),
+            "LVZ (feature lvz)",
+            "the CPU does not have the feature lvz",
+        ),
+        _ => Unknown("virtnode cannot detect the extensions of this architecture"),
     }
 }
 
-/// Whether a RISC-V isa string such as `rv64imafdch_zicsr` has the single letter h, which stands
-/// before the first underscore.
+/// True if a RISC-V isa string such as `rv64imafdch_zicsr` has the single-letter extension h, which
+/// comes before the first underscore.
 fn has_h(isa: &str) -> bool {
     let base = isa.split('_').next().unwrap_or_default();
     base.strip_prefix("rv64")
@@ -61,7 +70,7 @@ fn has_h(isa: &str) -> bool {
         .is_some_and(|letters| letters.contains('h'))
 }
 
-/// The module of KVM for this CPU, where it is one that can be loaded by name.
+/// Returns the KVM module for this CPU, if it can be loaded by name.
 pub(super) fn module(host: &HostSurvey) -> Option<&'static str> {
     let has = |flag: &str| {
         host.cpu
@@ -77,120 +86,100 @@ pub(super) fn module(host: &HostSurvey) -> Option<&'static str> {
     }
 }
 
-/// Whether KVM itself answered, which settles the matter.
-fn kvm_works(host: &HostSurvey) -> bool {
+/// True if KVM answered, or the kernel has its device, which a kernel without KVM does not create.
+fn has_kvm(host: &HostSurvey) -> bool {
     host.kvm.max_vcpus.is_some()
+        || (host.kvm.registered && matches!(host.kvm.device, DeviceNode::Node { .. }))
 }
 
-/// Whether there is a device node of KVM, which a kernel without KVM does not make.
-fn has_device(host: &HostSurvey) -> bool {
-    host.kvm.registered && matches!(host.kvm.device, DeviceNode::Node { .. })
-}
-
-pub(super) fn check_extensions(observed: &Observed, diagnosis: &mut DoctorReport) {
+pub(super) fn check_extensions(observed: &Observed, report: &mut DoctorReport) {
     let check = Check::VirtualizationExtensions;
     let host = &observed.host;
     let guest = match &host.guest_of {
         Some(hypervisor) => format!("; this machine is itself a guest ({hypervisor})"),
         None => String::new(),
     };
-    let shown = extensions(host);
-    if let (Some(most), false) = (host.kvm.max_vcpus, matches!(shown, Extensions::Shown(_))) {
-        let what = format!("KVM answers: up to {most} vCPUs in a domain{guest}");
-        return diagnosis.ok(check, what);
-    }
-    match shown {
-        Extensions::Shown(how) => diagnosis.ok(check, format!("{how}{guest}")),
-        _ if kvm_works(host) || has_device(host) => {
-            diagnosis.ok(
-                check,
-                format!("KVM is there, whatever the CPU shows{guest}"),
-            );
-        }
-        Extensions::NotShown(what) => {
-            let remedy = match &host.guest_of {
-                Some(_) => Remedy::words(
-                    Place::Outside,
-                    "This machine is a guest: have its hypervisor give it nested virtualisation. \
-                     On a KVM host that is the module's parameter nested=1, and the domain's CPU \
-                     as <cpu mode='host-passthrough'/> or host-model.",
-                ),
-                None => Remedy::words(
-                    Place::Outside,
-                    "Switch virtualisation on in the firmware's setup (Intel: VT-x; AMD: SVM mode), \
-                     and power the machine off and on: a kernel hides the flag that the firmware \
-                     locked.",
-                ),
+    match (extensions(host), host.kvm.max_vcpus) {
+        (Extensions::Present(how), _) => report.ok(check, format!("{how}{guest}")),
+        (_, Some(maximum)) => report.ok(
+            check,
+            format!("KVM answers: up to {maximum} vCPUs in a domain{guest}"),
+        ),
+        _ if has_kvm(host) => report.ok(
+            check,
+            format!("KVM is available, whatever the CPU shows{guest}"),
+        ),
+        (Extensions::Absent(what), _) => {
+            let remedy = if host.guest_of.is_some() {
+                "This machine is a guest: enable nested virtualization on its hypervisor. On a KVM \
+                 host, set the module parameter nested=1 and give the domain <cpu \
+                 mode='host-passthrough'/> or host-model."
+            } else {
+                "Enable virtualization in the firmware setup (Intel: VT-x; AMD: SVM mode), then \
+                 power-cycle the machine: the kernel hides a flag that the firmware has locked."
             };
-            diagnosis.trouble(
+            report.problem(
                 check,
                 Severity::Warning,
                 format!("{what}{guest}"),
                 "Guests run in software emulation only, which is far slower.",
-                remedy,
+                Remedy::words(Place::Outside, remedy),
             );
         }
-        Extensions::Unknown(why) => diagnosis.unseen(check, format!("{why}{guest}"), None),
+        (Extensions::Unknown(why), _) => report.unseen(check, format!("{why}{guest}"), None),
     }
 }
 
-pub(super) fn check_module(observed: &Observed, diagnosis: &mut DoctorReport) {
+pub(super) fn check_module(observed: &Observed, report: &mut DoctorReport) {
     let check = Check::KvmModule;
     let host = &observed.host;
-    let loaded = |name: &&str| host.kvm.modules.contains(*name);
-    let own = ["kvm_intel", "kvm_amd", "kvm_hv", "kvm_pr", "kvm"];
-    if let Some(name) = module(host).filter(|name| loaded(name)) {
-        return diagnosis.ok(check, format!("{name} is there"));
-    }
-    if kvm_works(host) || has_device(host) {
-        let name = own.iter().find(|name| loaded(name));
-        return diagnosis.ok(
-            check,
-            match name {
-                Some(name) => format!("{name} is there"),
-                None => "KVM is built into the kernel".to_owned(),
-            },
-        );
+    let is_loaded = |name: &&str| host.kvm.modules.contains(*name);
+    let own = module(host).filter(is_loaded);
+    if own.is_some() || has_kvm(host) {
+        let modules = ["kvm_intel", "kvm_amd", "kvm_hv", "kvm_pr", "kvm"];
+        let what = match own.or_else(|| modules.into_iter().find(is_loaded)) {
+            Some(name) => format!("{name} is loaded"),
+            None => "KVM is built into the kernel".to_owned(),
+        };
+        return report.ok(check, what);
     }
     match (extensions(host), module(host)) {
-        (Extensions::Shown(how), Some(name)) => diagnosis.trouble(
+        (Extensions::Present(how), Some(name)) => report.problem(
             check,
             Severity::Error,
-            format!("the CPU has {how}, and {name} is not loaded"),
-            "Without it there is no /dev/kvm, and guests run in software emulation.",
+            format!("the CPU has {how}, but {name} is not loaded"),
+            "Without the module, /dev/kvm does not exist and guests run in software emulation.",
             load(name),
         ),
-        (Extensions::NotShown(_), _) => {
-            diagnosis.ok(check, "none to load, as the CPU shows no extensions");
-        }
-        _ => diagnosis.unseen(
+        (Extensions::Absent(_), _) => report.ok(
             check,
-            "this kernel shows no module of KVM: it is built in, or there is none",
+            "none to load, since the CPU has no virtualization extensions",
+        ),
+        _ => report.unseen(
+            check,
+            "this kernel shows no KVM module: KVM is built in, or missing",
             None,
         ),
     }
 }
 
-/// How to load a module, for good.
+/// Returns the commands that load a module now and at each boot.
 pub(super) fn load(module: &str) -> Remedy {
     Remedy::on_host(
         [
             format!("modprobe {module}"),
             format!("echo {module} >/etc/modules-load.d/{module}.conf"),
         ],
-        "The second keeps it so after a reboot. If modprobe says that the operation is not \
-         supported, virtualisation is switched off in the firmware's setup.",
+        "The second command makes it permanent. If modprobe reports that the operation is not \
+         supported, virtualization is disabled in the firmware setup.",
     )
 }
 
-pub(super) fn check_nested(observed: &Observed, diagnosis: &mut DoctorReport) {
-    let check = Check::Nested;
-    match observed.host.kvm.nested {
-        Some(true) => diagnosis.ok(check, "on: guests can be hypervisors themselves"),
-        Some(false) => diagnosis.ok(
-            check,
-            "off: guests cannot be hypervisors themselves, which few need",
-        ),
-        None => diagnosis.ok(check, "KVM's module has no such parameter here"),
-    }
+pub(super) fn check_nested(observed: &Observed, report: &mut DoctorReport) {
+    let what = match observed.host.kvm.nested {
+        Some(true) => "on: guests can run guests of their own",
+        Some(false) => "off: guests cannot run guests of their own, which few need",
+        None => "the KVM module has no such parameter here",
+    };
+    report.ok(Check::Nested, what);
 }

@@ -12,8 +12,8 @@ use crate::hotplug::GuestVcpus;
 use crate::label::{InvalidLabel, RejectedLabel};
 use crate::units::Bytes;
 
-/// A Debian host that is well: libvirt 11.3 with QEMU 10.0, KVM open to QEMU, a daemon.
-fn well() -> Observed {
+/// Returns a healthy Debian host: libvirt 11.3 with QEMU 10.0, KVM open to QEMU, a daemon.
+fn healthy_host() -> Observed {
     let capabilities = include_bytes!(
         "../../../tests/fixtures/debian13-libvirt-11.3.0-qemu-10.0/capabilities.xml"
     );
@@ -109,9 +109,9 @@ fn daemon(probed: f64, dropped: u32) -> Daemon {
 }
 
 fn of(observed: &Observed, check: Check) -> Finding {
-    let diagnosis = diagnose(observed);
-    let mut findings = diagnosis.findings.into_iter();
-    let unseen = &diagnosis.unseen;
+    let report = diagnose(observed);
+    let mut findings = report.findings.into_iter();
+    let unseen = &report.unseen;
     findings
         .find(|finding| finding.check == check)
         .unwrap_or_else(|| panic!("{check}: {unseen:#?}"))
@@ -125,18 +125,18 @@ fn commands(finding: &Finding) -> Vec<&str> {
 }
 
 #[test]
-fn a_node_that_is_well_has_nothing_to_do() {
-    let diagnosis = diagnose(&well());
-    assert_eq!(diagnosis.worst(), Severity::Ok, "{diagnosis:#?}");
-    assert!(diagnosis.unseen.is_empty(), "{diagnosis:#?}");
-    let told: Vec<Check> = diagnosis.findings.iter().map(|f| f.check).collect();
-    assert_eq!(told, Check::ALL);
+fn healthy_node_has_only_ok_findings() {
+    let report = diagnose(&healthy_host());
+    assert_eq!(report.worst(), Severity::Ok, "{report:#?}");
+    assert!(report.unseen.is_empty(), "{report:#?}");
+    let checks: Vec<Check> = report.findings.iter().map(|f| f.check).collect();
+    assert_eq!(checks, Check::ALL);
 }
 
-/// libvirt's own word (`+64055:+64055`) comes first; with the cure's effect it is well again.
+/// libvirt's own answer (`+64055:+64055`) takes precedence. After the remedy the check is ok.
 #[test]
-fn the_capability_cache_trap() {
-    let mut observed = well();
+fn closed_kvm_device_is_an_error_until_its_group_may_open_it() {
+    let mut observed = healthy_host();
     let close = |observed: &mut Observed, mode, gid| {
         observed.host.kvm.device = DeviceNode::Node {
             number: (10, 232),
@@ -147,10 +147,10 @@ fn the_capability_cache_trap() {
         };
     };
     close(&mut observed, 0o600, 0);
-    let trap = of(&observed, Check::KvmDevice);
-    assert_eq!(trap.severity, Severity::Error);
+    let finding = of(&observed, Check::KvmDevice);
+    assert_eq!(finding.severity, Severity::Error);
     assert_eq!(
-        commands(&trap),
+        commands(&finding),
         [
             "chgrp kvm /dev/kvm && chmod 660 /dev/kvm",
             r#"echo 'KERNEL=="kvm", GROUP="kvm", MODE="0660"' >/etc/udev/rules.d/65-kvm.rules"#
@@ -158,7 +158,7 @@ fn the_capability_cache_trap() {
     );
     close(&mut observed, 0o660, 107);
     assert_eq!(of(&observed, Check::KvmDevice).severity, Severity::Ok);
-    // Open to the group is not enough for who is not in it.
+    // The user must also be a member of the group.
     observed
         .host
         .accounts
@@ -167,34 +167,34 @@ fn the_capability_cache_trap() {
         .unwrap()
         .1
         .clear();
-    let trap = of(&observed, Check::KvmDevice);
+    let finding = of(&observed, Check::KvmDevice);
     assert_eq!(
-        commands(&trap)[0],
+        commands(&finding)[0],
         "usermod --append --groups kvm libvirt-qemu"
     );
-    // As Debian makes the user: KVM's group is its first.
-    users_first_group(&mut observed, 107);
+    // Debian creates the user with KVM's group as its primary group.
+    set_primary_group(&mut observed, 107);
     assert_eq!(of(&observed, Check::KvmDevice).severity, Severity::Ok);
-    users_first_group(&mut observed, 64055);
+    set_primary_group(&mut observed, 64055);
     close(&mut observed, 0o666, 0);
     assert_eq!(of(&observed, Check::KvmDevice).severity, Severity::Ok);
 }
 
-fn users_first_group(observed: &mut Observed, gid: u32) {
+fn set_primary_group(observed: &mut Observed, gid: u32) {
     let users = &mut observed.host.accounts.users;
     users.insert("libvirt-qemu".to_owned(), (64055, gid));
 }
 
 #[rstest]
-#[case::missing_driver(Err(OpenError::NoDriver), (10, 232), "no driver", "modprobe kvm_amd")]
+#[case::missing_driver(Err(OpenError::NoDriver), (10, 232), "has no driver", "modprobe kvm_amd")]
 #[case::another_device(Ok(()), (1, 3), "is device 1:3, not KVM's", "rm /dev/kvm && mknod")]
-fn a_device_that_is_not_kvms(
+fn device_other_than_kvms_is_an_error(
     #[case] open: Result<(), OpenError>,
     #[case] number: (u64, u64),
     #[case] what: &str,
     #[case] command: &str,
 ) {
-    let mut observed = well();
+    let mut observed = healthy_host();
     observed.host.kvm.device = DeviceNode::Node {
         number,
         mode: 0o666,
@@ -209,13 +209,13 @@ fn a_device_that_is_not_kvms(
 }
 
 #[test]
-fn a_session_runs_qemu_as_its_user() {
-    let mut observed = well();
+fn session_runs_qemu_as_its_user() {
+    let mut observed = healthy_host();
     Arc::make_mut(&mut observed.facts).capabilities = None;
     observed.libvirt.uri = "qemu:///session".to_owned();
     observed.host.accounts.own_uid = 1000;
-    let trap = of(&observed, Check::KvmDevice);
-    assert_eq!(commands(&trap)[0], "usermod --append --groups kvm ann");
+    let finding = of(&observed, Check::KvmDevice);
+    assert_eq!(commands(&finding)[0], "usermod --append --groups kvm ann");
 }
 
 #[rstest]
@@ -224,12 +224,12 @@ fn a_session_runs_qemu_as_its_user() {
 #[case::denied("denied", "libvirt denied open: access denied by policy", &["usermod --append --groups libvirt ann"])]
 #[case::closed("unavailable", "Failed to connect socket to '/run/libvirt/libvirt-sock': Permission denied", &["usermod --append --groups libvirt ann"])]
 #[case::polkit("denied", "authentication unavailable: no polkit agent available to authenticate action 'org.libvirt.unix.manage'", &["usermod --append --groups libvirt ann"])]
-fn a_libvirt_that_does_not_answer(
+fn unreachable_libvirt_yields_a_remedy_for_its_cause(
     #[case] code: &'static str,
     #[case] message: &str,
     #[case] expected: &[&str],
 ) {
-    let mut observed = well();
+    let mut observed = healthy_host();
     observed.host.accounts.own_uid = 1000;
     observed.libvirt.failure = Some(LibvirtFailure {
         code,
@@ -245,12 +245,12 @@ fn a_libvirt_that_does_not_answer(
 #[case::modular(true, "virtqemud virtlogd", "systemctl enable --now virtqemud.socket")]
 #[case::by_hand(false, "libvirtd virtlogd", "virtlogd -d && libvirtd -d")]
 #[case::not_installed(true, "", "apt-get install libvirt-daemon-system qemu-system")]
-fn how_libvirt_is_started_here(
+fn stopped_libvirt_yields_the_start_command_of_this_host(
     #[case] systemd: bool,
     #[case] daemons: &str,
     #[case] expected: &str,
 ) {
-    let mut observed = well();
+    let mut observed = healthy_host();
     observed.host.sockets.clear();
     observed.host.systemd = systemd;
     observed.host.daemons = daemons.split_whitespace().map(str::to_owned).collect();
@@ -263,8 +263,8 @@ fn how_libvirt_is_started_here(
 }
 
 #[test]
-fn a_question_without_an_answer_is_told() {
-    let mut observed = well();
+fn unanswered_query_is_a_warning() {
+    let mut observed = healthy_host();
     let unanswered = (
         "capabilities".to_owned(),
         "libvirt did not answer".to_owned(),
@@ -276,8 +276,8 @@ fn a_question_without_an_answer_is_told() {
 }
 
 #[test]
-fn both_kinds_of_libvirt_at_once_are_one_too_many() {
-    let mut observed = well();
+fn libvirtd_beside_virtqemud_is_an_error() {
+    let mut observed = healthy_host();
     let socket = observed.host.sockets["libvirt-sock"].clone();
     observed
         .host
@@ -289,8 +289,8 @@ fn both_kinds_of_libvirt_at_once_are_one_too_many() {
 }
 
 #[test]
-fn without_virtlogd_no_domain_starts_unless_it_is_not_wanted() {
-    let mut observed = well();
+fn missing_virtlogd_is_an_error_unless_logs_go_to_files() {
+    let mut observed = healthy_host();
     observed.host.sockets.remove("virtlogd-sock");
     let finding = of(&observed, Check::LibvirtDaemons);
     assert_eq!(finding.severity, Severity::Error);
@@ -303,13 +303,13 @@ fn without_virtlogd_no_domain_starts_unless_it_is_not_wanted() {
 }
 
 #[test]
-fn what_versions_lack_is_told() {
-    let mut observed = well();
+fn features_missing_from_versions_are_warnings() {
+    let mut observed = healthy_host();
     Arc::make_mut(&mut observed.facts).libvirt_version = Some(Version::new(9, 0, 0));
     let finding = of(&observed, Check::Versions);
     assert_eq!(finding.severity, Severity::Warning);
     assert!(finding.remedy.unwrap().text.contains("eim='on'"));
-    // What was found out by trying counts for more than versions.
+    // The result of the dry run overrides the versions.
     Arc::make_mut(&mut observed.facts).eim = Some(Eim::Auto);
     assert_eq!(of(&observed, Check::Versions).severity, Severity::Ok);
     Arc::make_mut(&mut observed.facts).libvirt_version = Some(Version::new(7, 0, 0));
@@ -321,9 +321,13 @@ fn what_versions_lack_is_told() {
 #[case::fresh(990.0, Severity::Ok, "10 s")]
 #[case::late(500.0, Severity::Warning, "8 min ago")]
 #[case::stale(-900.0 + 1.0, Severity::Error, "never")]
-#[case::never(0.0, Severity::Error, "never read capabilities")]
-fn the_age_of_the_last_probe(#[case] at: f64, #[case] severity: Severity, #[case] what: &str) {
-    let mut observed = well();
+#[case::never(0.0, Severity::Error, "has never read capabilities")]
+fn age_of_the_last_probe_decides_its_severity(
+    #[case] at: f64,
+    #[case] severity: Severity,
+    #[case] what: &str,
+) {
+    let mut observed = healthy_host();
     observed.daemon = daemon(at, 0);
     let finding = of(&observed, Check::ProbeAge);
     assert_eq!(finding.severity, severity, "{finding:#?}");
@@ -335,28 +339,25 @@ fn the_age_of_the_last_probe(#[case] at: f64, #[case] severity: Severity, #[case
 }
 
 #[test]
-fn label_troubles_are_counted_and_named() {
-    let mut observed = well();
+fn rejected_and_conflicting_labels_are_counted_and_named() {
+    let mut observed = healthy_host();
     observed.rejected = vec![RejectedLabel {
         key: "machine.virtnode.io/pc+x".to_owned(),
         value: "8".to_owned(),
         reason: InvalidLabel::ALL[0],
     }];
     observed.daemon = daemon(990.0, 3);
-    let diagnosis = diagnose(&observed);
-    let labels = diagnosis
-        .findings
-        .iter()
-        .filter(|f| f.check == Check::Labels);
+    let report = diagnose(&observed);
+    let labels = report.findings.iter().filter(|f| f.check == Check::Labels);
     let what: Vec<&str> = labels.map(|finding| finding.what.as_str()).collect();
     assert_eq!(
         what,
         [
-            "1 label left out: machine.virtnode.io/pc+x=8",
+            "1 label rejected: machine.virtnode.io/pc+x=8",
             "3 labels left to other owners since the daemon started",
         ]
     );
-    assert_eq!(diagnosis.count(Check::Labels, Severity::Warning), 2);
+    assert_eq!(report.count(Check::Labels, Severity::Warning), 2);
 }
 
 fn domain(name: &str, machine: &str, inner: &str) -> ObservedDomain {
@@ -396,7 +397,7 @@ const NEWEST: &str = "pc-q35-10.0";
 
 #[rstest]
 #[case::all(guest("0-2", "0-2"), Severity::Ok, "1 guest uses all", "")]
-#[case::thrown_away(
+#[case::rejected(
     guest("0", "0"),
     Severity::Warning,
     "its guest has 1",
@@ -411,16 +412,16 @@ const NEWEST: &str = "pc-q35-10.0";
 #[case::no_agent(
     AgentAnswer::NotAsked,
     Severity::Warning,
-    "vCPUs 1-2 are plugged and have never run",
+    "vCPUs 1-2 are plugged but have never run",
     "cat /sys"
 )]
-fn vcpus_that_a_guest_does_not_use(
+fn unused_vcpus_are_a_warning(
     #[case] agent: AgentAnswer,
     #[case] severity: Severity,
     #[case] what: &str,
     #[case] command: &str,
 ) {
-    let mut observed = well();
+    let mut observed = healthy_host();
     let mut seen = with_agent(domain("web", NEWEST, CHANNEL), agent);
     seen.stats = Stats::from_parameters([
         ("vcpu.0.time", 4_000_000),
@@ -433,7 +434,7 @@ fn vcpus_that_a_guest_does_not_use(
     assert!(finding.what.contains(what), "{finding:#?}");
     let first = commands(&finding).first().copied().unwrap_or_default();
     assert!(first.starts_with(command), "{finding:#?}");
-    // A guest that is held cannot run anything.
+    // A paused guest cannot run its vCPUs.
     if matches!(seen.details.as_ref().unwrap().agent, AgentAnswer::NotAsked) {
         seen.state = DomainState::Paused;
         observed.domains = Ok(vec![seen]);
@@ -442,16 +443,16 @@ fn vcpus_that_a_guest_does_not_use(
 }
 
 #[test]
-fn memory_that_still_grows_is_no_finding() {
+fn growing_memory_is_ok_and_stuck_memory_a_warning() {
     let device = "<memory model='virtio-mem'><target><size>1048576</size>\
                   <requested>524288</requested><current>2048</current></target>\
                   <alias name='ua-mem0'/></memory>";
-    let mut observed = well();
+    let mut observed = healthy_host();
     let mut seen = domain("db", NEWEST, device);
     observed.domains = Ok(vec![seen.clone()]);
     let growing = of(&observed, Check::VirtioMem);
     assert_eq!(growing.severity, Severity::Ok);
-    assert!(growing.what.contains("still taking"), "{growing:#?}");
+    assert!(growing.what.contains("still growing"), "{growing:#?}");
     seen.earlier
         .insert("ua-mem0".to_owned(), Bytes::new(1 << 20));
     observed.domains = Ok(vec![seen.clone()]);
@@ -463,14 +464,14 @@ fn memory_that_still_grows_is_no_finding() {
     assert_eq!(stuck.severity, Severity::Warning);
     assert_eq!(
         stuck.what,
-        "ua-mem0: asked to take 512MiB, has 2MiB, and takes no more"
+        "ua-mem0: requested 512MiB, plugged 2MiB, no longer growing"
     );
     assert_eq!(stuck.remedy.unwrap().place, Place::Guest);
 }
 
 #[test]
-fn a_machine_type_without_a_future() {
-    let mut observed = well();
+fn deprecated_machine_type_is_a_warning_and_a_missing_one_an_error() {
+    let mut observed = healthy_host();
     let machine = |machine: &str| Ok(vec![domain("old", machine, "")]);
     observed.domains = machine("pc-q35-2.4");
     let finding = of(&observed, Check::MachineTypes);
@@ -484,21 +485,25 @@ fn a_machine_type_without_a_future() {
     observed.domains = machine("pc-q35-1.4");
     let finding = of(&observed, Check::MachineTypes);
     assert_eq!(finding.severity, Severity::Error);
-    assert!(finding.what.contains("no machine type pc-q35-1.4 any more"));
+    assert!(
+        finding
+            .what
+            .contains("no longer has the machine type pc-q35-1.4")
+    );
     observed.domains = machine(NEWEST);
     assert_eq!(of(&observed, Check::MachineTypes).severity, Severity::Ok);
 }
 
-/// Tenants choose names: none of them gets into a command.
+/// Tenants choose the names of domains.
 #[rstest]
 #[case("web-1.example", "web-1.example")]
 #[case("x; reboot", "2c298bd7-db31-43ec-8ced-225aa039f21b")]
 #[case("$(reboot)", "2c298bd7-db31-43ec-8ced-225aa039f21b")]
 #[case("--all", "2c298bd7-db31-43ec-8ced-225aa039f21b")]
-// virsh would take it for an ID.
+// virsh would parse it as an ID.
 #[case("98765432", "2c298bd7-db31-43ec-8ced-225aa039f21b")]
-fn a_name_is_no_command(#[case] name: &str, #[case] called: &str) {
-    let mut observed = well();
+fn special_characters_in_a_name_never_reach_a_command(#[case] name: &str, #[case] called: &str) {
+    let mut observed = healthy_host();
     observed.domains = Ok(vec![domain(name, "pc-q35-2.4", "")]);
     for check in [Check::MachineTypes, Check::GuestAgent] {
         let finding = of(&observed, check);
@@ -510,21 +515,21 @@ fn a_name_is_no_command(#[case] name: &str, #[case] called: &str) {
 }
 
 #[test]
-fn a_domain_that_libvirt_does_not_tell_of_is_told() {
-    let mut observed = well();
+fn domain_without_an_answer_is_a_warning() {
+    let mut observed = healthy_host();
     let mut stuck = domain("stuck", NEWEST, CHANNEL);
-    stuck.details = Err("no answer within 5s; something is being done to it".to_owned());
+    stuck.details = Err("no answer within 5s".to_owned());
     let fine = with_agent(domain("fine", NEWEST, CHANNEL), guest("0-2", "0-2"));
     observed.domains = Ok(vec![fine, stuck]);
-    let diagnosis = diagnose(&observed);
-    assert_eq!(diagnosis.count(Check::Domains, Severity::Warning), 1);
-    assert_eq!(diagnosis.count(Check::GuestAgent, Severity::Ok), 1);
-    assert_eq!(diagnosis.unseen.len(), 4, "{diagnosis:#?}");
+    let report = diagnose(&observed);
+    assert_eq!(report.count(Check::Domains, Severity::Warning), 1);
+    assert_eq!(report.count(Check::GuestAgent, Severity::Ok), 1);
+    assert_eq!(report.unseen.len(), 4, "{report:#?}");
 }
 
 #[test]
-fn an_agent_that_does_not_answer_is_told_with_its_reason() {
-    let mut observed = well();
+fn silent_agent_is_a_warning_with_the_reason() {
+    let mut observed = healthy_host();
     let silent = AgentAnswer::Silent("no answer within 7s".to_owned());
     observed.domains = Ok(vec![with_agent(domain("mute", NEWEST, CHANNEL), silent)]);
     let finding = of(&observed, Check::GuestAgent);
