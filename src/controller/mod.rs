@@ -309,7 +309,7 @@ impl<C: DomainBackend> Controller<C> {
     /// The operation of an object, if it is known here.
     fn record_of(&self, object: &HotplugObject) -> Option<watch::Receiver<Record>> {
         let asker = request::asker(&object.name);
-        let id = self.executor.asked_with(&asker, &object.uid)?;
+        let id = self.executor.find_by_key(&asker, &object.uid)?;
         self.executor.watch(&id)
     }
 

@@ -1,4 +1,4 @@
-//! The time as operations note it.
+//! Timestamps of operations.
 
 use std::time::{Instant as StdInstant, SystemTime, UNIX_EPOCH};
 
@@ -6,7 +6,7 @@ use tokio::time::Instant;
 
 use crate::units::Timestamp;
 
-/// A clock that never goes backwards: it asks the wall clock once, and counts from there.
+/// A monotonic clock: it reads the wall clock once and counts from there.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Clock {
     origin: Timestamp,
@@ -23,9 +23,9 @@ impl Clock {
         }
     }
 
-    /// The same clock, put forward if it were before that moment: what another clock noted.
-    pub(super) fn not_before(self, moment: Timestamp) -> Self {
-        let behind = moment.since(self.now());
+    /// Returns this clock, advanced if it runs behind a timestamp of another clock.
+    pub(super) fn not_before(self, timestamp: Timestamp) -> Self {
+        let behind = timestamp.since(self.now());
         Self {
             origin: self.origin.after(behind),
             at: self.at,
@@ -33,20 +33,20 @@ impl Clock {
     }
 
     pub(super) fn now(self) -> Timestamp {
-        self.moment(Instant::now())
+        self.timestamp(Instant::now())
     }
 
-    pub(super) fn moment(self, at: Instant) -> Timestamp {
+    fn timestamp(self, at: Instant) -> Timestamp {
         self.origin.after(at.saturating_duration_since(self.at))
     }
 
-    /// When that was heard; never later than now.
-    pub(super) fn heard(self, at: StdInstant) -> Timestamp {
-        self.moment(Instant::from_std(at)).min(self.now())
+    /// Returns the timestamp at which an event was received, never later than now.
+    pub(super) fn received(self, at: StdInstant) -> Timestamp {
+        self.timestamp(Instant::from_std(at)).min(self.now())
     }
 
-    /// When that moment comes; now if it has passed.
-    pub(super) fn instant(self, moment: Timestamp) -> Instant {
-        Instant::now() + moment.since(self.now())
+    /// Returns the instant of a timestamp, or now if it has passed.
+    pub(super) fn instant(self, timestamp: Timestamp) -> Instant {
+        Instant::now() + timestamp.since(self.now())
     }
 }

@@ -1,24 +1,33 @@
-//! Carries operations out: looks at domains, asks the core what to do, does it, and keeps the
-//! journal. Everything that decides is in [`crate::hotplug`].
+//! Executes hotplug operations on the domains of one hypervisor.
 //!
-//! * One operation per domain at a time, first come first served; those of different domains
-//!   never wait for each other.
-//! * Events are subscribed to before the first look, and each call is in the journal before it
-//!   is made.
-//! * After a restart an unfinished operation is looked at and judged by what the journal holds of
-//!   it; a call that was carried out is not made again. One that has its verdict is watched on, if
-//!   that may change.
+//! ```text
+//!  submit ─▶ Registry ─▶ Journal ─▶ Driver ─▶ Listener (metrics, events)
+//!               ▲                   │    ▲
+//!               └── every change ───┘    │ observations, events, returns of calls
+//!                                    DomainBackend
+//! ```
+//! * The [`Registry`] holds all operations in memory; readers and watchers see only it. The
+//!   [`Journal`] holds the same on disk, plus the history that a restart needs.
+//! * Each operation has one [`Driver`], a task that owns its journal entry. The state machine is
+//!   drawn there, with what blocks and what happens on failure.
+//! * [`Queues`] order the drivers: operations on one domain run one at a time in the order of
+//!   submission, operations on different domains do not wait for each other.
+//! * [`Followers`] are the drivers that watch a domain after a verdict that may change.
+//!
+//! [`Executor::submit`] returns once the order is in the journal: from then on the operation gets
+//! a verdict, whatever ends the process. An order that cannot be written is rejected.
+//! [`Executor::stop`] ends every driver at its next await and loses nothing.
 
 mod call;
 mod clock;
-mod look;
+mod driver;
+mod followers;
+mod observer;
 mod options;
-mod pursuit;
 mod queues;
 mod registry;
-mod run;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use thiserror::Error;
@@ -28,9 +37,12 @@ use tokio_util::task::TaskTracker;
 use tracing::{error, info};
 
 use self::clock::Clock;
+use self::driver::Driver;
+use self::followers::Followers;
 pub use self::options::{AvailableMemory, Listener, Options};
 use self::queues::Queues;
-use self::registry::{Registry, Taken};
+use self::registry::{Registered, Registry};
+use crate::domain::DomainRef;
 use crate::hypervisor::DomainBackend;
 use crate::journal::{Entry, Journal, JournalError};
 pub use crate::operation::{
@@ -38,31 +50,26 @@ pub use crate::operation::{
     State, TargetDomain,
 };
 
-/// Why an order was not taken on. Nothing was done.
+/// Reason why an order was rejected. Nothing was changed.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum SubmitError {
-    /// The key stands for another order.
     #[error(
-        "the idempotency key is that of operation {0}, which asked for something else: use \
-         another key"
+        "the idempotency key belongs to operation {0} with a different request: use another key"
     )]
     KeyReused(OperationId),
-    /// As many are open as may be.
-    #[error("{0} operations have no verdict yet, as many as there may be: ask again later")]
+    #[error("{0} operations have no verdict yet, which is the maximum: retry later")]
     TooMany(usize),
-    /// What is not in the journal is not done.
-    #[error("the journal cannot be written, so nothing was done: {0}")]
+    #[error("cannot write the journal, so nothing was changed: {0}")]
     Journal(String),
-    /// This program is about to end.
-    #[error("the daemon is stopping: ask again when it is back")]
+    #[error("the daemon is stopping: retry after it has restarted")]
     Stopping,
 }
 
 impl SubmitError {
-    /// Every code there is, for metrics that begin at zero.
+    /// Every code, so that metrics start at zero.
     pub const CODES: [&'static str; 4] = ["key-reused", "too-many", "journal", "stopping"];
 
-    /// The bounded word for this error.
+    /// Returns the fixed metrics label of this error.
     pub fn code(&self) -> &'static str {
         match self {
             Self::KeyReused(_) => "key-reused",
@@ -73,111 +80,117 @@ impl SubmitError {
     }
 }
 
-/// Carries operations out on the domains of one hypervisor.
+/// Executes operations on the domains of one hypervisor.
 pub struct Executor<C> {
-    control: Arc<C>,
+    backend: Arc<C>,
     journal: Arc<Journal>,
     options: Options,
     listener: Box<dyn Listener>,
     clock: Clock,
-    table: Mutex<Registry>,
-    /// Who waits for a text to become a domain, and who for the domain.
-    names: Arc<Queues>,
-    domains: Arc<Queues>,
-    /// The operation of each domain that is watched after its verdict.
-    followed: Mutex<HashMap<String, (OperationId, CancellationToken)>>,
+    registry: Mutex<Registry>,
+    /// Queues by the name or UUID that was asked for, until it is resolved to a domain.
+    names: Arc<Queues<DomainName>>,
+    /// Queues by domain.
+    domains: Arc<Queues<DomainRef>>,
+    followers: Mutex<Followers>,
     tasks: TaskTracker,
     stop: CancellationToken,
 }
 
 impl<C: DomainBackend> Executor<C> {
-    /// Takes up what the journal holds unfinished, and is ready for more. To be called within a
-    /// tokio runtime.
+    /// Resumes the unfinished operations of the journal and accepts new ones. Must be called
+    /// within a tokio runtime.
     ///
     /// # Errors
-    /// A journal that cannot be read at all.
+    /// The journal cannot be read.
     pub fn start(
-        control: Arc<C>,
+        backend: Arc<C>,
         journal: Journal,
         options: Options,
         listener: impl Listener,
     ) -> Result<Arc<Self>, JournalError> {
         let entries = journal.entries()?;
         let executor = Arc::new(Self {
-            control,
+            backend,
             journal: Arc::new(journal),
+            followers: Mutex::new(Followers::new(options.max_followed)),
             options,
             listener: Box::new(listener),
             clock: Clock::start(),
-            table: Mutex::default(),
+            registry: Mutex::default(),
             names: Arc::default(),
             domains: Arc::default(),
-            followed: Mutex::default(),
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),
         });
-        let tickets: Vec<u64> = {
-            let mut table = executor.table();
-            entries.iter().map(|entry| table.restore(entry)).collect()
+        let sequences: Vec<u64> = {
+            let mut registry = executor.registry();
+            let restored = entries.iter().map(|entry| registry.restore(entry));
+            restored.collect()
         };
-        // What is watched first: an operation that begins ends the watching of its domain.
-        let watched = run::last_of_each_domain(&entries);
-        for entry in entries
-            .iter()
-            .rev()
-            .filter(|entry| watched.contains(&entry.record.id))
-        {
-            executor.watch_on(entry.clone());
+        // Followers first: an operation that starts cancels the follower of its domain. The
+        // newest come first, because their number is limited.
+        let last = last_of_each_domain(&entries);
+        for entry in entries.iter().rev() {
+            if last.contains(&entry.record.id)
+                && let Some(follow) = Driver::resume_following(Arc::clone(&executor), entry.clone())
+            {
+                executor.tasks.spawn(follow);
+            }
         }
-        for (entry, ticket) in entries.into_iter().zip(tickets) {
-            executor.resume(entry, ticket);
+        for (entry, sequence) in entries.into_iter().zip(sequences) {
+            if !entry.record.is_done() {
+                driver::span(&entry.record).in_scope(|| info!("operation resumed"));
+                let ticket = executor.names.join(entry.order.domain.clone(), sequence);
+                let driver = Driver::new(Arc::clone(&executor), entry);
+                executor.tasks.spawn(driver.run(ticket, sequence));
+            }
         }
         Ok(executor)
     }
 
-    /// Takes an order on: when this returns, it is in the journal. Giving up waiting for it does
-    /// not take the order back.
+    /// Accepts an order: once this returns, the order is in the journal. Dropping the future does
+    /// not cancel the operation.
     ///
     /// # Errors
-    /// The order was not taken on.
+    /// The order was rejected.
     pub async fn submit(self: &Arc<Self>, order: Order) -> Result<OperationId, SubmitError> {
         if self.stop.is_cancelled() {
             return Err(SubmitError::Stopping);
         }
-        let (record, place, ticket) = {
-            // One lock for both, so that places are in the order of tickets.
-            let mut table = self.table();
-            match table.take(&order, self.clock.now(), self.options.most_open)? {
-                Taken::Known(id) => return Ok(id),
-                Taken::New(record, ticket) => {
-                    let place = self.names.join(order.domain.as_str(), ticket);
-                    (record, place, ticket)
+        let (record, ticket, sequence) = {
+            // One lock for both, so that tickets are in the order of sequence numbers.
+            let mut registry = self.registry();
+            match registry.register(&order, self.clock.now(), self.options.max_open)? {
+                Registered::Existing(id) => return Ok(id),
+                Registered::New(record, sequence) => {
+                    let ticket = self.names.join(order.domain.clone(), sequence);
+                    (*record, ticket, sequence)
                 }
             }
         };
-        info!(
-            operation = %record.id, domain = order.domain.as_str(), request = ?order.request,
-            asked_by = %order.asked_by, "an operation was asked for"
-        );
+        driver::span(&record).in_scope(|| {
+            info!(request = ?order.request, asked_by = %order.asked_by, "operation submitted");
+        });
         let id = record.id.clone();
         let entry = Entry {
             order,
-            record: *record,
+            record,
             history: None,
         };
         let (written, is_written) = oneshot::channel();
         let executor = Arc::clone(self);
         self.tasks.spawn(async move {
             let result = executor.write(&entry).await;
-            let failed = result.is_err();
-            if failed {
-                executor.table().remove(&entry.record.id);
-            } else {
+            let is_accepted = result.is_ok();
+            if is_accepted {
                 executor.listener.changed(&entry.record);
+            } else {
+                executor.registry().remove(&entry.record.id);
             }
-            drop(written.send(result));
-            if !failed {
-                executor.run(entry, place, ticket).await;
+            written.send(result).ok();
+            if is_accepted {
+                Driver::new(executor, entry).run(ticket, sequence).await;
             }
         });
         match is_written.await {
@@ -187,53 +200,54 @@ impl<C: DomainBackend> Executor<C> {
         }
     }
 
-    /// An operation as it is now.
+    /// Returns the present record of an operation.
     pub fn operation(&self, id: &OperationId) -> Option<Record> {
-        self.table().get(id)
+        self.registry().get(id)
     }
 
-    /// Every operation that is known, the newest first.
+    /// Returns all operations, newest first.
     pub fn operations(&self) -> Vec<Record> {
-        self.table().newest_first()
+        self.registry().newest_first()
     }
 
-    /// The operation that somebody asked for with that key, if it is known.
-    pub fn asked_with(&self, asked_by: &AskedBy, key: &str) -> Option<OperationId> {
-        self.table().by_key(asked_by, key)
+    /// Returns the operation with this requester and idempotency key.
+    pub fn find_by_key(&self, asked_by: &AskedBy, key: &str) -> Option<OperationId> {
+        self.registry().find_by_key(asked_by, key)
     }
 
-    /// An operation as it is now and whenever it changes, what is awaited included. It ends when
-    /// the operation is so old that it is forgotten.
+    /// Watches the record of an operation. The channel closes when the journal's limit removes
+    /// the operation.
     pub fn watch(&self, id: &OperationId) -> Option<watch::Receiver<Record>> {
-        self.table().watch(id)
+        self.registry().watch(id)
     }
 
-    /// Ends all work and returns when it has ended. What is unfinished stays in the journal and
-    /// is taken up by the next start.
+    /// Stops every driver and waits for them. The next start resumes unfinished operations.
     pub async fn stop(&self) {
         self.stop.cancel();
         self.tasks.close();
         self.tasks.wait().await;
     }
 
-    fn table(&self) -> MutexGuard<'_, Registry> {
-        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    fn registry(&self) -> MutexGuard<'_, Registry> {
+        let registry = self.registry.lock();
+        registry.unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn followed(&self) -> MutexGuard<'_, HashMap<String, (OperationId, CancellationToken)>> {
-        self.followed.lock().unwrap_or_else(PoisonError::into_inner)
+    fn followers(&self) -> MutexGuard<'_, Followers> {
+        let followers = self.followers.lock();
+        followers.unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Writes an entry to the journal, and lets the oldest go that are too many.
+    /// Writes an entry to the journal and removes the oldest finished entries above its limit.
     async fn write(&self, entry: &Entry) -> Result<(), String> {
         let (journal, entry) = (Arc::clone(&self.journal), entry.clone());
-        let finished = self.table().finished();
+        let finished = self.registry().finished();
         let work = move || {
             journal.write(&entry).map_err(|error| error.to_string())?;
             let surplus = journal.surplus(finished);
             for id in &surplus {
                 if let Err(error) = journal.remove(id) {
-                    error!(%error, "the journal keeps more than it should");
+                    error!(%error, "cannot remove an old operation from the journal");
                 }
             }
             Ok(surplus)
@@ -244,17 +258,30 @@ impl<C: DomainBackend> Executor<C> {
         };
         match written {
             Ok(surplus) => {
-                let mut table = self.table();
+                let mut registry = self.registry();
                 for id in surplus {
-                    table.remove(&id);
+                    registry.remove(&id);
                 }
                 Ok(())
             }
             Err(error) => {
-                error!(error, "the journal cannot be written");
+                error!(error, "cannot write the journal");
                 self.listener.journal_failed();
                 Err(error)
             }
         }
     }
+}
+
+/// Returns the operation of each domain that started last. Only that one can be followed.
+fn last_of_each_domain(entries: &[Entry]) -> HashSet<OperationId> {
+    let mut last = HashMap::new();
+    for record in entries.iter().map(|entry| &entry.record) {
+        let (Some(domain), Some(started)) = (record.domain.identity(), record.started) else {
+            continue;
+        };
+        let newest = last.entry(domain).or_insert((started, &record.id));
+        *newest = (*newest).max((started, &record.id));
+    }
+    last.into_values().map(|(_, id)| id.clone()).collect()
 }

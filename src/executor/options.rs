@@ -1,4 +1,4 @@
-//! What an executor is started with.
+//! Options of an executor, and the listener for its operations.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,69 +7,69 @@ use crate::hotplug::Patience;
 use crate::operation::Record;
 use crate::units::Bytes;
 
-/// Tells how much memory the node can still give out; `None` if that is not known. Asked before
-/// memory is added; it must not take long.
+/// Returns the memory that the node can still hand out, or `None` if unknown. Called before
+/// memory is added; it must return at once.
 pub type AvailableMemory = Arc<dyn Fn() -> Option<Bytes> + Send + Sync>;
 
-/// How an executor works. The default is for everybody; tests have their own.
+/// Limits and timeouts of an executor. The program uses the defaults, tests use shorter ones.
 #[derive(Clone)]
 pub struct Options {
-    /// How many operations there may be without a verdict.
-    pub most_open: usize,
-    /// How long a look at a domain may take.
-    pub look_deadline: Duration,
-    /// How long the guest agent may take within a look.
-    pub agent_deadline: Duration,
-    /// Whether QEMU is asked what it remembers of the guest's answers, which taints domains.
+    /// Maximum number of operations without a verdict.
+    pub max_open: usize,
+    /// Timeout for each source of an observation.
+    pub observe_timeout: Duration,
+    /// Timeout for the guest agent within an observation.
+    pub agent_timeout: Duration,
+    /// Query QEMU for the guest's last ACPI answers, which taints domains.
     pub deep_verify: bool,
-    /// How long the hypervisor may be away before an operation that has not begun is given up: long
-    /// enough for libvirtd to be restarted, short enough for who waits for an answer.
-    pub reach: Duration,
-    /// How long after something happened the domain is looked at again.
-    pub shortest_pause: Duration,
-    /// Each pause is twice as long as the one before, up to this.
-    pub longest_pause: Duration,
-    /// How long after a verdict that may change the domain is watched.
+    /// Timeout for an unavailable hypervisor before the first call: long enough for a restart of
+    /// libvirtd, short enough for a user who waits at a prompt.
+    pub unavailable_timeout: Duration,
+    /// Pause before the first observation after something happened.
+    pub min_pause: Duration,
+    /// Maximum pause; each pause is twice as long as the one before.
+    pub max_pause: Duration,
+    /// Time for which a domain is followed after a verdict that may change.
     pub follow: Duration,
-    /// How many operations are watched after their verdict.
-    pub most_followed: usize,
-    /// How long to wait for a guest that is slow.
+    /// Maximum number of operations followed at a time.
+    pub max_followed: usize,
+    /// Grace periods for slow guests.
     pub patience: Patience,
-    /// How much memory the node can give out.
+    /// Memory that the node can hand out.
     pub available_memory: AvailableMemory,
 }
 
 impl Default for Options {
     fn default() -> Self {
         Self {
-            most_open: 256,
-            look_deadline: Duration::from_secs(10),
-            agent_deadline: Duration::from_secs(3),
+            max_open: 256,
+            observe_timeout: Duration::from_secs(10),
+            agent_timeout: Duration::from_secs(3),
             deep_verify: false,
-            reach: Duration::from_secs(5),
-            shortest_pause: Duration::from_millis(50),
-            longest_pause: Duration::from_secs(1),
+            unavailable_timeout: Duration::from_secs(5),
+            min_pause: Duration::from_millis(50),
+            max_pause: Duration::from_secs(1),
             follow: Duration::from_secs(600),
-            most_followed: 256,
+            max_followed: 256,
             patience: Patience::default(),
             available_memory: Arc::new(|| None),
         }
     }
 }
 
-/// Is told what happens to operations: for metrics and events. Must not take long.
+/// Receives changes of operations, for metrics and events. Its methods must return at once.
 pub trait Listener: Send + Sync + 'static {
-    /// An operation was asked for, began, got its verdict, or had it put right.
+    /// An operation was accepted or started, or its verdict was reached or corrected.
     fn changed(&self, record: &Record);
 
-    /// An operation got its verdict so long after the last event or look that it needed.
-    fn concluded_after(&self, span: Duration);
+    /// An operation reached its verdict, this long after the last event or observation.
+    fn concluded_after(&self, elapsed: Duration);
 
-    /// The journal could not be written.
+    /// A journal write failed.
     fn journal_failed(&self);
 }
 
-/// Nobody is told.
+/// Ignores every change.
 impl Listener for () {
     fn changed(&self, _: &Record) {}
 

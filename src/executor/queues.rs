@@ -1,88 +1,98 @@
-//! Waiting lines: one is served at a time in each, first come first served.
+//! First-come, first-served queues, one for each key.
 
 use std::collections::{BTreeMap, HashMap};
+use std::hash::Hash;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::Notify;
 
-/// Queues by name; a line that nobody stands in is none.
-#[derive(Debug, Default)]
-pub(super) struct Queues {
-    lines: Mutex<HashMap<String, Queue>>,
+/// Per-key FIFO queues. A queue is removed when its last ticket is dropped.
+#[derive(Debug)]
+pub(super) struct Queues<K> {
+    queues: Mutex<HashMap<K, Queue>>,
+}
+
+impl<K> Default for Queues<K> {
+    fn default() -> Self {
+        Self {
+            queues: Mutex::default(),
+        }
+    }
 }
 
 #[derive(Debug, Default)]
 struct Queue {
+    /// Sequence number of the ticket whose turn it is.
     served: u64,
     waiting: BTreeMap<u64, Arc<Notify>>,
 }
 
-/// A place in a line. Who drops it leaves.
+/// A place in a queue. Dropping it leaves the queue and serves the next ticket.
 #[derive(Debug)]
-pub(super) struct Ticket {
-    lines: Arc<Queues>,
-    line: String,
-    ticket: u64,
-    called: Arc<Notify>,
+pub(super) struct Ticket<K: Eq + Hash> {
+    queues: Arc<Queues<K>>,
+    key: K,
+    sequence: u64,
+    turn: Arc<Notify>,
 }
 
-impl Queues {
-    /// Takes a place: behind who is served and those with smaller tickets, before the others.
-    pub(super) fn join(self: &Arc<Self>, line: &str, ticket: u64) -> Ticket {
-        let called = Arc::new(Notify::new());
+impl<K: Eq + Hash + Clone> Queues<K> {
+    /// Joins a queue behind the ticket that is served and those with smaller sequence numbers.
+    pub(super) fn join(self: &Arc<Self>, key: K, sequence: u64) -> Ticket<K> {
+        let turn = Arc::new(Notify::new());
         self.lock()
-            .entry(line.to_owned())
-            .and_modify(|line| drop(line.waiting.insert(ticket, Arc::clone(&called))))
+            .entry(key.clone())
+            .and_modify(|queue| drop(queue.waiting.insert(sequence, Arc::clone(&turn))))
             .or_insert_with(|| Queue {
-                served: ticket,
+                served: sequence,
                 waiting: BTreeMap::new(),
             });
         Ticket {
-            lines: Arc::clone(self),
-            line: line.to_owned(),
-            ticket,
-            called,
+            queues: Arc::clone(self),
+            key,
+            sequence,
+            turn,
         }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, HashMap<String, Queue>> {
-        self.lines.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Ticket {
-    /// Whether it is this one's turn.
+impl<K> Queues<K> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<K, Queue>> {
+        self.queues.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl<K: Eq + Hash> Ticket<K> {
     pub(super) fn is_served(&self) -> bool {
-        let lines = self.lines.lock();
-        lines
-            .get(&self.line)
-            .is_some_and(|line| line.served == self.ticket)
+        let queues = self.queues.lock();
+        let queue = queues.get(&self.key);
+        queue.is_some_and(|queue| queue.served == self.sequence)
     }
 
-    /// Returns when it is this one's turn.
+    /// Waits until this ticket is served.
     pub(super) async fn turn(&self) {
         while !self.is_served() {
-            self.called.notified().await;
+            self.turn.notified().await;
         }
     }
 }
 
-impl Drop for Ticket {
+impl<K: Eq + Hash> Drop for Ticket<K> {
     fn drop(&mut self) {
-        let mut lines = self.lines.lock();
-        let Some(line) = lines.get_mut(&self.line) else {
+        let mut queues = self.queues.lock();
+        let Some(queue) = queues.get_mut(&self.key) else {
             return;
         };
-        if line.served != self.ticket {
-            line.waiting.remove(&self.ticket);
+        if queue.served != self.sequence {
+            queue.waiting.remove(&self.sequence);
             return;
         }
-        match line.waiting.pop_first() {
-            Some((next, called)) => {
-                line.served = next;
-                called.notify_one();
+        match queue.waiting.pop_first() {
+            Some((next, turn)) => {
+                queue.served = next;
+                turn.notify_one();
             }
-            None => drop(lines.remove(&self.line)),
+            None => drop(queues.remove(&self.key)),
         }
     }
 }
@@ -92,12 +102,12 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn who_came_first_is_served_first() {
-        let lines = Arc::new(Queues::default());
-        let third = lines.join("vm", 3);
-        let fifth = lines.join("vm", 5);
-        let fourth = lines.join("vm", 4);
-        let other = lines.join("other", 9);
+    async fn tickets_are_served_in_order_of_sequence() {
+        let queues = Arc::new(Queues::default());
+        let third = queues.join("vm", 3);
+        let fifth = queues.join("vm", 5);
+        let fourth = queues.join("vm", 4);
+        let other = queues.join("other", 9);
         third.turn().await;
         other.turn().await;
         assert!(!fourth.is_served() && !fifth.is_served());
@@ -106,9 +116,9 @@ mod tests {
         assert!(!fifth.is_served());
         drop(fourth);
         fifth.turn().await;
-        let sixth = lines.join("vm", 6);
+        let sixth = queues.join("vm", 6);
         drop(sixth);
         drop((fifth, other));
-        assert!(lines.lock().is_empty());
+        assert!(queues.lock().is_empty());
     }
 }

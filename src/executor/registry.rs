@@ -1,4 +1,4 @@
-//! The operations that are known, in memory.
+//! The operations that the executor knows, in memory.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -15,52 +15,52 @@ struct Slot {
     record: watch::Sender<Record>,
 }
 
-/// All operations by identifier, and by the keys of who asked for them.
+/// All operations by identifier, and by requester and idempotency key.
 #[derive(Debug, Default)]
 pub(super) struct Registry {
     slots: BTreeMap<OperationId, Slot>,
     keys: HashMap<(AskedBy, String), OperationId>,
-    tickets: u64,
+    last_sequence: u64,
     last_millis: u64,
 }
 
-/// What came of an order.
-pub(super) enum Taken {
-    /// It is new, with its place among all.
+/// Result of registering an order.
+pub(super) enum Registered {
+    /// A new operation, with its sequence number.
     New(Box<Record>, u64),
-    /// It was asked for before.
-    Known(OperationId),
+    /// An equal order was registered under the same idempotency key.
+    Existing(OperationId),
 }
 
 impl Registry {
-    /// Takes an order on.
-    pub(super) fn take(
+    pub(super) fn register(
         &mut self,
         order: &Order,
         now: Timestamp,
-        most_open: usize,
-    ) -> Result<Taken, SubmitError> {
+        max_open: usize,
+    ) -> Result<Registered, SubmitError> {
         let key = key_of(order);
         if let Some(id) = key.as_ref().and_then(|key| self.keys.get(key)) {
-            let known = self.slots.get(id).is_some_and(|slot| slot.order == *order);
-            return match known {
-                true => Ok(Taken::Known(id.clone())),
-                false => Err(SubmitError::KeyReused(id.clone())),
+            let slot = self.slots.get(id);
+            return if slot.is_some_and(|slot| slot.order == *order) {
+                Ok(Registered::Existing(id.clone()))
+            } else {
+                Err(SubmitError::KeyReused(id.clone()))
             };
         }
-        if self.open() >= most_open {
-            return Err(SubmitError::TooMany(most_open));
+        if self.open() >= max_open {
+            return Err(SubmitError::TooMany(max_open));
         }
-        // Two of the same millisecond are told apart, and in order.
+        // Identifiers are unique and in order even within a millisecond.
         let millis = u64::try_from(now.as_millis()).unwrap_or(0);
         self.last_millis = millis.max(self.last_millis + 1);
         let id = OperationId::new(self.last_millis, fastrand::u32(..));
         let record = Record::new(id, order, now);
-        let ticket = self.add(order.clone(), record.clone());
-        Ok(Taken::New(Box::new(record), ticket))
+        let sequence = self.add(order.clone(), record.clone());
+        Ok(Registered::New(Box::new(record), sequence))
     }
 
-    /// Adds an operation of an earlier life; gives its place among all.
+    /// Restores an operation from the journal and returns its sequence number.
     pub(super) fn restore(&mut self, entry: &Entry) -> u64 {
         let digits = entry.record.id.as_str().get(..12).unwrap_or_default();
         let millis = u64::from_str_radix(digits, 16).unwrap_or(0);
@@ -75,8 +75,8 @@ impl Registry {
         let id = record.id.clone();
         let record = watch::Sender::new(record);
         self.slots.insert(id, Slot { order, record });
-        self.tickets += 1;
-        self.tickets
+        self.last_sequence += 1;
+        self.last_sequence
     }
 
     pub(super) fn remove(&mut self, id: &OperationId) {
@@ -107,12 +107,12 @@ impl Registry {
         slots.map(|slot| slot.record.borrow().clone()).collect()
     }
 
-    pub(super) fn by_key(&self, asked_by: &AskedBy, key: &str) -> Option<OperationId> {
+    pub(super) fn find_by_key(&self, asked_by: &AskedBy, key: &str) -> Option<OperationId> {
         let key = (asked_by.clone(), key.to_owned());
         self.keys.get(&key).cloned()
     }
 
-    /// Those that have their verdict, the oldest first.
+    /// Returns the operations that have a verdict, oldest first.
     pub(super) fn finished(&self) -> Vec<OperationId> {
         let done = |slot: &&Slot| slot.record.borrow().is_done();
         let slots = self.slots.values().filter(done);

@@ -752,7 +752,7 @@ async fn an_owner_that_may_not_be_set_holds_nothing_up() -> anyhow::Result<()> {
 async fn what_cannot_be_taken_on_waits_in_order() -> anyhow::Result<()> {
     let api = FakeApi::with_node();
     let few = ExecutorOptions {
-        most_open: 1,
+        max_open: 1,
         ..ExecutorOptions::default()
     };
     let node = HotplugNode::start_with(cluster(&api), few);

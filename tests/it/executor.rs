@@ -633,7 +633,7 @@ async fn the_same_key_is_the_same_operation() {
 #[tokio::test(start_paused = true)]
 async fn there_are_bounds() {
     let options = Options {
-        most_open: 3,
+        max_open: 3,
         ..Options::default()
     };
     let node = Node::with(options);
