@@ -1,4 +1,7 @@
-//! Where log lines go and how they look.
+//! Log lines on standard error, as text or JSON.
+//!
+//! The driver of an operation runs in a span with the fields `operation`, `domain` and
+//! `connection`. Text shows them before the message, JSON in the object `span`.
 
 use std::io::{self, IsTerminal, Write};
 
@@ -12,23 +15,24 @@ use crate::cluster::NOISY_LOG_TARGETS;
 use crate::config::LogFormat;
 use crate::domain::is_plain;
 
-/// Sends log lines to standard error from here on.
+/// Starts logging to standard error.
 ///
 /// # Errors
-/// A filter that is none, or a second call.
+/// An invalid filter, or a second call.
 pub fn init(format: LogFormat, filter: &str) -> anyhow::Result<()> {
-    // First, so that what the operator writes of these targets still counts.
+    // First, so that the operator's own filter for these targets overrides it.
     let quiet = NOISY_LOG_TARGETS
         .map(|target| format!("{target}=off,"))
         .concat();
     let filter: Targets = format!("{quiet}{filter}").parse().with_context(|| {
-        format!("log: '{filter}' is no filter: write it like info,virtnode=debug")
+        format!("log: '{filter}' is not a valid filter: write it like info,virtnode=debug")
     })?;
     let lines = fmt::layer().with_target(false);
     let lines = match format {
         LogFormat::Json => {
             let lines = lines.with_writer(io::stderr);
-            lines.json().flatten_event(true).boxed()
+            let lines = lines.json().flatten_event(true);
+            lines.with_span_list(false).boxed()
         }
         LogFormat::Text => {
             let lines = lines.with_writer(|| OneLine);
@@ -39,13 +43,12 @@ pub fn init(format: LogFormat, filter: &str) -> anyhow::Result<()> {
     outcome.map_err(|error| anyhow!("cannot start the log: {error}"))
 }
 
-/// Standard error, to which each record is written as one line, whatever is in it: libvirt's and
-/// QEMU's messages have line breaks, and no domain's name is to write a record of its own.
+/// Writer to standard error that escapes line breaks and control characters within a record:
+/// libvirt's and QEMU's messages contain line breaks, and a domain's name must not forge a record.
 struct OneLine;
 
 impl Write for OneLine {
-    /// Takes a whole record, as the formatter gives it. Of escape sequences that are not its own
-    /// it has made text already.
+    /// Writes one whole record. The formatter has escaped every escape sequence but its own.
     fn write(&mut self, record: &[u8]) -> io::Result<usize> {
         let line = one_line(&String::from_utf8_lossy(record));
         io::stderr().lock().write_all(line.as_bytes())?;
@@ -60,9 +63,10 @@ impl Write for OneLine {
 fn one_line(record: &str) -> String {
     let mut line = String::with_capacity(record.len());
     for c in record.strip_suffix('\n').unwrap_or(record).chars() {
-        match is_plain(c) || c == '\u{1b}' {
-            true => line.push(c),
-            false => line.extend(c.escape_default()),
+        if is_plain(c) || c == '\u{1b}' {
+            line.push(c);
+        } else {
+            line.extend(c.escape_default());
         }
     }
     line.push('\n');
@@ -74,7 +78,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_record_is_one_line_whatever_is_in_it() {
+    fn record_with_line_breaks_is_written_as_one_line() {
         let record = "\u{1b}[32m INFO\u{1b}[0m QEMU said: a\n2026-11-21T00:00:00Z INFO b\r\n";
         assert_eq!(
             one_line(record),

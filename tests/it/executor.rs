@@ -345,7 +345,7 @@ async fn a_domain_that_goes_to_another_node_before_its_turn_is_told_as_such() {
     assert_eq!(record.verdict, Some(Verdict::DomainNotRunning));
     assert_eq!(
         record.message.as_deref(),
-        Some("the domain ended before anything was asked of it: migrated to another node")
+        Some("the domain ended before the first call: migrated to another node")
     );
     assert!(node.control.calls().is_empty());
 }

@@ -32,7 +32,7 @@ fn names() -> Vec<String> {
         " vm ",
         // 18 bytes: libvirt cuts longer ones after 20 for a file's name, also through a character.
         "虚拟 ü 🐧 a\u{301}",
-        "vm\n{\"message\":\"an operation has its verdict\",\"forged\":\"yes\"}\nvirtnode_forged 1\n",
+        "vm\n{\"message\":\"operation finished\",\"forged\":\"yes\"}\nvirtnode_forged 1\n",
         // A tab, a carriage return, and line breaks and a turned order as Unicode has them.
         "a\tb\rc\u{85}d\u{2028}e\u{202e}txt.f",
     ]
@@ -187,8 +187,8 @@ async fn a_name_is_only_a_name_wherever_it_is_read() -> anyhow::Result<()> {
     let verdicts = log.iter().filter(|line| !line["verdict"].is_null());
     let verdicts = verdicts.filter_map(|line| {
         assert_eq!(line["verdict"], "Verified", "{line}");
-        assert_eq!(line["message"], "an operation has its verdict", "{line}");
-        text(&line["domain"])
+        assert_eq!(line["message"], "operation finished", "{line}");
+        text(&line["span"]["domain"])
     });
     assert_eq!(sorted(verdicts.collect()), names);
     for line in &log {
