@@ -1,13 +1,33 @@
-//! The loop that keeps the published labels true: probe, derive, decide what stays, hand over.
+//! The labeller: keeps the published labels up to date.
 //!
-//! libvirt has no "capabilities changed" event. So there is a probe on a timer, one after each
-//! new connection, and one when what capabilities depend on has changed on disk.
+//! ```text
+//! timer ────────────────────────────────┐
+//! new connection of the source ─────────┤      ┌───────┐ derive   ┌─────────────────┐
+//! emulator, /dev/kvm or module changed ─┴────▶ │ probe │ ───────▶ │ PublishedLabels │
+//!                                              └───────┘          └─────────────────┘
+//! labels already on the Node (once) ─────────────────────────────────▶ adopt │
+//!                        ┌──────────────────────┬───────────────────────────┤
+//!                        ▼                      ▼                           ▼
+//!                  file, written here     Node publisher      NodeVirtualization publisher
+//! ```
+//!
+//! libvirt has no event for changed capabilities, hence the timer and the fingerprint of files.
+//!
+//! The labeller owns the published set and is the only one to change it. The publishers own their
+//! API calls; they receive the latest set through `watch` channels and never delay the labeller.
+//! [`Labeller::run`] waits for the probe, whose calls have deadlines. It blocks only for the
+//! fingerprint (about twenty system calls) and for replacing the label file.
+//!
+//! A failed source leaves labels as they are and brings the next probe forward to
+//! [`RETRY_AFTER_FAILURE`]. A failure to write the file is reported in [`LabellerProgress`] and
+//! retried with the next probe. An empty set is never published.
 
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use k8s_openapi::jiff::Timestamp;
+use prometheus::IntGaugeVec;
 use tokio::sync::{oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 use tokio_util::sync::CancellationToken;
@@ -26,125 +46,120 @@ use crate::publish::virtualization::Snapshot;
 use crate::telemetry::Metrics;
 use crate::telemetry::metrics::now_seconds;
 
-/// How often the files that capabilities depend on are looked at.
-const LOOK_AT_FILES: Duration = Duration::from_secs(5);
+/// Interval between fingerprints of the files that capabilities depend on.
+const FINGERPRINT_INTERVAL: Duration = Duration::from_secs(5);
 
-/// After a probe with failures, the next one comes no later than this.
-const AFTER_FAILURE: Duration = Duration::from_secs(10);
+/// Maximum time to the next probe after one with failures: shorter than the usual minute, long
+/// enough not to load a libvirt in trouble.
+const RETRY_AFTER_FAILURE: Duration = Duration::from_secs(10);
 
-/// Where label sets are handed over.
+/// The consumers of labels and facts.
 #[derive(Default)]
 pub struct Outputs {
-    /// Files, written by this service itself.
     pub file: Option<FilePublisher>,
-    /// The Node's publisher.
+    /// Label sets for the Node's publisher.
     pub node: Option<watch::Sender<Option<Arc<LabelSet>>>>,
-    /// What the Node has of ours, as soon as that is known. Before that no set is handed to the
-    /// Node's publisher: what it lacks would be removed without proof.
+    /// Delivers the labels of ours that the Node already has. Until then the Node's publisher gets
+    /// no set: it would remove existing labels that the set lacks, without proof.
     pub existing_labels: Option<oneshot::Receiver<LabelSet>>,
-    /// What labels cannot carry, for the `NodeVirtualization`'s publisher.
+    /// Facts for the `NodeVirtualization` publisher.
     pub snapshots: Option<watch::Sender<Option<Arc<Snapshot>>>>,
 }
 
-/// How far the labeller is, for readiness.
+/// The labeller's contribution to readiness.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct LabellerProgress {
-    /// Whether one probe has read every source.
+    /// True after a probe without failures.
     pub probed: bool,
-    /// Whether the files hold a label set; true as well where none are wanted.
+    /// True if the file contains a label set, or no file is configured.
     pub files_written: bool,
-    /// What the last probe could not read.
+    /// Failures of the last probe.
     pub failures: Vec<SourceFailure>,
-    /// Why the files could not be written.
+    /// The last error of writing the file, until a write succeeds.
     pub file_problem: Option<String>,
 }
 
-/// The last probe, for those who want to know more than labels.
+/// The last probe, for the doctor.
 #[derive(Debug, Clone, Default)]
 pub struct LatestProbe {
-    /// What it read.
     pub facts: Arc<NodeFacts>,
-    /// What it could not read.
     pub failures: Vec<SourceFailure>,
-    /// Labels that were left out.
     pub rejected: Vec<RejectedLabel>,
 }
 
-/// Keeps the published labels true.
-pub struct Labeller<H> {
-    prober: Prober<H>,
+pub struct Labeller<S> {
+    prober: Prober<S>,
     connection: watch::Receiver<Connection>,
     policy: Policy,
     interval: Duration,
     root: PathBuf,
-    outlets: Outputs,
+    outputs: Outputs,
     metrics: Arc<Metrics>,
     progress: watch::Sender<LabellerProgress>,
     latest: watch::Sender<Option<Arc<LatestProbe>>>,
 
     published: PublishedLabels,
     rejected: Vec<RejectedLabel>,
-    /// The emulators that capabilities were read from.
+    /// Paths of the emulators that the capabilities describe.
     emulators: Vec<String>,
 }
 
-impl<H: NodeSource> Labeller<H> {
-    /// Begins with what files say was published before. Nothing is asked before [`Self::run`].
+impl<S: NodeSource> Labeller<S> {
+    /// Loads the labels that a previous run wrote to the file. The source is first called by
+    /// [`Self::run`].
     pub fn new(
-        hypervisor: Arc<H>,
+        node_source: Arc<S>,
         policy: Policy,
         interval: Duration,
         root: PathBuf,
-        outlets: Outputs,
+        outputs: Outputs,
         metrics: Arc<Metrics>,
     ) -> Self {
-        let before = outlets.file.as_ref().map(FilePublisher::load);
-        let before = before
-            .unwrap_or_else(|| Ok(LabelSet::new()))
-            .unwrap_or_else(|error| {
-                warn!(%error, "what was published before is lost; beginning anew");
-                LabelSet::new()
-            });
+        let loaded = outputs.file.as_ref().map(FilePublisher::load);
+        let loaded = loaded.transpose().unwrap_or_else(|error| {
+            warn!(%error, "cannot load the labels of the previous run; starting without them");
+            None
+        });
         let progress = LabellerProgress {
-            files_written: outlets.file.is_none(),
+            files_written: outputs.file.is_none(),
             ..LabellerProgress::default()
         };
         Self {
-            connection: hypervisor.connection(),
-            prober: Prober::new(hypervisor, Arc::clone(&metrics), root.clone()),
+            connection: node_source.connection(),
+            prober: Prober::new(node_source, Arc::clone(&metrics), root.clone()),
             policy,
             interval,
             root,
-            outlets,
+            outputs,
             metrics,
             progress: watch::Sender::new(progress),
             latest: watch::Sender::new(None),
-            published: PublishedLabels::starting_from(before),
+            published: PublishedLabels::starting_from(loaded.unwrap_or_default()),
             rejected: Vec::new(),
             emulators: Vec::new(),
         }
     }
 
-    /// How far it is, and every change of that.
     pub fn progress(&self) -> watch::Receiver<LabellerProgress> {
         self.progress.subscribe()
     }
 
-    /// The last probe, and each that follows.
     pub fn latest(&self) -> watch::Receiver<Option<Arc<LatestProbe>>> {
         self.latest.subscribe()
     }
 
-    /// Probes and publishes until `token` is cancelled. The labels stay then.
+    /// Probes and publishes until `token` is cancelled. Published labels remain.
     pub async fn run(mut self, token: CancellationToken) {
-        token.run_until_cancelled_owned(self.keep_true()).await;
+        token
+            .run_until_cancelled_owned(self.probe_repeatedly())
+            .await;
     }
 
-    async fn keep_true(&mut self) {
-        let mut existing_labels = self.outlets.existing_labels.take();
+    async fn probe_repeatedly(&mut self) {
+        let mut existing_labels = self.outputs.existing_labels.take();
         let mut may_write_node = existing_labels.is_none();
-        let mut look = interval(LOOK_AT_FILES);
-        look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut check_files = interval(FINGERPRINT_INTERVAL);
+        check_files.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut fingerprint = host::fingerprint(&self.root, &self.emulators);
         let mut next = Instant::now();
         self.connection.mark_unchanged();
@@ -158,38 +173,36 @@ impl<H: NodeSource> Labeller<H> {
                     if *self.connection.borrow_and_update() == Connection::Down {
                         continue;
                     }
-                    self.prober.forget();
+                    self.prober.invalidate();
                 }
-                _ = look.tick() => {
-                    let now = host::fingerprint(&self.root, &self.emulators);
-                    if now == fingerprint {
+                _ = check_files.tick() => {
+                    if host::fingerprint(&self.root, &self.emulators) == fingerprint {
                         continue;
                     }
-                    info!("the emulator, /dev/kvm or the kvm module changed: probing");
-                    self.prober.forget();
+                    info!("emulator, /dev/kvm or kvm module changed, probing");
+                    self.prober.invalidate();
                 }
-                found = wait_for(&mut existing_labels) => {
+                existing = receive_once(&mut existing_labels) => {
                     may_write_node = true;
-                    self.published.adopt(found);
-                    self.hand_over_to_node();
+                    self.published.adopt(existing);
+                    self.send_to_node();
                     continue;
                 }
             }
-            // Whatever woke this probe: a connection that came meanwhile is the one it reads from,
-            // and no reason for another probe.
+            // The probe below uses the newest connection, so that connection needs no other probe.
             if self.connection.has_changed().unwrap_or(false) {
-                self.prober.forget();
+                self.prober.invalidate();
             }
             let was_down = *self.connection.borrow_and_update() == Connection::Down;
             let reading = self.prober.read().await;
             if was_down && reading.failures.is_empty() {
-                // This probe waited for the connection; its coming is no news any more.
+                // The probe waited for the connection and used it.
                 self.connection.mark_unchanged();
             }
-            let wait = self.take(&reading);
-            self.hand_over_to_files();
+            let wait = self.apply(&reading);
+            self.write_file();
             if may_write_node {
-                self.hand_over_to_node();
+                self.send_to_node();
             }
             self.latest.send_replace(Some(Arc::new(LatestProbe {
                 facts: Arc::new(reading.facts),
@@ -201,25 +214,20 @@ impl<H: NodeSource> Labeller<H> {
         }
     }
 
-    /// Decides what is published after this reading. Answers with the time to the next.
-    fn take(&mut self, reading: &Reading) -> Duration {
+    /// Updates the published set, and returns the time to the next probe.
+    fn apply(&mut self, reading: &Reading) -> Duration {
         let derivation = derive(&reading.facts, &self.policy);
-        let failed: Vec<FactSource> = reading
-            .failures
-            .iter()
-            .map(|failure| failure.source)
-            .collect();
-        let probe = ProbeResult {
+        let failed: Vec<FactSource> = reading.failures.iter().map(|f| f.source).collect();
+        let changes = self.published.update(ProbeResult {
             labels: &derivation.labels,
             failed: &failed,
             in_use: &reading.in_use,
-        };
-        let changes = self.published.update(probe);
+        });
         self.rejected = derivation.rejected;
-        self.tell_changes(&changes);
-        self.tell_failures(&reading.failures);
-        self.count(reading);
-        if let Some(snapshots) = &self.outlets.snapshots {
+        self.report_changes(&changes);
+        self.report_failures(&reading.failures);
+        self.update_gauges(reading);
+        if let Some(snapshots) = &self.outputs.snapshots {
             let retained = self.published.retained();
             let wanted = &self.policy.guest_architectures;
             let snapshot = Snapshot::new(reading, retained, wanted, Timestamp::now());
@@ -229,19 +237,17 @@ impl<H: NodeSource> Labeller<H> {
         if !emulators.is_empty() {
             self.emulators = emulators;
         }
-        let most = self.interval;
-        let usual = if failed.is_empty() {
-            most
+        let wait = if failed.is_empty() {
+            self.interval
         } else {
-            most.min(AFTER_FAILURE)
+            self.interval.min(RETRY_AFTER_FAILURE)
         };
-        // A tenth to either side, so that the nodes of a cluster do not keep step.
-        usual.mul_f64(0.9 + 0.2 * fastrand::f64())
+        // Up to 10 % earlier or later, so that the nodes of a cluster do not synchronize.
+        wait.mul_f64(0.9 + 0.2 * fastrand::f64())
     }
 
-    fn hand_over_to_node(&self) {
-        // An empty set would be no knowledge, and is never applied.
-        if let Some(node) = &self.outlets.node
+    fn send_to_node(&self) {
+        if let Some(node) = &self.outputs.node
             && !self.published.labels().is_empty()
         {
             node.send_if_modified(|set| {
@@ -254,8 +260,8 @@ impl<H: NodeSource> Labeller<H> {
         }
     }
 
-    fn hand_over_to_files(&self) {
-        let Some(file) = &self.outlets.file else {
+    fn write_file(&self) {
+        let Some(file) = &self.outputs.file else {
             return;
         };
         if self.published.labels().is_empty() {
@@ -287,7 +293,7 @@ impl<H: NodeSource> Labeller<H> {
             if let Some(problem) = &problem
                 && progress.file_problem.as_ref() != Some(problem)
             {
-                error!(%problem, "labels not written");
+                error!(%problem, "cannot write the label file");
             }
             let changed = progress.file_problem != problem || !progress.files_written;
             progress.files_written |= problem.is_none();
@@ -296,9 +302,9 @@ impl<H: NodeSource> Labeller<H> {
         });
     }
 
-    fn tell_changes(&self, changes: &[LabelChange]) {
-        // With a Node its publisher counts, by what the API server really took.
-        if self.outlets.node.is_none() {
+    fn report_changes(&self, changes: &[LabelChange]) {
+        // The Node publisher counts the changes that the API server accepted.
+        if self.outputs.node.is_none() {
             for change in changes {
                 self.metrics
                     .label_changes
@@ -311,23 +317,23 @@ impl<H: NodeSource> Labeller<H> {
             .filter(|change| matches!(change, LabelChange::Added(..)))
             .count();
         if added > 0 {
-            info!(labels = added, "labels are new");
+            info!(labels = added, "labels added");
         }
         for change in changes {
             match change {
                 LabelChange::Added(..) => {}
                 LabelChange::Changed(label, from, to) => {
-                    info!(%label, %from, %to, "a label changed")
+                    info!(%label, %from, %to, "label changed")
                 }
                 LabelChange::Removed(label, value) => {
-                    info!(%label, %value, "a label is gone after two probes without it");
+                    info!(%label, %value, "label removed after two probes without it");
                 }
             }
         }
     }
 
-    /// One line when the failures are others than before, not one each probe.
-    fn tell_failures(&self, failures: &[SourceFailure]) {
+    /// Logs failures that the previous probe did not have.
+    fn report_failures(&self, failures: &[SourceFailure]) {
         self.progress.send_if_modified(|progress| {
             let same = progress.failures == failures;
             if !same {
@@ -338,12 +344,12 @@ impl<H: NodeSource> Labeller<H> {
                     warn!(
                         source = failure.source.as_str(),
                         reason = failure.code,
-                        "{}; labels stay as they are",
+                        "probe source failed, labels stay unchanged: {}",
                         failure.message
                     );
                 }
                 if failures.is_empty() {
-                    info!("every source can be read again");
+                    info!("all probe sources succeed again");
                 }
             }
             let probed = progress.probed || failures.is_empty();
@@ -354,36 +360,22 @@ impl<H: NodeSource> Labeller<H> {
         });
     }
 
-    fn count(&self, reading: &Reading) {
-        let published = &self.published;
+    fn update_gauges(&self, reading: &Reading) {
+        let (labels, retained) = (self.published.labels(), self.published.retained());
+        let set = |gauges: &IntGaugeVec, label: &str, count: usize| {
+            gauges.with_label_values(&[label]).set(gauge(count));
+        };
         for name in FAMILIES {
-            let count = published
-                .labels()
-                .keys()
-                .filter(|key| family(key) == name)
-                .count();
-            self.metrics
-                .labels
-                .with_label_values(&[name])
-                .set(gauge(count));
+            let count = labels.keys().filter(|key| family(key) == name).count();
+            set(&self.metrics.labels, name, count);
         }
         for reason in InvalidLabel::ALL {
             let count = self.rejected.iter().filter(|r| r.reason == reason).count();
-            self.metrics
-                .labels_rejected
-                .with_label_values(&[reason.code()])
-                .set(gauge(count));
+            set(&self.metrics.labels_rejected, reason.code(), count);
         }
         for reason in RetentionReason::ALL {
-            let count = published
-                .retained()
-                .iter()
-                .filter(|r| r.reason == reason)
-                .count();
-            self.metrics
-                .labels_retained
-                .with_label_values(&[reason.code()])
-                .set(gauge(count));
+            let count = retained.iter().filter(|r| r.reason == reason).count();
+            set(&self.metrics.labels_retained, reason.code(), count);
         }
         let facts = &reading.facts;
         if let (Some(_), Some(arch)) = (&facts.capabilities, facts.native_arch()) {
@@ -401,8 +393,8 @@ impl<H: NodeSource> Labeller<H> {
     }
 }
 
-/// Waits for the one value; forever once it has come, or cannot come any more.
-async fn wait_for(receiver: &mut Option<oneshot::Receiver<LabelSet>>) -> LabelSet {
+/// Waits for the value. Once it has been received or the sender is gone, waits forever.
+async fn receive_once(receiver: &mut Option<oneshot::Receiver<LabelSet>>) -> LabelSet {
     if let Some(pending) = receiver {
         let outcome = pending.await;
         *receiver = None;
@@ -413,7 +405,7 @@ async fn wait_for(receiver: &mut Option<oneshot::Receiver<LabelSet>>) -> LabelSe
     std::future::pending().await
 }
 
-/// The native emulators, by path.
+/// Returns the paths of the native emulators.
 fn emulators(facts: &NodeFacts) -> Vec<String> {
     let mut paths: Vec<String> = facts
         .domain_capabilities

@@ -1,5 +1,22 @@
-//! Reading all the facts of a node: which questions are asked, in which order, and what a failed
-//! one means for the rest.
+//! The prober: reads every fact of a node once.
+//!
+//! ```text
+//! host::read ─────────── files and devices of the host, below the root
+//! NodeSource::versions ─ unreachable? ──▶ all sources below fail for the same reason
+//!   ├─ capabilities ──── choose the query: native architecture, usual machine type, best domain type
+//!   ├─ domain_capabilities(query)
+//!   │    └─ baseline_cpu(host model) ── skipped without a host model
+//!   ├─ native_arguments(domain with 256 vCPUs) ── kept while the versions stay the same
+//!   └─ running_domains
+//! ```
+//!
+//! A [`NodeSource`] returns documents as text; [`crate::capability`] and [`crate::domain`] parse
+//! them. Any implementation serves, whether it calls libvirt, reads files or runs an emulator.
+//!
+//! Every call of the source has its own deadline. Reading the host takes some dozen short system
+//! calls, which do not wait for a device. A source that fails, or whose document is malformed, is
+//! recorded in [`Reading::failures`], and its facts stay unknown. The prober does not retry: its
+//! caller decides when to probe again.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -18,95 +35,86 @@ use crate::telemetry::Metrics;
 use crate::telemetry::metrics::now_seconds;
 use crate::xml::DocumentError;
 
-/// From this libvirt on, domain capabilities can list features that the hypervisor supports and
-/// does not turn on by itself; hypervisor-cpu-baseline then prints all it can give.
+/// First libvirt whose domain capabilities can list features that the hypervisor supports and does
+/// not enable by default. hypervisor-cpu-baseline then returns all supported features.
 const LISTS_SUPPORTED_FEATURES: Version = Version::new(12, 5, 0);
 
-/// `VIR_ERR_CONFIG_UNSUPPORTED`: what every refusal of a definition comes as.
+/// `VIR_ERR_CONFIG_UNSUPPORTED`, libvirt's error for a definition that it would not start.
 const CONFIG_UNSUPPORTED: &str = "67";
 
-/// A source that could not be read.
+/// A source that failed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SourceFailure {
-    /// Which one.
     pub source: FactSource,
-    /// The bounded word for why.
+    /// The label value in metrics.
     pub code: &'static str,
-    /// Why, as a sentence.
     pub message: String,
 }
 
-/// The answer to a call, or why there is none.
-fn called<T>(source: FactSource, answer: Result<T, CallError>) -> Result<T, SourceFailure> {
-    answer.map_err(|error| SourceFailure {
-        source,
-        code: error.code(),
-        message: error.to_string(),
-    })
+impl SourceFailure {
+    fn of_call(source: FactSource, error: &CallError) -> Self {
+        Self {
+            source,
+            code: error.code(),
+            message: error.to_string(),
+        }
+    }
+
+    fn malformed(source: FactSource, error: &DocumentError) -> Self {
+        Self {
+            source,
+            code: "malformed",
+            message: error.to_string(),
+        }
+    }
 }
 
-/// The facts in a document, or why it cannot be read.
-fn understood<T>(source: FactSource, parsed: Result<T, DocumentError>) -> Result<T, SourceFailure> {
-    parsed.map_err(|error| SourceFailure {
-        source,
-        code: "malformed",
-        message: error.to_string(),
-    })
-}
-
-/// What a probe brought.
+/// The result of one probe.
 #[derive(Debug, Clone, Default)]
 pub struct Reading {
-    /// The facts, as far as they could be read.
     pub facts: NodeFacts,
-    /// What running domains stand on.
+    /// Capabilities that any running domain uses.
     pub in_use: CapabilitiesInUse,
-    /// Each of them.
     pub domains: Vec<DomainUsage>,
-    /// How many domains run; `None` if that could not be read.
+    /// `None` if the domains could not be listed.
     pub running_domains: Option<usize>,
-    /// The sources that could not be read.
     pub failures: Vec<SourceFailure>,
 }
 
-/// What one running domain stands on.
+/// The capabilities that one running domain uses.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct DomainUsage {
-    /// Its name.
     pub name: String,
-    /// Its UUID.
     pub uuid: String,
-    /// What it needs of the node.
     pub in_use: CapabilitiesInUse,
 }
 
-/// Asks a hypervisor and the host for everything.
-pub struct Prober<H> {
-    hypervisor: Arc<H>,
+pub struct Prober<S> {
+    node_source: Arc<S>,
     metrics: Arc<Metrics>,
+    /// Root of the host's file system.
     root: PathBuf,
-    /// The answer of the dry run, for as long as the versions behind it are the same.
+    /// Result of the dry run with these versions.
     dry_run: Option<(Versions, Option<Eim>)>,
 }
 
-impl<H: NodeSource> Prober<H> {
-    /// For a hypervisor, and a host whose file system begins at `root`.
-    pub fn new(hypervisor: Arc<H>, metrics: Arc<Metrics>, root: PathBuf) -> Self {
+impl<S: NodeSource> Prober<S> {
+    pub fn new(node_source: Arc<S>, metrics: Arc<Metrics>, root: PathBuf) -> Self {
         Self {
-            hypervisor,
+            node_source,
             metrics,
             root,
             dry_run: None,
         }
     }
 
-    /// Forgets what depends on more than versions, such as a new connection may bring.
-    pub fn forget(&mut self) {
+    /// Discards the result of the dry run, which a new connection or a changed emulator can
+    /// invalidate without a change of version.
+    pub fn invalidate(&mut self) {
         self.dry_run = None;
     }
 
-    /// Reads everything once. Never fails as a whole: what could not be read is in the reading's
-    /// failures, and the rest is there.
+    /// Probes once. A failure of one source does not affect the facts of the others.
     pub async fn read(&mut self) -> Reading {
         let mut reading = Reading::default();
         let host = host::read(&self.root);
@@ -114,27 +122,25 @@ impl<H: NodeSource> Prober<H> {
         reading.facts.host = Some(host);
         self.succeeded(FactSource::Host);
 
-        let versions = called(FactSource::Versions, self.hypervisor.versions().await);
-        if let Some(versions) = self.record(&mut reading, FactSource::Versions, versions) {
-            reading.facts.libvirt_version = Some(versions.libvirt);
-            reading.facts.hypervisor_version = versions.hypervisor;
-        }
-        if reading
-            .failures
-            .iter()
-            .any(|failure| failure.code == "unavailable")
-        {
-            // The others would fail alike, each after its own wait.
-            for source in [
-                FactSource::Capabilities,
-                FactSource::DomainCapabilities,
-                FactSource::CpuBaseline,
-                FactSource::Domains,
-            ] {
-                let cause = reading.failures[0].clone();
-                self.failed(&mut reading, SourceFailure { source, ..cause });
+        match self.node_source.versions().await {
+            Ok(versions) => {
+                self.succeeded(FactSource::Versions);
+                reading.facts.libvirt_version = Some(versions.libvirt);
+                reading.facts.hypervisor_version = versions.hypervisor;
             }
-            return reading;
+            // The other calls would fail in the same way, each after its own wait.
+            Err(error) if error.is_lost() => {
+                for source in FactSource::ALL {
+                    if source != FactSource::Host {
+                        self.failed(&mut reading, SourceFailure::of_call(source, &error));
+                    }
+                }
+                return reading;
+            }
+            Err(error) => {
+                let failure = SourceFailure::of_call(FactSource::Versions, &error);
+                self.failed(&mut reading, failure);
+            }
         }
         self.read_documents(&mut reading).await;
         self.read_domains(&mut reading).await;
@@ -142,86 +148,85 @@ impl<H: NodeSource> Prober<H> {
     }
 
     async fn read_documents(&mut self, reading: &mut Reading) {
-        let document = called(
+        let answer = self.node_source.capabilities().await;
+        reading.facts.capabilities = self.parse(
+            reading,
             FactSource::Capabilities,
-            self.hypervisor.capabilities().await,
-        )
-        .and_then(|text| {
-            let parsed = Capabilities::parse("libvirt's capabilities", text.as_bytes());
-            understood(FactSource::Capabilities, parsed)
-        });
-        reading.facts.capabilities = self.record(reading, FactSource::Capabilities, document);
+            answer,
+            Capabilities::parse,
+        );
         let query = default_query(&reading.facts);
-        let answer = self.hypervisor.domain_capabilities(query.clone()).await;
-        let document = called(FactSource::DomainCapabilities, answer).and_then(|text| {
-            let name = "libvirt's domain capabilities";
-            understood(
-                FactSource::DomainCapabilities,
-                DomainCapabilities::parse(name, text.as_bytes()),
-            )
-        });
-        let document = self.record(reading, FactSource::DomainCapabilities, document);
-        match document {
-            Some(document) => {
-                self.read_baseline(reading, &query, &document).await;
-                reading.facts.domain_capabilities.push(document);
-            }
-            None => self.failed(
-                reading,
-                SourceFailure {
-                    source: FactSource::CpuBaseline,
-                    code: "unavailable",
-                    message: "hypervisor-cpu-baseline needs the domain capabilities".to_owned(),
-                },
-            ),
+        let answer = self.node_source.domain_capabilities(query.clone()).await;
+        let document = self.parse(
+            reading,
+            FactSource::DomainCapabilities,
+            answer,
+            DomainCapabilities::parse,
+        );
+        if let Some(document) = document {
+            self.read_baseline(reading, &query, &document).await;
+            reading.facts.domain_capabilities.push(document);
+        } else {
+            let failure = SourceFailure {
+                source: FactSource::CpuBaseline,
+                code: "unavailable",
+                message: "hypervisor-cpu-baseline needs the domain capabilities".to_owned(),
+            };
+            self.failed(reading, failure);
         }
         reading.facts.eim = self.read_eim(&reading.facts, &query).await;
     }
 
-    /// Every CPU feature the hypervisor can give, where the architecture has such an answer.
+    /// Reads all CPU features that the hypervisor supports. Architectures without a host model,
+    /// such as Arm, have no baseline, which is not a failure.
     async fn read_baseline(
         &self,
         reading: &mut Reading,
         query: &DomainCapabilitiesQuery,
         document: &DomainCapabilities,
     ) {
-        let all = DomainCapabilitiesQuery {
-            supported_features: true,
-            ..query.clone()
-        };
-        let lists_all = reading
+        let lists_supported = reading
             .facts
             .libvirt_version
             .is_some_and(|version| version >= LISTS_SUPPORTED_FEATURES);
-        let wider = if lists_all {
-            let answer = self.hypervisor.domain_capabilities(all).await;
-            answer.ok().and_then(|text| {
-                DomainCapabilities::parse("libvirt's domain capabilities", text.as_bytes()).ok()
-            })
+        let extended = if lists_supported {
+            let query = DomainCapabilitiesQuery {
+                supported_features: true,
+                ..query.clone()
+            };
+            let answer = self.node_source.domain_capabilities(query).await;
+            let name = FactSource::DomainCapabilities.as_str();
+            let parse = |text: String| DomainCapabilities::parse(name, text.as_bytes()).ok();
+            answer.ok().and_then(parse)
         } else {
             None
         };
-        let host_model = wider.as_ref().unwrap_or(document).cpu.host_model.as_ref();
+        let host_model = extended
+            .as_ref()
+            .unwrap_or(document)
+            .cpu
+            .host_model
+            .as_ref();
         let Some(cpu) = host_model.and_then(|host_model| host_model.to_cpu_xml()) else {
-            // No host model, no baseline: so it is with Arm, and no fault.
             self.succeeded(FactSource::CpuBaseline);
             return;
         };
-        let answer = self.hypervisor.baseline_cpu(query.clone(), cpu).await;
+        let answer = self.node_source.baseline_cpu(query.clone(), cpu).await;
         if let Err(CallError::Unsupported { text, .. }) = &answer {
-            debug!(message = %text, "hypervisor-cpu-baseline has no answer here");
+            debug!(reason = %text, "hypervisor-cpu-baseline is not supported on this node");
             self.succeeded(FactSource::CpuBaseline);
             return;
         }
-        let cpu = called(FactSource::CpuBaseline, answer).and_then(|text| {
-            let parsed = CpuDefinition::parse("libvirt's CPU baseline", text.as_bytes());
-            understood(FactSource::CpuBaseline, parsed)
-        });
-        reading.facts.baseline_cpu = self.record(reading, FactSource::CpuBaseline, cpu);
+        reading.facts.baseline_cpu = self.parse(
+            reading,
+            FactSource::CpuBaseline,
+            answer,
+            CpuDefinition::parse,
+        );
     }
 
-    /// Asks libvirt whether it would start a q35 domain with 256 vCPUs, and what it would add.
-    /// `None` where that is no question or there is no clear answer; the versions decide then.
+    /// Determines by dry runs if a q35 domain can have 256 vCPUs, and if libvirt adds what it needs.
+    /// `None` if the result is inconclusive; the versions decide then.
     async fn read_eim(
         &mut self,
         facts: &NodeFacts,
@@ -233,45 +238,48 @@ impl<H: NodeSource> Prober<H> {
         };
         let machine = query.machine.as_deref().filter(|machine| is_q35(machine))?;
         let virt_type = query.virt_type.as_deref()?;
-        if let Some((of, answer)) = self.dry_run
+        if let Some((of, eim)) = self.dry_run
             && of == versions
         {
-            return answer;
+            return eim;
         }
-        let would_start = async |explicit| {
+        let dry_run = async |explicit| {
             let domain = dry_run_domain(virt_type, machine, explicit);
-            self.hypervisor.native_arguments(domain).await
+            self.node_source.native_arguments(domain).await
         };
-        let answer = match would_start(false).await {
+        let eim = match dry_run(false).await {
             Ok(arguments) if from_native_arguments(&arguments) => Some(Eim::Auto),
-            Err(error) if is_refusal(&error) => match would_start(true).await {
+            Err(error) if is_rejection(&error) => match dry_run(true).await {
                 Ok(_) => Some(Eim::Explicit),
-                Err(error) if is_refusal(&error) => Some(Eim::None),
+                Err(error) if is_rejection(&error) => Some(Eim::None),
                 Err(_) => None,
             },
-            // A libvirt that is slow with this one is not asked again at every probe.
+            // A timeout is kept too, so that not every probe waits for it.
             Ok(_) | Err(CallError::Overdue { .. }) => None,
             Err(_) => return None,
         };
-        self.dry_run = Some((versions, answer));
-        answer
+        self.dry_run = Some((versions, eim));
+        eim
     }
 
     async fn read_domains(&self, reading: &mut Reading) {
-        let domains = called(FactSource::Domains, self.hypervisor.running_domains().await);
-        let Some(domains) = self.record(reading, FactSource::Domains, domains) else {
-            return;
+        let domains = match self.node_source.running_domains().await {
+            Ok(domains) => domains,
+            Err(error) => {
+                let failure = SourceFailure::of_call(FactSource::Domains, &error);
+                return self.failed(reading, failure);
+            }
         };
+        self.succeeded(FactSource::Domains);
         reading.running_domains = Some(domains.len());
         for domain in domains {
             let name = format!("domain {}", domain.uuid);
-            let needs = NodeRequirements::parse(&name, domain.xml.as_bytes());
-            match understood(FactSource::Domains, needs) {
-                Ok(needs) => {
+            match NodeRequirements::parse(&name, domain.xml.as_bytes()) {
+                Ok(requirements) => {
                     let in_use = CapabilitiesInUse {
-                        machines: needs.machine.into_iter().collect(),
-                        cpu_models: needs.cpu_model.into_iter().collect(),
-                        cpu_features: needs.cpu_features.into_iter().collect(),
+                        machines: requirements.machine.into_iter().collect(),
+                        cpu_models: requirements.cpu_model.into_iter().collect(),
+                        cpu_features: requirements.cpu_features.into_iter().collect(),
                     };
                     reading.in_use.extend(&in_use);
                     reading.domains.push(DomainUsage {
@@ -280,22 +288,32 @@ impl<H: NodeSource> Prober<H> {
                         in_use,
                     });
                 }
-                Err(failure) => self.failed(reading, failure),
+                Err(error) => {
+                    let failure = SourceFailure::malformed(FactSource::Domains, &error);
+                    self.failed(reading, failure);
+                }
             }
         }
     }
 
-    /// Counts an outcome, and keeps a failure in the reading.
-    fn record<T>(
+    /// Parses the document of a source, and records the outcome.
+    fn parse<T>(
         &self,
         reading: &mut Reading,
         source: FactSource,
-        outcome: Result<T, SourceFailure>,
+        answer: Result<String, CallError>,
+        parse: impl Fn(&str, &[u8]) -> Result<T, DocumentError>,
     ) -> Option<T> {
-        match outcome {
-            Ok(value) => {
+        let parsed = answer
+            .map_err(|error| SourceFailure::of_call(source, &error))
+            .and_then(|text| {
+                parse(source.as_str(), text.as_bytes())
+                    .map_err(|error| SourceFailure::malformed(source, &error))
+            });
+        match parsed {
+            Ok(document) => {
                 self.succeeded(source);
-                Some(value)
+                Some(document)
             }
             Err(failure) => {
                 self.failed(reading, failure);
@@ -305,13 +323,11 @@ impl<H: NodeSource> Prober<H> {
     }
 
     fn succeeded(&self, source: FactSource) {
-        self.metrics
-            .probe_attempts
-            .with_label_values(&[source.as_str()])
-            .inc();
+        let labels = &[source.as_str()];
+        self.metrics.probe_attempts.with_label_values(labels).inc();
         self.metrics
             .probe_last_success
-            .with_label_values(&[source.as_str()])
+            .with_label_values(labels)
             .set(now_seconds());
     }
 
@@ -329,16 +345,16 @@ impl<H: NodeSource> Prober<H> {
     }
 }
 
-/// Whether libvirt understood the domain and would not start it.
-fn is_refusal(error: &CallError) -> bool {
+/// True if the source accepted the call, but would not start the domain.
+fn is_rejection(error: &CallError) -> bool {
     match error {
         CallError::Failed { code, .. } => code == CONFIG_UNSUPPORTED,
         error => matches!(error, CallError::Unsupported { .. }),
     }
 }
 
-/// Asks for the machine type that new guests use and the best domain type, and leaves to libvirt
-/// what is unknown.
+/// Chooses the native architecture, the machine type that new guests usually have, and the best
+/// domain type. The source chooses whatever is unknown.
 fn default_query(facts: &NodeFacts) -> DomainCapabilitiesQuery {
     let arch = facts.native_arch();
     let listed = arch.map(|arch| facts.machines(arch)).unwrap_or_default();

@@ -1,24 +1,24 @@
-//! A cheap value that changes when a new probe may find something else.
+//! A hash of the files that capabilities depend on, cheap enough to compute every few seconds.
 
 use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-/// Equal as long as nothing changed. Good within one process only.
+/// Comparable only within one process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Fingerprint(u64);
 
-/// What of KVM's modules a probe depends on: whether they are loaded, from which build, and
-/// whether they nest. Contents, because sysfs makes up its files' times when they are looked at.
 const MODULES: [&str; 4] = ["kvm", "kvm_intel", "kvm_amd", "kvm_hv"];
-const OF_A_MODULE: [&str; 3] = ["srcversion", "parameters/nested", "taint"];
+/// Files of a loaded module: its build and whether it supports nesting. Their contents are hashed,
+/// because sysfs does not maintain modification times.
+const MODULE_FILES: [&str; 3] = ["srcversion", "parameters/nested", "taint"];
 
-/// Looks at the emulators' files, KVM's device and KVM's modules, all below `root`: some twenty
-/// system calls, nothing is executed or opened for writing.
+/// Hashes the metadata of the emulators and of KVM's device, and the state of KVM's modules, below
+/// `root`: about twenty system calls. Nothing is executed or opened for writing.
 ///
-/// These are what libvirt's own cache of capabilities goes by, as far as they can change without
-/// a restart of the machine (`virQEMUCapsIsValid`).
+/// libvirt invalidates its cache of capabilities by the same files (`virQEMUCapsIsValid`), apart
+/// from those that change only with a reboot.
 pub fn fingerprint<P: AsRef<Path>>(root: &Path, emulators: &[P]) -> Fingerprint {
     let mut hasher = DefaultHasher::new();
     for emulator in emulators {
@@ -33,7 +33,7 @@ pub fn fingerprint<P: AsRef<Path>>(root: &Path, emulators: &[P]) -> Fingerprint 
                     file.ino(),
                     file.size(),
                     file.mtime(),
-                    changed(&file),
+                    change_time(&file),
                 )
             })
             .hash(&mut hasher);
@@ -46,21 +46,21 @@ pub fn fingerprint<P: AsRef<Path>>(root: &Path, emulators: &[P]) -> Fingerprint 
                 device.mode(),
                 device.uid(),
                 device.gid(),
-                changed(&device),
+                change_time(&device),
             )
         })
         .hash(&mut hasher);
     for module in MODULES {
         let directory = root.join("sys/module").join(module);
         directory.exists().hash(&mut hasher);
-        for file in OF_A_MODULE {
+        for file in MODULE_FILES {
             fs::read(directory.join(file)).ok().hash(&mut hasher);
         }
     }
     Fingerprint(hasher.finish())
 }
 
-fn changed(file: &fs::Metadata) -> (i64, i64) {
+fn change_time(file: &fs::Metadata) -> (i64, i64) {
     (file.ctime(), file.ctime_nsec())
 }
 
@@ -95,7 +95,7 @@ mod tests {
     }
 
     #[test]
-    fn it_stays_while_nothing_changes() {
+    fn reading_a_file_does_not_change_fingerprint() {
         let root = machine();
         let before = now(&root);
         fs::read(root.path().join("usr/bin/qemu-system-x86_64")).unwrap();
@@ -110,9 +110,9 @@ mod tests {
     #[case::module_loaded(|root: &Path| fs::create_dir(root.join("sys/module/kvm_intel")))]
     #[case::module_replaced(|root: &Path| fs::write(root.join("sys/module/kvm/srcversion"), "B2"))]
     #[case::nesting_off(|root: &Path| fs::write(root.join("sys/module/kvm_amd/parameters/nested"), "0"))]
-    fn it_changes_with(#[case] change: fn(&Path) -> std::io::Result<()>) {
+    fn changed_file_changes_fingerprint(#[case] change: fn(&Path) -> std::io::Result<()>) {
         let root = machine();
-        // So that the mode that a case sets is another than before, whatever the umask is.
+        // A case that sets the mode must differ from this one, whatever the umask is.
         let kvm = root.path().join("dev/kvm");
         fs::set_permissions(kvm, fs::Permissions::from_mode(0o666)).unwrap();
         let before = now(&root);
@@ -121,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn another_emulator_is_another_value() {
+    fn additional_emulator_changes_fingerprint() {
         let root = machine();
         let two = fingerprint(root.path(), &[EMULATOR, "/usr/bin/qemu-system-s390x"]);
         assert_ne!(two, now(&root));

@@ -1,4 +1,4 @@
-//! What KVM itself says, by ioctl on /dev/kvm.
+//! KVM's capabilities, by ioctl on /dev/kvm. The kernel answers at once.
 
 use std::fs::{File, OpenOptions};
 use std::os::fd::AsFd;
@@ -7,41 +7,38 @@ use std::path::Path;
 use crate::capability::KvmHyperv;
 use crate::ffi;
 
-/// `linux/kvm.h`.
+/// `linux/kvm.h`
 const KVM_CAP_NR_VCPUS: u32 = 9;
 const KVM_CAP_MAX_VCPUS: u32 = 66;
 
-/// KVM's device, if it is there and we may open it.
+/// Opens KVM's device; `None` if it does not exist or permission is missing.
 pub(super) fn open(root: &Path) -> Option<File> {
     let path = root.join("dev/kvm");
     OpenOptions::new().read(true).write(true).open(path).ok()
 }
 
-/// The most vCPUs one domain can have. `None` if this is not KVM.
+/// Returns the maximum number of vCPUs per domain; `None` if the file is not KVM's device.
 ///
-/// The kernel's rule for old ones (Documentation/virt/kvm/api.rst, 4.7): without
-/// `KVM_CAP_MAX_VCPUS` the recommended number is the limit, and without that it is 4.
+/// Old kernels (Documentation/virt/kvm/api.rst, 4.7): without `KVM_CAP_MAX_VCPUS` the recommended
+/// number is the limit, and without that the limit is 4.
 pub(super) fn max_vcpus(kvm: &File) -> Option<u32> {
-    let ask = |capability| ffi::kvm_extension(kvm.as_fd(), capability).ok();
+    let query = |capability| ffi::kvm_extension(kvm.as_fd(), capability).ok();
     let known = |number: &u32| *number > 0;
-    let maximum = ask(KVM_CAP_MAX_VCPUS)?;
-    Some(maximum)
+    Some(query(KVM_CAP_MAX_VCPUS)?)
         .filter(known)
-        .or_else(|| ask(KVM_CAP_NR_VCPUS).filter(known))
+        .or_else(|| query(KVM_CAP_NR_VCPUS).filter(known))
         .or(Some(4))
 }
 
-/// The Hyper-V enlightenments; `None` if one of the questions fails, as half an answer would
-/// look like enlightenments that are not there.
+/// Returns the Hyper-V enlightenments; `None` if any ioctl fails, because an incomplete list would
+/// look like missing enlightenments.
 pub(super) fn hyperv(kvm: &File) -> Option<KvmHyperv> {
     let registers = ffi::kvm_msr_indices(kvm.as_fd()).ok()?;
     let extensions = KvmHyperv::EXTENSIONS
         .iter()
         .map(|(_, capability)| {
-            Some((
-                *capability,
-                ffi::kvm_extension(kvm.as_fd(), *capability).ok()? > 0,
-            ))
+            let supported = ffi::kvm_extension(kvm.as_fd(), *capability).ok()? > 0;
+            Some((*capability, supported))
         })
         .collect::<Option<Vec<_>>>()?;
     Some(KvmHyperv::derive(

@@ -1,13 +1,15 @@
-//! Plain facts of this machine, from sysfs, procfs, and KVM's device.
+//! Facts about the host from sysfs, procfs and KVM's device.
 //!
-//! All paths are below a root: `/`, a mount of the host's root in a container, a directory in a
-//! test. What is not there or cannot be read is a fact of its own: absent, not an error.
+//! All paths are below a root: `/`, a mount of the host's root in a container, or a directory in a
+//! test. A missing or unreadable file is not an error: the fact is absent. All reads are
+//! synchronous and bounded in size; none waits for a device.
 
 mod fingerprint;
 mod kvm;
 mod survey;
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::{self, Read as _};
 use std::path::Path;
 
 pub use fingerprint::{Fingerprint, fingerprint};
@@ -16,7 +18,10 @@ pub use survey::survey;
 use crate::capability::{HostFacts, IommuKind};
 use crate::units::{Bytes, KiB};
 
-/// The parameter that says whether guests can be hypervisors, of each architecture's KVM.
+/// Maximum number of bytes to read of a file; passwd and cpuinfo of large hosts are smaller.
+const MAX_FILE_BYTES: u64 = 16 * 1024 * 1024;
+
+/// The parameter of each architecture's KVM module that enables nested virtualization.
 const NESTED: [&str; 4] = [
     "sys/module/kvm_intel/parameters/nested",
     "sys/module/kvm_amd/parameters/nested",
@@ -24,8 +29,7 @@ const NESTED: [&str; 4] = [
     "sys/module/kvm_hv/parameters/nested", // ppc64
 ];
 
-/// Reads everything anew. Some dozen small reads, none of which waits for a device: sysfs and
-/// ioctls that the kernel answers by itself.
+/// Reads all facts with some dozen system calls.
 pub fn read(root: &Path) -> HostFacts {
     let kvm = kvm::open(root);
     let arch = arch(root);
@@ -40,24 +44,26 @@ pub fn read(root: &Path) -> HostFacts {
         iommu_groups: u32::try_from(iommu_groups).unwrap_or(u32::MAX),
         vfio: exists(root, &["dev/vfio/vfio", "sys/class/misc/vfio"]),
         iommufd: exists(root, &["dev/iommu", "sys/class/misc/iommu"]),
-        nested: NESTED.iter().any(|path| is_on(&text(root, path))),
-        realtime: text(root, "proc/sys/kernel/sched_rt_runtime_us") == "-1",
+        nested: NESTED.iter().any(|path| is_on(root, path)),
+        realtime: text(root, "proc/sys/kernel/sched_rt_runtime_us").as_deref() == Some("-1"),
         arch,
     }
 }
 
-/// What the kernel can give out without swapping (`MemAvailable`); `None` if it does not say.
+/// Returns the memory that the kernel can allocate without swapping.
 pub fn available_memory(root: &Path) -> Option<Bytes> {
-    let text = text(root, "proc/meminfo");
-    let line = text
-        .lines()
-        .find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    let kib = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    meminfo(root, "MemAvailable:")
+}
+
+fn meminfo(root: &Path, field: &str) -> Option<Bytes> {
+    let text = text(root, "proc/meminfo")?;
+    let value = text.lines().find_map(|line| line.strip_prefix(field))?;
+    let kib = value.trim().strip_suffix("kB")?.trim().parse().ok()?;
     KiB::new(kib).map(Bytes::from)
 }
 
-/// The kind by the names of the IOMMU devices: `dmar0`, `ivhd0`, `smmu3.0x9050000`. Groups
-/// without such a device are those of another architecture or of virtio-iommu.
+/// Determines the kind by the names of the IOMMU devices: `dmar0`, `ivhd0`, `smmu3.0x9050000`. Groups
+/// without such a device belong to another architecture or to virtio-iommu.
 fn iommu(devices: &[String], groups: usize) -> IommuKind {
     let any = |prefix: &str| devices.iter().any(|device| device.starts_with(prefix));
     if any("dmar") {
@@ -73,30 +79,39 @@ fn iommu(devices: &[String], groups: usize) -> IommuKind {
     }
 }
 
-/// The kernel's name of the architecture: from the kernel where it says (since Linux 6.1), else
-/// what this program was built for.
+/// Returns the kernel's architecture (since Linux 6.1), else the one this program was built for.
 fn arch(root: &Path) -> String {
-    let told = text(root, "proc/sys/kernel/arch");
-    match (told.is_empty(), std::env::consts::ARCH) {
-        (false, _) => told,
-        (true, "powerpc64") if cfg!(target_endian = "little") => "ppc64le".to_owned(),
-        (true, "powerpc64") => "ppc64".to_owned(),
-        (true, built_for) => built_for.to_owned(),
-    }
+    text(root, "proc/sys/kernel/arch")
+        .filter(|arch| !arch.is_empty())
+        .unwrap_or_else(|| {
+            let arch = match std::env::consts::ARCH {
+                "powerpc64" if cfg!(target_endian = "little") => "ppc64le",
+                "powerpc64" => "ppc64",
+                arch => arch,
+            };
+            arch.to_owned()
+        })
 }
 
-/// Module parameters print booleans as `Y` or, where they are integers, as `1`.
-fn is_on(parameter: &str) -> bool {
-    matches!(parameter, "Y" | "y" | "1")
+/// True if the module parameter is set. The kernel writes `Y` for booleans, `1` for integers.
+fn is_on(root: &Path, parameter: &str) -> bool {
+    matches!(text(root, parameter).as_deref(), Some("Y" | "y" | "1"))
 }
 
 fn exists(root: &Path, any_of: &[&str]) -> bool {
     any_of.iter().any(|path| root.join(path).exists())
 }
 
-fn text(root: &Path, path: &str) -> String {
-    let text = fs::read_to_string(root.join(path)).unwrap_or_default();
-    text.trim().to_owned()
+/// Returns the trimmed content of a file; `None` if it cannot be read.
+fn text(root: &Path, path: &str) -> Option<String> {
+    let text = read_up_to(&root.join(path), MAX_FILE_BYTES).ok()?;
+    Some(text.trim().to_owned())
+}
+
+fn read_up_to(path: &Path, limit: u64) -> io::Result<String> {
+    let mut bytes = Vec::new();
+    File::open(path)?.take(limit).read_to_end(&mut bytes)?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
 fn entries(directory: &Path) -> Vec<String> {
@@ -123,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn available_memory_is_what_the_kernel_says() {
+    fn available_memory_is_read_from_meminfo() {
         let root = tempfile::tempdir().unwrap();
         assert_eq!(available_memory(root.path()), None);
         fs::create_dir(root.path().join("proc")).unwrap();
@@ -134,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_there_is_no_facts() {
+    fn empty_root_yields_only_the_architecture() {
         let root = TempDir::new().unwrap();
         let facts = read(root.path());
         assert_eq!(
@@ -148,7 +163,7 @@ mod tests {
     }
 
     #[test]
-    fn a_whole_machine_is_read() {
+    fn all_facts_of_a_host_are_read() {
         let root = TempDir::new().unwrap();
         put(&root, "proc/sys/kernel/arch", "x86_64\n");
         put(&root, "proc/sys/kernel/sched_rt_runtime_us", "-1\n");
@@ -163,7 +178,7 @@ mod tests {
         put(&root, "dev/vfio/vfio", "");
         put(&root, "sys/class/misc/iommu/dev", "10:1\n");
         put(&root, "sys/module/kvm_intel/parameters/nested", "Y\n");
-        // Not KVM's device: opened, asked, and taken for none.
+        // The file opens, but is not KVM's device.
         put(&root, "dev/kvm", "");
         assert_eq!(
             read(root.path()),
@@ -188,7 +203,7 @@ mod tests {
     #[case(&["virtio0"], 2, IommuKind::Other)]
     #[case(&[], 2, IommuKind::Other)]
     #[case(&[], 0, IommuKind::None)]
-    fn the_kind_of_iommu_shows_by_its_devices(
+    fn iommu_devices_determine_the_kind(
         #[case] devices: &[&str],
         #[case] groups: usize,
         #[case] expected: IommuKind,
@@ -202,7 +217,7 @@ mod tests {
     #[case("sys/module/kvm/parameters/nested", "1\n", true)]
     #[case("sys/module/kvm_intel/parameters/nested", "N\n", false)]
     #[case("sys/module/kvm_amd/parameters/nested", "0\n", false)]
-    fn nested_is_the_modules_parameter(
+    fn module_parameter_determines_nested(
         #[case] path: &str,
         #[case] value: &str,
         #[case] expected: bool,
@@ -212,9 +227,8 @@ mod tests {
         assert_eq!(read(root.path()).nested, expected);
     }
 
-    /// Whatever this machine is, the answer agrees with itself.
     #[test]
-    fn this_machine_is_read() {
+    fn facts_of_this_host_are_consistent() {
         let facts = read(Path::new("/"));
         assert_eq!(
             facts.arch,

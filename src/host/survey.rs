@@ -1,8 +1,8 @@
-//! A look over the whole machine, for the doctor. Nothing is changed, executed or connected to.
+//! Survey of the whole host for the doctor. It changes, executes and connects to nothing.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
-use std::io::{self, Read};
+use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
@@ -10,7 +10,7 @@ use nix::errno::Errno;
 use nix::sys::stat::{major, minor};
 use nix::unistd::{AccessFlags, Uid, access};
 
-use super::{NESTED, entries, exists, is_on, kvm, text};
+use super::{MAX_FILE_BYTES, NESTED, entries, exists, is_on, kvm, meminfo, read_up_to, text};
 use crate::doctor::checks::GIVEN_SOCKET;
 use crate::doctor::checks::observed::{
     Accounts, BootLoader, CpuInfo, DeviceNode, HostSurvey, HugePages, IommuSurvey, Kvm, OpenError,
@@ -18,10 +18,8 @@ use crate::doctor::checks::observed::{
 };
 use crate::units::{Bytes, KiB};
 
-/// The longest file that is read here; passwd and cpuinfo of large machines stay below it.
-const FILE_MAX_BYTES: u64 = 16 * 1024 * 1024;
-/// What holds one processor's part of cpuinfo on every architecture.
-const ONE_PROCESSOR_BYTES: u64 = 64 * 1024;
+/// Number of bytes of cpuinfo that include the first processor on every architecture.
+const FIRST_PROCESSOR_BYTES: u64 = 64 * 1024;
 
 const MODULES: [&str; 5] = ["kvm", "kvm_intel", "kvm_amd", "kvm_hv", "kvm_pr"];
 const SOCKETS: [&str; 3] = ["libvirt-sock", "virtqemud-sock", "virtlogd-sock"];
@@ -38,16 +36,16 @@ const POLKIT: [&str; 4] = [
     "usr/libexec/polkit-1/polkitd",
 ];
 
-/// Looks at the machine below `root`. `socket` is the one that the connection to libvirt names,
-/// by its path for this process.
-///
-/// Some two hundred small reads, none of which waits for a device or another process.
+/// Surveys the host below `root` with about two hundred small reads, none of which waits for a device
+/// or another process. `socket` is the path of the configured libvirt socket in this process.
 pub fn survey(root: &Path, socket: Option<&Path>) -> HostSurvey {
     let is_here = root == Path::new("/");
     let arch = super::arch(root);
     let in_pod = is_here && std::env::var_os("KUBERNETES_SERVICE_HOST").is_some();
     let has_mark = in_pod || exists(root, &[".dockerenv", "run/.containerenv"]);
     let in_container = has_mark && !has_initial_namespaces(root);
+    // In a mount of the host's root, "self" would be this process in its container.
+    let process = if is_here { "proc/self" } else { "proc/1" };
     let cpu = cpu(root, &arch);
     HostSurvey {
         is_root: Uid::effective().is_root(),
@@ -57,26 +55,26 @@ pub fn survey(root: &Path, socket: Option<&Path>) -> HostSurvey {
         distribution: distribution(root),
         guest_of: guest_of(root, &arch, cpu.as_ref()),
         cpu,
-        kvm: look_at_kvm(root),
-        kernel_arguments: read(&root.join("proc/cmdline"), FILE_MAX_BYTES)
+        kvm: survey_kvm(root),
+        kernel_arguments: text(root, "proc/cmdline")
             .map(|line| line.split_whitespace().map(str::to_owned).collect()),
         boot_loader: boot_loader(root),
         iommu: iommu(root),
         vfio: Vfio {
             vfio: exists(root, &["dev/vfio/vfio", "sys/class/misc/vfio"]),
             iommufd: exists(root, &["dev/iommu", "sys/class/misc/iommu"]),
-            unsafe_interrupts: is_on(&text(
+            unsafe_interrupts: is_on(
                 root,
                 "sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts",
-            )),
-            no_iommu: is_on(&text(
+            ),
+            no_iommu: is_on(
                 root,
                 "sys/module/vfio/parameters/enable_unsafe_noiommu_mode",
-            )),
+            ),
         },
-        huge_pages: huge_pages(root, process(is_here)),
-        sockets: sockets(root, socket, process(is_here).filter(|_| !in_container)),
-        daemons: named(&DAEMONS, |name| {
+        huge_pages: huge_pages(root, process),
+        sockets: sockets(root, socket, Some(process).filter(|_| !in_container)),
+        daemons: select(&DAEMONS, |name| {
             exists(
                 root,
                 &[&format!("usr/sbin/{name}"), &format!("usr/bin/{name}")],
@@ -95,8 +93,8 @@ pub fn survey(root: &Path, socket: Option<&Path>) -> HostSurvey {
     }
 }
 
-/// Whether this process lives in the machine's own namespaces, whatever a file that an image brought
-/// says. Their numbers are fixed (`PROC_*_INIT_INO`, linux/proc_ns.h).
+/// True if this process runs in the host's own namespaces, whose numbers are fixed
+/// (`PROC_*_INIT_INO`, linux/proc_ns.h). A file from an image can claim otherwise.
 fn has_initial_namespaces(root: &Path) -> bool {
     [
         ("ipc", 0xEFFF_FFFF_u32),
@@ -111,29 +109,9 @@ fn has_initial_namespaces(root: &Path) -> bool {
     })
 }
 
-/// Whose mounts and sockets are looked at. Seen through a mount of the host's root, "self" would
-/// be this process in its container.
-fn process(is_here: bool) -> Option<&'static str> {
-    Some(match is_here {
-        true => "proc/self",
-        false => "proc/1",
-    })
-}
-
-/// A file's text, as far as the limit; `None` if it cannot be read.
-fn read(path: &Path, limit: u64) -> Option<String> {
-    read_or_why(path, limit).ok()
-}
-
-fn read_or_why(path: &Path, limit: u64) -> io::Result<String> {
-    let mut bytes = Vec::new();
-    File::open(path)?.take(limit).read_to_end(&mut bytes)?;
-    Ok(String::from_utf8_lossy(&bytes).into_owned())
-}
-
-fn named(names: &[&str], is_there: impl Fn(&str) -> bool) -> BTreeSet<String> {
-    let there = names.iter().filter(|name| is_there(name));
-    there.map(|name| (*name).to_owned()).collect()
+fn select(names: &[&str], exists: impl Fn(&str) -> bool) -> BTreeSet<String> {
+    let existing = names.iter().filter(|name| exists(name));
+    existing.map(|name| (*name).to_owned()).collect()
 }
 
 fn has_unit(root: &Path, unit: &str) -> bool {
@@ -143,7 +121,7 @@ fn has_unit(root: &Path, unit: &str) -> bool {
 }
 
 fn distribution(root: &Path) -> Vec<String> {
-    let text = read(&root.join("etc/os-release"), FILE_MAX_BYTES).unwrap_or_default();
+    let text = text(root, "etc/os-release").unwrap_or_default();
     let value = |key: &str| {
         let line = text.lines().find_map(|line| line.strip_prefix(key));
         line.unwrap_or_default()
@@ -157,14 +135,15 @@ fn distribution(root: &Path) -> Vec<String> {
         .collect()
 }
 
-/// The first processor: what it says of itself under the names that architectures have for it.
+/// Reads the first processor's entries in cpuinfo, whose keys depend on the architecture.
 fn cpu(root: &Path, arch: &str) -> Option<CpuInfo> {
-    // Power tells the platform after all processors.
-    let limit = match arch.starts_with("ppc") {
-        true => FILE_MAX_BYTES,
-        false => ONE_PROCESSOR_BYTES,
+    // Power lists the platform after all processors.
+    let limit = if arch.starts_with("ppc") {
+        MAX_FILE_BYTES
+    } else {
+        FIRST_PROCESSOR_BYTES
     };
-    let text = read(&root.join("proc/cpuinfo"), limit)?;
+    let text = read_up_to(&root.join("proc/cpuinfo"), limit).ok()?;
     let value = |keys: &[&str]| {
         text.lines().find_map(|line| {
             let (key, value) = line.split_once(':')?;
@@ -179,25 +158,24 @@ fn cpu(root: &Path, arch: &str) -> Option<CpuInfo> {
     })
 }
 
-/// What the machine is a guest of: by the CPU's flag on x86, by the device tree, by z/VM's and
-/// KVM's entry in sysinfo on s390x, and by names that only virtual machines have.
+/// Returns the hypervisor that this host is a guest of: by the CPU flag on x86, the device tree, the
+/// entry of z/VM or KVM in sysinfo on s390x, or DMI names that only virtual machines have.
 fn guest_of(root: &Path, arch: &str, cpu: Option<&CpuInfo>) -> Option<String> {
-    let vendor = text(root, "sys/class/dmi/id/sys_vendor");
-    let product = text(root, "sys/class/dmi/id/product_name");
+    let vendor = text(root, "sys/class/dmi/id/sys_vendor").unwrap_or_default();
+    let product = text(root, "sys/class/dmi/id/product_name").unwrap_or_default();
     if matches!(arch, "x86_64" | "i686") {
-        let flagged = cpu?.flags.contains("hypervisor");
-        return flagged.then(|| match (vendor.as_str(), product.as_str()) {
+        let is_guest = cpu?.flags.contains("hypervisor");
+        return is_guest.then(|| match (vendor.as_str(), product.as_str()) {
             ("", _) => "a hypervisor without a name".to_owned(),
             (vendor, "") => vendor.to_owned(),
             (vendor, product) => format!("{vendor} {product}"),
         });
     }
-    let tree = read(&root.join("proc/device-tree/hypervisor/compatible"), 4096);
-    if let Some(compatible) = tree {
+    if let Some(compatible) = text(root, "proc/device-tree/hypervisor/compatible") {
         return Some(compatible.trim_matches('\0').replace('\0', " "));
     }
-    let control = text(root, "proc/sysinfo");
-    let control = control
+    let sysinfo = text(root, "proc/sysinfo").unwrap_or_default();
+    let control = sysinfo
         .lines()
         .find_map(|line| line.strip_prefix("VM00 Control Program:"));
     if let Some(control) = control {
@@ -207,17 +185,14 @@ fn guest_of(root: &Path, arch: &str, cpu: Option<&CpuInfo>) -> Option<String> {
     (virtual_only.contains(&vendor.as_str()) || product == "Virtual Machine").then_some(vendor)
 }
 
-fn look_at_kvm(root: &Path) -> Kvm {
-    let nested = NESTED.iter().find_map(|path| {
-        let value = read(&root.join(path), 64)?;
-        Some(is_on(value.trim()))
-    });
+fn survey_kvm(root: &Path) -> Kvm {
+    let parameter = NESTED.iter().find(|path| text(root, path).is_some());
     Kvm {
         device: device(&root.join("dev/kvm")),
         registered: exists(root, &["sys/class/misc/kvm"]),
-        modules: named(&MODULES, |name| root.join("sys/module").join(name).exists()),
+        modules: select(&MODULES, |name| root.join("sys/module").join(name).exists()),
         max_vcpus: kvm::open(root).as_ref().and_then(kvm::max_vcpus),
-        nested,
+        nested: parameter.map(|path| is_on(root, path)),
     }
 }
 
@@ -252,52 +227,52 @@ fn boot_loader(root: &Path) -> BootLoader {
     if exists(root, &["usr/sbin/grubby", "usr/bin/grubby"]) {
         return BootLoader::Grubby;
     }
-    let file = read(&root.join("etc/default/grub"), FILE_MAX_BYTES).unwrap_or_default();
+    let file = text(root, "etc/default/grub").unwrap_or_default();
     let quoted = file
         .lines()
         .any(|line| line.starts_with("GRUB_CMDLINE_LINUX=\""));
-    match quoted && exists(root, &["usr/sbin/update-grub"]) {
-        true => BootLoader::UpdateGrub,
-        false => BootLoader::Unknown,
+    if quoted && exists(root, &["usr/sbin/update-grub"]) {
+        BootLoader::UpdateGrub
+    } else {
+        BootLoader::Unknown
     }
 }
 
 fn iommu(root: &Path) -> IommuSurvey {
     let mut devices = entries(&root.join("sys/class/iommu"));
     devices.sort_unstable();
-    let directory = root.join("sys/kernel/iommu_groups");
-    let groups = entries(&directory);
+    let groups = entries(&root.join("sys/kernel/iommu_groups"));
     let types: Vec<String> = groups
         .iter()
-        .filter_map(|group| read(&directory.join(group).join("type"), 64))
+        .filter_map(|group| text(root, &format!("sys/kernel/iommu_groups/{group}/type")))
         .collect();
     let tables = root.join("sys/firmware/acpi/tables");
     IommuSurvey {
         devices,
         groups: groups.len(),
-        identity: types.iter().filter(|t| t.trim() == "identity").count(),
+        identity: types.iter().filter(|kind| *kind == "identity").count(),
         typed: types.len(),
         tables: tables.is_dir().then(|| {
             let tables = entries(&tables);
-            named(&["DMAR", "IVRS"], |name| {
+            select(&["DMAR", "IVRS"], |name| {
                 tables.iter().any(|table| table == name)
             })
         }),
     }
 }
 
-/// Each size of huge pages.
-fn huge_pages(root: &Path, process: Option<&str>) -> Vec<HugePages> {
-    let directory = root.join("sys/kernel/mm/hugepages");
+fn huge_pages(root: &Path, process: &str) -> Vec<HugePages> {
+    const DIRECTORY: &str = "sys/kernel/mm/hugepages";
     let mounted = mounted_sizes(root, process);
-    let mut all: Vec<HugePages> = entries(&directory)
+    let mut all: Vec<HugePages> = entries(&root.join(DIRECTORY))
         .into_iter()
         .filter_map(|name| {
             let kib = name.strip_prefix("hugepages-")?.strip_suffix("kB")?;
             let size = KiB::new(kib.parse().ok()?).map(Bytes::from)?;
             let count = |file: &str| {
-                let text = read(&directory.join(&name).join(file), 64)?;
-                text.trim().parse().ok()
+                text(root, &format!("{DIRECTORY}/{name}/{file}"))?
+                    .parse()
+                    .ok()
             };
             Some(HugePages {
                 size,
@@ -311,16 +286,10 @@ fn huge_pages(root: &Path, process: Option<&str>) -> Vec<HugePages> {
     all
 }
 
-/// The sizes for which a hugetlbfs is mounted; `None` if the mounts cannot be read.
-fn mounted_sizes(root: &Path, process: Option<&str>) -> Option<BTreeSet<Bytes>> {
-    let mounts = read(&root.join(process?).join("mounts"), FILE_MAX_BYTES)?;
-    let usual = read(&root.join("proc/meminfo"), FILE_MAX_BYTES).and_then(|text| {
-        let line = text
-            .lines()
-            .find_map(|line| line.strip_prefix("Hugepagesize:"))?;
-        let kib = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-        KiB::new(kib).map(Bytes::from)
-    });
+/// Returns the page sizes with a mounted hugetlbfs; `None` if the mounts cannot be read.
+fn mounted_sizes(root: &Path, process: &str) -> Option<BTreeSet<Bytes>> {
+    let mounts = text(root, &format!("{process}/mounts"))?;
+    let default = meminfo(root, "Hugepagesize:");
     let sizes = mounts.lines().filter_map(|line| {
         let mut fields = line.split_whitespace().skip(2);
         if fields.next()? != "hugetlbfs" {
@@ -329,19 +298,19 @@ fn mounted_sizes(root: &Path, process: Option<&str>) -> Option<BTreeSet<Bytes>> 
         let options = fields.next().unwrap_or_default();
         let size = options.split(',').find_map(|o| o.strip_prefix("pagesize="));
         match size {
-            // The kernel writes 2M and 1024M; a suffix of ours is 2MiB.
+            // The kernel writes 2M and 1024M.
             Some(size) => format!("{size}iB").parse().ok(),
-            None => usual,
+            None => default,
         }
     });
     Some(sizes.collect())
 }
 
-/// libvirt's sockets. Whether somebody listens is read from the kernel's list: a connection that
-/// is closed at once is an error in libvirt's log.
+/// Surveys libvirt's sockets. Listeners come from the kernel's list of sockets, because libvirt logs
+/// an error for a connection that is closed at once.
 fn sockets(root: &Path, given: Option<&Path>, process: Option<&str>) -> BTreeMap<String, Socket> {
     let listening: Option<BTreeSet<PathBuf>> = process
-        .and_then(|process| read(&root.join(process).join("net/unix"), FILE_MAX_BYTES))
+        .and_then(|process| text(root, &format!("{process}/net/unix")))
         .map(|text| {
             text.lines()
                 .filter_map(|line| {
@@ -384,7 +353,7 @@ fn sockets(root: &Path, given: Option<&Path>, process: Option<&str>) -> BTreeMap
         .collect()
 }
 
-/// `/var/run` is `/run`.
+/// Replaces `/var/run` by `/run`, which it links to.
 fn without_var(path: &Path) -> PathBuf {
     match path.strip_prefix("/var/run") {
         Ok(rest) => Path::new("/run").join(rest),
@@ -394,7 +363,7 @@ fn without_var(path: &Path) -> PathBuf {
 
 const QEMU_CONF: &str = "etc/libvirt/qemu.conf";
 
-/// A setting of qemu.conf: `name = "value"`.
+/// Returns the value of `name = "value"` in qemu.conf.
 fn setting(text: &str, name: &str) -> Option<String> {
     let value = text.lines().find_map(|line| {
         let rest = line.trim_start().strip_prefix(name)?.trim_start();
@@ -405,7 +374,7 @@ fn setting(text: &str, name: &str) -> Option<String> {
 }
 
 fn logs_to_file(root: &Path) -> Option<bool> {
-    match read_or_why(&root.join(QEMU_CONF), FILE_MAX_BYTES) {
+    match read_up_to(&root.join(QEMU_CONF), MAX_FILE_BYTES) {
         Ok(text) => Some(setting(&text, "stdio_handler").as_deref() == Some("file")),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Some(false),
         Err(_) => None,
@@ -413,8 +382,8 @@ fn logs_to_file(root: &Path) -> Option<bool> {
 }
 
 fn accounts(root: &Path) -> Accounts {
-    let passwd = read(&root.join("etc/passwd"), FILE_MAX_BYTES).unwrap_or_default();
-    let group = read(&root.join("etc/group"), FILE_MAX_BYTES).unwrap_or_default();
+    let passwd = text(root, "etc/passwd").unwrap_or_default();
+    let group = text(root, "etc/group").unwrap_or_default();
     Accounts {
         users: passwd
             .lines()
@@ -438,7 +407,7 @@ fn accounts(root: &Path) -> Accounts {
                 Some((name, (gid, members.map(str::to_owned).collect())))
             })
             .collect(),
-        configured: read(&root.join(QEMU_CONF), FILE_MAX_BYTES)
+        configured: text(root, QEMU_CONF)
             .map(|text| (setting(&text, "user"), setting(&text, "group"))),
         own_uid: Uid::effective().as_raw(),
     }
