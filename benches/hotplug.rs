@@ -31,7 +31,7 @@ use tempfile::TempDir;
 use tokio::time::{sleep, timeout};
 use virtnode::executor::{AskedBy, Executor, Listener, Options, Order, Record};
 use virtnode::hotplug::{HotplugRequest, Require, Verdict};
-use virtnode::hypervisor::{Connection, ControlConfig, DomainBackend as _, LibvirtDomains};
+use virtnode::hypervisor::{Connection, DomainBackend as _, Libvirt, LibvirtConfig};
 use virtnode::journal::Journal;
 use virtnode::monitor::Monitor;
 use virtnode::telemetry::Metrics;
@@ -353,7 +353,7 @@ async fn readings(libvirtd: &Arc<Libvirtd>) -> anyhow::Result<()> {
 }
 
 /// A monitor that has read all domains once.
-async fn monitor(libvirtd: &Libvirtd) -> anyhow::Result<Monitor<LibvirtDomains>> {
+async fn monitor(libvirtd: &Libvirtd) -> anyhow::Result<Monitor<Libvirt>> {
     let metrics = Arc::new(Metrics::new());
     let control = Arc::new(connect(libvirtd, &metrics).await?);
     let mut monitor = Monitor::new(control, Arc::clone(&metrics.inventory));
@@ -388,8 +388,8 @@ async fn growth(libvirtd: &Libvirtd) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn connect(libvirtd: &Libvirtd, metrics: &Arc<Metrics>) -> anyhow::Result<LibvirtDomains> {
-    let control = LibvirtDomains::start(ControlConfig::new(libvirtd.uri()), metrics);
+async fn connect(libvirtd: &Libvirtd, metrics: &Arc<Metrics>) -> anyhow::Result<Libvirt> {
+    let control = Libvirt::start(LibvirtConfig::new(libvirtd.uri()), Arc::clone(metrics));
     let mut listening = control.listening();
     let up = listening.wait_for(|state| matches!(state, Connection::Up(_)));
     timeout(PATIENCE, up).await??;

@@ -21,11 +21,10 @@ use super::local::{Found, Local};
 use super::output::{Output, print, print_value};
 use super::{Exit, runtime};
 use crate::config::Config;
-use crate::daemon::control_config;
 use crate::doctor::checks::observed::Daemon;
 use crate::doctor::checks::{Severity, diagnose};
 use crate::doctor::{DoctorScope, observe_node};
-use crate::hypervisor::{ControlConfig, Libvirt, LibvirtConfig, LibvirtDomains};
+use crate::hypervisor::{Libvirt, LibvirtConfig};
 use crate::telemetry::Metrics;
 use crate::telemetry::metrics::now_seconds;
 
@@ -69,16 +68,11 @@ impl Doctor {
             let metrics = Arc::new(Metrics::new());
             let libvirt = LibvirtConfig {
                 call_deadline: config.call_deadline.min(QUESTION),
-                ..LibvirtConfig::new(config.connect.clone())
+                ..LibvirtConfig::without_events(config.connect.clone())
             };
-            let control = ControlConfig {
-                libvirt: libvirt.clone(),
-                agent_lanes: 8,
-                ..control_config(config)
-            };
-            let control = LibvirtDomains::start(control, &metrics);
             let libvirt = Arc::new(Libvirt::start(libvirt, metrics));
-            observe_node(&scope, libvirt, &control, daemon).await
+            let control = Arc::clone(&libvirt);
+            observe_node(&scope, libvirt, &*control, daemon).await
         });
         drop(waiting);
         let diagnosis = diagnose(&observed);

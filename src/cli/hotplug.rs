@@ -18,10 +18,10 @@ use super::output::{Output, print, print_value};
 use super::{Exit, report, runtime};
 use crate::config::Config;
 use crate::daemon::api::{Operations, states};
-use crate::daemon::control_config;
 use crate::daemon::hotplug::Carried;
+use crate::daemon::libvirt_config;
 use crate::hotplug::{HotplugRequest, Require};
-use crate::hypervisor::LibvirtDomains;
+use crate::hypervisor::Libvirt;
 use crate::operation::{AskedBy, DomainName, Order, Record};
 use crate::telemetry::{Metrics, now};
 use crate::units::Bytes;
@@ -152,7 +152,7 @@ async fn direct(
         );
     }
     let metrics = Arc::new(Metrics::new());
-    let control = LibvirtDomains::start(control_config(config), &metrics);
+    let control = Libvirt::start(libvirt_config(config), Arc::clone(&metrics));
     let (state, deep) = (&config.state_directory, config.deep_verify);
     let carried = Carried::start(Arc::new(control), state, deep, &metrics, None)?;
     let order = Order {

@@ -156,7 +156,7 @@ fn probe(config: &Config) -> anyhow::Result<Reading> {
     runtime()?.block_on(async {
         let libvirt = LibvirtConfig {
             call_deadline: config.call_deadline,
-            ..LibvirtConfig::new(config.connect.clone())
+            ..LibvirtConfig::without_events(config.connect.clone())
         };
         let libvirt = Arc::new(Libvirt::start(libvirt, Arc::clone(&metrics)));
         let mut prober = Prober::new(libvirt, metrics, Path::new("/").to_owned());

@@ -132,7 +132,7 @@ impl Targets {
         runtime()?.block_on(async {
             let libvirt = LibvirtConfig {
                 call_deadline: config.call_deadline,
-                ..LibvirtConfig::new(config.connect.clone())
+                ..LibvirtConfig::without_events(config.connect.clone())
             };
             let libvirt = Libvirt::start(libvirt, Arc::new(Metrics::new()));
             Ok(running(name, &libvirt).await?.requirement)

@@ -29,7 +29,7 @@ use crate::cluster::{Cluster, ClusterConfig};
 use crate::config::{Config, ConfigError, Target};
 use crate::doctor::{DoctorScope, DoctorTask};
 use crate::executor::Executor;
-use crate::hypervisor::{ControlConfig, Libvirt, LibvirtConfig, LibvirtDomains};
+use crate::hypervisor::{Libvirt, LibvirtConfig};
 use crate::labeller::{Labeller, Outputs};
 use crate::monitor::Monitor;
 use crate::publish::events::EventRecorder;
@@ -109,7 +109,7 @@ async fn start(config: &Config, listener: TcpListener, parts: &mut Parts) -> any
     let metrics = Arc::new(Metrics::new());
     let libvirt = libvirt_config(config);
     let hypervisor = Arc::new(Libvirt::start(libvirt, Arc::clone(&metrics)));
-    let control = Arc::new(LibvirtDomains::start(control_config(config), &metrics));
+    let control = Arc::clone(&hypervisor);
     let on_node = match config.publishes_to(Target::Node) {
         true => {
             let cluster = Cluster::connect(cluster_config(config)?).await?;
@@ -177,19 +177,11 @@ async fn start(config: &Config, listener: TcpListener, parts: &mut Parts) -> any
     Ok(())
 }
 
-/// How libvirt is reached.
-fn libvirt_config(config: &Config) -> LibvirtConfig {
+/// Returns how libvirt is reached.
+pub(crate) fn libvirt_config(config: &Config) -> LibvirtConfig {
     LibvirtConfig {
         call_deadline: config.call_deadline,
         ..LibvirtConfig::new(config.connect.clone())
-    }
-}
-
-/// How libvirt is reached for its domains.
-pub(crate) fn control_config(config: &Config) -> ControlConfig {
-    ControlConfig {
-        libvirt: libvirt_config(config),
-        ..ControlConfig::new(config.connect.clone())
     }
 }
 
@@ -197,11 +189,11 @@ pub(crate) fn control_config(config: &Config) -> ControlConfig {
 /// Labels do not wait for a socket or a journal that cannot be made: that is told here.
 fn start_hotplug(
     config: &Config,
-    control: &Arc<LibvirtDomains>,
+    control: &Arc<Libvirt>,
     metrics: &Arc<Metrics>,
     events: Option<(EventRecorder, ObjectReference)>,
     parts: &mut Parts,
-) -> anyhow::Result<Option<Arc<Executor<LibvirtDomains>>>> {
+) -> anyhow::Result<Option<Arc<Executor<Libvirt>>>> {
     let started = serve_operations(config, control, metrics, events, parts);
     if let Err(error) = &started {
         error!("hotplug is off until the next start: {error:#}");
@@ -211,11 +203,11 @@ fn start_hotplug(
 
 fn serve_operations(
     config: &Config,
-    control: &Arc<LibvirtDomains>,
+    control: &Arc<Libvirt>,
     metrics: &Arc<Metrics>,
     events: Option<(EventRecorder, ObjectReference)>,
     parts: &mut Parts,
-) -> anyhow::Result<Option<Arc<Executor<LibvirtDomains>>>> {
+) -> anyhow::Result<Option<Arc<Executor<Libvirt>>>> {
     // First: it also keeps a second daemon away from the journal.
     let gid = config.allowed_gids.first().copied();
     let socket = api::bind(&config.socket, gid)

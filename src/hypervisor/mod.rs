@@ -14,7 +14,7 @@ use std::future::Future;
 use tokio::sync::watch;
 
 pub use self::control::{Change, DomainBackend, DomainStats, LiveDomain, Notice, Notices, Scope};
-pub use self::libvirt::{ControlConfig, Keepalive, Libvirt, LibvirtConfig, LibvirtDomains};
+pub use self::libvirt::{Keepalive, Libvirt, LibvirtConfig, Workers};
 use crate::capability::Version;
 use crate::compat::CpuComparison;
 pub use crate::domain::{CallError, DomainRef};

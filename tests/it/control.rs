@@ -15,7 +15,7 @@ use tokio::time::timeout;
 use virtnode::domain::{AgentChannel, Domain, DomainState, IdSet};
 use virtnode::hotplug::{Answer, Event, SlotKind};
 use virtnode::hypervisor::{
-    CallError, Change, Connection, ControlConfig, DomainBackend, DomainRef, LibvirtDomains, Notice,
+    CallError, Change, Connection, DomainBackend, DomainRef, Libvirt, LibvirtConfig, Notice,
     Notices, Scope,
 };
 use virtnode::telemetry::Metrics;
@@ -28,14 +28,14 @@ use crate::support::libvirtd::Libvirtd;
 /// For what has no deadline of its own; only a failing test waits so long.
 const LONG: Duration = Duration::from_secs(60);
 
-fn start(libvirtd: &Libvirtd, change: impl FnOnce(&mut ControlConfig)) -> LibvirtDomains {
-    let mut config = ControlConfig::new(libvirtd.uri());
+fn start(libvirtd: &Libvirtd, change: impl FnOnce(&mut LibvirtConfig)) -> Libvirt {
+    let mut config = LibvirtConfig::new(libvirtd.uri());
     change(&mut config);
-    LibvirtDomains::start(config, &Arc::new(Metrics::new()))
+    Libvirt::start(config, Arc::new(Metrics::new()))
 }
 
 /// Waits until events are told, and subscribes.
-async fn listen(control: &LibvirtDomains) -> Notices {
+async fn listen(control: &Libvirt) -> Notices {
     let mut listening = control.listening();
     let up = listening.wait_for(|state| matches!(state, Connection::Up(_)));
     timeout(LONG, up).await.unwrap().unwrap();
@@ -90,7 +90,7 @@ fn mib(mib: u64) -> Bytes {
 }
 
 /// The live XML of a domain, read.
-async fn read(control: &LibvirtDomains, domain: &DomainRef) -> Domain {
+async fn read(control: &Libvirt, domain: &DomainRef) -> Domain {
     let live = control.domain(domain).await.unwrap();
     Domain::parse("live", live.xml.as_bytes(), live.state).unwrap()
 }
@@ -198,7 +198,7 @@ async fn a_guest_is_watched_and_changed() {
 }
 
 /// vCPUs up, online, and down.
-async fn vcpus(control: &LibvirtDomains, notices: &mut Notices, id: &DomainRef) {
+async fn vcpus(control: &Libvirt, notices: &mut Notices, id: &DomainRef) {
     control
         .set_agent_timeout(id, Duration::from_millis(4500))
         .await
@@ -251,7 +251,7 @@ async fn vcpus(control: &LibvirtDomains, notices: &mut Notices, id: &DomainRef) 
 }
 
 /// A virtio-mem device larger, and a DIMM in and out.
-async fn memory(control: &LibvirtDomains, notices: &mut Notices, id: &DomainRef) {
+async fn memory(control: &Libvirt, notices: &mut Notices, id: &DomainRef) {
     let requested = |mib: u64| KiB::new(mib * 1024).unwrap();
     control
         .resize_virtio_mem(id, "ua-mem0", requested(256))
@@ -447,18 +447,16 @@ impl Drop for Held {
 }
 
 #[tokio::test]
-async fn a_domain_that_is_stuck_costs_its_own_lane_only() {
+async fn stuck_domain_delays_only_its_own_calls() {
     const DEADLINE: Duration = Duration::from_secs(5);
     let libvirtd = Libvirtd::start().unwrap();
     let metrics = Arc::new(Metrics::new());
-    let config = ControlConfig {
+    let config = LibvirtConfig {
         change_deadline: DEADLINE,
-        change_lanes: 2,
-        stats_deadline: DEADLINE,
-        stats_lanes: 2,
-        ..ControlConfig::new(libvirtd.uri())
+        statistics_deadline: DEADLINE,
+        ..LibvirtConfig::new(libvirtd.uri())
     };
-    let control = LibvirtDomains::start(config, &metrics);
+    let control = Libvirt::start(config, Arc::clone(&metrics));
     for name in ["stuck", "a", "b", "c"] {
         libvirtd.start_domain(name).unwrap();
     }
@@ -556,7 +554,7 @@ async fn statistics_leave_no_memory_behind() {
 }
 
 async fn measure_statistics(uri: &str) {
-    let control = LibvirtDomains::start(ControlConfig::new(uri), &Arc::new(Metrics::new()));
+    let control = Libvirt::start(LibvirtConfig::new(uri), Arc::new(Metrics::new()));
     let id = control.find_domain("a").await.unwrap();
     let ask = async |times: u32| {
         for call in 0..times {

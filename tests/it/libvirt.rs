@@ -324,7 +324,7 @@ async fn a_frozen_libvirtd_holds_up_nobody() {
     eventually(LONG, async || {
         let (answer, took) = timed(libvirt.capabilities()).await;
         let error = answer.unwrap_err();
-        ensure!(error.to_string().contains("have not come back"), "{error}");
+        ensure!(error.to_string().contains("have not returned"), "{error}");
         ensure!(took < DEADLINE / 2, "{took:?}");
         Ok(())
     })

@@ -23,7 +23,7 @@ pub(super) fn ask(question: &Question, config: &Config) -> anyhow::Result<Result
     runtime()?.block_on(async {
         let libvirt = LibvirtConfig {
             call_deadline: config.call_deadline,
-            ..LibvirtConfig::new(config.connect.clone())
+            ..LibvirtConfig::without_events(config.connect.clone())
         };
         let libvirt = Arc::new(Libvirt::start(libvirt, Arc::clone(&metrics)));
         let mut prober = Prober::new(Arc::clone(&libvirt), metrics, Path::new("/").to_owned());

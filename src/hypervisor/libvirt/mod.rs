@@ -1,169 +1,131 @@
 //! The hypervisor by way of libvirt.
 //!
 //! ```text
-//! async: Libvirt ── a job ──▶ Lanes ──▶ Lane: one thread, one Session (a connection)
-//!           ◀── its answer, or the deadline ──┘        │ opened, closed
-//!                                              Link: watchers, metrics, log
-//! event loop: keepalive, the close callback and events, one thread for the process
+//! probe, executor, monitor …  (async)
+//!        │ NodeSource (node.rs), DomainBackend (backend.rs)
+//!        ▼
+//!   Libvirt ── owns ──▶ Connection ◀── reopens ── reconnect.rs (one task)
+//!                           │ queues, limits, virConnect handles (connection.rs)
+//!                           ▼
+//!                       Workers: at most 8 threads for all connections (workers.rs)
+//!                           │ session.rs, domains.rs: blocking calls over one handle
+//!                           ▼
+//!                        libvirtd ── events, keepalive, close ──▶ event loop (one thread)
 //! ```
 //!
-//! [`LibvirtDomains`] has connections of its own, apart by what can hold up what: [`Lanes`] for
-//! events and for calls that wait for no domain, [`Lanes`] for the statistics of all domains, and
-//! a [`Pool`] each for statistics, changes and guest agents, with one lane for each domain that
-//! is just asked.
+//! * **Ownership.** A [`Libvirt`] owns its connection and shares the workers. The event loop's
+//!   thread belongs to the process: libvirt cannot stop it. Idle, there is one virConnect and no
+//!   worker. More virConnects are opened while more than four calls are in progress.
+//! * **Blocking.** Only workers and the event loop call libvirt. An async caller waits for its
+//!   queue, its class of calls ([`limits::Class`]), a worker and the result, and for all together
+//!   no longer than the deadline of the call.
+//! * **Failure.** Every call ends with a result or a [`CallError`](super::CallError). A libvirtd
+//!   that is absent, killed or frozen turns the connection down until it can be reopened
+//!   (reconnect.rs draws the states); calls are answered at once meanwhile. A domain that hangs
+//!   delays its own calls only. Threads that never return from libvirt are bounded
+//!   ([`limits::LATE_CALLS`]).
+//! * libvirt's numbers, texts and XML end in this directory. Errors are classified in failure.rs,
+//!   never by their text.
 
-mod call;
-mod control;
+mod backend;
+mod connection;
 mod device;
 mod domains;
 mod event_loop;
+mod events;
 mod failure;
-mod lane;
-mod lanes;
-mod link;
-mod notices;
-mod pool;
+mod limits;
+mod node;
+mod reconnect;
 mod session;
+mod workers;
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::watch;
-
-pub use self::control::{ControlConfig, LibvirtDomains};
-use self::lanes::Lanes;
-use self::link::{Link, Role};
-#[cfg(doc)]
-use self::pool::Pool;
-use self::session::Session;
-use super::{CallError, Connection, DomainCapabilitiesQuery, NodeSource, RunningDomain, Versions};
-use crate::compat::CpuComparison;
+use self::connection::Connection;
+pub use self::workers::Workers;
 use crate::telemetry::Metrics;
 
-/// How to reach libvirt, and how long to wait for it.
+/// Address of a libvirtd and timeouts of calls to it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LibvirtConfig {
     /// A URI of libvirt, `qemu:///system`; empty: libvirt's own choice. For an unprivileged user
     /// libvirt starts a daemon for a `/session` URI if none runs, unless `LIBVIRT_AUTOSTART=0`.
     pub uri: String,
-    /// How long a call may take. The first ones after an update of QEMU start the emulators to
-    /// ask them, which takes some seconds for each.
+    /// Timeout for calls that wait for no domain. The first ones after an update of QEMU start the
+    /// emulators to probe them, some seconds for each.
     pub call_deadline: Duration,
-    /// How long opening a connection may take before it is tried on another thread.
+    /// Timeout for opening a connection, after which it is tried again on another thread.
     pub open_deadline: Duration,
-    /// When a silent libvirtd counts as gone.
+    /// Timeout for statistics.
+    pub statistics_deadline: Duration,
+    /// Timeout for calls that wait for a domain. libvirt itself waits 30 s for its lock on the
+    /// domain, then up to 10 s for an unplug (libvirt 11.3: virdomainjob.c, qemu_hotplug.c); the
+    /// timeout is longer, so that libvirt reports which of them it was.
+    pub change_deadline: Duration,
+    /// Timeout for calls to a guest agent: libvirt waits 5 s for an agent that does not answer
+    /// (libvirt 11.3: qemu_agent.c).
+    pub agent_deadline: Duration,
     pub keepalive: Keepalive,
+    /// True if events are subscribed to.
+    pub events: bool,
 }
 
-/// libvirt's keepalive messages (`virConnectSetKeepAlive`): the connection is closed when
-/// `count` of them, one each `interval`, stayed without an answer.
+/// libvirt's keepalive messages (`virConnectSetKeepAlive`): the connection is closed after `count`
+/// of them without an answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Keepalive {
-    /// Time between two messages, in whole seconds.
+    /// Interval between messages, in whole seconds.
     pub interval: Duration,
-    /// Number of messages without an answer.
     pub count: u32,
 }
 
 impl LibvirtConfig {
-    /// The usual times for this URI: 30 s for a call, 10 s to open, keepalive 3 times each 5 s.
     pub fn new(uri: impl Into<String>) -> Self {
         Self {
             uri: uri.into(),
             call_deadline: Duration::from_secs(30),
             open_deadline: Duration::from_secs(10),
+            statistics_deadline: Duration::from_secs(10),
+            change_deadline: Duration::from_secs(45),
+            agent_deadline: Duration::from_secs(10),
             keepalive: Keepalive {
                 interval: Duration::from_secs(5),
                 count: 3,
             },
+            events: true,
+        }
+    }
+
+    /// Returns a configuration for callers that do not watch domains.
+    pub fn without_events(uri: impl Into<String>) -> Self {
+        Self {
+            events: false,
+            ..Self::new(uri)
         }
     }
 }
 
-/// A libvirt that is connected to, and connected to again, for as long as this lives.
+/// A libvirtd: its node's documents and its domains.
 pub struct Libvirt {
-    link: Link,
-    lanes: Lanes,
+    connection: Connection,
 }
 
 impl Libvirt {
-    /// Begins to connect and returns at once; libvirt need not run yet. The first calls wait for
-    /// the first connection; once it is known that there is none they are answered at once.
+    /// Begins to connect and returns at once; libvirtd need not run yet. The first calls wait for
+    /// the first connection. Must be called within a tokio runtime.
     ///
-    /// Dropping this ends its threads as soon as libvirt lets them go; nobody waits for that. The
-    /// thread of libvirt's event loop stays for the life of the process.
+    /// Dropping this closes the connection in the background. Workers that are inside libvirt end
+    /// when libvirt returns.
     pub fn start(config: LibvirtConfig, metrics: Arc<Metrics>) -> Self {
-        let link = Link::new(config, metrics, Role::Main);
+        Self::start_on(Workers::new(), config, metrics)
+    }
+
+    /// Does the same with workers that other connections use too.
+    pub fn start_on(workers: Workers, config: LibvirtConfig, metrics: Arc<Metrics>) -> Self {
         Self {
-            lanes: Lanes::new(link.clone()),
-            link,
+            connection: Connection::start(config, workers, metrics),
         }
-    }
-
-    async fn call<T, W>(&self, call: &'static str, work: W) -> Result<T, CallError>
-    where
-        T: Send + 'static,
-        W: FnOnce(&mut Session) -> Result<T, CallError> + Send + 'static,
-    {
-        self.lanes.call(call, work).await
-    }
-}
-
-impl NodeSource for Libvirt {
-    async fn versions(&self) -> Result<Versions, CallError> {
-        self.call("versions", |session| session.versions()).await
-    }
-
-    async fn capabilities(&self) -> Result<String, CallError> {
-        self.call("capabilities", |session| session.capabilities())
-            .await
-    }
-
-    async fn domain_capabilities(
-        &self,
-        query: DomainCapabilitiesQuery,
-    ) -> Result<String, CallError> {
-        self.call("domain-capabilities", move |session| {
-            session.domain_capabilities(&query)
-        })
-        .await
-    }
-
-    async fn baseline_cpu(
-        &self,
-        query: DomainCapabilitiesQuery,
-        cpu: String,
-    ) -> Result<String, CallError> {
-        self.call("baseline-cpu", move |session| {
-            session.baseline_cpu(&query, &cpu)
-        })
-        .await
-    }
-
-    async fn compare_cpu(
-        &self,
-        query: DomainCapabilitiesQuery,
-        cpu: String,
-    ) -> Result<CpuComparison, CallError> {
-        self.call("compare-cpu", move |session| {
-            session.compare_cpu(&query, &cpu)
-        })
-        .await
-    }
-
-    async fn native_arguments(&self, domain: String) -> Result<String, CallError> {
-        self.call("native-arguments", move |session| {
-            session.native_arguments(&domain)
-        })
-        .await
-    }
-
-    async fn running_domains(&self) -> Result<Vec<RunningDomain>, CallError> {
-        self.call("running-domains", |session| session.running_domains())
-            .await
-    }
-
-    fn connection(&self) -> watch::Receiver<Connection> {
-        self.link.subscribe()
     }
 }

@@ -1,13 +1,14 @@
-//! One open connection and the calls made over it. Everything here blocks.
+//! An open virConnect and the calls about the node that are made over it. Everything here blocks.
 
 use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
 
 use virt::connect::Connect;
 use virt::domain::Domain;
 use virt::error::Error;
 use virt::sys;
 
-use super::notices::{self, Announcer};
+use super::events::{self, Publisher};
 use super::{LibvirtConfig, event_loop, failure};
 use crate::capability::Version;
 use crate::compat::CpuComparison;
@@ -20,23 +21,36 @@ use crate::hypervisor::{CallError, DomainCapabilitiesQuery, RunningDomain, Versi
 const KNOWS_EXPAND: Version = Version::new(12, 2, 0);
 const KNOWS_SUPPORTED: Version = Version::new(12, 5, 0);
 
+/// A session. Several threads make calls over it at the same time.
 pub(super) struct Session {
-    /// Before the connection, for it is to be dropped first.
+    /// Declared before the connection, since it must be dropped first.
     subscription: Option<Subscription>,
     pub(super) connect: Watched,
     libvirt: Version,
-    /// Live definitions by UUID, each with the ID it was read under: a domain gets another ID
-    /// each time it starts. A new connection reads anew, as libvirtd may count from 1 again.
+    generation: u64,
+}
+
+/// Live definitions of running domains, each read once for each start of its domain.
+#[derive(Default)]
+pub(super) struct Definitions(Mutex<Known>);
+
+#[derive(Default)]
+struct Known {
+    /// A new connection reads them again: a restarted libvirtd may count domain IDs from 1.
+    generation: u64,
+    /// By UUID, with the ID under which it was read: a domain gets a new ID at each start.
     domains: HashMap<String, (u32, RunningDomain)>,
 }
 
 impl Session {
-    /// Opens, for reading and writing: domain capabilities need it. `on_close` must not block.
+    /// Opens a connection for reading and writing, which domain capabilities need. `on_close` must
+    /// not block.
     ///
     /// # Errors
-    /// `Unavailable`, or `Denied` where libvirt wants to know who asks.
+    /// `Unavailable`, or `Denied` if libvirt's authentication or access control refuses.
     pub(super) fn open(
         config: &LibvirtConfig,
+        generation: u64,
         on_close: impl Fn(CloseReason) + Send + Sync + 'static,
     ) -> Result<Self, CallError> {
         event_loop::ensure().map_err(CallError::Unavailable)?;
@@ -47,7 +61,7 @@ impl Session {
             CallError::Unsupported { .. } => Ok(()),
             _ => Err(failure::classify_open(&error)),
         };
-        // Drivers inside this process have no other side that could go away.
+        // Drivers inside this process support neither keepalive nor a close callback.
         let keepalive = config.keepalive;
         let seconds = i32::try_from(keepalive.interval.as_secs()).unwrap_or(i32::MAX);
         connect
@@ -67,32 +81,32 @@ impl Session {
             subscription: None,
             connect,
             libvirt: Version::from_libvirt(libvirt.into()).unwrap_or(Version::new(0, 0, 0)),
-            domains: HashMap::new(),
+            generation,
         })
     }
 
-    /// Has the events of this connection told. What this libvirt does not tell is logged.
+    /// Subscribes to the connection's events. Logs those that this libvirt does not have.
     ///
     /// # Errors
     /// `Unavailable` if the connection ended meanwhile.
-    pub(super) fn listen(mut self, notices: &Announcer) -> Result<Self, CallError> {
-        let announcer = notices.clone();
+    pub(super) fn listen(mut self, publisher: &Publisher) -> Result<Self, CallError> {
+        let events = publisher.clone();
         let subscription =
-            Subscription::new(&self.connect, &notices::monitor_events(), move |told| {
-                announcer.announce(told);
+            Subscription::new(&self.connect, &events::monitor_events(), move |event| {
+                events.publish(event);
             })
             .map_err(|error| failure::classify_open(&error))?;
         for (event, error) in subscription.refused() {
             if !self.is_alive() {
                 return Err(failure::classify_open(error));
             }
-            notices.refused(event, error.message());
+            publisher.refused(event, error.message());
         }
         self.subscription = Some(subscription);
         Ok(self)
     }
 
-    /// Whether the connection still is; asks nobody.
+    /// True if the connection is open, as far as the client library knows. Does not block.
     pub(super) fn is_alive(&self) -> bool {
         self.connect.is_alive().unwrap_or(false)
     }
@@ -104,7 +118,7 @@ impl Session {
     pub(super) fn versions(&self) -> Result<Versions, CallError> {
         let hypervisor = match self.connect.hyp_version() {
             Ok(number) => Version::from_libvirt(number.into()),
-            // Without an emulator there is no version of one; libvirt's is known all the same.
+            // Without an installed emulator there is no version of one.
             Err(_) if self.is_alive() => None,
             Err(error) => return Err(self.classify("versions", &error)),
         };
@@ -173,34 +187,64 @@ impl Session {
         answer.map_err(|error| self.classify("native-arguments", &error))
     }
 
-    pub(super) fn running_domains(&mut self) -> Result<Vec<RunningDomain>, CallError> {
+    pub(super) fn running_domains(
+        &self,
+        definitions: &Definitions,
+    ) -> Result<Vec<RunningDomain>, CallError> {
         let active = self
             .connect
             .list_all_domains(sys::VIR_CONNECT_LIST_DOMAINS_ACTIVE)
             .map_err(|error| self.classify("running-domains", &error))?;
-        let mut known = std::mem::take(&mut self.domains);
+        let mut known = definitions.take(self.generation);
+        let mut read = HashMap::new();
+        let mut failed = None;
         for domain in active {
             match read_domain(&domain, &mut known) {
                 Ok(Some((id, domain))) => {
-                    self.domains.insert(domain.uuid.clone(), (id, domain));
+                    read.insert(domain.uuid.clone(), (id, domain));
                 }
                 Ok(None) => {}
                 Err(error) if failure::is_gone(&error) => {}
                 Err(error) => {
-                    // Those that are known need not be read again: the next time only this one
-                    // can hold it up, which is new and has something done to it just now.
-                    self.domains.extend(known);
-                    return Err(self.classify("running-domains", &error));
+                    failed = Some(self.classify("running-domains", &error));
+                    // Need not be read again: next time only a domain that is new can fail.
+                    read.extend(known);
+                    break;
                 }
             }
         }
-        let domains = self.domains.values().map(|(_, domain)| domain.clone());
-        Ok(domains.collect())
+        let domains = read.values().map(|(_, domain)| domain.clone()).collect();
+        definitions.put(self.generation, read);
+        failed.map_or(Ok(domains), Err)
     }
 }
 
-/// The domain as it is known under its present ID, else read from libvirt; `None` if it ended.
-/// Without `VIR_DOMAIN_XML_SECURE`, so there are no secrets in it.
+impl Definitions {
+    /// Removes the definitions that were read over connections of this generation. Two calls at a
+    /// time read everything twice, which is harmless.
+    fn take(&self, generation: u64) -> HashMap<String, (u32, RunningDomain)> {
+        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let Known {
+            generation: of,
+            domains,
+        } = std::mem::take(&mut *known);
+        if of == generation {
+            domains
+        } else {
+            HashMap::new()
+        }
+    }
+
+    fn put(&self, generation: u64, domains: HashMap<String, (u32, RunningDomain)>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Known {
+            generation,
+            domains,
+        };
+    }
+}
+
+/// Returns the domain as known under its present ID, else as read from libvirt; `None` if it
+/// ended. Without `VIR_DOMAIN_XML_SECURE`, so the XML contains no secrets.
 fn read_domain(
     domain: &Domain,
     known: &mut HashMap<String, (u32, RunningDomain)>,
@@ -220,7 +264,7 @@ fn read_domain(
     Ok(Some((id, domain)))
 }
 
-/// The flags of what is asked for that this libvirt knows: bits that it does not are an error.
+/// Returns the flags of a query that this libvirt has: it rejects unknown bits.
 fn flags(libvirt: Version, query: &DomainCapabilitiesQuery) -> u32 {
     let mut flags = 0;
     if query.expand_features && libvirt >= KNOWS_EXPAND {
@@ -232,8 +276,8 @@ fn flags(libvirt: Version, query: &DomainCapabilitiesQuery) -> u32 {
     flags
 }
 
-/// Asks with flags, and without any if they may be what was refused: a driver of a new libvirt
-/// may not know them.
+/// Calls with flags, and again without if libvirt may have rejected the flags: some drivers of a
+/// new libvirt do not have them.
 fn with_flags<T>(flags: u32, ask: impl Fn(u32) -> Result<T, Error>) -> Result<T, Error> {
     match ask(flags) {
         Err(error) if flags != 0 && failure::may_be_about_flags(&error) => ask(0),
@@ -243,7 +287,7 @@ fn with_flags<T>(flags: u32, ask: impl Fn(u32) -> Result<T, Error>) -> Result<T,
 
 type Choice<'q> = (Option<&'q str>, Option<&'q str>, Option<&'q str>);
 
-/// Architecture, machine and domain type of a query.
+/// Returns architecture, machine and domain type of a query.
 fn choice<'q>(
     call: &'static str,
     query: &'q DomainCapabilitiesQuery,
@@ -257,7 +301,7 @@ fn choice<'q>(
     Ok(choice)
 }
 
-/// The crate `virt` panics on a text that C cannot hold.
+/// Rejects texts with a NUL, on which the crate `virt` panics.
 pub(super) fn no_nul<const N: usize>(
     call: &'static str,
     texts: [Option<&str>; N],
@@ -267,7 +311,7 @@ pub(super) fn no_nul<const N: usize>(
         Some(text) => Err(CallError::Failed {
             call: call.into(),
             code: sys::VIR_ERR_INVALID_ARG.to_string(),
-            text: format!("{text:?} holds a NUL"),
+            text: format!("{text:?} contains a NUL"),
         }),
     }
 }
@@ -284,7 +328,7 @@ mod tests {
     #[case("12.1.0", 0)]
     #[case("12.2.0", 2)]
     #[case("12.5.0", 6)]
-    fn flags_are_those_this_libvirt_knows(#[case] libvirt: &str, #[case] expected: u32) {
+    fn flags_unknown_to_libvirt_are_left_out(#[case] libvirt: &str, #[case] expected: u32) {
         let query = DomainCapabilitiesQuery {
             expand_features: true,
             supported_features: true,
@@ -296,7 +340,7 @@ mod tests {
     }
 
     #[test]
-    fn refused_flags_are_left_out() {
+    fn rejected_flags_cause_call_without_flags() {
         let asked = RefCell::new(Vec::new());
         let ask = |flags| {
             asked.borrow_mut().push(flags);
@@ -310,7 +354,7 @@ mod tests {
     }
 
     #[test]
-    fn a_refusal_without_flags_is_not_asked_again() {
+    fn rejection_without_flags_is_final() {
         let asked = RefCell::new(0);
         let answer: Result<(), _> = with_flags(0, |_| {
             *asked.borrow_mut() += 1;

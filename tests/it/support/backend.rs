@@ -11,7 +11,7 @@ use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
 use tokio::time::timeout;
 use virtnode::domain::{Job, PauseReason};
-use virtnode::hypervisor::{Connection, ControlConfig, DomainBackend, LibvirtDomains};
+use virtnode::hypervisor::{Connection, DomainBackend, Libvirt, LibvirtConfig};
 use virtnode::telemetry::Metrics;
 use virtnode::units::{Bytes, KiB};
 
@@ -155,19 +155,19 @@ impl Witness for &FakeControl {
 
 /// A real libvirt, with real guests.
 pub(crate) struct Real {
-    control: Arc<LibvirtDomains>,
+    control: Arc<Libvirt>,
     libvirtd: Libvirtd,
     saving: RefCell<Option<Child>>,
 }
 
 impl Backend for Real {
-    type Control = LibvirtDomains;
+    type Control = Libvirt;
     type Guest<'b> = RealGuest<'b>;
 
     async fn start() -> Self {
         let libvirtd = Libvirtd::start().unwrap();
-        let config = ControlConfig::new(libvirtd.uri());
-        let control = Arc::new(LibvirtDomains::start(config, &Arc::new(Metrics::new())));
+        let config = LibvirtConfig::new(libvirtd.uri());
+        let control = Arc::new(Libvirt::start(config, Arc::new(Metrics::new())));
         let mut listening = control.listening();
         let up = listening.wait_for(|state| matches!(state, Connection::Up(_)));
         timeout(LONG, up).await.unwrap().unwrap();
@@ -178,7 +178,7 @@ impl Backend for Real {
         }
     }
 
-    fn control(&self) -> &Arc<LibvirtDomains> {
+    fn control(&self) -> &Arc<Libvirt> {
         &self.control
     }
 

@@ -19,7 +19,7 @@ use tempfile::TempDir;
 use tokio::time::timeout;
 use virtnode::executor::{AskedBy, Executor, OperationId, Options, Order, Record};
 use virtnode::hotplug::{Amount, Evidence, HotplugRequest, Require, Verdict};
-use virtnode::hypervisor::{Connection, ControlConfig, DomainBackend, LibvirtDomains};
+use virtnode::hypervisor::{Connection, DomainBackend, Libvirt, LibvirtConfig};
 use virtnode::journal::Journal;
 use virtnode::telemetry::Metrics;
 use virtnode::units::Bytes;
@@ -38,7 +38,7 @@ const LONG: Duration = Duration::from_secs(120);
 struct Node {
     libvirtd: Libvirtd,
     state: TempDir,
-    executor: Arc<Executor<LibvirtDomains>>,
+    executor: Arc<Executor<Libvirt>>,
 }
 
 impl Node {
@@ -116,9 +116,9 @@ impl Node {
     }
 }
 
-async fn start(libvirtd: &Libvirtd, state: &Path) -> Arc<Executor<LibvirtDomains>> {
-    let config = ControlConfig::new(libvirtd.uri());
-    let control = Arc::new(LibvirtDomains::start(config, &Arc::new(Metrics::new())));
+async fn start(libvirtd: &Libvirtd, state: &Path) -> Arc<Executor<Libvirt>> {
+    let config = LibvirtConfig::new(libvirtd.uri());
+    let control = Arc::new(Libvirt::start(config, Arc::new(Metrics::new())));
     let mut listening = control.listening();
     let up = listening.wait_for(|state| matches!(state, Connection::Up(_)));
     timeout(LONG, up).await.unwrap().unwrap();

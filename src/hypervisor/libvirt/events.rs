@@ -1,4 +1,7 @@
-//! libvirt's events as what they mean for hotplug.
+//! Translates libvirt's events into hotplug's and publishes them.
+//!
+//! [`Publisher::publish`] is called by libvirt's event loop and never blocks: a subscriber that is
+//! slow loses events and receives a gap instead.
 
 use std::time::Instant;
 
@@ -11,19 +14,20 @@ use crate::hotplug::Event;
 use crate::hypervisor::{Change, DomainRef, Notice, Notices};
 use crate::units::{Bytes, KiB};
 
-/// How many notices a slow listener can be behind before it is told of a gap instead.
+/// Maximum number of events that a subscriber may be behind before it loses some: several bursts of
+/// a node with hundreds of domains.
 const BACKLOG: usize = 1024;
 
-/// The monitor events that are asked for, as a regular expression.
+/// Returns a regular expression for the QEMU events to subscribe to.
 pub(super) fn monitor_events() -> String {
     format!("^({})$", Event::MONITOR.join("|"))
 }
 
-/// Tells notices to all who listen.
+/// Publishes events to all subscribers.
 #[derive(Clone)]
-pub(super) struct Announcer(broadcast::Sender<Notice>);
+pub(super) struct Publisher(broadcast::Sender<Notice>);
 
-impl Announcer {
+impl Publisher {
     pub(super) fn new() -> Self {
         Self(broadcast::Sender::new(BACKLOG))
     }
@@ -32,13 +36,13 @@ impl Announcer {
         Notices::new(self.0.subscribe())
     }
 
-    /// Tells of a gap.
+    /// Publishes a gap: events may have been lost.
     pub(super) fn gap(&self) {
         self.send(Notice::Gap);
     }
 
-    /// Tells what libvirt told, if it means something here.
-    pub(super) fn announce(&self, told: Told) {
+    /// Publishes an event of libvirt, if it concerns hotplug.
+    pub(super) fn publish(&self, told: Told) {
         let at = Instant::now();
         let Told { name, uuid, what } = told;
         let Some(change) = change(what, &name) else {
@@ -48,20 +52,19 @@ impl Announcer {
         self.send(Notice::Change { domain, at, change });
     }
 
-    /// An event that libvirt does not tell. Each is told in another way too, but for a few, of
-    /// which only QEMU tells.
+    /// Logs an event that this libvirt does not have. Most have a substitute; QEMU's do not.
     pub(super) fn refused(&self, event: &str, reason: &str) {
         match event {
             "monitor" => warn!(
                 reason,
-                "libvirt does not pass on QEMU's events: the guest's answers to hotplug stay unknown"
+                "libvirt does not forward QEMU's events: the guest's answers to hotplug stay unknown"
             ),
-            _ => debug!(event, reason, "libvirt does not tell this event"),
+            _ => debug!(event, reason, "libvirt does not have this event"),
         }
     }
 
     fn send(&self, notice: Notice) {
-        // An error means that nobody listens.
+        // An error means that there are no subscribers.
         drop(self.0.send(notice));
     }
 }
@@ -72,7 +75,7 @@ fn change(what: Happening, domain: &str) -> Option<Change> {
             match Event::from_monitor(&name, details.as_deref()) {
                 Ok(event) => Change::Event(event?),
                 Err(error) => {
-                    warn!(domain, %error, "an event of QEMU was not understood");
+                    warn!(domain, %error, "cannot parse an event of QEMU");
                     return None;
                 }
             }
@@ -104,7 +107,7 @@ fn lifecycle(event: u32, detail: u32) -> Option<Change> {
         (sys::VIR_DOMAIN_EVENT_STARTED, sys::VIR_DOMAIN_EVENT_STARTED_WAKEUP)
         | (sys::VIR_DOMAIN_EVENT_RESUMED, _) => Change::Event(Event::Resumed),
         (sys::VIR_DOMAIN_EVENT_STARTED, _) => Change::Started,
-        // A guest that crashed is held until it is decided what becomes of it.
+        // A crashed guest stays paused until its on_crash action.
         (
             sys::VIR_DOMAIN_EVENT_SUSPENDED
             | sys::VIR_DOMAIN_EVENT_PMSUSPENDED
@@ -114,12 +117,12 @@ fn lifecycle(event: u32, detail: u32) -> Option<Change> {
         (sys::VIR_DOMAIN_EVENT_STOPPED, detail) => {
             Change::Event(Event::Stopped(stopped(detail).to_owned()))
         }
-        // A shutdown that has begun is not one that is done.
+        // A shutdown in progress: the end of the domain is an event of its own.
         _ => return None,
     })
 }
 
-/// Why a domain ended (`virDomainEventStoppedDetailType`).
+/// Returns the reason for the end of a domain (`virDomainEventStoppedDetailType`).
 fn stopped(detail: u32) -> &'static str {
     match detail {
         sys::VIR_DOMAIN_EVENT_STOPPED_SHUTDOWN => "shut down",
@@ -129,7 +132,7 @@ fn stopped(detail: u32) -> &'static str {
         sys::VIR_DOMAIN_EVENT_STOPPED_SAVED => "saved to a file",
         sys::VIR_DOMAIN_EVENT_STOPPED_FAILED => "its emulator failed",
         sys::VIR_DOMAIN_EVENT_STOPPED_FROM_SNAPSHOT => "replaced by a snapshot",
-        sys::VIR_DOMAIN_EVENT_STOPPED_RECREATED => "started anew by its guest",
+        sys::VIR_DOMAIN_EVENT_STOPPED_RECREATED => "recreated for its guest",
         _ => "stopped",
     }
 }
@@ -138,7 +141,7 @@ fn stopped(detail: u32) -> &'static str {
 mod tests {
     use super::*;
 
-    fn told(what: Happening) -> Told {
+    fn notification(what: Happening) -> Told {
         Told {
             name: "d".to_owned(),
             uuid: "u".to_owned(),
@@ -147,24 +150,24 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn who_is_too_slow_is_told_of_a_gap() {
-        let announcer = Announcer::new();
-        let mut notices = announcer.subscribe();
+    async fn slow_subscriber_receives_gap() {
+        let publisher = Publisher::new();
+        let mut notices = publisher.subscribe();
         for _ in 0..=BACKLOG {
-            announcer.announce(told(Happening::Reboot));
+            publisher.publish(notification(Happening::Reboot));
         }
         assert_eq!(notices.next().await, Some(Notice::Gap));
         let next = notices.next().await;
         let expected = Change::Event(Event::Reset);
         assert!(matches!(next, Some(Notice::Change { change, .. }) if change == expected));
-        drop(announcer);
+        drop(publisher);
         while let Some(notice) = notices.next().await {
             assert_ne!(notice, Notice::Gap);
         }
     }
 
     #[test]
-    fn libvirts_word_is_put_into_ours() {
+    fn libvirt_events_are_translated() {
         let removed = change(Happening::VcpuRemoved(2), "d");
         let expected = Event::DeviceDeleted {
             device: Some("vcpu2".to_owned()),
@@ -184,7 +187,7 @@ mod tests {
             details: Some("{".to_owned()),
         };
         assert_eq!(change(nonsense, "d"), None);
-        // More than there can be.
+        // Out of range.
         let size = Happening::MemorySize {
             alias: "ua-mem0".to_owned(),
             kib: u64::MAX,

@@ -1,0 +1,526 @@
+//! A connection to one libvirtd: its state, its virConnect handles and the calls over them.
+//!
+//! A call passes four gates, each by its deadline: the connection is up; no earlier call of the
+//! same class for the same domain is in progress; the class is below its limit; a worker is free.
+//! On the worker it takes the first handle with room, or opens another one. A handle that is not
+//! the primary is closed when it has been idle for [`HANDLE_IDLE`].
+//!
+//! A call that is late keeps its domain's turn and its room on the handle, since libvirt is still
+//! busy with it, and releases its class and its worker to the calls of other domains.
+
+use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
+
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
+use tokio::time::{Instant, timeout_at};
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+use super::LibvirtConfig;
+use super::events::Publisher;
+use super::limits::{CALLS_PER_HANDLE, Class, HANDLE_IDLE, LATE_CALLS};
+use super::reconnect;
+use super::session::{Definitions, Session};
+use super::workers::{Permits, Workers};
+use crate::hypervisor::{CallError, Connection as Health};
+use crate::telemetry::Metrics;
+
+/// A connection that is opened again whenever it is lost, until this is dropped. Dropping waits
+/// for nothing: handles are closed by workers.
+pub(super) struct Connection {
+    shared: Arc<Shared>,
+    _reconnecting: DropGuard,
+}
+
+/// The state of a connection, shared with its calls and with the task that reopens it.
+pub(super) struct Shared {
+    pub(super) config: LibvirtConfig,
+    pub(super) metrics: Arc<Metrics>,
+    pub(super) workers: Workers,
+    pub(super) publisher: Publisher,
+    pub(super) health: watch::Sender<Health>,
+    pub(super) primary: watch::Sender<Primary>,
+    /// The first is the primary handle.
+    handles: Mutex<Vec<Handle>>,
+    limits: HashMap<Class, Arc<Semaphore>>,
+    /// One call at a time for each domain and class, in order of arrival.
+    turns: Mutex<HashMap<(Class, String), Weak<Semaphore>>>,
+    late: AtomicUsize,
+    /// Notified when a late call returns.
+    pub(super) returned: Notify,
+    lost: mpsc::UnboundedSender<Lost>,
+    pub(super) definitions: Definitions,
+}
+
+/// The state of the primary handle, which carries the events.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Primary {
+    /// Calls wait.
+    Opening,
+    /// Calls are made. The number is the connection's generation.
+    Up(u64),
+    /// Calls are answered at once, with this reason.
+    Down(String),
+}
+
+/// The end of a handle.
+pub(super) struct Lost {
+    pub(super) generation: u64,
+    pub(super) reason: String,
+}
+
+/// A virConnect, or the room for one that is being opened.
+struct Handle {
+    slot: Arc<Slot>,
+    calls: usize,
+    idle_since: Instant,
+}
+
+/// A session that the first call opens while the others wait for it.
+struct Slot {
+    generation: u64,
+    session: Mutex<Option<Arc<Session>>>,
+    closed: Arc<AtomicBool>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A call's name in the metrics, and what it may wait for.
+#[derive(Debug, Clone)]
+pub(super) struct Call {
+    pub(super) name: &'static str,
+    pub(super) class: Class,
+    /// The UUID of the domain that the call is about.
+    pub(super) domain: Option<String>,
+    pub(super) deadline: Duration,
+}
+
+impl Connection {
+    /// Begins to connect and returns at once.
+    pub(super) fn start(config: LibvirtConfig, workers: Workers, metrics: Arc<Metrics>) -> Self {
+        metrics.hypervisor_connected.set(0);
+        let (lost, losses) = mpsc::unbounded_channel();
+        let limit = |class: Class| (class, Arc::new(Semaphore::new(class.limit())));
+        let shared = Arc::new(Shared {
+            config,
+            metrics,
+            workers,
+            publisher: Publisher::new(),
+            health: watch::Sender::new(Health::Down),
+            primary: watch::Sender::new(Primary::Opening),
+            handles: Mutex::default(),
+            limits: Class::ALL.map(limit).into(),
+            turns: Mutex::default(),
+            late: AtomicUsize::new(0),
+            returned: Notify::new(),
+            lost,
+            definitions: Definitions::default(),
+        });
+        let stop = CancellationToken::new();
+        let keep = reconnect::keep(Arc::clone(&shared), losses);
+        tokio::spawn(stop.clone().run_until_cancelled_owned(keep));
+        Self {
+            shared,
+            _reconnecting: stop.drop_guard(),
+        }
+    }
+
+    pub(super) fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+
+    /// Makes a call and waits for its result, at most until its deadline. A caller that stops
+    /// waiting does not stop a call that has begun.
+    pub(super) async fn call<T, W>(&self, call: Call, work: W) -> Result<T, CallError>
+    where
+        T: Send + 'static,
+        W: FnOnce(&Session) -> Result<T, CallError> + Send + 'static,
+    {
+        let began = Instant::now();
+        let until = began + call.deadline;
+        match self.shared.seat(&call, until).await {
+            // Detached from the caller, so that a late call is noticed though nobody waits.
+            Ok(seat) => {
+                let shared = Arc::clone(&self.shared);
+                let running = tokio::spawn(shared.run(call, Arc::new(seat), until, work));
+                running.await.unwrap_or_else(|_| Err(worker_ended()))
+            }
+            Err(error) => {
+                let outcome = Err(error);
+                let metrics = &self.shared.metrics;
+                metrics.call_ended(call.name, began.elapsed(), &outcome);
+                outcome
+            }
+        }
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.shared.close_handles();
+    }
+}
+
+impl Drop for Shared {
+    /// Closes a handle that was opened while the connection was dropped.
+    fn drop(&mut self) {
+        self.close_handles();
+    }
+}
+
+impl Shared {
+    /// Waits for the call's turn, room in its class, and a worker.
+    async fn seat(&self, call: &Call, until: Instant) -> Result<Seat, CallError> {
+        let generation = self.up(call, until).await?;
+        let is_late = |text: &str| match call.domain {
+            Some(_) => CallError::Busy {
+                call: call.name.into(),
+                text: text.to_owned(),
+            },
+            None => CallError::Overdue {
+                call: call.name.into(),
+                after: call.deadline,
+            },
+        };
+        let turn = match &call.domain {
+            Some(domain) => Some(
+                timeout_at(until, self.turn(call.class, domain).acquire_owned())
+                    .await
+                    .map_err(|_| is_late("an earlier call for this domain has not returned"))?
+                    .map_err(|_| worker_ended())?,
+            ),
+            None => None,
+        };
+        let room = async {
+            let limit = self.limits.get(&call.class).map(Arc::clone)?;
+            let class = limit.acquire_owned().await.ok()?;
+            let mut permits = self.workers.acquire(call.class.waits_for_domain()).await?;
+            permits.push(class);
+            Some(permits)
+        };
+        let permits = timeout_at(until, room)
+            .await
+            .map_err(|_| is_late("calls for other domains have not returned"))?
+            .ok_or_else(worker_ended)?;
+        Ok(Seat::new(generation, turn, permits))
+    }
+
+    /// Waits until it is known whether there is a connection; returns its generation.
+    async fn up(&self, call: &Call, until: Instant) -> Result<u64, CallError> {
+        let mut primary = self.primary.subscribe();
+        let known = primary.wait_for(|state| *state != Primary::Opening);
+        let reason = match timeout_at(until, known).await {
+            Ok(Ok(state)) => match &*state {
+                Primary::Up(generation) => return Ok(*generation),
+                Primary::Down(reason) => reason.clone(),
+                Primary::Opening => "it is being opened".to_owned(),
+            },
+            Ok(Err(_)) => return Err(worker_ended()),
+            Err(_) => format!(
+                "libvirt has not answered to a new connection within {:?}",
+                call.deadline
+            ),
+        };
+        Err(CallError::Unavailable(reason))
+    }
+
+    /// Returns the queue of a domain's calls of one class.
+    fn turn(&self, class: Class, domain: &str) -> Arc<Semaphore> {
+        let mut turns = lock(&self.turns);
+        let key = (class, domain.to_owned());
+        if let Some(turn) = turns.get(&key).and_then(Weak::upgrade) {
+            return turn;
+        }
+        turns.retain(|_, turn| turn.strong_count() > 0);
+        let turn = Arc::new(Semaphore::new(1));
+        turns.insert(key, Arc::downgrade(&turn));
+        turn
+    }
+
+    /// Has a worker make the call; enforces its deadline.
+    async fn run<T, W>(
+        self: Arc<Self>,
+        call: Call,
+        seat: Arc<Seat>,
+        until: Instant,
+        work: W,
+    ) -> Result<T, CallError>
+    where
+        T: Send + 'static,
+        W: FnOnce(&Session) -> Result<T, CallError> + Send + 'static,
+    {
+        let (reply, answer) = oneshot::channel();
+        let occupied = Occupied(Arc::clone(&seat), Arc::clone(&self));
+        self.workers.start(move || {
+            let began = Instant::now();
+            let outcome = occupied.1.lease().and_then(|lease| {
+                let outcome = no_panic(call.name, || work(&lease.session));
+                if !lease.session.is_alive() {
+                    // The close callback was earlier in most cases, with a better reason.
+                    occupied
+                        .1
+                        .report_lost(lease.slot.generation, "it was closed");
+                }
+                outcome
+            });
+            drop(occupied);
+            // The receiver is gone if the call was late.
+            drop(reply.send((outcome, began.elapsed())));
+        });
+        let (outcome, took) = match timeout_at(until, answer).await {
+            Ok(answer) => answer.unwrap_or_else(|_| (Err(worker_ended()), Duration::ZERO)),
+            Err(_) => {
+                seat.set_late(&self);
+                if call.class == Class::Control {
+                    self.report_lost(seat.generation, "libvirt did not answer a call in time");
+                }
+                let late = CallError::Overdue {
+                    call: call.name.into(),
+                    after: call.deadline,
+                };
+                (Err(late), call.deadline)
+            }
+        };
+        self.metrics.call_ended(call.name, took, &outcome);
+        outcome
+    }
+
+    /// Reports the end of the handles of a generation. Never blocks.
+    pub(super) fn report_lost(&self, generation: u64, reason: &str) {
+        let reason = reason.to_owned();
+        // The receiver ends with the connection.
+        drop(self.lost.send(Lost { generation, reason }));
+    }
+
+    /// Returns a channel for the close callback of a handle.
+    pub(super) fn losses(&self) -> mpsc::UnboundedSender<Lost> {
+        self.lost.clone()
+    }
+
+    /// True if one more late call of this connection may release its worker.
+    pub(super) fn may_be_late(&self) -> bool {
+        self.late.load(Ordering::Acquire) < LATE_CALLS
+    }
+
+    /// Makes an opened session the primary handle.
+    pub(super) fn set_primary(&self, generation: u64, session: Session) {
+        let slot = Slot {
+            generation,
+            session: Mutex::new(Some(Arc::new(session))),
+            closed: Arc::default(),
+        };
+        lock(&self.handles).push(Handle::new(slot));
+    }
+
+    /// Removes all handles. Calls in progress go on; each handle is closed after its last one.
+    pub(super) fn close_handles(&self) {
+        self.close(std::mem::take(&mut *lock(&self.handles)));
+    }
+
+    /// Closes handles on a worker: closing sends a message to libvirtd and waits for the answer.
+    fn close(&self, handles: Vec<Handle>) {
+        if !handles.is_empty() {
+            self.workers.start(move || drop(handles));
+        }
+    }
+
+    /// Takes the first handle with room for one more call; opens one if there is none. Blocks.
+    fn lease(self: &Arc<Self>) -> Result<Lease, CallError> {
+        let slot = {
+            let mut handles = lock(&self.handles);
+            let Some(generation) = handles.first().map(|primary| primary.slot.generation) else {
+                return Err(CallError::Unavailable("it was closed".to_owned()));
+            };
+            let has_room = |handle: &Handle| handle.calls < CALLS_PER_HANDLE && !handle.is_closed();
+            let index = match handles.iter().position(has_room) {
+                Some(index) => index,
+                None => {
+                    handles.push(Handle::new(Slot {
+                        generation,
+                        session: Mutex::default(),
+                        closed: Arc::default(),
+                    }));
+                    handles.len() - 1
+                }
+            };
+            let handle = &mut handles[index];
+            handle.calls += 1;
+            Arc::clone(&handle.slot)
+        };
+        // From here on the room is given back whatever happens.
+        let room = Room(Arc::clone(self), slot);
+        let session = room.1.session(self)?;
+        Ok(Lease {
+            session,
+            slot: Arc::clone(&room.1),
+            _room: room,
+        })
+    }
+
+    /// Gives back a handle's room, and closes the additional handles that are idle or closed.
+    fn release(&self, slot: &Arc<Slot>) {
+        let mut handles = lock(&self.handles);
+        let handle = handles
+            .iter_mut()
+            .find(|handle| Arc::ptr_eq(&handle.slot, slot));
+        if let Some(handle) = handle {
+            handle.calls -= 1;
+            handle.idle_since = Instant::now();
+        }
+        let primary = handles.first().map(|primary| Arc::clone(&primary.slot));
+        let unused = handles.extract_if(.., |handle| {
+            let is_primary = primary
+                .as_ref()
+                .is_some_and(|primary| Arc::ptr_eq(primary, &handle.slot));
+            let is_idle = handle.calls == 0 && handle.idle_since.elapsed() >= HANDLE_IDLE;
+            !is_primary && (is_idle || handle.is_closed())
+        });
+        let unused = unused.collect();
+        drop(handles);
+        self.close(unused);
+    }
+}
+
+impl Handle {
+    fn new(slot: Slot) -> Self {
+        Self {
+            slot: Arc::new(slot),
+            calls: 0,
+            idle_since: Instant::now(),
+        }
+    }
+
+    fn is_closed(&self) -> bool {
+        self.slot.closed.load(Ordering::Acquire)
+    }
+}
+
+impl Slot {
+    /// Returns the session, opening it if it is not open yet.
+    fn session(&self, shared: &Shared) -> Result<Arc<Session>, CallError> {
+        let mut session = lock(&self.session);
+        if let Some(session) = &*session {
+            return Ok(Arc::clone(session));
+        }
+        let closed = Arc::clone(&self.closed);
+        let began = Instant::now();
+        let opened = Session::open(&shared.config, self.generation, move |_| {
+            closed.store(true, Ordering::Release)
+        });
+        let metrics = &shared.metrics;
+        metrics.call_ended("open", began.elapsed(), &opened);
+        match opened {
+            Ok(opened) => {
+                let opened = Arc::new(opened);
+                *session = Some(Arc::clone(&opened));
+                Ok(opened)
+            }
+            Err(error) => {
+                self.closed.store(true, Ordering::Release);
+                Err(error)
+            }
+        }
+    }
+}
+
+/// A handle in use by one call.
+struct Lease {
+    session: Arc<Session>,
+    slot: Arc<Slot>,
+    _room: Room,
+}
+
+/// Room for one call on a handle.
+struct Room(Arc<Shared>, Arc<Slot>);
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        self.0.release(&self.1);
+    }
+}
+
+/// Everything that a call occupies.
+pub(super) struct Seat {
+    generation: u64,
+    state: Mutex<SeatState>,
+}
+
+struct SeatState {
+    turn: Option<OwnedSemaphorePermit>,
+    permits: Permits,
+    late: bool,
+    returned: bool,
+}
+
+impl Seat {
+    pub(super) fn new(
+        generation: u64,
+        turn: Option<OwnedSemaphorePermit>,
+        permits: Permits,
+    ) -> Self {
+        Self {
+            generation,
+            state: Mutex::new(SeatState {
+                turn,
+                permits,
+                late: false,
+                returned: false,
+            }),
+        }
+    }
+
+    /// Releases all but the domain's turn, unless too many calls are late already.
+    pub(super) fn set_late(&self, shared: &Shared) {
+        let mut state = lock(&self.state);
+        if state.returned || state.late || !shared.may_be_late() || !shared.workers.add_late() {
+            return;
+        }
+        shared.late.fetch_add(1, Ordering::AcqRel);
+        state.late = true;
+        state.permits.clear();
+    }
+
+    fn set_returned(&self, shared: &Shared) {
+        let mut state = lock(&self.state);
+        state.returned = true;
+        state.turn = None;
+        state.permits.clear();
+        if std::mem::take(&mut state.late) {
+            shared.late.fetch_sub(1, Ordering::AcqRel);
+            shared.workers.remove_late();
+            shared.returned.notify_one();
+        }
+    }
+}
+
+/// Marks a seat as returned however its job ends, also if it was never run.
+pub(super) struct Occupied(pub(super) Arc<Seat>, pub(super) Arc<Shared>);
+
+impl Drop for Occupied {
+    fn drop(&mut self) {
+        self.0.set_returned(&self.1);
+    }
+}
+
+/// Turns a panic of the crate `virt` into an error of this call.
+fn no_panic<T>(
+    call: &'static str,
+    work: impl FnOnce() -> Result<T, CallError>,
+) -> Result<T, CallError> {
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| {
+        Err(CallError::Failed {
+            call: call.into(),
+            code: virt::sys::VIR_ERR_INTERNAL_ERROR.to_string(),
+            text: "the call panicked".to_owned(),
+        })
+    })
+}
+
+/// Returns the error of a call whose worker will not answer.
+pub(super) fn worker_ended() -> CallError {
+    CallError::Unavailable("the thread that makes the call ended".to_owned())
+}
