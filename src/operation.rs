@@ -6,11 +6,10 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use thiserror::Error;
 
 use crate::domain::{ConnectionId, DomainRef};
 use crate::hotplug::{Amount, Diagnosis, Evidence, HotplugRequest, Outcome, Require, Verdict};
-use crate::units::Timestamp;
+use crate::units::{ParseError, Timestamp};
 
 /// The longest name that is taken, in bytes. libvirt keeps a domain's files by its name, and a
 /// file's name has no more.
@@ -24,11 +23,6 @@ const ID_DIGITS: usize = 20;
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct OperationId(String);
-
-/// A text that names no operation.
-#[derive(Debug, Clone, PartialEq, Eq, Error)]
-#[error("an operation's identifier has {ID_DIGITS} digits of base 16, in lower case")]
-pub struct NotAnOperationId;
 
 impl OperationId {
     /// The identifier of an operation that was asked for at that millisecond since 1970.
@@ -52,21 +46,22 @@ impl fmt::Display for OperationId {
 }
 
 impl FromStr for OperationId {
-    type Err = NotAnOperationId;
+    type Err = ParseError;
 
-    fn from_str(text: &str) -> Result<Self, NotAnOperationId> {
+    fn from_str(text: &str) -> Result<Self, ParseError> {
         let is_digit = |byte: u8| matches!(byte, b'0'..=b'9' | b'a'..=b'f');
-        match text.len() == ID_DIGITS && text.bytes().all(is_digit) {
-            true => Ok(Self(text.to_owned())),
-            false => Err(NotAnOperationId),
+        if text.len() != ID_DIGITS || !text.bytes().all(is_digit) {
+            let what = "is not an operation's identifier: use 20 lower-case hexadecimal digits";
+            return Err(ParseError::new(text, what));
         }
+        Ok(Self(text.to_owned()))
     }
 }
 
 impl TryFrom<String> for OperationId {
-    type Error = NotAnOperationId;
+    type Error = ParseError;
 
-    fn try_from(text: String) -> Result<Self, NotAnOperationId> {
+    fn try_from(text: String) -> Result<Self, ParseError> {
         text.parse()
     }
 }
@@ -81,11 +76,6 @@ impl From<OperationId> for String {
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct DomainName(String);
-
-/// A text that no domain can be called by.
-#[derive(Debug, Clone, PartialEq, Eq, Error)]
-#[error("a domain's name has 1 to {LONGEST_NAME} bytes, and no line break nor zero byte in it")]
-pub struct NotADomainName;
 
 impl DomainName {
     /// The text.
@@ -102,22 +92,24 @@ impl fmt::Display for DomainName {
 }
 
 impl FromStr for DomainName {
-    type Err = NotADomainName;
+    type Err = ParseError;
 
-    fn from_str(text: &str) -> Result<Self, NotADomainName> {
+    fn from_str(text: &str) -> Result<Self, ParseError> {
         text.to_owned().try_into()
     }
 }
 
 impl TryFrom<String> for DomainName {
-    type Error = NotADomainName;
+    type Error = ParseError;
 
-    fn try_from(text: String) -> Result<Self, NotADomainName> {
+    fn try_from(text: String) -> Result<Self, ParseError> {
         let fits = (1..=LONGEST_NAME).contains(&text.len());
-        match fits && !text.contains(['\n', '\r', '\0']) {
-            true => Ok(Self(text)),
-            false => Err(NotADomainName),
+        if !fits || text.contains(['\n', '\r', '\0']) {
+            let what =
+                "is not a domain's name: use 1 to 255 bytes without line breaks and zero bytes";
+            return Err(ParseError::new(&text, what));
         }
+        Ok(Self(text))
     }
 }
 
@@ -325,7 +317,7 @@ impl Record {
             verdict: None,
             message: None,
             before: None,
-            requested: order.request.extent(),
+            requested: order.request.amount(),
             after: None,
             evidence: Vec::new(),
             hypervisor_error: None,

@@ -120,12 +120,8 @@ async fn ask(
         return direct(config, domain, request, terms).await;
     }
     let mut local = Local::connect(&config.socket).await?;
-    let (resource, mut body) = match request {
-        HotplugRequest::Vcpus { count, online } => {
-            ("vcpus", json!({ "count": count, "online": online }))
-        }
-        HotplugRequest::Memory { size } => ("memory", json!({ "size": size })),
-    };
+    let resource = request.kind().as_str();
+    let mut body = json!(request)[resource].take();
     body["require"] = json!(terms.require);
     body["timeoutSeconds"] = json!(terms.timeout);
     let path = format!("/v1/domains/{}/{resource}", encoded(domain.as_str()));

@@ -1,12 +1,11 @@
 //! An operation as a person reads it. Pure: records in, text out.
 
 use std::fmt::Write;
-use std::time::Duration;
 
 pub(super) use crate::domain::plain;
-use crate::hotplug::{Amount, HotplugRequest};
+use crate::hotplug::HotplugRequest;
 use crate::operation::{Awaiting, Record, State};
-use crate::units::Timestamp;
+use crate::units::{Timestamp, seconds};
 
 /// The whole of an operation, when it has ended.
 pub(super) fn report(record: &Record) -> String {
@@ -26,7 +25,7 @@ fn write(text: &mut String, record: &Record) -> std::fmt::Result {
     let uuid = record.domain.uuid.as_ref();
     let uuid = uuid.map_or_else(String::new, |uuid| format!(" ({})", plain(uuid)));
     fact("domain", &format!("{}{uuid}", plain(&record.domain.name)))?;
-    fact(thing(record.requested), &change(record))?;
+    fact(record.requested.kind().title(), &change(record))?;
     fact(
         "operation",
         &format!(
@@ -111,57 +110,25 @@ pub(super) fn request(request: &HotplugRequest) -> String {
     }
 }
 
-fn thing(extent: Amount) -> &'static str {
-    match extent {
-        Amount::Vcpus { .. } => "vCPUs",
-        Amount::Memory { .. } => "memory",
-    }
-}
-
 /// `1 → 3, asked for 3`.
 fn change(record: &Record) -> String {
-    let asked = amount(record.requested);
+    let asked = record.requested;
     match (record.before, record.after) {
         (Some(before), Some(after)) => {
-            format!("{} → {}, asked for {asked}", amount(before), amount(after))
+            format!("{before} → {after}, asked for {asked}")
         }
-        (Some(before), None) => format!("{} before, asked for {asked}", amount(before)),
+        (Some(before), None) => format!("{before} before, asked for {asked}"),
         _ => format!("asked for {asked}; what there is, is not known"),
     }
 }
 
-fn amount(extent: Amount) -> String {
-    match extent {
-        Amount::Vcpus {
-            vcpus,
-            online: None,
-        } => vcpus.to_string(),
-        Amount::Vcpus {
-            vcpus,
-            online: Some(online),
-        } => format!("{vcpus} ({online} online)"),
-        Amount::Memory {
-            memory,
-            guest_total: None,
-        } => memory.to_string(),
-        Amount::Memory {
-            memory,
-            guest_total: Some(total),
-        } => format!("{memory} (the guest sees {total})"),
-    }
-}
-
-/// A span for people: `0.4 s`.
-fn seconds(span: Duration) -> String {
-    let tenths = (span.as_millis() + 50) / 100;
-    format!("{}.{} s", tenths / 10, tenths % 10)
-}
-
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
     use crate::domain::ConnectionId;
-    use crate::hotplug::{Diagnosis, Evidence, Outcome, Require, Source, Verdict};
+    use crate::hotplug::{Amount, Diagnosis, Evidence, Outcome, Require, Source, Verdict};
     use crate::operation::{AskedBy, OperationId, Order, TargetDomain};
     use crate::units::Bytes;
 

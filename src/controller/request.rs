@@ -8,9 +8,10 @@ use thiserror::Error;
 use crate::cluster::HotplugObject;
 use crate::cluster::objects::domain_hotplug::{DomainReference, MemoryTarget, VcpusTarget};
 use crate::cluster::objects::{DomainHotplugSpec, NODE_LABEL};
+use crate::domain::is_uuid;
 use crate::hotplug::HotplugRequest;
 use crate::operation::{AskedBy, DomainName, Order};
-use crate::units::Bytes;
+use crate::units::{Bytes, shortened};
 
 /// The longest deadline that is taken, as in the object's definition.
 const MOST_SECONDS: u32 = 3600;
@@ -123,7 +124,7 @@ fn domain(reference: DomainReference) -> Result<DomainName, Refusal> {
         } => {
             return Err(Refusal::InvalidSpec(format!(
                 "spec.domain.uuid is no UUID: {:?}",
-                shortened(&uuid)
+                shortened(&uuid, 60)
             )));
         }
         _ => {
@@ -160,20 +161,6 @@ fn request(
             "spec has neither vcpus nor memory: exactly one must be given".to_owned(),
         )),
     }
-}
-
-/// 8-4-4-4-12 digits of base 16.
-fn is_uuid(text: &str) -> bool {
-    let parts: Vec<_> = text.split('-').collect();
-    let lengths = parts.iter().map(|part| part.len());
-    lengths.eq([8, 4, 4, 4, 12])
-        && parts
-            .iter()
-            .all(|part| part.bytes().all(|byte| byte.is_ascii_hexdigit()))
-}
-
-fn shortened(text: &str) -> String {
-    text.chars().take(60).collect()
 }
 
 #[cfg(test)]
@@ -242,7 +229,7 @@ mod tests {
     #[case::no_domain(|spec: &mut Value| spec["domain"] = json!({}), "exactly one of name and uuid")]
     #[case::both(|spec: &mut Value| spec["domain"]["uuid"] = "x".into(), "exactly one of name and uuid")]
     #[case::uuid(|spec: &mut Value| spec["domain"] = json!({"uuid": "x"}), "no UUID: \"x\"")]
-    #[case::name(|spec: &mut Value| spec["domain"]["name"] = "a\nb".into(), "spec.domain.name: a domain's name")]
+    #[case::name(|spec: &mut Value| spec["domain"]["name"] = "a\nb".into(), "is not a domain's name")]
     #[case::deadline(|spec: &mut Value| spec["deadlineSeconds"] = 3601.into(), "from 1 to 3600")]
     #[case::no_deadline(|spec: &mut Value| spec["deadlineSeconds"] = 0.into(), "from 1 to 3600")]
     #[case::level(|spec: &mut Value| spec["require"] = "Sure".into(), "unknown variant `Sure`")]

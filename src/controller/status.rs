@@ -9,7 +9,7 @@ use crate::cluster::objects::{Condition, DomainHotplugStatus};
 use crate::executor::SubmitError;
 use crate::hotplug::Verdict;
 use crate::operation::{Record, State};
-use crate::units::Timestamp;
+use crate::units::{Timestamp, shortened};
 
 /// How much evidence a status holds; an object of the cluster has bounds, the journal has all of it.
 const MOST_EVIDENCE: usize = 200;
@@ -72,8 +72,10 @@ pub(super) fn held(hold: &Hold, generation: i64, now: Timestamp) -> DomainHotplu
 pub(super) fn of(record: &Record, taken_on: i64, changed: bool) -> DomainHotplugStatus {
     let request = in_words(&record.request);
     let message = match (&record.message, &record.awaiting) {
-        (Some(message), _) => shortened(message),
-        (None, Some(awaiting)) => format!("waiting for {}", shortened(&awaiting.what)),
+        (Some(message), _) => shortened(message, LONGEST_TEXT),
+        (None, Some(awaiting)) => {
+            format!("waiting for {}", shortened(&awaiting.what, LONGEST_TEXT))
+        }
         (None, None) => "waiting for its turn".to_owned(),
     };
     let (accepted, taken) = match changed {
@@ -111,7 +113,10 @@ pub(super) fn of(record: &Record, taken_on: i64, changed: bool) -> DomainHotplug
         requested: Some(record.requested.into()),
         after: record.after.map(Into::into),
         evidence: evidence(record),
-        hypervisor_error: record.hypervisor_error.as_deref().map(shortened),
+        hypervisor_error: record
+            .hypervisor_error
+            .as_deref()
+            .map(|text| shortened(text, LONGEST_TEXT)),
         diagnosis: record.diagnosis.clone().map(Into::into),
         conditions: conditions
             .and("Accepted", "True", accepted, &taken, record.created)
@@ -127,17 +132,10 @@ fn evidence(record: &Record) -> Vec<EvidenceStatus> {
     let kept = record.evidence.iter().skip(skipped);
     kept.map(|evidence| {
         let mut witness = EvidenceStatus::from(evidence.clone());
-        witness.detail = shortened(&witness.detail);
+        witness.detail = shortened(&witness.detail, LONGEST_TEXT);
         witness
     })
     .collect()
-}
-
-fn shortened(text: &str) -> String {
-    match text.char_indices().nth(LONGEST_TEXT) {
-        None => text.to_owned(),
-        Some((end, _)) => format!("{}…", &text[..end]),
-    }
 }
 
 struct Conditions {

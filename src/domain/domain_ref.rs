@@ -102,6 +102,15 @@ impl DomainRef {
     }
 }
 
+/// True if a text is spelled like a UUID. A domain's name may be, too.
+pub fn is_uuid(text: &str) -> bool {
+    text.len() == 36
+        && text.char_indices().all(|(at, c)| match at {
+            8 | 13 | 18 | 23 => c == '-',
+            _ => c.is_ascii_hexdigit(),
+        })
+}
+
 impl PartialEq for DomainRef {
     fn eq(&self, other: &Self) -> bool {
         self.key() == other.key()

@@ -5,7 +5,8 @@ use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
-use thiserror::Error;
+
+use crate::units::ParseError;
 
 /// The largest number that is read, sixteen times what the largest machine type has (4096): it
 /// bounds what a range can unfold to.
@@ -15,11 +16,6 @@ const LARGEST: u32 = 65_535;
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct IdSet(BTreeSet<u32>);
-
-/// A text that is no such set.
-#[derive(Debug, Clone, PartialEq, Eq, Error)]
-#[error("this is no list of CPUs like 0-2,5")]
-pub struct NotAnIdSet;
 
 impl IdSet {
     /// How many there are.
@@ -64,10 +60,11 @@ impl FromIterator<u32> for IdSet {
 }
 
 impl FromStr for IdSet {
-    type Err = NotAnIdSet;
+    type Err = ParseError;
 
     /// An empty text is an empty set: so libvirt says "none".
-    fn from_str(text: &str) -> Result<Self, NotAnIdSet> {
+    fn from_str(text: &str) -> Result<Self, ParseError> {
+        let malformed = || ParseError::new(text, "is not a list of CPUs like 0-2,5");
         let mut ids = BTreeSet::new();
         let number = |text: &str| match text.bytes().all(|b| b.is_ascii_digit()) {
             true => text.parse::<u32>().ok().filter(|id| *id <= LARGEST),
@@ -78,10 +75,10 @@ impl FromStr for IdSet {
                 break;
             }
             let (first, last) = part.split_once('-').unwrap_or((part, part));
-            let first = number(first).ok_or(NotAnIdSet)?;
-            let last = number(last).ok_or(NotAnIdSet)?;
+            let first = number(first).ok_or_else(malformed)?;
+            let last = number(last).ok_or_else(malformed)?;
             if first > last {
-                return Err(NotAnIdSet);
+                return Err(malformed());
             }
             ids.extend(first..=last);
         }
@@ -115,9 +112,9 @@ impl From<IdSet> for String {
 }
 
 impl TryFrom<String> for IdSet {
-    type Error = NotAnIdSet;
+    type Error = ParseError;
 
-    fn try_from(text: String) -> Result<Self, NotAnIdSet> {
+    fn try_from(text: String) -> Result<Self, ParseError> {
         text.parse()
     }
 }
@@ -143,7 +140,7 @@ mod tests {
         for bad in [
             "a", "2-1", "-1", "0-", ",", "0,,1", "0-99999", "+1", "0-2-4",
         ] {
-            assert_eq!(bad.parse::<IdSet>(), Err(NotAnIdSet), "{bad}");
+            assert!(bad.parse::<IdSet>().is_err(), "{bad}");
         }
     }
 

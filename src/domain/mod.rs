@@ -26,9 +26,9 @@ pub use devices::{
     AgentChannel, AliasedDevice, Balloon, DeviceDefinitions, HostDevices, IommuDevice, IommuModel,
     PciControllers,
 };
-pub use domain_ref::{ConnectionId, DomainRef};
+pub use domain_ref::{ConnectionId, DomainRef, is_uuid};
 pub use facts::Domain;
-pub use idset::{IdSet, NotAnIdSet};
+pub use idset::IdSet;
 pub use job::Job;
 pub use memory::{GuestNumaCell, Memory, MemoryDefinition, MemoryDevice, MemoryModel};
 pub use pause_reason::PauseReason;

@@ -70,7 +70,7 @@ use tracing::{Span, info, info_span};
 use super::Executor;
 use super::clock::Clock;
 use super::observer::{Backoff, Observer};
-use crate::hotplug::{Contact, History, HotplugRequest, Observation, Return, Verdict};
+use crate::hotplug::{Contact, History, Observation, Return, Verdict};
 use crate::hypervisor::{Connection, DomainBackend, DomainRef, Notices};
 use crate::journal::Entry;
 use crate::operation::Record;
@@ -164,7 +164,7 @@ impl<C: DomainBackend> Driver<C, Unstarted> {
 
 impl<C: DomainBackend, S> Driver<C, S> {
     fn observer(&self, domain: &DomainRef) -> Arc<Observer<C>> {
-        let asks_agent = matches!(self.entry.order.request, HotplugRequest::Vcpus { .. });
+        let asks_agent = self.entry.order.request.wanted().guest_cpus;
         Arc::new(Observer::new(
             Arc::clone(&self.executor.backend),
             domain.clone(),

@@ -46,8 +46,7 @@ use crate::domain::DomainRef;
 use crate::hypervisor::DomainBackend;
 use crate::journal::{Entry, Journal, JournalError};
 pub use crate::operation::{
-    AskedBy, Awaiting, DomainName, NotADomainName, NotAnOperationId, OperationId, Order, Record,
-    State, TargetDomain,
+    AskedBy, Awaiting, DomainName, OperationId, Order, Record, State, TargetDomain,
 };
 
 /// Reason why an order was rejected. Nothing was changed.

@@ -1,48 +1,63 @@
-//! Verified hotplug: what is asked for, what is seen, and what that proves. Pure.
+//! Verified hotplug: requests, observations, and the verdicts that they prove. Pure.
 //!
-//! An operation is `observe → preflight → call → wait → observe → …  → verdict`. Here is all of it
-//! that decides; who calls the hypervisor and looks at domains only keeps a [`History`]:
+//! ```text
+//!  observe ──> preflight ──> call ──> wait ──> verdict ──> follow-up
+//!     ^            │          ^         │         │            │
+//!     └─ Blocked ──┤          └─ next ──┤         └─ may change┘
+//!                  └─ Rejected          └─ event, observation, returned call, deadline
+//! ```
 //!
-//! 1. [`preflight`] turns a request and what is seen of the domain into a [`Plan`], or says why
-//!    nothing can be done.
-//! 2. [`judge`] says what to do next: make a call, wait, or stop with an [`Outcome`]. It knows
-//!    nothing but the history, so an operation can be judged again after a restart, and a record
-//!    can be put right when the guest follows later.
+//! * **observe**: the caller reads the domain into an [`Observation`].
+//! * **preflight**: [`preflight`] turns request and observation into a [`Plan`], rejects the
+//!   request, or returns [`Preflight::Blocked`] while a job holds the domain.
+//! * **call, wait**: [`judge`] reads the [`History`] and returns the next [`Step`]: make a call,
+//!   wait, or finish with an [`Outcome`]. The caller appends every event, observation and returned
+//!   call to the history and judges again.
+//! * **verdict**: [`Step::Done`]. `Verified` needs the *last* observation to show everything that
+//!   was requested.
+//! * **follow-up**: a verdict that [may change](Verdict::may_change) is judged again with later
+//!   observations. [`settle`] returns the only call that is allowed then.
 //!
-//! `vcpus` and `memory` have the same files with the same verbs: `preflight` (limits and
-//! plan), `evidence` (what the history shows), `verdict` (what that proves) and `diagnosis` (what
-//! is wrong and what to do).
+//! # Ownership
+//! The caller (the executor) owns the history, the clock and the calls. This module owns every
+//! decision, and decides by the history alone, so an operation can be judged again after a restart.
+//! `vcpus` and `memory` own the rules of one kind of resource behind [`resource::Resource`], with
+//! the same five files each: `preflight` (limits and plan), `evidence` (facts in the history),
+//! `verdict` (what they prove), `diagnosis` (cause and remedy) and `timeline` (evidence for
+//! people). `lifecycle` owns the rules that no kind can change: ended domains, failed calls, lost
+//! answers.
 //!
-//! # What is believed
-//! No source alone. libvirt says "done" when QEMU was told, and "timed out" for an unplug that was
-//! carried out; a guest that throws a CPU away says "success" through ACPI. So `Verified` needs
-//! the *last* look at the domain to show everything that was asked for.
+//! # Blocking
+//! Nothing blocks: every function returns at once, without IO, clock, log or thread.
 //!
-//! # What is done twice
-//! Nothing. A call whose answer was lost, because the connection broke or this program was killed,
-//! may have been carried out, may still be, or may never have reached libvirt. So the domain is
-//! looked at, more than once and for a while: libvirt takes up requests in the order in which they
-//! came, so what it answers now comes after what it was asked before. If the domain is then as it
-//! was, the call is made again: every call names what is wanted in the end, so even one that comes
-//! after all finds nothing left to do. If somebody else changed the domain meanwhile, it is not.
+//! # Failures
+//! No single source is trusted. libvirt reports success once QEMU has been asked, and a timeout for
+//! an unplug that was carried out; a guest that drops a CPU reports success through ACPI.
+//!
+//! A call whose answer was lost may have been carried out, may still be running, or may never have
+//! reached libvirt. libvirt serves requests in the order of their arrival, so two observations that
+//! were started after the loss show what became of the call. If the domain is then unchanged, the
+//! call is repeated: every call names the final state, so a late duplicate changes nothing. If
+//! something else changed the domain, the call is not repeated.
 
+mod amount;
 mod event;
 mod evidence;
 mod history;
 mod infeasible;
-mod memory;
-#[cfg(test)]
-mod memory_tests;
-
 mod lifecycle;
 #[cfg(test)]
 mod lifecycle_tests;
+mod memory;
+#[cfg(test)]
+mod memory_tests;
 mod observation;
 mod outcome;
 mod plan;
 #[cfg(test)]
 mod property_tests;
 mod request;
+mod resource;
 #[cfg(test)]
 mod simulation;
 mod timeline;
@@ -53,39 +68,35 @@ mod vcpus;
 mod vcpus_tests;
 mod verdict;
 
+pub use amount::Amount;
 pub use event::{Answer, Event, NotAnEvent, Ost, SlotKind};
 pub use evidence::{Evidence, Source};
 pub use history::{Call, Contact, History, Return};
 pub use infeasible::Infeasible;
-
 pub use observation::{Agent, GuestVcpus, Host, Observation};
-pub use outcome::{Amount, Diagnosis, Outcome, Step};
+pub use outcome::{Diagnosis, Outcome, Step};
 pub use plan::{Action, Plan, Preflight, Rejection};
-pub use request::{HotplugRequest, NotALevel, Patience, Require, Terms};
-pub use verdict::{NotAVerdict, Verdict};
+pub use request::{HotplugRequest, Patience, Require, Terms};
+pub use resource::{ResourceKind, Wanted};
+pub use verdict::Verdict;
 
 use outcome::{Finding, Ruling};
+use resource::resource;
 
 use crate::domain::PauseReason;
 use crate::units::Timestamp;
 
-/// Whether a request can be done, and how. `seen` is what the domain is like now.
+/// Plans a request for the domain as it is observed.
 ///
-/// The limits come first: whoever asks for what can never be done is told so, whatever the domain
-/// is doing at the moment.
+/// Limits come first: a request that can never be carried out is rejected even while a job holds
+/// the domain.
 pub fn preflight(request: &HotplugRequest, seen: &Observation, host: &Host) -> Preflight {
     let state = seen.domain.state;
-    let not_running = |seen: &Observation| {
-        Preflight::Rejected(Rejection::NotRunning(seen.state(), seen.remedy()))
-    };
+    let not_running = || Preflight::Rejected(Rejection::NotRunning(seen.state(), seen.remedy()));
     if !state.is_active() {
-        return not_running(seen);
+        return not_running();
     }
-    let plan = match request {
-        HotplugRequest::Vcpus { count, .. } => vcpus::preflight(*count, seen),
-        HotplugRequest::Memory { size } => memory::preflight(*size, seen, host),
-    };
-    let plan = match plan {
+    let plan = match resource(request).preflight(seen, host) {
         Ok(plan) => plan,
         Err(limit) => return Preflight::Rejected(limit.into()),
     };
@@ -94,19 +105,18 @@ pub fn preflight(request: &HotplugRequest, seen: &Observation, host: &Host) -> P
             Preflight::Blocked(format!("{job} to end"))
         }
         _ if state.runs() => Preflight::Ready(plan),
-        // Many a job pauses the domain, and is over a moment before the domain runs again.
+        // Many jobs pause the domain, and end a moment before the domain resumes.
         _ if seen.reason.is_some_and(PauseReason::ends_by_itself) => {
             Preflight::Blocked(seen.awaiting())
         }
-        _ => not_running(seen),
+        _ => not_running(),
     }
 }
 
-/// What to do next, judging by all that was seen and done so far. `now` must not be before
-/// anything in the history.
+/// Returns the next step. `now` must not be earlier than anything in the history.
 ///
-/// After a verdict that [may change](Verdict::may_change), call it again with what is seen later:
-/// a record is put right when the answer is `Verified`.
+/// After a verdict that [may change](Verdict::may_change), call it again with later observations:
+/// an answer of `Verified` corrects the record.
 pub fn judge(history: &History, now: Timestamp) -> Step {
     let finding = match rule(history, now) {
         Ruling::Call(action) => return Step::Call(action),
@@ -121,80 +131,46 @@ pub fn judge(history: &History, now: Timestamp) -> Step {
             format!("the deadline passed while waiting for {awaiting}"),
         ),
     };
-    let (timeline, before, after) = match history.request {
-        HotplugRequest::Vcpus { .. } => (
-            vcpus::timeline(history),
-            vcpus::extent(&history.before),
-            vcpus::extent(history.latest()),
-        ),
-        HotplugRequest::Memory { .. } => (
-            memory::timeline(history),
-            memory::extent(&history.before),
-            memory::extent(history.latest()),
-        ),
-    };
+    let resource = resource(&history.request);
     Step::Done(Box::new(Outcome {
         verdict: finding.verdict,
         message: finding.message,
-        before,
-        requested: history.request.extent(),
-        after,
-        evidence: timeline,
+        before: resource.amount(&history.before),
+        requested: resource.requested(),
+        after: resource.amount(history.latest()),
+        evidence: resource.timeline(history),
         hypervisor_error: history.last_error(),
         diagnosis: finding.diagnosis,
     }))
 }
 
-/// What is still to be called after the verdict of an operation that is watched: only what makes
-/// libvirt agree with what the guest and QEMU are known to have done. Nothing is asked of the guest.
+/// Returns the call to make after the verdict of an operation that is still followed: only one
+/// that makes libvirt agree with what the guest and QEMU are known to have done.
 pub fn settle(history: &History) -> Option<Action> {
-    match history.request {
-        HotplugRequest::Vcpus { count, .. } => vcpus::settle(history, count),
-        HotplugRequest::Memory { .. } => None,
-    }
-}
-
-/// How much of what a request is about there is.
-pub fn extent(request: &HotplugRequest, seen: &Observation) -> Amount {
-    match request {
-        HotplugRequest::Vcpus { .. } => vcpus::extent(seen),
-        HotplugRequest::Memory { .. } => memory::extent(seen),
-    }
+    resource(&history.request).settle(history)
 }
 
 fn rule(history: &History, now: Timestamp) -> Ruling {
     if let Some(end) = lifecycle::ended(history) {
         return Ruling::Found(end);
     }
-    let shows = match history.request {
-        HotplugRequest::Vcpus { count, .. } => vcpus::shows(history, count),
-        HotplugRequest::Memory { size } => memory::shows(history, size),
-    };
-    if let Some(ruling) = lifecycle::after_call(history, now, shows) {
+    let resource = resource(&history.request);
+    if let Some(ruling) = lifecycle::after_call(history, now, resource.is_reached(history)) {
         return ruling;
     }
-    if let Some(action) = history
+    let Some(action) = history
         .next_planned()
         .filter(|_| history.running_call().is_none())
-    {
-        return match history.is_over(now) {
-            false => Ruling::Call(action.clone()),
-            true => Ruling::Found(Finding::new(
-                Verdict::Busy,
-                match history.calls().is_empty() {
-                    true => {
-                        "the deadline passed before the hypervisor could be called: nothing was \
-                         changed"
-                    }
-                    false => {
-                        "the deadline passed before the hypervisor could be asked for the rest"
-                    }
-                },
-            )),
-        };
+    else {
+        return resource.judge(history, now);
+    };
+    if !history.is_over(now) {
+        return Ruling::Call(action.clone());
     }
-    match history.request {
-        HotplugRequest::Vcpus { count, online } => vcpus::judge(history, count, online, now),
-        HotplugRequest::Memory { size } => memory::judge(history, size, now),
-    }
+    let message = if history.calls().is_empty() {
+        "the deadline passed before the first call to the hypervisor: nothing was changed"
+    } else {
+        "the deadline passed before the remaining calls to the hypervisor"
+    };
+    Ruling::Found(Finding::new(Verdict::Busy, message))
 }

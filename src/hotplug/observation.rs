@@ -3,9 +3,8 @@
 use serde::{Deserialize, Serialize};
 
 use super::Ost;
-use crate::domain::{Domain, DomainState, IdSet, Job, NotAnIdSet, PauseReason, Stats};
-use crate::units::Bytes;
-use crate::units::Timestamp;
+use crate::domain::{Domain, DomainState, IdSet, Job, PauseReason, Stats};
+use crate::units::{Bytes, ParseError, Timestamp};
 
 /// A domain as seen at one time.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -56,8 +55,8 @@ impl GuestVcpus {
     /// From the parameters `vcpus` and `online` of `virDomainGetGuestVcpus`.
     ///
     /// # Errors
-    /// A text that is no list of CPUs.
-    pub fn from_libvirt(vcpus: &str, online: &str) -> Result<Self, NotAnIdSet> {
+    /// A text that is not a list of CPUs.
+    pub fn from_libvirt(vcpus: &str, online: &str) -> Result<Self, ParseError> {
         Ok(Self {
             vcpus: vcpus.parse()?,
             online: online.parse()?,

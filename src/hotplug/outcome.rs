@@ -1,11 +1,8 @@
 //! What comes out of an operation, and what is to be done until then.
 
-use std::time::Duration;
-
 use serde::{Deserialize, Serialize};
 
-use super::{Action, Evidence, Verdict};
-use crate::units::Bytes;
+use super::{Action, Amount, Evidence, Verdict};
 use crate::units::Timestamp;
 
 /// What is to be done next.
@@ -47,30 +44,6 @@ pub struct Outcome {
     /// What is wrong with the guest, and what to do, if it is the guest.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub diagnosis: Option<Diagnosis>,
-}
-
-/// How much of a resource there is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged)]
-pub enum Amount {
-    /// vCPUs.
-    #[serde(rename_all = "camelCase")]
-    Vcpus {
-        /// How many are plugged, or asked for.
-        vcpus: u32,
-        /// How many the guest uses, where its agent tells.
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        online: Option<u32>,
-    },
-    /// Memory.
-    #[serde(rename_all = "camelCase")]
-    Memory {
-        /// What the domain booted with and what the guest took, or what is asked for.
-        memory: Bytes,
-        /// What the guest sees in all, where its balloon driver tells.
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        guest_total: Option<Bytes>,
-    },
 }
 
 /// What is wrong, and what to do.
@@ -156,50 +129,5 @@ impl Ruling {
             awaiting: awaiting.into(),
             until: Some(until),
         }
-    }
-}
-
-/// A span for people: `0.4 s`.
-pub(super) fn seconds(span: Duration) -> String {
-    let tenths = (span.as_millis() + 50) / 100;
-    format!("{}.{} s", tenths / 10, tenths % 10)
-}
-
-/// A number of things for people: `1 vCPU`, `3 vCPUs`.
-pub(super) fn counted(count: u32, thing: &str) -> String {
-    match count {
-        1 => format!("1 {thing}"),
-        count => format!("{count} {thing}s"),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn people_get_round_numbers() {
-        assert_eq!(seconds(Duration::from_millis(449)), "0.4 s");
-        assert_eq!(seconds(Duration::from_millis(12_960)), "13.0 s");
-        assert_eq!(counted(1, "vCPU"), "1 vCPU");
-        assert_eq!(counted(0, "vCPU"), "0 vCPUs");
-    }
-
-    #[test]
-    fn an_extent_is_as_short_as_what_is_known() {
-        let extent = Amount::Vcpus {
-            vcpus: 4,
-            online: None,
-        };
-        let json = serde_json::to_string(&extent).unwrap();
-        assert_eq!(json, r#"{"vcpus":4}"#);
-        assert_eq!(serde_json::from_str::<Amount>(&json).unwrap(), extent);
-        let extent = Amount::Memory {
-            memory: Bytes::from_mib(1024).unwrap(),
-            guest_total: Some(Bytes::new(938_512 << 10)),
-        };
-        let json = serde_json::to_string(&extent).unwrap();
-        assert_eq!(json, r#"{"memory":"1GiB","guestTotal":"938512KiB"}"#);
-        assert_eq!(serde_json::from_str::<Amount>(&json).unwrap(), extent);
     }
 }

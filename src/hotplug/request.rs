@@ -5,11 +5,10 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use thiserror::Error;
 
-use super::Amount;
-use crate::units::Bytes;
-use crate::units::Timestamp;
+use super::resource::{ResourceKind, Wanted, resource};
+use super::{Amount, Observation};
+use crate::units::{Bytes, ParseError, Timestamp};
 
 /// A target for one resource of one domain. Always absolute: asking twice is harmless.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -31,18 +30,23 @@ pub enum HotplugRequest {
 }
 
 impl HotplugRequest {
-    /// What is asked for, as an extent.
-    pub fn extent(&self) -> Amount {
-        match *self {
-            Self::Vcpus { count, .. } => Amount::Vcpus {
-                vcpus: count,
-                online: None,
-            },
-            Self::Memory { size } => Amount::Memory {
-                memory: size,
-                guest_total: None,
-            },
-        }
+    pub fn kind(&self) -> ResourceKind {
+        resource(self).kind()
+    }
+
+    /// Returns the requested amount.
+    pub fn amount(&self) -> Amount {
+        resource(self).requested()
+    }
+
+    /// Returns the amount of the requested resource that the domain has.
+    pub fn amount_of(&self, seen: &Observation) -> Amount {
+        resource(self).amount(seen)
+    }
+
+    /// Returns the evidence that costs calls of its own.
+    pub fn wanted(&self) -> Wanted {
+        resource(self).wanted()
     }
 }
 
@@ -59,11 +63,6 @@ pub enum Require {
     #[default]
     Online,
 }
-
-/// A text that is no level of proof.
-#[derive(Debug, Clone, PartialEq, Eq, Error)]
-#[error("a level of proof is accepted, acknowledged or online")]
-pub struct NotALevel;
 
 impl Require {
     /// Every level, in rising order.
@@ -86,14 +85,17 @@ impl fmt::Display for Require {
 }
 
 impl FromStr for Require {
-    type Err = NotALevel;
+    type Err = ParseError;
 
     /// `Online`, or `online`.
-    fn from_str(text: &str) -> Result<Self, NotALevel> {
+    fn from_str(text: &str) -> Result<Self, ParseError> {
         Self::ALL
             .into_iter()
             .find(|level| level.as_str() == text || level.as_str().to_ascii_lowercase() == text)
-            .ok_or(NotALevel)
+            .ok_or_else(|| {
+                let what = "is not a level of proof: use accepted, acknowledged or online";
+                ParseError::new(text, what)
+            })
     }
 }
 
@@ -171,7 +173,7 @@ mod tests {
     fn levels_have_the_words_of_the_command_line_and_of_the_objects() {
         assert_eq!("online".parse(), Ok(Require::Online));
         assert_eq!("Acknowledged".parse(), Ok(Require::Acknowledged));
-        assert_eq!("ONLINE".parse::<Require>(), Err(NotALevel));
+        assert!("ONLINE".parse::<Require>().is_err());
         assert!(
             Require::Accepted < Require::Acknowledged && Require::Acknowledged < Require::Online
         );

@@ -5,6 +5,8 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::units::ParseError;
+
 /// How an operation ended. The words are a contract: they stand in the command line's output, the
 /// API, the objects' conditions and the metrics.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -98,19 +100,14 @@ impl fmt::Display for Verdict {
     }
 }
 
-/// A text that is no verdict.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("this is none of the verdicts")]
-pub struct NotAVerdict;
-
 impl FromStr for Verdict {
-    type Err = NotAVerdict;
+    type Err = ParseError;
 
-    fn from_str(text: &str) -> Result<Self, NotAVerdict> {
+    fn from_str(text: &str) -> Result<Self, ParseError> {
         Self::ALL
             .into_iter()
             .find(|verdict| verdict.as_str() == text)
-            .ok_or(NotAVerdict)
+            .ok_or_else(|| ParseError::new(text, "is not a verdict"))
     }
 }
 
@@ -125,6 +122,6 @@ mod tests {
             assert_eq!(json, format!("\"{verdict}\""));
             assert_eq!(verdict.as_str().parse(), Ok(verdict));
         }
-        assert_eq!("verified".parse::<Verdict>(), Err(NotAVerdict));
+        assert!("verified".parse::<Verdict>().is_err());
     }
 }

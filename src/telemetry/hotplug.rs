@@ -1,17 +1,15 @@
 //! The metrics of verified hotplug and its journal.
 
+use std::cmp::Ordering;
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 
 use prometheus::{Gauge, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec};
 
 use super::metrics::Registrar;
-use crate::hotplug::{Amount, Evidence, Source, Verdict};
+use crate::hotplug::{Amount, Evidence, ResourceKind, Source, Verdict};
 use crate::operation::{OperationId, Record, State};
 use crate::units::Timestamp;
-
-/// What can be plugged, as in the label `resource`.
-pub const RESOURCES: [&str; 2] = ["vcpus", "memory"];
 
 /// What is done to it, as in the label `action`: more, less, as much as before, and not known
 /// since the domain could not be looked at.
@@ -35,29 +33,13 @@ pub const OBJECT_FAILURES: [&str; 7] = [
     "api-conflict",
 ];
 
-/// The word of an extent's resource.
-pub fn resource(extent: Amount) -> &'static str {
-    match extent {
-        Amount::Vcpus { .. } => "vcpus",
-        Amount::Memory { .. } => "memory",
-    }
-}
-
 /// What is done by going from what there was to what is asked for.
 pub fn action(before: Option<Amount>, requested: Amount) -> &'static str {
-    let order = match (before, requested) {
-        (Some(Amount::Vcpus { vcpus: had, .. }), Amount::Vcpus { vcpus: asked, .. }) => {
-            asked.cmp(&had)
-        }
-        (Some(Amount::Memory { memory: had, .. }), Amount::Memory { memory: asked, .. }) => {
-            asked.cmp(&had)
-        }
-        _ => return "unknown",
-    };
-    match order {
-        std::cmp::Ordering::Greater => "plug",
-        std::cmp::Ordering::Less => "unplug",
-        std::cmp::Ordering::Equal => "keep",
+    match before.and_then(|before| requested.compare(before)) {
+        None => "unknown",
+        Some(Ordering::Greater) => "plug",
+        Some(Ordering::Less) => "unplug",
+        Some(Ordering::Equal) => "keep",
     }
 }
 
@@ -144,7 +126,7 @@ impl HotplugMetrics {
             )?,
             open: Mutex::default(),
         };
-        for resource in RESOURCES {
+        for resource in ResourceKind::ALL.map(ResourceKind::as_str) {
             for action in ACTIONS {
                 metrics.requests.with_label_values(&[resource, action]);
                 for verdict in Verdict::ALL.map(Verdict::as_str) {
@@ -210,12 +192,12 @@ impl HotplugMetrics {
     fn count_request(&self, record: &Record) {
         let action = action(record.before, record.requested);
         self.requests
-            .with_label_values(&[resource(record.requested), action])
+            .with_label_values(&[record.requested.kind().as_str(), action])
             .inc();
     }
 
     fn count_result(&self, record: &Record) {
-        let resource = resource(record.requested);
+        let resource = record.requested.kind().as_str();
         let action = action(record.before, record.requested);
         if let Some(verdict) = record.verdict {
             self.results
@@ -325,7 +307,7 @@ mod tests {
             guest_total: None,
         };
         assert_eq!(action(Some(vcpus(3)), memory), "unknown");
-        assert_eq!(resource(memory), "memory");
+        assert_eq!(memory.kind().as_str(), "memory");
     }
 
     fn record(millis: u64) -> Record {

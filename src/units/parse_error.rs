@@ -1,5 +1,7 @@
 use thiserror::Error;
 
+use super::shortened;
+
 /// Maximum number of characters of the input that an error quotes.
 const MAX_QUOTED: usize = 40;
 
@@ -15,10 +17,7 @@ pub struct ParseError {
 
 impl ParseError {
     pub fn new(text: &str, what: &'static str) -> Self {
-        let mut quoted: String = text.chars().take(MAX_QUOTED).collect();
-        if quoted.len() < text.len() {
-            quoted.push('…');
-        }
+        let quoted = shortened(text, MAX_QUOTED);
         let text = quoted.chars().flat_map(char::escape_debug).collect();
         Self { what, text }
     }

@@ -1,6 +1,7 @@
 //! Findings of the doctor. `Check`, `Severity`, `Place` and the field names are a contract: JSON
 //! output, metric labels and docs/doctor.md use them. The texts are prose.
 
+pub(super) use crate::units::counted;
 use std::fmt;
 
 use serde::{Serialize, Serializer};
@@ -264,14 +265,6 @@ pub(super) fn quoted(word: &str) -> String {
         word.to_owned()
     } else {
         format!("'{}'", word.replace('\'', r"'\''"))
-    }
-}
-
-/// Returns "1 domain" or "2 domains".
-pub(super) fn counted(count: usize, noun: &str) -> String {
-    match count {
-        1 => format!("1 {noun}"),
-        count => format!("{count} {noun}s"),
     }
 }
 

@@ -15,7 +15,7 @@ use crate::executor::call;
 use crate::executor::observer::Backoff;
 use crate::executor::queues::Ticket;
 use crate::hotplug::{
-    Action, Contact, Event, Observation, Outcome, Return, Step, Verdict, extent, judge, settle,
+    Action, Contact, Event, Observation, Outcome, Return, Step, Verdict, judge, settle,
 };
 use crate::hypervisor::{Change, DomainBackend, Notice, Notices};
 use crate::units::Timestamp;
@@ -116,9 +116,9 @@ impl<C: DomainBackend> Driver<C, Attached<C>> {
                 "cannot write the journal, so {consequence}: {error}; free space in the state \
                  directory"
             ),
-            before: extent(&history.request, &history.before),
-            requested: history.request.extent(),
-            after: extent(&history.request, history.latest()),
+            before: history.request.amount_of(&history.before),
+            requested: history.request.amount(),
+            after: history.request.amount_of(history.latest()),
             evidence: Vec::new(),
             hypervisor_error: None,
             diagnosis: None,

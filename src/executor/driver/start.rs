@@ -14,8 +14,7 @@ use crate::executor::Executor;
 use crate::executor::observer::Observer;
 use crate::executor::queues::Ticket;
 use crate::hotplug::{
-    Contact, Event, History, Host, HotplugRequest, Preflight, Step, Terms, Verdict, extent, judge,
-    preflight,
+    Contact, Event, History, Host, Preflight, Step, Terms, Verdict, judge, preflight,
 };
 use crate::hypervisor::{Change, DomainBackend, Notice, Notices};
 use crate::journal::Entry;
@@ -227,7 +226,7 @@ impl<C: DomainBackend> Driver<C, Unstarted> {
                             return Ok(Box::new(history));
                         }
                         Preflight::Rejected(rejection) => {
-                            let amount = extent(request, &observation);
+                            let amount = request.amount_of(&observation);
                             self.entry.record.before = Some(amount);
                             self.entry.record.after = Some(amount);
                             return Err(Refusal::Rejected(rejection));
@@ -291,11 +290,11 @@ impl<C: DomainBackend> Driver<C, Unstarted> {
     }
 
     fn host(&self) -> Host {
-        match self.entry.order.request {
-            HotplugRequest::Memory { .. } => Host {
-                available: (self.executor.options.available_memory)(),
-            },
-            HotplugRequest::Vcpus { .. } => Host::default(),
+        if !self.entry.order.request.wanted().host_memory {
+            return Host::default();
+        }
+        Host {
+            available: (self.executor.options.available_memory)(),
         }
     }
 

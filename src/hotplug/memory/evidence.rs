@@ -2,7 +2,7 @@
 
 use super::diagnosis::LINUX_BLOCK;
 use crate::domain::Memory;
-use crate::hotplug::{Action, Amount, Answer, Event, History, Observation, Ost, SlotKind};
+use crate::hotplug::{Action, Answer, Event, History, Observation, Ost, SlotKind};
 use crate::units::Bytes;
 use crate::units::Timestamp;
 
@@ -163,19 +163,4 @@ fn smallest_unit(memory: &Memory) -> Bytes {
         .map(|device| device.plugged().min(LINUX_BLOCK))
         .filter(|unit| *unit > Bytes::ZERO);
     dimms.chain(blocks).min().unwrap_or(Bytes::new(u64::MAX))
-}
-
-/// Whether the live XML shows that so much is asked of the guest.
-pub(in crate::hotplug) fn shows(history: &History, size: Bytes) -> bool {
-    history
-        .fresh()
-        .is_some_and(|seen| seen.domain.memory.asked() == size)
-}
-
-/// How much there is, and how much of it the guest sees.
-pub(in crate::hotplug) fn extent(seen: &Observation) -> Amount {
-    Amount::Memory {
-        memory: seen.domain.memory.plugged(),
-        guest_total: seen.guest_total(),
-    }
 }

@@ -1,4 +1,4 @@
-//! Memory: limits and plan, what the history shows, what that proves, what is wrong.
+//! Memory: limits and plan, evidence, verdict, diagnosis, timeline.
 
 mod diagnosis;
 mod evidence;
@@ -6,7 +6,56 @@ mod preflight;
 mod timeline;
 mod verdict;
 
-pub(super) use evidence::{extent, shows};
-pub(super) use preflight::preflight;
-pub(super) use timeline::timeline;
-pub(super) use verdict::judge;
+use super::outcome::Ruling;
+use super::resource::{Resource, ResourceKind, Wanted};
+use super::{Amount, Evidence, History, Host, Infeasible, Observation, Plan};
+use crate::units::{Bytes, Timestamp};
+
+/// A request for a total amount of memory: boot memory and memory devices.
+pub(super) struct MemoryResource {
+    pub(super) size: Bytes,
+}
+
+impl Resource for MemoryResource {
+    fn kind(&self) -> ResourceKind {
+        ResourceKind::Memory
+    }
+
+    fn wanted(&self) -> Wanted {
+        Wanted {
+            host_memory: true,
+            ..Wanted::default()
+        }
+    }
+
+    fn requested(&self) -> Amount {
+        Amount::Memory {
+            memory: self.size,
+            guest_total: None,
+        }
+    }
+
+    fn amount(&self, seen: &Observation) -> Amount {
+        Amount::Memory {
+            memory: seen.domain.memory.plugged(),
+            guest_total: seen.guest_total(),
+        }
+    }
+
+    fn preflight(&self, seen: &Observation, host: &Host) -> Result<Plan, Infeasible> {
+        preflight::preflight(self.size, seen, host)
+    }
+
+    fn is_reached(&self, history: &History) -> bool {
+        let seen = history.fresh();
+        seen.is_some_and(|seen| seen.domain.memory.asked() == self.size)
+    }
+
+    fn judge(&self, history: &History, now: Timestamp) -> Ruling {
+        verdict::judge(history, self.size, now)
+    }
+
+    fn timeline(&self, history: &History) -> Vec<Evidence> {
+        timeline::timeline(history)
+    }
+}

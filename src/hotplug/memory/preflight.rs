@@ -8,11 +8,7 @@ use crate::units::{Bytes, KiB};
 ///
 /// # Errors
 /// The first limit in the way.
-pub(in crate::hotplug) fn preflight(
-    size: Bytes,
-    seen: &Observation,
-    host: &Host,
-) -> Result<Plan, Infeasible> {
+pub(super) fn preflight(size: Bytes, seen: &Observation, host: &Host) -> Result<Plan, Infeasible> {
     let memory = &seen.domain.memory;
     if size < memory.boot || size == Bytes::ZERO {
         return Err(Infeasible::BelowBootMemory {

@@ -4,7 +4,7 @@ use crate::hotplug::timeline::{Timeline, ost_detail};
 use crate::hotplug::{Action, Event, Evidence, History, SlotKind, Source};
 
 /// The evidence, in order of time.
-pub(in crate::hotplug) fn timeline(history: &History) -> Vec<Evidence> {
+pub(super) fn timeline(history: &History) -> Vec<Evidence> {
     let mut timeline = Timeline::of(history, describe, describe_event);
     for seen in history.observations() {
         let memory = &seen.domain.memory;

@@ -5,13 +5,14 @@ use std::time::Duration;
 
 use super::diagnosis;
 use super::evidence::{Signs, Total, planned_dimm};
-use crate::hotplug::outcome::{Diagnosis, Finding, Ruling, seconds};
+use crate::hotplug::outcome::{Diagnosis, Finding, Ruling};
 use crate::hotplug::{Answer, History, Require, Verdict, lifecycle};
 use crate::units::Bytes;
 use crate::units::Timestamp;
+use crate::units::seconds;
 
 /// What to do next about a request for `size` of memory.
-pub(in crate::hotplug) fn judge(history: &History, size: Bytes, now: Timestamp) -> Ruling {
+pub(super) fn judge(history: &History, size: Bytes, now: Timestamp) -> Ruling {
     let case = Case {
         history,
         signs: Signs::read(history, size),

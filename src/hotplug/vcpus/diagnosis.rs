@@ -2,7 +2,8 @@
 
 use crate::domain::IdSet;
 use crate::hotplug::lifecycle::COUNT_ANEW;
-use crate::hotplug::outcome::{Diagnosis, counted};
+use crate::hotplug::outcome::Diagnosis;
+use crate::units::counted;
 
 /// The guest confirmed CPUs that it does not have.
 pub(super) fn thrown_away(has: u32, target: u32) -> Diagnosis {

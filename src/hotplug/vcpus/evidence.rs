@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use crate::domain::{IdSet, VcpuStats};
-use crate::hotplug::{Amount, Answer, Event, GuestVcpus, History, Observation, Ost, SlotKind};
+use crate::hotplug::{Answer, Event, GuestVcpus, History, Observation, Ost, SlotKind};
 use crate::units::Timestamp;
 
 /// The signs of one operation, as they stand.
@@ -191,19 +191,4 @@ const NEVER_RAN: VcpuStats = VcpuStats {
 fn grew(before: VcpuStats, now: VcpuStats) -> bool {
     let more = |before: Option<u64>, now: Option<u64>| matches!((before, now), (Some(b), Some(n)) if n > b);
     more(before.time, now.time) || more(before.exits, now.exits)
-}
-
-/// Whether the live XML shows so many.
-pub(in crate::hotplug) fn shows(history: &History, count: u32) -> bool {
-    history
-        .fresh()
-        .is_some_and(|seen| seen.domain.vcpus.plugged() == count)
-}
-
-/// How many there are, and how many of them the guest uses.
-pub(in crate::hotplug) fn extent(seen: &Observation) -> Amount {
-    Amount::Vcpus {
-        vcpus: seen.domain.vcpus.plugged(),
-        online: seen.guest().map(|guest| guest.online.len()),
-    }
 }

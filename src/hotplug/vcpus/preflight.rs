@@ -7,7 +7,7 @@ use crate::hotplug::{Action, Infeasible, Observation, Plan};
 ///
 /// # Errors
 /// The first limit in the way.
-pub(in crate::hotplug) fn preflight(count: u32, seen: &Observation) -> Result<Plan, Infeasible> {
+pub(super) fn preflight(count: u32, seen: &Observation) -> Result<Plan, Infeasible> {
     let domain = &seen.domain;
     let vcpus = &domain.vcpus;
     let (plugged, maximum) = (vcpus.plugged(), vcpus.maximum);

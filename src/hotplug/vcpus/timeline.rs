@@ -2,13 +2,13 @@
 
 use super::evidence::{peripheral, vcpu_of};
 use crate::domain::IdSet;
-use crate::hotplug::outcome::counted;
 use crate::hotplug::timeline::{Timeline, ost_detail};
 use crate::hotplug::{Action, Agent, Event, Evidence, History, SlotKind, Source};
 use crate::units::Timestamp;
+use crate::units::counted;
 
 /// The evidence, in order of time.
-pub(in crate::hotplug) fn timeline(history: &History) -> Vec<Evidence> {
+pub(super) fn timeline(history: &History) -> Vec<Evidence> {
     let mut timeline = Timeline::of(history, describe, describe_event);
     for seen in history.observations() {
         let plugged = seen.domain.vcpus.plugged_ids();

@@ -6,17 +6,13 @@ mod unplug;
 use super::evidence::Signs;
 use crate::hotplug::history::Return;
 use crate::hotplug::lifecycle;
-use crate::hotplug::outcome::{Finding, Ruling, counted, seconds};
+use crate::hotplug::outcome::{Finding, Ruling};
 use crate::hotplug::{Action, Answer, History, Require, Verdict};
 use crate::units::Timestamp;
+use crate::units::{counted, seconds};
 
 /// What to do next about a request for `count` vCPUs.
-pub(in crate::hotplug) fn judge(
-    history: &History,
-    count: u32,
-    online: bool,
-    now: Timestamp,
-) -> Ruling {
+pub(super) fn judge(history: &History, count: u32, online: bool, now: Timestamp) -> Ruling {
     let case = Case {
         history,
         signs: Signs::read(history),
@@ -41,7 +37,7 @@ pub(in crate::hotplug) fn judge(
 }
 
 /// What makes libvirt agree, after the verdict, with a guest that let vCPUs go.
-pub(in crate::hotplug) fn settle(history: &History, count: u32) -> Option<Action> {
+pub(super) fn settle(history: &History, count: u32) -> Option<Action> {
     let case = Case {
         history,
         signs: Signs::read(history),

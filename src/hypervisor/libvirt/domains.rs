@@ -9,7 +9,7 @@ use virt::sys;
 use super::device::with_requested;
 use super::failure;
 use super::session::{Session, no_nul};
-use crate::domain::{BalloonStats, DomainState, IdSet, Job, PauseReason, Stats};
+use crate::domain::{BalloonStats, DomainState, IdSet, Job, PauseReason, Stats, is_uuid};
 use crate::ffi::{self, DomainRecord};
 use crate::hotplug::{GuestVcpus, Ost};
 use crate::hypervisor::{CallError, DomainRef, DomainStats, LiveDomain, Scope};
@@ -245,15 +245,6 @@ fn job(domain: &Domain) -> Option<Job> {
         }
         Err(_) => None,
     }
-}
-
-/// Whether a text is spelled like a UUID. A name may be, too.
-fn is_uuid(text: &str) -> bool {
-    text.len() == 36
-        && text.char_indices().all(|(at, c)| match at {
-            8 | 13 | 18 | 23 => c == '-',
-            _ => c.is_ascii_hexdigit(),
-        })
 }
 
 fn flags(scope: Scope) -> u32 {

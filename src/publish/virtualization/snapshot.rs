@@ -7,7 +7,7 @@ use crate::cluster::objects::{Condition, NodeVirtualizationStatus};
 use crate::hypervisor::Connection;
 use crate::label::{FactSource, RetainedLabel};
 use crate::probe::{Reading, SourceFailure};
-use crate::units::Timestamp;
+use crate::units::{Timestamp, shortened};
 
 /// What one probe showed.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -83,7 +83,13 @@ impl Snapshot {
             "Facts stay as they were where they cannot be read: {}",
             sentences.join("; ")
         );
-        Condition::new(PROBED, false, &reasons.join(","), shorten(text), now)
+        Condition::new(
+            PROBED,
+            false,
+            &reasons.join(","),
+            shortened(&text, 1024),
+            now,
+        )
     }
 }
 
@@ -170,12 +176,4 @@ fn camel(word: &str) -> String {
         first.into_iter().chain(letters).collect::<String>()
     });
     parts.collect()
-}
-
-fn shorten(text: String) -> String {
-    const MAX: usize = 1024;
-    match text.char_indices().nth(MAX) {
-        None => text,
-        Some((end, _)) => format!("{}…", &text[..end]),
-    }
 }

@@ -4,10 +4,11 @@ use super::Case;
 use crate::domain::CallError;
 use crate::domain::IdSet;
 use crate::hotplug::history::Call;
-use crate::hotplug::outcome::{Finding, Ruling, counted};
+use crate::hotplug::outcome::{Finding, Ruling};
 use crate::hotplug::vcpus::diagnosis;
 use crate::hotplug::{Action, Agent, Answer, GuestVcpus, Observation, Verdict};
 use crate::units::Timestamp;
+use crate::units::counted;
 
 /// How often CPUs are told to come online; each time it is others.
 const MOST_ONLINE_CALLS: usize = 16;

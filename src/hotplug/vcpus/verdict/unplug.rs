@@ -3,9 +3,10 @@
 use super::Case;
 use crate::hotplug::history::Call;
 use crate::hotplug::lifecycle;
-use crate::hotplug::outcome::{Finding, Ruling, counted};
+use crate::hotplug::outcome::{Finding, Ruling};
 use crate::hotplug::vcpus::diagnosis;
 use crate::hotplug::{Action, Verdict};
+use crate::units::counted;
 
 impl Case<'_> {
     pub(super) fn unplug(&self) -> Ruling {
