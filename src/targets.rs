@@ -10,7 +10,7 @@ use crate::cluster::objects::node_virtualization::{
     CpuModelStatus, GuestStatus, HYPERVISOR_CONNECTED, MachineStatus,
 };
 use crate::cluster::objects::{Condition, NodeVirtualizationStatus};
-use crate::cluster::{Inventory, NodeSummary};
+use crate::cluster::{NodeInventory, NodeSummary};
 use crate::compat::{Candidate, Offer, OfferedMachine, ReportedOffer, Requirement};
 
 /// A daemon writes once an hour when it last read everything. One that has not done so for as long
@@ -20,12 +20,12 @@ const STALE: SignedDuration = SignedDuration::from_hours(3);
 /// The nodes as candidates for a domain. `here` is the one where it runs now, if that is known;
 /// `now` is when the inventory was made, if that is known: then what is out of date is not gone by.
 pub fn candidates(
-    inventory: Inventory,
+    inventory: NodeInventory,
     domain: &Requirement,
     here: Option<&str>,
     now: Option<Timestamp>,
 ) -> Vec<Candidate> {
-    let Inventory {
+    let NodeInventory {
         nodes,
         mut virtualizations,
     } = inventory;

@@ -14,7 +14,7 @@ use super::check::{Asked, read_definition, running};
 use super::output::{Output, complain, print, print_value, table};
 use super::report::plain;
 use super::{Exit, Failure, runtime};
-use crate::cluster::{Cluster, ClusterError, Inventory, Virtualizations};
+use crate::cluster::{Cluster, ClusterError, NodeInventory, Virtualizations};
 use crate::compat::{
     Affinity, CandidateState, Feasibility, NodeAssessment, Placement, Requirement, RuleSeverity,
     find_targets,
@@ -140,7 +140,7 @@ impl Targets {
     }
 }
 
-fn read_nodes(path: &Path) -> anyhow::Result<Inventory> {
+fn read_nodes(path: &Path) -> anyhow::Result<NodeInventory> {
     let (name, size, input): (_, _, Box<dyn Read>) = match path == Path::new("-") {
         true => ("standard input".to_owned(), 0, Box::new(std::io::stdin())),
         false => {
@@ -160,7 +160,7 @@ fn read_nodes(path: &Path) -> anyhow::Result<Inventory> {
     if bytes.len() as u64 > LIST_MAX_BYTES {
         bail!("{name}: is larger than {} MiB", LIST_MAX_BYTES >> 20);
     }
-    let inventory = Inventory::parse(&bytes)
+    let inventory = NodeInventory::parse(&bytes)
         .with_context(|| format!("{name}: is not what `kubectl get nodes -o json` prints"))?;
     if inventory.nodes.is_empty() {
         bail!("{name}: has no objects of the kind Node; `kubectl get nodes -o json` prints some");
@@ -169,7 +169,7 @@ fn read_nodes(path: &Path) -> anyhow::Result<Inventory> {
 }
 
 /// All nodes of the cluster. Without their `NodeVirtualization` the labels alone decide.
-fn list(config: &Config) -> anyhow::Result<Inventory> {
+fn list(config: &Config) -> anyhow::Result<NodeInventory> {
     runtime()?.block_on(async {
         let cluster = Cluster::connect(cluster_config(config)?).await?;
         let (nodes, virtualizations) =
@@ -183,7 +183,7 @@ fn list(config: &Config) -> anyhow::Result<Inventory> {
             }
             Err(error) => return Err(error.into()),
         };
-        Ok(Inventory {
+        Ok(NodeInventory {
             nodes,
             virtualizations,
         })

@@ -1,4 +1,4 @@
-//! How the API server is found.
+//! Configuration of the client of the API server, and construction of the client.
 
 use std::error::Error;
 use std::path::PathBuf;
@@ -18,33 +18,29 @@ use crate::label::LabelKey;
 
 const AGENT: &str = concat!("virtnode/", env!("CARGO_PKG_VERSION"));
 
-/// A connection that was silent for so long is asked for a sign of life, …
+// TCP keepalive: a connection whose peer has disappeared is closed a minute after its last byte.
+// The probes also keep the entries of NAT gateways and load balancers, which expire after minutes.
 const KEEPALIVE_AFTER: Duration = Duration::from_secs(30);
-/// … and again so long after each that was not answered, …
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
-/// … so many times. Then it is broken: a minute after the last word. That also keeps alive what
-/// routers and load balancers remember of it, which is minutes.
 const KEEPALIVE_RETRIES: u32 = 3;
 
-/// Which cluster and which Node.
+/// The cluster to connect to, and the Node that this daemon runs on.
 #[derive(Debug, Clone)]
 pub struct ClusterConfig {
-    /// A kubeconfig file. Without one: `$KUBECONFIG`, `~/.kube/config`, and in a pod its service
-    /// account.
+    /// A kubeconfig file. Default: `$KUBECONFIG`, `~/.kube/config`, or the pod's service account.
     pub kubeconfig: Option<PathBuf>,
     /// A context of the kubeconfig other than its current one.
     pub context: Option<String>,
-    /// The name of the Node that this daemon runs on.
     pub node_name: String,
-    /// How long one call may take.
+    /// Timeout for each call.
     pub call_deadline: Duration,
 }
 
 impl ClusterConfig {
-    /// The default of [`Self::call_deadline`].
+    /// Default of [`Self::call_deadline`].
     pub const CALL_DEADLINE: Duration = Duration::from_secs(10);
 
-    /// The Node `node_name` of the cluster that is found without being named.
+    /// Returns the configuration for a Node of the default cluster.
     pub fn new(node_name: impl Into<String>) -> Self {
         Self {
             kubeconfig: None,
@@ -56,19 +52,19 @@ impl ClusterConfig {
 }
 
 impl Cluster {
-    /// Reads the configuration of the client. Nothing is sent yet.
+    /// Reads the client configuration. Sends nothing.
     ///
     /// # Errors
-    /// [`ClusterError::Configuration`] if there is none or it is of no use.
+    /// [`ClusterError::Configuration`] if the configuration is missing or invalid.
     pub async fn connect(config: ClusterConfig) -> Result<Self, ClusterError> {
         let mut client = client_config(&config)
             .await
             .map_err(ClusterError::Configuration)?;
-        // For whoever reads the API server's audit log.
+        // The audit log of the API server shows it.
         client
             .headers
             .push((USER_AGENT, HeaderValue::from_static(AGENT)));
-        let client = client_of(client, config.call_deadline)
+        let client = build_client(client, config.call_deadline)
             .map_err(|error| ClusterError::Configuration(error.into()))?;
         Self::with_client(client, config.node_name, config.call_deadline)
     }
@@ -88,12 +84,12 @@ async fn client_config(config: &ClusterConfig) -> Result<Config, Box<dyn Error +
     })
 }
 
-/// A client as kube makes it, but for two things. It makes a call once: kube's would make it 15
-/// times, with delays of up to 1000 s. And the kernel finds out whether there is still somebody at
-/// the other end of a connection that nothing comes from, as that of a watch at rest.
-fn client_of(config: Config, deadline: Duration) -> kube::Result<Client> {
+/// Builds kube's own client with two differences. It sends each request once: kube's client retries
+/// up to 15 times, with delays of up to 1000 s. And it enables TCP keepalive, so that the kernel
+/// detects that the peer of an idle watch has disappeared.
+fn build_client(config: Config, deadline: Duration) -> kube::Result<Client> {
     if config.proxy_url.is_some() {
-        // It has the words for what is not built in.
+        // Returns kube's own error if support for this proxy is not compiled in.
         return Client::try_from(config);
     }
     let mut tcp = HttpConnector::new();
@@ -113,7 +109,7 @@ fn client_of(config: Config, deadline: Duration) -> kube::Result<Client> {
     Ok(Client::new(service, config.default_namespace))
 }
 
-/// A DNS-1123 subdomain of at most 253 characters (Kubernetes: `ValidateNodeName`).
+/// True for a DNS-1123 subdomain of at most 253 characters (Kubernetes: `ValidateNodeName`).
 pub(super) fn is_node_name(name: &str) -> bool {
     LabelKey::new(name, "x").is_ok()
 }

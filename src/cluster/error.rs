@@ -1,4 +1,4 @@
-//! What a call to the API server can end with instead of an answer.
+//! Errors of calls to the API server.
 
 use std::collections::BTreeMap;
 use std::error::Error;
@@ -10,18 +10,17 @@ use thiserror::Error;
 
 use crate::label::ownership::FieldManager;
 
-/// What a call was about.
+/// The object of a call to the API server.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Object {
-    /// Its kind, `Node`.
+pub struct ApiObject {
+    /// `Node`
     pub kind: &'static str,
-    /// The resource that rights are for, `nodes`.
+    /// The resource as RBAC rules name it: `nodes`.
     pub resource: &'static str,
-    /// Its name.
     pub name: String,
 }
 
-impl Object {
+impl ApiObject {
     pub(super) fn node(name: &str) -> Self {
         Self {
             kind: "Node",
@@ -31,119 +30,92 @@ impl Object {
     }
 }
 
-impl fmt::Display for Object {
+impl fmt::Display for ApiObject {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} {}", self.kind, self.name)
     }
 }
 
-/// A call that failed. The texts say which object, what is missing and what to do about it;
-/// [`ClusterError::code`] is the bounded word for metrics.
+/// A failed call. `Display` is for people, without a trailing period: object, cause and remedy.
+/// [`ClusterError::code`] is the fixed metrics label.
 #[derive(Debug, Error)]
 pub enum ClusterError {
-    /// The configuration of the client is missing or of no use.
     #[error(
-        "there is no usable configuration of a Kubernetes client: {0}; name a kubeconfig file (--kubeconfig), or run in a pod with a service account"
+        "no usable Kubernetes client configuration: {0}; name a kubeconfig file (--kubeconfig), or run in a pod with a service account"
     )]
+    // `Display` contains the cause, so it is not a source too: `{:#}` would print it twice.
     Configuration(Box<dyn Error + Send + Sync>),
-    /// No Node can have this name.
     #[error(
-        "{0:?} cannot be the name of a Node, which is a DNS name in small letters; configure the name that `kubectl get nodes` shows"
+        "{0:?} is not a valid Node name (a lower-case DNS name); configure the name that `kubectl get nodes` shows"
     )]
     NodeName(String),
-    /// Nobody answered.
     #[error(
-        "the API server cannot be reached: {reason}; check that it runs and that this node has a way to it"
+        "cannot reach the API server: {reason}; check that it runs and that this node has a route to it"
     )]
     Unreachable {
         /// The innermost cause.
         reason: String,
     },
-    /// The answer did not come in time. What was asked may have been done.
+    /// The API server may have executed the call all the same.
     #[error("the API server did not answer ({verb} {}) within {after:?}", .object.kind)]
     Timeout {
-        /// What was asked.
         verb: &'static str,
-        /// Of which object.
-        object: Object,
-        /// How long was waited.
+        object: ApiObject,
         after: Duration,
     },
-    /// The API server does not know who asks.
     #[error(
-        "the API server does not accept virtnode's credentials: {message}; the token or client certificate is missing, wrong or expired"
+        "the API server rejected virtnode's credentials: {message}; the token or client certificate is missing, wrong or expired"
     )]
-    Unauthorized {
-        /// The API server's own text.
-        message: String,
-    },
-    /// The right to do this is missing.
+    Unauthorized { message: String },
     #[error(
-        "virtnode may not {verb} {object}: {message}; grant its user or ServiceAccount the right `{verb}` on `{}` (manifests/base/rbac.yaml has all it needs)", .object.resource
+        "virtnode may not {verb} {object}: {message}; grant its user or ServiceAccount the right `{verb}` on `{}` (manifests/base/rbac.yaml lists every right it needs)", .object.resource
     )]
     Forbidden {
-        /// The right that is missing.
         verb: &'static str,
-        /// Of which object.
-        object: Object,
-        /// The API server's own text.
+        object: ApiObject,
         message: String,
     },
-    /// An admission policy or webhook said no.
+    /// Refused by an admission policy or webhook.
     #[error(
-        "an admission policy of the cluster does not let virtnode {verb} {object}: {message}; the policy must allow virtnode's own labels on the Node that it runs on, and its own objects of that node"
+        "an admission policy of the cluster does not allow virtnode to {verb} {object}: {message}; the policy must allow virtnode's own labels on the Node that it runs on, and virtnode's own objects of that node"
     )]
     Denied {
-        /// What was asked.
         verb: &'static str,
-        /// Of which object.
-        object: Object,
-        /// The API server's own text.
+        object: ApiObject,
         message: String,
     },
-    /// There is no such Node.
     #[error(
-        "the cluster has no Node {node}; check the configured name against `kubectl get nodes`, or wait until kubelet has registered it (virtnode never creates one)"
+        "the cluster has no Node {node}; compare the configured name with `kubectl get nodes`, or wait until the kubelet has registered the Node (virtnode never creates one)"
     )]
-    NodeNotFound {
-        /// The Node.
-        node: String,
-    },
-    /// There is no such object, or the cluster does not know its kind.
+    NodeNotFound { node: String },
+    /// Either the object or the definition of its kind does not exist.
     #[error("the cluster has no {object}, or its definition is missing (manifests/base/crds.yaml)")]
-    NotFound {
-        /// The object.
-        object: Object,
-    },
-    /// Others own labels of the set with other values, or the Node changed while it was looked at.
-    #[error("the labels of Node {node} changed hands while they were applied: {message}")]
+    NotFound { object: ApiObject },
+    /// Another field manager owns labels of the set with other values, or the Node changed after it
+    /// was read.
+    #[error("the labels of Node {node} changed owners during the apply: {message}")]
     Conflict {
-        /// The Node.
         node: String,
-        /// Whose labels they are; empty if the Node itself changed.
-        refusal: ApplyConflicts,
-        /// The API server's own text.
+        /// The conflicting labels; empty if the Node itself changed.
+        conflicts: ApplyConflicts,
         message: String,
     },
-    /// The API server answered with any other error, or with something that cannot be read.
+    /// Any other error status, or a response that cannot be parsed.
     #[error("the API server failed to {verb} {object}: {message}")]
     Rejected {
-        /// What was asked.
         verb: &'static str,
-        /// Of which object.
-        object: Object,
-        /// The API server's own text.
+        object: ApiObject,
         message: String,
-        /// How long it wants to be left alone.
+        /// The delay that the API server asked for (`Retry-After`).
         retry_after: Option<Duration>,
     },
 }
 
-/// The label keys that an apply was refused for, and who owns them.
+/// The owners of the label keys for which the API server refused an apply.
 pub type ApplyConflicts = BTreeMap<String, FieldManager>;
 
 impl ClusterError {
-    /// The bounded word for this error, one of [`crate::telemetry::metrics::SYNC_FAILURES`].
+    /// Returns the fixed metrics label, one of [`crate::telemetry::metrics::SYNC_FAILURES`].
     pub fn code(&self) -> &'static str {
         match self {
             Self::Configuration(_) | Self::Unreachable { .. } => "api-unreachable",
@@ -158,7 +130,7 @@ impl ClusterError {
         }
     }
 
-    /// Whether somebody has to do something before the call can succeed.
+    /// True if the call cannot succeed before someone changes the cluster or the configuration.
     pub fn needs_people(&self) -> bool {
         matches!(
             self.code(),
@@ -168,7 +140,7 @@ impl ClusterError {
 
     pub(super) fn from_call(
         verb: &'static str,
-        object: Object,
+        object: ApiObject,
         deadline: Duration,
         error: kube::Error,
     ) -> Self {
@@ -185,7 +157,7 @@ impl ClusterError {
                 message: error.to_string(),
             },
             kube::Error::SerdeError(_) | kube::Error::FromUtf8(_) => {
-                Self::rejected(verb, object, format!("its answer makes no sense: {error}"))
+                Self::rejected(verb, object, format!("cannot parse its response: {error}"))
             }
             error => Self::Unreachable {
                 reason: innermost(&error),
@@ -193,20 +165,18 @@ impl ClusterError {
         }
     }
 
-    pub(super) fn from_status(verb: &'static str, object: Object, status: Status) -> Self {
+    pub(super) fn from_status(verb: &'static str, object: ApiObject, status: Status) -> Self {
         let retry_after = status
             .details
             .as_ref()
             .map_or(0, |details| details.retry_after_seconds);
-        let owners = refusal(&status);
-        let by_uid = status.details.iter().flat_map(|details| &details.causes);
-        let is_other_node = by_uid
-            .into_iter()
-            .any(|cause| cause.field == "metadata.uid");
+        let conflicts = apply_conflicts(&status);
+        let mut causes = status.details.iter().flat_map(|details| &details.causes);
+        let is_other_node = causes.any(|cause| cause.field == "metadata.uid");
         let message = status.message.clone();
         // "uid mismatch: the provided object specified uid …, and no existing object was found"
-        let is_gone = status.is_conflict() && message.contains("no existing object was found");
-        // A policy's denial is a 422 from 1.30 on, a webhook's whatever the webhook says.
+        let is_deleted = status.is_conflict() && message.contains("no existing object was found");
+        // A policy denies with status 422 from 1.30 on, a webhook with any status it likes.
         let is_denied =
             message.contains("denied the request") || message.contains("denied request");
         match status {
@@ -221,14 +191,16 @@ impl ClusterError {
                 object,
                 message,
             },
-            // The answer for a kind that the server does not know is plain text.
-            status if status.is_not_found() || status.code == 404 || is_gone => match object.kind {
-                "Node" => Self::NodeNotFound { node: object.name },
-                _ => Self::NotFound { object },
-            },
+            // For an unknown kind the API server answers in plain text.
+            status if status.is_not_found() || status.code == 404 || is_deleted => {
+                match object.kind {
+                    "Node" => Self::NodeNotFound { node: object.name },
+                    _ => Self::NotFound { object },
+                }
+            }
             status if status.is_conflict() || is_other_node => Self::Conflict {
                 node: object.name,
-                refusal: owners,
+                conflicts,
                 message,
             },
             status => {
@@ -245,7 +217,7 @@ impl ClusterError {
         }
     }
 
-    fn rejected(verb: &'static str, object: Object, message: String) -> Self {
+    fn rejected(verb: &'static str, object: ApiObject, message: String) -> Self {
         Self::Rejected {
             verb,
             object,
@@ -255,10 +227,10 @@ impl ClusterError {
     }
 }
 
-/// The causes of a refused server-side apply: reason `FieldManagerConflict`, field
-/// `.metadata.labels.<key>`, message `conflict with "<manager>"`, and ` using <version>` after
-/// it if the manager owns the key by an update.
-fn refusal(status: &Status) -> ApplyConflicts {
+/// Reads the causes of a refused server-side apply: reason `FieldManagerConflict`, field
+/// `.metadata.labels.<key>`, message `conflict with "<manager>"`, with ` using <version>` appended
+/// if the manager owns the key through an update.
+fn apply_conflicts(status: &Status) -> ApplyConflicts {
     let causes = status.details.iter().flat_map(|details| &details.causes);
     let conflicts = causes.filter(|cause| cause.reason == "FieldManagerConflict");
     let owner = |message: &str| FieldManager {

@@ -1,16 +1,16 @@
 use super::*;
 use crate::telemetry::metrics::SYNC_FAILURES;
 
-fn of(status: serde_json::Value) -> ClusterError {
+fn error_of(status: serde_json::Value) -> ClusterError {
     let status = serde_json::from_value(status).unwrap();
-    let error = ClusterError::from_status("patch", Object::node("node-a"), status);
+    let error = ClusterError::from_status("patch", ApiObject::node("node-a"), status);
     assert!(SYNC_FAILURES.contains(&error.code()));
     error
 }
 
 #[test]
-fn a_refusal_names_keys_and_owners() {
-    let error = of(serde_json::json!({
+fn apply_conflict_names_keys_and_owners() {
+    let error = error_of(serde_json::json!({
         "code": 409, "reason": "Conflict", "message": "Apply failed with 2 conflicts",
         "details": {"causes": [
             {"reason": "FieldManagerConflict", "field": ".metadata.labels.machine.virtnode.io/pc-q35-10.0",
@@ -20,7 +20,7 @@ fn a_refusal_names_keys_and_owners() {
             {"reason": "FieldManagerConflict", "field": ".metadata.annotations.x", "message": "odd"},
         ]},
     }));
-    let ClusterError::Conflict { refusal, .. } = error else {
+    let ClusterError::Conflict { conflicts, .. } = error else {
         panic!("{error}")
     };
     let owner = |manager: &str, applies| FieldManager {
@@ -34,29 +34,30 @@ fn a_refusal_names_keys_and_owners() {
         ),
         ("virtnode.io/eim".to_owned(), owner("gitops", true)),
     ];
-    assert_eq!(refusal, expected.into());
+    assert_eq!(conflicts, expected.into());
 }
 
 #[test]
-fn a_node_that_is_not_there_is_not_found_whatever_the_number() {
+fn missing_node_yields_not_found_for_409_and_404() {
     let message = "Operation cannot be fulfilled on nodes \"node-a\": uid mismatch: the provided object specified uid x, and no existing object was found";
-    let gone = serde_json::json!({"code": 409, "reason": "Conflict", "message": message});
-    assert_eq!(of(gone).code(), "api-node-not-found");
+    let deleted = serde_json::json!({"code": 409, "reason": "Conflict", "message": message});
+    assert_eq!(error_of(deleted).code(), "api-node-not-found");
     let missing = serde_json::json!({"code": 404, "reason": "NotFound", "message": "no"});
-    assert_eq!(of(missing).code(), "api-node-not-found");
+    assert_eq!(error_of(missing).code(), "api-node-not-found");
 }
 
 #[test]
-fn a_denial_is_no_bad_request() {
+fn policy_denial_with_422_yields_forbidden() {
     let message = "nodes \"node-a\" is forbidden: ValidatingAdmissionPolicy 'virtnode' with binding 'virtnode' denied request: not its own node";
     let denied = serde_json::json!({"code": 422, "reason": "Invalid", "message": message});
-    assert_eq!(of(denied).code(), "api-forbidden");
+    assert_eq!(error_of(denied).code(), "api-forbidden");
 }
 
 #[test]
-fn the_missing_right_is_named() {
+fn forbidden_names_the_missing_right() {
     let message = "nodes \"node-a\" is forbidden: User \"u\" cannot patch resource \"nodes\"";
-    let error = of(serde_json::json!({"code": 403, "reason": "Forbidden", "message": message}));
+    let error =
+        error_of(serde_json::json!({"code": 403, "reason": "Forbidden", "message": message}));
     assert!(error.needs_people());
     assert!(
         error.to_string().contains("the right `patch` on `nodes`"),
@@ -65,10 +66,10 @@ fn the_missing_right_is_named() {
 }
 
 #[test]
-fn a_busy_server_says_when_to_come_back() {
+fn busy_server_yields_its_retry_after() {
     let busy = serde_json::json!({"code": 429, "reason": "TooManyRequests",
         "message": "Too many requests", "details": {"retryAfterSeconds": 7}});
-    let error = of(busy);
+    let error = error_of(busy);
     let ClusterError::Rejected { retry_after, .. } = error else {
         panic!("{error}")
     };

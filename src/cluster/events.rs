@@ -1,4 +1,4 @@
-//! Events (`events.k8s.io/v1`): what `kubectl describe` and `kubectl get events` show of an object.
+//! Events (`events.k8s.io/v1`), which `kubectl describe` and `kubectl get events` show.
 
 use std::sync::atomic::Ordering;
 
@@ -10,40 +10,37 @@ use kube::api::{Api, Patch, PatchParams, PostParams};
 use kube::core::ObjectMeta;
 use serde_json::json;
 
-use super::{Cluster, ClusterError, FIELD_MANAGER, Object};
+use super::{ApiObject, Cluster, ClusterError, FIELD_MANAGER};
 
-/// The API server takes 1 kB of note.
+/// Maximum note in bytes; the API server accepts 1 kB (Kubernetes: `NoteLengthLimit`).
 const NOTE_MAX: usize = 1000;
-/// And 128 characters of instance, reason and action.
+/// Maximum instance, reason and action in characters (Kubernetes: `ReasonLengthLimit` and others).
 const WORD_MAX: usize = 128;
-/// Of an object's name in the name of an event, which may have 253 characters.
+/// Maximum part of the object's name in an event's name, whose limit is 253 characters.
 const NAME_MAX: usize = 220;
 
-/// Whether people should look.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum EventKind {
-    /// For the record.
     Normal,
-    /// Somebody may have to do something.
+    /// Someone may have to act.
     Warning,
 }
 
-/// Something that happened to an object and that people should see there.
+/// A new event about an object.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ObjectEvent {
-    /// The object. Where it has no namespace, the event is in `default`.
+    /// The object. Events about objects without a namespace are written to `default`.
     pub about: ObjectReference,
-    /// Whether people should look.
     pub kind: EventKind,
-    /// Why the event is there, as one word in CamelCase: `LabelConflict`.
+    /// Cause of the event in CamelCase: `LabelConflict`.
     pub reason: String,
-    /// What virtnode did or tried, as one word in CamelCase: `RemoveLabel`.
+    /// Action of virtnode in CamelCase: `RemoveLabel`.
     pub action: &'static str,
-    /// What happened, as a sentence. Cut at 1,000 bytes.
+    /// Description for people, truncated to 1,000 bytes.
     pub note: String,
 }
 
-/// An event that the API server has.
+/// An event stored in the API server.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct WrittenEvent {
     namespace: String,
@@ -51,39 +48,40 @@ pub struct WrittenEvent {
 }
 
 impl Cluster {
-    /// The Node, as events refer to it.
+    /// Returns the reference to the Node that its events contain.
     pub fn node_reference(&self) -> ObjectReference {
         ObjectReference {
             api_version: Some("v1".to_owned()),
             kind: Some("Node".to_owned()),
             name: Some(self.node.clone()),
-            // As kubelet does it: `kubectl describe node` looks for this and not for the uid.
+            // As the kubelet does: `kubectl describe node` selects events by this value, not the uid.
             uid: Some(self.node.clone()),
             ..ObjectReference::default()
         }
     }
 
-    /// Writes an event of something that happened at `at`.
+    /// Writes an event with the event time `at`.
     ///
     /// # Errors
-    /// Any [`ClusterError`]; a name that is taken is a [`ClusterError::Conflict`].
+    /// Any [`ClusterError`]; [`ClusterError::Conflict`] if the generated name exists.
     pub async fn create_event(
         &self,
-        what: &ObjectEvent,
+        event: &ObjectEvent,
         at: Timestamp,
     ) -> Result<WrittenEvent, ClusterError> {
-        let namespace = what.about.namespace.as_deref().unwrap_or("default");
-        let mut event = self.event(what, namespace, at);
-        // Up to 1.20.5 the API server wants the namespace of the object to be that of the event, and
-        // later ones want it to have none. Which one this is shows at the first event.
-        if self.events_of_default.load(Ordering::Relaxed) {
+        let namespace = event.about.namespace.as_deref().unwrap_or("default");
+        let mut event = self.api_event(event, namespace, at);
+        // API servers up to 1.20.5 require the object's namespace to equal the event's; later ones
+        // require it to be empty. The first event shows which of them this one is.
+        if self.events_need_namespace.load(Ordering::Relaxed) {
             set_namespace(&mut event, namespace);
         }
         let events: Api<Event> = Api::namespaced(self.client.clone(), namespace);
         let create = async |event: &Event| {
             let params = PostParams::default();
             let created = events.create(&params, event);
-            self.call_about(object(event), "create", created).await
+            let name = event.metadata.name.clone().unwrap_or_default();
+            self.call_about(event_object(name), "create", created).await
         };
         let mut created = create(&event).await;
         let has_none = event.regarding.iter().any(|it| it.namespace.is_none());
@@ -91,7 +89,7 @@ impl Cluster {
             set_namespace(&mut event, namespace);
             created = create(&event).await;
             if created.is_ok() {
-                self.events_of_default.store(true, Ordering::Relaxed);
+                self.events_need_namespace.store(true, Ordering::Relaxed);
             }
         }
         let name = created?.metadata.name.unwrap_or_default();
@@ -101,11 +99,10 @@ impl Cluster {
         })
     }
 
-    /// Says of an event that it happened `count` times by now, last at `at`.
+    /// Sets the count of an event, and the time of its last occurrence.
     ///
     /// # Errors
-    /// [`ClusterError::NotFound`] if the API server has forgotten the event, as it does after an
-    /// hour; otherwise any.
+    /// [`ClusterError::NotFound`] if the event has expired, by default after an hour; otherwise any.
     pub async fn repeat_event(
         &self,
         event: &WrittenEvent,
@@ -119,22 +116,18 @@ impl Cluster {
             ..PatchParams::default()
         };
         let patch = Patch::Merge(&series);
-        let about = Object {
-            kind: "Event",
-            resource: EVENTS,
-            name: event.name.clone(),
-        };
-        self.call_about(about, "patch", events.patch(&event.name, &params, &patch))
+        let object = event_object(event.name.clone());
+        self.call_about(object, "patch", events.patch(&event.name, &params, &patch))
             .await?;
         Ok(())
     }
 
-    fn event(&self, what: &ObjectEvent, namespace: &str, at: Timestamp) -> Event {
-        let kind = match what.kind {
+    fn api_event(&self, event: &ObjectEvent, namespace: &str, at: Timestamp) -> Event {
+        let kind = match event.kind {
             EventKind::Normal => "Normal",
             EventKind::Warning => "Warning",
         };
-        let about = what.about.name.as_deref().unwrap_or(FIELD_MANAGER);
+        let about = event.about.name.as_deref().unwrap_or(FIELD_MANAGER);
         Event {
             metadata: ObjectMeta {
                 name: Some(event_name(about, at)),
@@ -143,10 +136,10 @@ impl Cluster {
             },
             event_time: Some(MicroTime(at)),
             type_: Some(kind.to_owned()),
-            reason: Some(what.reason.chars().take(WORD_MAX).collect()),
-            action: Some(what.action.to_owned()),
-            note: Some(shorten(&what.note)),
-            regarding: Some(what.about.clone()),
+            reason: Some(event.reason.chars().take(WORD_MAX).collect()),
+            action: Some(event.action.to_owned()),
+            note: Some(truncate(&event.note)),
+            regarding: Some(event.about.clone()),
             reporting_controller: Some(FIELD_MANAGER.to_owned()),
             reporting_instance: Some(self.node.chars().take(WORD_MAX).collect()),
             ..Event::default()
@@ -160,25 +153,24 @@ fn set_namespace(event: &mut Event, namespace: &str) {
     }
 }
 
-const EVENTS: &str = "events.events.k8s.io";
-
-fn object(event: &Event) -> Object {
-    Object {
+fn event_object(name: String) -> ApiObject {
+    ApiObject {
         kind: "Event",
-        resource: EVENTS,
-        name: event.metadata.name.clone().unwrap_or_default(),
+        resource: "events.events.k8s.io",
+        name,
     }
 }
 
-/// The object's name, the time, and a little chance: two things may happen at one time.
+/// Returns the object's name with the time and a random number appended: two events may occur at
+/// the same time.
 fn event_name(about: &str, at: Timestamp) -> String {
-    // Names are ASCII; a part of one must not end in a dot or dash.
+    // Names are ASCII, and each part must end in an alphanumeric character.
     let about = about.get(..NAME_MAX).unwrap_or(about);
     let about = about.trim_end_matches(|c: char| !c.is_ascii_alphanumeric());
     format!("{about}.{:x}{:04x}", at.as_nanosecond(), fastrand::u16(..))
 }
 
-fn shorten(note: &str) -> String {
+fn truncate(note: &str) -> String {
     if note.len() <= NOTE_MAX {
         return note.to_owned();
     }
@@ -194,7 +186,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_name_of_an_event_is_legal_for_the_longest_name_of_an_object() {
+    fn event_name_is_valid_for_the_longest_object_name() {
         let at = Timestamp::now();
         let name = event_name(&format!("{}.{}", "a".repeat(219), "b".repeat(33)), at);
         assert!(name.len() <= 253 && !name.contains(".."), "{name}");
@@ -202,9 +194,9 @@ mod tests {
     }
 
     #[test]
-    fn a_long_note_is_cut_between_characters() {
-        let note = shorten(&"é".repeat(600));
+    fn long_note_is_truncated_at_a_character_boundary() {
+        let note = truncate(&"é".repeat(600));
         assert!(note.len() <= 1024 && note.ends_with('…'));
-        assert_eq!(shorten("short"), "short");
+        assert_eq!(truncate("short"), "short");
     }
 }

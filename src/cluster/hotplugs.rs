@@ -1,66 +1,57 @@
-//! The DomainHotplug objects of the own node.
+//! Client of the DomainHotplug objects of this daemon's node.
 
 use std::future::{self, Future};
 
 use futures::{Stream, StreamExt};
 use k8s_openapi::api::core::v1::ObjectReference;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::Resource;
 use kube::api::{Api, ApiResource, DeleteParams, DynamicObject, Patch, PatchParams, Preconditions};
 use kube::runtime::watcher::{self, Event};
 use serde_json::{Value, json};
 
 use super::objects::{DomainHotplug, DomainHotplugStatus, NODE_LABEL};
-use super::{Cluster, ClusterError, FIELD_MANAGER, Object};
+use super::{ApiObject, Cluster, ClusterError, FIELD_MANAGER};
 use crate::label::LabelValue;
 use crate::units::Timestamp;
 
-const RESOURCE: &str = "domainhotplugs.virtnode.io";
-
-/// One object, as the API server shows it.
+/// A DomainHotplug object as read from the API server.
 #[derive(Debug, Clone, PartialEq)]
 pub struct HotplugObject {
-    /// Its name.
     pub name: String,
-    /// Which object by this name it is.
     pub uid: String,
-    /// Which version of it, as the API server counts.
-    pub version: String,
-    /// When it was made, to the second.
+    pub resource_version: String,
+    /// Creation time, in whole seconds.
     pub created: Timestamp,
-    /// How often its spec was changed, and once more.
     pub generation: i64,
-    /// Whether it is about to go, and only a finalizer keeps it.
-    pub leaving: bool,
-    /// Whether the Node of this name owns it.
-    pub owned: bool,
-    /// What is asked for, as it is written: it may be wrong in any way that the API server lets pass.
+    /// True if the object is deleted and only a finalizer keeps it.
+    pub is_deleting: bool,
+    /// True if the Node is one of its owners.
+    pub has_owner: bool,
+    /// Not yet validated: an old API server accepts nearly anything.
     pub spec: Value,
-    /// What has been said of it; nothing if that cannot be read.
+    /// `None` if the status is missing or cannot be parsed.
     pub status: Option<DomainHotplugStatus>,
 }
 
-/// Which object is meant: another one may have its name by now.
+/// Identifies an object: after a deletion, another object may have the same name.
 #[derive(Debug, Clone, Copy)]
-pub struct ObjectId<'t> {
-    /// Its name.
-    pub name: &'t str,
-    /// Which object by this name.
-    pub uid: &'t str,
+pub struct ObjectId<'o> {
+    pub name: &'o str,
+    pub uid: &'o str,
 }
 
-/// What is new about the objects of this node.
+/// A change of the set of objects of this node.
 #[derive(Debug, Clone, PartialEq)]
 pub enum HotplugChange {
-    /// All there are, at the start and whenever the API server no longer knows what has been told.
+    /// All objects: at the start, and after a watch that could not be resumed.
     Listed(Vec<HotplugObject>),
-    /// One was made or changed.
+    /// An object was created or changed.
     Changed(Box<HotplugObject>),
-    /// The one with this uid is gone, or is no longer this node's.
+    /// The object with this uid was deleted, or is no longer assigned to this node.
     Deleted(String),
 }
 
-/// The objects of one node.
+/// The DomainHotplug objects of one node.
 #[derive(Clone)]
 pub struct HotplugObjects {
     cluster: Cluster,
@@ -68,9 +59,8 @@ pub struct HotplugObjects {
 }
 
 impl HotplugObjects {
-    /// The objects of the cluster's own node.
     pub fn new(cluster: &Cluster) -> Self {
-        // As they are and not as a type: one that is odd must not hide all others.
+        // Untyped: one object that cannot be parsed must not hide all others.
         let kind = ApiResource::erase::<DomainHotplug>(&());
         Self {
             objects: Api::all_with(cluster.client.clone(), &kind),
@@ -78,121 +68,118 @@ impl HotplugObjects {
         }
     }
 
-    /// The name of the node.
+    /// Returns the name of the node.
     pub fn node(&self) -> &str {
         self.cluster.node()
     }
 
-    /// An object, as events refer to it.
-    pub fn reference(&self, target: ObjectId<'_>) -> ObjectReference {
+    /// Returns the reference to an object that its events contain.
+    pub fn reference(&self, id: ObjectId<'_>) -> ObjectReference {
         ObjectReference {
             api_version: Some(DomainHotplug::api_version(&()).into_owned()),
             kind: Some(DomainHotplug::kind(&()).into_owned()),
-            name: Some(target.name.to_owned()),
-            uid: Some(target.uid.to_owned()),
+            name: Some(id.name.to_owned()),
+            uid: Some(id.uid.to_owned()),
             ..ObjectReference::default()
         }
     }
 
-    /// Whether objects are found by `spec.nodeName`, since the name of the node is too long for a
-    /// label.
-    pub fn by_field(&self) -> bool {
+    /// True if objects are selected by `spec.nodeName`, because the node's name exceeds the length
+    /// of a label value.
+    pub fn are_selected_by_field(&self) -> bool {
         LabelValue::new(self.node()).is_err()
     }
 
-    /// Watches the objects of this node, and never ends. After an error it goes on by itself, later
-    /// each time.
+    /// Watches the objects of this node. The stream never ends: after an error it retries with
+    /// backoff.
     ///
-    /// [`ClusterError::NotFound`] is a cluster that does not know such objects.
+    /// [`ClusterError::NotFound`] means that the cluster has no definition of DomainHotplug.
     pub fn watch(&self) -> impl Stream<Item = Result<HotplugChange, ClusterError>> + Send + use<> {
         let all = watcher::Config::default();
-        let config = match self.by_field() {
-            false => all.labels(&format!("{NODE_LABEL}={}", self.node())),
-            true => all.fields(&format!("spec.nodeName={}", self.node())),
+        let config = if self.are_selected_by_field() {
+            all.fields(&format!("spec.nodeName={}", self.node()))
+        } else {
+            all.labels(&format!("{NODE_LABEL}={}", self.node()))
         };
         let node = self.node().to_owned();
-        let about = self.about(&format!("objects of node {node}"));
+        let object = api_object(&format!("objects of node {node}"));
         self.cluster
-            .steps(self.objects.clone(), config, about)
+            .watch_objects(self.objects.clone(), config, object)
             .scan(Vec::new(), move |listed, event| {
-                future::ready(Some(change(listed, event, &node)))
+                future::ready(Some(read_event(listed, event, &node)))
             })
             .filter_map(future::ready)
     }
 
-    /// An object as it is now.
+    /// Reads an object.
     ///
     /// # Errors
-    /// [`ClusterError::NotFound`] if there is none by this name; otherwise any.
-    pub async fn look(&self, name: &str) -> Result<HotplugObject, ClusterError> {
+    /// [`ClusterError::NotFound`] if it does not exist; otherwise any.
+    pub async fn get(&self, name: &str) -> Result<HotplugObject, ClusterError> {
         let answer = self.objects.get(name);
-        let object = self.cluster.call_about(self.about(name), "get", answer);
+        let object = self.cluster.call_about(api_object(name), "get", answer);
         Ok(HotplugObject::read(object.await?, self.node()))
     }
 
-    /// Applies a status, whole, to this version of an object. Says which version it is then.
+    /// Replaces the status of exactly this version of an object. Returns its new version.
     ///
     /// # Errors
-    /// [`ClusterError::Conflict`] if the object is not that version any more, or not that object;
-    /// [`ClusterError::NotFound`] if there is none; otherwise any.
+    /// [`ClusterError::Conflict`] if the object has another version or uid by now;
+    /// [`ClusterError::NotFound`] if it does not exist; otherwise any.
     pub async fn write_status(
         &self,
-        target: ObjectId<'_>,
+        id: ObjectId<'_>,
         version: &str,
         status: &DomainHotplugStatus,
     ) -> Result<String, ClusterError> {
-        let mut patch = self.patch_of(target, json!({"status": status}));
-        if let Patch::Apply(object) = &mut patch {
-            // A patch of the status may have any uid; only by the version is it this object's.
-            object["metadata"]["resourceVersion"] = version.into();
-        }
-        // Nobody else has any business in it.
+        let mut patch = patch_of(id);
+        // The API server does not compare the uid in a patch of the status, but it does compare the
+        // version.
+        patch["metadata"]["resourceVersion"] = version.into();
+        patch["status"] = json!(status);
+        // The daemon is the only writer of the status.
         let params = PatchParams::apply(FIELD_MANAGER).force();
-        let answer = self.objects.patch_status(target.name, &params, &patch);
-        self.patched(target, answer).await
+        let patch = Patch::Apply(patch);
+        let answer = self.objects.patch_status(id.name, &params, &patch);
+        self.new_version(id, answer).await
     }
 
-    /// Makes the own Node an owner of the object, so that it goes when the Node goes.
-    ///
-    /// Says which version the object is then.
+    /// Makes the Node an owner of the object, so that it is deleted with the Node. Returns its new
+    /// version.
     ///
     /// # Errors
-    /// [`ClusterError::NotFound`] and [`ClusterError::Conflict`] if there is no such object any more;
+    /// [`ClusterError::NotFound`] or [`ClusterError::Conflict`] if the object no longer exists;
     /// otherwise any.
-    pub async fn own(&self, target: ObjectId<'_>, node_uid: &str) -> Result<String, ClusterError> {
-        let owner = OwnerReference {
-            api_version: "v1".to_owned(),
-            kind: "Node".to_owned(),
-            name: self.node().to_owned(),
-            uid: node_uid.to_owned(),
-            ..OwnerReference::default()
-        };
-        let mut patch = self.patch_of(target, json!({}));
-        if let Patch::Apply(object) = &mut patch {
-            object["metadata"]["ownerReferences"] = json!([owner]);
-        }
+    pub async fn set_owner(
+        &self,
+        id: ObjectId<'_>,
+        node_uid: &str,
+    ) -> Result<String, ClusterError> {
+        let mut patch = patch_of(id);
+        patch["metadata"]["ownerReferences"] = json!([self.cluster.node_owner(node_uid)]);
         let params = PatchParams::apply(FIELD_MANAGER);
-        let answer = self.objects.patch(target.name, &params, &patch);
-        self.patched(target, answer).await
+        let patch = Patch::Apply(patch);
+        let answer = self.objects.patch(id.name, &params, &patch);
+        self.new_version(id, answer).await
     }
 
     /// Deletes an object.
     ///
     /// # Errors
-    /// As [`Self::own`].
-    pub async fn delete(&self, target: ObjectId<'_>) -> Result<(), ClusterError> {
+    /// As [`Self::set_owner`].
+    pub async fn delete(&self, id: ObjectId<'_>) -> Result<(), ClusterError> {
         let params = DeleteParams::default().preconditions(Preconditions {
-            uid: Some(target.uid.to_owned()),
+            uid: Some(id.uid.to_owned()),
             resource_version: None,
         });
-        let answer = self.objects.delete(target.name, &params);
+        let answer = self.objects.delete(id.name, &params);
         self.cluster
-            .call_about(self.about(target.name), "delete", answer)
+            .call_about(api_object(id.name), "delete", answer)
             .await?;
         Ok(())
     }
 
-    /// The uid of the Node as it is now.
+    /// Reads the uid of the Node.
     ///
     /// # Errors
     /// Those of [`Cluster::observe`].
@@ -200,35 +187,39 @@ impl HotplugObjects {
         Ok(self.cluster.observe().await?.uid)
     }
 
-    async fn patched(
+    async fn new_version(
         &self,
-        target: ObjectId<'_>,
+        id: ObjectId<'_>,
         answer: impl Future<Output = kube::Result<DynamicObject>>,
     ) -> Result<String, ClusterError> {
-        let about = self.about(target.name);
-        let object = self.cluster.call_about(about, "patch", answer).await?;
+        let call = self
+            .cluster
+            .call_about(api_object(id.name), "patch", answer);
+        let object = call.await?;
         Ok(object.metadata.resource_version.unwrap_or_default())
-    }
-
-    fn patch_of(&self, target: ObjectId<'_>, mut object: Value) -> Patch<Value> {
-        object["apiVersion"] = DomainHotplug::api_version(&()).into();
-        object["kind"] = DomainHotplug::kind(&()).into();
-        // To apply to what does not exist is to create it, unless it must have this uid.
-        object["metadata"] = json!({"name": target.name, "uid": target.uid});
-        Patch::Apply(object)
-    }
-
-    fn about(&self, name: &str) -> Object {
-        Object {
-            kind: "DomainHotplug",
-            resource: RESOURCE,
-            name: name.to_owned(),
-        }
     }
 }
 
-/// Makes out of the watcher's steps what is new; `listed` is its memory during a list.
-fn change(
+/// Returns an apply patch without any field. The uid keeps the API server from creating an object
+/// that does not exist.
+fn patch_of(id: ObjectId<'_>) -> Value {
+    json!({
+        "apiVersion": DomainHotplug::api_version(&()),
+        "kind": DomainHotplug::kind(&()),
+        "metadata": {"name": id.name, "uid": id.uid},
+    })
+}
+
+fn api_object(name: &str) -> ApiObject {
+    ApiObject {
+        kind: "DomainHotplug",
+        resource: "domainhotplugs.virtnode.io",
+        name: name.to_owned(),
+    }
+}
+
+/// Converts an event of the watcher. `listed` collects the objects of a list until it is complete.
+fn read_event(
     listed: &mut Vec<HotplugObject>,
     event: Result<Event<DynamicObject>, ClusterError>,
     node: &str,
@@ -265,13 +256,13 @@ impl HotplugObject {
         Self {
             name: metadata.name.unwrap_or_default(),
             uid: metadata.uid.unwrap_or_default(),
-            version: metadata.resource_version.unwrap_or_default(),
+            resource_version: metadata.resource_version.unwrap_or_default(),
             created: metadata
                 .creation_timestamp
                 .map_or(Timestamp::from_millis(0), |time| time.0.into()),
             generation: metadata.generation.unwrap_or_default(),
-            leaving: metadata.deletion_timestamp.is_some(),
-            owned: owners
+            is_deleting: metadata.deletion_timestamp.is_some(),
+            has_owner: owners
                 .iter()
                 .any(|owner| owner.kind == "Node" && owner.name == node),
             spec: data.get_mut("spec").map(Value::take).unwrap_or_default(),
@@ -289,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn an_odd_object_is_read_as_far_as_it_goes() {
+    fn malformed_object_is_read_as_far_as_possible() {
         let empty = object(json!({"metadata": {"name": "x", "uid": "u"}}));
         assert_eq!((empty.name.as_str(), empty.uid.as_str()), ("x", "u"));
         assert_eq!((empty.spec, empty.status), (Value::Null, None));
@@ -298,19 +289,19 @@ mod tests {
             "spec": ["?"], "status": {"evidence": 7}});
         let odd = object(odd);
         assert_eq!(
-            (odd.spec, odd.status, odd.owned),
+            (odd.spec, odd.status, odd.has_owner),
             (json!(["?"]), None, false)
         );
     }
 
     #[test]
-    fn the_node_that_owns_an_object_is_the_one_of_this_name() {
+    fn only_the_node_of_this_name_counts_as_owner() {
         let owner = |name: &str| {
             let owners = json!([{"apiVersion": "v1", "kind": "Node", "name": name, "uid": "1"}]);
             object(json!({"metadata": {"name": "x", "generation": 2, "ownerReferences": owners}}))
         };
-        assert!(owner("node-a").owned);
-        assert!(!owner("node-b").owned);
+        assert!(owner("node-a").has_owner);
+        assert!(!owner("node-b").has_owner);
         assert_eq!(owner("node-a").generation, 2);
     }
 }

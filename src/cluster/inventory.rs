@@ -1,5 +1,5 @@
-//! All nodes of a cluster, as far as it takes to choose one: names, labels, whether they take
-//! pods, and their `NodeVirtualization`. Live by lists in pages, or from what `kubectl` prints.
+//! The nodes of a cluster with everything needed to choose one: name, labels, readiness, and
+//! `NodeVirtualization`. Read from the API server page by page, or from the output of `kubectl`.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -9,53 +9,49 @@ use serde::de::Error as _;
 use serde_json::value::RawValue;
 
 use super::objects::NodeVirtualizationStatus;
-use super::{Cluster, ClusterError, Object};
+use super::{ApiObject, Cluster, ClusterError};
 
-/// How many objects there are in a page.
+/// Objects in a page, as `kubectl` requests them.
 const PAGE: u32 = 500;
-/// No cluster has more pages than that; one that says so is not to be believed.
-const MOST_PAGES: usize = 200;
-/// The longest time for all pages of a list.
-const WHOLE_LIST: Duration = Duration::from_secs(60);
-/// Asks for what `kubectl get nodes` shows: a row with the status, and the metadata, which is a
-/// small part of a Node.
+/// Maximum pages of a list: 20 times the nodes of the largest supported cluster.
+const PAGES_MAX: usize = 200;
+/// Timeout for all pages of a list.
+const LIST_TIMEOUT: Duration = Duration::from_secs(60);
+/// Requests the table of `kubectl get nodes`: the status column, and the metadata, which is a small
+/// part of a Node.
 const AS_TABLE: &str = "application/json;as=Table;v=v1;g=meta.k8s.io";
 
 /// A node of the cluster.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct NodeSummary {
-    /// Its name.
     pub name: String,
-    /// Its labels.
     pub labels: BTreeMap<String, String>,
-    /// Whether its kubelet says that it is ready; `None` if that is not told.
+    /// The kubelet's Ready condition; `None` if unknown.
     pub ready: Option<bool>,
-    /// Whether it takes no new pods.
+    /// True if the scheduler places no new pods on it.
     pub cordoned: bool,
 }
 
-/// What is known of all nodes.
+/// The nodes of a cluster.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub struct Inventory {
-    /// The nodes.
+pub struct NodeInventory {
     pub nodes: Vec<NodeSummary>,
-    /// What is told of them beside labels, by name of the node.
     pub virtualizations: Virtualizations,
 }
 
-/// What each node's `NodeVirtualization` says, by name of the node; or what is wrong with it.
+/// The status of each `NodeVirtualization` by name of the node, or the error if it cannot be parsed.
 pub type Virtualizations = BTreeMap<String, Result<NodeVirtualizationStatus, String>>;
 
-/// Objects, and where the next page begins.
+/// Objects, and the token of the next page.
 type Page<T> = (Vec<T>, Option<String>);
 
 impl Cluster {
-    /// Every node with its labels.
+    /// Lists every node with its labels.
     ///
     /// # Errors
     /// Any [`ClusterError`] but a conflict.
     pub async fn list_nodes(&self) -> Result<Vec<NodeSummary>, ClusterError> {
-        let object = all("Nodes", "nodes");
+        let object = all_of("Nodes", "nodes");
         let path = "/api/v1/nodes";
         self.all_pages(object, path, AS_TABLE, |text| {
             let table: Table<'_> = serde_json::from_str(text)?;
@@ -66,12 +62,12 @@ impl Cluster {
         .await
     }
 
-    /// What every node's daemon tells of it. One that cannot be read keeps nobody from the others.
+    /// Lists every `NodeVirtualization`. One that cannot be parsed does not affect the others.
     ///
     /// # Errors
-    /// [`ClusterError::NotFound`] if the cluster does not know the kind; otherwise any.
+    /// [`ClusterError::NotFound`] if the cluster has no definition of the kind; otherwise any.
     pub async fn list_virtualizations(&self) -> Result<Virtualizations, ClusterError> {
-        let object = all("NodeVirtualizations", "nodevirtualizations.virtnode.io");
+        let object = all_of("NodeVirtualizations", "nodevirtualizations.virtnode.io");
         let path = "/apis/virtnode.io/v1alpha1/nodevirtualizations";
         let list = self.all_pages(object, path, "application/json", |text| {
             let list: List<'_> = serde_json::from_str(text)?;
@@ -84,10 +80,10 @@ impl Cluster {
         Ok(list.await?.into_iter().collect())
     }
 
-    /// Every object of a list, page by page; `read` takes a page apart.
+    /// Lists all objects, page by page. `read` parses a page.
     async fn all_pages<T>(
         &self,
-        object: Object,
+        object: ApiObject,
         path: &str,
         accept: &'static str,
         read: impl Fn(&str) -> serde_json::Result<Page<T>>,
@@ -106,7 +102,7 @@ impl Cluster {
         let list = async {
             let mut items = Vec::new();
             let mut proceed = None;
-            for _ in 0..MOST_PAGES {
+            for _ in 0..PAGES_MAX {
                 let answer = self.call_about(object.clone(), "list", page(proceed.take()));
                 let (more, next) = answer.await?;
                 items.extend(more);
@@ -118,23 +114,23 @@ impl Cluster {
             Err(ClusterError::Rejected {
                 verb: "list",
                 object: object.clone(),
-                message: format!("it does not end after {MOST_PAGES} pages of {PAGE}"),
+                message: format!("the list has more than {PAGES_MAX} pages of {PAGE}"),
                 retry_after: None,
             })
         };
-        match tokio::time::timeout(WHOLE_LIST, list).await {
+        match tokio::time::timeout(LIST_TIMEOUT, list).await {
             Ok(answer) => answer,
             Err(_) => Err(ClusterError::Timeout {
                 verb: "list",
                 object: object.clone(),
-                after: WHOLE_LIST,
+                after: LIST_TIMEOUT,
             }),
         }
     }
 }
 
-fn all(kind: &'static str, resource: &'static str) -> Object {
-    Object {
+fn all_of(kind: &'static str, resource: &'static str) -> ApiObject {
+    ApiObject {
         kind,
         resource,
         name: "of the cluster".to_owned(),
@@ -167,12 +163,11 @@ struct Column {
 struct Row<'t> {
     #[serde(borrow)]
     cells: Vec<&'t RawValue>,
-    object: Head,
+    object: RowObject,
 }
 
-/// What of an object is metadata alone.
 #[derive(Deserialize)]
-struct Head {
+struct RowObject {
     metadata: Metadata,
 }
 
@@ -184,9 +179,9 @@ impl Table<'_> {
 }
 
 impl Row<'_> {
-    /// The status is as in `Ready,SchedulingDisabled`, with `NotReady` for a kubelet that says so or
-    /// is not heard of, and `Unknown` for a Node of which that is not told (`printNode`, Kubernetes
-    /// pkg/printers/internalversion/printers.go).
+    /// Parses the status column, such as `Ready,SchedulingDisabled`. `NotReady` includes a kubelet
+    /// that has stopped reporting; `Unknown` is a Node without a Ready condition (`printNode`,
+    /// Kubernetes pkg/printers/internalversion/printers.go).
     fn into_node(self, status: Option<usize>) -> NodeSummary {
         let status: Option<String> =
             status.and_then(|at| serde_json::from_str(self.cells.get(at)?.get()).ok());
@@ -206,7 +201,6 @@ impl Row<'_> {
     }
 }
 
-/// Objects of one kind.
 #[derive(Deserialize)]
 struct List<'t> {
     #[serde(default)]
@@ -215,14 +209,14 @@ struct List<'t> {
     items: Vec<Item<'t>>,
 }
 
-/// A Node, a NodeVirtualization, or a list of such.
+/// A Node, a NodeVirtualization, or a list of them.
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct Item<'t> {
     kind: String,
     metadata: Metadata,
     spec: NodeSpec,
-    /// Of a Node the images are most of it, of which nothing is wanted.
+    /// Parsed later: most of a Node's status is its list of images.
     #[serde(borrow)]
     status: Option<&'t RawValue>,
     #[serde(borrow)]
@@ -248,7 +242,7 @@ struct NodeStatus {
     conditions: Vec<NodeCondition>,
 }
 
-/// What is wanted of it: the times beside may be null.
+/// Without the times, which may be null.
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct NodeCondition {
@@ -257,31 +251,31 @@ struct NodeCondition {
     status: String,
 }
 
-/// The facts of a NodeVirtualization.
+/// Parses the status of a NodeVirtualization.
 fn read(status: Option<&RawValue>) -> Result<NodeVirtualizationStatus, String> {
     let text = status.map_or("{}", RawValue::get);
     serde_json::from_str(text).map_err(|error| error.to_string())
 }
 
-impl Inventory {
-    /// What `kubectl get nodes -o json` prints, or `kubectl get nodes,nodevirtualizations -o json`,
-    /// or one after the other, or the API server's own lists.
+impl NodeInventory {
+    /// Parses the output of `kubectl get nodes -o json`, of `kubectl get nodes,nodevirtualizations -o
+    /// json`, of both in sequence, or the API server's own lists.
     ///
     /// # Errors
-    /// Text that is no JSON of that shape, with its place. A NodeVirtualization of another shape
-    /// is none: see [`Inventory::virtualizations`].
+    /// Text that is not JSON of this shape, with the position. A malformed NodeVirtualization is not
+    /// an error: see [`NodeInventory::virtualizations`].
     pub fn parse(json: &[u8]) -> Result<Self, serde_json::Error> {
         let mut inventory = Self::default();
         for item in serde_json::Deserializer::from_slice(json).into_iter() {
-            inventory.take(item?, "")?;
+            inventory.add(item?, "")?;
         }
         Ok(inventory)
     }
 
-    /// The objects of the API server's own lists do not say their kind; the list does.
-    fn take(&mut self, item: Item<'_>, of_list: &str) -> Result<(), serde_json::Error> {
+    /// Objects in the API server's own lists have no kind; `list_kind` is the kind of the list.
+    fn add(&mut self, item: Item<'_>, list_kind: &str) -> Result<(), serde_json::Error> {
         let kind = match item.kind.as_str() {
-            "" => of_list,
+            "" => list_kind,
             kind => kind,
         };
         match kind {
@@ -306,9 +300,9 @@ impl Inventory {
                 self.virtualizations.insert(item.metadata.name, facts);
             }
             list => {
-                let of_list = list.strip_suffix("List").unwrap_or_default().to_owned();
+                let kind = list.strip_suffix("List").unwrap_or_default().to_owned();
                 for item in item.items {
-                    self.take(item, &of_list)?;
+                    self.add(item, &kind)?;
                 }
             }
         }
@@ -326,22 +320,22 @@ mod tests {
         "spec": {"unschedulable": true, "podCIDR": "10.0.0.0/24"},
         "status": {"conditions": [{"type": "Ready", "status": "Unknown", "lastHeartbeatTime": null}],
             "images": [{}]}}"#;
-    const TOLD: &str = r#"{"kind": "NodeVirtualization", "metadata": {"name": "a"},
+    const VIRTUALIZATION: &str = r#"{"kind": "NodeVirtualization", "metadata": {"name": "a"},
         "status": {"architecture": "x86_64", "ofTomorrow": [1]}}"#;
 
     #[rstest]
-    #[case("both in one list", format!(r#"{{"kind": "List", "items": [{NODE}, {TOLD}]}}"#))]
-    #[case("one after the other", format!("{NODE}\n{TOLD}\n"))]
+    #[case("both in one list", format!(r#"{{"kind": "List", "items": [{NODE}, {VIRTUALIZATION}]}}"#))]
+    #[case("one after the other", format!("{NODE}\n{VIRTUALIZATION}\n"))]
     #[case(
         "the API server's own lists",
         format!(
             r#"{{"kind": "NodeList", "items": [{}]}} {{"kind": "NodeVirtualizationList", "items": [{}]}}"#,
             NODE.replace(r#""kind": "Node","#, ""),
-            TOLD.replace(r#""kind": "NodeVirtualization","#, "")
+            VIRTUALIZATION.replace(r#""kind": "NodeVirtualization","#, "")
         )
     )]
-    fn every_way_to_print_nodes_is_read(#[case] _how: &str, #[case] text: String) {
-        let inventory = Inventory::parse(text.as_bytes()).unwrap();
+    fn every_output_format_is_parsed(#[case] _how: &str, #[case] text: String) {
+        let inventory = NodeInventory::parse(text.as_bytes()).unwrap();
         let node = NodeSummary {
             name: "a".to_owned(),
             labels: [("x".to_owned(), "1".to_owned())].into(),
@@ -349,19 +343,20 @@ mod tests {
             cordoned: true,
         };
         assert_eq!(inventory.nodes, [node]);
-        let told = inventory.virtualizations["a"].as_ref().unwrap();
-        assert_eq!(told.architecture.as_deref(), Some("x86_64"));
+        let status = inventory.virtualizations["a"].as_ref().unwrap();
+        assert_eq!(status.architecture.as_deref(), Some("x86_64"));
     }
 
     #[rstest]
     #[case(r#"{"architecture": 3}"#)]
     #[case(r#"{"guests": {}}"#)]
     #[case("[1]")]
-    fn an_object_of_another_shape_keeps_nobody_from_the_others(#[case] status: &str) {
+    fn malformed_virtualization_does_not_affect_others(#[case] status: &str) {
         let bad = format!(
             r#"{{"kind": "NodeVirtualization", "metadata": {{"name": "b"}}, "status": {status}}}"#
         );
-        let inventory = Inventory::parse(format!("{NODE}{bad}{TOLD}").as_bytes()).unwrap();
+        let inventory =
+            NodeInventory::parse(format!("{NODE}{bad}{VIRTUALIZATION}").as_bytes()).unwrap();
         assert!(inventory.virtualizations["b"].is_err());
         assert!(inventory.virtualizations["a"].is_ok());
         assert_eq!(inventory.nodes.len(), 1);
@@ -375,8 +370,10 @@ mod tests {
     )]
     #[case(r#"{"kind": "List", "items": [{"kind": "Node""#, "EOF while parsing")]
     #[case("NAME   STATUS\na      Ready", "expected value at line 1 column 1")]
-    fn text_of_another_shape_is_refused_with_its_place(#[case] text: &str, #[case] problem: &str) {
-        let error = Inventory::parse(text.as_bytes()).unwrap_err().to_string();
+    fn malformed_text_is_rejected_with_its_position(#[case] text: &str, #[case] problem: &str) {
+        let error = NodeInventory::parse(text.as_bytes())
+            .unwrap_err()
+            .to_string();
         assert!(error.contains(problem), "{error}");
     }
 
@@ -386,7 +383,7 @@ mod tests {
     #[case("Ready,SchedulingDisabled", Some(true), true)]
     #[case("NotReady,SchedulingDisabled", Some(false), true)]
     #[case("Unknown", None, false)]
-    fn the_servers_table_says_what_kubectl_shows(
+    fn status_column_yields_readiness(
         #[case] status: &str,
         #[case] ready: Option<bool>,
         #[case] cordoned: bool,

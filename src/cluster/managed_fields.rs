@@ -1,8 +1,8 @@
-//! Whose labels they are, from `metadata.managedFields`.
+//! Owners of labels, read from `metadata.managedFields`.
 //!
 //! An entry has a manager, an operation, from Kubernetes 1.22 on a subresource, and the fields as
-//! nested maps with keys `f:<name>` (Kubernetes: `FieldsV1`). Entries of a shape that is not known
-//! are passed over: the API server still refuses to take what is not ours.
+//! nested maps with keys `f:<name>` (Kubernetes: `FieldsV1`). Entries of an unknown shape are
+//! skipped: the API server still refuses an apply to labels of other owners.
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ManagedFieldsEntry;
 use kube::core::ObjectMeta;
@@ -37,7 +37,7 @@ pub(super) fn shown(meta: ObjectMeta) -> ObservedLabels {
 fn labels(entry: &ManagedFieldsEntry) -> impl Iterator<Item = &str> {
     let fields = entry.fields_v1.as_ref().map(|fields| &fields.0);
     let labels = fields.and_then(|fields| fields.get("f:metadata")?.get("f:labels")?.as_object());
-    // The map itself is a field too, named ".".
+    // The key `.` stands for the map itself.
     labels
         .into_iter()
         .flat_map(|labels| labels.keys())
@@ -54,7 +54,7 @@ mod tests {
     }
 
     #[test]
-    fn only_our_apply_makes_a_label_ours() {
+    fn only_an_apply_by_virtnode_makes_a_label_owned() {
         let fields = |key: &str| serde_json::json!({"f:metadata": {"f:labels": {".": {}, format!("f:{key}"): {}}}});
         let shown = shown_by(serde_json::json!([
             {"manager": "virtnode", "operation": "Apply", "apiVersion": "v1", "fieldsType": "FieldsV1", "fieldsV1": fields("a.io/ours")},
@@ -73,7 +73,7 @@ mod tests {
     }
 
     #[test]
-    fn unknown_shapes_are_passed_over() {
+    fn unknown_shapes_are_skipped() {
         let odd = serde_json::json!([
             {}, {"manager": "virtnode", "operation": "Apply"},
             {"manager": "virtnode", "operation": "Apply", "fieldsType": "FieldsV2", "fieldsV1": {"f:metadata": ["f:labels"]}},

@@ -1,16 +1,18 @@
-//! The Kubernetes API server: the own Node, its labels, its `NodeVirtualization`, and events.
+//! Client of the Kubernetes API server: this daemon's Node, its labels, its `NodeVirtualization`,
+//! DomainHotplug objects, and events.
 //!
-//! Thin: what is written and why is decided in [`crate::label::ownership`]. Every call has a
-//! deadline and is made once; who calls decides when to try again.
+//! A thin adapter without decisions of its own; [`crate::label::ownership`] decides which labels to
+//! write. Each call is sent once and has a timeout; retries are the caller's. Nothing here blocks a
+//! thread.
 
 mod config;
 mod error;
 mod events;
+mod heartbeat;
 mod hotplugs;
 mod inventory;
 mod managed_fields;
 pub mod objects;
-mod pulse;
 mod retry;
 mod virtualization;
 mod watch;
@@ -24,39 +26,38 @@ use std::time::Duration;
 
 use http_body_util::{Either, StreamBody};
 use k8s_openapi::api::core::v1::Node;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::Client;
 use kube::api::{Api, Patch, PatchParams};
 use kube::core::{ObjectMeta, PartialObjectMeta, PartialObjectMetaExt};
 use tower::Layer;
 use tower::timeout::TimeoutLayer;
 
-use self::pulse::Pulse;
+use self::heartbeat::Heartbeat;
 use crate::label::LabelSet;
 use crate::label::ownership::ObservedLabels;
 
 pub use config::ClusterConfig;
-pub use error::{ApplyConflicts, ClusterError, Object};
+pub use error::{ApiObject, ApplyConflicts, ClusterError};
 pub use events::{EventKind, ObjectEvent, WrittenEvent};
 pub use hotplugs::{HotplugChange, HotplugObject, HotplugObjects, ObjectId};
-pub use inventory::{Inventory, NodeSummary, Virtualizations};
+pub use inventory::{NodeInventory, NodeSummary, Virtualizations};
 pub use retry::Retry;
 pub use watch::NodeChange;
 
-/// The name under which the API server keeps account of what is ours.
+/// The field manager of virtnode's server-side applies.
 pub const FIELD_MANAGER: &str = "virtnode";
 
-/// Log targets to be silenced: the client logs each failed call of its own accord, however often
-/// it fails. What it has to say is in [`ClusterError`].
+/// Log targets to silence: kube logs each failed call, however often it fails. [`ClusterError`]
+/// contains the same text.
 pub const NOISY_LOG_TARGETS: [&str; 2] = ["kube_client", "kube_runtime"];
 
-/// The Node at one moment.
+/// The metadata of the Node in one version.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct NodeState {
-    /// Which Node by this name it is.
     pub uid: String,
-    /// Which version of it.
     pub resource_version: String,
-    /// Its labels and whose they are.
+    /// The labels and their owners.
     pub shown: ObservedLabels,
 }
 
@@ -70,37 +71,37 @@ impl From<ObjectMeta> for NodeState {
     }
 }
 
-/// How an apply treats labels that others own.
+/// Treatment of labels that other field managers own with another value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Owners<'s> {
-    /// Any other owner of a key with another value makes the API server refuse.
+    /// The API server refuses the apply.
     Respect,
-    /// Labels are taken from their owners, if the Node is still as it was at this resource
-    /// version; otherwise the API server refuses.
+    /// The apply takes ownership, but only of exactly the version that the decision was made from.
     Override {
-        /// [`NodeState::resource_version`] of what the decision was made from.
-        seen: &'s str,
+        /// [`NodeState::resource_version`]
+        version: &'s str,
     },
 }
 
-/// One Node of a cluster.
+/// A connection to the API server, for one Node. Clones share it.
 #[derive(Clone)]
 pub struct Cluster {
     client: Client,
     nodes: Api<PartialObjectMeta<Node>>,
     node: String,
     deadline: Duration,
-    pulse: Pulse,
+    heartbeat: Heartbeat,
     watch_seconds: RangeInclusive<u32>,
-    /// Whether the API server wants a namespace for what has none: see `create_event`.
-    events_of_default: Arc<AtomicBool>,
+    /// True if the API server requires a namespace in events about cluster-scoped objects: see
+    /// `create_event`.
+    events_need_namespace: Arc<AtomicBool>,
 }
 
 impl Cluster {
-    /// The Node `node` through a client that does not try again by itself.
+    /// Uses a client that does not retry by itself.
     ///
     /// # Errors
-    /// [`ClusterError::NodeName`] if no Node can have this name.
+    /// [`ClusterError::NodeName`] if the name is not a valid Node name.
     pub fn with_client(
         client: Client,
         node: impl Into<String>,
@@ -110,17 +111,17 @@ impl Cluster {
         if !config::is_node_name(&node) {
             return Err(ClusterError::NodeName(node));
         }
-        // Until the answer begins; the end of it is awaited for `deadline` in `call`, and of a
-        // watch for ever.
+        // The layer's timeout ends with the start of the response. `call_about` limits the rest; the
+        // response of a watch has no limit.
         let namespace = client.default_namespace().to_owned();
-        let pulse = Pulse::new();
-        let heard = pulse.clone();
+        let heartbeat = Heartbeat::default();
+        let observed = heartbeat.clone();
         let send = tower::service_fn(move |request| {
-            let (client, ear) = (client.clone(), heard.ear(&request));
+            let (client, monitor) = (client.clone(), observed.monitor(&request));
             async move {
                 let answer = client.send(request).await?;
-                Ok::<_, kube::Error>(answer.map(|body| match ear {
-                    Some(ear) => Either::Left(StreamBody::new(ear.listen(body))),
+                Ok::<_, kube::Error>(answer.map(|body| match monitor {
+                    Some(monitor) => Either::Left(StreamBody::new(monitor.frames(body))),
                     None => Either::Right(body),
                 }))
             }
@@ -131,31 +132,30 @@ impl Cluster {
             client,
             node,
             deadline,
-            pulse,
+            heartbeat,
             watch_seconds: watch::WATCH_SECONDS,
-            events_of_default: Arc::default(),
+            events_need_namespace: Arc::default(),
         })
     }
 
-    /// The same with watches that the server ends after other times, in seconds: for measurements
-    /// in less time than an hour.
+    /// Sets another timeout of watches, for measurements that take less than an hour.
     #[must_use]
     pub fn with_watch_seconds(mut self, seconds: RangeInclusive<u32>) -> Self {
         self.watch_seconds = seconds;
         self
     }
 
-    /// The name of the Node.
+    /// Returns the name of the Node.
     pub fn node(&self) -> &str {
         &self.node
     }
 
-    /// How long one call may take.
+    /// Returns the timeout of each call.
     pub fn deadline(&self) -> Duration {
         self.deadline
     }
 
-    /// What the Node shows now: its metadata only, from the API server's storage.
+    /// Reads the Node's metadata from the API server's storage, not from its cache.
     ///
     /// # Errors
     /// Any [`ClusterError`] but a conflict.
@@ -164,12 +164,12 @@ impl Cluster {
         Ok(node.metadata.into())
     }
 
-    /// Applies the whole set of our labels to the Node `uid`. Labels of ours that are not in the
-    /// set go; others' stay. A Node that does not exist is not created.
+    /// Applies the complete set of virtnode's labels to the Node `uid`. Labels of virtnode's that are
+    /// not in the set are removed; labels of others are kept. Never creates a Node.
     ///
     /// # Errors
-    /// [`ClusterError::Conflict`] if somebody else owns one of the labels with another value or
-    /// the Node is another one by now; otherwise any other.
+    /// [`ClusterError::Conflict`] if another manager owns one of the labels with another value, or if
+    /// the Node has another uid by now; otherwise any other.
     pub async fn apply(
         &self,
         labels: &LabelSet,
@@ -183,8 +183,8 @@ impl Cluster {
             .await
     }
 
-    /// Removes every label that is ours alone, and our claim to those that are not. Says which
-    /// keys are gone.
+    /// Removes each label that only virtnode owns, and gives up the ownership of the others. Returns
+    /// the removed keys.
     ///
     /// # Errors
     /// As [`Self::apply`].
@@ -196,9 +196,9 @@ impl Cluster {
         let after = self
             .patch(BTreeMap::new(), &before.uid, Owners::Respect)
             .await?;
-        let mut gone: Vec<_> = before.shown.owned.into_iter().collect();
-        gone.retain(|key| !after.shown.labels.contains_key(key));
-        Ok(gone)
+        let mut removed: Vec<_> = before.shown.owned.into_iter().collect();
+        removed.retain(|key| !after.shown.labels.contains_key(key));
+        Ok(removed)
     }
 
     async fn patch(
@@ -208,17 +208,17 @@ impl Cluster {
         owners: Owners<'_>,
     ) -> Result<NodeState, ClusterError> {
         let mut params = PatchParams::apply(FIELD_MANAGER);
-        let mut seen = None;
-        if let Owners::Override { seen: version } = owners {
+        let mut resource_version = None;
+        if let Owners::Override { version } = owners {
             params = params.force();
-            // Force is for the owners that were looked at, not for any that came since.
-            seen = Some(version.to_owned());
+            // Restricts force to the owners of this version: others may have been added since.
+            resource_version = Some(version.to_owned());
         }
         let patch = ObjectMeta {
             labels: Some(labels),
-            // To apply to what does not exist is to create it, unless it must have this uid.
+            // The uid keeps the API server from creating a Node that does not exist.
             uid: Some(uid.to_owned()),
-            resource_version: seen,
+            resource_version,
             ..ObjectMeta::default()
         };
         let patch = Patch::Apply(patch.into_request_partial::<Node>());
@@ -228,18 +228,29 @@ impl Cluster {
         Ok(node.metadata.into())
     }
 
+    /// Returns the owner reference that has an object deleted together with the Node `uid`.
+    fn node_owner(&self, uid: &str) -> OwnerReference {
+        OwnerReference {
+            api_version: "v1".to_owned(),
+            kind: "Node".to_owned(),
+            name: self.node.clone(),
+            uid: uid.to_owned(),
+            ..OwnerReference::default()
+        }
+    }
+
     async fn call<T>(
         &self,
         verb: &'static str,
         answer: impl Future<Output = kube::Result<T>>,
     ) -> Result<T, ClusterError> {
-        self.call_about(Object::node(&self.node), verb, answer)
+        self.call_about(ApiObject::node(&self.node), verb, answer)
             .await
     }
 
     async fn call_about<T>(
         &self,
-        object: Object,
+        object: ApiObject,
         verb: &'static str,
         answer: impl Future<Output = kube::Result<T>>,
     ) -> Result<T, ClusterError> {
@@ -253,7 +264,7 @@ impl Cluster {
         }
     }
 
-    fn error(&self, object: Object, verb: &'static str, error: kube::Error) -> ClusterError {
+    fn error(&self, object: ApiObject, verb: &'static str, error: kube::Error) -> ClusterError {
         ClusterError::from_call(verb, object, self.deadline, error)
     }
 }

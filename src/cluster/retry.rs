@@ -1,18 +1,18 @@
-//! When to make a call again that failed.
+//! Backoff after failed calls.
 
 use std::time::Duration;
 
 use super::ClusterError;
 
-/// When to try again after a failure. Every delay is shortened at random by up to a half.
+/// Exponential backoff. Each delay is shortened at random by up to a half.
 #[derive(Debug, Clone, Copy)]
 pub struct Retry {
-    /// After the first failure; twice as long after each further one.
+    /// Delay after the first failure, doubled after each further one.
     pub first: Duration,
-    /// The longest delay.
+    /// Maximum delay.
     pub longest: Duration,
-    /// The longest delay where somebody has to do something first: grant a right, create the
-    /// Node. Not at once, because an API server that has just started knows no rights yet.
+    /// Maximum delay if someone has to act first (grant a right, create the Node). The first retries
+    /// still come early: an API server that has just started denies everything for a moment.
     pub needs_people: Duration,
 }
 
@@ -27,7 +27,7 @@ impl Default for Retry {
 }
 
 impl Retry {
-    /// How long to wait after so many failures in a row, the last of them this one.
+    /// Returns the delay after `failures` consecutive failures, of which `error` is the last.
     pub fn delay(&self, failures: u32, error: &ClusterError) -> Duration {
         let growing = self
             .first
@@ -51,10 +51,10 @@ impl Retry {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cluster::Object;
+    use crate::cluster::ApiObject;
 
     #[test]
-    fn delays_grow_to_a_limit_and_differ() {
+    fn delays_grow_up_to_the_maximum() {
         let retry = Retry::default();
         let error = ClusterError::Unreachable {
             reason: "refused".into(),
@@ -69,11 +69,11 @@ mod tests {
     }
 
     #[test]
-    fn the_server_is_left_alone_for_as_long_as_it_wants() {
+    fn retry_after_of_the_server_is_a_lower_bound() {
         let after = Duration::from_secs(90);
         let error = ClusterError::Rejected {
             verb: "patch",
-            object: Object::node("n"),
+            object: ApiObject::node("n"),
             message: "busy".into(),
             retry_after: Some(after),
         };

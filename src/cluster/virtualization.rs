@@ -1,19 +1,15 @@
-//! The `NodeVirtualization` of the own Node.
-
-use std::future;
+//! Client of the `NodeVirtualization` of this daemon's Node.
 
 use futures::{Stream, StreamExt};
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::api::{Api, Patch, PatchParams};
 use kube::core::{ObjectMeta, PartialObjectMeta};
-use kube::runtime::watcher::{self, Event};
 
 use super::objects::node_virtualization::NodeVirtualizationFields;
 use super::objects::{NodeVirtualization, NodeVirtualizationStatus};
-use super::{Cluster, ClusterError, FIELD_MANAGER, Object};
+use super::{ApiObject, Cluster, ClusterError, FIELD_MANAGER};
 
 impl Cluster {
-    /// What is published of this Node. `None` if nothing is, or nothing that can be read.
+    /// Reads the object. `None` if it does not exist or cannot be parsed.
     ///
     /// # Errors
     /// Any [`ClusterError`] but a conflict.
@@ -21,36 +17,30 @@ impl Cluster {
         let api = Api::<NodeVirtualization>::all(self.client.clone());
         let answer = async {
             match api.get(&self.node).await {
-                // As another daemon wrote it; ours will replace it.
+                // Written by another version of the daemon; this daemon replaces it.
                 Err(kube::Error::SerdeError(_)) => Ok(None),
                 Err(kube::Error::Api(status)) if status.code == 404 => Ok(None),
                 answer => answer.map(Some),
             }
         };
-        self.call_about(self.nvirt(), "get", answer).await
+        self.call_about(self.virtualization_object(), "get", answer)
+            .await
     }
 
-    /// Applies a status, whole, and makes the object if it is not there. The Node `uid` owns it,
-    /// so that it goes away with it.
+    /// Replaces the whole status, and creates the object if it does not exist. The Node `uid`
+    /// becomes its owner, so that it is deleted with the Node.
     ///
     /// # Errors
-    /// [`ClusterError::NotFound`] if the cluster does not know the kind; otherwise any.
+    /// [`ClusterError::NotFound`] if the cluster has no definition of the kind; otherwise any.
     pub async fn apply_virtualization(
         &self,
         status: &NodeVirtualizationStatus,
         uid: &str,
     ) -> Result<NodeVirtualization, ClusterError> {
-        let owner = OwnerReference {
-            api_version: "v1".to_owned(),
-            kind: "Node".to_owned(),
-            name: self.node.clone(),
-            uid: uid.to_owned(),
-            ..OwnerReference::default()
-        };
         let object = NodeVirtualization {
             metadata: ObjectMeta {
                 name: Some(self.node.clone()),
-                owner_references: Some(vec![owner]),
+                owner_references: Some(vec![self.node_owner(uid)]),
                 ..ObjectMeta::default()
             },
             spec: NodeVirtualizationFields {
@@ -58,53 +48,29 @@ impl Cluster {
             },
         };
         let api = Api::<NodeVirtualization>::all(self.client.clone());
-        // Nobody else has any business in it.
+        // The daemon is the only writer of the object.
         let params = PatchParams::apply(FIELD_MANAGER).force();
         let patch = Patch::Apply(&object);
-        self.call_about(
-            self.nvirt(),
-            "patch",
-            api.patch(&self.node, &params, &patch),
-        )
-        .await
+        let answer = api.patch(&self.node, &params, &patch);
+        self.call_about(self.virtualization_object(), "patch", answer)
+            .await
     }
 
-    /// Watches the metadata of the object, and never ends: its resource version at the start and
-    /// after each change, `None` while there is no object. After an error it goes on by itself.
+    /// Watches the metadata of the object. Yields its resource version at the start and after each
+    /// change, `None` while it does not exist. The stream never ends: after an error it retries.
     pub fn watch_virtualization(
         &self,
     ) -> impl Stream<Item = Result<Option<String>, ClusterError>> + Send + use<> {
         let api = Api::<PartialObjectMeta<NodeVirtualization>>::all(self.client.clone());
-        let config = watcher::Config::default().fields(&format!("metadata.name={}", self.node));
-        self.steps(api, config, self.nvirt())
-            .scan(false, |found, step| future::ready(Some(seen(found, step))))
-            .filter_map(future::ready)
+        self.watch_one(api, self.virtualization_object())
+            .map(|change| Ok(change?.and_then(|meta| meta.resource_version)))
     }
 
-    fn nvirt(&self) -> Object {
-        Object {
+    fn virtualization_object(&self) -> ApiObject {
+        ApiObject {
             kind: "NodeVirtualization",
             resource: "nodevirtualizations.virtnode.io",
             name: self.node.clone(),
         }
-    }
-}
-
-type Step = Result<Event<PartialObjectMeta<NodeVirtualization>>, ClusterError>;
-
-/// Makes out of the watcher's steps which version there is; `found` is its memory during a list.
-fn seen(found: &mut bool, step: Step) -> Option<Result<Option<String>, ClusterError>> {
-    match step {
-        Ok(Event::Init) => {
-            *found = false;
-            None
-        }
-        Ok(Event::InitApply(object) | Event::Apply(object)) => {
-            *found = true;
-            Some(Ok(object.metadata.resource_version))
-        }
-        Ok(Event::InitDone) => (!*found).then_some(Ok(None)),
-        Ok(Event::Delete(_)) => Some(Ok(None)),
-        Err(error) => Some(Err(error)),
     }
 }

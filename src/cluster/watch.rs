@@ -1,4 +1,7 @@
-//! The own Node's changes as they happen.
+//! Watches of the API server, and the watch of this daemon's Node.
+//!
+//! A watch never ends: kube's watcher resumes it after an error or at its timeout, and lists again if
+//! the API server no longer has the last version.
 
 use std::fmt::Debug;
 use std::future;
@@ -6,51 +9,65 @@ use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use futures::{Stream, StreamExt};
-use k8s_openapi::api::core::v1::Node;
 use kube::api::Api;
-use kube::core::{PartialObjectMeta, Resource};
+use kube::core::{ObjectMeta, PartialObjectMeta, Resource};
 use kube::runtime::watcher::{self, watcher};
 use kube::runtime::{WatchStreamExt, watcher::Event};
 use serde::de::DeserializeOwned;
 
-use super::{Cluster, ClusterError, NodeState, Object};
+use super::{ApiObject, Cluster, ClusterError, NodeState};
 
-/// After so many seconds, at random, the server ends a watch and a new one takes over from
-/// there. Rare, because nothing is won by it; and a connection that died silently is noticed
-/// 5 s later than that at the latest.
+/// Timeout of a watch at the API server in seconds, chosen at random. Each timeout costs a request,
+/// and dead watches are detected without it (`heartbeat.rs`).
 pub(super) const WATCH_SECONDS: RangeInclusive<u32> = 27 * 60..=29 * 60;
 
-/// What a watch shows.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum NodeChange {
-    /// The Node, at the start of the watch and after each change.
+    /// The Node at the start of the watch and after each change.
     Node(NodeState),
-    /// There is no such Node.
     Missing,
 }
 
 impl Cluster {
-    /// Watches the metadata of the Node, and never ends. After an error it goes on by itself, later
-    /// each time (0.8 s to 30 s, at random).
+    /// Watches the metadata of the Node. The stream never ends: after an error it retries with
+    /// backoff (0.8 s to 30 s, at random).
     ///
-    /// The API server may answer from a cache: what is seen here is a reason to look with
-    /// [`Cluster::observe`], not yet to act.
+    /// The API server may serve a watch from a cache, so the state can be old: read the Node with
+    /// [`Cluster::observe`] before acting on it.
     pub fn watch(&self) -> impl Stream<Item = Result<NodeChange, ClusterError>> + Send + use<> {
+        self.watch_one(self.nodes.clone(), ApiObject::node(&self.node))
+            .map(|change| {
+                Ok(match change? {
+                    Some(meta) => NodeChange::Node(meta.into()),
+                    None => NodeChange::Missing,
+                })
+            })
+    }
+
+    /// Watches the metadata of the object that has the Node's name; `None` while it does not exist.
+    pub(super) fn watch_one<K>(
+        &self,
+        objects: Api<PartialObjectMeta<K>>,
+        object: ApiObject,
+    ) -> impl Stream<Item = Result<Option<ObjectMeta>, ClusterError>> + Send + use<K>
+    where
+        PartialObjectMeta<K>: Resource + Clone + DeserializeOwned + Debug + Send + 'static,
+    {
         let config = watcher::Config::default().fields(&format!("metadata.name={}", self.node));
-        self.steps(self.nodes.clone(), config, Object::node(&self.node))
-            .scan(false, |found, event| {
-                future::ready(Some(seen(found, event)))
+        self.watch_objects(objects, config, object)
+            .scan(false, |is_listed, event| {
+                future::ready(Some(existence(is_listed, event)))
             })
             .filter_map(future::ready)
     }
 
-    /// Watches what a configuration selects, and never ends. The steps of kube's watcher, without
-    /// those that are nobody's fault.
-    pub(super) fn steps<K>(
+    /// Watches the selected objects. Yields the events of kube's watcher without expired versions,
+    /// after which the watcher lists again.
+    pub(super) fn watch_objects<K>(
         &self,
         objects: Api<K>,
         config: watcher::Config,
-        object: Object,
+        object: ApiObject,
     ) -> impl Stream<Item = Result<Event<K>, ClusterError>> + Send + use<K>
     where
         K: Resource + Clone + DeserializeOwned + Debug + Send + 'static,
@@ -61,22 +78,22 @@ impl Cluster {
         let cluster = self.clone();
         watcher(objects, config)
             .default_backoff()
-            .filter_map(move |step| {
-                future::ready(match step {
+            .filter_map(move |event| {
+                future::ready(match event {
                     Ok(event) => Some(Ok(event)),
-                    // The server no longer knows where we were, and the watch begins anew.
                     Err(watcher::Error::WatchError(status)) if status.code == 410 => None,
                     Err(error) => Some(Err(cluster.watch_error(object.clone(), error))),
                 })
             })
     }
 
-    /// How long ago the watch of the Node was last heard, be it by a bookmark; `None` if never.
-    pub fn watch_heard(&self) -> Option<Duration> {
-        self.pulse.age()
+    /// Returns the time since the last byte on the Node's watch, bookmarks included; `None` before
+    /// the first.
+    pub fn node_watch_age(&self) -> Option<Duration> {
+        self.heartbeat.age()
     }
 
-    fn watch_error(&self, object: Object, error: watcher::Error) -> ClusterError {
+    fn watch_error(&self, object: ApiObject, error: watcher::Error) -> ClusterError {
         match error {
             watcher::Error::InitialListFailed(error) => self.error(object, "list", error),
             watcher::Error::WatchStartFailed(error) | watcher::Error::WatchFailed(error) => {
@@ -88,28 +105,30 @@ impl Cluster {
             watcher::Error::NoResourceVersion => ClusterError::Rejected {
                 verb: "watch",
                 object,
-                message: "its answer has no resource version".to_owned(),
+                message: "its response has no resource version".to_owned(),
                 retry_after: None,
             },
         }
     }
 }
 
-type WatchEvent = Result<Event<PartialObjectMeta<Node>>, ClusterError>;
-
-/// Makes out of the watcher's steps whether there is a Node; `found` is its memory during a list.
-fn seen(found: &mut bool, event: WatchEvent) -> Option<Result<NodeChange, ClusterError>> {
+/// Converts an event of a watch that selects one object. `is_listed` is true if the current list
+/// contained the object.
+fn existence<K>(
+    is_listed: &mut bool,
+    event: Result<Event<PartialObjectMeta<K>>, ClusterError>,
+) -> Option<Result<Option<ObjectMeta>, ClusterError>> {
     match event {
         Ok(Event::Init) => {
-            *found = false;
+            *is_listed = false;
             None
         }
-        Ok(Event::InitApply(node) | Event::Apply(node)) => {
-            *found = true;
-            Some(Ok(NodeChange::Node(node.metadata.into())))
+        Ok(Event::InitApply(object) | Event::Apply(object)) => {
+            *is_listed = true;
+            Some(Ok(Some(object.metadata)))
         }
-        Ok(Event::InitDone) => (!*found).then_some(Ok(NodeChange::Missing)),
-        Ok(Event::Delete(_)) => Some(Ok(NodeChange::Missing)),
+        Ok(Event::InitDone) => (!*is_listed).then_some(Ok(None)),
+        Ok(Event::Delete(_)) => Some(Ok(None)),
         Err(error) => Some(Err(error)),
     }
 }

@@ -1,4 +1,6 @@
-//! What the lives of all objects share: the way to the API server, and what is told of it.
+//! The API client that the reconcilers of all objects share.
+//!
+//! It limits concurrent calls, counts them, and logs a failure once until a call succeeds again.
 
 use std::future::Future;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,24 +15,23 @@ use crate::publish::events::EventRecorder;
 use crate::telemetry::Metrics;
 use crate::units::Timestamp;
 
-/// So many calls to the API server are under way at once.
-const CALLS: usize = 4;
+/// Maximum concurrent calls, so that a restart with many objects does not flood the API server.
+const CALLS_MAX: usize = 4;
 
-/// How long the Node is taken to be the one that was last seen.
-const SAME_NODE: Duration = Duration::from_secs(60);
+/// Time for which the uid of the Node is cached: enough for the objects of a rollout.
+const NODE_UID_TTL: Duration = Duration::from_secs(60);
 
-/// What the lives of all objects share.
 pub(super) struct ObjectClient {
     pub(super) objects: HotplugObjects,
     pub(super) retry: Retry,
-    /// Told when the API server does again what it is asked.
-    pub(super) back: Notify,
+    pub(super) metrics: Arc<Metrics>,
+    /// Notified by the first successful call after a failure.
+    pub(super) recovered: Notify,
     events: EventRecorder,
-    metrics: Arc<Metrics>,
     calls: Semaphore,
-    trouble: Mutex<Option<&'static str>>,
-    cannot_own: AtomicBool,
-    node: tokio::sync::Mutex<Option<(String, Instant)>>,
+    logged_failure: Mutex<Option<&'static str>>,
+    logged_owner_failure: AtomicBool,
+    node_uid: tokio::sync::Mutex<Option<(String, Instant)>>,
 }
 
 impl ObjectClient {
@@ -43,68 +44,63 @@ impl ObjectClient {
         Self {
             objects,
             retry,
-            back: Notify::new(),
-            events,
             metrics,
-            calls: Semaphore::new(CALLS),
-            trouble: Mutex::default(),
-            cannot_own: AtomicBool::new(false),
-            node: tokio::sync::Mutex::default(),
+            recovered: Notify::new(),
+            events,
+            calls: Semaphore::new(CALLS_MAX),
+            logged_failure: Mutex::default(),
+            logged_owner_failure: AtomicBool::new(false),
+            node_uid: tokio::sync::Mutex::default(),
         }
     }
 
-    /// Makes a call when it is its turn; counts it, and tells what goes wrong once.
+    /// Awaits a permit, then `answer`. `call` is the metrics label.
     pub(super) async fn call<T>(
         &self,
         call: &'static str,
         answer: impl Future<Output = Result<T, ClusterError>>,
     ) -> Result<T, ClusterError> {
-        // Never closed.
-        let _turn = self.calls.acquire().await;
+        // The semaphore is never closed.
+        let _permit = self.calls.acquire().await;
         self.metrics.hotplug.object_call(call);
         let answer = answer.await;
         match &answer {
-            Ok(_) => self.worked(),
-            // Deleted by somebody: nobody's fault.
-            Err(error) if is_gone(error) => {}
+            Ok(_) => self.succeeded(),
+            // Someone deleted the object, which is not a failure.
+            Err(error) if is_deleted(error) => {}
             Err(error) => self.failed(call, error),
         }
         answer
     }
 
-    /// Tells how an object ended, in an event about it.
-    pub(super) fn emit_event(
-        &self,
-        target: ObjectId<'_>,
-        (kind, reason): (EventKind, String),
-        note: &str,
-    ) {
+    /// Records an event about an object.
+    pub(super) fn record_event(&self, id: ObjectId<'_>, kind: EventKind, reason: &str, note: &str) {
         self.events.record(ObjectEvent {
-            about: self.objects.reference(target),
+            about: self.objects.reference(id),
             kind,
-            reason,
+            reason: reason.to_owned(),
             action: "Hotplug",
             note: note.to_owned(),
         });
     }
 
-    /// The uid of the Node as it is now, or was a moment ago.
+    /// Returns the uid of the Node, at most [`NODE_UID_TTL`] old.
     pub(super) async fn node_uid(&self) -> Result<String, ClusterError> {
-        let mut node = self.node.lock().await;
-        if let Some((uid, seen)) = &*node
-            && seen.elapsed() < SAME_NODE
+        let mut cached = self.node_uid.lock().await;
+        if let Some((uid, read_at)) = &*cached
+            && read_at.elapsed() < NODE_UID_TTL
         {
             return Ok(uid.clone());
         }
         let uid = self.call("own", self.objects.node_uid()).await?;
-        *node = Some((uid.clone(), Instant::now()));
+        *cached = Some((uid.clone(), Instant::now()));
         Ok(uid)
     }
 
-    fn worked(&self) {
-        if self.trouble().take().is_some() {
-            tracing::info!("the API server takes what is said of DomainHotplug objects again");
-            self.back.notify_one();
+    fn succeeded(&self) {
+        if self.logged_failure().take().is_some() {
+            tracing::info!("calls about DomainHotplug objects succeed again");
+            self.recovered.notify_one();
         }
     }
 
@@ -112,33 +108,32 @@ impl ObjectClient {
         let code = error.code();
         self.metrics.hotplug.object_call_failed(call, code);
         if call == "own" {
-            // Nothing depends on who owns an object.
-            if !self.cannot_own.swap(true, Ordering::Relaxed) {
+            // Nothing depends on the owner of an object.
+            if !self.logged_owner_failure.swap(true, Ordering::Relaxed) {
                 tracing::warn!(
                     code, %error,
-                    "the Node cannot be made the owner of a DomainHotplug object: it will stay when the \
-                     Node goes"
+                    "cannot set the Node as owner of a DomainHotplug: the object will outlive the Node"
                 );
             }
             return;
         }
-        let mut trouble = self.trouble();
-        if *trouble != Some(code) {
-            *trouble = Some(code);
+        if self.logged_failure().replace(code) != Some(code) {
             tracing::warn!(
                 call, code, %error,
-                "a call about a DomainHotplug object failed; trying again, operations go on"
+                "call about a DomainHotplug failed, retrying; operations continue"
             );
         }
     }
 
-    fn trouble(&self) -> std::sync::MutexGuard<'_, Option<&'static str>> {
-        self.trouble.lock().unwrap_or_else(PoisonError::into_inner)
+    fn logged_failure(&self) -> std::sync::MutexGuard<'_, Option<&'static str>> {
+        self.logged_failure
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Whether the object is not there any more, or another one has its name.
-pub(super) fn is_gone(error: &ClusterError) -> bool {
+/// True if the object no longer exists, or another one has its name.
+pub(super) fn is_deleted(error: &ClusterError) -> bool {
     match error {
         ClusterError::NotFound { .. } => true,
         // "uid mismatch …", "the UID in the precondition …"
@@ -147,7 +142,6 @@ pub(super) fn is_gone(error: &ClusterError) -> bool {
     }
 }
 
-/// The time as objects have it.
 pub(super) fn now() -> Timestamp {
     jiff::Timestamp::now().into()
 }

@@ -1,38 +1,54 @@
-//! DomainHotplug objects of this node: each is given to the executor once, and told what came of it.
+//! The controller of this node's DomainHotplug objects.
 //!
-//! One loop watches, in the order in which objects were made; what happens to one object afterwards
-//! is its `life`. What an object asks for is read in `request`, what is said of it is decided in
-//! `status`, both without a server. The API server is not needed for an operation to go on: what
-//! came of it is told when the server is back.
+//! ```text
+//!  API server ──watch──▶ Controller ──submit──▶ executor
+//!      ▲                     │                      │
+//!      │              one task for each object      │ record (watch channel)
+//!      └──status, owner, delete── Reconciler ◀──────┘
+//! ```
+//! The states of an object:
 //!
-//! After a restart the journal and the objects are brought together by the objects' uids: what the
-//! journal knows is not done again, and what it knows better is told.
+//! ```text
+//!            invalid                    spec corrected
+//!  new ──────────────────▶ rejected ──────────────────▶ new
+//!   │  executor is full                 5 s later
+//!   ├──────────────────▶ postponed ───────────────────▶ new
+//!   │  accepted                verdict          time to live
+//!   └──────────▶ operation ──────────▶ finished ──────────────▶ deleted
+//! ```
+//! * The controller owns the set of tracked objects and submits them in the order of their creation.
+//!   Its loop blocks on nothing but the executor's journal (`submit`).
+//! * A [`Reconciler`] owns the status, the owner reference and the deletion of one object.
+//! * `request` validates a spec, `status` computes a status; both are pure.
+//! * Operations never depend on the API server: after an outage the reconcilers write the current
+//!   status. A deleted object does not stop its operation.
+//! * After a restart the journal is matched with the objects by uid, which is the idempotency key: an
+//!   operation in the journal is not executed again, and an outdated status is replaced.
 
 mod client;
 mod reconcile;
 mod request;
 mod status;
+mod watch;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::StreamExt;
-use futures::stream::BoxStream;
-use tokio::sync::watch;
+use tokio::sync::watch::{Receiver, Sender};
 use tokio::task::{AbortHandle, JoinSet};
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
 use self::client::ObjectClient;
-use self::reconcile::{Cause, Changing, Life};
-use self::request::Refusal;
-use self::status::{Hold, is_finished};
+use self::reconcile::{ObjectVersion, Reconciler, StatusSource};
+use self::request::ObjectError;
+use self::status::{NotAccepted, is_finished};
+use self::watch::ObjectWatch;
 use crate::cluster::objects::Condition;
-use crate::cluster::objects::node_virtualization::HOTPLUG_OBJECTS_WATCHED;
-use crate::cluster::{ClusterError, HotplugChange, HotplugObject, HotplugObjects, Retry};
+use crate::cluster::{HotplugChange, HotplugObject, HotplugObjects, Retry};
 use crate::executor::{Executor, SubmitError};
 use crate::hypervisor::DomainBackend;
 use crate::operation::Record;
@@ -40,26 +56,16 @@ use crate::publish::events::EventRecorder;
 use crate::telemetry::Metrics;
 use crate::units::Timestamp;
 
-/// So many errors of the watch in a row are worth telling.
-const WATCH_ERRORS: u32 = 3;
-
-/// A watch that had an error works again if there is none for so long: what fails is tried again
-/// within half a minute, and fails within the deadline of a call.
-const QUIET: Duration = Duration::from_secs(60);
-
-/// How the controller goes about it.
 #[derive(Debug, Clone)]
 pub struct ControllerOptions {
-    /// The first look is delayed at random by up to this, so that the nodes of a cluster do not all
-    /// ask at once.
+    /// Maximum random delay of the first list, which spreads the load of a cluster's nodes.
     pub start_jitter: Duration,
-    /// When to try again what failed.
+    /// Backoff of calls about objects.
     pub retry: Retry,
-    /// When to look again for objects of a kind that the cluster does not know, or does not let us
-    /// see.
-    pub look_again: Retry,
-    /// When to try again to take on what the executor could not.
-    pub take_on_again: Duration,
+    /// Backoff of the watch while the kind is not defined or the daemon lacks the right to watch.
+    pub watch_retry: Retry,
+    /// Interval between attempts to submit postponed objects.
+    pub submit_interval: Duration,
 }
 
 impl Default for ControllerOptions {
@@ -67,57 +73,38 @@ impl Default for ControllerOptions {
         Self {
             start_jitter: Duration::from_secs(10),
             retry: Retry::default(),
-            look_again: Retry {
+            watch_retry: Retry {
                 first: Duration::from_secs(5),
                 longest: Duration::from_secs(600),
                 needs_people: Duration::from_secs(600),
             },
-            take_on_again: Duration::from_secs(5),
+            submit_interval: Duration::from_secs(5),
         }
     }
 }
 
-/// Watches the objects of one node.
 pub struct Controller<C> {
     executor: Arc<Executor<C>>,
-    objects: HotplugObjects,
-    shared: Arc<ObjectClient>,
-    metrics: Arc<Metrics>,
+    client: Arc<ObjectClient>,
     options: ControllerOptions,
-    known: HashMap<String, Known>,
-    lives: JoinSet<()>,
-    /// What could not be taken on yet, in the order in which it was made.
+    watch: ObjectWatch,
+    /// By uid.
+    tracked: HashMap<String, TrackedObject>,
+    reconcilers: JoinSet<()>,
+    /// Objects that the executor could not accept yet, in the order of their creation.
     postponed: BTreeMap<(Timestamp, String), HotplugObject>,
-    /// Why.
-    postponed_for: Option<SubmitError>,
-    watch: Watch,
-    watched: watch::Sender<Option<Condition>>,
+    postponed_because: Option<SubmitError>,
 }
 
-/// An object that is looked after.
-struct Known {
-    changing: watch::Sender<Changing>,
-    /// Why there is no operation, if there is none.
-    hold: Option<Hold>,
-    task: AbortHandle,
-}
-
-type Stream = BoxStream<'static, Result<HotplugChange, ClusterError>>;
-
-/// The watch and how it does.
-#[derive(Default)]
-struct Watch {
-    /// None while it is not worth trying.
-    stream: Option<Stream>,
-    again: Option<Instant>,
-    /// Errors in a row, and when it is to be taken to work if there are no more.
-    errors: u32,
-    works_at: Option<Instant>,
-    told: Option<&'static str>,
+struct TrackedObject {
+    /// Informs the reconciler of changes.
+    version: Sender<ObjectVersion>,
+    not_accepted: Option<NotAccepted>,
+    reconciler: AbortHandle,
 }
 
 impl<C: DomainBackend> Controller<C> {
-    /// Nothing is asked before [`Self::run`].
+    /// Nothing is sent before [`Self::run`].
     pub fn new(
         objects: HotplugObjects,
         executor: Arc<Executor<C>>,
@@ -125,391 +112,229 @@ impl<C: DomainBackend> Controller<C> {
         metrics: Arc<Metrics>,
         options: ControllerOptions,
     ) -> Self {
-        let shared =
-            ObjectClient::new(objects.clone(), options.retry, events, Arc::clone(&metrics));
+        let client = Arc::new(ObjectClient::new(objects, options.retry, events, metrics));
         Self {
             executor,
-            objects,
-            shared: Arc::new(shared),
-            metrics,
+            watch: ObjectWatch::new(Arc::clone(&client), options.watch_retry),
+            client,
             options,
-            known: HashMap::new(),
-            lives: JoinSet::new(),
+            tracked: HashMap::new(),
+            reconcilers: JoinSet::new(),
             postponed: BTreeMap::new(),
-            postponed_for: None,
-            watch: Watch::default(),
-            watched: watch::Sender::default(),
+            postponed_because: None,
         }
     }
 
-    /// Whether the objects are seen, as a condition of the node, once that is known. What passes by
-    /// itself, such as an API server that is away, is no change.
-    pub fn watched(&self) -> watch::Receiver<Option<Condition>> {
-        self.watched.subscribe()
+    /// Returns the condition `HotplugObjectsWatched`, `None` until it is known. An outage of the API
+    /// server does not change it.
+    pub fn condition(&self) -> Receiver<Option<Condition>> {
+        self.watch.condition()
     }
 
-    /// Looks after the objects until `stop` is cancelled. Operations go on.
+    /// Runs until `stop` is cancelled. Operations continue afterwards.
     pub async fn run(mut self, stop: CancellationToken) {
-        stop.run_until_cancelled_owned(self.look_after()).await;
-        self.metrics.hotplug.objects_watched(false);
+        stop.run_until_cancelled_owned(self.run_loop()).await;
+        self.client.metrics.hotplug.objects_watched(false);
     }
 
-    async fn look_after(&mut self) {
+    async fn run_loop(&mut self) {
         sleep(self.options.start_jitter.mul_f64(fastrand::f64())).await;
-        if self.objects.by_field() {
+        if self.client.objects.are_selected_by_field() {
             info!(
-                node = self.objects.node(),
-                "the node's name is longer than a label can be: its DomainHotplug objects are found by \
-                 spec.nodeName, which needs Kubernetes 1.31 or newer"
+                node = self.client.objects.node(),
+                "node name is longer than a label value: selecting DomainHotplug objects by \
+                 spec.nodeName, which requires Kubernetes 1.31 or newer"
             );
         }
-        self.watch.stream = Some(self.objects.watch().boxed());
-        let shared = Arc::clone(&self.shared);
-        let mut take_on_again = pin!(sleep(Duration::ZERO));
+        let submit_interval = self.options.submit_interval;
+        let mut submit_again = pin!(sleep(Duration::ZERO));
         loop {
-            let again = self.watch.again.unwrap_or_else(Instant::now);
-            let works_at = self.watch.works_at.unwrap_or_else(Instant::now);
             tokio::select! {
-                change = next(&mut self.watch.stream) => match change {
-                    Ok(change) => {
-                        self.watch_told(&change);
-                        if self.postponed.is_empty() {
-                            let at = Instant::now() + self.options.take_on_again;
-                            take_on_again.as_mut().reset(at);
-                        }
-                        self.meet(change).await;
+                change = self.watch.next_change() => {
+                    if self.postponed.is_empty() {
+                        submit_again.as_mut().reset(Instant::now() + submit_interval);
                     }
-                    Err(error) => self.watch_failed(&error),
-                },
-                () = sleep_until(works_at), if self.watch.works_at.is_some() => self.watch_works(),
-                () = sleep_until(again), if self.watch.again.is_some() => self.watch_anew(),
-                // It may wait for half a minute yet, and the API server is there now.
-                () = shared.back.notified(), if self.watch.errors > 0 => self.watch_anew(),
-                () = take_on_again.as_mut(), if !self.postponed.is_empty() => {
-                    self.take_on_postponed().await;
-                    let at = Instant::now() + self.options.take_on_again;
-                    take_on_again.as_mut().reset(at);
+                    self.handle(change).await;
                 }
-                Some(ended) = self.lives.join_next() => {
+                () = submit_again.as_mut(), if !self.postponed.is_empty() => {
+                    self.submit_postponed().await;
+                    submit_again.as_mut().reset(Instant::now() + submit_interval);
+                }
+                Some(ended) = self.reconcilers.join_next() => {
                     if let Err(error) = ended && error.is_panic() {
-                        error!(%error, "an object is not looked after any more until the next start");
+                        error!(%error, "reconciler of an object panicked; restart the daemon to resume it");
                     }
                 }
             }
         }
     }
 
-    async fn meet(&mut self, change: HotplugChange) {
+    async fn handle(&mut self, change: HotplugChange) {
         match change {
             HotplugChange::Listed(mut objects) => {
-                let there: HashSet<_> = objects.iter().map(|object| &object.uid).collect();
-                let gone = self.known.keys().filter(|uid| !there.contains(uid));
-                for uid in gone.cloned().collect::<Vec<_>>() {
-                    self.forget(&uid);
+                let listed: HashSet<_> = objects.iter().map(|object| &object.uid).collect();
+                let deleted = self.tracked.keys().filter(|uid| !listed.contains(uid));
+                for uid in deleted.cloned().collect::<Vec<_>>() {
+                    self.untrack(&uid);
                 }
                 objects.sort_by(|a, b| (a.created, &a.name).cmp(&(b.created, &b.name)));
                 for object in objects {
-                    self.look_at(object).await;
+                    self.object_changed(object).await;
                 }
             }
-            HotplugChange::Changed(object) => self.look_at(*object).await,
-            HotplugChange::Deleted(uid) => self.forget(&uid),
+            HotplugChange::Changed(object) => self.object_changed(*object).await,
+            HotplugChange::Deleted(uid) => self.untrack(&uid),
         }
     }
 
-    async fn look_at(&mut self, object: HotplugObject) {
-        let Some(known) = self.known.get(&object.uid) else {
-            return self.begin(object).await;
+    async fn object_changed(&mut self, object: HotplugObject) {
+        let Some(tracked) = self.tracked.get(&object.uid) else {
+            return self.accept(object).await;
         };
-        let changing = Changing::from(&object);
-        known.changing.send_if_modified(|last| {
-            let news = *last != changing;
-            *last = changing;
-            news
+        let version = ObjectVersion::from(&object);
+        tracked.version.send_if_modified(|last| {
+            let changed = *last != version;
+            *last = version;
+            changed
         });
-        match &known.hold {
+        match &tracked.not_accepted {
             None => {}
-            Some(Hold::Later(_)) => self.postpone(object),
-            // Somebody may have put it right.
-            Some(Hold::Refused(refusal)) => {
-                let now = request::order(&object, self.objects.node());
-                if now.as_ref().err() != Some(refusal) {
-                    self.begin(object).await;
+            Some(NotAccepted::Postponed(_)) => self.postpone(object),
+            // An API server without immutable specs lets people correct it.
+            Some(NotAccepted::Rejected(before)) => {
+                let order = request::order(&object, self.client.objects.node());
+                if order.as_ref().err() != Some(before) {
+                    self.accept(object).await;
                 }
             }
         }
     }
 
-    /// Finds out what is to be done about an object, and begins it.
-    async fn begin(&mut self, object: HotplugObject) {
-        let told = object.status.as_ref();
-        let was_taken_on = told.is_some_and(|status| status.operation.is_some());
-        let noted = told.and_then(|status| status.observed_generation);
+    /// Finds the operation of an object or submits one, and starts the object's reconciler.
+    async fn accept(&mut self, object: HotplugObject) {
+        let status = object.status.as_ref();
+        let was_accepted = status.is_some_and(|status| status.operation.is_some());
+        let observed = status.and_then(|status| status.observed_generation);
+        let generation = observed.unwrap_or(object.generation);
         if let Some(record) = self.record_of(&object) {
-            let taken_on = noted.unwrap_or(object.generation);
-            return self.attend(object, Cause::Operation(record), taken_on);
+            return self.track(object, StatusSource::Operation(record), generation);
         }
-        if told.is_some_and(is_finished) {
-            let taken_on = noted.unwrap_or(object.generation);
-            return self.attend(object, Cause::Past, taken_on);
+        if status.is_some_and(is_finished) {
+            return self.track(object, StatusSource::Past, generation);
         }
-        let order = match request::order(&object, self.objects.node()) {
+        let order = match request::order(&object, self.client.objects.node()) {
             Ok(order) => order,
-            // Its label was changed after another node had taken it on.
-            Err(Refusal::WrongNode { .. }) if was_taken_on => return,
-            Err(refusal) => {
-                warn!(object = object.name, reason = refusal.reason(), %refusal, "an object is refused");
-                return self.hold(object, Hold::Refused(refusal));
+            // Its label was changed after another node had accepted it.
+            Err(ObjectError::WrongNode { .. }) if was_accepted => return,
+            Err(error) => {
+                warn!(object = object.name, reason = error.reason(), %error, "DomainHotplug rejected");
+                return self.track_not_accepted(object, NotAccepted::Rejected(error));
             }
         };
-        if object.leaving {
+        if object.is_deleting {
             return;
         }
-        if was_taken_on {
+        if was_accepted {
             warn!(
                 object = object.name,
-                "the journal knows nothing of an object that was taken on: it is asked for again"
+                "the journal has no operation of an accepted DomainHotplug; submitting it again"
             );
         }
-        let submitted = match &self.postponed_for {
-            // None overtakes those that were made before.
+        let submitted = match &self.postponed_because {
+            // An object must not overtake older ones.
             Some(error) if !self.postponed.is_empty() => Err(error.clone()),
             _ => self.executor.submit(order).await,
         };
-        let (id, taken_on) = match submitted {
+        let (id, generation) = match submitted {
             Ok(id) => (id, object.generation),
-            // Its spec was changed meanwhile; what was taken on is what counts.
+            // The spec was changed since; the accepted one counts.
             Err(SubmitError::KeyReused(id)) => {
-                (id, noted.unwrap_or(object.generation.saturating_sub(1)))
+                (id, observed.unwrap_or(object.generation.saturating_sub(1)))
             }
             Err(error) => {
-                self.postponed_for = Some(error.clone());
+                self.postponed_because = Some(error.clone());
                 self.postpone(object.clone());
-                let hold = Hold::Later(error);
-                let known = self.known.get(&object.uid);
-                if known.is_none_or(|known| known.hold.as_ref() != Some(&hold)) {
-                    warn!(
-                        object = object.name,
-                        ?hold,
-                        "an object cannot be taken on yet"
-                    );
-                    self.hold(object, hold);
+                let before = self.tracked.get(&object.uid);
+                let before = before.and_then(|tracked| tracked.not_accepted.as_ref());
+                let reason = NotAccepted::Postponed(error);
+                if before != Some(&reason) {
+                    warn!(object = object.name, ?reason, "DomainHotplug postponed");
+                    self.track_not_accepted(object, reason);
                 }
                 return;
             }
         };
-        let cause = match self.executor.watch(&id) {
-            Some(record) => Cause::Operation(record),
-            // So many came at once that it is forgotten already.
-            None => Cause::Past,
+        let source = match self.executor.watch(&id) {
+            Some(record) => StatusSource::Operation(record),
+            // The executor has already dropped it: many more were submitted in the meantime.
+            None => StatusSource::Past,
         };
-        self.attend(object, cause, taken_on);
+        self.track(object, source, generation);
     }
 
-    /// The operation of an object, if it is known here.
-    fn record_of(&self, object: &HotplugObject) -> Option<watch::Receiver<Record>> {
+    fn record_of(&self, object: &HotplugObject) -> Option<Receiver<Record>> {
         let asker = request::asker(&object.name);
         let id = self.executor.find_by_key(&asker, &object.uid)?;
         self.executor.watch(&id)
     }
 
-    fn hold(&mut self, object: HotplugObject, hold: Hold) {
+    fn track_not_accepted(&mut self, object: HotplugObject, reason: NotAccepted) {
         let generation = object.generation;
-        self.attend(object, Cause::Held(hold), generation);
+        self.track(object, StatusSource::NotAccepted(reason), generation);
     }
 
-    /// Looks after an object from now on.
-    fn attend(&mut self, object: HotplugObject, cause: Cause, taken_on: i64) {
-        let hold = match &cause {
-            Cause::Held(hold) => Some(hold.clone()),
-            Cause::Operation(_) | Cause::Past => None,
+    /// Starts the reconciler of an object, which replaces an earlier one.
+    fn track(&mut self, object: HotplugObject, source: StatusSource, generation: i64) {
+        let not_accepted = match &source {
+            StatusSource::NotAccepted(reason) => Some(reason.clone()),
+            StatusSource::Operation(_) | StatusSource::Past => None,
         };
-        if !matches!(hold, Some(Hold::Later(_))) {
-            self.postponed.remove(&place(&object));
+        if !matches!(not_accepted, Some(NotAccepted::Postponed(_))) {
+            self.postponed.remove(&creation_order(&object));
         }
         let uid = object.uid.clone();
-        let changing = watch::Sender::new(Changing::from(&object));
-        let life = Life::new(
-            Arc::clone(&self.shared),
+        let version = Sender::new(ObjectVersion::from(&object));
+        let reconciler = Reconciler::new(
+            Arc::clone(&self.client),
             object,
-            cause,
-            taken_on,
-            changing.subscribe(),
+            source,
+            generation,
+            version.subscribe(),
         );
-        let known = Known {
-            changing,
-            hold,
-            task: self.lives.spawn(life.run()),
+        let tracked = TrackedObject {
+            version,
+            not_accepted,
+            reconciler: self.reconcilers.spawn(reconciler.run()),
         };
-        if let Some(before) = self.known.insert(uid, known) {
-            before.task.abort();
+        if let Some(before) = self.tracked.insert(uid, tracked) {
+            before.reconciler.abort();
         }
     }
 
-    /// An object is gone, or no longer this node's. Its operation goes on.
-    fn forget(&mut self, uid: &str) {
-        if let Some(known) = self.known.remove(uid) {
-            known.task.abort();
+    /// Stops the reconciler of an object that was deleted or assigned to another node.
+    fn untrack(&mut self, uid: &str) {
+        if let Some(tracked) = self.tracked.remove(uid) {
+            tracked.reconciler.abort();
         }
         self.postponed.retain(|_, object| object.uid != uid);
     }
 
     fn postpone(&mut self, object: HotplugObject) {
-        self.postponed.insert(place(&object), object);
+        self.postponed.insert(creation_order(&object), object);
     }
 
-    /// In the order in which they were made, so that none overtakes another.
-    async fn take_on_postponed(&mut self) {
+    /// Submits postponed objects in the order of their creation, up to the first failure.
+    async fn submit_postponed(&mut self) {
         for (_, object) in std::mem::take(&mut self.postponed) {
-            match self.postponed.is_empty() {
-                true => self.begin(object).await,
-                false => self.postpone(object),
+            if self.postponed.is_empty() {
+                self.accept(object).await;
+            } else {
+                self.postpone(object);
             }
-        }
-    }
-
-    fn watch_anew(&mut self) {
-        self.watch.again = None;
-        self.watch.stream = Some(self.objects.watch().boxed());
-    }
-
-    /// A watch that failed may only have listed what it is to watch.
-    fn watch_told(&mut self, change: &HotplugChange) {
-        match change {
-            HotplugChange::Listed(_) if self.watch.errors > 0 => {
-                self.watch.works_at = Some(Instant::now() + QUIET);
-            }
-            _ => self.watch_works(),
-        }
-    }
-
-    fn watch_works(&mut self) {
-        self.watch.errors = 0;
-        self.watch.works_at = None;
-        self.metrics.hotplug.objects_watched(true);
-        self.tell_of_watch(
-            true,
-            "Watched",
-            "DomainHotplug objects for this node are seen.",
-        );
-        if self.watch.told.take().is_some() {
-            info!(
-                node = self.objects.node(),
-                "DomainHotplug objects are watched"
-            );
-        }
-    }
-
-    fn watch_failed(&mut self, error: &ClusterError) {
-        let code = error.code();
-        let watch = &mut self.watch;
-        watch.errors += 1;
-        watch.works_at = Some(Instant::now() + QUIET);
-        self.metrics.hotplug.object_call_failed("watch", code);
-        let blocked = Blocked::by(error);
-        if blocked.is_some() {
-            let delay = self.options.look_again.delay(watch.errors, error);
-            watch.stream = None;
-            watch.again = Some(Instant::now() + delay);
-            watch.works_at = None;
-        } else if watch.errors < WATCH_ERRORS {
-            return;
-        }
-        if watch.told != Some(code) {
-            watch.told = Some(code);
-            self.metrics.hotplug.objects_watched(false);
-            tell(self.objects.node(), error, blocked);
-        }
-        // An API server that has just started knows no rights yet.
-        if let Some(blocked) = blocked
-            && self.watch.errors >= WATCH_ERRORS
-        {
-            let (reason, message) = blocked.in_words(error);
-            self.tell_of_watch(false, reason, &message);
-        }
-    }
-
-    fn tell_of_watch(&self, holds: bool, reason: &str, message: &str) {
-        self.watched.send_if_modified(|told| {
-            let known = told.as_ref().is_some_and(|told| told.reason == reason);
-            if !known {
-                let (kind, now) = (HOTPLUG_OBJECTS_WATCHED, client::now());
-                *told = Some(Condition::new(kind, holds, reason, message, now));
-            }
-            !known
-        });
-    }
-}
-
-/// Why objects cannot be seen until people do something about it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Blocked {
-    /// The API server cannot select objects by their node, which has too long a name for a label.
-    NodeNameTooLong,
-    /// The cluster does not know such objects.
-    NotDefined,
-    /// They may not be seen.
-    NotAllowed,
-}
-
-impl Blocked {
-    fn by(error: &ClusterError) -> Option<Self> {
-        match error {
-            ClusterError::Rejected { message, .. }
-                if message.contains("field label not supported") =>
-            {
-                Some(Self::NodeNameTooLong)
-            }
-            ClusterError::NotFound { .. } => Some(Self::NotDefined),
-            error if error.needs_people() => Some(Self::NotAllowed),
-            _ => None,
-        }
-    }
-
-    /// As a condition has it.
-    fn in_words(self, error: &ClusterError) -> (&'static str, String) {
-        match self {
-            Self::NodeNameTooLong => ("NodeNameTooLong", NODE_NAME_TOO_LONG.to_owned()),
-            Self::NotDefined => ("NotDefined", error.to_string()),
-            Self::NotAllowed => ("NotAllowed", error.to_string()),
         }
     }
 }
 
-const NODE_NAME_TOO_LONG: &str = "DomainHotplug objects for this node are not seen: its name is longer than a label can be, and this \
-     API server cannot select them by spec.nodeName (Kubernetes 1.31 and newer can); use the command \
-     line or the local API on the node";
-
-/// Says once what keeps objects from being seen.
-fn tell(node: &str, error: &ClusterError, blocked: Option<Blocked>) {
-    let code = error.code();
-    match blocked {
-        Some(Blocked::NotDefined) => info!(
-            node,
-            "this cluster does not know DomainHotplug objects (manifests/base/crds.yaml defines them); \
-             looking for them now and then"
-        ),
-        Some(Blocked::NodeNameTooLong) => warn!(node, "{NODE_NAME_TOO_LONG}"),
-        Some(Blocked::NotAllowed) | None => warn!(
-            node, code, %error,
-            "DomainHotplug objects cannot be watched: new ones are seen late; operations go on"
-        ),
-    }
-}
-
-/// Where an object stands among others.
-fn place(object: &HotplugObject) -> (Timestamp, String) {
+fn creation_order(object: &HotplugObject) -> (Timestamp, String) {
     (object.created, object.name.clone())
-}
-
-/// The next change; waits for ever while there is no watch.
-async fn next(stream: &mut Option<Stream>) -> Result<HotplugChange, ClusterError> {
-    match stream {
-        // A watch never ends.
-        Some(stream) => match stream.next().await {
-            Some(change) => change,
-            None => std::future::pending().await,
-        },
-        None => std::future::pending().await,
-    }
 }

@@ -1,295 +1,312 @@
-//! The life of one object: what is said of it, who owns it, and when it goes.
+//! The reconciler of one object: its status, its owner, and its deletion.
+//!
+//! ```text
+//!                 ┌────────────── wait for the operation, the object, a timer ◀──┐
+//!                 ▼                                                              │
+//!  compare wanted with written status ──▶ write status │ delete │ set owner ──▶ ok │ backoff
+//! ```
+//! It ends when the object is deleted. A status is written to the version that was observed, because
+//! the API server does not compare the uid in a patch of the status; a conflict has the object read
+//! again. Only a failed write or deletion delays the next one; failing to set the owner does not.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep_until};
+use tokio::time::Instant;
 
-use super::client::{ObjectClient, is_gone, now};
-use super::status::{Hold, News, ending, expires, held, news, of};
+use super::client::{ObjectClient, is_deleted, now};
+use super::request::time_to_live;
+use super::status::{
+    NotAccepted, WriteUrgency, expiry, new_ending, not_accepted_status, operation_status,
+    write_urgency,
+};
 use crate::cluster::objects::DomainHotplugStatus;
 use crate::cluster::{ClusterError, HotplugObject, ObjectId};
 use crate::operation::Record;
+use crate::publish::wait_until;
 
-/// An operation that has its verdict by then is told of once, with the verdict.
-const SETTLE: Duration = Duration::from_millis(300);
+/// Delay of the first status: an operation with a verdict by then needs one write instead of two.
+const FIRST_STATUS_DELAY: Duration = Duration::from_millis(300);
 
-/// A clock that is put right is noticed after so long.
-const LONGEST_NAP: Duration = Duration::from_secs(3600);
+/// Maximum wait for the expiry, after which a clock adjustment is noticed.
+const EXPIRY_WAIT_MAX: Duration = Duration::from_secs(3600);
 
-/// Where what is said of an object comes from.
-pub(super) enum Cause {
-    /// Its operation.
+/// The source of an object's status.
+pub(super) enum StatusSource {
     Operation(watch::Receiver<Record>),
-    /// There is no operation, and why.
-    Held(Hold),
-    /// An operation that is no longer known here: what was said of it stays.
+    NotAccepted(NotAccepted),
+    /// The operation is finished and no longer in the journal: the status stays as it is.
     Past,
 }
 
-/// What of an object may change during its life.
+/// The properties of an object that may change while it is tracked.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Changing {
-    pub(super) version: String,
-    pub(super) generation: i64,
-    pub(super) owned: bool,
+pub(super) struct ObjectVersion {
+    resource_version: String,
+    generation: i64,
+    has_owner: bool,
 }
 
-impl From<&HotplugObject> for Changing {
+impl From<&HotplugObject> for ObjectVersion {
     fn from(object: &HotplugObject) -> Self {
         Self {
-            version: object.version.clone(),
+            resource_version: object.resource_version.clone(),
             generation: object.generation,
-            owned: object.owned,
+            has_owner: object.has_owner,
         }
     }
 }
 
-/// One object and all that is to be done about it.
-pub(super) struct Life {
-    shared: Arc<ObjectClient>,
+pub(super) struct Reconciler {
+    client: Arc<ObjectClient>,
     name: String,
     uid: String,
-    cause: Cause,
-    /// The generation that was taken on.
-    taken_on: i64,
-    changing: watch::Receiver<Changing>,
-    /// The latest that is known.
-    version: String,
+    source: StatusSource,
+    /// The generation that the operation was made from.
+    accepted_generation: i64,
+    observed: watch::Receiver<ObjectVersion>,
+    /// The newest known version, from the watch or from a write.
+    resource_version: String,
     time_to_live: Option<Duration>,
-    /// What the API server has; evidence and what else is of no use here left out.
-    shown: Option<DomainHotplugStatus>,
-    began: Instant,
-    /// When a call may be made again after one that failed, and how many did in a row.
-    not_before: Instant,
+    /// The status in the API server, without details that are not compared.
+    written: Option<DomainHotplugStatus>,
+    started: Instant,
+    retry_at: Instant,
+    /// Consecutive failures.
     failures: u32,
-    /// Whether nothing more is to be done about its owner.
-    owned: bool,
-    own_not_before: Instant,
+    /// True if no further attempt to set the owner is needed.
+    owner_done: bool,
+    owner_retry_at: Instant,
 }
 
-/// What is to be done next.
-enum Step {
-    Write(Box<DomainHotplugStatus>),
+enum NextStep {
+    WriteStatus(Box<DomainHotplugStatus>),
     Delete,
-    Own,
-    /// Nothing before that, unless something happens.
+    SetOwner,
+    /// Wait for a change, or until this time.
     Wait(Option<Instant>),
 }
 
-impl Life {
+impl Reconciler {
     pub(super) fn new(
-        shared: Arc<ObjectClient>,
+        client: Arc<ObjectClient>,
         object: HotplugObject,
-        cause: Cause,
-        taken_on: i64,
-        changing: watch::Receiver<Changing>,
+        source: StatusSource,
+        accepted_generation: i64,
+        observed: watch::Receiver<ObjectVersion>,
     ) -> Self {
-        let began = Instant::now();
+        let started = Instant::now();
         Self {
-            shared,
-            time_to_live: super::request::time_to_live(&object.spec),
-            version: object.version,
+            client,
+            time_to_live: time_to_live(&object.spec),
+            resource_version: object.resource_version,
             name: object.name,
             uid: object.uid,
-            cause,
-            taken_on,
-            changing,
-            shown: object.status.map(without_details),
-            began,
-            not_before: began,
+            source,
+            accepted_generation,
+            observed,
+            written: object.status.map(without_details),
+            started,
+            retry_at: started,
             failures: 0,
-            owned: object.owned,
-            own_not_before: began,
+            owner_done: object.has_owner,
+            owner_retry_at: started,
         }
     }
 
-    /// Returns when the object is gone.
+    /// Returns when the object is deleted.
     pub(super) async fn run(mut self) {
         loop {
-            let done = match self.next() {
-                Step::Wait(until) => {
-                    self.changed_or(until).await;
+            let result = match self.next_step() {
+                NextStep::Wait(until) => {
+                    self.wait_for_change(until).await;
                     continue;
                 }
-                Step::Own => {
-                    self.own().await;
+                NextStep::SetOwner => {
+                    self.set_owner().await;
                     continue;
                 }
-                Step::Write(_) | Step::Delete if Instant::now() < self.not_before => {
-                    let until = self.not_before;
-                    self.changed_or(Some(until)).await;
+                NextStep::WriteStatus(_) | NextStep::Delete if Instant::now() < self.retry_at => {
+                    self.wait_for_change(Some(self.retry_at)).await;
                     continue;
                 }
-                Step::Write(status) => self.write(*status).await,
-                Step::Delete => self.delete().await,
+                NextStep::WriteStatus(status) => self.write_status(*status).await,
+                NextStep::Delete => self.delete().await,
             };
-            match done {
+            match result {
                 Ok(()) => self.failures = 0,
-                Err(error) if is_gone(&error) => return,
-                Err(error @ ClusterError::Conflict { .. }) => match self.look().await {
-                    // At once, the first time.
+                Err(error) if is_deleted(&error) => return,
+                Err(error @ ClusterError::Conflict { .. }) => match self.read_version().await {
+                    // The first retry is immediate.
                     Ok(true) if self.failures == 0 => self.failures = 1,
-                    Ok(true) => self.failed(&error),
+                    Ok(true) => self.back_off(&error),
                     Ok(false) => return,
-                    Err(error) => self.failed(&error),
+                    Err(error) => self.back_off(&error),
                 },
-                // Such as a policy that knows objects by their spec, which names another node: told
-                // in the log, and tried again by the next daemon.
-                Err(error) if error.needs_people() && self.is_refused() => return,
-                Err(error) => self.failed(&error),
+                // For example an admission policy that compares the spec, which names another node.
+                // The log has it; the next daemon retries.
+                Err(error) if error.needs_people() && self.is_rejected() => return,
+                Err(error) => self.back_off(&error),
             }
         }
     }
 
-    fn is_refused(&self) -> bool {
-        matches!(self.cause, Cause::Held(Hold::Refused(_)))
+    fn is_rejected(&self) -> bool {
+        matches!(
+            self.source,
+            StatusSource::NotAccepted(NotAccepted::Rejected(_))
+        )
     }
 
-    fn failed(&mut self, error: &ClusterError) {
+    fn back_off(&mut self, error: &ClusterError) {
         self.failures += 1;
-        let delay = self.shared.retry.delay(self.failures, error);
-        self.not_before = Instant::now() + delay;
+        self.retry_at = Instant::now() + self.client.retry.delay(self.failures, error);
     }
 
-    /// Finds out what it is that changed; whether the object is still there.
-    async fn look(&mut self) -> Result<bool, ClusterError> {
-        let looked = self
-            .shared
-            .call("status", self.shared.objects.look(&self.name))
-            .await;
-        match looked {
+    /// Reads the current version after a conflict. False if the object no longer exists.
+    async fn read_version(&mut self) -> Result<bool, ClusterError> {
+        let get = self.client.objects.get(&self.name);
+        match self.client.call("status", get).await {
             Ok(object) if object.uid == self.uid => {
-                self.version = object.version;
+                self.resource_version = object.resource_version;
                 Ok(true)
             }
             Ok(_) => Ok(false),
-            Err(error) if is_gone(&error) => Ok(false),
+            Err(error) if is_deleted(&error) => Ok(false),
             Err(error) => Err(error),
         }
     }
 
-    fn next(&mut self) -> Step {
-        let changing = self.changing.borrow_and_update().clone();
-        // The watch may tell of a write of our own later than its answer did.
-        if is_newer(&changing.version, &self.version) {
-            self.version.clone_from(&changing.version);
+    fn next_step(&mut self) -> NextStep {
+        let observed = self.observed.borrow_and_update().clone();
+        // The watch may report an own write after its response.
+        if is_newer(&observed.resource_version, &self.resource_version) {
+            self.resource_version.clone_from(&observed.resource_version);
         }
-        let wanted = match &mut self.cause {
-            Cause::Operation(record) => {
-                let changed = changing.generation > self.taken_on;
-                Some(of(&record.borrow_and_update(), self.taken_on, changed))
+        let wanted = match &mut self.source {
+            StatusSource::Operation(record) => {
+                let spec_changed = observed.generation > self.accepted_generation;
+                let record = record.borrow_and_update();
+                Some(operation_status(
+                    &record,
+                    self.accepted_generation,
+                    spec_changed,
+                ))
             }
-            Cause::Held(hold) => Some(held(hold, changing.generation, now())),
-            Cause::Past => None,
+            StatusSource::NotAccepted(reason) => {
+                Some(not_accepted_status(reason, observed.generation, now()))
+            }
+            StatusSource::Past => None,
         };
         let mut until = None;
         if let Some(wanted) = wanted {
-            let settled = self.began + SETTLE;
-            match news(self.shown.as_ref(), &wanted) {
-                News::Soon if Instant::now() < settled => until = Some(settled),
-                News::None => {}
-                News::Soon | News::Now => return Step::Write(Box::new(wanted)),
+            let first_write_at = self.started + FIRST_STATUS_DELAY;
+            match write_urgency(self.written.as_ref(), &wanted) {
+                WriteUrgency::Delayed if Instant::now() < first_write_at => {
+                    until = Some(first_write_at);
+                }
+                WriteUrgency::None => {}
+                WriteUrgency::Delayed | WriteUrgency::Immediate => {
+                    return NextStep::WriteStatus(Box::new(wanted));
+                }
             }
         }
-        let shown = self.shown.as_ref();
-        if let Some(end) = shown.and_then(|shown| expires(shown, self.time_to_live)) {
-            let left = end.since(now());
+        let written = self.written.as_ref();
+        if let Some(expiry) = written.and_then(|status| expiry(status, self.time_to_live)) {
+            let left = expiry.since(now());
             if left.is_zero() {
-                return Step::Delete;
+                return NextStep::Delete;
             }
-            until = sooner(until, Instant::now() + left.min(LONGEST_NAP));
+            until = earlier(until, Instant::now() + left.min(EXPIRY_WAIT_MAX));
         }
-        if !self.owned && !changing.owned {
-            if Instant::now() >= self.own_not_before {
-                return Step::Own;
+        if !self.owner_done && !observed.has_owner {
+            if Instant::now() >= self.owner_retry_at {
+                return NextStep::SetOwner;
             }
-            until = sooner(until, self.own_not_before);
+            until = earlier(until, self.owner_retry_at);
         }
-        Step::Wait(until)
+        NextStep::Wait(until)
     }
 
-    fn target(&self) -> ObjectId<'_> {
+    fn id(&self) -> ObjectId<'_> {
         ObjectId {
             name: &self.name,
             uid: &self.uid,
         }
     }
 
-    async fn write(&mut self, status: DomainHotplugStatus) -> Result<(), ClusterError> {
-        let objects = &self.shared.objects;
-        let call = objects.write_status(self.target(), &self.version, &status);
-        self.version = self.shared.call("status", call).await?;
-        // What a status says is told by whoever wrote it first, whatever restarts there are.
-        if let Some(ending) = ending(self.shown.as_ref(), &status) {
+    async fn write_status(&mut self, status: DomainHotplugStatus) -> Result<(), ClusterError> {
+        let objects = &self.client.objects;
+        let write = objects.write_status(self.id(), &self.resource_version, &status);
+        self.resource_version = self.client.call("status", write).await?;
+        // The first writer of a status emits its event, so that a restart emits no second one.
+        if let Some((kind, reason)) = new_ending(self.written.as_ref(), &status) {
             let note = status.message.as_deref().unwrap_or_default();
-            self.shared.emit_event(self.target(), ending, note);
+            self.client.record_event(self.id(), kind, &reason, note);
         }
-        self.shown = Some(without_details(status));
+        self.written = Some(without_details(status));
         Ok(())
     }
 
     async fn delete(&mut self) -> Result<(), ClusterError> {
-        let call = self.shared.objects.delete(self.target());
-        self.shared.call("delete", call).await?;
+        let delete = self.client.objects.delete(self.id());
+        self.client.call("delete", delete).await?;
         tracing::info!(
             object = self.name,
-            "an object was deleted after its time to live"
+            "DomainHotplug deleted after its time to live"
         );
-        // The watch will tell that it is gone, or a finalizer keeps it and it need not be told again.
+        // Either the watch reports the deletion, or a finalizer delays it; one call suffices.
         self.time_to_live = None;
         Ok(())
     }
 
-    /// Nothing depends on its success, so it is tried on only where trying on can help.
-    async fn own(&mut self) {
-        let shared = Arc::clone(&self.shared);
-        let own = async {
-            let node = shared.node_uid().await?;
-            let call = shared.objects.own(self.target(), &node);
-            shared.call("own", call).await
+    async fn set_owner(&mut self) {
+        let client = Arc::clone(&self.client);
+        let set_owner = async {
+            let node = client.node_uid().await?;
+            let call = client.objects.set_owner(self.id(), &node);
+            client.call("own", call).await
         };
-        match own.await {
+        match set_owner.await {
             Ok(version) => {
-                self.version = version;
-                self.owned = true;
+                self.resource_version = version;
+                self.owner_done = true;
             }
-            Err(error) if error.needs_people() || is_gone(&error) => self.owned = true,
+            // Optional: no retry where it cannot help.
+            Err(error) if error.needs_people() || is_deleted(&error) => self.owner_done = true,
             Err(error) => {
-                let delay = self.shared.retry.delay(u32::MAX, &error);
-                self.own_not_before = Instant::now() + delay;
+                let delay = self.client.retry.delay(u32::MAX, &error);
+                self.owner_retry_at = Instant::now() + delay;
             }
         }
     }
 
-    /// Returns when something happened, or at that moment.
-    async fn changed_or(&mut self, until: Option<Instant>) {
-        let at = until.unwrap_or_else(Instant::now);
-        let changing = self.changing.changed();
+    /// Waits for a change of the operation or of the object, or until this time.
+    async fn wait_for_change(&mut self, until: Option<Instant>) {
         tokio::select! {
-            known = changed(&mut self.cause) => {
-                if !known {
-                    self.cause = Cause::Past;
+            still_known = operation_changed(&mut self.source) => {
+                if !still_known {
+                    self.source = StatusSource::Past;
                 }
             }
-            // Its sender goes with the controller, and this task then ends too.
-            Ok(()) = changing => {}
-            () = sleep_until(at), if until.is_some() => {}
+            // The sender is dropped with the controller, which aborts this task.
+            Ok(()) = self.observed.changed() => {}
+            () = wait_until(until) => {}
         }
     }
 }
 
-/// Returns when the operation changed; whether it is still known.
-async fn changed(cause: &mut Cause) -> bool {
-    match cause {
-        Cause::Operation(record) => record.changed().await.is_ok(),
-        Cause::Held(_) | Cause::Past => std::future::pending().await,
+/// Waits for a change of the operation. False if the executor has dropped the operation.
+async fn operation_changed(source: &mut StatusSource) -> bool {
+    match source {
+        StatusSource::Operation(record) => record.changed().await.is_ok(),
+        StatusSource::NotAccepted(_) | StatusSource::Past => std::future::pending().await,
     }
 }
 
-/// Whether a version is newer than another. They are numbers, by promise from Kubernetes 1.35 on and
-/// in fact ever since (KEP-5504); where they are not, what came last is taken to be.
+/// Compares resource versions. They are ordered numbers, by contract from Kubernetes 1.35 on and in
+/// fact always (KEP-5504); any other version counts as newer.
 fn is_newer(version: &str, than: &str) -> bool {
     match (version.parse::<u64>(), than.parse::<u64>()) {
         (Ok(version), Ok(than)) => version > than,
@@ -297,11 +314,11 @@ fn is_newer(version: &str, than: &str) -> bool {
     }
 }
 
-fn sooner(until: Option<Instant>, other: Instant) -> Option<Instant> {
+fn earlier(until: Option<Instant>, other: Instant) -> Option<Instant> {
     Some(until.map_or(other, |until| until.min(other)))
 }
 
-/// What is compared and reckoned with later; an object at rest keeps no more.
+/// Drops what is not compared, to keep idle objects small.
 fn without_details(status: DomainHotplugStatus) -> DomainHotplugStatus {
     DomainHotplugStatus {
         evidence: Vec::new(),

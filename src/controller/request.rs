@@ -1,4 +1,4 @@
-//! What an object asks for, or what is wrong with it. Pure.
+//! Validation of an object, and conversion into an order. Pure.
 
 use std::time::Duration;
 
@@ -13,30 +13,25 @@ use crate::hotplug::HotplugRequest;
 use crate::operation::{AskedBy, DomainName, Order};
 use crate::units::{Bytes, shortened};
 
-/// The longest deadline that is taken, as in the object's definition.
-const MOST_SECONDS: u32 = 3600;
+/// Maximum deadline in seconds, as in the definition of the kind.
+const DEADLINE_MAX: u32 = 3600;
 
-/// Why an object is not taken on.
+/// The reason why an object is rejected.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
-pub(super) enum Refusal {
-    /// Its label names this node and its spec another one.
+pub(super) enum ObjectError {
+    /// The label names this node and the spec another one. Only this daemon can report it: the other
+    /// node's does not see the object.
     #[error(
-        "spec.nodeName is {spec:?} and the label {NODE_LABEL} is {label:?}: make another object where \
-         both name the node that the domain runs on"
+        "spec.nodeName is {spec:?} and the label {NODE_LABEL} is {label:?}: create another object where \
+         both name the node on which the domain runs"
     )]
-    WrongNode {
-        /// What the spec says.
-        spec: String,
-        /// What the label says: this node.
-        label: String,
-    },
-    /// What it asks for makes no sense.
+    WrongNode { spec: String, label: String },
     #[error("{0}")]
     InvalidSpec(String),
 }
 
-impl Refusal {
-    /// The reason as a condition has it.
+impl ObjectError {
+    /// Returns the reason of the condition.
     pub(super) fn reason(&self) -> &'static str {
         match self {
             Self::WrongNode { .. } => "WrongNode",
@@ -45,23 +40,22 @@ impl Refusal {
     }
 }
 
-/// The order that an object of this node gives.
-///
-/// The object's uid is the key, so that however often it is seen, it is one operation.
+/// Converts an object into an order. The object's uid is the idempotency key: each object is one
+/// operation, however often it is submitted.
 ///
 /// # Errors
-/// What is wrong with the object, where the API server did not see it.
-pub(super) fn order(object: &HotplugObject, node: &str) -> Result<Order, Refusal> {
-    let spec = spec(&object.spec)?;
+/// Errors in the object that the API server did not reject.
+pub(super) fn order(object: &HotplugObject, node: &str) -> Result<Order, ObjectError> {
+    let spec = parse_spec(&object.spec)?;
     if spec.node_name != node {
-        return Err(Refusal::WrongNode {
+        return Err(ObjectError::WrongNode {
             spec: spec.node_name,
             label: node.to_owned(),
         });
     }
-    if !(1..=MOST_SECONDS).contains(&spec.deadline_seconds) {
-        return Err(Refusal::InvalidSpec(format!(
-            "spec.deadlineSeconds is {}: it must be from 1 to {MOST_SECONDS}",
+    if !(1..=DEADLINE_MAX).contains(&spec.deadline_seconds) {
+        return Err(invalid(format!(
+            "spec.deadlineSeconds is {}: it must be from 1 to {DEADLINE_MAX}",
             spec.deadline_seconds
         )));
     }
@@ -75,7 +69,7 @@ pub(super) fn order(object: &HotplugObject, node: &str) -> Result<Order, Refusal
     })
 }
 
-/// Who asks, as the journal has it.
+/// Returns the object as the requester of an operation in the journal.
 pub(super) fn asker(name: &str) -> AskedBy {
     AskedBy::Object {
         object: format!("domainhotplug/{name}"),
@@ -83,13 +77,13 @@ pub(super) fn asker(name: &str) -> AskedBy {
     }
 }
 
-/// How long after its end the object is to be kept; for ever if it does not say.
+/// Returns the time after its completion until the object is deleted; `None` means never.
 pub(super) fn time_to_live(spec: &Value) -> Option<Duration> {
     let seconds = spec.get("ttlSecondsAfterFinished")?.as_u64()?;
     Some(Duration::from_secs(seconds))
 }
 
-/// The request in a few words.
+/// Returns the short form of a request.
 pub(super) fn in_words(request: &HotplugRequest) -> String {
     match request {
         HotplugRequest::Vcpus { count, online } => {
@@ -100,15 +94,15 @@ pub(super) fn in_words(request: &HotplugRequest) -> String {
     }
 }
 
-fn spec(value: &Value) -> Result<DomainHotplugSpec, Refusal> {
+fn parse_spec(value: &Value) -> Result<DomainHotplugSpec, ObjectError> {
     serde_json::from_value(value.clone()).map_err(|error| {
-        Refusal::InvalidSpec(format!(
-            "the spec cannot be read: {error}; `kubectl explain domainhotplug.spec` says what it may hold"
+        invalid(format!(
+            "cannot parse the spec: {error}; see `kubectl explain domainhotplug.spec`"
         ))
     })
 }
 
-fn domain(reference: DomainReference) -> Result<DomainName, Refusal> {
+fn domain(reference: DomainReference) -> Result<DomainName, ObjectError> {
     let (text, field) = match reference {
         DomainReference {
             name: Some(name),
@@ -122,45 +116,46 @@ fn domain(reference: DomainReference) -> Result<DomainName, Refusal> {
             name: None,
             uuid: Some(uuid),
         } => {
-            return Err(Refusal::InvalidSpec(format!(
-                "spec.domain.uuid is no UUID: {:?}",
+            return Err(invalid(format!(
+                "spec.domain.uuid is not a valid UUID: {:?}",
                 shortened(&uuid, 60)
             )));
         }
         _ => {
-            return Err(Refusal::InvalidSpec(
-                "spec.domain must have exactly one of name and uuid".to_owned(),
+            return Err(invalid(
+                "spec.domain must have exactly one of name and uuid",
             ));
         }
     };
     text.try_into()
-        .map_err(|error| Refusal::InvalidSpec(format!("spec.domain.{field}: {error}")))
+        .map_err(|error| invalid(format!("spec.domain.{field}: {error}")))
 }
 
 fn request(
     vcpus: Option<VcpusTarget>,
     memory: Option<MemoryTarget>,
-) -> Result<HotplugRequest, Refusal> {
+) -> Result<HotplugRequest, ObjectError> {
     match (vcpus, memory) {
-        (Some(VcpusTarget { count: 0, .. }), None) => Err(Refusal::InvalidSpec(
-            "spec.vcpus.count is 0: a domain has at least one vCPU".to_owned(),
+        (Some(VcpusTarget { count: 0, .. }), None) => Err(invalid(
+            "spec.vcpus.count is 0: a domain has at least one vCPU",
         )),
         (Some(VcpusTarget { count, online }), None) => Ok(HotplugRequest::Vcpus { count, online }),
         (None, Some(MemoryTarget { size })) => match size.parse::<Bytes>() {
-            Ok(Bytes::ZERO) => Err(Refusal::InvalidSpec(
-                "spec.memory.size is 0: a domain has some memory".to_owned(),
-            )),
+            Ok(Bytes::ZERO) => Err(invalid("spec.memory.size is 0: a domain has some memory")),
             Ok(size) => Ok(HotplugRequest::Memory { size }),
-            Err(error) => Err(Refusal::InvalidSpec(format!("spec.memory.size: {error}"))),
+            Err(error) => Err(invalid(format!("spec.memory.size: {error}"))),
         },
-        (Some(_), Some(_)) => Err(Refusal::InvalidSpec(
-            "spec has both vcpus and memory: exactly one must be given, one object for each"
-                .to_owned(),
+        (Some(_), Some(_)) => Err(invalid(
+            "spec has both vcpus and memory: exactly one must be given, one object for each",
         )),
-        (None, None) => Err(Refusal::InvalidSpec(
-            "spec has neither vcpus nor memory: exactly one must be given".to_owned(),
+        (None, None) => Err(invalid(
+            "spec has neither vcpus nor memory: exactly one must be given",
         )),
     }
+}
+
+fn invalid(message: impl Into<String>) -> ObjectError {
+    ObjectError::InvalidSpec(message.into())
 }
 
 #[cfg(test)]
@@ -176,17 +171,17 @@ mod tests {
         HotplugObject {
             name: "vm1-to-4".into(),
             uid: "0b9f2f3c".into(),
-            version: "7".into(),
+            resource_version: "7".into(),
             created: Timestamp::from_millis(0),
             generation: 1,
-            leaving: false,
-            owned: false,
+            is_deleting: false,
+            has_owner: false,
             spec,
             status: None,
         }
     }
 
-    fn with(change: impl FnOnce(&mut Value)) -> Result<Order, Refusal> {
+    fn order_with(change: impl FnOnce(&mut Value)) -> Result<Order, ObjectError> {
         let mut spec =
             json!({"nodeName": "node-a", "domain": {"name": "vm1"}, "vcpus": {"count": 4}});
         change(&mut spec);
@@ -194,8 +189,8 @@ mod tests {
     }
 
     #[test]
-    fn a_sound_object_is_an_order_with_its_uid_as_the_key() {
-        let order = with(|spec| spec["deadlineSeconds"] = 7.into()).unwrap();
+    fn valid_object_yields_an_order_with_its_uid_as_key() {
+        let order = order_with(|spec| spec["deadlineSeconds"] = 7.into()).unwrap();
         assert_eq!(order.domain.as_str(), "vm1");
         assert_eq!(order.timeout, Duration::from_secs(7));
         assert_eq!(order.require, Require::Online);
@@ -203,7 +198,7 @@ mod tests {
         assert_eq!(order.asked_by.to_string(), "domainhotplug/vm1-to-4");
         assert_eq!(in_words(&order.request), "vcpus=4");
 
-        let memory = with(|spec| {
+        let memory = order_with(|spec| {
             spec["vcpus"] = Value::Null;
             spec["memory"] = json!({"size": "1536Mi"});
             spec["domain"] = json!({"uuid": "2C298BD7-DB31-43EC-8CED-225AA039F21B"});
@@ -228,20 +223,20 @@ mod tests {
     #[case::later(|spec: &mut Value| spec["attach"] = json!({"disk": {}}), "unknown field `attach`")]
     #[case::no_domain(|spec: &mut Value| spec["domain"] = json!({}), "exactly one of name and uuid")]
     #[case::both(|spec: &mut Value| spec["domain"]["uuid"] = "x".into(), "exactly one of name and uuid")]
-    #[case::uuid(|spec: &mut Value| spec["domain"] = json!({"uuid": "x"}), "no UUID: \"x\"")]
+    #[case::uuid(|spec: &mut Value| spec["domain"] = json!({"uuid": "x"}), "not a valid UUID: \"x\"")]
     #[case::name(|spec: &mut Value| spec["domain"]["name"] = "a\nb".into(), "is not a domain's name")]
     #[case::deadline(|spec: &mut Value| spec["deadlineSeconds"] = 3601.into(), "from 1 to 3600")]
     #[case::no_deadline(|spec: &mut Value| spec["deadlineSeconds"] = 0.into(), "from 1 to 3600")]
     #[case::level(|spec: &mut Value| spec["require"] = "Sure".into(), "unknown variant `Sure`")]
-    #[case::nothing(|spec: &mut Value| *spec = Value::Null, "the spec cannot be read")]
+    #[case::nothing(|spec: &mut Value| *spec = Value::Null, "cannot parse the spec")]
     #[case::no_node(|spec: &mut Value| drop(spec.as_object_mut().unwrap().remove("nodeName")), "missing field `nodeName`")]
-    fn a_wrong_object_is_told_what_is_wrong(
+    fn invalid_object_yields_the_error(
         #[case] change: impl FnOnce(&mut Value),
-        #[case] told: &str,
+        #[case] message: &str,
     ) {
-        let refusal = with(change).unwrap_err();
-        assert_eq!(refusal.reason(), "InvalidSpec");
-        assert!(refusal.to_string().contains(told), "{refusal}");
+        let error = order_with(change).unwrap_err();
+        assert_eq!(error.reason(), "InvalidSpec");
+        assert!(error.to_string().contains(message), "{error}");
     }
 
     #[rstest]
@@ -250,28 +245,28 @@ mod tests {
     #[case("99999999Ei", "more than any machine has")]
     #[case("0Gi", "is 0")]
     #[case("-1Gi", "negative")]
-    fn a_wrong_size_is_told_what_is_wrong(#[case] size: &str, #[case] told: &str) {
-        let refusal = with(|spec| {
+    fn invalid_size_yields_the_error(#[case] size: &str, #[case] message: &str) {
+        let order = order_with(|spec| {
             spec["vcpus"] = Value::Null;
             spec["memory"] = json!({"size": size});
         });
-        let refusal = refusal.unwrap_err().to_string();
-        assert!(refusal.contains(told), "{refusal}");
+        let error = order.unwrap_err().to_string();
+        assert!(error.contains(message), "{error}");
     }
 
     #[test]
-    fn an_object_that_names_two_nodes_is_told_both() {
-        let refusal = with(|spec| spec["nodeName"] = "node-b".into()).unwrap_err();
-        assert_eq!(refusal.reason(), "WrongNode");
-        let told = refusal.to_string();
+    fn label_and_spec_with_different_nodes_yield_wrong_node() {
+        let error = order_with(|spec| spec["nodeName"] = "node-b".into()).unwrap_err();
+        assert_eq!(error.reason(), "WrongNode");
+        let text = error.to_string();
         assert!(
-            told.contains("\"node-b\"") && told.contains("virtnode.io/node is \"node-a\""),
-            "{told}"
+            text.contains("\"node-b\"") && text.contains("virtnode.io/node is \"node-a\""),
+            "{text}"
         );
     }
 
     #[test]
-    fn without_a_time_to_live_an_object_stays() {
+    fn missing_or_invalid_time_to_live_yields_none() {
         assert_eq!(time_to_live(&json!({})), None);
         assert_eq!(time_to_live(&json!({"ttlSecondsAfterFinished": -1})), None);
         let zero = json!({"ttlSecondsAfterFinished": 0});

@@ -1,8 +1,8 @@
-//! What an object's status is to say, and whether that is worth a write. Pure.
+//! The status of an object, and the decision whether to write it. Pure.
 
 use std::time::Duration;
 
-use super::request::{Refusal, in_words};
+use super::request::{ObjectError, in_words};
 use crate::cluster::EventKind;
 use crate::cluster::objects::domain_hotplug::EvidenceStatus;
 use crate::cluster::objects::{Condition, DomainHotplugStatus};
@@ -11,82 +11,77 @@ use crate::hotplug::Verdict;
 use crate::operation::{Record, State};
 use crate::units::{Timestamp, shortened};
 
-/// How much evidence a status holds; an object of the cluster has bounds, the journal has all of it.
-const MOST_EVIDENCE: usize = 200;
+/// Maximum evidence in a status, to bound the object's size. The journal keeps all of it.
+const EVIDENCE_MAX: usize = 200;
 
-/// The longest text from outside that is passed on.
-const LONGEST_TEXT: usize = 2000;
+/// Maximum characters of a text from libvirt or the guest.
+const TEXT_MAX: usize = 2000;
 
-/// Why there is no operation for an object.
+/// The reason why an object has no operation.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Hold {
-    /// Nothing will be done, unless the object is put right.
-    Refused(Refusal),
-    /// It will be taken on later.
-    Later(SubmitError),
+pub(super) enum NotAccepted {
+    /// Final, unless the object is corrected.
+    Rejected(ObjectError),
+    /// Retried periodically.
+    Postponed(SubmitError),
 }
 
-impl Hold {
-    fn condition(&self) -> (&'static str, &'static str) {
-        match self {
-            Self::Refused(refusal) => ("False", refusal.reason()),
-            Self::Later(SubmitError::TooMany(_)) => ("Unknown", "TooManyOperations"),
-            Self::Later(_) => ("Unknown", "CannotBegin"),
+/// Returns the status of an object without an operation.
+pub(super) fn not_accepted_status(
+    why: &NotAccepted,
+    generation: i64,
+    now: Timestamp,
+) -> DomainHotplugStatus {
+    let (status, reason, message) = match why {
+        NotAccepted::Rejected(error) => (
+            "False",
+            error.reason(),
+            format!("rejected, nothing was changed: {error}"),
+        ),
+        NotAccepted::Postponed(error) => {
+            let reason = match error {
+                SubmitError::TooMany(_) => "TooManyOperations",
+                _ => "CannotBegin",
+            };
+            ("Unknown", reason, format!("not accepted yet: {error}"))
         }
-    }
-
-    fn message(&self) -> String {
-        match self {
-            Self::Refused(refusal) => format!("nothing was done: {refusal}"),
-            Self::Later(error) => format!("not taken on yet: {error}"),
-        }
-    }
-}
-
-/// The status of an object that was not taken on.
-pub(super) fn held(hold: &Hold, generation: i64, now: Timestamp) -> DomainHotplugStatus {
-    let (accepted, reason) = hold.condition();
-    let message = hold.message();
-    let succeeded = match hold {
-        Hold::Refused(_) => "False",
-        Hold::Later(_) => "Unknown",
     };
-    let conditions = Conditions {
-        generation,
-        all: Vec::new(),
-    };
+    let condition = |kind: &str, status| condition(kind, status, reason, &message, now, generation);
     DomainHotplugStatus {
         observed_generation: Some(generation),
-        message: Some(message.clone()),
-        conditions: conditions
-            .and("Accepted", accepted, reason, &message, now)
-            .and("Progressing", "False", reason, &message, now)
-            .and("Succeeded", succeeded, reason, &message, now)
-            .all,
+        conditions: vec![
+            condition("Accepted", status),
+            condition("Progressing", "False"),
+            condition("Succeeded", status),
+        ],
+        message: Some(message),
         ..DomainHotplugStatus::default()
     }
 }
 
-/// The status of an object whose operation is that one. `taken_on` is the generation of the object
-/// when it was taken on, `changed` whether its spec is another one by now.
-pub(super) fn of(record: &Record, taken_on: i64, changed: bool) -> DomainHotplugStatus {
+/// Returns the status of an object with an operation. `accepted` is the generation from which the
+/// operation was made; `spec_changed` is true if the object has another spec by now.
+pub(super) fn operation_status(
+    record: &Record,
+    accepted: i64,
+    spec_changed: bool,
+) -> DomainHotplugStatus {
     let request = in_words(&record.request);
     let message = match (&record.message, &record.awaiting) {
-        (Some(message), _) => shortened(message, LONGEST_TEXT),
+        (Some(message), _) => shortened(message, TEXT_MAX),
         (None, Some(awaiting)) => {
-            format!("waiting for {}", shortened(&awaiting.what, LONGEST_TEXT))
+            format!("waiting for {}", shortened(&awaiting.what, TEXT_MAX))
         }
         (None, None) => "waiting for its turn".to_owned(),
     };
-    let (accepted, taken) = match changed {
-        false => ("Accepted", format!("{request} was taken on")),
-        true => (
-            "SpecChanged",
-            format!(
-                "{request} was taken on, as generation {taken_on} of the object asked for; the spec was \
-                 changed afterwards, which has no effect: make another object"
-            ),
-        ),
+    let (accepted_reason, accepted_message) = if spec_changed {
+        let message = format!(
+            "{request} was accepted (generation {accepted}); the later change of the spec has no \
+             effect: create another object"
+        );
+        ("SpecChanged", message)
+    } else {
+        ("Accepted", format!("{request} was accepted"))
     };
     let (progressing, succeeded, reason) = match (record.state, record.verdict) {
         (State::Done, Some(Verdict::Verified)) => ("False", "True", Verdict::Verified.as_str()),
@@ -94,21 +89,18 @@ pub(super) fn of(record: &Record, taken_on: i64, changed: bool) -> DomainHotplug
         (State::Queued, _) => ("True", "Unknown", "Queued"),
         _ => ("True", "Unknown", "Running"),
     };
-    let ended = record.finished.unwrap_or(record.created);
-    // A verdict that was put right became Verified then.
-    let judged = record.corrected.unwrap_or(ended);
-    let conditions = Conditions {
-        generation: taken_on,
-        all: Vec::new(),
+    let finished = record.finished.unwrap_or(record.created);
+    // A corrected verdict became Verified at the time of the correction.
+    let judged = record.corrected.unwrap_or(finished);
+    let condition = |kind: &str, status, reason: &str, message: &str, at| {
+        condition(kind, status, reason, message, at, accepted)
     };
     DomainHotplugStatus {
-        observed_generation: Some(taken_on),
+        observed_generation: Some(accepted),
         operation: Some(record.id.to_string()),
-        request: Some(request),
         start_time: Some(record.created),
         completion_time: record.finished.map(|_| judged),
         verdict: record.verdict.map(|verdict| verdict.as_str().to_owned()),
-        message: Some(message.clone()),
         before: record.before.map(Into::into),
         requested: Some(record.requested.into()),
         after: record.after.map(Into::into),
@@ -116,116 +108,131 @@ pub(super) fn of(record: &Record, taken_on: i64, changed: bool) -> DomainHotplug
         hypervisor_error: record
             .hypervisor_error
             .as_deref()
-            .map(|text| shortened(text, LONGEST_TEXT)),
+            .map(|text| shortened(text, TEXT_MAX)),
         diagnosis: record.diagnosis.clone().map(Into::into),
-        conditions: conditions
-            .and("Accepted", "True", accepted, &taken, record.created)
-            .and("Progressing", progressing, reason, &message, ended)
-            .and("Succeeded", succeeded, reason, &message, judged)
-            .all,
+        conditions: vec![
+            condition(
+                "Accepted",
+                "True",
+                accepted_reason,
+                &accepted_message,
+                record.created,
+            ),
+            condition("Progressing", progressing, reason, &message, finished),
+            condition("Succeeded", succeeded, reason, &message, judged),
+        ],
+        request: Some(request),
+        message: Some(message),
     }
 }
 
+/// Returns the newest evidence, which decided the verdict.
 fn evidence(record: &Record) -> Vec<EvidenceStatus> {
-    // What was seen last is what decided.
-    let skipped = record.evidence.len().saturating_sub(MOST_EVIDENCE);
+    let skipped = record.evidence.len().saturating_sub(EVIDENCE_MAX);
     let kept = record.evidence.iter().skip(skipped);
     kept.map(|evidence| {
-        let mut witness = EvidenceStatus::from(evidence.clone());
-        witness.detail = shortened(&witness.detail, LONGEST_TEXT);
-        witness
+        let mut evidence = EvidenceStatus::from(evidence.clone());
+        evidence.detail = shortened(&evidence.detail, TEXT_MAX);
+        evidence
     })
     .collect()
 }
 
-struct Conditions {
+fn condition(
+    kind: &str,
+    status: &str,
+    reason: &str,
+    message: &str,
+    at: Timestamp,
     generation: i64,
-    all: Vec<Condition>,
-}
-
-impl Conditions {
-    fn and(mut self, kind: &str, status: &str, reason: &str, message: &str, at: Timestamp) -> Self {
-        self.all.push(Condition {
-            kind: kind.to_owned(),
-            status: status.to_owned(),
-            reason: reason.to_owned(),
-            message: message.to_owned(),
-            last_transition_time: at,
-            observed_generation: Some(self.generation),
-        });
-        self
+) -> Condition {
+    Condition {
+        kind: kind.to_owned(),
+        status: status.to_owned(),
+        reason: reason.to_owned(),
+        message: message.to_owned(),
+        last_transition_time: at,
+        observed_generation: Some(generation),
     }
 }
 
-/// Whether an object's status says that nothing more will come: its operation has a verdict.
+/// True if the operation has a verdict.
 pub(super) fn is_finished(status: &DomainHotplugStatus) -> bool {
     status.completion_time.is_some()
 }
 
-/// When an object is to be deleted: so long after the verdict, or after it was refused.
-pub(super) fn expires(
+/// Returns the time to delete the object: its time to live after the verdict or the rejection.
+pub(super) fn expiry(
     status: &DomainHotplugStatus,
     time_to_live: Option<Duration>,
 ) -> Option<Timestamp> {
-    let was_refused = || Some(refused(status)?.last_transition_time);
-    let ended = status.completion_time.or_else(was_refused)?;
+    let rejected = || Some(rejection(status)?.last_transition_time);
+    let ended = status.completion_time.or_else(rejected)?;
     Some(ended.after(time_to_live?))
 }
 
-/// What people should see on the object itself of a status that takes the place of another: that
-/// there is a verdict, or another one, or that it was refused; as a kind and a reason.
-pub(super) fn ending(
-    former: Option<&DomainHotplugStatus>,
-    written: &DomainHotplugStatus,
+/// Returns kind and reason of the event about a status that replaces `before`: for a rejection, a
+/// verdict, or a corrected verdict.
+pub(super) fn new_ending(
+    before: Option<&DomainHotplugStatus>,
+    status: &DomainHotplugStatus,
 ) -> Option<(EventKind, String)> {
-    let reason = |status: &DomainHotplugStatus| {
-        let refused = || Some(refused(status)?.reason.clone());
-        status.verdict.clone().or_else(refused)
+    let ending = |status: &DomainHotplugStatus| {
+        let rejected = || Some(rejection(status)?.reason.clone());
+        status.verdict.clone().or_else(rejected)
     };
-    let now = reason(written)?;
-    if former.and_then(reason).as_ref() == Some(&now) {
+    let reason = ending(status)?;
+    if before.and_then(ending).as_ref() == Some(&reason) {
         return None;
     }
-    let kind = match now == Verdict::Verified.as_str() {
-        true => EventKind::Normal,
-        false => EventKind::Warning,
+    let kind = if reason == Verdict::Verified.as_str() {
+        EventKind::Normal
+    } else {
+        EventKind::Warning
     };
-    Some((kind, now))
+    Some((kind, reason))
 }
 
-/// Why an object was refused, if it was.
-fn refused(status: &DomainHotplugStatus) -> Option<&Condition> {
+/// Returns the condition `Accepted` if it is False.
+fn rejection(status: &DomainHotplugStatus) -> Option<&Condition> {
     Condition::find(&status.conditions, "Accepted").filter(|accepted| accepted.status == "False")
 }
 
-/// What is worth a write in what `wanted` says beyond what is `shown`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum News {
-    /// Nothing, or only what is waited for.
+pub(super) enum WriteUrgency {
+    /// Nothing changed but the awaited event.
     None,
-    /// It was taken on: worth telling, unless the verdict comes at once.
-    Soon,
-    /// A step further, a verdict, or another one.
-    Now,
+    /// The object was accepted: worth a write unless the verdict follows at once.
+    Delayed,
+    /// Another state, a verdict, or a corrected verdict.
+    Immediate,
 }
 
-/// Compares what is to be said with what is shown.
-pub(super) fn news(shown: Option<&DomainHotplugStatus>, wanted: &DomainHotplugStatus) -> News {
+/// Compares the wanted status with the written one.
+pub(super) fn write_urgency(
+    written: Option<&DomainHotplugStatus>,
+    wanted: &DomainHotplugStatus,
+) -> WriteUrgency {
     let progressing = Condition::find(&wanted.conditions, "Progressing");
     let is_open = progressing.is_some_and(Condition::holds);
-    let Some(shown) = shown.filter(|shown| !shown.conditions.is_empty()) else {
-        return if is_open { News::Soon } else { News::Now };
+    let Some(written) = written.filter(|written| !written.conditions.is_empty()) else {
+        return if is_open {
+            WriteUrgency::Delayed
+        } else {
+            WriteUrgency::Immediate
+        };
     };
     let reasons = |status: &DomainHotplugStatus| -> Vec<(String, String)> {
         let reason = |it: &Condition| (it.kind.clone(), it.reason.clone());
         status.conditions.iter().map(reason).collect()
     };
-    let same_step = shown.operation == wanted.operation && reasons(shown) == reasons(wanted);
-    let same_words = || shown.message == wanted.message;
-    let same_end = || shown.completion_time == wanted.completion_time;
-    match same_step && (is_open || (same_words() && same_end())) {
-        true => News::None,
-        false => News::Now,
+    let same_state = written.operation == wanted.operation && reasons(written) == reasons(wanted);
+    let same_ending =
+        || written.message == wanted.message && written.completion_time == wanted.completion_time;
+    if same_state && (is_open || same_ending()) {
+        WriteUrgency::None
+    } else {
+        WriteUrgency::Immediate
     }
 }
 

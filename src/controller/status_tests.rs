@@ -8,7 +8,7 @@ fn at(seconds: i64) -> Timestamp {
     Timestamp::from_millis(1_795_260_166_250 + seconds * 1000)
 }
 
-fn asked() -> Record {
+fn queued_record() -> Record {
     let order = Order {
         domain: "vm1".parse().unwrap(),
         request: HotplugRequest::Vcpus {
@@ -26,12 +26,12 @@ fn asked() -> Record {
     Record::new(OperationId::new(1, 2), &order, at(0))
 }
 
-fn ended(verdict: Verdict) -> Record {
+fn finished_record(verdict: Verdict) -> Record {
     let vcpus = |vcpus| Amount::Vcpus {
         vcpus,
         online: Some(1),
     };
-    let mut record = asked();
+    let mut record = queued_record();
     let outcome = Outcome {
         verdict,
         message: "the guest has 1 of 4".into(),
@@ -63,9 +63,9 @@ fn reasons(status: &DomainHotplugStatus) -> Vec<(&str, &str, &str)> {
 }
 
 #[test]
-fn conditions_follow_the_operation() {
-    let mut record = asked();
-    let status = of(&record, 1, false);
+fn conditions_reflect_the_state_of_the_operation() {
+    let mut record = queued_record();
+    let status = operation_status(&record, 1, false);
     assert_eq!(
         reasons(&status),
         [
@@ -79,16 +79,16 @@ fn conditions_follow_the_operation() {
 
     record.state = State::Running;
     record.awaits("the guest to take 3 vCPUs", at(1));
-    let status = of(&record, 1, false);
+    let status = operation_status(&record, 1, false);
     assert_eq!(reasons(&status)[2], ("Succeeded", "Unknown", "Running"));
     let waiting = "waiting for the guest to take 3 vCPUs";
     assert_eq!(status.message.as_deref(), Some(waiting));
 }
 
 #[test]
-fn every_verdict_is_the_reason_and_only_one_is_success() {
+fn verdict_is_the_reason_and_only_verified_succeeds() {
     for verdict in Verdict::ALL {
-        let status = of(&ended(verdict), 1, false);
+        let status = operation_status(&finished_record(verdict), 1, false);
         let success = if verdict == Verdict::Verified {
             "True"
         } else {
@@ -107,8 +107,13 @@ fn every_verdict_is_the_reason_and_only_one_is_success() {
 }
 
 #[test]
-fn a_verdict_comes_with_all_that_led_to_it() {
-    let status = serde_json::to_value(of(&ended(Verdict::GuestRefused), 3, false)).unwrap();
+fn finished_operation_yields_a_complete_status() {
+    let status = serde_json::to_value(operation_status(
+        &finished_record(Verdict::GuestRefused),
+        3,
+        false,
+    ))
+    .unwrap();
     let expected = json!({
         "observedGeneration": 3,
         "operation": "00000000000100000002",
@@ -131,18 +136,22 @@ fn a_verdict_comes_with_all_that_led_to_it() {
 }
 
 #[test]
-fn a_change_of_the_spec_is_told_and_changes_nothing() {
-    let status = of(&ended(Verdict::Verified), 1, true);
+fn later_spec_change_is_reported_and_has_no_effect() {
+    let status = operation_status(&finished_record(Verdict::Verified), 1, true);
     assert_eq!(reasons(&status)[0], ("Accepted", "True", "SpecChanged"));
-    assert!(status.conditions[0].message.contains("make another object"));
+    assert!(
+        status.conditions[0]
+            .message
+            .contains("create another object")
+    );
     assert_eq!(status.observed_generation, Some(1));
     assert_eq!(reasons(&status)[2], ("Succeeded", "True", "Verified"));
 }
 
 #[test]
-fn a_refused_object_says_why() {
-    let refusal = Refusal::InvalidSpec("spec.vcpus.count is 0".into());
-    let status = held(&Hold::Refused(refusal), 1, at(0));
+fn rejected_object_reports_the_reason() {
+    let error = ObjectError::InvalidSpec("spec.vcpus.count is 0".into());
+    let status = not_accepted_status(&NotAccepted::Rejected(error), 1, at(0));
     assert_eq!(
         reasons(&status),
         [
@@ -151,70 +160,98 @@ fn a_refused_object_says_why() {
             ("Succeeded", "False", "InvalidSpec"),
         ]
     );
-    let told = "nothing was done: spec.vcpus.count is 0";
-    assert_eq!(status.message.as_deref(), Some(told));
+    let message = "rejected, nothing was changed: spec.vcpus.count is 0";
+    assert_eq!(status.message.as_deref(), Some(message));
     assert!(!is_finished(&status));
 
-    let later = held(&Hold::Later(SubmitError::TooMany(256)), 1, at(0));
+    let postponed =
+        not_accepted_status(&NotAccepted::Postponed(SubmitError::TooMany(256)), 1, at(0));
     assert_eq!(
-        reasons(&later)[0],
+        reasons(&postponed)[0],
         ("Accepted", "Unknown", "TooManyOperations")
     );
-    assert_eq!(reasons(&later)[2].1, "Unknown");
+    assert_eq!(reasons(&postponed)[2].1, "Unknown");
 }
 
 #[test]
-fn only_steps_and_verdicts_are_worth_a_write() {
-    let queued = of(&asked(), 1, false);
-    assert_eq!(news(None, &queued), News::Soon);
+fn only_new_states_and_verdicts_are_written() {
+    let queued = operation_status(&queued_record(), 1, false);
+    assert_eq!(write_urgency(None, &queued), WriteUrgency::Delayed);
     let empty = DomainHotplugStatus::default();
-    assert_eq!(news(Some(&empty), &queued), News::Soon);
-    assert_eq!(news(Some(&queued), &queued), News::None);
+    assert_eq!(write_urgency(Some(&empty), &queued), WriteUrgency::Delayed);
+    assert_eq!(write_urgency(Some(&queued), &queued), WriteUrgency::None);
 
-    let mut record = asked();
+    let mut record = queued_record();
     record.state = State::Running;
-    let running = of(&record, 1, false);
-    assert_eq!(news(Some(&queued), &running), News::Now);
+    let running = operation_status(&record, 1, false);
+    assert_eq!(
+        write_urgency(Some(&queued), &running),
+        WriteUrgency::Immediate
+    );
     record.awaits("something else", at(1));
-    assert_eq!(news(Some(&running), &of(&record, 1, false)), News::None);
+    assert_eq!(
+        write_urgency(Some(&running), &operation_status(&record, 1, false)),
+        WriteUrgency::None
+    );
 
-    let offline = ended(Verdict::GuestOffline);
-    let shown = of(&offline, 1, false);
-    assert_eq!(news(None, &shown), News::Now);
-    assert_eq!(news(Some(&running), &shown), News::Now);
-    assert_eq!(news(Some(&shown), &shown), News::None);
-    assert_eq!(news(Some(&shown), &of(&offline, 1, true)), News::Now);
+    let offline = finished_record(Verdict::GuestOffline);
+    let shown = operation_status(&offline, 1, false);
+    assert_eq!(write_urgency(None, &shown), WriteUrgency::Immediate);
+    assert_eq!(
+        write_urgency(Some(&running), &shown),
+        WriteUrgency::Immediate
+    );
+    assert_eq!(write_urgency(Some(&shown), &shown), WriteUrgency::None);
+    assert_eq!(
+        write_urgency(Some(&shown), &operation_status(&offline, 1, true)),
+        WriteUrgency::Immediate
+    );
     let mut corrected = offline;
     corrected.verdict = Some(Verdict::Verified);
     corrected.corrected = Some(at(9));
-    let verified = of(&corrected, 1, false);
-    assert_eq!(news(Some(&shown), &verified), News::Now);
+    let verified = operation_status(&corrected, 1, false);
+    assert_eq!(
+        write_urgency(Some(&shown), &verified),
+        WriteUrgency::Immediate
+    );
     assert_eq!(verified.conditions[2].last_transition_time, at(9));
     assert_eq!(verified.conditions[1].last_transition_time, at(2));
 
-    // A refusal is told once, whatever the time.
-    let refusal = Hold::Refused(Refusal::InvalidSpec("?".into()));
-    let told = held(&refusal, 1, at(0));
-    assert_eq!(news(None, &told), News::Now);
-    assert_eq!(news(Some(&told), &held(&refusal, 1, at(99))), News::None);
+    // A rejection is written once, independent of the time.
+    let rejected = NotAccepted::Rejected(ObjectError::InvalidSpec("?".into()));
+    let written = not_accepted_status(&rejected, 1, at(0));
+    assert_eq!(write_urgency(None, &written), WriteUrgency::Immediate);
+    assert_eq!(
+        write_urgency(Some(&written), &not_accepted_status(&rejected, 1, at(99))),
+        WriteUrgency::None
+    );
 }
 
 #[test]
-fn an_object_goes_some_time_after_its_end() {
+fn object_expires_after_its_verdict_or_rejection() {
     let hour = Some(Duration::from_secs(3600));
-    let ended = of(&ended(Verdict::Busy), 1, false);
-    assert_eq!(expires(&ended, hour), Some(at(2 + 3600)));
-    assert_eq!(expires(&ended, None), None);
-    assert_eq!(expires(&of(&asked(), 1, false), hour), None);
-    let refused = Hold::Refused(Refusal::InvalidSpec("?".into()));
-    assert_eq!(expires(&held(&refused, 1, at(5)), hour), Some(at(3605)));
-    let later = Hold::Later(SubmitError::Stopping);
-    assert_eq!(expires(&held(&later, 1, at(5)), hour), None);
+    let finished = operation_status(&finished_record(Verdict::Busy), 1, false);
+    assert_eq!(expiry(&finished, hour), Some(at(2 + 3600)));
+    assert_eq!(expiry(&finished, None), None);
+    assert_eq!(
+        expiry(&operation_status(&queued_record(), 1, false), hour),
+        None
+    );
+    let rejected = NotAccepted::Rejected(ObjectError::InvalidSpec("?".into()));
+    assert_eq!(
+        expiry(&not_accepted_status(&rejected, 1, at(5)), hour),
+        Some(at(3605))
+    );
+    let postponed = NotAccepted::Postponed(SubmitError::Stopping);
+    assert_eq!(
+        expiry(&not_accepted_status(&postponed, 1, at(5)), hour),
+        None
+    );
 }
 
 #[test]
-fn a_status_has_bounds() {
-    let mut record = ended(Verdict::HypervisorError);
+fn status_is_smaller_than_64_kib() {
+    let mut record = finished_record(Verdict::HypervisorError);
     record.message = Some("é".repeat(100_000));
     let one = record.evidence[0].clone();
     record.evidence = (0..10_000)
@@ -223,32 +260,35 @@ fn a_status_has_bounds() {
             ..one.clone()
         })
         .collect();
-    let status = of(&record, 1, false);
-    assert_eq!(status.evidence.len(), MOST_EVIDENCE);
-    assert_eq!(status.evidence[MOST_EVIDENCE - 1].detail, "9999");
+    let status = operation_status(&record, 1, false);
+    assert_eq!(status.evidence.len(), EVIDENCE_MAX);
+    assert_eq!(status.evidence[EVIDENCE_MAX - 1].detail, "9999");
     assert!(serde_json::to_vec(&status).unwrap().len() < 64 << 10);
 }
 
 #[test]
-fn people_see_the_verdict_once_and_each_new_one() {
-    let status = |verdict| of(&ended(verdict), 1, false);
-    let running = of(&asked(), 1, false);
+fn each_new_verdict_yields_one_event() {
+    let status = |verdict| operation_status(&finished_record(verdict), 1, false);
+    let running = operation_status(&queued_record(), 1, false);
     let offline = status(Verdict::GuestOffline);
     let verified = status(Verdict::Verified);
     let warning = |reason: &str| Some((EventKind::Warning, reason.to_owned()));
-    assert_eq!(ending(None, &running), None);
-    assert_eq!(ending(Some(&running), &offline), warning("GuestOffline"));
-    assert_eq!(ending(None, &offline), warning("GuestOffline"));
-    assert_eq!(ending(Some(&offline), &offline), None);
+    assert_eq!(new_ending(None, &running), None);
+    assert_eq!(
+        new_ending(Some(&running), &offline),
+        warning("GuestOffline")
+    );
+    assert_eq!(new_ending(None, &offline), warning("GuestOffline"));
+    assert_eq!(new_ending(Some(&offline), &offline), None);
     let normal = Some((EventKind::Normal, "Verified".to_owned()));
-    assert_eq!(ending(Some(&offline), &verified), normal);
+    assert_eq!(new_ending(Some(&offline), &verified), normal);
 
-    let refusal = Refusal::InvalidSpec("there is nothing".to_owned());
-    let refused = held(&Hold::Refused(refusal), 1, at(0));
-    assert_eq!(ending(None, &refused), warning("InvalidSpec"));
-    assert_eq!(ending(Some(&refused), &refused), None);
-    // Put right on an old API server.
-    assert_eq!(ending(Some(&refused), &verified), normal);
-    let later = held(&Hold::Later(SubmitError::TooMany(1)), 1, at(0));
-    assert_eq!(ending(None, &later), None);
+    let error = ObjectError::InvalidSpec("there is nothing".to_owned());
+    let rejected = not_accepted_status(&NotAccepted::Rejected(error), 1, at(0));
+    assert_eq!(new_ending(None, &rejected), warning("InvalidSpec"));
+    assert_eq!(new_ending(Some(&rejected), &rejected), None);
+    // Corrected on an API server without immutable specs.
+    assert_eq!(new_ending(Some(&rejected), &verified), normal);
+    let postponed = not_accepted_status(&NotAccepted::Postponed(SubmitError::TooMany(1)), 1, at(0));
+    assert_eq!(new_ending(None, &postponed), None);
 }

@@ -79,7 +79,7 @@ impl OnNode {
                 ..ControllerOptions::default()
             },
         );
-        let watched = controller.watched();
+        let watched = controller.condition();
         parts.start("the controller of DomainHotplug objects", |stop| {
             controller.run(stop)
         });
@@ -182,7 +182,7 @@ async fn remember(mut state: watch::Receiver<SyncState>, path: PathBuf) {
         if published.is_empty() {
             continue;
         }
-        if let Err(error) = file::store(&path, &LabelReport::of(&published))
+        if let Err(error) = file::store(&path, &LabelReport::from_labels(&published))
             && !std::mem::replace(&mut told, true)
         {
             warn!(%error, "what is published on the Node cannot be kept for the next run");

@@ -1,9 +1,12 @@
-//! Events: told at once, written in their time.
+//! Recording of events, and the task that writes them.
 //!
-//! Whoever has something to tell puts it into a short queue and goes on; one task writes. The
-//! same thing again within `SAME_WITHIN` is no new event but raises the count of the one there
-//! is, at most once in `SPACING`. While the API server is away the task waits with what it has
-//! in hand, the queue fills, and what does not fit is dropped and counted.
+//! ```text
+//!  EventRecorder ──queue of 256──▶ EventWriter ──▶ create event │ update its count
+//! ```
+//! Recording never waits and never fails. The writer owns the queue and the series: a repetition
+//! within [`SAME_WITHIN`] increments the count of the existing event, which is written at most once
+//! in [`COUNT_INTERVAL`]. While the API server is away, the writer blocks on its current event with
+//! backoff and the queue fills up. Events that do not fit, or are too old, are dropped and counted.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -12,27 +15,27 @@ use std::time::Duration;
 use k8s_openapi::jiff::Timestamp;
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
+use super::wait_until;
 use crate::cluster::{Cluster, ClusterError, EventKind, ObjectEvent, Retry, WrittenEvent};
 use crate::telemetry::metrics::Metrics;
 
-/// So many may wait to be written: a hundred operations that end at once, told on the Node and on
-/// their objects.
+/// Capacity of the queue: a hundred simultaneous verdicts yield two events each.
 const QUEUE: usize = 256;
-/// So many different ones are remembered, for their repeats.
+/// Maximum number of series in memory.
 const SERIES_MAX: usize = 128;
-/// The same again within this time is a repeat, as with client-go's recorder.
+/// Time within which an equal event counts as a repetition, as in client-go's recorder.
 pub const SAME_WITHIN: Duration = Duration::from_secs(360);
-/// Between two writes of one event's count.
-const SPACING: Duration = Duration::from_secs(10);
-/// So often the API server may answer an event with an error that may pass.
-const REFUSALS_MAX: u32 = 5;
-/// What could not be written for so long is of no interest any more.
-const TOO_OLD: Duration = Duration::from_secs(600);
+/// Minimum interval between two writes of one event's count.
+const COUNT_INTERVAL: Duration = Duration::from_secs(10);
+/// Maximum number of attempts that the API server answers with a transient error.
+const REJECTIONS_MAX: u32 = 5;
+/// Maximum age of an unwritten event; later it is of no use.
+const AGE_MAX: Duration = Duration::from_secs(600);
 
-/// Where to tell what happened. Cheap to clone; never waits, never fails.
+/// Records events. Cheap to clone.
 #[derive(Clone)]
 pub struct EventRecorder {
     queue: mpsc::Sender<(ObjectEvent, Timestamp)>,
@@ -40,10 +43,10 @@ pub struct EventRecorder {
 }
 
 impl EventRecorder {
-    /// A place to tell, and the task that writes.
+    /// Returns the recorder and its writer, which must be run.
     pub fn new(cluster: Cluster, metrics: Arc<Metrics>) -> (Self, EventWriter) {
         let (sender, receiver) = mpsc::channel(QUEUE);
-        let events = Self {
+        let recorder = Self {
             queue: sender,
             metrics: Arc::clone(&metrics),
         };
@@ -54,18 +57,18 @@ impl EventRecorder {
             retry: Retry::default(),
             metrics,
         };
-        (events, writer)
+        (recorder, writer)
     }
 
-    /// Tells that something happened now.
-    pub fn record(&self, what: ObjectEvent) {
-        if let Err(TrySendError::Full(_)) = self.queue.try_send((what, Timestamp::now())) {
-            dropped(&self.metrics, "queue-full");
+    /// Records an event that occurs now.
+    pub fn record(&self, event: ObjectEvent) {
+        if let Err(TrySendError::Full(_)) = self.queue.try_send((event, Timestamp::now())) {
+            count_dropped(&self.metrics, "queue-full");
         }
     }
 }
 
-fn dropped(metrics: &Metrics, reason: &str) {
+fn count_dropped(metrics: &Metrics, reason: &str) {
     metrics
         .cluster
         .events_dropped
@@ -73,51 +76,49 @@ fn dropped(metrics: &Metrics, reason: &str) {
         .inc();
 }
 
-/// What makes a happening the same as another.
+/// Events with equal keys form a series.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-struct Same {
+struct EventKey {
     object: [Option<String>; 4],
     kind: EventKind,
     reason: String,
     note: String,
 }
 
-impl From<&ObjectEvent> for Same {
-    fn from(what: &ObjectEvent) -> Self {
-        let about = what.about.clone();
+impl From<&ObjectEvent> for EventKey {
+    fn from(event: &ObjectEvent) -> Self {
+        let about = event.about.clone();
         Self {
             object: [about.kind, about.namespace, about.name, about.uid],
-            kind: what.kind,
-            reason: what.reason.clone(),
-            note: what.note.clone(),
+            kind: event.kind,
+            reason: event.reason.clone(),
+            note: event.note.clone(),
         }
     }
 }
 
-/// An event that is written, and how often it happened.
-struct Series {
+/// A written event and its repetitions.
+struct EventSeries {
     event: WrittenEvent,
     count: u32,
     last: Timestamp,
-    /// When it was last told of.
-    seen: Instant,
-    /// When the count may be written next; `None` while the API server has it.
+    last_recorded: Instant,
+    last_written: Instant,
+    /// When to write the count; `None` if the API server has the current one.
     due: Option<Instant>,
-    written: Instant,
 }
 
-/// Writes what was told.
+/// Writes recorded events.
 pub struct EventWriter {
     cluster: Cluster,
     queue: mpsc::Receiver<(ObjectEvent, Timestamp)>,
-    series: HashMap<Same, Series>,
+    series: HashMap<EventKey, EventSeries>,
     retry: Retry,
     metrics: Arc<Metrics>,
 }
 
 impl EventWriter {
-    /// Writes until `token` is cancelled or nobody is left who could tell anything. What is not
-    /// written then is lost.
+    /// Writes until `token` is cancelled or all recorders are dropped. Unwritten events are lost.
     pub async fn run(mut self, token: CancellationToken) {
         token.run_until_cancelled_owned(self.write_all()).await;
     }
@@ -126,114 +127,118 @@ impl EventWriter {
         loop {
             let due = self.series.values().filter_map(|series| series.due).min();
             tokio::select! {
-                told = self.queue.recv() => match told {
-                    Some((what, at)) => self.take(what, at).await,
+                recorded = self.queue.recv() => match recorded {
+                    Some((event, at)) => self.write(event, at).await,
                     None => return,
                 },
-                () = wait_until(due) => self.count().await,
+                () = wait_until(due) => self.write_due_counts().await,
             }
         }
     }
 
-    async fn take(&mut self, what: ObjectEvent, at: Timestamp) {
+    async fn write(&mut self, event: ObjectEvent, at: Timestamp) {
         let now = Instant::now();
-        self.series
-            .retain(|_, series| series.due.is_some() || series.seen.elapsed() < SAME_WITHIN);
-        let same = Same::from(&what);
-        if let Some(series) = self.series.get_mut(&same) {
+        self.series.retain(|_, series| {
+            series.due.is_some() || series.last_recorded.elapsed() < SAME_WITHIN
+        });
+        let key = EventKey::from(&event);
+        if let Some(series) = self.series.get_mut(&key) {
             series.count = series.count.saturating_add(1);
             series.last = at;
-            series.seen = now;
+            series.last_recorded = now;
             series
                 .due
-                .get_or_insert_with(|| now.max(series.written + SPACING));
+                .get_or_insert_with(|| now.max(series.last_written + COUNT_INTERVAL));
             return;
         }
-        let Some(event) = self.create(&what, at).await else {
+        let Some(event) = self.create(&event, at).await else {
             return;
         };
         if self.series.len() >= SERIES_MAX {
-            let oldest = self.series.iter().min_by_key(|(_, series)| series.seen);
-            let oldest = oldest.map(|(same, _)| same.clone());
-            oldest.and_then(|same| self.series.remove(&same));
+            let oldest = self
+                .series
+                .iter()
+                .min_by_key(|(_, series)| series.last_recorded);
+            let oldest = oldest.map(|(key, _)| key.clone());
+            oldest.and_then(|key| self.series.remove(&key));
         }
-        let written = Instant::now();
-        let series = Series {
+        let now = Instant::now();
+        let series = EventSeries {
             event,
             count: 1,
             last: at,
-            seen: written,
+            last_recorded: now,
+            last_written: now,
             due: None,
-            written,
         };
-        self.series.insert(same, series);
+        self.series.insert(key, series);
     }
 
-    /// Writes a new event, and tries again until it is written, refused or too old.
-    async fn create(&self, what: &ObjectEvent, at: Timestamp) -> Option<WrittenEvent> {
+    /// Writes a new event. Retries until it is written, rejected or too old.
+    async fn create(&self, event: &ObjectEvent, at: Timestamp) -> Option<WrittenEvent> {
         let mut failures = 0;
         loop {
-            let error = match self.cluster.create_event(what, at).await {
-                Ok(event) => {
+            let error = match self.cluster.create_event(event, at).await {
+                Ok(written) => {
                     self.metrics.cluster.events.inc();
-                    return Some(event);
+                    return Some(written);
                 }
                 Err(error) => error,
             };
             failures += 1;
-            let refused = !matches!(
+            let rejected = !matches!(
                 error,
                 ClusterError::Unreachable { .. } | ClusterError::Timeout { .. }
             );
-            if is_final(&error) || refused && failures >= REFUSALS_MAX {
-                tracing::debug!(reason = what.reason, %error, "event not written");
-                dropped(&self.metrics, "rejected");
+            if is_final(&error) || rejected && failures >= REJECTIONS_MAX {
+                tracing::debug!(reason = event.reason, %error, "event rejected");
+                count_dropped(&self.metrics, "rejected");
                 return None;
             }
             let wait = self.retry.delay(failures, &error);
             let age = Timestamp::now().duration_since(at).unsigned_abs();
-            if age + wait > TOO_OLD {
-                dropped(&self.metrics, "api-unreachable");
+            if age + wait > AGE_MAX {
+                count_dropped(&self.metrics, "api-unreachable");
                 return None;
             }
             sleep(wait).await;
         }
     }
 
-    /// Writes the counts that are due. What fails is tried again with the next round.
-    async fn count(&mut self) {
+    /// Writes the counts that are due. A failed write is repeated after [`COUNT_INTERVAL`].
+    async fn write_due_counts(&mut self) {
         let now = Instant::now();
-        let mut forgotten = Vec::new();
-        for (same, series) in &mut self.series {
+        let mut rejected = Vec::new();
+        for (key, series) in &mut self.series {
             if series.due.is_none_or(|due| due > now) {
                 continue;
             }
-            let told = self
+            let result = self
                 .cluster
                 .repeat_event(&series.event, series.count, series.last)
                 .await;
-            series.written = Instant::now();
-            match told {
+            series.last_written = Instant::now();
+            match result {
                 Ok(()) => {
                     self.metrics.cluster.events.inc();
                     series.due = None;
                 }
-                Err(error) if is_final(&error) || series.seen.elapsed() > TOO_OLD => {
-                    tracing::debug!(reason = same.reason, %error, "event not counted on");
-                    dropped(&self.metrics, "rejected");
-                    forgotten.push(same.clone());
+                Err(error) if is_final(&error) || series.last_recorded.elapsed() > AGE_MAX => {
+                    tracing::debug!(reason = key.reason, %error, "count of an event rejected");
+                    count_dropped(&self.metrics, "rejected");
+                    rejected.push(key.clone());
                 }
-                Err(_) => series.due = Some(series.written + SPACING),
+                Err(_) => series.due = Some(series.last_written + COUNT_INTERVAL),
             }
         }
-        for same in forgotten {
-            self.series.remove(&same);
+        for key in rejected {
+            self.series.remove(&key);
         }
     }
 }
 
-/// Whether it is of no use to try again. A missing right may come: an API server that has just
-/// started knows none yet.
+/// True if a retry cannot succeed. A missing right is not final: an API server that has just started
+/// denies everything for a moment.
 fn is_final(error: &ClusterError) -> bool {
     !matches!(
         error,
@@ -244,11 +249,4 @@ fn is_final(error: &ClusterError) -> bool {
             | ClusterError::Rejected { .. }
             | ClusterError::Conflict { .. }
     )
-}
-
-async fn wait_until(due: Option<Instant>) {
-    match due {
-        Some(due) => sleep_until(due).await,
-        None => std::future::pending().await,
-    }
 }

@@ -1,8 +1,8 @@
-//! Label sets in files: `labels.json` in the state directory, and Node Feature Discovery's
-//! `features.d` where that exists.
+//! Label sets in files: `labels.json` in the state directory, and a file for Node Feature Discovery in
+//! `features.d` if that directory exists.
 //!
-//! Files are written beside their place and renamed into it, so that a reader sees the old or the
-//! new one and a crash leaves one of them. A file that is right is not touched.
+//! A file is replaced by rename, so that a reader or a crash sees either the old or the new content.
+//! A file whose content is current is not written. Calls block on the file system.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -14,56 +14,44 @@ use thiserror::Error;
 
 use crate::label::{LabelKey, LabelSet, LabelValue, RejectedLabel, RetainedLabel, is_ours};
 
-/// The name in the state directory.
+/// File name in the state directory.
 pub const LABELS_FILE: &str = "labels.json";
 
-/// The name in the state directory of what the Node has from us.
+/// File name in the state directory of the labels that are published on the Node.
 pub const NODE_LABELS_FILE: &str = "node-labels.json";
 
-/// The name in `features.d`.
+/// File name in `features.d`.
 const FEATURES_FILE: &str = "virtnode";
 
-/// Node Feature Discovery reads no feature file that is larger (source/local/local.go).
+/// Maximum size of a feature file; Node Feature Discovery ignores larger ones
+/// (source/local/local.go).
 const FEATURES_MAX_BYTES: usize = 64 * 1024;
 
-/// No file of ours is larger.
+/// Maximum bytes that are read of a file.
 const LABELS_MAX_BYTES: u64 = 8 * 1024 * 1024;
 
-/// Labels that could not be written to a file, or not read back.
 #[derive(Debug, Error)]
 pub enum FileError {
-    /// The file system said no.
     #[error("cannot {action} {path}: {source}")]
     Io {
-        /// What was tried.
         action: &'static str,
-        /// The file or directory.
         path: PathBuf,
-        /// Why not.
         source: std::io::Error,
     },
-    /// There is something else at the file's place.
-    #[error("{path} holds no label set: {problem}")]
+    #[error("{path} is not a label set: {source}")]
     Malformed {
-        /// The file.
         path: PathBuf,
-        /// What is wrong.
-        problem: String,
+        source: serde_json::Error,
     },
-    /// Node Feature Discovery would not read the file.
+    /// Node Feature Discovery would ignore the file.
     #[error(
-        "the labels take {size} bytes, and Node Feature Discovery reads feature files of at most 64 KiB; {path} was left as it was"
+        "the labels have {size} bytes, but Node Feature Discovery ignores feature files of more than 64 KiB; {path} was not changed"
     )]
-    TooLarge {
-        /// The feature file.
-        path: PathBuf,
-        /// How large it would be.
-        size: usize,
-    },
+    TooLarge { path: PathBuf, size: usize },
 }
 
 impl FileError {
-    /// The bounded word for metrics.
+    /// Returns the fixed metrics label.
     pub fn code(&self) -> &'static str {
         match self {
             Self::Io { .. } | Self::Malformed { .. } => "file",
@@ -72,20 +60,19 @@ impl FileError {
     }
 }
 
-/// What `labels.json` holds, and `virtnode labels --output json` prints.
+/// Content of `labels.json`, and output of `virtnode labels --output json`.
 #[derive(Debug, Serialize)]
 pub struct LabelReport<'r> {
-    /// The labels that are published.
+    /// The published labels.
     pub labels: &'r LabelSet,
-    /// What could be no label.
+    /// Facts that are not valid labels.
     pub rejected: &'r [RejectedLabel],
-    /// Those among the labels that are kept though the last probe does not call for them.
+    /// Published labels that the last probe did not yield.
     pub retained: &'r [RetainedLabel],
 }
 
 impl<'r> LabelReport<'r> {
-    /// A report of labels alone.
-    pub fn of(labels: &'r LabelSet) -> Self {
+    pub fn from_labels(labels: &'r LabelSet) -> Self {
         Self {
             labels,
             rejected: &[],
@@ -94,21 +81,20 @@ impl<'r> LabelReport<'r> {
     }
 }
 
-/// The labels in a file, under `labels`; none if there is no file. Keys that are none of ours are
-/// left out.
+/// Reads the labels from a file, without keys that are not virtnode's. Returns an empty set if the
+/// file does not exist.
 ///
 /// # Errors
-/// A file that cannot be read or holds something else.
+/// A file that cannot be read or parsed.
 pub fn load(path: &Path) -> Result<LabelSet, FileError> {
-    let malformed = |problem: String| FileError::Malformed {
-        path: path.to_owned(),
-        problem,
-    };
     let Some(bytes) = read_bounded(path)? else {
         return Ok(LabelSet::new());
     };
-    let stored: Stored =
-        serde_json::from_slice(&bytes).map_err(|error| malformed(error.to_string()))?;
+    let stored: StoredLabels =
+        serde_json::from_slice(&bytes).map_err(|source| FileError::Malformed {
+            path: path.to_owned(),
+            source,
+        })?;
     let labels = stored.labels.into_iter().filter_map(|(key, value)| {
         let key: LabelKey = key.parse().ok()?;
         let value: LabelValue = value.parse().ok()?;
@@ -117,11 +103,10 @@ pub fn load(path: &Path) -> Result<LabelSet, FileError> {
     Ok(labels.collect())
 }
 
-/// Writes a report to a file, if it is another one than the file holds. Answers whether it was
-/// written.
+/// Writes a report to a file. Returns false if the file had the same content.
 ///
 /// # Errors
-/// What the file system says.
+/// Errors of the file system.
 pub fn store(path: &Path, report: &LabelReport<'_>) -> Result<bool, FileError> {
     let directory = path.parent().unwrap_or(Path::new("."));
     fs::create_dir_all(directory).map_err(io("create", directory))?;
@@ -131,10 +116,10 @@ pub fn store(path: &Path, report: &LabelReport<'_>) -> Result<bool, FileError> {
     replace(path, &text)
 }
 
-/// Removes a file. Answers whether it was there.
+/// Removes a file. Returns false if it did not exist.
 ///
 /// # Errors
-/// What the file system says.
+/// Errors of the file system.
 pub fn remove(path: &Path) -> Result<bool, FileError> {
     match fs::remove_file(path) {
         Ok(()) => Ok(true),
@@ -143,7 +128,7 @@ pub fn remove(path: &Path) -> Result<bool, FileError> {
     }
 }
 
-/// The two files.
+/// Publishes labels to both files.
 #[derive(Debug, Clone)]
 pub struct FilePublisher {
     labels: PathBuf,
@@ -151,8 +136,8 @@ pub struct FilePublisher {
 }
 
 impl FilePublisher {
-    /// For `labels.json` in `state_directory`, and a file in `features_directory` if that
-    /// directory exists at the time of writing.
+    /// Writes to `state_directory`, and to `features_directory` if that directory exists at the time of
+    /// writing.
     pub fn new(state_directory: &Path, features_directory: &Path) -> Self {
         Self {
             labels: state_directory.join(LABELS_FILE),
@@ -160,12 +145,12 @@ impl FilePublisher {
         }
     }
 
-    /// Where the labels are.
+    /// Returns the path of `labels.json`.
     pub fn path(&self) -> &Path {
         &self.labels
     }
 
-    /// The labels that were published before, as [`load`] finds them.
+    /// Reads the published labels with [`load`].
     ///
     /// # Errors
     /// As [`load`].
@@ -173,15 +158,15 @@ impl FilePublisher {
         load(&self.labels)
     }
 
-    /// Brings both files up to date. Answers whether anything had to be written.
+    /// Updates both files. Returns true if one of them was written.
     ///
     /// # Errors
-    /// The first file that could not be written.
+    /// The first file that cannot be written.
     pub fn publish(&self, report: &LabelReport<'_>) -> Result<bool, FileError> {
         let wrote_labels = store(&self.labels, report)?;
         let wrote_features = self.features_directory.is_dir() && {
             let path = self.features_directory.join(FEATURES_FILE);
-            let text = features(report.labels);
+            let text = feature_lines(report.labels);
             if text.len() > FEATURES_MAX_BYTES {
                 return Err(FileError::TooLarge {
                     path,
@@ -193,10 +178,10 @@ impl FilePublisher {
         Ok(wrote_labels || wrote_features)
     }
 
-    /// Removes both files. Answers with those that were there.
+    /// Removes both files. Returns the paths of those that existed.
     ///
     /// # Errors
-    /// The first file that could not be removed.
+    /// The first file that cannot be removed.
     pub fn remove(&self) -> Result<Vec<PathBuf>, FileError> {
         let mut removed = Vec::new();
         for path in [
@@ -212,12 +197,12 @@ impl FilePublisher {
 }
 
 #[derive(Deserialize)]
-struct Stored {
+struct StoredLabels {
     labels: BTreeMap<String, String>,
 }
 
-/// One `key=value` a line (Node Feature Discovery's customization guide, "local feature source").
-fn features(labels: &LabelSet) -> String {
+/// Formats the labels as `key=value` lines (Node Feature Discovery's customization guide, "local feature source").
+fn feature_lines(labels: &LabelSet) -> String {
     labels
         .iter()
         .map(|(key, value)| format!("{key}={value}\n"))
@@ -228,13 +213,13 @@ fn replace(path: &Path, content: &[u8]) -> Result<bool, FileError> {
     if read_bounded(path)?.as_deref() == Some(content) {
         return Ok(false);
     }
-    // A leading dot: Node Feature Discovery does not read such files (source/local/local.go).
+    // Node Feature Discovery ignores names with a leading dot (source/local/local.go).
     let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let beside = path.with_file_name(format!(".{name}.new"));
-    let mut file = fs::File::create(&beside).map_err(io("create", &beside))?;
-    file.write_all(content).map_err(io("write", &beside))?;
-    file.sync_all().map_err(io("write", &beside))?;
-    fs::rename(&beside, path).map_err(io("replace", path))?;
+    let temporary = path.with_file_name(format!(".{name}.new"));
+    let mut file = fs::File::create(&temporary).map_err(io("create", &temporary))?;
+    file.write_all(content).map_err(io("write", &temporary))?;
+    file.sync_all().map_err(io("write", &temporary))?;
+    fs::rename(&temporary, path).map_err(io("replace", path))?;
     Ok(true)
 }
 
@@ -278,11 +263,11 @@ mod tests {
     }
 
     fn publish(publisher: &FilePublisher, labels: &LabelSet) -> Result<bool, FileError> {
-        publisher.publish(&LabelReport::of(labels))
+        publisher.publish(&LabelReport::from_labels(labels))
     }
 
     #[test]
-    fn what_is_written_is_read_back_and_not_written_twice() {
+    fn published_labels_are_read_back_and_not_written_twice() {
         let directory = tempfile::tempdir().unwrap();
         let publisher = publisher(directory.path());
         assert_eq!(publisher.load().unwrap(), LabelSet::new());
@@ -296,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn a_touched_file_is_put_right() {
+    fn edited_file_is_restored() {
         let directory = tempfile::tempdir().unwrap();
         let publisher = publisher(directory.path());
         publish(&publisher, &labels()).unwrap();
@@ -306,7 +291,7 @@ mod tests {
     }
 
     #[test]
-    fn feature_discovery_gets_a_file_where_it_looks_for_one() {
+    fn feature_file_is_written_if_its_directory_exists() {
         let directory = tempfile::tempdir().unwrap();
         let publisher = publisher(directory.path());
         fs::create_dir(directory.path().join("features.d")).unwrap();
@@ -322,7 +307,7 @@ mod tests {
     }
 
     #[test]
-    fn a_set_too_large_for_feature_discovery_leaves_its_file_alone() {
+    fn too_many_labels_leave_the_feature_file_unchanged() {
         let directory = tempfile::tempdir().unwrap();
         let publisher = publisher(directory.path());
         fs::create_dir(directory.path().join("features.d")).unwrap();
@@ -339,7 +324,7 @@ mod tests {
     }
 
     #[test]
-    fn foreign_keys_and_other_content_are_not_taken_for_ours() {
+    fn foreign_keys_are_skipped_and_other_content_is_an_error() {
         let directory = tempfile::tempdir().unwrap();
         let publisher = publisher(directory.path());
         fs::create_dir(directory.path().join("state")).unwrap();
@@ -348,6 +333,6 @@ mod tests {
         assert_eq!(publisher.load().unwrap().len(), 1);
         fs::write(publisher.path(), "not json").unwrap();
         let error = publisher.load().unwrap_err();
-        assert!(error.to_string().contains("holds no label set"), "{error}");
+        assert!(error.to_string().contains("is not a label set"), "{error}");
     }
 }

@@ -1,8 +1,22 @@
-//! The labels on the Kubernetes Node: applied, watched over, put back.
+//! Publisher of the labels on the Kubernetes Node.
 //!
-//! One loop looks, decides and applies whenever there is a reason to: a new set, a change of the
-//! Node, a failure a while ago, or ten minutes without any. What is to be written is decided in
-//! [`crate::label::ownership`]; when, here.
+//! ```text
+//!          new set │ Node changed │ watch failed │ fallback interval
+//!  idle ────────────────────────────────────────────────▶ sync ──▶ idle
+//!                                                          │ ▲
+//!                                                    error ▼ │ backoff
+//!                                                        failing
+//!  sync:  read the Node ─▶ decide ─▶ apply ─▶ report, remember
+//!              ▲                       │
+//!              └── conflict, ≤ 5 times ┘
+//! ```
+//! * One task owns the desired set, the memory of published labels, and the watch of the Node.
+//!   It blocks on calls to the API server only; each has a timeout.
+//! * [`crate::label::ownership`] decides what to write; this module decides when.
+//! * On failure the labels stay as they are. A failure is logged once until its code changes, and
+//!   retried with backoff; the state shows it as [`SyncProblem`].
+//! * The watch is a hint: it may be old, stalled or failing, so each sync reads the Node. Without any
+//!   sign of life of the watch, the Node is read every ten minutes.
 
 mod failures;
 mod report;
@@ -28,23 +42,19 @@ use crate::telemetry::metrics::{Metrics, now_seconds};
 pub use self::report::{SyncProblem, SyncState};
 pub use crate::cluster::Retry;
 
-/// So often in a row an apply may be refused because the Node changed meanwhile.
+/// Maximum applies of one sync: each is refused only if the Node changed after it was read.
 const ROUNDS: usize = 5;
-/// So many errors of the watch in a row, while everything else works, are worth telling.
+/// Consecutive errors of the watch that are logged, while calls succeed.
 const WATCH_ERRORS: u32 = 3;
 
-/// How the Node is written to.
 #[derive(Debug, Clone)]
 pub struct NodePublisherOptions {
     /// Take labels from other field managers that own them with another value.
     pub force_conflicts: bool,
-    /// The first write is delayed at random by up to this, so that the nodes of a cluster do not
-    /// all write at once.
+    /// Maximum random delay of the first write, which spreads the load of a cluster's nodes.
     pub start_jitter: Duration,
-    /// After so long without a sign of life of the watch, more or less, the Node is looked at
-    /// without any other reason.
+    /// Interval between reads of the Node if the watch shows no sign of life, ±10 % at random.
     pub fallback: Duration,
-    /// When to try again.
     pub retry: Retry,
 }
 
@@ -59,7 +69,7 @@ impl Default for NodePublisherOptions {
     }
 }
 
-/// Keeps the labels of one Node as they should be.
+/// Keeps the labels of one Node equal to the desired set.
 pub struct NodePublisher {
     cluster: Cluster,
     events: EventRecorder,
@@ -69,53 +79,51 @@ pub struct NodePublisher {
 
     desired: Option<Arc<LabelSet>>,
     memory: OwnershipHistory,
-    /// Which Node `memory` is of; empty before the first look.
+    /// The Node that `memory` belongs to; empty before the first read.
     uid: String,
     failures: Option<PublishFailures>,
     started: Instant,
     write_from: Instant,
-    /// When to look at the Node next.
+    /// Time of the next sync.
     due: Instant,
-    /// Whether there is no other reason for it than that nothing happened for long.
-    only_to_be_sure: bool,
-    watch: Watch,
+    /// True if the next sync is only the periodic fallback.
+    is_fallback: bool,
+    watch: NodeWatch,
 }
 
-/// The watch of the Node and how it does.
-struct Watch {
-    stream: BoxStream<'static, Result<NodeChange, ClusterError>>,
-    /// Errors in a row.
+struct NodeWatch {
+    changes: BoxStream<'static, Result<NodeChange, ClusterError>>,
+    /// Consecutive errors.
     errors: u32,
-    told: bool,
-    /// Whether it showed anything since the Node was last looked at.
-    awake: bool,
-    /// When that was, and which version of it.
-    looked: Instant,
+    logged: bool,
+    /// True if the watch has delivered a change since the last read of the Node.
+    delivered: bool,
+    /// Time and version of that read.
+    read_at: Instant,
     version: String,
 }
 
-impl Watch {
+impl NodeWatch {
     fn new(cluster: &Cluster) -> Self {
         Self {
-            stream: cluster.watch().boxed(),
+            changes: cluster.watch().boxed(),
             errors: 0,
-            told: false,
-            awake: true,
-            looked: Instant::now(),
+            logged: false,
+            delivered: true,
+            read_at: Instant::now(),
             version: String::new(),
         }
     }
 }
 
-/// How a look at the Node ended.
-enum Outcome {
+enum SyncOutcome {
     InSync,
-    /// There is something to write, and it is too early.
+    /// A write is due before the end of the start jitter.
     TooEarly,
 }
 
 impl NodePublisher {
-    /// Nothing is sent before [`Self::run`]. To be called within the runtime.
+    /// Sends nothing before [`Self::run`]. Must be called within the runtime.
     pub fn new(
         cluster: Cluster,
         events: EventRecorder,
@@ -125,7 +133,7 @@ impl NodePublisher {
         let started = Instant::now();
         Self {
             events,
-            watch: Watch::new(&cluster),
+            watch: NodeWatch::new(&cluster),
             cluster,
             metrics,
             state: watch::Sender::new(SyncState::default()),
@@ -136,21 +144,21 @@ impl NodePublisher {
             started,
             write_from: started + options.start_jitter.mul_f64(fastrand::f64()),
             due: started,
-            only_to_be_sure: false,
+            is_fallback: false,
             options,
         }
     }
 
-    /// What is published, and what stands in the way. To be called before [`Self::run`].
+    /// Returns the state of the publication. Must be called before [`Self::run`].
     pub fn state(&self) -> watch::Receiver<SyncState> {
         self.state.subscribe()
     }
 
-    /// Keeps the Node's labels equal to `desired` until `token` is cancelled; then they stay as
-    /// they are. `None` and the empty set change nothing.
+    /// Keeps the Node's labels equal to `desired` until `token` is cancelled, and leaves them on the
+    /// Node afterwards. `None` and the empty set change nothing.
     ///
-    /// `already_published` is [`SyncState::published`] of the run before: labels that are ours
-    /// even if somebody edited them meanwhile.
+    /// `already_published` is [`SyncState::published`] of the last run: labels that are virtnode's
+    /// even if someone has edited them in the meantime.
     pub async fn run(
         mut self,
         desired: watch::Receiver<Option<Arc<LabelSet>>>,
@@ -167,21 +175,21 @@ impl NodePublisher {
 
     async fn keep_in_sync(&mut self, mut desired: watch::Receiver<Option<Arc<LabelSet>>>) {
         self.desired = desired.borrow_and_update().clone();
-        let mut last_set = false;
+        let mut is_last_set = false;
         loop {
             tokio::select! {
-                changed = desired.changed(), if !last_set => {
-                    last_set = changed.is_err();
-                    if !last_set {
+                changed = desired.changed(), if !is_last_set => {
+                    is_last_set = changed.is_err();
+                    if !is_last_set {
                         self.desired = desired.borrow_and_update().clone();
-                        self.look_now();
+                        self.sync_now();
                     }
                 }
-                Some(seen) = self.watch.stream.next() => self.saw(seen),
+                Some(change) = self.watch.changes.next() => self.handle(change),
                 () = sleep_until(self.due) => {
-                    let wait = match self.watched_for() {
-                        Some(rest) => rest,
-                        None => self.look().await,
+                    let wait = match self.skipped_fallback() {
+                        Some(wait) => wait,
+                        None => self.sync().await,
                     };
                     self.due = Instant::now() + wait;
                 }
@@ -189,44 +197,42 @@ impl NodePublisher {
         }
     }
 
-    fn look_now(&mut self) {
+    fn sync_now(&mut self) {
         self.due = Instant::now();
-        self.only_to_be_sure = false;
+        self.is_fallback = false;
     }
 
-    /// For how long there need be no look, if nothing but the time is a reason for one: the watch
-    /// was heard meanwhile, and told of nothing.
-    fn watched_for(&self) -> Option<Duration> {
-        if !self.only_to_be_sure {
+    /// Returns the time until the next fallback if this one is unnecessary, because the watch is alive
+    /// and has not reported a change.
+    fn skipped_fallback(&self) -> Option<Duration> {
+        if !self.is_fallback {
             return None;
         }
-        let rest = self
-            .options
-            .fallback
-            .checked_sub(self.cluster.watch_heard()?)?;
+        let age = self.cluster.node_watch_age()?;
+        let wait = self.options.fallback.checked_sub(age)?;
         if self.state.borrow().synced {
             self.metrics.sync_last_success.set(now_seconds());
         }
-        // Not for a moment only: the next bookmark may be a minute away.
-        Some(rest.max(self.options.fallback / 2))
+        // The next bookmark may be a minute away.
+        Some(wait.max(self.options.fallback / 2))
     }
 
-    /// The labels to publish, if there are any.
+    /// Returns the labels to publish, if any.
     fn to_publish(&self) -> Option<Arc<LabelSet>> {
         self.desired.clone().filter(|labels| !labels.is_empty())
     }
 
-    /// A change of the Node, or an error of the watch: is it time to look?
-    fn saw(&mut self, seen: Result<NodeChange, ClusterError>) {
-        let failures = self.failures.as_ref().map(PublishFailures::code);
-        let look = match seen {
-            Ok(seen) => {
-                self.watch_is_back();
-                match (failures, seen) {
-                    (None, NodeChange::Node(node)) => self.is_news(&node),
-                    // It tells the same as the failed look did.
-                    (_, NodeChange::Missing) => failures.is_none(),
-                    // It works again. Other troubles take the time they take.
+    /// Handles a change of the Node or an error of the watch: schedules a sync if it may help.
+    fn handle(&mut self, change: Result<NodeChange, ClusterError>) {
+        let failure = self.failures.as_ref().map(PublishFailures::code);
+        let needs_sync = match change {
+            Ok(change) => {
+                self.watch_delivered();
+                match (failure, change) {
+                    (None, NodeChange::Node(node)) => self.differs(&node),
+                    // The failed sync has found the same.
+                    (_, NodeChange::Missing) => failure.is_none(),
+                    // The cause of the failure is gone. Other failures wait for their backoff.
                     (Some(code), NodeChange::Node(_)) => {
                         matches!(code, "api-unreachable" | "api-node-not-found")
                     }
@@ -234,63 +240,63 @@ impl NodePublisher {
             }
             Err(error) => {
                 self.watch_failed(&error);
-                failures.is_none()
+                failure.is_none()
             }
         };
-        if look && self.to_publish().is_some() {
-            self.look_now();
+        if needs_sync && self.to_publish().is_some() {
+            self.sync_now();
         }
     }
 
-    /// Whether the Node, as the watch shows it, is not as it should be. It may be an old snapshot.
-    fn is_news(&self, node: &NodeState) -> bool {
+    /// True if the Node, as the watch shows it, is not in the desired state.
+    fn differs(&self, node: &NodeState) -> bool {
         let Some(desired) = self.to_publish() else {
             return false;
         };
-        let news = node.uid != self.uid
+        let differs = node.uid != self.uid
             || !self
                 .decide(&desired, &node.shown, &ApplyConflicts::new())
                 .is_noop();
-        if !news && self.state.borrow().synced {
+        if !differs && self.state.borrow().synced {
             self.metrics.sync_last_success.set(now_seconds());
         }
-        news
+        differs
     }
 
-    fn watch_is_back(&mut self) {
-        self.watch.awake = true;
+    fn watch_delivered(&mut self) {
+        self.watch.delivered = true;
         self.watch.errors = 0;
-        if std::mem::take(&mut self.watch.told) {
-            tracing::info!(node = self.cluster.node(), "the Node is watched again");
+        if std::mem::take(&mut self.watch.logged) {
+            tracing::info!(node = self.cluster.node(), "watching the Node again");
         }
     }
 
     fn watch_failed(&mut self, error: &ClusterError) {
         self.watch.errors += 1;
-        // While nothing works, that is told already.
+        // If calls fail too, that is already logged.
         if self.watch.errors == WATCH_ERRORS && self.failures.is_none() {
-            self.watch.told = true;
+            self.watch.logged = true;
             tracing::warn!(
                 node = self.cluster.node(), code = error.code(), %error,
-                "the Node cannot be watched: touched labels are put back late"
+                "cannot watch the Node, retrying: edited labels are restored late"
             );
         }
     }
 
-    /// Looks at the Node and does what is to be done. Says when to look next.
-    async fn look(&mut self) -> Duration {
-        self.only_to_be_sure = false;
+    /// Syncs the Node. Returns the time until the next sync.
+    async fn sync(&mut self) -> Duration {
+        self.is_fallback = false;
         let Some(desired) = self.to_publish() else {
             return self.until_fallback();
         };
         self.metrics.sync_attempts.inc();
-        match self.sync(&desired).await {
-            Ok(Outcome::InSync) => {
+        match self.apply(&desired).await {
+            Ok(SyncOutcome::InSync) => {
                 self.metrics.sync_last_success.set(now_seconds());
                 self.succeeded();
                 self.until_fallback()
             }
-            Ok(Outcome::TooEarly) => {
+            Ok(SyncOutcome::TooEarly) => {
                 self.succeeded();
                 self.write_from.saturating_duration_since(Instant::now())
             }
@@ -298,21 +304,22 @@ impl NodePublisher {
         }
     }
 
-    async fn sync(&mut self, desired: &LabelSet) -> Result<Outcome, ClusterError> {
+    async fn apply(&mut self, desired: &LabelSet) -> Result<SyncOutcome, ClusterError> {
         let mut refused = ApplyConflicts::new();
         for round in 1.. {
             let node = self.cluster.observe().await?;
-            self.meet(&node);
+            self.node_read(&node);
             let decision = self.decide(desired, &node.shown, &refused);
             if let LabelWrite::Apply { force } = decision.action {
                 if Instant::now() < self.write_from {
-                    return Ok(Outcome::TooEarly);
+                    return Ok(SyncOutcome::TooEarly);
                 }
-                let owners = match force {
-                    true => Owners::Override {
-                        seen: &node.resource_version,
-                    },
-                    false => Owners::Respect,
+                let owners = if force {
+                    Owners::Override {
+                        version: &node.resource_version,
+                    }
+                } else {
+                    Owners::Respect
                 };
                 match self
                     .cluster
@@ -320,8 +327,8 @@ impl NodePublisher {
                     .await
                 {
                     Ok(_) => {}
-                    Err(ClusterError::Conflict { refusal, .. }) if round < ROUNDS => {
-                        refused.extend(refusal);
+                    Err(ClusterError::Conflict { conflicts, .. }) if round < ROUNDS => {
+                        refused.extend(conflicts);
                         continue;
                     }
                     Err(error) => return Err(error),
@@ -331,7 +338,7 @@ impl NodePublisher {
             self.memory.record(decision, self.started.elapsed());
             break;
         }
-        Ok(Outcome::InSync)
+        Ok(SyncOutcome::InSync)
     }
 
     fn decide(
@@ -350,31 +357,34 @@ impl NodePublisher {
         })
     }
 
-    /// Notices another Node by the same name, and a watch that is not told what happens.
-    fn meet(&mut self, node: &NodeState) {
+    /// Handles a read of the Node: detects a replaced Node and a stalled watch.
+    fn node_read(&mut self, node: &NodeState) {
         if self.uid != node.uid {
             if !self.uid.is_empty() {
                 tracing::info!(
                     node = self.cluster.node(),
-                    "the Node was replaced by a new one"
+                    "the Node was replaced by another one of the same name"
                 );
                 self.memory.reset();
             }
             self.uid.clone_from(&node.uid);
         }
-        // Long enough ago for the watch to have told of any change since.
-        let quiet = self.watch.looked.elapsed() > self.options.fallback / 2;
-        if quiet && !self.watch.awake && self.watch.version != node.resource_version {
-            tracing::debug!("the watch of the Node is deaf");
-            self.watch = Watch::new(&self.cluster);
+        // After this time a working watch has delivered each change since the last read.
+        let is_overdue = self.watch.read_at.elapsed() > self.options.fallback / 2;
+        if is_overdue && !self.watch.delivered && self.watch.version != node.resource_version {
+            tracing::debug!(
+                node = self.cluster.node(),
+                "node watch stalled, restarting it"
+            );
+            self.watch = NodeWatch::new(&self.cluster);
         }
-        self.watch.awake = false;
-        self.watch.looked = Instant::now();
+        self.watch.delivered = false;
+        self.watch.read_at = Instant::now();
         self.watch.version.clone_from(&node.resource_version);
     }
 
     fn until_fallback(&mut self) -> Duration {
-        self.only_to_be_sure = true;
+        self.is_fallback = true;
         self.options.fallback.mul_f64(0.9 + 0.2 * fastrand::f64())
     }
 }

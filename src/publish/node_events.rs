@@ -1,48 +1,46 @@
-//! What people should see on the Node beside its labels: libvirt lost and back, and hotplug that
-//! did not end well.
+//! Events about the Node beside those of its labels: libvirt lost and reconnected, and hotplug
+//! operations whose verdict is not Verified.
 
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::ObjectReference;
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep_until};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::events::EventRecorder;
+use super::wait_until;
 use crate::cluster::{EventKind, ObjectEvent};
 use crate::hotplug::Verdict;
 use crate::hypervisor::Connection;
 use crate::operation::Record;
 
-/// libvirt may restart within this time without an event.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// Minimum duration of an outage that is reported: a restart of libvirt takes less.
+const OUTAGE_MIN: Duration = Duration::from_secs(10);
 
-/// Tells of the hypervisor on the Node until `token` is cancelled: that it is lost, after a moment
-/// of patience, and then that it is back.
+/// Records an event when the hypervisor has been disconnected for [`OUTAGE_MIN`], and another when it
+/// is connected again. Runs until `token` is cancelled.
 pub async fn report_hypervisor(
     events: EventRecorder,
     node: ObjectReference,
     connection: watch::Receiver<Connection>,
     token: CancellationToken,
 ) {
-    token
-        .run_until_cancelled(follow(connection, |lost| {
-            events.record(hypervisor(&node, lost));
-        }))
-        .await;
+    let report = |lost| events.record(hypervisor_event(&node, lost));
+    token.run_until_cancelled(follow(connection, report)).await;
 }
 
-/// Calls `tell` with `true` when the connection was down for [`PATIENCE`], and with `false` when
-/// it is up again after that.
-async fn follow(mut connection: watch::Receiver<Connection>, tell: impl Fn(bool)) {
+/// Calls `report` with `true` at the start of an outage, and with `false` at its end.
+async fn follow(mut connection: watch::Receiver<Connection>, report: impl Fn(bool)) {
     let mut lost = false;
     let mut down_since = Instant::now();
     loop {
         let is_down = *connection.borrow_and_update() == Connection::Down;
         if lost && !is_down {
             lost = false;
-            tell(false);
+            report(false);
         }
+        let lost_at = (is_down && !lost).then(|| down_since + OUTAGE_MIN);
         tokio::select! {
             changed = connection.changed() => {
                 if changed.is_err() {
@@ -52,26 +50,27 @@ async fn follow(mut connection: watch::Receiver<Connection>, tell: impl Fn(bool)
                     down_since = Instant::now();
                 }
             }
-            () = sleep_until(down_since + PATIENCE), if is_down && !lost => {
+            () = wait_until(lost_at) => {
                 lost = true;
-                tell(true);
+                report(true);
             }
         }
     }
 }
 
-fn hypervisor(node: &ObjectReference, lost: bool) -> ObjectEvent {
-    let (kind, reason, note) = match lost {
-        true => (
+fn hypervisor_event(node: &ObjectReference, lost: bool) -> ObjectEvent {
+    let (kind, reason, note) = if lost {
+        (
             EventKind::Warning,
             "HypervisorLost",
-            "There is no connection to libvirt. Labels stay as they are, hotplug is refused; virtnode goes on trying.",
-        ),
-        false => (
+            "libvirt is not connected. Labels are kept, hotplug is rejected, and virtnode keeps reconnecting.",
+        )
+    } else {
+        (
             EventKind::Normal,
             "HypervisorBack",
-            "There is a connection to libvirt again.",
-        ),
+            "libvirt is connected again.",
+        )
     };
     ObjectEvent {
         about: node.clone(),
@@ -82,10 +81,9 @@ fn hypervisor(node: &ObjectReference, lost: bool) -> ObjectEvent {
     }
 }
 
-/// What is to be told on the Node of an operation: its verdict, unless all is proven.
+/// Returns the event about an operation: its verdict unless it is Verified.
 ///
-/// `None` while there is no verdict, and for one that was put right later, which was told when it
-/// was given.
+/// `None` before the verdict, and after its correction: the first verdict has been reported.
 pub fn of_operation(node: &ObjectReference, record: &Record) -> Option<ObjectEvent> {
     let verdict = record.verdict?;
     if verdict == Verdict::Verified || record.corrected.is_some() {
@@ -97,7 +95,7 @@ pub fn of_operation(node: &ObjectReference, record: &Record) -> Option<ObjectEve
         kind: EventKind::Warning,
         reason: format!("Hotplug{verdict}"),
         action: "Hotplug",
-        // A tenant's text.
+        // Quoted, because the tenant chose the name.
         note: format!("domain {:?}: {message}", record.domain.name),
     })
 }
@@ -109,38 +107,38 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn a_restart_of_libvirt_is_no_news_and_a_loss_is() {
+    async fn only_outages_of_ten_seconds_are_reported() {
         let (sender, receiver) = watch::channel(Connection::Up(1));
-        let told = Mutex::new(Vec::new());
-        let follow = follow(receiver, |lost| told.lock().unwrap().push(lost));
-        let story = async {
+        let reports = Mutex::new(Vec::new());
+        let follow = follow(receiver, |lost| reports.lock().unwrap().push(lost));
+        let connections = async {
             let steps = [
-                (Connection::Down, PATIENCE / 2, vec![]),
-                (Connection::Up(2), PATIENCE * 2, vec![]),
-                (Connection::Down, PATIENCE * 2, vec![true]),
-                (Connection::Up(3), PATIENCE * 2, vec![true, false]),
-                (Connection::Up(4), PATIENCE * 2, vec![true, false]),
+                (Connection::Down, OUTAGE_MIN / 2, vec![]),
+                (Connection::Up(2), OUTAGE_MIN * 2, vec![]),
+                (Connection::Down, OUTAGE_MIN * 2, vec![true]),
+                (Connection::Up(3), OUTAGE_MIN * 2, vec![true, false]),
+                (Connection::Up(4), OUTAGE_MIN * 2, vec![true, false]),
             ];
             for (state, wait, expected) in steps {
                 sender.send_replace(state);
                 tokio::time::sleep(wait).await;
-                assert_eq!(*told.lock().unwrap(), expected, "{state:?}");
+                assert_eq!(*reports.lock().unwrap(), expected, "{state:?}");
             }
             drop(sender);
         };
-        tokio::join!(follow, story);
+        tokio::join!(follow, connections);
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_libvirt_that_never_came_is_lost_too() {
+    async fn hypervisor_that_never_connects_is_reported() {
         let (sender, receiver) = watch::channel(Connection::Down);
-        let told = Mutex::new(Vec::new());
-        let follow = follow(receiver, |lost| told.lock().unwrap().push(lost));
-        let story = async {
-            tokio::time::sleep(PATIENCE * 5).await;
+        let reports = Mutex::new(Vec::new());
+        let follow = follow(receiver, |lost| reports.lock().unwrap().push(lost));
+        let connections = async {
+            tokio::time::sleep(OUTAGE_MIN * 5).await;
             drop(sender);
         };
-        tokio::join!(follow, story);
-        assert_eq!(told.into_inner().unwrap(), [true]);
+        tokio::join!(follow, connections);
+        assert_eq!(reports.into_inner().unwrap(), [true]);
     }
 }

@@ -1,8 +1,16 @@
-//! The `NodeVirtualization` of the own Node: written when something changed, put back when
-//! somebody else touched it, and left alone otherwise.
+//! Publisher of the `NodeVirtualization` of this daemon's Node.
 //!
-//! Labels do not wait for it: without its definition in the cluster, or without the right to
-//! write it, everything else goes on.
+//! ```text
+//!          snapshot │ connection │ condition differs      3 s later
+//!  idle ─────────────────────────────────────────▶ due ────────────▶ sync ──▶ idle
+//!    │     object changed by others                 ▲                 │
+//!    └──────────────────────────────────────────────┘◀── backoff ── error
+//!  sync:  [read the object] ─▶ compare ─▶ write if different, or the last write is an hour old
+//! ```
+//! * One task owns the published object and its watch, and blocks on calls to the API server only.
+//! * Nothing is written before the first snapshot, or if nothing has changed.
+//! * Failures are logged once and retried. They do not affect labels or hotplug: the cluster may have
+//!   no definition of the kind, or the daemon no right to write it.
 
 mod describe;
 mod snapshot;
@@ -14,10 +22,11 @@ use std::time::Duration;
 use futures::StreamExt;
 use futures::stream::BoxStream;
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep_until};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 pub use self::snapshot::Snapshot;
+use super::wait_until;
 use crate::cluster::objects::node_virtualization::HOTPLUG_OBJECTS_WATCHED;
 use crate::cluster::objects::{Condition, NodeVirtualization, NodeVirtualizationStatus};
 use crate::cluster::{Cluster, ClusterError, Retry};
@@ -25,18 +34,14 @@ use crate::hypervisor::Connection;
 use crate::telemetry::Metrics;
 use crate::units::Timestamp;
 
-/// How the object is written.
 #[derive(Debug, Clone)]
 pub struct VirtualizationPublisherOptions {
-    /// The first write is delayed at random by up to this, so that the nodes of a cluster do not
-    /// all write at once.
+    /// Maximum random delay of the first write, which spreads the load of a cluster's nodes.
     pub start_jitter: Duration,
-    /// So long a change waits for further ones: a libvirt that restarts is one write, not two.
+    /// Delay of a write after a change, so that a restart of libvirt costs one write instead of two.
     pub settle: Duration,
-    /// If nothing changed but the time of the last probe, that is written after so long; up to a
-    /// tenth later, at random.
+    /// Interval of writes that change only the time of the last probe, up to 10 % longer at random.
     pub refresh: Duration,
-    /// When to try again.
     pub retry: Retry,
 }
 
@@ -47,7 +52,7 @@ impl Default for VirtualizationPublisherOptions {
             settle: Duration::from_secs(3),
             refresh: Duration::from_secs(3600),
             retry: Retry {
-                // The definition of the kind may be missing for good.
+                // The cluster may never have a definition of the kind.
                 needs_people: Duration::from_secs(1800),
                 ..Retry::default()
             },
@@ -55,39 +60,36 @@ impl Default for VirtualizationPublisherOptions {
     }
 }
 
-/// Keeps the object of one Node as it should be.
+/// Keeps the object of one Node equal to the newest snapshot.
 pub struct VirtualizationPublisher {
     cluster: Cluster,
     metrics: Arc<Metrics>,
     options: VirtualizationPublisherOptions,
 
-    /// What is published, as far as it is known.
-    published: Option<Published>,
-    changes: Option<Changes>,
-    beside: Option<Beside>,
+    /// `None` if the object must be read.
+    published: Option<PublishedObject>,
+    versions: Option<ObjectVersions>,
+    hotplug: Option<watch::Receiver<Option<Condition>>>,
     write_from: Instant,
     due: Option<Instant>,
     failures: u32,
-    told: Option<&'static str>,
+    logged: Option<&'static str>,
 }
 
-/// A condition that others than the probe tell of, once it is known.
-type Beside = watch::Receiver<Option<Condition>>;
+/// The resource versions of the object from its watch.
+type ObjectVersions = BoxStream<'static, Result<Option<String>, ClusterError>>;
 
-type Changes = BoxStream<'static, Result<Option<String>, ClusterError>>;
-
-/// The object as the API server has it.
-struct Published {
+/// The object in the API server.
+struct PublishedObject {
     resource_version: String,
-    /// What it shows. An API server with an older definition drops what it does not know; so what
-    /// was sent is kept too, and is what a new status is compared with.
-    shown: NodeVirtualizationStatus,
-    sent: Option<NodeVirtualizationStatus>,
+    /// The last written status, otherwise the status that was read. The API server's copy is not
+    /// comparable with a new status: an older definition drops unknown fields.
+    status: NodeVirtualizationStatus,
     refresh_at: Instant,
 }
 
 impl VirtualizationPublisher {
-    /// Nothing is sent before [`Self::run`]. To be called within the runtime.
+    /// Sends nothing before [`Self::run`]. Must be called within the runtime.
     pub fn new(
         cluster: Cluster,
         metrics: Arc<Metrics>,
@@ -99,78 +101,78 @@ impl VirtualizationPublisher {
             metrics,
             options,
             published: None,
-            changes: None,
-            beside: None,
+            versions: None,
+            hotplug: None,
             write_from,
             due: None,
             failures: 0,
-            told: None,
+            logged: None,
         }
     }
 
-    /// Shows that condition too, of the type [`HOTPLUG_OBJECTS_WATCHED`].
+    /// Adds the condition [`HOTPLUG_OBJECTS_WATCHED`] to the status.
     #[must_use]
     pub fn with_hotplug(self, condition: watch::Receiver<Option<Condition>>) -> Self {
         Self {
-            beside: Some(condition),
+            hotplug: Some(condition),
             ..self
         }
     }
 
-    /// Keeps the object equal to the newest snapshot until `token` is cancelled; then it stays as
-    /// it is. Before the first snapshot nothing is done.
+    /// Keeps the object equal to the newest snapshot until `token` is cancelled, and leaves it in the
+    /// cluster afterwards.
     pub async fn run(
         mut self,
-        pictures: watch::Receiver<Option<Arc<Snapshot>>>,
+        snapshots: watch::Receiver<Option<Arc<Snapshot>>>,
         connection: watch::Receiver<Connection>,
         token: CancellationToken,
     ) {
         token
-            .run_until_cancelled_owned(self.keep_true(pictures, connection))
+            .run_until_cancelled_owned(self.keep_in_sync(snapshots, connection))
             .await;
     }
 
-    async fn keep_true(
+    async fn keep_in_sync(
         &mut self,
-        mut pictures: watch::Receiver<Option<Arc<Snapshot>>>,
+        mut snapshots: watch::Receiver<Option<Arc<Snapshot>>>,
         mut connection: watch::Receiver<Connection>,
     ) {
-        pictures.mark_changed();
+        snapshots.mark_changed();
         loop {
             tokio::select! {
-                changed = pictures.changed() => {
+                changed = snapshots.changed() => {
                     if changed.is_err() {
                         return;
                     }
-                    let snapshot = pictures.borrow_and_update().clone();
+                    let snapshot = snapshots.borrow_and_update().clone();
                     let connection = *connection.borrow();
-                    if snapshot.is_some_and(|snapshot| self.is_news(&snapshot, connection)) {
-                        self.look_in(self.options.settle);
+                    if snapshot.is_some_and(|snapshot| self.differs(&snapshot, connection)) {
+                        self.schedule(self.options.settle);
                     }
                 }
                 changed = connection.changed() => {
                     if changed.is_err() {
                         return;
                     }
-                    self.look_in(self.options.settle);
+                    self.schedule(self.options.settle);
                 }
-                () = changed(&mut self.beside) => self.look_in(self.options.settle),
-                seen = next(&mut self.changes) => self.saw(seen),
+                () = changed(&mut self.hotplug) => self.schedule(self.options.settle),
+                version = next(&mut self.versions) => self.handle(version),
                 () = wait_until(self.due) => {
                     self.due = None;
-                    let snapshot = pictures.borrow().clone();
+                    let snapshot = snapshots.borrow().clone();
                     let connection = *connection.borrow();
                     if let Some(snapshot) = snapshot {
-                        self.look(&snapshot, connection).await;
+                        self.sync(&snapshot, connection).await;
                     }
                 }
             }
         }
     }
 
-    /// To look after this time, or earlier if that is planned.
-    fn look_in(&mut self, wait: Duration) {
-        // While it fails, its own time counts.
+    /// Schedules a sync after this time, unless an earlier one is scheduled.
+    fn schedule(&mut self, wait: Duration) {
+        // The backoff is not shortened.
         if self.failures > 0 && self.due.is_some() {
             return;
         }
@@ -178,66 +180,66 @@ impl VirtualizationPublisher {
         self.due = Some(self.due.map_or(at, |due| due.min(at)));
     }
 
-    /// Whether a snapshot is a reason to look: nothing is published yet, it shows something else,
-    /// or what is published is old.
-    fn is_news(&self, snapshot: &Snapshot, connection: Connection) -> bool {
+    /// True if a sync would write this snapshot, or the published object is unknown.
+    fn differs(&self, snapshot: &Snapshot, connection: Connection) -> bool {
         match &self.published {
             None => true,
             Some(published) => {
-                let mut status = self.status(snapshot, published.known(), connection);
-                published.differs(&mut status)
+                let status = self.status(snapshot, &published.status, connection);
+                published.needs_write(&status)
             }
         }
     }
 
-    /// The status to publish after the one that is known.
+    /// Returns the status to publish in place of `before`.
     fn status(
         &self,
         snapshot: &Snapshot,
-        known: &NodeVirtualizationStatus,
+        before: &NodeVirtualizationStatus,
         connection: Connection,
     ) -> NodeVirtualizationStatus {
-        let mut status = snapshot.status(known, connection, jiff::Timestamp::now());
-        let told = self.beside.as_ref().and_then(|told| told.borrow().clone());
-        let told = told.map(|condition| condition.after(&known.conditions));
-        // A daemon that has just started has not found out yet.
-        let former = || Condition::find(&known.conditions, HOTPLUG_OBJECTS_WATCHED).cloned();
-        status.conditions.extend(told.or_else(former));
+        let mut status = snapshot.status(before, connection, jiff::Timestamp::now());
+        let hotplug = self.hotplug.as_ref().and_then(|it| it.borrow().clone());
+        let hotplug = hotplug.map(|condition| condition.after(&before.conditions));
+        // Shortly after a start the condition is not known yet.
+        let former = || Condition::find(&before.conditions, HOTPLUG_OBJECTS_WATCHED).cloned();
+        status.conditions.extend(hotplug.or_else(former));
         status
     }
 
-    fn saw(&mut self, seen: Result<Option<String>, ClusterError>) {
-        // What the watch cannot do the next write cannot either, and that one tells.
-        let Ok(version) = seen else { return };
+    /// Handles a version from the watch. Errors are not reported: the next write has the same.
+    fn handle(&mut self, version: Result<Option<String>, ClusterError>) {
+        let Ok(version) = version else { return };
         let known = self.published.as_ref();
         let known = known.map(|published| published.resource_version.as_str());
-        // The snapshot may be an old one. A look is cheap, and rare.
+        // The watch may be behind an own write, which costs one read.
         if version.as_deref() != known {
             self.published = None;
-            self.look_in(self.options.settle);
+            self.schedule(self.options.settle);
         }
     }
 
-    async fn look(&mut self, snapshot: &Snapshot, connection: Connection) {
+    async fn sync(&mut self, snapshot: &Snapshot, connection: Connection) {
         self.metrics.cluster.virtualization_attempts.inc();
-        match self.sync(snapshot, connection).await {
+        match self.write(snapshot, connection).await {
             Ok(()) => {
                 self.failures = 0;
-                if self.told.take().is_some() {
+                if self.logged.take().is_some() {
                     tracing::info!(
                         node = self.cluster.node(),
-                        "the NodeVirtualization is published again"
+                        "NodeVirtualization is published again"
                     );
                 }
-                if self.changes.is_none() {
-                    self.changes = Some(self.cluster.watch_virtualization().boxed());
+                if self.versions.is_none() {
+                    self.versions = Some(self.cluster.watch_virtualization().boxed());
                 }
             }
             Err(error) => self.failed(&error),
         }
     }
 
-    async fn sync(
+    /// Writes the object if necessary.
+    async fn write(
         &mut self,
         snapshot: &Snapshot,
         connection: Connection,
@@ -245,29 +247,29 @@ impl VirtualizationPublisher {
         let published = match self.published.take() {
             Some(published) => published,
             None => match self.cluster.virtualization().await? {
-                Some(object) => Published::new(object, None, &self.options),
-                None => Published::nothing(),
+                Some(object) => PublishedObject::new(object, None, &self.options),
+                None => PublishedObject::missing(),
             },
         };
-        let mut status = self.status(snapshot, published.known(), connection);
-        let differs = published.differs(&mut status);
+        let status = self.status(snapshot, &published.status, connection);
+        let needs_write = published.needs_write(&status);
         self.published = Some(published);
-        if !differs {
+        if !needs_write {
             return Ok(());
         }
         let early = self.write_from.saturating_duration_since(Instant::now());
         if !early.is_zero() {
-            self.look_in(early);
+            self.schedule(early);
             return Ok(());
         }
-        // An object without its Node would stay for ever.
+        // The owner needs the uid: without an owner the object would outlive the Node.
         let node = self.cluster.observe().await?;
         let object = self
             .cluster
             .apply_virtualization(&status, &node.uid)
             .await?;
         tracing::info!(node = self.cluster.node(), "NodeVirtualization written");
-        self.published = Some(Published::new(object, Some(status), &self.options));
+        self.published = Some(PublishedObject::new(object, Some(status), &self.options));
         Ok(())
     }
 
@@ -278,16 +280,15 @@ impl VirtualizationPublisher {
             .virtualization_failures
             .with_label_values(&[code])
             .inc();
-        if self.told != Some(code) {
-            self.told = Some(code);
+        if self.logged.replace(code) != Some(code) {
             tracing::warn!(
                 node = self.cluster.node(), code, %error,
-                "the NodeVirtualization cannot be published; trying again, labels go on"
+                "cannot publish the NodeVirtualization, retrying; labels are not affected"
             );
         }
         if matches!(error, ClusterError::NotFound { .. }) {
-            // Nothing to watch.
-            self.changes = None;
+            // There is nothing to watch.
+            self.versions = None;
         }
         self.published = None;
         self.failures += 1;
@@ -295,15 +296,15 @@ impl VirtualizationPublisher {
     }
 }
 
-impl Published {
+impl PublishedObject {
     fn new(
         object: NodeVirtualization,
         sent: Option<NodeVirtualizationStatus>,
         options: &VirtualizationPublisherOptions,
     ) -> Self {
-        let shown = object.spec.facts;
+        let status = sent.unwrap_or(object.spec.facts);
         let now = Timestamp::from(jiff::Timestamp::now());
-        let age = shown.last_probe_time.map(|at| now.since(at));
+        let age = status.last_probe_time.map(|at| now.since(at));
         let late = 1.0 + 0.1 * fastrand::f64();
         let rest = options
             .refresh
@@ -311,60 +312,49 @@ impl Published {
             .saturating_sub(age.unwrap_or_default());
         Self {
             resource_version: object.metadata.resource_version.unwrap_or_default(),
-            shown,
-            sent,
+            status,
             refresh_at: Instant::now() + rest,
         }
     }
 
-    fn nothing() -> Self {
+    fn missing() -> Self {
         Self {
             resource_version: String::new(),
-            shown: NodeVirtualizationStatus::default(),
-            sent: None,
+            status: NodeVirtualizationStatus::default(),
             refresh_at: Instant::now(),
         }
     }
 
-    fn known(&self) -> &NodeVirtualizationStatus {
-        self.sent.as_ref().unwrap_or(&self.shown)
-    }
-
-    /// Whether a status is worth a write.
-    fn differs(&self, status: &mut NodeVirtualizationStatus) -> bool {
-        let known = self.known();
-        let probed = std::mem::replace(&mut status.last_probe_time, known.last_probe_time);
-        let news = status != known;
-        status.last_probe_time = probed;
-        let refresh = Instant::now() >= self.refresh_at;
-        news || refresh && probed != known.last_probe_time
+    /// True if a status differs in more than the time of the probe, or that time must be refreshed.
+    fn needs_write(&self, status: &NodeVirtualizationStatus) -> bool {
+        if Instant::now() >= self.refresh_at {
+            return *status != self.status;
+        }
+        let last_probe_time = self.status.last_probe_time;
+        NodeVirtualizationStatus {
+            last_probe_time,
+            ..status.clone()
+        } != self.status
     }
 }
 
-/// Returns when the condition changed.
-async fn changed(condition: &mut Option<Beside>) {
+/// Waits for a change of the condition.
+async fn changed(condition: &mut Option<watch::Receiver<Option<Condition>>>) {
     if let Some(condition) = condition
         && condition.changed().await.is_ok()
     {
         return;
     }
-    // There is nobody who could tell another one.
+    // Without a sender it never changes.
     std::future::pending().await
 }
 
-async fn next(changes: &mut Option<Changes>) -> Result<Option<String>, ClusterError> {
-    if let Some(stream) = changes
-        && let Some(seen) = stream.next().await
+async fn next(versions: &mut Option<ObjectVersions>) -> Result<Option<String>, ClusterError> {
+    if let Some(stream) = versions
+        && let Some(version) = stream.next().await
     {
-        return seen;
+        return version;
     }
-    // It never ends; without one there is nothing to wait for.
+    // The stream never ends.
     std::future::pending().await
-}
-
-async fn wait_until(due: Option<Instant>) {
-    match due {
-        Some(due) => sleep_until(due).await,
-        None => std::future::pending().await,
-    }
 }

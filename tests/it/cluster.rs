@@ -430,7 +430,7 @@ async fn another_node(lab: &Lab) -> anyhow::Result<()> {
     let seen = ghost.observe().await?;
     lab.heartbeat("ghost").await?;
     let owners = Owners::Override {
-        seen: &seen.resource_version,
+        version: &seen.resource_version,
     };
     let refused = ghost
         .apply(&set, &seen.uid, owners)

@@ -360,7 +360,7 @@ async fn what_is_said_of_an_object_is_said_of_no_other() -> anyhow::Result<()> {
     let gone = async |when: &str, version: &str| {
         let status = objects.write_status(target, version, &status).await;
         is_gone(&format!("status {when}"), status.map(drop))?;
-        let own = objects.own(target, uid).await;
+        let own = objects.set_owner(target, uid).await;
         is_gone(&format!("own {when}"), own.map(drop))?;
         is_gone(&format!("delete {when}"), objects.delete(target).await)
     };

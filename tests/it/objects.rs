@@ -166,7 +166,10 @@ async fn an_api_server_refuses_what_it_can_see_is_wrong() -> anyhow::Result<()> 
             // By this the daemon sees it.
             assert_eq!(changed.metadata.generation, Some(2));
         }
-        Err(error) => ensure!(error.to_string().contains("make another object"), "{error}"),
+        Err(error) => ensure!(
+            error.to_string().contains("create another object"),
+            "{error}"
+        ),
     }
     Ok(())
 }

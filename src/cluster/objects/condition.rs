@@ -1,33 +1,33 @@
-//! A condition, in the shape that every Kubernetes object has it (`metav1.Condition`), and times.
+//! Conditions as all Kubernetes objects have them (`metav1.Condition`), and the schema of times.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::units::Timestamp;
 
-/// One thing that is so, is not so, or is not known.
+/// One aspect of the object's state.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Condition {
-    /// What it is about, in CamelCase.
+    /// Type of the condition, in CamelCase.
     #[serde(rename = "type")]
     pub kind: String,
     /// True, False or Unknown.
     pub status: String,
-    /// Why, as one word for programs.
+    /// Reason of the status as one word, for programs.
     pub reason: String,
-    /// Why, as a sentence for people.
+    /// Reason of the status as a sentence, for people.
     pub message: String,
-    /// When the status last became another one.
+    /// Time at which the status last changed.
     #[schemars(with = "Time")]
     pub last_transition_time: Timestamp,
-    /// The generation of the object that this is about, where generations tell anything.
+    /// Generation of the object that the condition refers to, where generations apply.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub observed_generation: Option<i64>,
 }
 
 impl Condition {
-    /// A condition that holds or does not, since `now`.
+    /// Returns a condition that has been true or false since `now`.
     pub fn new(
         kind: &str,
         holds: bool,
@@ -45,9 +45,9 @@ impl Condition {
         }
     }
 
-    /// As it is to be shown after the `former` conditions: it keeps its time until its status
-    /// changes, and its sentence until its status or reason does, for sentences may have numbers in
-    /// them that are others each time.
+    /// Returns the condition as successor of the `former` conditions: the time is kept until the
+    /// status changes, and the message until the status or reason changes, because a message may
+    /// contain numbers that differ each time.
     #[must_use]
     pub fn after(mut self, former: &[Self]) -> Self {
         let former = Self::find(former, &self.kind);
@@ -60,21 +60,20 @@ impl Condition {
         self
     }
 
-    /// The condition of this type.
+    /// Returns the condition of this type.
     pub fn find<'c>(conditions: &'c [Self], kind: &str) -> Option<&'c Self> {
         conditions.iter().find(|condition| condition.kind == kind)
     }
 
-    /// Whether it is `True`.
     pub fn holds(&self) -> bool {
         self.status == "True"
     }
 }
 
-/// The schema of a point in time, as RFC 3339 writes it.
+/// The schema of an RFC 3339 time.
 #[derive(JsonSchema)]
 #[schemars(extend("format" = "date-time"))]
-#[expect(dead_code, reason = "only its schema is of use")]
+#[expect(dead_code, reason = "only its schema is used")]
 pub(super) struct Time(String);
 
 #[cfg(test)]
@@ -82,7 +81,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_condition_keeps_its_time_and_sentence_until_it_changes() {
+    fn unchanged_condition_keeps_its_time_and_message() {
         let at = |seconds: i64| Timestamp::from_millis(seconds * 1000);
         let first = Condition::new("Probed", true, "Read", "", at(0)).after(&[]);
         assert_eq!(first.last_transition_time, at(0));

@@ -1,7 +1,6 @@
-//! DomainHotplug: one verified hotplug operation, asked for by an object of the cluster.
+//! `DomainHotplug`: one verified hotplug operation, requested through an object of the cluster.
 //!
-//! The doc comments of fields are what `kubectl explain` shows, so they speak to whoever writes
-//! such an object.
+//! `kubectl explain` shows the doc comments of the fields, so they address the author of an object.
 
 #![allow(
     unreachable_pub,
@@ -9,7 +8,7 @@
 )]
 #![allow(
     clippy::duplicated_attributes,
-    reason = "each column of the table says of what type it is"
+    reason = "each printer column has a type"
 )]
 
 use kube::{CustomResource, KubeSchema};
@@ -20,7 +19,7 @@ use super::condition::{Condition, Time};
 use crate::hotplug::{Amount, Diagnosis, Evidence, Require};
 use crate::units::Timestamp;
 
-/// What is asked for. The object is one-shot: it is done once, and its spec cannot be changed.
+/// The requested change. It is made once, and the spec cannot be changed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, CustomResource, KubeSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 #[kube(
@@ -32,13 +31,13 @@ use crate::units::Timestamp;
     status = "DomainHotplugStatus",
     selectable = ".spec.nodeName",
     doc = "A DomainHotplug changes the vCPUs or the memory of one running domain (virtual machine) on one \
-        node, once, and says what its guest made of it. The label virtnode.io/node with the name of the \
-        node is required: the virtnode daemon of that node looks for objects by this label alone, and an \
-        object without it is never picked up (its status stays empty). Only for a node whose name is \
-        longer than 63 characters, which no label can hold, spec.nodeName is enough; that needs \
-        Kubernetes 1.31 or newer. Whether a node's objects are seen at all, and if not, why, is in the \
-        condition HotplugObjectsWatched of its NodeVirtualization. To try again, make another object; to give up an object, delete it: an \
-        operation that has begun is brought to its end all the same.",
+        node, once, and reports whether the guest uses the change. The label virtnode.io/node with the \
+        name of the node is required: the virtnode daemon of that node selects objects by this label \
+        alone, and ignores an object without it (its status stays empty). Only for a node whose name has \
+        more than 63 characters, the limit of a label value, does spec.nodeName suffice; this requires \
+        Kubernetes 1.31 or newer. The condition HotplugObjectsWatched of the NodeVirtualization shows \
+        whether the daemon can watch the objects of its node, and the reason if it cannot. To retry, \
+        create another object. Deleting an object does not stop an operation that has started.",
     printcolumn(
         name = "NODE",
         type_ = "string",
@@ -55,58 +54,58 @@ use crate::units::Timestamp;
         name = "REQUEST",
         type_ = "string",
         json_path = ".status.request",
-        description = "What the node's daemon took on; empty as long as it did not."
+        description = "The request that the node's daemon has accepted; empty before that."
     ),
     printcolumn(
         name = "VERDICT",
         type_ = "string",
         json_path = ".status.conditions[?(@.type==\"Succeeded\")].reason",
-        description = "The verdict, or how far it is, or why it was not taken on."
+        description = "The verdict, the progress, or the reason of a rejection."
     ),
     printcolumn(
         name = "AGE",
         type_ = "date",
         json_path = ".metadata.creationTimestamp",
-        description = "How long ago the object was made."
+        description = "Time since the object was created."
     ),
     printcolumn(
         name = "MESSAGE",
         type_ = "string",
         json_path = ".status.message",
-        description = "The verdict's reason.",
+        description = "Explanation of the verdict.",
         priority = 1
     )
 )]
 #[x_kube(
-    validation = Rule::new("self == oldSelf").message("the spec cannot be changed: make another object"),
+    validation = Rule::new("self == oldSelf").message("the spec is immutable: create another object"),
     validation = Rule::new("has(self.vcpus) != has(self.memory)").message("exactly one of vcpus and memory must be given")
 )]
 pub struct DomainHotplugSpec {
     /// The name of the Node on which the domain runs. The object's label virtnode.io/node must have the
-    /// same value: the daemon of that node finds the object by the label.
+    /// same value: the daemon of that node selects the object by the label.
     #[schemars(length(min = 1, max = 253))]
     pub node_name: String,
     /// The domain: exactly one of name and uuid.
     pub domain: DomainReference,
-    /// So many vCPUs in all. Exactly one of vcpus and memory must be given.
+    /// The requested number of vCPUs. Exactly one of vcpus and memory must be given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vcpus: Option<VcpusTarget>,
-    /// So much memory in all. Exactly one of vcpus and memory must be given.
+    /// The requested amount of memory. Exactly one of vcpus and memory must be given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory: Option<MemoryTarget>,
-    /// How much proof the verdict Verified needs. Accepted: the hypervisor did it. Acknowledged: the
-    /// guest's firmware interface or driver confirmed it. Online: the guest uses it (for an unplug: it
-    /// is gone everywhere). Online unless given.
+    /// The level of evidence that the verdict Verified requires. Accepted: the hypervisor made the
+    /// change. Acknowledged: the guest's firmware interface or driver confirmed it. Online: the guest
+    /// uses the resource (for an unplug: the resource is removed everywhere). Default: Online.
     #[serde(default)]
     pub require: RequireLevel,
-    /// How long after it was taken on (status.startTime) there must be a verdict. Waiting for other
-    /// operations on the same domain counts. From 1 to 3600; 120 unless given.
+    /// Deadline of the verdict in seconds after the daemon accepted the object (status.startTime),
+    /// including the wait for other operations on the same domain. From 1 to 3600. Default: 120.
     #[serde(default = "deadline_seconds")]
     #[schemars(range(min = 1, max = 3600))]
     pub deadline_seconds: u32,
-    /// How long after its completion the object is kept; then the node's daemon deletes it. Without it
-    /// the object stays until somebody deletes it. 0 deletes it at once, so that nobody sees a verdict
-    /// who does not watch.
+    /// Seconds after its completion until the node's daemon deletes the object. If missing, the object
+    /// is kept until someone deletes it. 0 deletes it at once: only clients with a watch see the
+    /// verdict.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0, max = 2_147_483_647))]
     pub ttl_seconds_after_finished: Option<u32>,
@@ -116,7 +115,7 @@ fn deadline_seconds() -> u32 {
     120
 }
 
-/// A domain, by exactly one of its name and its UUID.
+/// Identifies a domain by exactly one of its name and its UUID.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
 #[serde(deny_unknown_fields)]
 #[x_kube(validation = Rule::new("has(self.name) != has(self.uuid)").message("exactly one of name and uuid must be given"))]
@@ -125,7 +124,7 @@ pub struct DomainReference {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 255))]
     pub name: Option<String>,
-    /// The UUID that `virsh domuuid` shows. Safer than a name, which another domain may get.
+    /// The UUID that `virsh domuuid` shows. Safer than a name, which another domain may have later.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(
         length(max = 36),
@@ -138,12 +137,12 @@ pub struct DomainReference {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct VcpusTarget {
-    /// How many vCPUs the domain is to have in all, not how many to add; at least 1. More than its maximum is
-    /// Infeasible, never a smaller success.
+    /// The total number of vCPUs, not the number to add; at least 1. A number above the domain's
+    /// maximum yields Infeasible, never a smaller success.
     #[schemars(range(min = 1, max = 2_147_483_647))]
     pub count: u32,
-    /// Whether vCPUs that the guest takes and leaves offline are brought online through its agent; no
-    /// unless given.
+    /// If true, the guest agent brings vCPUs online that the guest has accepted and left offline.
+    /// Default: false.
     #[serde(default)]
     pub online: bool,
 }
@@ -152,8 +151,8 @@ pub struct VcpusTarget {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct MemoryTarget {
-    /// How much memory the domain is to have in all, what it booted with included: a number with a
-    /// binary unit, such as 2Gi or 1536Mi. A bare number is refused.
+    /// The total amount of memory, boot memory included: a number with a binary unit, such as 2Gi or
+    /// 1536Mi. A number without a unit is rejected.
     #[schemars(
         length(max = 40),
         regex(pattern = r"^[0-9]+([.][0-9]+)?(Ki|Mi|Gi|Ti|Pi|Ei)B?$")
@@ -161,15 +160,12 @@ pub struct MemoryTarget {
     pub size: String,
 }
 
-/// A level of proof.
+/// A level of evidence.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum RequireLevel {
-    // No doc comments: the schema would become one of three objects instead of three words.
-    #[allow(missing_docs)]
+    // Doc comments here would turn the schema's three words into one of three objects.
     Accepted,
-    #[allow(missing_docs)]
     Acknowledged,
-    #[allow(missing_docs)]
     #[default]
     Online,
 }
@@ -184,90 +180,90 @@ impl From<RequireLevel> for Require {
     }
 }
 
-/// What came of it, written by the daemon of the node.
+/// The state of the operation, written by the daemon of the node.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct DomainHotplugStatus {
-    /// The generation of the object that was taken on. A greater metadata.generation means that the
-    /// spec was changed afterwards; that has no effect.
+    /// The generation of the object that the daemon accepted. A greater metadata.generation means that
+    /// the spec was changed afterwards, which has no effect.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub observed_generation: Option<i64>,
-    /// The operation's identifier in the node's journal, as `virtnode operations` shows it there.
+    /// The operation's identifier in the node's journal, as shown by `virtnode operations`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub operation: Option<String>,
-    /// What was taken on, in a few words.
+    /// The accepted request in short form.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub request: Option<String>,
-    /// When it was taken on.
+    /// Time at which the daemon accepted the object.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<Time>")]
     pub start_time: Option<Timestamp>,
-    /// When there was a verdict.
+    /// Time of the verdict.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<Time>")]
     pub completion_time: Option<Timestamp>,
-    /// The verdict, once there is one. Verified: everything asked for is proven at the required level.
-    /// PartiallyApplied: the guest took some of it. GuestOffline: the guest has it and does not use it.
-    /// GuestRefused: the guest said no, or provably threw it away. GuestSilent: the guest gave no sign
-    /// before the deadline. Unverifiable: accepted, and the domain offers no proof at the required
-    /// level. Pending: still outstanding in the hypervisor at the deadline. Infeasible: nothing was
-    /// changed; the limit and the remedy are in the message. Busy: something else held the domain until
-    /// the deadline. DomainNotFound, DomainNotRunning, HypervisorError, HypervisorUnavailable: as named.
-    /// A verdict other than Verified may become Verified later, if the guest follows.
+    /// The verdict, at the end of the operation. Verified: the whole request is proven at the required
+    /// level. PartiallyApplied: the guest accepted a part of it. GuestOffline: the guest has the
+    /// resource and does not use it. GuestRefused: the guest refused the change or provably reverted
+    /// it. GuestSilent: the guest did not respond before the deadline. Unverifiable: the hypervisor
+    /// made the change, and the domain offers no evidence at the required level. Pending: the
+    /// hypervisor had not completed the change at the deadline. Infeasible: nothing was changed; the
+    /// message has the limit and the remedy. Busy: another job occupied the domain until the deadline.
+    /// DomainNotFound, DomainNotRunning, HypervisorError, HypervisorUnavailable: as named. A verdict
+    /// other than Verified may become Verified later, if the guest responds late.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub verdict: Option<String>,
-    /// One sentence for people: the verdict's reason, or what is waited for, or what is wrong with the
-    /// object.
+    /// One sentence for people: the explanation of the verdict, the event that the operation waits
+    /// for, or the error in the object.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub message: Option<String>,
-    /// What the domain had before.
+    /// The domain's amount before the operation.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub before: Option<AmountStatus>,
-    /// What was asked for, in the same terms.
+    /// The requested amount.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub requested: Option<AmountStatus>,
-    /// What the domain had when it was last looked at.
+    /// The domain's amount at the last observation.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub after: Option<AmountStatus>,
-    /// What was seen, in order.
+    /// The observed evidence, oldest first.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub evidence: Vec<EvidenceStatus>,
-    /// The hypervisor's own error, if it had one, whether or not it was the last word.
+    /// The hypervisor's own error message, if a call failed, even if a later call succeeded.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hypervisor_error: Option<String>,
-    /// What is wrong with the guest and what to do, if it is the guest.
+    /// The problem in the guest and its remedy, if the guest is the cause.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub diagnosis: Option<DiagnosisStatus>,
-    /// Accepted: whether the object is sound and was taken on; if not, the reason is InvalidSpec or
-    /// WrongNode. Progressing: whether it is being done. Succeeded: whether it was, Unknown until there
-    /// is a verdict. The reason is the verdict, once there is one; before, Queued or Running.
+    /// Accepted: the object is valid and the daemon has accepted it; if False, the reason is InvalidSpec
+    /// or WrongNode. Progressing: the operation has no verdict yet. Succeeded: the verdict is Verified;
+    /// Unknown before the verdict. The reason is the verdict, or Queued or Running before it.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
     pub conditions: Vec<Condition>,
 }
 
-/// How much of the resource there is.
+/// An amount of the resource.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct AmountStatus {
-    /// vCPUs that are plugged, or asked for.
+    /// vCPUs that are plugged or requested.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vcpus: Option<u32>,
-    /// vCPUs that the guest uses, where its agent tells.
+    /// vCPUs that are online in the guest, if the guest agent reports them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub online: Option<u32>,
-    /// Memory that the domain booted with and what the guest took of what was plugged, or that is asked
-    /// for.
+    /// Boot memory plus the plugged memory that the guest has accepted, or the requested memory.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub memory: Option<String>,
-    /// Memory that the guest sees in all, where its balloon driver tells.
+    /// Total memory seen by the guest, if its balloon driver reports it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub guest_total: Option<String>,
 }
 
 impl From<Amount> for AmountStatus {
-    fn from(extent: Amount) -> Self {
-        match extent {
+    fn from(amount: Amount) -> Self {
+        match amount {
             Amount::Vcpus { vcpus, online } => Self {
                 vcpus: Some(vcpus),
                 online,
@@ -288,12 +284,12 @@ impl From<Amount> for AmountStatus {
 /// One piece of evidence.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct EvidenceStatus {
-    /// Where it comes from: hypervisor-call, live-xml, acpi-ost, device-event, guest-agent, vcpu-time,
+    /// The source: hypervisor-call, live-xml, acpi-ost, device-event, guest-agent, vcpu-time,
     /// virtio-mem, balloon-stats or lifecycle.
     pub source: String,
-    /// What was seen, in a few words.
+    /// The observation in a few words.
     pub detail: String,
-    /// When.
+    /// Time of the observation.
     #[schemars(with = "Time")]
     pub time: Timestamp,
 }
@@ -308,14 +304,14 @@ impl From<Evidence> for EvidenceStatus {
     }
 }
 
-/// What is wrong with the guest, and what to do.
+/// A problem in the guest, and its remedy.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct DiagnosisStatus {
-    /// A short word for programs.
+    /// A short identifier, for programs.
     pub code: String,
-    /// What was seen.
+    /// The observation.
     pub seen: String,
-    /// What to do.
+    /// The remedy.
     pub remedy: String,
 }
 

@@ -12,27 +12,26 @@ pub use condition::Condition;
 pub use domain_hotplug::{DomainHotplug, DomainHotplugSpec, DomainHotplugStatus};
 pub use node_virtualization::{NodeVirtualization, NodeVirtualizationStatus};
 
-/// The label by which a node's daemon finds the objects that are its own; the value is the name
-/// of the Node.
+/// The label by which a daemon selects its objects; the value is the name of the Node.
 pub const NODE_LABEL: &str = "virtnode.io/node";
 
-/// The definition of every custom resource, as the API server takes it.
+/// Returns the definitions of all custom resources as the API server accepts them.
 pub fn definitions() -> Vec<Value> {
     let definitions: [CustomResourceDefinition; 2] =
         [DomainHotplug::crd(), NodeVirtualization::crd()];
     let as_json = |definition| {
         let mut definition = serde_json::to_value(definition).unwrap_or_default();
-        structural(&mut definition);
+        make_structural(&mut definition);
         definition
     };
     definitions.into_iter().map(as_json).collect()
 }
 
-/// Makes the schema of a type into one that says what Kubernetes means, and no more: no `null` as a
-/// value of what is optional, no formats of numbers that it does not know (and warns of), no word
-/// that further fields are forbidden (it drops them anyway, and forbids the word), and
-/// descriptions that are not broken into lines where comments are.
-fn structural(schema: &mut Value) {
+/// Converts the schema of a type into a structural schema of Kubernetes: without `null` as a value of
+/// optional fields, without number formats that the API server warns about, without
+/// `additionalProperties: false` (which it forbids; it drops unknown fields anyway), and without the
+/// line breaks of comments in descriptions.
+fn make_structural(schema: &mut Value) {
     match schema {
         Value::Object(fields) => {
             if fields.get("type").is_some_and(Value::is_string) {
@@ -43,23 +42,27 @@ fn structural(schema: &mut Value) {
                     "additionalProperties" => *value != Value::Bool(false),
                     _ => true,
                 });
-                fields.iter_mut().for_each(|(key, value)| tidy(key, value));
+                fields
+                    .iter_mut()
+                    .for_each(|(key, value)| normalize(key, value));
             }
-            fields.values_mut().for_each(structural);
+            fields.values_mut().for_each(make_structural);
         }
-        Value::Array(items) => items.iter_mut().for_each(structural),
+        Value::Array(items) => items.iter_mut().for_each(make_structural),
         _ => {}
     }
 }
 
-fn tidy(key: &str, value: &mut Value) {
+fn normalize(key: &str, value: &mut Value) {
     match (key, &*value) {
         ("description", Value::String(text)) => *value = text.replace('\n', " ").into(),
         ("format", Value::String(format)) if format.starts_with("uint") => *value = "int64".into(),
         ("minimum" | "maximum", Value::Number(number)) => {
             let whole = number.as_f64().filter(|number| number.fract() == 0.0);
-            // Far inside of what an i64 and an f64 both hold.
-            #[expect(clippy::cast_possible_truncation, reason = "a whole number of our own")]
+            #[expect(
+                clippy::cast_possible_truncation,
+                reason = "whole numbers of this crate, far below 2^53"
+            )]
             let whole = whole.map(|number| number as i64);
             if let Some(whole) = whole {
                 *value = whole.into();

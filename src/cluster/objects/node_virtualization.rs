@@ -1,12 +1,11 @@
-//! `NodeVirtualization`: what labels cannot carry of what a node can run.
+//! `NodeVirtualization`: the capabilities of a node that do not fit into labels.
 //!
-//! The facts are its `status`, without a subresource for it: one patch of the object writes them,
-//! the daemon needs no right on `nodevirtualizations/status`, and `kubectl wait
-//! --for=condition=Probed` finds the conditions where it looks for them. There is no `spec`,
-//! because nobody wishes anything here.
+//! The facts are the object's `status`, which is not a subresource: one patch of the object writes
+//! it, the daemon needs no right on `nodevirtualizations/status`, and `kubectl wait
+//! --for=condition=Probed` works. The object has no `spec`, because it requests nothing.
 //!
-//! Every field may be missing and unknown ones are passed over, so that the object of a newer or
-//! older daemon can be read. Words are strings, because their sets grow.
+//! All fields are optional and unknown fields are ignored, so that daemons of other versions can read
+//! the object. Words are strings, because their sets grow.
 
 use kube::CustomResource;
 use schemars::{JsonSchema, Schema};
@@ -15,14 +14,14 @@ use serde::{Deserialize, Serialize};
 use super::condition::{Condition, Time};
 use crate::units::Timestamp;
 
-/// The condition that says whether the last probe could read every source.
+/// Condition: the last probe could read every source.
 pub const PROBED: &str = "Probed";
-/// The condition that says whether there is a connection to libvirt.
+/// Condition: the daemon is connected to libvirt.
 pub const HYPERVISOR_CONNECTED: &str = "HypervisorConnected";
-/// The condition that says whether the `DomainHotplug` objects for the node are seen.
+/// Condition: the daemon watches the `DomainHotplug` objects of the node.
 pub const HOTPLUG_OBJECTS_WATCHED: &str = "HotplugObjectsWatched";
 
-/// The root of the object beside its metadata.
+/// The object without its metadata.
 #[derive(CustomResource, Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[kube(
     group = "virtnode.io",
@@ -32,69 +31,68 @@ pub const HOTPLUG_OBJECTS_WATCHED: &str = "HotplugObjectsWatched";
     shortname = "nvirt",
     no_spec,
     derive = "PartialEq",
-    doc = "What the node of the same name can run as a hypervisor, as its virtnode daemon found out: machine types, CPU models, features, limits. Written by that daemon only, when something changed; it goes away with the Node.",
-    printcolumn = r#"{"name": "Node", "type": "string", "jsonPath": ".metadata.name", "description": "The Node that this is about; also the object's name."}"#,
-    printcolumn = r#"{"name": "Accelerator", "type": "string", "jsonPath": ".status.accelerator", "description": "What makes guests fast there: kvm, hvf, mshv, or tcg for nothing."}"#,
+    doc = "The capabilities of the node of the same name as a hypervisor: machine types, CPU models, features, limits. The virtnode daemon of the node writes it when something has changed; it is deleted with the Node.",
+    printcolumn = r#"{"name": "Node", "type": "string", "jsonPath": ".metadata.name", "description": "The Node that the object describes; also the object's name."}"#,
+    printcolumn = r#"{"name": "Accelerator", "type": "string", "jsonPath": ".status.accelerator", "description": "The accelerator of guests: kvm, hvf, mshv, or tcg for none."}"#,
     printcolumn = r#"{"name": "QEMU", "type": "string", "jsonPath": ".status.versions.qemu", "description": "The version of QEMU."}"#,
     printcolumn = r#"{"name": "libvirt", "type": "string", "jsonPath": ".status.versions.libvirt", "description": "The version of libvirt."}"#,
-    printcolumn = r#"{"name": "Max-vCPUs", "type": "integer", "jsonPath": ".status.maxVcpus", "description": "The most vCPUs that a domain can have there on a machine type that is not deprecated."}"#,
+    printcolumn = r#"{"name": "Max-vCPUs", "type": "integer", "jsonPath": ".status.maxVcpus", "description": "The maximum number of vCPUs of a domain on a machine type that is not deprecated."}"#,
     printcolumn = r#"{"name": "IOMMU", "type": "string", "jsonPath": ".status.iommu.kind", "description": "The kind of the host's IOMMU."}"#,
-    printcolumn = r#"{"name": "Models", "type": "integer", "jsonPath": ".status.cpu.usableModels", "description": "How many named CPU models can be used there as they are."}"#,
-    printcolumn = r#"{"name": "Probed", "type": "date", "jsonPath": ".status.lastProbeTime", "description": "How long ago everything was last read. Brought up to date once an hour, and when something changed."}"#
+    printcolumn = r#"{"name": "Models", "type": "integer", "jsonPath": ".status.cpu.usableModels", "description": "The number of named CPU models that are usable on the node."}"#,
+    printcolumn = r#"{"name": "Probed", "type": "date", "jsonPath": ".status.lastProbeTime", "description": "Time since the last complete probe. Updated once an hour, and when something has changed."}"#
 )]
 #[serde(rename_all = "camelCase", default)]
 #[schemars(transform = without_defaults)]
 pub struct NodeVirtualizationFields {
-    /// What was found out. Written by the node's daemon; what others write is put back.
-    // The name `status` belongs to the derive, which would make a subresource of it.
+    /// The probed facts. The node's daemon overwrites the changes of others.
+    // A field named `status` would become a subresource.
     #[serde(rename = "status")]
     pub facts: NodeVirtualizationStatus,
 }
 
-/// What was found out of a node. What is missing is unknown; nothing is made up for it.
+/// The probed facts of a node. A missing field means unknown.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
-// One owner, one piece: account of every single field would double its size.
+// Atomic: managedFields of each single field would double the object's size.
 #[schemars(extend("x-kubernetes-map-type" = "atomic"))]
 pub struct NodeVirtualizationStatus {
-    /// When everything was last read. Facts whose source could not be read since are older.
-    /// Brought up to date once an hour, and when something changed.
+    /// Time of the last complete probe. Facts whose source failed later are older. Updated once an
+    /// hour, and when something has changed.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<Time>")]
     pub last_probe_time: Option<Timestamp>,
-    /// `Probed`: whether the last probe could read every source, and if not, which ones.
-    /// `HypervisorConnected`: whether there is a connection to libvirt. `HotplugObjectsWatched`:
-    /// whether `DomainHotplug` objects for this node are seen, and if not, why.
+    /// `Probed`: the last probe could read every source; if False, the reason names the sources that
+    /// failed. `HypervisorConnected`: the daemon is connected to libvirt. `HotplugObjectsWatched`: the
+    /// daemon watches the `DomainHotplug` objects of this node; if False, the reason is the cause.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub conditions: Vec<Condition>,
-    /// Parts that were left out because the object would have been larger than 56 KiB, in the
-    /// order in which they are given up: `foreignMachines`, `blockers`, `unusableModels`,
-    /// `features`.
+    /// Parts that were omitted because the object would have exceeded 56 KiB, in the order of
+    /// omission: `foreignMachines`, `blockers`, `unusableModels`, `features`.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub omitted: Vec<String>,
     /// The host's own architecture in libvirt's spelling, `x86_64`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub architecture: Option<String>,
-    /// What makes guests of that architecture fast: `kvm`, `hvf`, `mshv`, or `tcg` for nothing.
+    /// The accelerator of guests of that architecture: `kvm`, `hvf`, `mshv`, or `tcg` for none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub accelerator: Option<String>,
-    /// The most vCPUs that a domain of that architecture can have, over all machine types that
-    /// are not deprecated. 2147483647 means that there is no limit.
+    /// The maximum number of vCPUs of a domain of that architecture, over all machine types that are
+    /// not deprecated. 2147483647 means unlimited.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_vcpus: Option<u32>,
-    /// The most vCPUs that KVM gives one domain.
+    /// KVM's maximum number of vCPUs of one domain.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kvm_max_vcpus: Option<u32>,
-    /// How a domain on x86 gets the extended interrupt mode that more than 255 vCPUs need:
-    /// `auto` (libvirt adds it), `explicit` (only if the domain's XML asks for it) or `none`.
+    /// Availability of the extended interrupt mode, which x86 domains with more than 255 vCPUs
+    /// require: `auto` (libvirt adds it), `explicit` (the domain's XML must request it) or `none`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub eim: Option<String>,
-    /// The versions of what runs there.
+    /// The versions of the software on the node.
     pub versions: VersionsStatus,
-    /// The host's IOMMU and what devices can be handed to guests with.
+    /// The host's IOMMU and its support for device passthrough.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub iommu: Option<IommuStatus>,
-    /// Whether guests can be hypervisors themselves.
+    /// True if guests can be hypervisors themselves.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub nested: Option<bool>,
     /// The host's time stamp counter.
@@ -104,23 +102,23 @@ pub struct NodeVirtualizationStatus {
     /// `s390-pv`.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub security: Vec<String>,
-    /// What guests can have of a CPU.
+    /// The virtual CPUs that guests can have.
     pub cpu: CpuStatus,
-    /// The guest architectures, the host's own first. Machine types are listed for that one, and
-    /// for those that the daemon's configuration names in labels.guestArchitectures.
+    /// The guest architectures, the host's own first. Machine types are listed for the host's own,
+    /// and for those in labels.guestArchitectures of the daemon's configuration.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub guests: Vec<GuestStatus>,
-    /// Running domains that keep a label on the Node that the hypervisor no longer stands for.
-    /// When they have ended, the label goes. At most 32 are listed.
+    /// Running domains that depend on a label of the Node which the hypervisor no longer supports. The
+    /// label is removed after they have stopped. At most 32 are listed.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub holds: Vec<LabelHolder>,
 }
 
-/// The versions of what runs on a node.
+/// Software versions.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct VersionsStatus {
-    /// The daemon that wrote this.
+    /// The virtnode daemon that wrote the object.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub virtnode: Option<String>,
     /// libvirt's daemon.
@@ -131,17 +129,17 @@ pub struct VersionsStatus {
     pub qemu: Option<String>,
 }
 
-/// The host's IOMMU, and what of it can be used.
+/// The host's IOMMU and its support for device passthrough.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct IommuStatus {
     /// `vt-d`, `amd-vi`, `smmu`, `other` or `none`.
     pub kind: String,
-    /// How many groups of devices there are that can be handed to a guest each.
+    /// The number of IOMMU groups; the devices of a group can only be passed to a guest together.
     pub groups: u32,
-    /// Whether VFIO is there.
+    /// True if VFIO is available.
     pub vfio: bool,
-    /// Whether iommufd is there.
+    /// True if iommufd is available.
     pub iommufd: bool,
 }
 
@@ -151,31 +149,31 @@ pub struct IommuStatus {
 pub struct TscStatus {
     /// Its frequency, in Hz.
     pub frequency_hz: u64,
-    /// Whether guests can have another one.
+    /// True if guests can have another frequency.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub scaling: Option<bool>,
 }
 
-/// What guests of the host's architecture can have of a CPU, with the best accelerator.
+/// The virtual CPUs of guests of the host's architecture, with the best accelerator.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct CpuStatus {
     /// The CPU's vendor.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vendor: Option<String>,
-    /// The named model closest to the host's CPU: what the mode `host-model` gives.
+    /// The named model closest to the host's CPU, which the mode `host-model` selects.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub host_model: Option<String>,
-    /// How many of the named models can be used as they are.
+    /// The number of named models that are usable.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub usable_models: Option<u32>,
-    /// The named models that the hypervisor knows.
+    /// The named models of the hypervisor.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub models: Vec<CpuModelStatus>,
-    /// The CPU features that the hypervisor can give, in libvirt's spelling.
+    /// The available CPU features in libvirt's spelling.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub features: Vec<String>,
-    /// The Hyper-V enlightenments that it can give.
+    /// The available Hyper-V enlightenments.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub hyperv: Vec<String>,
 }
@@ -184,18 +182,18 @@ pub struct CpuStatus {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct CpuModelStatus {
-    /// libvirt's name of it.
+    /// libvirt's name of the model.
     pub name: String,
-    /// Whether it runs there as it is: `yes`, `no` or `unknown`.
+    /// Usability of the model on the node: `yes`, `no` or `unknown`.
     pub usable: String,
-    /// The versioned name that this one means there.
+    /// The versioned name for which this name is an alias on the node.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub alias_of: Option<String>,
-    /// Whether the hypervisor is going to drop it.
+    /// True if a future version of the hypervisor will remove the model.
     #[serde(skip_serializing_if = "is_false")]
     pub deprecated: bool,
-    /// The features that keep it from running there. An alias has those of the model that it
-    /// means.
+    /// The features whose absence makes the model unusable. Omitted for an alias with the same
+    /// blockers as its model.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub blockers: Vec<String>,
 }
@@ -206,9 +204,9 @@ pub struct CpuModelStatus {
 pub struct GuestStatus {
     /// The architecture in libvirt's spelling.
     pub architecture: String,
-    /// The domain types that such a guest can have, the best one first: `kvm`, `qemu`.
+    /// The domain types of guests of this architecture, the best one first: `kvm`, `qemu`.
     pub domain_types: Vec<String>,
-    /// The machine types by canonical name, with what a domain of the best type can have.
+    /// The machine types by canonical name, with the limits for the best domain type.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub machines: Vec<MachineStatus>,
 }
@@ -217,25 +215,23 @@ pub struct GuestStatus {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct MachineStatus {
-    /// The canonical name, which means the same on every node with it: `pc-q35-10.0`.
+    /// The canonical name, which means the same on every node: `pc-q35-10.0`.
     pub name: String,
-    /// The most vCPUs that a domain of it can really have there; unknown if missing,
-    /// 2147483647 means that there is no limit.
+    /// The effective maximum number of vCPUs of a domain; 2147483647 means unlimited.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_vcpus: Option<u32>,
-    /// The most that QEMU itself would allow, where that is more: what a domain of another type
-    /// than the best one can have.
+    /// QEMU's own maximum if it is greater, which applies to domains of other types than the best.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub qemu_max_vcpus: Option<u32>,
-    /// Other names that mean it there: `q35`.
+    /// Aliases of the machine type on the node: `q35`.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub aliases: Vec<String>,
-    /// Whether QEMU is going to drop it.
+    /// True if a future version of QEMU will remove the machine type.
     #[serde(skip_serializing_if = "is_false")]
     pub deprecated: bool,
 }
 
-/// A running domain that keeps labels on the Node.
+/// A running domain that depends on labels of the Node.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct LabelHolder {
@@ -243,12 +239,12 @@ pub struct LabelHolder {
     pub domain: String,
     /// Its UUID.
     pub uuid: String,
-    /// The keys of the labels.
+    /// The keys of these labels.
     pub labels: Vec<String>,
 }
 
-/// Takes the default values out of a schema: what is missing is unknown, and the API server is not
-/// to put zeros there.
+/// Removes the default values from a schema: a missing field means unknown, and the API server must
+/// not replace it with zero.
 fn without_defaults(schema: &mut Schema) {
     schemars::transform::transform_subschemas(&mut without_defaults, schema);
     schema.remove("default");

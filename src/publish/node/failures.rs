@@ -1,18 +1,19 @@
-//! Failures: told once, tried again later each time.
+//! Failures of the publisher: logged once, retried with backoff.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
 use super::report::SyncProblem;
-use super::{NodePublisher, Watch};
+use super::{NodePublisher, NodeWatch};
 use crate::cluster::ClusterError;
 
-/// The labels could not be brought up to date, and why.
+/// Consecutive failures.
 pub(super) struct PublishFailures {
     code: &'static str,
     since: Instant,
-    failures: u32,
+    /// Number of failures with this code.
+    count: u32,
 }
 
 impl PublishFailures {
@@ -22,7 +23,6 @@ impl PublishFailures {
 }
 
 impl NodePublisher {
-    /// The API server does what it is asked.
     pub(super) fn succeeded(&mut self) {
         let failures = self.failures.take();
         if let Some(failures) = &failures {
@@ -33,52 +33,43 @@ impl NodePublisher {
             );
             self.state.send_modify(|state| state.problem = None);
         }
-        if self.watch.errors > 0 && !self.watch.told {
-            // It may wait for half a minute yet, and the API server is there now. If it is not
-            // and only the watch fails, the errors go on being counted.
+        if self.watch.errors > 0 && !self.watch.logged {
+            // Restarts the watch, whose own retry may be half a minute away. If only the watch fails,
+            // its errors are counted further.
             let errors = if failures.is_some() {
                 0
             } else {
                 self.watch.errors
             };
-            self.watch = Watch {
+            self.watch = NodeWatch {
                 errors,
-                ..Watch::new(&self.cluster)
+                ..NodeWatch::new(&self.cluster)
             };
         }
     }
 
-    /// Says when to try again.
+    /// Returns the delay of the retry.
     pub(super) fn failed(&mut self, error: &ClusterError) -> Duration {
         let code = error.code();
         self.metrics.sync_failures.with_label_values(&[code]).inc();
-        let (since, failures) = match &self.failures {
-            Some(failures) if failures.code == code => (failures.since, failures.failures + 1),
-            // Another failures: that the server was away for long says nothing about it.
-            Some(failures) => (failures.since, 1),
-            None => (Instant::now(), 1),
-        };
-        if self
-            .failures
-            .as_ref()
-            .is_none_or(|failures| failures.code != code)
-        {
+        let failures = self.failures.get_or_insert_with(|| PublishFailures {
+            code: "",
+            since: Instant::now(),
+            count: 0,
+        });
+        failures.count += 1;
+        if failures.code != code {
+            failures.code = code;
+            // Backoff restarts: a long outage does not predict another kind of failure.
+            failures.count = 1;
             tracing::warn!(
                 node = self.cluster.node(), code, %error,
-                "labels cannot be published; trying again"
+                "cannot publish labels, retrying"
             );
-            let problem = SyncProblem {
-                code,
-                message: error.to_string(),
-            };
+            let message = error.to_string();
             self.state
-                .send_modify(|state| state.problem = Some(problem));
+                .send_modify(|state| state.problem = Some(SyncProblem { code, message }));
         }
-        self.failures = Some(PublishFailures {
-            code,
-            since,
-            failures,
-        });
-        self.options.retry.delay(failures, error)
+        self.options.retry.delay(failures.count, error)
     }
 }

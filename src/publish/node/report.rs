@@ -1,4 +1,4 @@
-//! What happened, as a log line, a metric, an event and a state, all from one decision.
+//! Report of an executed decision: log, metrics, events and state.
 
 use std::collections::BTreeMap;
 use std::fmt::{Display, Write as _};
@@ -9,56 +9,42 @@ use crate::cluster::{EventKind, ObjectEvent};
 use crate::label::ownership::{Conflict, ConflictCause, Decision, LabelWrite};
 use crate::label::{LabelKey, LabelSet};
 
-/// What is published on the Node, and what stands in the way.
+/// The labels on the Node, and the obstacles to publishing them.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct SyncState {
-    /// Whether a label set has been applied since the start, or was found in place.
+    /// True after the first sync since the start.
     pub synced: bool,
-    /// The labels that the API server has from us, those of the run before until `synced`. To be
-    /// kept for the next run.
+    /// The labels that virtnode has published, until `synced` those of the last run. To be stored for
+    /// the next run.
     pub published: Arc<LabelSet>,
-    /// Labels that are left to others.
+    /// Labels that virtnode leaves to their owners.
     pub conflicts: Arc<BTreeMap<LabelKey, Conflict>>,
-    /// Why the last attempt failed, until one succeeds.
+    /// The current failure, if any.
     pub problem: Option<SyncProblem>,
 }
 
-/// A failure to publish.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SyncProblem {
-    /// The bounded word for it, as in the metrics.
+    /// The fixed metrics label.
     pub code: &'static str,
-    /// The sentence for people.
+    /// The text for people.
     pub message: String,
 }
 
 impl NodePublisher {
-    /// Tells what a decision that was carried out means. To be called before it is remembered.
+    /// Reports an executed decision. Must be called before the memory contains it.
     pub(super) fn report(&self, decision: &Decision) {
         self.count(decision);
         self.log(decision);
         if !decision.new_conflicts.is_empty() {
-            let told: Vec<_> = decision
-                .new_conflicts
-                .iter()
-                .map(|key| tell(key, decision))
-                .collect();
-            self.events.record(ObjectEvent {
-                about: self.cluster.node_reference(),
-                kind: EventKind::Warning,
-                reason: "LabelConflict".to_owned(),
-                action: "LeaveLabel",
-                note: format!("labels left to others: {}", list(&told)),
-            });
+            let conflicts = decision.new_conflicts.iter();
+            let conflicts: Vec<_> = conflicts.map(|key| describe(key, decision)).collect();
+            let note = format!("labels left to their owners: {}", list(&conflicts));
+            self.record_event(EventKind::Warning, "LabelConflict", "LeaveLabel", note);
         }
         if !decision.removed.is_empty() {
-            self.events.record(ObjectEvent {
-                about: self.cluster.node_reference(),
-                kind: EventKind::Normal,
-                reason: "LabelsRemoved".to_owned(),
-                action: "RemoveLabel",
-                note: format!("no longer on this node: {}", list(&decision.removed)),
-            });
+            let note = format!("labels removed: {}", list(&decision.removed));
+            self.record_event(EventKind::Normal, "LabelsRemoved", "RemoveLabel", note);
         }
         self.state.send_if_modified(|state| {
             let new = SyncState {
@@ -70,6 +56,16 @@ impl NodePublisher {
             let changed = *state != new;
             *state = new;
             changed
+        });
+    }
+
+    fn record_event(&self, kind: EventKind, reason: &str, action: &'static str, note: String) {
+        self.events.record(ObjectEvent {
+            about: self.cluster.node_reference(),
+            kind,
+            reason: reason.to_owned(),
+            action,
+            note,
         });
     }
 
@@ -116,14 +112,14 @@ impl NodePublisher {
         }
         if !decision.repaired.is_empty() {
             let labels = list(&decision.repaired);
-            tracing::warn!(node, %labels, "labels deleted or edited by somebody else put back");
+            tracing::warn!(node, %labels, "labels restored that someone else deleted or edited");
         }
         if !decision.forced.is_empty() {
             let labels = list(&decision.forced);
             tracing::warn!(node, %labels, "labels taken from their owners, as configured");
         }
         for key in &decision.new_conflicts {
-            tracing::warn!(node, label = %key, "label left alone: {}", tell(key, decision));
+            tracing::warn!(node, label = %key, "label left to its owner: {}", describe(key, decision));
         }
         if !decision.ended_conflicts.is_empty() {
             let labels = list(&decision.ended_conflicts);
@@ -132,15 +128,15 @@ impl NodePublisher {
     }
 }
 
-/// Who has the label, and with which value.
-fn tell(key: &LabelKey, decision: &Decision) -> String {
+/// Returns a conflict's key, owner and value.
+fn describe(key: &LabelKey, decision: &Decision) -> String {
     let Some(conflict) = decision.conflicts.get(key) else {
         return key.to_string();
     };
     let owner = conflict
         .owner
         .as_ref()
-        .map_or("somebody", |owner| owner.manager.as_str());
+        .map_or("an unknown manager", |owner| owner.manager.as_str());
     match (&conflict.value, conflict.cause) {
         (Some(value), ConflictCause::Contested) => {
             format!("{key}: {owner} keeps setting it to {value:?}")
@@ -150,7 +146,7 @@ fn tell(key: &LabelKey, decision: &Decision) -> String {
     }
 }
 
-/// A daemon at rest has one copy of its labels.
+/// Returns `old` if it is equal, so that an idle daemon has one copy of its labels.
 fn reuse<T: Clone + PartialEq>(old: &Arc<T>, new: &T) -> Arc<T> {
     if **old == *new {
         Arc::clone(old)
@@ -163,7 +159,7 @@ fn list<T: Display>(items: &[T]) -> String {
     let mut text = String::new();
     for item in items {
         let separator = if text.is_empty() { "" } else { ", " };
-        // Writing to a string does not fail.
+        // Writing to a String cannot fail.
         let _ok = write!(text, "{separator}{item}");
     }
     text

@@ -1,4 +1,4 @@
-//! From facts to the status of a `NodeVirtualization`. Pure.
+//! Conversion of facts into the status of a `NodeVirtualization`. Pure.
 
 use std::collections::BTreeMap;
 
@@ -10,19 +10,19 @@ use crate::cluster::objects::node_virtualization::{
 use crate::label::{RetainedLabel, RetentionReason};
 use crate::probe::DomainUsage;
 
-/// So many domains are listed that hold labels.
-const HOLDS_MAX: usize = 32;
-/// So much of a domain's name, which is its owner's text.
+/// Maximum number of listed domains, to bound the object's size.
+const HOLDERS_MAX: usize = 32;
+/// Maximum characters of a domain's name, which its owner chooses.
 const NAME_MAX: usize = 100;
 
-/// What the facts say, without conditions and times. Of other architectures than the host's, the
-/// machine types are told of those that are `wanted`.
-pub(super) fn describe(facts: &NodeFacts, wanted: &[String]) -> NodeVirtualizationStatus {
+/// Returns the status without conditions and times. Machine types are listed for the host's
+/// architecture and for `architectures`.
+pub(super) fn describe(facts: &NodeFacts, architectures: &[String]) -> NodeVirtualizationStatus {
     let arch = facts.native_arch();
     let host = facts.host.as_ref();
     let capabilities = facts.capabilities.as_ref();
     let text = |version: Option<crate::capability::Version>| version.map(|v| v.to_string());
-    let guests = guests(facts, wanted);
+    let guests = guests(facts, architectures);
     let largest = capabilities.and(arch).map(|arch| {
         let machines = facts.machines(arch);
         CanonicalMachine::largest_max(&facts.canonical_machines(arch, &machines))
@@ -53,14 +53,17 @@ pub(super) fn describe(facts: &NodeFacts, wanted: &[String]) -> NodeVirtualizati
     }
 }
 
-/// The running domains behind labels that are kept for them, by name.
-pub(super) fn holds(retained: &[RetainedLabel], domains: &[DomainUsage]) -> Vec<LabelHolder> {
+/// Returns the running domains that depend on retained labels, sorted by name.
+pub(super) fn label_holders(
+    retained: &[RetainedLabel],
+    domains: &[DomainUsage],
+) -> Vec<LabelHolder> {
     let kept = || {
         retained
             .iter()
             .filter(|label| label.reason == RetentionReason::DomainUsesIt)
     };
-    let hold = |domain: &DomainUsage| {
+    let holder = |domain: &DomainUsage| {
         let labels = kept().filter(|label| domain.in_use.includes(&label.key));
         LabelHolder {
             domain: domain.name.chars().take(NAME_MAX).collect(),
@@ -68,14 +71,14 @@ pub(super) fn holds(retained: &[RetainedLabel], domains: &[DomainUsage]) -> Vec<
             labels: labels.map(|label| label.key.to_string()).collect(),
         }
     };
-    let mut holds: Vec<LabelHolder> = domains
+    let mut holders: Vec<LabelHolder> = domains
         .iter()
-        .map(hold)
-        .filter(|hold| !hold.labels.is_empty())
+        .map(holder)
+        .filter(|holder| !holder.labels.is_empty())
         .collect();
-    holds.sort_by(|a, b| (&a.domain, &a.uuid).cmp(&(&b.domain, &b.uuid)));
-    holds.truncate(HOLDS_MAX);
-    holds
+    holders.sort_by(|a, b| (&a.domain, &a.uuid).cmp(&(&b.domain, &b.uuid)));
+    holders.truncate(HOLDERS_MAX);
+    holders
 }
 
 fn iommu(host: &HostFacts) -> IommuStatus {
@@ -108,12 +111,12 @@ fn cpu(facts: &NodeFacts) -> CpuStatus {
 fn models(models: &[CpuModel]) -> Vec<CpuModelStatus> {
     let by_name: BTreeMap<&str, &CpuModel> = models.iter().map(|m| (m.name.as_str(), m)).collect();
     let describe = |model: &CpuModel| {
-        let meant = model
+        let canonical = model
             .canonical
             .as_deref()
             .and_then(|name| by_name.get(name));
-        // libvirt prints them twice.
-        let told = meant.is_some_and(|meant| meant.blockers == model.blockers);
+        // libvirt lists the same blockers for an alias and its model.
+        let is_repetition = canonical.is_some_and(|it| it.blockers == model.blockers);
         CpuModelStatus {
             name: model.name.clone(),
             usable: match model.usable {
@@ -124,7 +127,7 @@ fn models(models: &[CpuModel]) -> Vec<CpuModelStatus> {
             .to_owned(),
             alias_of: model.canonical.clone(),
             deprecated: model.deprecated,
-            blockers: if told {
+            blockers: if is_repetition {
                 Vec::new()
             } else {
                 model.blockers.clone()
@@ -134,17 +137,18 @@ fn models(models: &[CpuModel]) -> Vec<CpuModelStatus> {
     models.iter().map(describe).collect()
 }
 
-/// The guest architectures, the host's own first, the others by name.
-fn guests(facts: &NodeFacts, wanted: &[String]) -> Vec<GuestStatus> {
+/// Returns the guest architectures, the host's own first, then by name.
+fn guests(facts: &NodeFacts, architectures: &[String]) -> Vec<GuestStatus> {
     let native = facts.native_arch();
     let listed = facts.capabilities.iter().flat_map(|c| &c.guests);
     let mut archs: Vec<&str> = listed.map(|guest| guest.arch.as_str()).collect();
     archs.sort_unstable_by_key(|arch| (Some(*arch) != native, *arch));
     archs.dedup();
-    let tells = |arch: &str| Some(arch) == native || wanted.iter().any(|wanted| wanted == arch);
+    let with_machines =
+        |arch: &str| Some(arch) == native || architectures.iter().any(|it| it == arch);
     archs
         .into_iter()
-        .map(|arch| guest(facts, arch, tells(arch)))
+        .map(|arch| guest(facts, arch, with_machines(arch)))
         .collect()
 }
 
@@ -159,29 +163,30 @@ fn guest(facts: &NodeFacts, arch: &str, with_machines: bool) -> GuestStatus {
     domain_types.dedup();
     let machines = facts.machines(arch);
     let canonical = facts.canonical_machines(arch, &machines);
-    let machine = |here: &CanonicalMachine<'_>| {
-        let same = || machines.iter().filter(|m| m.canonical_name() == here.name);
+    let machine = |it: &CanonicalMachine<'_>| {
+        let same = || machines.iter().filter(|m| m.canonical_name() == it.name);
         let by_qemu = same()
             .map(|m| m.max_vcpus)
             .fold(VcpuMax::Unknown, VcpuMax::min);
-        let max_vcpus = here.effective_max.number();
+        let max_vcpus = it.effective_max.number();
         MachineStatus {
-            name: here.name.to_owned(),
+            name: it.name.to_owned(),
             max_vcpus,
             qemu_max_vcpus: by_qemu.number().filter(|max| Some(*max) != max_vcpus),
             aliases: same()
                 .filter(|m| m.canonical.is_some())
                 .map(|m| m.name.clone())
                 .collect(),
-            deprecated: here.deprecated,
+            deprecated: it.deprecated,
         }
     };
     GuestStatus {
         architecture: arch.to_owned(),
         domain_types: owned(&domain_types),
-        machines: match with_machines {
-            true => canonical.iter().map(machine).collect(),
-            false => Vec::new(),
+        machines: if with_machines {
+            canonical.iter().map(machine).collect()
+        } else {
+            Vec::new()
         },
     }
 }

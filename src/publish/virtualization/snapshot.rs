@@ -1,6 +1,6 @@
-//! What a probe showed, and what becomes of it beside what was known before.
+//! The result of a probe, and its merge with the published status. Pure.
 
-use super::describe::{describe, holds};
+use super::describe::{describe, label_holders};
 use super::truncate::{STATUS_MAX, truncate};
 use crate::cluster::objects::node_virtualization::{HYPERVISOR_CONNECTED, PROBED};
 use crate::cluster::objects::{Condition, NodeVirtualizationStatus};
@@ -9,28 +9,30 @@ use crate::label::{FactSource, RetainedLabel};
 use crate::probe::{Reading, SourceFailure};
 use crate::units::{Timestamp, shortened};
 
-/// What one probe showed.
+/// Maximum characters of a condition's message.
+const MESSAGE_MAX: usize = 1024;
+
+/// The result of one probe.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Snapshot {
-    /// The facts, as far as they could be read.
+    /// The facts from the sources that could be read.
     pub facts: NodeVirtualizationStatus,
-    /// The sources that could not be read.
     pub failures: Vec<SourceFailure>,
-    /// When that was.
+    /// Time of the probe.
     pub at: jiff::Timestamp,
 }
 
 impl Snapshot {
-    /// Of a reading, and of the labels that are kept though it does not call for them. Machine
-    /// types of other architectures than the host's are told of those that are `wanted`.
+    /// `retained` are published labels that the reading does not yield. Machine types are listed for
+    /// the host's architecture and for `architectures`.
     pub fn new(
         reading: &Reading,
         retained: &[RetainedLabel],
-        wanted: &[String],
+        architectures: &[String],
         at: jiff::Timestamp,
     ) -> Self {
-        let mut facts = describe(&reading.facts, wanted);
-        facts.holds = holds(retained, &reading.domains);
+        let mut facts = describe(&reading.facts, architectures);
+        facts.holds = label_holders(retained, &reading.domains);
         Self {
             facts,
             failures: reading.failures.clone(),
@@ -38,9 +40,8 @@ impl Snapshot {
         }
     }
 
-    /// The status to publish, where `before` is what is published now.
-    ///
-    /// A part whose source could not be read stays as it was.
+    /// Returns the status to publish in place of `before`. Facts whose source failed are kept from
+    /// `before`.
     pub fn status(
         &self,
         before: &NodeVirtualizationStatus,
@@ -50,10 +51,11 @@ impl Snapshot {
         let now = Timestamp::from(now);
         let mut status = self.facts.clone();
         let failed: Vec<FactSource> = self.failures.iter().map(|failure| failure.source).collect();
-        keep(&mut status, before, &failed);
-        status.last_probe_time = match self.failures.is_empty() {
-            true => Some(self.at.into()),
-            false => before.last_probe_time,
+        keep_failed_sources(&mut status, before, &failed);
+        status.last_probe_time = if failed.is_empty() {
+            Some(self.at.into())
+        } else {
+            before.last_probe_time
         };
         let conditions = [self.probed(now), connected(connection, now)];
         let after = conditions.map(|condition| condition.after(&before.conditions));
@@ -68,26 +70,30 @@ impl Snapshot {
                 PROBED,
                 true,
                 "EverySourceRead",
-                "Every source could be read.",
+                "All sources were read.",
                 now,
             );
         }
-        // Which sources, and why: a reason is a word, and `,` and `:` are letters of it.
+        // A reason may contain `,` and `:`.
         let word = |failure: &SourceFailure| {
-            format!("{}:{}", camel(failure.source.as_str()), camel(failure.code))
+            format!(
+                "{}:{}",
+                camel_case(failure.source.as_str()),
+                camel_case(failure.code)
+            )
         };
         let reasons: Vec<_> = self.failures.iter().map(word).collect();
         let mut sentences: Vec<&str> = self.failures.iter().map(|f| f.message.as_str()).collect();
         sentences.dedup();
         let text = format!(
-            "Facts stay as they were where they cannot be read: {}",
+            "Some sources cannot be read, and their facts are kept: {}",
             sentences.join("; ")
         );
         Condition::new(
             PROBED,
             false,
             &reasons.join(","),
-            shortened(&text, 1024),
+            shortened(&text, MESSAGE_MAX),
             now,
         )
     }
@@ -95,18 +101,18 @@ impl Snapshot {
 
 fn connected(connection: Connection, now: Timestamp) -> Condition {
     let (holds, reason, message) = match connection {
-        Connection::Up(_) => (true, "Connected", "There is a connection to libvirt."),
+        Connection::Up(_) => (true, "Connected", "libvirt is connected."),
         Connection::Down => (
             false,
             "NotConnected",
-            "There is no connection to libvirt; virtnode goes on trying.",
+            "libvirt is not connected; virtnode keeps reconnecting.",
         ),
     };
     Condition::new(HYPERVISOR_CONNECTED, holds, reason, message, now)
 }
 
-/// Keeps of what is known what rests on a source that failed, as the labels do.
-fn keep(
+/// Keeps facts whose source failed, as the labels do.
+fn keep_failed_sources(
     status: &mut NodeVirtualizationStatus,
     before: &NodeVirtualizationStatus,
     failed: &[FactSource],
@@ -156,20 +162,20 @@ fn keep(
     }
 }
 
-fn keep_one<T>(here: &mut Option<T>, before: Option<T>) {
+fn keep_one<T>(value: &mut Option<T>, before: Option<T>) {
     if before.is_some() {
-        *here = before;
+        *value = before;
     }
 }
 
-fn keep_all<T>(here: &mut Vec<T>, before: Vec<T>) {
+fn keep_all<T>(values: &mut Vec<T>, before: Vec<T>) {
     if !before.is_empty() {
-        *here = before;
+        *values = before;
     }
 }
 
-/// `domain-capabilities` as `DomainCapabilities`.
-fn camel(word: &str) -> String {
+/// Converts `domain-capabilities` to `DomainCapabilities`.
+fn camel_case(word: &str) -> String {
     let parts = word.split('-').map(|part| {
         let mut letters = part.chars();
         let first = letters.next().map(|letter| letter.to_ascii_uppercase());

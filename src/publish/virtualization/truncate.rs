@@ -1,28 +1,28 @@
-//! Making a status fit: objects of more than 64 KiB are a burden for everybody who watches them.
+//! Size limit of a status: larger objects burden the API server and all clients that watch them.
 
 use crate::cluster::objects::NodeVirtualizationStatus;
 
-/// The most that a status may be, as JSON; the metadata has the rest of 64 KiB.
+/// Maximum bytes of the status as JSON; the metadata has the rest of 64 KiB.
 pub(super) const STATUS_MAX: usize = 56 * 1024;
 
-/// Takes parts out of a status, in a fixed order, until it is small enough, and writes down which.
+/// Removes parts of a status in a fixed order until it fits, and lists them in `omitted`.
 pub(super) fn truncate(status: &mut NodeVirtualizationStatus, max: usize) {
-    for (name, drop) in PARTS {
+    for (name, remove) in OPTIONAL_PARTS {
         if size(status) <= max {
             return;
         }
-        drop(status);
+        remove(status);
         if !status.omitted.iter().any(|omitted| omitted == name) {
             status.omitted.push(name.to_owned());
         }
     }
 }
 
-type Part = (&'static str, fn(&mut NodeVirtualizationStatus));
+type OptionalPart = (&'static str, fn(&mut NodeVirtualizationStatus));
 
-/// What is given up, the least missed first: the host's own machine types and the models that can
-/// be used never are.
-const PARTS: [Part; 4] = [
+/// The parts that may be removed, least important first. The host's own machine types and the usable
+/// models are always kept.
+const OPTIONAL_PARTS: [OptionalPart; 4] = [
     ("foreignMachines", |status| {
         for guest in status.guests.iter_mut().skip(1) {
             guest.machines.clear();
@@ -39,7 +39,6 @@ const PARTS: [Part; 4] = [
     ("features", |status| status.cpu.features.clear()),
 ];
 
-/// The length of its JSON.
-pub(super) fn size(status: &NodeVirtualizationStatus) -> usize {
+fn size(status: &NodeVirtualizationStatus) -> usize {
     serde_json::to_vec(status).map_or(usize::MAX, |json| json.len())
 }

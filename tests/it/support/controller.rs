@@ -36,8 +36,8 @@ pub(crate) fn options() -> ControllerOptions {
     ControllerOptions {
         start_jitter: Duration::ZERO,
         retry,
-        look_again: retry,
-        take_on_again: Duration::from_millis(50),
+        watch_retry: retry,
+        submit_interval: Duration::from_millis(50),
     }
 }
 
@@ -110,7 +110,7 @@ impl HotplugNode {
             Arc::clone(&self.metrics),
             options(),
         );
-        self.watched = controller.watched();
+        self.watched = controller.condition();
         self.task = Some(tokio::spawn(controller.run(self.token.clone())));
     }
 
