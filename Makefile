@@ -1,7 +1,7 @@
-# `make demo` and `make test` are the README's two commands; `.ci/run` is `make lint` and `make test`.
+# `make demo` and `make test` are the two commands of the README; `.ci/run` is `make lint` and `make test`.
 
 SHELL := /bin/bash
-# Where rustup puts cargo, for a shell that was opened before.
+# rustup's directory, for a shell opened before rustup was installed.
 export PATH := $(PATH):$(HOME)/.cargo/bin
 
 # For one test: make test TEST=name-or-part-of-it
@@ -10,18 +10,18 @@ SCRIPTS := .ci/run $(wildcard scripts/*.sh tests/*/*.sh)
 TEST_CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/virtnode-test
 
 .PHONY: help
-help: ## this list
+help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 .PHONY: demo
 demo: ## install what is missing, run the daemon on this machine's libvirt, show labels and metrics
 	@scripts/demo.sh
 
-# The runner is `cargo test`, which every toolchain has. It runs the tests of one binary as threads
-# of one process, so a test that needs libvirt's process-wide state (its event loop, its error
-# handler) for itself runs the binary `virtnode` as a process of its own. Doc tests come first:
-# the last lines are the integration tests' summary. A machine on which no API server can be had
-# still runs every test: those that need one then fail and say what to set.
+# `cargo test` is available in every toolchain. It runs the tests of a binary as threads of one
+# process, so a test that depends on libvirt's process-wide state (event loop, error handler) starts
+# the binary `virtnode` as its own process. Doc tests run first, so that the last lines are the
+# summary of the integration tests. Without a Kubernetes API server all tests still run; those that
+# need one fail and name the variable to set.
 .PHONY: test
 test: ## install what the tests need and run them all
 	@scripts/install-deps.sh test
@@ -46,7 +46,7 @@ lint: ## what must be clean before a change lands: format, clippy, documentation
 		echo shellcheck $(SCRIPTS); \
 		shellcheck $(SCRIPTS); \
 	else \
-		echo "make lint: shellcheck is not to be had here, so the shell scripts were not checked." >&2; \
+		echo "make lint: shellcheck is not available, so the shell scripts were not checked." >&2; \
 	fi
 	@if command -v cargo-deny >/dev/null; then \
 		echo cargo deny --locked --offline check bans licenses sources; \
@@ -63,12 +63,12 @@ bench: ## criterion's benchmarks
 	cargo bench --locked
 
 .PHONY: figures
-figures: ## measure the README's figures and print them beside what they are compared with
+figures: ## measure the figures of docs/figures.md and print them next to their targets
 	@scripts/install-deps.sh test
 	@scripts/figures.sh
 
 .PHONY: dist
-dist: ## make the Debian package, the tarball and SHA256SUMS, in dist/
+dist: ## build the Debian package, the tarball and SHA256SUMS, in dist/
 	@scripts/install-deps.sh build
 	@scripts/dist.sh
 
@@ -83,5 +83,5 @@ image-test: ## build the image without a registry and run it (as root, with buil
 	@scripts/image-test.sh
 
 .PHONY: clean-test-cache
-clean-test-cache: ## remove the API server that `make test` built (it is built again when needed)
+clean-test-cache: ## remove the API server that `make test` built (it is rebuilt when needed)
 	rm -rf -- "$(TEST_CACHE)"

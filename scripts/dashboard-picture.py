@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Draws what the panels of manifests/monitoring/dashboard.json show, from real data.
+"""Draws the panels of manifests/monitoring/dashboard.json from recorded data.
 
     VIRTNODE_DASHBOARD=$PWD/target/dashboard-data.json \\
         cargo test --locked --test it a_real_prometheus
     scripts/dashboard-picture.py target/dashboard-data.json docs/dashboard.png
 
-The first line records it: a real daemon, two real guests, some minutes of hotplug, a libvirt that
-goes away, and the answers of a real Prometheus to the panels' own queries. Needs matplotlib
-(package python3-matplotlib). It draws every series it is given, and nothing else.
+The first command records the data: a real daemon, two real guests, some minutes of hotplug, an outage
+of libvirt, and the answers of a real Prometheus to the panels' queries. Needs matplotlib (package
+python3-matplotlib). Draws every recorded series, and nothing else.
 """
 
 import json
@@ -36,7 +36,7 @@ def amount(value, unit):
 
 
 def series_of(panel, start):
-    """Name and points of each series, as Grafana names it."""
+    """Yields name, as in Grafana, and points of each series."""
     for target in panel["targets"]:
         for series in target["result"]:
             labels = series["metric"]
@@ -68,7 +68,7 @@ def draw(axes, panel, start, end):
         for name, points in drawn:
             times, values = [points[0][0]], [points[0][1]]
             for time, value in points[1:]:
-                if time - times[-1] > 1.5:  # a gap is a gap
+                if time - times[-1] > 1.5:  # do not draw a line across a gap
                     times.append((time + times[-1]) / 2)
                     values.append(float("nan"))
                 times.append(time)

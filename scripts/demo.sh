@@ -1,31 +1,30 @@
 #!/usr/bin/env bash
-# Shows virtnode's main jobs on this machine: builds it, runs the daemon against the local libvirt
-# without any cluster, prints the labels it found, hotplugs a guest that takes what it gets and one
-# that does not, prints some of its metrics, and stops everything it started, also on Ctrl-C or when
-# something fails. libvirt is started if none answers. As root, or as a user whom libvirt lets in,
-# or through sudo.
+# Demonstrates virtnode on this machine: builds it, runs the daemon on the local libvirt without a
+# cluster, prints the labels, hotplugs a guest that uses its new resources and one that does not,
+# prints some metrics, and stops everything it started, also on Ctrl-C and on failure. Starts libvirt
+# if none answers. Run it as root, as a user with access to libvirt, or with sudo available.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-PATH=$PATH:/usr/sbin:/sbin:$HOME/.cargo/bin # libvirtd, and cargo for a shell opened before rustup ran
+PATH=$PATH:/usr/sbin:/sbin:$HOME/.cargo/bin # libvirtd, and cargo for a shell opened before rustup was installed
 
 readonly URI=qemu:///system
-readonly PROBE_SECONDS=90 # a libvirt that probes every QEMU binary again takes 4 s for each
-# Without a terminal virsh asks nobody for a password: in the background, where timeout puts it, it
-# would wait for the answer for ever. Whom polkit does not let in at once goes through sudo.
+readonly PROBE_SECONDS=90 # a libvirt that probes all QEMU binaries takes 4 s for each
+# Detached from the terminal, so that virsh does not prompt for a password: timeout runs it in the
+# background, where the prompt would block forever. A user rejected by polkit continues with sudo.
 readonly VIRSH=(setsid --wait timeout "$PROBE_SECONDS" virsh -q -c "$URI")
 readonly READY_SECONDS=180
 readonly STOP_SECONDS=20
 readonly BOOT_SECONDS=120 # 4 s on an idle machine
 readonly GOOD=demo-good STUBBORN=demo-nr-cpus-1 # the guests' names
 
-as=()           # what libvirt needs to let us in: nothing, or sudo
-started=()      # what to stop at the end, in the order in which it was started
+as=()           # prefix for access to libvirt: nothing, or sudo
+started=()      # processes to stop at the end, in start order
 daemon_pid=     # virtnode's
-networks=       # network interfaces from before
+networks=       # network interfaces before libvirt was started
 image=          # directory with the guests' kernel and initramfs; empty if there is none
-image_pid=      # of what builds it
-guests=()       # those that are to be ended
+image_pid=      # of the process that builds it
+guests=()       # domains to destroy at the end
 scratch=$(mktemp -d "${TMPDIR:-/tmp}/virtnode-demo.XXXXXX")
 readonly scratch
 readonly log=$scratch/virtnode.log
@@ -47,10 +46,10 @@ as_root() {
   fi
 }
 
-# A zombie that nobody collects has ended, too.
+# A zombie counts as ended.
 alive() { grep -q '^State:[[:space:]]*[^ZX]' "/proc/$1/status" 2>/dev/null; }
 
-# Waits until a command succeeds; fails when the time is over or a process it depends on is gone.
+# Waits until a command succeeds; fails on timeout or when a process that it depends on has ended.
 wait_until() { # seconds, process id or nothing, command...
   local deadline=$((SECONDS + $1)) process=$2
   shift 2
@@ -63,8 +62,8 @@ wait_until() { # seconds, process id or nothing, command...
 
 gone() { ! alive "$1"; }
 
-# Those of containers, with a root directory of their own, do not count, nor do a user's own
-# session daemons: they leave the system's socket alone.
+# Ignores daemons in containers, which have another root directory, and a user's session daemons:
+# neither uses the system's socket.
 runs() { # name of a program
   local comm
   for comm in /proc/[0-9]*/comm; do
@@ -88,14 +87,14 @@ stop() { # name, process id; sets clean_up's status when it cannot
     note "$1 (process $2) did not stop within $STOP_SECONDS s of SIGTERM: killing it."
     signal KILL "$2"
     if ! wait_until "$STOP_SECONDS" '' gone "$2"; then
-      note "$1 (process $2) is still there: stop it by hand."
+      note "$1 (process $2) is still running: stop it by hand."
       status=1
     fi
   fi
 }
 
-# libvirt's networks outlive it. One whose bridge was not there before came with the libvirt that
-# was started here (Ubuntu's "default" starts by itself), and goes with it.
+# libvirt's networks outlive it. A network whose bridge did not exist before was created by the
+# libvirt started here (Ubuntu starts "default" automatically), so it is stopped with it.
 stop_networks() {
   local network bridge
   while read -r network; do
@@ -110,14 +109,14 @@ stop_networks() {
 
 virsh_() { "${as[@]}" "${VIRSH[@]}" "$@"; }
 
-# As QEMU's user, who has to read what a guest boots from: nothing but that is in there.
+# Contains only the boot files of the guests, which QEMU's user must be able to read.
 guest_files() { printf '%s' "$scratch.guests"; }
 
 stop_guests() { # sets clean_up's status when it cannot
   local name
   for name in "${guests[@]}"; do
     if virsh_ domstate "$name" >/dev/null 2>&1 && ! virsh_ destroy "$name" >/dev/null; then
-      note "The guest $name is still there: virsh -c $URI destroy $name ends it."
+      note "The guest $name is still running: virsh -c $URI destroy $name stops it."
       status=1
     fi
     "${as[@]}" rm -f "/var/log/libvirt/qemu/$name.log" 2>/dev/null
@@ -160,7 +159,7 @@ trap clean_up EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM HUP
 
-# 0: it answers · 1: nobody is there, or not for us · 2: it does not answer in time
+# 0: libvirt answers · 1: not running, or access denied · 2: no answer in time
 libvirt_answers() {
   local status=0
   "$@" "${VIRSH[@]}" version >"$scratch/version" 2>"$scratch/refusal" ||
@@ -182,18 +181,18 @@ find_libvirt() {
   return "$status"
 }
 
-# By hand, so that it works without systemd and so that it can be stopped again. virtlogd is
-# where libvirt sends a domain's output; there is nobody to start it but us.
+# Started by hand, to work without systemd and to be able to stop it. virtlogd, which receives the
+# domains' output, must be started here as well.
 start_libvirt() {
   local name
-  if runs libvirtd || runs virtqemud; then # a second one would take the first one's socket away
-    die "libvirt is running, but refuses $URI: $(tail -n 1 "$scratch/refusal")"
+  if runs libvirtd || runs virtqemud; then # a second one would replace the first one's socket
+    die "libvirt is running, but rejects $URI: $(tail -n 1 "$scratch/refusal")"
   fi
   networks=$(cd /sys/class/net && echo *)
   for name in virtlogd libvirtd; do
     ! runs "$name" || continue
     without_kvm "$name" -d -p "$scratch/$name.pid" ||
-      die "$name does not start; its reasons are above or in /var/log/libvirt/$name.log."
+      die "$name does not start; see the errors above or /var/log/libvirt/$name.log."
     started+=("$name:$(as_root cat "$scratch/$name.pid")")
   done
   if ((EUID != 0)); then
@@ -204,23 +203,23 @@ start_libvirt() {
       "Its log is /var/log/libvirt/libvirtd.log."
 }
 
-# Whether there is a /dev/kvm that QEMU's user may not open. It makes libvirt probe all QEMU binaries
-# at every question, for minutes in all.
+# True if /dev/kvm exists but QEMU's user cannot open it. libvirt then probes all QEMU binaries for
+# each query, which takes minutes in total.
 kvm_is_closed() {
   [[ -e /dev/kvm && $(stat -c '%G %A' /dev/kvm) != "kvm crw-rw"* && $(stat -c %A /dev/kvm) != *rw-? ]]
 }
 
 explain_kvm() {
   if [[ ! -e /dev/kvm ]]; then
-    note "There is no /dev/kvm here: the labels are those of QEMU's software emulation."
+    note "This machine has no /dev/kvm: the labels describe QEMU's software emulation."
   elif kvm_is_closed; then
-    note "/dev/kvm is closed to QEMU's user ($(stat -c '%U:%G %A' /dev/kvm)): the labels are those of QEMU's"
-    note "software emulation. A libvirt that runs already probes every QEMU binary again at each question,"
-    note "about 4 s for each; one that is started here is shown no /dev/kvm."
+    note "QEMU's user cannot open /dev/kvm ($(stat -c '%U:%G %A' /dev/kvm)): the labels describe QEMU's"
+    note "software emulation. A running libvirt probes every QEMU binary again for each query,"
+    note "about 4 s each; a libvirt started here does not see /dev/kvm."
   fi
 }
 
-# Runs a command, as root, for which there is no /dev/kvm; nothing changes for anybody else.
+# Runs a command as root in a mount namespace without /dev/kvm; other processes are not affected.
 # shellcheck disable=SC2016 # for the inner shell
 readonly WITHOUT_KVM='set -e
 dev=$(mktemp -d)
@@ -259,9 +258,8 @@ free_port() {
   die "found no free TCP port on 127.0.0.1."
 }
 
-# A guest of the lab in software emulation, which works without KVM: one vCPU of four, 512 MiB and
-# 2 GiB of virtio-mem of which nothing is plugged. What is uncommon here is explained in
-# tests/it/support/guest.rs.
+# A guest of the test lab in software emulation, which needs no KVM: one of four vCPUs, 512 MiB, and
+# 2 GiB of virtio-mem with nothing plugged. tests/it/support/guest.rs explains the unusual parts.
 guest_xml() { # name, words for the guest: see tests/lab/guest-init
   local files
   files=$(guest_files)
@@ -303,14 +301,14 @@ guest_xml() { # name, words for the guest: see tests/lab/guest-init
 XML
 }
 
-# Without a guest the rest is shown all the same.
+# Continues the demo without guests.
 no_guest() {
   note "$*"
-  note "So there is no guest, and hotplug is not shown."
+  note "Without a guest, the demo skips hotplug."
   image=
 }
 
-# Begins to make it, and returns: the first time it is downloaded and unpacked.
+# Starts building the image in the background: the first time, packages are downloaded and unpacked.
 build_image() {
   if [[ $(uname -m) == x86_64 ]]; then
     tests/lab/build-guest.sh </dev/null >"$scratch/image" 2>"$scratch/image.log" &
@@ -331,16 +329,16 @@ find_image() {
     note "$image"
   else
     cat "$scratch/image.log" >&2
-    no_guest "They cannot be had: see above."
+    no_guest "The guests could not be built: see above."
   fi
 }
 
-# Begins to boot it, and returns.
+# Boots a guest without waiting for it.
 start_guest() { # name, words
   local files refusal
   files=$(guest_files)
   if virsh_ domstate "$1" >/dev/null 2>&1; then
-    no_guest "There is a domain $1 on this machine already, which is left alone."
+    no_guest "This machine already has a domain $1, which the demo does not touch."
     return
   fi
   guest_xml "$1" "$2" >"$scratch/$1.xml"
@@ -356,7 +354,7 @@ start_guests() {
   local files
   files=$(guest_files)
   if ! mkdir -m 755 "$files" || ! cp -- "$image"/{vmlinuz,initramfs.gz} "$files"; then
-    no_guest "There is no room for a guest's files in $files."
+    no_guest "The guests' files could not be written to $files."
     return
   fi
   start_guest "$GOOD" 'lab.cpus=online lab.blocks=online'
@@ -365,36 +363,36 @@ start_guests() {
 
 booted() { virsh_ guestvcpus "$1" >/dev/null 2>&1; }
 
-# What the guest itself prints on its console whenever it sees something else.
-said() { # name
+# The state that the guest last printed on its console.
+console_state() { # name
   sed -n 's/\r$//; s/^lab: \(present=.*\)/\1/p' "$(guest_files)/$1.console" 2>/dev/null | tail -n 1 || true
 }
 
 says() { # name, pattern
-  [[ $(said "$1") =~ $2 ]]
+  [[ $(console_state "$1") =~ $2 ]]
 }
 
-witness() { # name, what it is about to print at the latest
+witness() { # name, pattern of the expected state
   local words
   wait_until 5 '' says "$1" "$2" || true
-  words=$(said "$1")
+  words=$(console_state "$1")
   [[ -z $words ]] || note "The guest's own console: CPUs ${words/total=/MemTotal=} KiB"
 }
 
-# Runs virtnode hotplug as a person would, and says what its exit code means.
-hotplug() { # the exit code that this guest was made for, arguments...
+# Runs virtnode hotplug as a user would, and explains its exit code.
+hotplug() { # expected exit code, arguments...
   local expected=$1 status=0
   shift
   printf '\n   $ virtnode hotplug %s\n' "$*"
-  "${as[@]}" "$virtnode" --socket "$scratch/virtnode.sock" hotplug "$@" >"$scratch/said" 2>&1 || status=$?
-  sed 's/^/   /; s/[[:space:]]*$//' "$scratch/said"
+  "${as[@]}" "$virtnode" --socket "$scratch/virtnode.sock" hotplug "$@" >"$scratch/output" 2>&1 || status=$?
+  sed 's/^/   /; s/[[:space:]]*$//' "$scratch/output"
   case $status in
   0) note "(exit code 0: done, and verified)" ;;
-  3) note "(exit code 3: accepted by the hypervisor, not taken by the guest)" ;;
+  3) note "(exit code 3: accepted by the hypervisor, not used by the guest)" ;;
   *) note "(exit code $status)" ;;
   esac
   if ((status != expected)); then
-    note "This guest was made for exit code $expected; on a very busy machine one may be too slow to tell."
+    note "The expected exit code is $expected; on a very busy machine a guest may be too slow."
   fi
 }
 
@@ -406,13 +404,13 @@ show_hotplug() {
       return
     fi
   done
-  say "A guest that takes what it gets: 2 more vCPUs, 512 MiB more"
+  say "A guest that uses new resources: 2 more vCPUs, 512 MiB more"
   hotplug 0 vcpus "$GOOD" 3
   hotplug 0 memory "$GOOD" 1GiB
   witness "$GOOD" 'online=0-2 total=9'
-  say "A guest whose kernel was booted with nr_cpus=1 and throws the vCPUs away"
+  say "A guest booted with nr_cpus=1, whose kernel rejects new vCPUs"
   hotplug 3 vcpus "$STUBBORN" 3
-  note "libvirt counts $(virsh_ vcpucount "$STUBBORN" --live) vCPUs and is content."
+  note "libvirt counts $(virsh_ vcpucount "$STUBBORN" --live) vCPUs and reports success."
   witness "$STUBBORN" 'online=0 '
 }
 
@@ -424,15 +422,15 @@ sample() { # pattern
 
 scripts/install-deps.sh demo
 
-# While virtnode is built: neither needs the other.
+# In parallel with building virtnode.
 build_image
 
 say "Looking for libvirt at $URI"
 explain_kvm
 if find_libvirt; then
-  note "It is running:"
+  note "libvirt is running:"
 else
-  note "Nobody answers, so it is started for the time of this demo:"
+  note "libvirt does not answer; starting it for this demo:"
   start_libvirt
 fi
 sed -n '/[^[:space:]]/s/^/   /p' "$scratch/version"
@@ -443,10 +441,10 @@ target=$(cargo metadata --locked --format-version 1 --no-deps |
   sed -n 's/.*"target_directory":"\([^"]*\)".*/\1/p')
 readonly virtnode=$target/release/virtnode
 
-say "The guests' kernel and programs (made once, from the distribution's packages)"
+say "The guests' kernel and programs (built once, from the distribution's packages)"
 find_image
 if [[ -n $image ]]; then
-  start_guests # they boot meanwhile
+  start_guests # they boot in the background
 fi
 
 address=http://127.0.0.1:$(free_port)
@@ -455,7 +453,7 @@ say "Running the daemon without any cluster: labels go to a file, metrics to $ad
 command=("$virtnode" run --publish file --state-directory "$scratch/state"
   --socket "$scratch/virtnode.sock" --connect "$URI" --listen "${address#http://}")
 note "${command[*]}"
-# The shell writes its process id and becomes the daemon: with sudo, \$! would be sudo's.
+# The shell writes its process id and then becomes the daemon: with sudo, \$! would be sudo's.
 # shellcheck disable=SC2016 # for the inner shell
 "${as[@]}" sh -c 'echo $$ >"$0" && exec "$@"' "$scratch/virtnode.pid" "${command[@]}" \
   </dev/null >"$log" 2>&1 &
@@ -465,7 +463,7 @@ begin=$SECONDS
 if ! wait_until "$READY_SECONDS" "$daemon_pid" ready; then
   alive "$daemon_pid" || die "the daemon ended before it was ready."
   curl -sS --max-time 5 "$address/readyz" >&2 || true
-  die "the daemon was not ready within $READY_SECONDS s; what it still waits for is above."
+  die "the daemon was not ready within $READY_SECONDS s; see above for the missing parts."
 fi
 note "Ready after $((SECONDS - begin)) s: libvirt was read and the labels are in the file."
 
@@ -478,7 +476,7 @@ fi
 
 curl -fsS --max-time 5 -o "$scratch/metrics" "$address/metrics" ||
   die "the daemon does not answer at $address/metrics."
-say "Is libvirt connected (1), and the most vCPUs one domain can have here (0: not known)"
+say "libvirt connected (1), and maximum vCPUs of one domain on this node (0: unknown)"
 sample 'virtnode_hypervisor_connected|virtnode_max_vcpus'
 say "Published labels by family, and machine types of this architecture"
 sample 'virtnode_labels|virtnode_machine_types|virtnode_machine_types_deprecated'
@@ -487,9 +485,9 @@ if [[ -n $image ]]; then
   sample 'virtnode_domain_vcpus'
   sample 'virtnode_hotplug_results_total' | grep -v ' 0$' || true
 fi
-say "What libvirt offered but no label can be made of, by reason"
+say "Labels rejected as invalid, by reason"
 sample 'virtnode_labels_rejected'
-say "How long libvirt took to answer, by call: number of calls, mean in milliseconds"
+say "libvirt's latency by call: number of calls, mean in milliseconds"
 awk -F '[{}" ]+' '
   /^virtnode_hypervisor_call_duration_seconds_sum/ { sum[$3] = $NF }
   /^virtnode_hypervisor_call_duration_seconds_count/ { count[$3] = $NF }

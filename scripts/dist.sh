@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Makes what is handed out, in dist/ or the directory that is named: a Debian package and a
-# tarball of program, unit, man pages, completions and configuration, and SHA256SUMS. The same
-# commit, toolchain and libraries give the same bytes, whenever, wherever and by whomever built.
+# Builds the release files in dist/ or the named directory: a Debian package and a tarball with
+# program, unit, man pages, completions and configuration, and SHA256SUMS. The build is reproducible:
+# the same commit, toolchain and libraries yield identical bytes.
 #
 #   scripts/dist.sh [DIRECTORY]
 #
-# For the tests: VIRTNODE names a program to pack instead of building one, LEVEL is gzip's.
+# For tests: VIRTNODE names a program to package instead of building one; LEVEL is gzip's level.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -15,14 +15,14 @@ export LC_ALL=C TZ=UTC
 output=${1:-dist}
 level=${LEVEL:-9}
 version=$(sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
-# Of the commit, not of now.
+# The time of the commit, not the current time.
 SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct 2>/dev/null || stat -c %Y CHANGELOG.md)}
 export SOURCE_DATE_EPOCH
 scratch=$(mktemp -d)
 trap 'rm -rf -- "$scratch"' EXIT
 
-# The paths of this machine stay out of the program: they are in its panics' messages else. A
-# target directory of its own, or each ordinary build after this would begin anew.
+# Removes this machine's paths, which would otherwise appear in panic messages. A separate target
+# directory, since changed flags would invalidate the ordinary build.
 build() {
   local target=${CARGO_TARGET_DIR:-$PWD/target}/dist
   RUSTFLAGS="--remap-path-prefix=$PWD=virtnode --remap-path-prefix=${CARGO_HOME:-$HOME/.cargo}=cargo" \
@@ -30,8 +30,8 @@ build() {
   program=$target/release/virtnode
 }
 
-# The newest of the library's versions that the program asks for is the oldest it starts with. For
-# packed relocations (build.rs) it asks without a number: glibc has them from 2.36 on.
+# The newest symbol version that the program requires is the minimum version of the library. Packed
+# relocations (build.rs) are required without a number: glibc has them since 2.36.
 needs() { # prefix of the versions' names
   objdump -p "$program" | sed 's/ GLIBC_ABI_DT_RELR$/ GLIBC_2.36/' |
     sed -n "s/.* $1_\([0-9.]*\)\$/\1/p" | sort -Vu | tail -n 1
@@ -74,9 +74,9 @@ Section: admin
 Priority: optional
 Homepage: https://virtnode.io
 Description: publishes what a libvirt node can run, and hotplugs with proof
- A daemon for a machine that runs virtual machines under libvirt. It writes what
- the machine can run as labels, to a file or to its Kubernetes Node, changes the
- vCPUs and the memory of running domains and says what the guest made of it, and
+ A daemon for machines that run virtual machines under libvirt. It publishes what
+ the machine can run as labels, in a file or on its Kubernetes Node, hotplugs
+ vCPUs and memory of running domains with proof that the guest uses them, and
  serves metrics to Prometheus.
 CONTROL
   echo /etc/virtnode/config.yaml >"$root/DEBIAN/conffiles"
@@ -89,7 +89,7 @@ if [ "$1" = configure ]; then
   fi
   if [ -d /run/systemd/system ]; then
     systemctl daemon-reload
-    # An upgrade; a first installation is started by whoever has looked at the configuration.
+    # Only on upgrade: after the first installation, the administrator checks the configuration first.
     if [ -n "$2" ]; then
       systemctl try-restart virtnode.service
     fi

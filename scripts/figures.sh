@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# Measures the README's figures in this run and prints them as a table, each beside what it is
-# to be compared with: the benchmark benches/labels.rs, and benches/{daemon,hotplug,cluster,targets}.rs
-# with the release build of the daemon on a libvirt and a Kubernetes of their own. It takes about
-# half an hour after the build. Everything it starts is stopped at its end, also on Ctrl-C.
+# Measures the figures of docs/figures.md and prints them as a table, next to their targets and
+# comparisons: the benchmark benches/labels.rs, and benches/{daemon,hotplug,cluster,targets}.rs
+# with the release build of the daemon on a dedicated libvirt and Kubernetes. Takes about half an hour
+# after the build. Stops everything it started at the end, also on Ctrl-C.
 #
-# With the name of a file as its argument it writes the table there as well.
+# With a file name as the argument, the table is also written to that file.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-PATH=$PATH:/usr/sbin:/sbin:$HOME/.cargo/bin # libvirtd, and cargo for a shell opened before rustup ran
+PATH=$PATH:/usr/sbin:/sbin:$HOME/.cargo/bin # libvirtd, and cargo for a shell opened before rustup was installed
 
-# benches/labels.rs names it so, followed by the sizes.
+# The name in benches/labels.rs, followed there by the sizes.
 readonly PAIR="documents to labels/like KubeVirt's"
 readonly KUBEVIRT="KubeVirt's labeller"
 
-running= # process id of the benchmark that runs
+running= # process id of the running benchmark
 scratch=$(mktemp -d "${TMPDIR:-/tmp}/virtnode-figures.XXXXXX")
 readonly scratch
 readonly rows=$scratch/rows
@@ -31,7 +31,7 @@ clean_up() {
   trap - EXIT
   trap '' INT TERM HUP # once is enough
   if [[ -n $running ]]; then
-    # It stops what it started itself, and then ends.
+    # The benchmark stops the processes it started, then exits.
     kill "$running" 2>/dev/null || true
     wait "$running" || true
   fi
@@ -42,7 +42,7 @@ trap clean_up EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM HUP
 
-# Runs a benchmark as a child of this shell, so that it can be stopped: cargo passes no signal on.
+# Runs a benchmark as a child of this shell, so that it can be stopped: cargo does not forward signals.
 bench() { # name, arguments...
   local name=$1 program
   shift
@@ -55,7 +55,7 @@ bench() { # name, arguments...
   running=
 }
 
-row() { # what, measured, to reach, whether reached, beside
+row() { # name, measured, target, reached, comparison
   local IFS=$'\t'
   printf '%s\n' "$*" >>"$rows"
 }
@@ -65,23 +65,23 @@ median() { # schema
   sed -n "s|^test $PAIR, .*, $1 \.\.\. bench: *\([0-9,]*\) ns/iter.*|\1|p" "$scratch/labels" | tr -d ,
 }
 
-# What benches/labels.rs says of a schema: "… kB, native: 138 labels, 2049 allocations of 179 kB".
-said() { # schema
+# The output of benches/labels.rs for a schema: "… kB, native: 138 labels, 2049 allocations of 179 kB".
+output_of() { # schema
   sed -n "s|^${PAIR#*/}, \(.*\), $1: \(.*\)|\1: \2|p" "$scratch/labels"
 }
 
 labels_rows() {
-  local schema nanoseconds said allocations reached
+  local schema nanoseconds output allocations reached
   for schema in native both; do
     nanoseconds=$(median "$schema")
-    said=$(said "$schema")
-    [[ -n $nanoseconds && -n $said ]] || die "benches/labels.rs printed something else than expected."
-    allocations=${said#*labels, }
+    output=$(output_of "$schema")
+    [[ -n $nanoseconds && -n $output ]] || die "benches/labels.rs printed unexpected output."
+    allocations=${output#*labels, }
     reached=NO
     if ((nanoseconds <= 350000)); then
       reached=yes
     fi
-    row "documents to labels, ${said%%:*}, schema $schema" \
+    row "documents to labels, ${output%%:*}, schema $schema" \
       "$(awk -v ns="$nanoseconds" 'BEGIN { printf "%.2f ms", ns / 1e6 }')" \
       "<= 0.35 ms" "$reached" "$KUBEVIRT, 17+30 kB: 3.4-4.0 ms"
     row "  heap" "$allocations" "" "" "$KUBEVIRT: 13800 allocations of 813 kB"
@@ -93,12 +93,12 @@ runs() { # command...
   local start run
   for ((run = 0; run < 100; run++)); do
     start=${EPOCHREALTIME/[.,]/}
-    "$@" >/dev/null 2>&1 || true # what it answers is not asked
+    "$@" >/dev/null 2>&1 || true # the exit code does not matter
     echo $((${EPOCHREALTIME/[.,]/} - start))
   done | sort -n | awk '{ all[NR] = $1 } END { print all[int((NR + 1) / 2)], all[NR] }'
 }
 
-# On the documents of Debian 13: a definition of 130 lines against 60 kB and 180 kB of libvirt's.
+# With the documents of Debian 13: a definition of 130 lines, and 60 kB and 180 kB of libvirt's.
 check_row() {
   local documents=tests/fixtures/debian13-libvirt-11.3.0-qemu-10.0 median largest other reached=NO
   local domain=tests/lab/captured/debian12-backports-libvirt-11.3.0-qemu-10.0/domain-q35-plugged.xml
@@ -107,7 +107,7 @@ check_row() {
     --domain-capabilities "$documents/dc-x86_64-q35-kvm.xml" \
     --domain-capabilities "$documents/dc-x86_64-q35-qemu.xml" \
     --libvirt-version 11.3.0 --qemu-version 10.0.2)
-  # Both load libvirt's client library and some fifty more that it needs, before anything else.
+  # Both first load libvirt's client library and about fifty libraries that it depends on.
   read -r other _ < <(runs virsh --version)
   if ((median <= 20000)); then
     reached=yes
@@ -152,10 +152,10 @@ note "building (the first time takes many minutes)"
 cargo build --release --locked
 target=$(cargo metadata --locked --format-version 1 --no-deps |
   sed -n 's/.*"target_directory":"\([^"]*\)".*/\1/p')
-# The benchmarks come with a build of their own at its place, with what tests need besides.
+# Building the benchmarks replaces the program with a build that has the test dependencies' features.
 cp -- "$target/release/virtnode" "$scratch/virtnode"
 
-row "what" "measured" "to reach" "reached" "to compare"
+row "what" "measured" "target" "reached" "compared with"
 note "measuring $PAIR"
 bench labels --output-format bencher "^$PAIR" >"$scratch/labels"
 labels_rows

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Runs the program in the image that scripts/image.sh left as an archive, as the DaemonSet does
-# (uid 0, no capability, libvirt's socket from outside) and as the image's own user, on a libvirtd
-# of its own; prints what was measured. As root, with buildah; stops what it started.
+# Runs the program in the image archive of scripts/image.sh as the DaemonSet does (uid 0, no
+# capability, libvirt's socket mounted) and as the image's own user, on a dedicated libvirtd, and prints
+# measurements. Requires root and buildah. Stops everything it started.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -18,13 +18,13 @@ die() {
   exit 1
 }
 
-[[ -e $archive ]] || die "there is no $archive: scripts/image.sh makes it"
+[[ -e $archive ]] || die "$archive does not exist: build it with scripts/image.sh"
 ((EUID == 0)) || die "this needs root, to enter the image"
 
 scratch=$(mktemp -d /tmp/virtnode-image.XXXXXX)
 chmod 755 "$scratch"
 
-# The process whose command line names the port: the program itself, not buildah.
+# Finds the program's own process, not buildah's, by the port on its command line.
 process_of() { # port
   local directory
   for directory in /proc/[0-9]*; do
@@ -65,7 +65,7 @@ env -i PATH="$PATH" HOME="$scratch/lv/home" XDG_RUNTIME_DIR="$scratch/lv/run" \
 libvirtd=$!
 readonly sockets=$scratch/lv/run/libvirt
 eventually 60 test -S "$sockets/libvirt-sock" || die "libvirtd does not start: $(tail -n 5 "$scratch/libvirtd.log")"
-# For root without capabilities and for the image's user; on a host, its group does that.
+# Access for root without capabilities and for the image's user; on a host the group grants it.
 chmod 755 "$scratch/lv/run" "$sockets"
 chmod 777 "$sockets/libvirt-sock"
 
@@ -94,7 +94,7 @@ run_as() { # user, port
   [[ $capabilities == 0000000000000000 ]] || die "as $user it has capabilities: $capabilities"
   memory=$(curl -s "http://127.0.0.1:$port/metrics" | awk '/^process_resident_memory_bytes/ { printf "%.1f", $2 / 1e6 }')
   kill -TERM "$(process_of "$port")"
-  wait "$running" || die "as $user it did not end well: $(cat "$scratch/log-$port")"
+  wait "$running" || die "as $user it failed: $(cat "$scratch/log-$port")"
   echo "$memory"
 }
 

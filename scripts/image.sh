@@ -2,13 +2,12 @@
 # Builds the image from Containerfile and prints its size.
 #
 #   scripts/image.sh              with the public base images, by podman, docker or buildah
-#   scripts/image.sh --local      without any registry: debootstrap makes both base images of this
-#                                 machine's own release, this machine's Rust compiles, buildah
-#                                 builds; then the program in the image is run on a libvirt of its
-#                                 own. As root; for the tests (make image-test).
+#   scripts/image.sh --local      without a registry: debootstrap creates both base images from this
+#                                 machine's release, this machine's Rust compiles, and buildah
+#                                 builds the image. Requires root; used by make image-test.
 #
-# The image is called localhost/virtnode:VERSION, and beside it lies virtnode-image.tar, in OCI's
-# format, to be loaded on nodes: ctr -n k8s.io images import virtnode-image.tar
+# The image is localhost/virtnode:VERSION. The OCI archive virtnode-image.tar in the target directory
+# can be loaded on nodes: ctr -n k8s.io images import virtnode-image.tar
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -44,13 +43,13 @@ public() {
   die "none of podman, docker and buildah is installed"
 }
 
-# A base image of this machine's own release with some packages, kept in the cache.
+# Creates a base image of this machine's release with some packages, in the cache.
 base_image() { # name, package...
   local base=$1 directory container
   shift
   directory=$cache/image-$base-$release
   if [[ ! -e $directory/complete ]]; then
-    say "making the base image $base of $release (once)"
+    say "building the base image $base of $release (once)"
     rm -rf -- "$directory"
     mkdir -p "$directory"
     debootstrap --variant=minbase --include="$(
@@ -89,7 +88,7 @@ without_registry() {
   export CONTAINERS_STORAGE_CONF=$scratch/storage.conf
   settings=()
   base_image virtnode-base libvirt0
-  # This machine's own toolchain, crates that are downloaded already, and what was built before.
+  # Reuse this machine's toolchain, downloaded crates and previous build.
   cargo fetch --locked -q
   cargo_home=${CARGO_HOME:-$HOME/.cargo}
   rustup_home=${RUSTUP_HOME:-$HOME/.rustup}
@@ -116,5 +115,5 @@ case ${1:-} in
   trap 'rm -rf -- "$scratch"' EXIT
   without_registry
   ;;
-*) die "'$1' is no argument: --local or nothing" ;;
+*) die "'$1' is not a valid argument: --local or nothing" ;;
 esac

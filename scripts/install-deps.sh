@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Installs what is missing to build, test or show virtnode, with apt: as root, or else
-# through sudo. Known on Debian 12, Debian 13 and Ubuntu 24.04. When nothing is missing it
-# prints nothing and asks dpkg once.
+# Installs missing packages to build, test or demonstrate virtnode, with apt: as root, or through sudo.
+# Tested on Debian 12, Debian 13 and Ubuntu 24.04. Prints nothing and runs dpkg once if nothing is
+# missing.
 #
-#   scripts/install-deps.sh [build|lint|demo|test|image]      build when none is named
+#   scripts/install-deps.sh [build|lint|demo|test|image]      default: build
 #
-# The Rust toolchain is checked for, never installed.
+# Checks for the Rust toolchain but never installs it.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -25,7 +25,7 @@ as_root() {
   fi
 }
 
-# The toolchain comes first: without it the packages are of no use.
+# First, since the packages are useless without the toolchain.
 check_rust() {
   local needed found
   needed=$(sed -n 's/^rust-version = "\([0-9.]*\)".*/\1/p' Cargo.toml)
@@ -33,7 +33,7 @@ check_rust() {
     die "cargo and rustc are not on the PATH of user $(id -un). Install Rust $needed or newer, for" \
       "example with rustup (https://rustup.rs), open a new shell and run this again."
   fi
-  found=$(rustc --version) || die "rustc does not run: see its words above."
+  found=$(rustc --version) || die "rustc does not run: see the error above."
   found=${found#rustc }
   found=${found%%[ -]*}
   if [[ $(printf '%s\n' "$needed" "$found" | sort -V | head -n 1) != "$needed" ]]; then
@@ -41,8 +41,8 @@ check_rust() {
   fi
 }
 
-# The package with the emulator of this machine's own architecture.
-emulator_package() { # release, whether QEMU comes from backports
+# The package with the emulator for this machine's architecture.
+emulator_package() { # release, yes if QEMU comes from backports
   case "$(uname -m):$1:$2" in
   x86_64:* | i?86:*) echo qemu-system-x86 ;;
   aarch64:* | arm*:*) echo qemu-system-arm ;;
@@ -54,18 +54,17 @@ emulator_package() { # release, whether QEMU comes from backports
   esac
 }
 
-# Up to libvirt 10.6 the user that QEMU runs as and libvirt's directories are made by
-# libvirt-daemon-system, and the QEMU driver does not load without them; later by
-# libvirt-daemon-driver-qemu.
-system_package() { # release, whether libvirt comes from backports
+# Up to libvirt 10.6 the package libvirt-daemon-system creates QEMU's user and libvirt's directories,
+# without which the QEMU driver does not load; later libvirt-daemon-driver-qemu does.
+system_package() { # release, yes if libvirt comes from backports
   case "$1:$2" in
   bookworm:no | noble:*) echo libvirt-daemon-system ;;
   esac
 }
 
-packages_for() { # purpose, release, whether libvirt and QEMU come from backports
+packages_for() { # purpose, release, yes if libvirt and QEMU come from backports
   local build=(gcc libc6-dev pkg-config libvirt-dev)
-  # The lab's guest is unpacked from packages whose kernel modules are compressed.
+  # The lab's guest is built from packages with compressed kernel modules.
   local guest=(xz-utils zstd)
   local demo=(libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients curl "${guest[@]}")
   case $1 in
@@ -81,19 +80,19 @@ packages_for() { # purpose, release, whether libvirt and QEMU come from backport
   esac
 }
 
-# Debian 12 has QEMU 7.2, which cannot be installed beside any part of QEMU from backports
-# ("qemu-utils : Breaks: qemu-system-common"), and libvirt's packages want one version too.
-# So: backports where a part of either comes from there already, and nowhere else.
+# Debian 12's QEMU 7.2 cannot be installed together with parts of QEMU from backports ("qemu-utils :
+# Breaks: qemu-system-common"), and libvirt's packages must have the same version, too. So backports are
+# used only if a part of either is already installed from there.
 MARKERS=(qemu-utils qemu-block-extra qemu-system-common qemu-system-data libvirt0 libvirt-common)
 
-# Every line: package and version, for those that are installed.
+# Prints a line with package and version for each installed package.
 installed_packages() { # package...
   dpkg-query --show --showformat '${db:Status-Status} ${Package} ${Version}\n' "$@" 2>/dev/null |
     sed -n 's/^installed //p'
 }
 
-# Adds bookworm-backports beside Debian's own bookworm, with the same address, keys and options,
-# in the same style (one line, or a deb822 stanza), unless apt knows it already.
+# Adds bookworm-backports to apt's sources with the address, keys, options and format (one line, or a
+# deb822 stanza) of Debian's bookworm, unless apt already has it.
 add_backports() {
   local fields=('Created-By: Packages' 'Component: main') entry file number target
   if [[ -n $(apt-get indextargets "${fields[@]}" 'Codename: bookworm-backports') ]]; then
@@ -132,8 +131,8 @@ add_backports() {
   update
 }
 
-# libvirt, QEMU and its firmware from backports and everything else from Debian 12: with
-# "--target-release" apt would take systemd, udev and more from backports as well.
+# Takes only libvirt, QEMU and its firmware from backports: with "--target-release" apt would also take
+# systemd, udev and more from there.
 prefer_backports() {
   {
     printf 'Package: src:libvirt:any src:qemu:any src:seabios:any\n'
@@ -143,8 +142,8 @@ prefer_backports() {
   options+=(-o "Dir::Etc::Preferences=$scratch/preferences")
 }
 
-# A package's script may start the service it brings; whoever wants libvirt running says so,
-# as scripts/demo.sh does. Restarts of what runs already are let through.
+# Keeps package scripts from starting services; scripts/demo.sh starts libvirt itself. Restarts of
+# running services are allowed.
 forbid_starts() {
   [[ ! -e $POLICY ]] || return 0
   cat >"$scratch/policy" <<'POLICY'
@@ -173,18 +172,18 @@ update() {
 purpose=${1:-build}
 case $purpose in
 build | lint | demo | test | image) ;;
-*) die "'$purpose' is none of build, lint, demo, test, image." ;;
+*) die "'$purpose' is not one of build, lint, demo, test, image." ;;
 esac
 
 check_rust
 command -v dpkg-query >/dev/null ||
-  die "this is no Debian or Ubuntu (there is no dpkg). Install by hand: a C compiler, pkg-config," \
+  die "this is not Debian or Ubuntu (dpkg not found). Install by hand: a C compiler, pkg-config," \
     "libvirt with its headers, its QEMU driver and virsh, QEMU for this machine, openssl, curl."
 
 # shellcheck disable=SC1091 # the system's own file
 release=$(. /etc/os-release && echo "${VERSION_CODENAME:-unknown}")
 
-# Asked for in one go, whichever of the two sets it will be.
+# One query for both possible sets.
 mapfile -t asked < <({
   packages_for "$purpose" "$release" no
   packages_for "$purpose" "$release" yes
@@ -208,11 +207,11 @@ done < <(packages_for "$purpose" "$release" "$backports")
 
 case $release in
 bookworm | trixie | noble) ;;
-*) say "tried on Debian 12, Debian 13 and Ubuntu 24.04; this is '$release': trying all the same." ;;
+*) say "tested on Debian 12, Debian 13 and Ubuntu 24.04; this is '$release': trying anyway." ;;
 esac
 by_hand="Install by hand, for example: apt-get install ${missing[*]}"
 if ((EUID != 0)) && ! command -v sudo >/dev/null; then
-  die "missing: ${missing[*]}. Neither root nor sudo is at hand. $by_hand"
+  die "missing: ${missing[*]}. Neither root nor sudo is available. $by_hand"
 fi
 
 readonly POLICY=/usr/sbin/policy-rc.d
@@ -222,7 +221,7 @@ chmod 755 "$scratch" # apt reads the preferences as another user
 trap clean_up EXIT
 options=(-o DPkg::Lock::Timeout=300)
 
-say "installing what is missing to $purpose: ${missing[*]}"
+say "installing packages missing for $purpose: ${missing[*]}"
 update
 if [[ $backports == yes ]]; then
   add_backports
@@ -231,5 +230,5 @@ fi
 forbid_starts
 if ! as_root env DEBIAN_FRONTEND=noninteractive \
   apt-get -q -y --no-install-recommends "${options[@]}" install "${missing[@]}" </dev/null >&2; then
-  die "apt could not install: ${missing[*]} (its reasons are above). $by_hand"
+  die "apt could not install: ${missing[*]} (see above). $by_hand"
 fi

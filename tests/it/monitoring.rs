@@ -151,7 +151,7 @@ fn every_verdict_is_judged_by_the_alert_and_the_dashboard() -> anyhow::Result<()
 }
 
 /// With `VIRTNODE_DASHBOARD` the name of a file, more happens here and what the dashboard's panels
-/// would show of it is written there: scripts/dashboard-snapshot.py draws it.
+/// would show of it is written there: scripts/dashboard-picture.py draws it.
 #[tokio::test]
 async fn a_real_prometheus_finds_what_rules_and_dashboard_name() -> anyhow::Result<()> {
     let objects = objects()?;
