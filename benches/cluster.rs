@@ -1,16 +1,16 @@
-//! The figures of DomainHotplug objects, on a Kubernetes of its own: how soon the hypervisor is
-//! called after an object was made, and how many calls to the API server an object costs.
+//! Figures of DomainHotplug objects with a private Kubernetes: time from the creation of an object
+//! to the hypervisor call, and API server calls per object.
 //!
-//! The hypervisor is in memory and takes 2 ms for a question, so that what is measured is our own
-//! way. One line a figure, as in `daemon.rs`.
+//! The hypervisor is in memory and answers in 2 ms, so that the figures show only the time that
+//! virtnode takes. The output has the format of `daemon.rs`.
 
-#[allow(dead_code, reason = "each benchmark needs another part of it")]
+#[allow(dead_code, reason = "no benchmark uses all of it")]
 mod parts;
 #[path = "../tests/it/support/mod.rs"]
 #[allow(
     dead_code,
     clippy::unwrap_used,
-    reason = "the integration tests need more of it"
+    reason = "shared with the integration tests"
 )]
 mod support;
 
@@ -24,7 +24,7 @@ use virtnode::cluster::objects::DomainHotplug;
 use virtnode::cluster::{Cluster, ClusterConfig};
 use virtnode::hotplug::Verdict;
 
-use parts::{median, ms, progress, tell};
+use parts::{median, ms, progress, report};
 use support::controller::HotplugNode;
 use support::eventually;
 use support::fake_domains::{Cpus, FakeGuest};
@@ -33,7 +33,7 @@ use support::kube::objects::define;
 
 const OBJECTS: usize = 50;
 const NODE: &str = "figures";
-/// For what should take moments.
+/// Maximum time for steps that normally take moments.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 fn main() -> anyhow::Result<()> {
@@ -51,7 +51,7 @@ async fn measure() -> anyhow::Result<()> {
     let node = HotplugNode::start(Cluster::connect(config).await?);
     eventually(PATIENCE, async || {
         let watched = node.metric("virtnode_hotplug_objects_watched");
-        ensure!(watched > 0.0, "not watched yet");
+        ensure!(watched > 0.0, "no watch yet");
         Ok(())
     })
     .await?;
@@ -67,22 +67,22 @@ async fn measure() -> anyhow::Result<()> {
         (Verdict::GuestRefused, Cpus::ThrowsAway),
     ] {
         let calls = objects.calls().await?;
-        times.extend(objects.live(verdict, cpus).await?);
+        times.extend(objects.complete(verdict, cpus).await?);
         let calls = objects.calls().await? - calls;
         #[expect(clippy::cast_precision_loss, reason = "a few hundred")]
         let each = calls as f64 / OBJECTS as f64;
-        tell(
+        report(
             &format!("calls to the API server for a DomainHotplug that ends {verdict}"),
             &format!("{each:.1}"),
             "<= 8",
             each <= 8.0,
-            "made, status, events and deletion",
+            "creation, status, events and deletion",
         );
     }
     let reached = median(&mut times);
     let last = times.last().copied().unwrap_or_default();
-    tell(
-        "DomainHotplug made to hypervisor called",
+    report(
+        "DomainHotplug created to hypervisor called",
         &format!("{}, at most {}", ms(reached), ms(last)),
         "<= 200 ms",
         reached <= Duration::from_millis(200),
@@ -99,13 +99,13 @@ struct Objects {
 }
 
 impl Objects {
-    /// Makes objects one after another, and waits until all have ended so, have been told of and
-    /// are deleted. Says how long each took until the hypervisor was called.
-    async fn live(&self, verdict: Verdict, cpus: Cpus) -> anyhow::Result<Vec<Duration>> {
+    /// Creates objects one after another and waits until each has the verdict, its events and its
+    /// deletion. Returns the time from each creation to the hypervisor call.
+    async fn complete(&self, verdict: Verdict, cpus: Cpus) -> anyhow::Result<Vec<Duration>> {
         progress(&format!(
             "{OBJECTS} objects that end {verdict}, one after another"
         ));
-        let told = self.node.metrics.cluster.events.get();
+        let events_before = self.node.metrics.cluster.events.get();
         let name = |number: usize| format!("{verdict}-{number}").to_lowercase();
         let mut times = Vec::new();
         for number in 0..OBJECTS {
@@ -128,7 +128,11 @@ impl Objects {
                 let (made, ()) = tokio::join!(self.api.create(&params, &object), called);
                 made.map(|_| begun.elapsed())
             };
-            times.push(timeout(PATIENCE, called).await.context("no call")??);
+            times.push(
+                timeout(PATIENCE, called)
+                    .await
+                    .context("no hypervisor call")??,
+            );
         }
         for number in 0..OBJECTS {
             let name = name(number);
@@ -140,30 +144,30 @@ impl Objects {
             })
             .await?;
         }
-        // On the object, and on the Node if not all is proven.
-        let of_each = 1 + u64::from(verdict != Verdict::Verified);
+        // One event on the object, and one on the Node unless everything is verified.
+        let events_per_object = 1 + u64::from(verdict != Verdict::Verified);
         eventually(PATIENCE, async || {
             let left = self.api.list(&Default::default()).await?.items.len();
             ensure!(left == 0, "{left} objects are left");
-            let told = self.node.metrics.cluster.events.get() - told;
-            let all = of_each * OBJECTS as u64;
-            ensure!(told >= all, "{told} of {all} events are written");
+            let events = self.node.metrics.cluster.events.get() - events_before;
+            let all = events_per_object * OBJECTS as u64;
+            ensure!(events >= all, "{events} of {all} events are written");
             Ok(())
         })
         .await?;
         Ok(times)
     }
 
-    /// All calls so far that objects cost: made by their user; by the daemon the Node looked up, the
-    /// object owned, told of and deleted, and events written.
+    /// Returns the number of API server calls caused by objects so far: creation by the user, and by
+    /// the daemon reading the Node, owning, updating and deleting the object, and writing events.
     async fn calls(&self) -> anyhow::Result<usize> {
         let events = self.server.audit_events().await?;
         let calls = events.iter().filter(|event| {
             let of_objects = event.resource == "domainhotplugs";
             let by_daemon = event.user_agent.starts_with("virtnode/");
-            let is_answered = !matches!(event.verb.as_str(), "list" | "watch");
+            let is_single = !matches!(event.verb.as_str(), "list" | "watch");
             let of_daemon = of_objects || ["nodes", "events"].contains(&event.resource.as_str());
-            (by_daemon && is_answered && of_daemon) || (of_objects && event.verb == "create")
+            (by_daemon && is_single && of_daemon) || (of_objects && event.verb == "create")
         });
         Ok(calls.count())
     }

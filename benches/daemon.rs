@@ -1,17 +1,16 @@
-//! The figures of the running daemon, measured on a libvirt and a Kubernetes of its own.
+//! Figures of the running daemon, measured with a private libvirt and a private Kubernetes.
 //!
-//! Standard output: what it was measured with, behind a `#`, and one line a figure, its fields
-//! separated by tabs: what, measured, to reach, whether it was reached, what it is to be compared
-//! with. Progress goes to standard error.
-//! `scripts/figures.sh` prints them as a table; `VIRTNODE` names the binary to measure.
+//! Standard output has the versions on lines that start with `#`, and one line per figure with
+//! fields separated by tabs: name, measured value, goal, goal reached, comparison. Progress goes to
+//! standard error. `scripts/figures.sh` prints a table; `VIRTNODE` names the binary to measure.
 
-#[allow(dead_code, reason = "each benchmark needs another part of it")]
+#[allow(dead_code, reason = "no benchmark uses all of it")]
 mod parts;
 #[path = "../tests/it/support/mod.rs"]
 #[allow(
     dead_code,
     clippy::unwrap_used,
-    reason = "the integration tests need more of it"
+    reason = "shared with the integration tests"
 )]
 mod support;
 
@@ -30,7 +29,9 @@ use tokio::time::{interval, sleep, timeout};
 use virtnode::cluster::objects::node_virtualization::HOTPLUG_OBJECTS_WATCHED;
 use virtnode::cluster::objects::{Condition, NodeVirtualization};
 
-use parts::{Ended, Memory, curl, free_port, median, ms, print, progress, scrape_time, tell};
+use parts::{
+    KillOnDrop, Memory, curl, free_port, median, ms, print, progress, report, scrape_time,
+};
 use support::eventually;
 use support::kube::KubeServer;
 use support::kube::objects::define;
@@ -39,17 +40,18 @@ use support::libvirtd::Libvirtd;
 const STARTS: usize = 15;
 const DELETIONS: usize = 20;
 const SCRAPES: usize = 100;
-/// How long the daemon is watched at rest, and how often others touch its Node meanwhile.
-const REST: Duration = Duration::from_secs(60);
-const TOUCH: Duration = Duration::from_secs(1);
-/// More often than the default of 60 s, so that there are probes while it rests.
+/// Period of measuring the idle daemon.
+const IDLE_PERIOD: Duration = Duration::from_secs(60);
+/// Interval between writes of other clients to the Node meanwhile.
+const TOUCH_INTERVAL: Duration = Duration::from_secs(1);
+/// Shorter than the default of 60 s, so that several probes happen while the daemon is idle.
 const PROBE_INTERVAL_SECONDS: &str = "5";
-/// How closely a file is looked for.
+/// Interval between checks for a file.
 const SAMPLING: Duration = Duration::from_millis(1);
-/// For what should take moments.
+/// Maximum time for steps that normally take moments.
 const PATIENCE: Duration = Duration::from_secs(60);
 const NODE: &str = "figures";
-/// Whose daemon looks for no DomainHotplugs.
+/// Node whose daemon does not watch DomainHotplugs.
 const LABELS_ONLY: &str = "labels-only";
 
 fn main() -> anyhow::Result<()> {
@@ -65,22 +67,22 @@ async fn measure() -> anyhow::Result<()> {
     let daemon = lab.run(LABELS_ONLY, "hotplug: {objects: false}", &settings)?;
     lab.labels_on(LABELS_ONLY, &daemon).await?;
     daemon.probes_on().await?;
-    lab.memory("memory at rest, no DomainHotplugs", &daemon, 8.0, 28.0)?;
+    lab.memory("memory idle, no DomainHotplugs", &daemon, 8.0, 28.0)?;
     drop(daemon);
 
     lab.kubernetes.create_node(NODE).await?;
     let daemon = lab.run(NODE, "", &settings)?;
     lab.labels_on(NODE, &daemon).await?;
-    lab.all_at_work(&daemon).await?;
-    lab.rest(&daemon).await?;
-    lab.memory("memory at rest", &daemon, 10.0, 30.0)?;
+    lab.watching_objects(&daemon).await?;
+    lab.idle_writes(&daemon).await?;
+    lab.memory("memory idle", &daemon, 10.0, 30.0)?;
     lab.scrapes(&daemon)?;
     lab.deletions(&daemon).await
 }
 
-/// The parts around the daemon.
+/// The environment of the daemon.
 struct Lab {
-    // Dropped in this order.
+    // Fields are dropped in this order.
     kubernetes: KubeServer,
     libvirtd: Libvirtd,
     directory: TempDir,
@@ -117,7 +119,7 @@ impl Lab {
         })
     }
 
-    /// Starts a daemon with files of its own.
+    /// Starts a daemon with its own files.
     fn run(&self, node: &str, configuration: &str, more: &[&str]) -> anyhow::Result<Daemon> {
         let directory = self.directory.path().join(node);
         fs::create_dir(&directory)?;
@@ -151,7 +153,7 @@ impl Lab {
             .spawn()
             .with_context(|| format!("cannot start {}", self.virtnode.display()))?;
         Ok(Daemon {
-            process: Ended(child),
+            process: KillOnDrop(child),
             started,
             labels: state.join("labels.json"),
             log,
@@ -159,8 +161,8 @@ impl Lab {
         })
     }
 
-    /// From the start of the process to the labels in the file and on the Node, less the time
-    /// that libvirt took to answer.
+    /// Measures the time from the start of the process to the labels in the file and on the Node,
+    /// without the time of libvirt's calls.
     async fn warm_starts(&self) -> anyhow::Result<()> {
         progress(&format!("{STARTS} warm starts"));
         let mut to_file = Vec::new();
@@ -173,7 +175,7 @@ impl Lab {
             let mut daemon = self.run(&node, "", &[])?;
             let (file, seen) = tokio::join!(daemon.wrote_labels(), has_labels(changes));
             let (file, seen) = (file?, seen?);
-            // There is one probe so far, and the next is a minute away.
+            // Only one probe has happened; the next follows in a minute.
             let answered = daemon.libvirt_calls()?;
             to_file.push(
                 file.duration_since(daemon.started)
@@ -185,22 +187,19 @@ impl Lab {
             );
             libvirt.push(answered.time);
         }
-        let beside = format!(
-            "libvirt's own answers: {}, not counted",
-            ms(median(&mut libvirt))
-        );
+        let comparison = format!("libvirt calls: {}, not included", ms(median(&mut libvirt)));
         let goal = Duration::from_millis(300);
         for (what, times) in [
             ("warm start to labels in the file", &mut to_file),
             ("warm start to labels on the Node", &mut to_node),
         ] {
             let median = median(times);
-            tell(what, &ms(median), "<= 300 ms", median <= goal, &beside);
+            report(what, &ms(median), "<= 300 ms", median <= goal, &comparison);
         }
         Ok(())
     }
 
-    /// The changes of a Node after a version of it.
+    /// Watches a Node from a version on.
     async fn changes(
         &self,
         node: &str,
@@ -210,35 +209,40 @@ impl Lab {
         let events = self.nodes.watch(&params, version).await?;
         let nodes = events.map(|event| match event? {
             WatchEvent::Added(node) | WatchEvent::Modified(node) => Ok(node),
-            other => bail!("the watch said {other:?}"),
+            other => bail!("unexpected watch event: {other:?}"),
         });
         Ok(Box::pin(nodes))
     }
 
-    /// Waits until the Node has all that the daemon published.
+    /// Waits until the Node has all labels of the file, and returns their keys.
     async fn labels_on(&self, name: &str, daemon: &Daemon) -> anyhow::Result<Vec<String>> {
         eventually(PATIENCE, async || {
             let written = fs::read(&daemon.labels)?;
             let written: serde_json::Value = serde_json::from_slice(&written)?;
             let written = written["labels"]
                 .as_object()
-                .context("labels.json has labels")?;
+                .context("labels.json has no labels")?;
             let node = self.nodes.get(name).await?;
             let keys: Vec<String> = our_labels(&node).map(str::to_owned).collect();
-            ensure!(keys.len() == written.len(), "not all labels are there");
+            ensure!(
+                keys.len() == written.len(),
+                "the Node has {} of {} labels",
+                keys.len(),
+                written.len()
+            );
             Ok(keys)
         })
         .await
         .with_context(|| format!("the daemon's log:\n{}", daemon.log()))
     }
 
-    /// Writes to the API server while nothing changes but what is not ours.
-    async fn rest(&self, daemon: &Daemon) -> anyhow::Result<()> {
-        progress(&format!("{REST:?} at rest"));
+    /// Counts the daemon's writes to the API server while other clients change the Node.
+    async fn idle_writes(&self, daemon: &Daemon) -> anyhow::Result<()> {
+        progress(&format!("idle for {IDLE_PERIOD:?}"));
         let probes = daemon.probes()?;
         let before = self.requests().await?;
-        let mut tick = interval(TOUCH);
-        let end = Instant::now() + REST;
+        let mut tick = interval(TOUCH_INTERVAL);
+        let end = Instant::now() + IDLE_PERIOD;
         let mut touches = 0;
         while Instant::now() < end {
             tick.tick().await;
@@ -259,8 +263,8 @@ impl Lab {
         let after = self.requests().await?;
         let probes = daemon.probes()? - probes;
         let writes = after.writes - before.writes;
-        tell(
-            &format!("writes to the API server at rest, {} s", REST.as_secs()),
+        report(
+            &format!("writes to the API server idle, {} s", IDLE_PERIOD.as_secs()),
             &writes.to_string(),
             "0",
             writes == 0,
@@ -273,7 +277,7 @@ impl Lab {
         Ok(())
     }
 
-    /// What the daemon asked of the API server so far.
+    /// Counts the daemon's requests to the API server so far.
     async fn requests(&self) -> anyhow::Result<Requests> {
         let events = self.kubernetes.audit_events().await?;
         let daemons = events
@@ -282,7 +286,7 @@ impl Lab {
         let (writes, reads): (Vec<_>, Vec<_>) = daemons.partition(|event| event.is_write());
         ensure!(
             !writes.is_empty(),
-            "the daemon is not found in the audit log"
+            "the audit log has no request of the daemon"
         );
         Ok(Requests {
             writes: writes.len(),
@@ -290,15 +294,15 @@ impl Lab {
         })
     }
 
-    /// Waits until the daemon does all that it does in a cluster.
-    async fn all_at_work(&self, daemon: &Daemon) -> anyhow::Result<()> {
+    /// Waits until the daemon watches DomainHotplugs, the last part of it to start.
+    async fn watching_objects(&self, daemon: &Daemon) -> anyhow::Result<()> {
         let objects: Api<NodeVirtualization> = Api::all(self.kubernetes.client());
         eventually(PATIENCE, async || {
             let facts = objects.get(NODE).await?.spec.facts;
             let watched = Condition::find(&facts.conditions, HOTPLUG_OBJECTS_WATCHED);
             ensure!(
                 watched.is_some_and(Condition::holds),
-                "DomainHotplugs are not watched yet"
+                "no watch of DomainHotplugs yet"
             );
             Ok(())
         })
@@ -306,7 +310,7 @@ impl Lab {
         .with_context(|| format!("the daemon's log:\n{}", daemon.log()))
     }
 
-    /// The daemon's memory, beside that of a virsh that is connected and does nothing.
+    /// Reports the daemon's memory, compared with that of an idle, connected virsh.
     fn memory(
         &self,
         when: &str,
@@ -322,7 +326,7 @@ impl Lab {
             ("resident", own.resident, other.resident, resident),
         ] {
             let what = &format!("{when}, {kind}");
-            tell(
+            report(
                 what,
                 &format!("{own:.1} MB"),
                 &format!("<= {goal} MB"),
@@ -333,15 +337,19 @@ impl Lab {
         Ok(())
     }
 
-    fn idle_virsh(&self) -> anyhow::Result<Ended> {
+    fn idle_virsh(&self) -> anyhow::Result<KillOnDrop> {
         let answer = self.directory.path().join("virsh");
         let mut child = Command::new("virsh")
             .args(["--quiet", "--connect", &self.libvirtd.uri()])
             .stdin(Stdio::piped())
             .stdout(File::create(&answer)?)
             .spawn()
-            .map(Ended)?;
-        let input = child.0.stdin.as_mut().context("virsh has an input")?;
+            .map(KillOnDrop)?;
+        let input = child
+            .0
+            .stdin
+            .as_mut()
+            .context("virsh has no standard input")?;
         std::io::Write::write_all(input, b"uri\n")?;
         let until = Instant::now() + PATIENCE;
         while !fs::read_to_string(&answer)?.contains("qemu:") {
@@ -351,10 +359,10 @@ impl Lab {
         Ok(child)
     }
 
-    /// The time to `/metrics`, and whether libvirt was called for it.
+    /// Measures `/metrics`, and counts the libvirt calls it causes.
     fn scrapes(&self, daemon: &Daemon) -> anyhow::Result<()> {
-        progress(&format!("{SCRAPES} times /metrics"));
-        // A probe in between would call libvirt as well: then once more.
+        progress(&format!("{SCRAPES} scrapes"));
+        // A probe meanwhile also calls libvirt, so such a round is repeated.
         for _ in 0..10 {
             let before = (daemon.probes()?, daemon.libvirt_calls()?.count);
             let mut times = Vec::new();
@@ -367,7 +375,7 @@ impl Lab {
             }
             let calls = after.1 - before.1;
             let median = median(&mut times);
-            tell(
+            report(
                 "/metrics answered, by curl",
                 &format!("{}, {calls} libvirt calls", ms(median)),
                 "<= 2 ms, 0 calls",
@@ -376,15 +384,15 @@ impl Lab {
             );
             return Ok(());
         }
-        bail!("a probe came in between each time")
+        bail!("every round overlapped a probe")
     }
 
-    /// From the answer to somebody's deletion of a label to its return.
+    /// Measures the time from the deletion of a label by another client to its restoration.
     async fn deletions(&self, daemon: &Daemon) -> anyhow::Result<()> {
         progress(&format!("{DELETIONS} deletions"));
         let keys = self.labels_on(NODE, daemon).await?;
         let mut times = Vec::new();
-        // Each another one: a label that is deleted again and again is given up.
+        // A different label each time: virtnode stops restoring one that is deleted repeatedly.
         for key in keys.iter().step_by(keys.len() / DELETIONS).take(DELETIONS) {
             let before = version(&self.nodes.get(NODE).await?);
             let mut changes = self.changes(NODE, &before).await?;
@@ -396,23 +404,23 @@ impl Lab {
             let deleted = Instant::now();
             ensure!(
                 !our_labels(&without).any(|have| have == key),
-                "{key} is still there"
+                "{key} was not deleted"
             );
-            let mut gone = false;
-            let back = loop {
+            let mut was_absent = false;
+            let restored = loop {
                 let node = changes.next().await.context("the watch ended")??;
-                let there = our_labels(&node).any(|have| have == key);
-                gone |= !there;
-                if gone && there {
+                let exists = our_labels(&node).any(|have| have == key);
+                was_absent |= !exists;
+                if was_absent && exists {
                     break Instant::now();
                 }
             };
-            times.push(back.saturating_duration_since(deleted));
+            times.push(restored.saturating_duration_since(deleted));
         }
         let median = median(&mut times);
         let slowest = times.last().copied().unwrap_or_default();
-        tell(
-            "a label deleted by someone else is back",
+        report(
+            "label deleted by another client to restored",
             &format!("{}, at most {}", ms(median), ms(slowest)),
             "<= 1 s",
             slowest <= Duration::from_secs(1),
@@ -428,7 +436,7 @@ struct Requests {
 }
 
 struct Daemon {
-    process: Ended,
+    process: KillOnDrop,
     started: Instant,
     labels: PathBuf,
     log: PathBuf,
@@ -440,7 +448,7 @@ impl Daemon {
         fs::read_to_string(&self.log).unwrap_or_default()
     }
 
-    /// Waits for the file with the labels, which is renamed into its place.
+    /// Waits for the label file, which appears complete by a rename.
     async fn wrote_labels(&mut self) -> anyhow::Result<Instant> {
         while !self.labels.exists() {
             let runs = self.process.0.try_wait()?.is_none();
@@ -459,13 +467,13 @@ impl Daemon {
         let samples = text.lines().filter(|line| !line.starts_with('#'));
         samples
             .map(|line| {
-                let (name, value) = line.rsplit_once(' ').context("a sample has a value")?;
+                let (name, value) = line.rsplit_once(' ').context("sample without a value")?;
                 Ok((name.to_owned(), value.parse()?))
             })
             .collect()
     }
 
-    /// The calls to libvirt so far.
+    /// Counts the libvirt calls so far.
     fn libvirt_calls(&self) -> anyhow::Result<Calls> {
         let samples = self.samples()?;
         let sum = |name: &str| -> f64 {
@@ -483,10 +491,10 @@ impl Daemon {
         let name = "virtnode_probe_attempts_total{source=\"versions\"}";
         let samples = self.samples()?;
         let found = samples.iter().find(|(have, _)| have == name);
-        Ok(found.context("probes are counted")?.1)
+        Ok(found.context("no probe counter")?.1)
     }
 
-    /// Waits for some probes more.
+    /// Waits for three more probes.
     async fn probes_on(&self) -> anyhow::Result<()> {
         let before = self.probes()?;
         eventually(PATIENCE, async || {
@@ -503,14 +511,13 @@ struct Calls {
     time: Duration,
 }
 
-/// Waits for the event in which the Node has labels of ours.
+/// Waits for the event in which the Node has our labels, which one write adds.
 async fn has_labels(
     mut changes: impl Stream<Item = anyhow::Result<Node>> + Unpin,
 ) -> anyhow::Result<Instant> {
     let seen = async {
         loop {
             let node = changes.next().await.context("the watch ended")??;
-            // They are all written at once.
             if our_labels(&node).next().is_some() {
                 return Ok(Instant::now());
             }

@@ -1,21 +1,21 @@
-//! What a thousand nodes at rest ask of one real API server, and what they cost it.
+//! Requests that a thousand idle nodes send to one real API server, and the memory they cost it.
 //!
 //! Each node has its own label set, `NodeVirtualization`, connections and three watches: the
-//! daemon's own publishers and the watch of its controller, of which all run in this process.
-//! Nobody touches the Nodes, so that not even a kubelet's heartbeat vouches for a watch.
+//! daemon's publishers and the watch of its controller, which all run in this process. Nothing else
+//! writes to the Nodes, not even a kubelet's heartbeat, so that only bookmarks keep a watch alive.
 //!
-//! Its output is like that of `benches/daemon.rs`. `VIRTNODE_FLEET_NODES` is the number of nodes;
-//! `VIRTNODE_FLEET_SPEED` divides every interval of the daemon, and so the hour that is measured:
-//! with 1 it takes an hour and is exact, with 4 a quarter of it. The API server's bookmarks come
-//! once a minute in any case.
+//! The output has the format of `benches/daemon.rs`. `VIRTNODE_FLEET_NODES` is the number of nodes.
+//! `VIRTNODE_FLEET_SPEED` divides every interval of the daemon and the measured hour: 1 is exact and
+//! takes an hour, 4 takes a quarter of that. The API server sends bookmarks once a minute in any
+//! case.
 
-#[allow(dead_code, reason = "each benchmark needs another part of it")]
+#[allow(dead_code, reason = "no benchmark uses all of it")]
 mod parts;
 #[path = "../tests/it/support/mod.rs"]
 #[allow(
     dead_code,
     clippy::unwrap_used,
-    reason = "the integration tests need more of it"
+    reason = "shared with the integration tests"
 )]
 mod support;
 
@@ -46,7 +46,7 @@ use virtnode::publish::virtualization::{
 };
 use virtnode::telemetry::Metrics;
 
-use parts::{Memory, print, progress, tell};
+use parts::{Memory, print, progress, report};
 use support::kube::{AuditEvent, KubeServer};
 
 const RIGHTS: [&str; 4] = [
@@ -56,9 +56,9 @@ const RIGHTS: [&str; 4] = [
     include_str!("../manifests/base/rbac.yaml"),
 ];
 const GOAL: f64 = 10.0;
-/// Until all nodes have written what they have to say.
+/// Maximum time until all nodes have published everything.
 const PATIENCE: Duration = Duration::from_secs(1200);
-/// So long all of them take to start, as in a rollout.
+/// Period over which the nodes start, as in a rollout.
 const START: Duration = Duration::from_secs(60);
 
 fn main() -> anyhow::Result<()> {
@@ -75,7 +75,10 @@ fn number(name: &str, default: u32) -> anyhow::Result<u32> {
 async fn measure() -> anyhow::Result<()> {
     let nodes = number("VIRTNODE_FLEET_NODES", 1000)?;
     let speed = number("VIRTNODE_FLEET_SPEED", 4)?;
-    ensure!(nodes > 0 && speed > 0, "there must be a node, and a speed");
+    ensure!(
+        nodes > 0 && speed > 0,
+        "the number of nodes and the speed must be at least 1"
+    );
     let server = KubeServer::start().await?;
     for manifest in RIGHTS {
         server.apply_manifest(manifest).await?;
@@ -121,8 +124,11 @@ async fn measure() -> anyhow::Result<()> {
             .await?
             .items
             .len();
-        ensure!(described == names.len(), "{described} Nodes are described");
-        // One of Nodes, one of NodeVirtualizations, one of DomainHotplugs.
+        ensure!(
+            described == names.len(),
+            "{described} NodeVirtualizations exist"
+        );
+        // One watch each of Nodes, NodeVirtualizations and DomainHotplugs.
         let events = server.audit_events().await?;
         let begun = events
             .iter()
@@ -133,17 +139,17 @@ async fn measure() -> anyhow::Result<()> {
         ensure!(begun >= 3 * names.len(), "{begun} watches");
         Ok(())
     };
-    // Each look reads the whole audit log.
+    // Each check reads the whole audit log.
     let deadline = Instant::now() + PATIENCE;
     while let Err(error) = synced().await {
-        ensure!(Instant::now() < deadline, "not at rest: {error}");
+        ensure!(
+            Instant::now() < deadline,
+            "the nodes do not become idle: {error}"
+        );
         progress(&format!("{error}"));
         sleep(Duration::from_secs(5)).await;
     }
-    progress(&format!(
-        "all at rest after {} s",
-        began.elapsed().as_secs()
-    ));
+    progress(&format!("all idle after {} s", began.elapsed().as_secs()));
 
     let hour = Duration::from_secs(3600) / speed;
     let before = server.audit_events().await?.len();
@@ -152,7 +158,7 @@ async fn measure() -> anyhow::Result<()> {
     sleep(hour).await;
     let window = begin.elapsed();
     let events = server.audit_events().await?;
-    let asked = requests(&events[before..]);
+    let requests = requests(&events[before..]);
     let hours = window.as_secs_f64() * f64::from(speed) / 3600.0;
     let per_hour = |count: usize| count as f64 / f64::from(nodes) / hours;
     let (major, minor) = server.version();
@@ -160,15 +166,15 @@ async fn measure() -> anyhow::Result<()> {
         "# {nodes} nodes, Kubernetes {major}.{minor}, {:.0} s, every interval of the daemon divided by {speed}",
         window.as_secs_f64()
     ));
-    for (what, count) in &asked {
+    for (what, count) in &requests {
         print(&format!(
             "# {what}: {:.2} per node and hour",
             per_hour(*count)
         ));
     }
-    let total = per_hour(asked.values().sum());
-    tell(
-        "requests to the API server per node and hour, at rest",
+    let total = per_hour(requests.values().sum());
+    report(
+        "requests to the API server per node and hour, idle",
         &format!("{total:.1}"),
         &format!("≤ {GOAL:.0}"),
         total <= GOAL,
@@ -180,7 +186,7 @@ async fn measure() -> anyhow::Result<()> {
         "# API server: {:.0} MB without the daemons, {:.0} MB with them; etcd: {:.0} MB, {:.0} MB",
         without.0, with.0, without.1, with.1
     ));
-    tell(
+    report(
         "memory of the API server and of etcd for each node",
         &format!(
             "{:.0} kB and {:.0} kB",
@@ -198,7 +204,7 @@ async fn measure() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Starts what the daemon of a node runs against the cluster.
+/// Starts the tasks that the daemon of a node runs in a cluster.
 fn start(
     cluster: Cluster,
     n: u32,
@@ -232,14 +238,14 @@ fn start(
         ..defaults
     };
     let publisher = VirtualizationPublisher::new(cluster.clone(), Arc::clone(metrics), options);
-    let (pictures, seen) = watch::channel(None);
+    let (snapshots, to_describe) = watch::channel(None);
     let (connection, connected) = watch::channel(Connection::Up(1));
-    tokio::spawn(publisher.run(seen, connected, token.clone()));
+    tokio::spawn(publisher.run(to_describe, connected, token.clone()));
 
     let mut hotplugs = HotplugObjects::new(&cluster).watch().boxed();
     let token = token.clone();
     tokio::spawn(async move {
-        // A probe a minute.
+        // The daemon probes once a minute.
         let mut probe = interval(Duration::from_secs(60) / speed);
         probe.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let reading = Reading {
@@ -251,7 +257,7 @@ fn start(
                 () = token.cancelled() => break,
                 _ = probe.tick() => {
                     let snapshot = Snapshot::new(&reading, &[], &[], Timestamp::now());
-                    pictures.send_replace(Some(Arc::new(snapshot)));
+                    snapshots.send_replace(Some(Arc::new(snapshot)));
                 }
                 _ = hotplugs.next() => {}
             }
@@ -261,7 +267,7 @@ fn start(
     state
 }
 
-/// A real node's facts.
+/// Returns the facts of a captured host.
 fn facts() -> anyhow::Result<NodeFacts> {
     let directory = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("tests/fixtures/debian13-libvirt-11.3.0-qemu-10.0");
@@ -280,20 +286,20 @@ fn is_ours(event: &AuditEvent) -> bool {
     event.user_agent.starts_with("virtnode/")
 }
 
-/// How often what was asked for by the daemons. A watch counts when it begins.
+/// Counts the daemons' requests by verb and resource. A watch counts once, at its start.
 fn requests(events: &[AuditEvent]) -> BTreeMap<String, usize> {
-    let mut asked = BTreeMap::new();
+    let mut requests = BTreeMap::new();
     for event in events.iter().filter(|event| is_ours(event)) {
         let is_end = event.verb == "watch" && event.stage != "ResponseStarted";
         if !is_end {
             let what = format!("{} {}", event.verb, event.resource);
-            *asked.entry(what).or_default() += 1;
+            *requests.entry(what).or_default() += 1;
         }
     }
-    asked
+    requests
 }
 
-/// What the API server and etcd hold, in MB, after a moment of rest.
+/// Returns the resident memory of the API server and of etcd in MB, after an idle period.
 async fn memory(server: &KubeServer) -> anyhow::Result<(f64, f64)> {
     sleep(Duration::from_secs(20)).await;
     let (api_server, etcd) = server.processes();

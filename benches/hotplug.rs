@@ -1,16 +1,16 @@
-//! The figures of verified hotplug, each measured in one run with what it is compared to.
+//! Figures of verified hotplug, each measured in the same run as its comparison.
 //!
-//! Its output is like that of `benches/daemon.rs`. It takes about twenty minutes, most of them for
-//! ten thousand readings of the statistics. The names of parts as arguments (`verdicts`,
-//! `readings`, `growth`, `requests`, `scrapes`) measure only those.
+//! The output has the format of `benches/daemon.rs`. A run takes about twenty minutes, most of it for
+//! ten thousand readings of the statistics. Arguments (`verdicts`, `readings`, `growth`, `requests`,
+//! `scrapes`) select parts.
 
-#[allow(dead_code, reason = "each benchmark needs another part of it")]
+#[allow(dead_code, reason = "no benchmark uses all of it")]
 mod parts;
 #[path = "../tests/it/support/mod.rs"]
 #[allow(
     dead_code,
     clippy::unwrap_used,
-    reason = "the integration tests need more of it"
+    reason = "shared with the integration tests"
 )]
 mod support;
 
@@ -37,30 +37,30 @@ use virtnode::monitor::Monitor;
 use virtnode::telemetry::Metrics;
 use virtnode::units::Bytes;
 
-use parts::{Ended, Memory, curl, free_port, median, ms, progress, scrape_time, tell};
+use parts::{KillOnDrop, Memory, curl, free_port, median, ms, progress, report, scrape_time};
 use support::eventually;
 use support::guest::{Guest, GuestConfig};
 use support::libvirtd::Libvirtd;
 
-/// Domains with an emulator but no guest: QEMU's firmware finds nothing to boot.
+/// Number of domains without a guest: QEMU's firmware finds nothing to boot.
 const DOMAINS: usize = 50;
-/// vCPUs that each of them can have. Firmware gives none back, so each request takes one.
+/// Maximum number of vCPUs of each. The firmware never releases a vCPU, so each request adds one.
 const MAXIMUM: u32 = 64;
-/// Of the first domains, for single requests: rounds in each, of three requests each.
+/// Number of domains for single requests, with three requests per round.
 const SINGLE_DOMAINS: usize = 8;
 const SINGLE_ROUNDS: u32 = 16;
-/// Rounds in which all domains are hotplugged, by the daemon and by virsh.
+/// Number of rounds in which the daemon, then virsh, hotplugs all domains.
 const BULK_ROUNDS: u32 = 5;
 const READINGS: usize = 40;
-/// Readings over which memory must not grow, after those that fill what is kept.
+/// Number of readings that must not grow the memory, after those that fill the caches.
 const LONG_RUN: usize = 10_000;
 const WARM_UP: usize = 500;
 const SCRAPES: usize = 200;
 const MANY_DOMAINS: usize = 500;
-/// vCPUs that the real guest gets one by one; as many times it gets memory.
+/// Number of vCPUs, added one by one to a real guest, and of memory increases.
 const PROOFS: u32 = 15;
 
-/// For what should take moments.
+/// Maximum time for steps that normally take moments.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 fn main() -> anyhow::Result<()> {
@@ -103,7 +103,7 @@ async fn measure() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Runs what blocks beside the runtime, which goes on waiting for signals.
+/// Runs blocking work on another thread, so that the runtime still handles signals.
 async fn blocking<T: Send + 'static>(
     libvirtd: &Arc<Libvirtd>,
     work: impl FnOnce(&Libvirtd) -> anyhow::Result<T> + Send + 'static,
@@ -132,9 +132,9 @@ fn start_domains(libvirtd: &Libvirtd) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The daemon to measure, with files of its own.
+/// The daemon to measure, with its own files.
 struct Daemon {
-    _process: Ended,
+    _process: KillOnDrop,
     directory: TempDir,
     socket: PathBuf,
     metrics: String,
@@ -161,7 +161,7 @@ impl Daemon {
             .stderr(log)
             .spawn()?;
         let daemon = Self {
-            _process: Ended(child),
+            _process: KillOnDrop(child),
             directory,
             socket,
             metrics: format!("http://127.0.0.1:{port}/metrics"),
@@ -179,38 +179,38 @@ impl Daemon {
     }
 }
 
-/// Has the daemon give a domain so many vCPUs, and returns when libvirt accepted that.
+/// Requests a vCPU count from the daemon and waits until libvirt has accepted it.
 fn request(socket: &Path, domain: &str, count: u32) -> anyhow::Result<Duration> {
     let started = Instant::now();
     let body = format!(r#"{{"count":{count},"require":"accepted","timeoutSeconds":60}}"#);
     let path = format!("/v1/domains/{domain}/vcpus");
     let length = body.len();
-    let mut record = ask(
+    let mut record = send(
         socket,
         &format!(
             "POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\
              Content-Type: application/json\r\nContent-Length: {length}\r\n\r\n{body}"
         ),
     )?;
-    // The answer is held back for a moment only.
+    // The daemon delays the response only briefly, so the operation may not be done yet.
     while record["state"] != "done" {
-        let id = record["id"].as_str().context("a record has an id")?;
+        let id = record["id"].as_str().context("record without an id")?;
         let path = format!("/v1/operations/{id}/progress");
         let get = format!("GET {path} HTTP/1.0\r\nHost: x\r\n\r\n");
-        record = ask(socket, &get)?;
+        record = send(socket, &get)?;
     }
     ensure!(record["verdict"] == "Verified", "{record:#}");
     Ok(started.elapsed())
 }
 
-/// The last line of an answer's body, which is JSON.
-fn ask(socket: &Path, request: &str) -> anyhow::Result<Value> {
+/// Sends a request and returns the last JSON line of the response body.
+fn send(socket: &Path, request: &str) -> anyhow::Result<Value> {
     let mut stream = UnixStream::connect(socket)?;
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.write_all(request.as_bytes())?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
-    let (_, body) = answer.split_once("\r\n\r\n").context("no answer")?;
+    let (_, body) = answer.split_once("\r\n\r\n").context("no response")?;
     let last = body.lines().rfind(|line| line.starts_with('{'));
     let last = last.with_context(|| format!("no record in {answer}"))?;
     Ok(serde_json::from_str(last)?)
@@ -244,10 +244,10 @@ fn setvcpus(libvirtd: &Libvirtd, domain: &str, count: u32) -> anyhow::Result<Dur
     )
 }
 
-/// One more vCPU each time, in turns by virsh, by a request to the daemon, and by the command.
+/// Adds one vCPU at a time, in turn with virsh, a request to the daemon, and the command.
 fn single_requests(libvirtd: &Libvirtd, socket: &Path) -> anyhow::Result<()> {
     let rounds = SINGLE_ROUNDS as usize * SINGLE_DOMAINS;
-    progress(&format!("{rounds} times three requests"));
+    progress(&format!("{rounds} rounds of three requests"));
     let (mut by_virsh, mut by_request, mut by_command) = (Vec::new(), Vec::new(), Vec::new());
     let program = parts::virtnode();
     for round in 0..SINGLE_ROUNDS {
@@ -266,28 +266,30 @@ fn single_requests(libvirtd: &Libvirtd, socket: &Path) -> anyhow::Result<()> {
     }
     let [by_virsh, by_request, by_command] =
         [by_virsh, by_request, by_command].map(|mut times| median(&mut times));
-    let beside = format!(
+    let comparison = format!(
         "virsh setvcpus --live: {}, each {rounds} times",
         ms(by_virsh)
     );
-    tell(
-        "a vCPU asked for, until libvirt accepted",
+    report(
+        "vCPU request until accepted by libvirt",
         &ms(by_request),
         &format!("<= {}", ms(by_virsh)),
         by_request <= by_virsh,
-        &beside,
+        &comparison,
     );
-    // Nobody asked how long that may take: it is two processes, and more than was to compare.
+    // Without a goal: the command adds the start of a process.
     parts::print(&format!(
-        "  by the command, a process of its own\t{}\t\t\t{beside}",
+        "  with the command in its own process\t{}\t\t\t{comparison}",
         ms(by_command)
     ));
     Ok(())
 }
 
-/// All domains at once by the daemon, and one after another by virsh.
+/// Hotplugs all domains at once with the daemon, and one after another with virsh.
 fn all_at_once(libvirtd: &Libvirtd, socket: &Path) -> anyhow::Result<()> {
-    progress(&format!("{BULK_ROUNDS} times {DOMAINS} domains at once"));
+    progress(&format!(
+        "{BULK_ROUNDS} rounds of {DOMAINS} domains at once"
+    ));
     let (mut by_daemon, mut by_virsh) = (Vec::new(), Vec::new());
     for round in 0..BULK_ROUNDS {
         let count = 1 + 2 * round;
@@ -312,7 +314,7 @@ fn all_at_once(libvirtd: &Libvirtd, socket: &Path) -> anyhow::Result<()> {
         by_virsh.push(started.elapsed());
     }
     let (by_daemon, by_virsh) = (median(&mut by_daemon), median(&mut by_virsh));
-    tell(
+    report(
         &format!("{DOMAINS} domains hotplugged at once, proof required: accepted"),
         &ms(by_daemon),
         &format!("<= {}", ms(by_virsh / 2)),
@@ -322,7 +324,7 @@ fn all_at_once(libvirtd: &Libvirtd, socket: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What the daemon's monitor does each time, and `virsh domstats`.
+/// Compares one reading of the daemon's monitor with `virsh domstats`.
 async fn readings(libvirtd: &Arc<Libvirtd>) -> anyhow::Result<()> {
     progress(&format!("{READINGS} readings of the statistics"));
     let mut monitor = monitor(libvirtd).await?;
@@ -338,7 +340,7 @@ async fn readings(libvirtd: &Arc<Libvirtd>) -> anyhow::Result<()> {
         )?);
     }
     let [ours, all, same] = [ours, all, same].map(|mut times| median(&mut times));
-    tell(
+    report(
         &format!("statistics of {DOMAINS} domains read"),
         &ms(ours),
         &format!("<= {}", ms(all / 2)),
@@ -352,7 +354,7 @@ async fn readings(libvirtd: &Arc<Libvirtd>) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A monitor that has read all domains once.
+/// Starts a monitor and reads all domains once.
 async fn monitor(libvirtd: &Libvirtd) -> anyhow::Result<Monitor<Libvirt>> {
     let metrics = Arc::new(Metrics::new());
     let control = Arc::new(connect(libvirtd, &metrics).await?);
@@ -365,7 +367,7 @@ async fn monitor(libvirtd: &Libvirtd) -> anyhow::Result<Monitor<Libvirt>> {
     Ok(monitor)
 }
 
-/// What stays allocated after very many readings.
+/// Measures the memory growth over very many readings.
 async fn growth(libvirtd: &Libvirtd) -> anyhow::Result<()> {
     progress(&format!("{LONG_RUN} readings of the statistics"));
     let mut monitor = monitor(libvirtd).await?;
@@ -378,8 +380,8 @@ async fn growth(libvirtd: &Libvirtd) -> anyhow::Result<()> {
     }
     let after = Memory::of(std::process::id())?;
     let grown = after.anonymous - before.anonymous;
-    tell(
-        &format!("memory after {LONG_RUN} readings more"),
+    report(
+        &format!("memory growth over {LONG_RUN} readings"),
         &format!("{grown:+.2} MB"),
         "< 0.1 MB",
         grown < 0.1,
@@ -396,16 +398,14 @@ async fn connect(libvirtd: &Libvirtd, metrics: &Arc<Metrics>) -> anyhow::Result<
     Ok(control)
 }
 
-/// `/metrics` of a daemon with many domains: those of libvirt's own driver for tests.
+/// Measures `/metrics` of a daemon with many domains of libvirt's test driver.
 async fn scrapes() -> anyhow::Result<()> {
-    progress(&format!(
-        "{SCRAPES} times /metrics with {MANY_DOMAINS} domains"
-    ));
+    progress(&format!("{SCRAPES} scrapes with {MANY_DOMAINS} domains"));
     let directory = TempDir::with_prefix("virtnode-figures-")?;
     let file = directory.path().join("domains.xml");
     let mut xml = "<node>".to_owned();
     for domain in 0..MANY_DOMAINS {
-        // Each connection has domains of its own, so what is the same of them is the UUID.
+        // The test driver creates the domains anew for each connection, so the UUIDs must be fixed.
         write!(
             xml,
             "<domain type='test'><name>vm-{domain}</name>\
@@ -435,7 +435,7 @@ async fn scrapes() -> anyhow::Result<()> {
         Ok(series)
     })
     .await?;
-    // The monitor's own readings in between would call libvirt as well: then once more.
+    // A reading of the monitor meanwhile also calls libvirt, so such a round is repeated.
     for _ in 0..20 {
         let before = calls(&curl(&["--fail", &daemon.metrics])?);
         let mut times = Vec::new();
@@ -448,7 +448,7 @@ async fn scrapes() -> anyhow::Result<()> {
             continue;
         }
         let median = median(&mut times);
-        tell(
+        report(
             &format!("/metrics with {series} series of {MANY_DOMAINS} domains, by curl"),
             &format!("{}, {calls} libvirt calls", ms(median)),
             "<= 5 ms, 0 calls",
@@ -457,10 +457,10 @@ async fn scrapes() -> anyhow::Result<()> {
         );
         return Ok(());
     }
-    anyhow::bail!("libvirt was called each time");
+    anyhow::bail!("every round overlapped a reading of the monitor");
 }
 
-/// How long after the last event or look there was a verdict.
+/// Times from the last event or observation to each verdict.
 #[derive(Clone, Default)]
 struct Spans(Arc<Mutex<Vec<Duration>>>);
 
@@ -477,7 +477,7 @@ impl Listener for Spans {
     fn journal_failed(&self) {}
 }
 
-/// From the last needed evidence of a real guest to the verdict, the journal included.
+/// Measures the time from the last evidence of a real guest to the verdict, including the journal.
 async fn verdicts(libvirtd: &Libvirtd) -> anyhow::Result<()> {
     progress(&format!("{} verdicts on a real guest", 2 * PROOFS));
     let config = GuestConfig {
@@ -510,7 +510,7 @@ async fn verdicts(libvirtd: &Libvirtd) -> anyhow::Result<()> {
                 asked_by: AskedBy::Local { uid: 0 },
             };
             let id = executor.submit(order).await?;
-            let mut records = executor.watch(&id).context("it is known")?;
+            let mut records = executor.watch(&id).context("unknown operation")?;
             let record = records.wait_for(Record::is_done).await?.clone();
             ensure!(record.verdict == Some(Verdict::Verified), "{record:#?}");
         }
@@ -524,8 +524,8 @@ async fn verdicts(libvirtd: &Libvirtd) -> anyhow::Result<()> {
     ensure!(spans.len() == 2 * PROOFS as usize, "verdicts are missing");
     let median = median(&mut spans);
     let slowest = spans.last().copied().unwrap_or_default();
-    tell(
-        "last needed evidence to verdict, on a real guest",
+    report(
+        "last evidence to verdict, with a real guest",
         &format!("{}, at most {}", ms(median), ms(slowest)),
         "<= 20 ms",
         median <= Duration::from_millis(20),

@@ -1,8 +1,8 @@
-//! From libvirt's documents to labels, and what else a daemon at rest does with a processor.
+//! CPU time from libvirt's documents to labels, and of the periodic work of an idle daemon.
 //!
-//! The pair of 17 and 30 KB is what KubeVirt's labeller was measured with (3.4 to 4.0 ms and
-//! 13,800 allocations for parsing it and preparing labels); it is cut from captured documents by
-//! whole elements. These are measured in full as well.
+//! The pair of 17 and 30 KB has the size of the documents that KubeVirt's labeller was measured with
+//! (3.4 to 4.0 ms and 13,800 allocations to parse them and prepare labels). It is made from captured
+//! documents by removing whole elements. The complete documents are measured too.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
@@ -16,9 +16,9 @@ use virtnode::label::{
 };
 use virtnode::telemetry::Metrics;
 
-/// The guests that are kept of the capabilities, for about 17 KB.
+/// Guests to keep of the capabilities, for about 17 KB.
 const GUESTS: [&str; 4] = ["x86_64", "i686", "ppc64", "riscv64"];
-/// The custom mode's models are kept until the domain capabilities have this length.
+/// Length of the domain capabilities after removing models of the custom mode.
 const DOMAIN_CAPABILITIES_BYTES: usize = 30_000;
 
 const DEBIAN_12: Pair<&str> = Pair {
@@ -38,7 +38,7 @@ const DEBIAN_13: Pair<&str> = Pair {
     ),
 };
 
-/// What libvirt says of a node.
+/// The capability documents of a node.
 struct Pair<T> {
     capabilities: T,
     domain_capabilities: T,
@@ -72,14 +72,14 @@ impl<T: AsRef<str>> Pair<T> {
         [&self.capabilities, &self.domain_capabilities].map(|text| text.as_ref().len())
     }
 
-    /// The real sizes, as they stand in the benchmarks' names.
+    /// Returns the real sizes, for the names of the benchmarks.
     fn sizes(&self) -> String {
         let [capabilities, domain] = self.bytes().map(|bytes| bytes as f64 / 1000.0);
         format!("{capabilities:.1}+{domain:.1} kB")
     }
 }
 
-/// Debian 13's documents, cut down to the size of KubeVirt's.
+/// Returns Debian 13's documents, reduced to the size of KubeVirt's.
 fn cut() -> Pair<String> {
     let kept = |guest: &str| {
         GUESTS
@@ -100,7 +100,7 @@ fn cut() -> Pair<String> {
     let models = document.find("<mode name='custom'").expect("it has models");
     let end = models + document[models..].find("    </mode>").expect("it ends");
     let tail = &document[end..];
-    // A model goes with the blockers that follow it.
+    // The blockers of a model follow it and must be removed with it.
     let cut = document[models..end]
         .match_indices("      <model ")
         .map(|(at, _)| models + at)
@@ -127,7 +127,7 @@ fn measure<T: AsRef<str>>(group: &mut BenchmarkGroup<'_, WallTime>, name: &str, 
         let id = format!("{name}, {}, {schema}", pair.sizes());
         let (derivation, cost) = allocations(|| pair.labels(schema));
         let labels = derivation.labels.len();
-        #[expect(clippy::print_stdout, reason = "beside what criterion prints")]
+        #[expect(clippy::print_stdout, reason = "supplements the output of criterion")]
         {
             println!("{id}: {labels} labels, {cost}");
         }
@@ -135,12 +135,12 @@ fn measure<T: AsRef<str>>(group: &mut BenchmarkGroup<'_, WallTime>, name: &str, 
     }
 }
 
-fn at_rest(criterion: &mut Criterion) {
-    let mut group = criterion.benchmark_group("at rest");
+fn idle(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("idle");
     let derived = DEBIAN_13.labels(Schema::Both).labels;
     let mut published = PublishedLabels::starting_from(derived.clone());
     let in_use = CapabilitiesInUse::default();
-    let id = format!("{} labels that stay as they are", derived.len());
+    let id = format!("{} unchanged labels", derived.len());
     group.bench_function(id, |bencher| {
         bencher.iter(|| {
             published.update(ProbeResult {
@@ -158,7 +158,7 @@ fn at_rest(criterion: &mut Criterion) {
     group.finish();
 }
 
-/// What a run of something took from the heap.
+/// Heap allocations of one run.
 struct Cost {
     allocations: u64,
     bytes: u64,
@@ -186,34 +186,37 @@ thread_local! {
     static BYTES: Cell<u64> = const { Cell::new(0) };
 }
 
-/// The system's allocator, and a count of what each thread asks of it.
+/// The system allocator, with counters per thread.
 struct Counting;
 
 impl Counting {
     fn count(bytes: usize) {
-        // Constant-initialized and without a destructor: neither allocates nor fails.
+        // The counters are constant-initialized and have no destructor, so access does not allocate.
         ALLOCATIONS.set(ALLOCATIONS.get() + 1);
         BYTES.set(BYTES.get() + bytes as u64);
     }
 }
 
-#[allow(unsafe_code, reason = "there is no other way to count allocations")]
-// SAFETY: every call goes to the system's allocator as it came, and its answer back.
+#[allow(
+    unsafe_code,
+    reason = "an allocator is the only way to count allocations"
+)]
+// SAFETY: every call is forwarded to the system allocator unchanged.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         Self::count(layout.size());
-        // SAFETY: the caller keeps the same promises.
+        // SAFETY: the caller upholds the same contract.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        // SAFETY: the caller keeps the same promises, and `pointer` is the system's.
+        // SAFETY: the caller upholds the same contract, and `pointer` is from the system allocator.
         unsafe { System.dealloc(pointer, layout) }
     }
 
     unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
         Self::count(size);
-        // SAFETY: the caller keeps the same promises, and `pointer` is the system's.
+        // SAFETY: the caller upholds the same contract, and `pointer` is from the system allocator.
         unsafe { System.realloc(pointer, layout, size) }
     }
 }
@@ -221,5 +224,5 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-criterion_group!(benches, documents, at_rest);
+criterion_group!(benches, documents, idle);
 criterion_main!(benches);

@@ -1,16 +1,16 @@
-//! How long `virtnode targets` takes as a whole process with 5,000 nodes: from a file as kubectl
-//! prints it, and from the lists of a real API server.
+//! Run time of the process `virtnode targets` with 5,000 nodes: from a file written by kubectl, and
+//! from a real API server.
 //!
-//! Each Node has the labels of a real one and a status of the usual size, with fifty images. One
-//! line a figure, as in `daemon.rs`.
+//! Each Node has the labels of a real one and a status of typical size, with fifty images. The output
+//! has the format of `daemon.rs`.
 
-#[allow(dead_code, reason = "each benchmark needs another part of it")]
+#[allow(dead_code, reason = "no benchmark uses all of it")]
 mod parts;
 #[path = "../tests/it/support/mod.rs"]
 #[allow(
     dead_code,
     clippy::unwrap_used,
-    reason = "the integration tests need more of it"
+    reason = "shared with the integration tests"
 )]
 mod support;
 
@@ -27,12 +27,12 @@ use serde_json::{Value, json};
 use virtnode::capability::{Capabilities, DomainCapabilities, NodeFacts, Version};
 use virtnode::label::{Policy, derive};
 
-use parts::{median, ms, progress, tell, virtnode};
+use parts::{median, ms, progress, report, virtnode};
 use support::kube::KubeServer;
 
 const NODES: usize = 5000;
 const GOAL: Duration = Duration::from_secs(1);
-/// Every third node has another machine type.
+/// Every third node lacks this machine type.
 const MACHINE: &str = "machine.virtnode.io/pc-q35-10.0";
 const DOMAIN: &str = "<domain type='kvm'><name>vm</name><memory unit='GiB'>1</memory>\
     <vcpu>4</vcpu><os><type arch='x86_64' machine='pc-q35-10.0'>hvm</type></os>\
@@ -66,12 +66,12 @@ async fn measure() -> anyhow::Result<()> {
     progress(&format!("creating {NODES} Nodes"));
     let api: Api<Node> = Api::all(server.client());
     let post = PostParams::default();
-    let made = futures::stream::iter(nodes).map(async |node| -> anyhow::Result<()> {
+    let created = futures::stream::iter(nodes).map(async |node| -> anyhow::Result<()> {
         api.create(&post, &serde_json::from_value(node)?).await?;
         Ok(())
     });
-    let made: Vec<_> = made.buffer_unordered(16).collect().await;
-    made.into_iter().collect::<anyhow::Result<()>>()?;
+    let created: Vec<_> = created.buffer_unordered(16).collect().await;
+    created.into_iter().collect::<anyhow::Result<()>>()?;
     let (major, minor) = server.version();
     figure(
         &format!("  from an API server of Kubernetes {major}.{minor} on the same machine"),
@@ -81,7 +81,7 @@ async fn measure() -> anyhow::Result<()> {
     )
 }
 
-/// Whole runs, after one that fills caches.
+/// Measures whole runs, after one that fills the caches.
 fn figure(what: &str, runs: usize, domain: &Path, source: &[&Path]) -> anyhow::Result<()> {
     progress(what.trim());
     let mut times = Vec::new();
@@ -107,7 +107,7 @@ fn figure(what: &str, runs: usize, domain: &Path, source: &[&Path]) -> anyhow::R
     times.remove(0);
     let middle = median(&mut times);
     let last = times.last().copied().unwrap_or_default();
-    tell(
+    report(
         &format!("{what} ({runs} times)"),
         &format!("{}, at most {}", ms(middle), ms(last)),
         "<= 1 s",
@@ -117,7 +117,7 @@ fn figure(what: &str, runs: usize, domain: &Path, source: &[&Path]) -> anyhow::R
     Ok(())
 }
 
-/// Those of a node with Debian 13 and KVM.
+/// Returns the labels of a node with Debian 13 and KVM.
 fn labels() -> anyhow::Result<serde_json::Map<String, Value>> {
     let directory = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("tests/fixtures/debian13-libvirt-11.3.0-qemu-10.0");

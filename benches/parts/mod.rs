@@ -1,4 +1,4 @@
-//! What the benchmarks that print figures share.
+//! Shared by the benchmarks that print figures.
 
 use std::env;
 use std::fs;
@@ -11,10 +11,9 @@ use std::time::Duration;
 use anyhow::{Context as _, bail, ensure};
 use tokio::signal::unix::{SignalKind, signal};
 
-/// Measures, unless this was only started to see whether it starts. Whichever way it ends, what
-/// was started is dropped and so ended.
+/// Runs the measurement, unless `cargo test --benches` only checks that the benchmark starts. A signal
+/// ends the measurement too, so that guards end the started processes.
 pub(crate) fn main(measure: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
-    // `cargo test --benches` asks for nothing else.
     if !env::args().any(|argument| argument == "--bench") {
         return Ok(());
     }
@@ -26,51 +25,56 @@ pub(crate) fn main(measure: impl Future<Output = anyhow::Result<()>>) -> anyhow:
             let mut interrupt = signal(SignalKind::interrupt())?;
             tokio::select! {
                 outcome = measure => outcome,
-                _ = terminate.recv() => bail!("told to stop"),
-                _ = interrupt.recv() => bail!("told to stop"),
+                _ = terminate.recv() => bail!("interrupted by a signal"),
+                _ = interrupt.recv() => bail!("interrupted by a signal"),
             }
         })
 }
 
-/// The program to measure.
+/// Returns the binary to measure.
 pub(crate) fn virtnode() -> PathBuf {
     env::var_os("VIRTNODE")
         .unwrap_or(env!("CARGO_BIN_EXE_virtnode").into())
         .into()
 }
 
-/// A figure, as a line for the table.
-pub(crate) fn tell(what: &str, measured: &str, goal: &str, reached: bool, beside: &str) {
+/// Prints a figure as one line of the table.
+pub(crate) fn report(what: &str, measured: &str, goal: &str, reached: bool, comparison: &str) {
     let reached = if reached { "yes" } else { "NO" };
-    print(&format!("{what}\t{measured}\t{goal}\t{reached}\t{beside}"));
+    print(&format!(
+        "{what}\t{measured}\t{goal}\t{reached}\t{comparison}"
+    ));
 }
 
 pub(crate) fn print(line: &str) {
-    #[expect(clippy::print_stdout, reason = "this is what it is for")]
+    #[expect(clippy::print_stdout, reason = "the figures are the output")]
     {
         println!("{line}");
     }
 }
 
-pub(crate) fn progress(doing: &str) {
-    #[expect(clippy::print_stderr, reason = "this takes minutes")]
+pub(crate) fn progress(step: &str) {
+    #[expect(
+        clippy::print_stderr,
+        reason = "progress of a measurement that takes minutes"
+    )]
     {
-        eprintln!("figures: {doing}");
+        eprintln!("figures: {step}");
     }
 }
 
-/// A process that is killed when this is dropped.
-pub(crate) struct Ended(pub(crate) Child);
+/// Kills the process when dropped.
+pub(crate) struct KillOnDrop(pub(crate) Child);
 
-impl Drop for Ended {
+impl Drop for KillOnDrop {
     fn drop(&mut self) {
-        // An error only says that it has ended by itself.
+        // An error means that the process has already ended.
         self.0.kill().ok();
         self.0.wait().ok();
     }
 }
 
-/// In MB, as a million bytes.
+/// Memory of a process in MB (million bytes).
 pub(crate) struct Memory {
     pub(crate) anonymous: f64,
     pub(crate) resident: f64,
@@ -109,7 +113,7 @@ pub(crate) fn curl(arguments: &[&str]) -> anyhow::Result<String> {
         .args(["--silent", "--show-error", "--max-time", "10"])
         .args(arguments)
         .output()
-        .context("this needs curl")?;
+        .context("curl is not installed")?;
     ensure!(
         output.status.success(),
         "curl {arguments:?}: {}",
@@ -118,7 +122,7 @@ pub(crate) fn curl(arguments: &[&str]) -> anyhow::Result<String> {
     Ok(String::from_utf8(output.stdout)?)
 }
 
-/// A port on which nothing listens, below those that outgoing connections get.
+/// Returns a port without a listener, below the range for outgoing connections.
 pub(crate) fn free_port() -> anyhow::Result<u16> {
     let mut ports = std::iter::repeat_with(|| fastrand::u16(20_000..32_768)).take(1000);
     ports
@@ -126,7 +130,7 @@ pub(crate) fn free_port() -> anyhow::Result<u16> {
         .context("no free port")
 }
 
-/// Sorts, too.
+/// Returns the median, and sorts the times.
 pub(crate) fn median(times: &mut [Duration]) -> Duration {
     times.sort_unstable();
     times[times.len() / 2]

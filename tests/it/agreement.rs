@@ -1,10 +1,7 @@
-//! What `virtnode check` computes, held against what a real libvirt and a real QEMU say: hundreds
-//! of generated domains, and none left out.
+//! Compares the result of `virtnode check` with a real libvirt and a real QEMU, for hundreds of
+//! generated domains without exception.
 
-#![expect(
-    clippy::print_stdout,
-    reason = "how much was tried, for people to read"
-)]
+#![expect(clippy::print_stdout, reason = "a summary of the generated domains")]
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -22,29 +19,29 @@ use virtnode::telemetry::Metrics;
 use crate::support::domains::generate;
 use crate::support::libvirtd::Libvirtd;
 
-/// How many are held against libvirt's dry run.
+/// Number of domains compared with libvirt's dry run.
 const GENERATED: u64 = 800;
-/// How many of each kind are really started.
+/// Maximum number of domains to start per group.
 const STARTED: usize = 14;
-/// No more vCPUs than this are really started: each costs software emulation megabytes and time.
-const MOST_STARTED: u64 = 64;
-/// Words are compared with those of the libvirts that they were taken down from.
-const SPEAKS_SO: Version = Version::new(11, 0, 0);
+/// Maximum number of vCPUs of a started domain: with software emulation each costs memory and time.
+const MAX_STARTED_VCPUS: u64 = 64;
+/// First libvirt whose messages the expected ones are compared with.
+const EXACT_MESSAGES_SINCE: Version = Version::new(11, 0, 0);
 
-/// Up to 10.5 libvirt holds every named CPU model against its own list of features, which may differ
-/// from QEMU's, by which the capabilities call a model usable (its issue 608). Nothing that can be
-/// asked beforehand shows it.
-const TRUSTS_QEMU: Version = Version::new(10, 6, 0);
-const OWN_LIST: &str = "the CPU is incompatible with host CPU: ";
+/// Up to 10.5, libvirt checks a named CPU model against its own list of features. The capabilities
+/// report a model as usable by QEMU's list, which may differ (libvirt issue 608). No query reveals
+/// that.
+const USES_QEMU_LIST_SINCE: Version = Version::new(10, 6, 0);
+const LIBVIRT_LIST_MESSAGE: &str = "the CPU is incompatible with host CPU: ";
 
-/// A libvirt, and what a node with it has.
-struct Node {
+/// A libvirt and the facts of its node.
+struct LibvirtNode {
     libvirtd: Libvirtd,
     libvirt: Arc<Libvirt>,
     facts: NodeFacts,
 }
 
-impl Node {
+impl LibvirtNode {
     async fn start() -> Self {
         let libvirtd = Libvirtd::start().unwrap();
         let metrics = Arc::new(Metrics::new());
@@ -67,10 +64,9 @@ impl Node {
         assess(&domain, &offer)
     }
 
-    /// libvirt's own words, if it refuses.
     async fn dry_run(&self, xml: &str) -> DryRun {
-        let asked = dry_run_xml(xml).unwrap();
-        match self.libvirt.native_arguments(asked).await {
+        let definition = dry_run_xml(xml).unwrap();
+        match self.libvirt.native_arguments(definition).await {
             Ok(_) => DryRun::Accepted,
             Err(CallError::Failed { text, .. }) => DryRun::Refused { words: text },
             Err(error) => panic!("{error}: {xml}"),
@@ -78,31 +74,31 @@ impl Node {
     }
 }
 
-/// Whether libvirt itself is to say this.
-fn is_libvirts(finding: &&RuleFinding) -> bool {
+/// True if libvirt, not QEMU, reports this problem.
+fn is_reported_by_libvirt(finding: &&RuleFinding) -> bool {
     matches!(finding.stage, Some(Stage::Define | Stage::Start))
 }
 
-/// Whether these words were foretold. Of a model's missing features libvirt names those of its
-/// own definition, in its own order, and the capabilities those of QEMU's.
-fn is_foretold(words: Option<&str>, said: &str) -> bool {
+/// True if the message contains the expected one. For missing CPU features it is enough that one
+/// matches: libvirt lists those of its own model definition, the capabilities those of QEMU's.
+fn is_expected(words: Option<&str>, message: &str) -> bool {
     let Some(words) = words else { return true };
     match words.rsplit_once(": ") {
         Some((what, list)) if what.ends_with("features") => {
-            said.contains(what)
+            message.contains(what)
                 && list
                     .split([',', ' '])
-                    .any(|feature| !feature.is_empty() && said.contains(feature))
+                    .any(|feature| !feature.is_empty() && message.contains(feature))
         }
-        _ => said.contains(words),
+        _ => message.contains(words),
     }
 }
 
 #[tokio::test]
-async fn libvirt_says_what_was_computed_of_every_generated_domain() {
-    let node = Node::start().await;
-    let exact = node.facts.libvirt_version >= Some(SPEAKS_SO);
-    let trusts_qemu = node.facts.libvirt_version >= Some(TRUSTS_QEMU);
+async fn libvirt_confirms_the_result_for_every_generated_domain() {
+    let node = LibvirtNode::start().await;
+    let exact = node.facts.libvirt_version >= Some(EXACT_MESSAGES_SINCE);
+    let uses_qemu_list = node.facts.libvirt_version >= Some(USES_QEMU_LIST_SINCE);
     let mut wrong = Vec::new();
     let mut answers: BTreeMap<String, usize> = BTreeMap::new();
     let mut to_start: BTreeMap<String, Vec<(String, Assessment)>> = BTreeMap::new();
@@ -110,10 +106,11 @@ async fn libvirt_says_what_was_computed_of_every_generated_domain() {
         let xml = generate(seed);
         let fit = node.compute(&xml);
         let dry_run = node.dry_run(&xml).await;
-        let blocking: Vec<&RuleFinding> = fit.blocking().filter(is_libvirts).collect();
-        let unknown = |f: &&RuleFinding| f.severity == RuleSeverity::Unknown && is_libvirts(f);
+        let blocking: Vec<&RuleFinding> = fit.blocking().filter(is_reported_by_libvirt).collect();
+        let unknown =
+            |f: &&RuleFinding| f.severity == RuleSeverity::Unknown && is_reported_by_libvirt(f);
         let open: Vec<&RuleFinding> = fit.findings.iter().filter(unknown).collect();
-        // What may be left open without asking: names that only libvirt's own lists decide on.
+        // Without a dry run, only names that libvirt's own lists decide on may be unknown.
         assert!(
             open.iter()
                 .all(|f| matches!(f.code, RuleCode::CpuModel | RuleCode::CpuFeature)),
@@ -121,11 +118,15 @@ async fn libvirt_says_what_was_computed_of_every_generated_domain() {
         );
         let complaint = match &dry_run {
             DryRun::Accepted if !blocking.is_empty() => Some("accepts"),
-            DryRun::Refused { words } if !trusts_qemu && words.starts_with(OWN_LIST) => None,
+            DryRun::Refused { words }
+                if !uses_qemu_list && words.starts_with(LIBVIRT_LIST_MESSAGE) =>
+            {
+                None
+            }
             DryRun::Refused { .. } if blocking.is_empty() && open.is_empty() => Some("refuses"),
             DryRun::Refused { words } if exact => {
-                let mut foretold = blocking.iter().chain(&open);
-                let says = foretold.any(|f| is_foretold(f.words.as_deref(), words));
+                let mut expected = blocking.iter().chain(&open);
+                let says = expected.any(|f| is_expected(f.words.as_deref(), words));
                 (!says).then_some("says something else")
             }
             _ => None,
@@ -135,7 +136,7 @@ async fn libvirt_says_what_was_computed_of_every_generated_domain() {
                 "{seed}: libvirt {complaint}\n  {xml}\n  computed: {blocking:?}\n  {dry_run:?}"
             ));
         }
-        // With its word beside ours nothing that it decides is open.
+        // After the dry run, nothing that libvirt decides may be unknown.
         let kind = match (&dry_run, blocking.is_empty()) {
             (DryRun::Accepted, _) => "accepted",
             (_, false) => "refused, as computed",
@@ -156,7 +157,7 @@ async fn libvirt_says_what_was_computed_of_every_generated_domain() {
         };
         if unanswered {
             wrong.push(format!(
-                "{seed}: open after libvirt's word\n  {xml}\n  {confirmed:?}"
+                "{seed}: unknown after the dry run\n  {xml}\n  {confirmed:?}"
             ));
         }
         if dry_run == DryRun::Accepted {
@@ -175,7 +176,7 @@ async fn libvirt_says_what_was_computed_of_every_generated_domain() {
         wrong.len(),
         wrong.join("\n")
     );
-    // Both happen often, else little was tried. An older libvirt takes fewer.
+    // Both results must be frequent for a meaningful comparison. An older libvirt accepts fewer.
     let count = |kind| answers.get(kind).copied().unwrap_or_default();
     let accepted = if exact { 50 } else { 25 };
     assert!(
@@ -185,30 +186,30 @@ async fn libvirt_says_what_was_computed_of_every_generated_domain() {
     start_some(&node, to_start);
 }
 
-/// Starts some of those that libvirt would start: what QEMU says only a start shows.
-fn start_some(node: &Node, groups: BTreeMap<String, Vec<(String, Assessment)>>) {
+/// Starts some of the accepted domains, because QEMU reports its problems only then.
+fn start_some(node: &LibvirtNode, groups: BTreeMap<String, Vec<(String, Assessment)>>) {
     let mut tally: BTreeMap<String, usize> = BTreeMap::new();
     for (group, mut domains) in groups {
         let current = |xml: &str| {
             let domain = Requirement::parse("x", xml.as_bytes()).unwrap();
             domain.vcpus.current
         };
-        domains.retain(|(xml, _)| current(xml) <= MOST_STARTED);
+        domains.retain(|(xml, _)| current(xml) <= MAX_STARTED_VCPUS);
         domains.sort_by_key(|(xml, _)| current(xml));
         for (xml, fit) in domains.into_iter().take(STARTED) {
-            let said = node.libvirtd.start_and_end(&dry_run_xml(&xml).unwrap());
-            let foretold = |said: &str| {
+            let message = node.libvirtd.start_and_end(&dry_run_xml(&xml).unwrap());
+            let expected = |message: &str| {
                 fit.findings.iter().any(|finding| {
                     finding.stage == Some(Stage::Emulator)
-                        && is_foretold(finding.words.as_deref(), said)
+                        && is_expected(finding.words.as_deref(), message)
                 })
             };
-            match (fit.answer, &said) {
+            match (fit.answer, &message) {
                 (Feasibility::Feasible, Ok(())) => {}
-                (Feasibility::Infeasible, Err(said)) if foretold(said) => {}
-                // check='full' may go either way, and is said to.
+                (Feasibility::Infeasible, Err(message)) if expected(message) => {}
+                // With check='full' the outcome is open, which the result says.
                 (Feasibility::Unknown, _) => {}
-                _ => panic!("{fit:#?}\nQEMU: {said:?}\n{xml}"),
+                _ => panic!("{fit:#?}\nQEMU: {message:?}\n{xml}"),
             }
             *tally.entry(group.clone()).or_default() += 1;
         }
@@ -218,9 +219,7 @@ fn start_some(node: &Node, groups: BTreeMap<String, Vec<(String, Assessment)>>) 
         tally.get("feasible").is_some_and(|count| *count == STARTED),
         "{tally:?}"
     );
-    let kinds = match node.facts.libvirt_version >= Some(SPEAKS_SO) {
-        true => 4,
-        false => 2,
-    };
-    assert!(tally.len() >= kinds, "{tally:?}");
+    let exact = node.facts.libvirt_version >= Some(EXACT_MESSAGES_SINCE);
+    let min_groups = if exact { 4 } else { 2 };
+    assert!(tally.len() >= min_groups, "{tally:?}");
 }

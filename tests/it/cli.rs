@@ -304,7 +304,7 @@ fn wrong_flags_and_configurations_are_exit_code_2() {
         ),
         (
             vec!["labels", "--eim", "maybe"],
-            "none of auto, explicit and none",
+            "not one of auto, explicit, none",
         ),
         (vec!["labels", "--kvm-max-vcpus", "0"], "--kvm-max-vcpus"),
         (

@@ -1,5 +1,5 @@
-//! Real documents: every one is read, what is derived from it is legal and the same each time,
-//! and no damage to it makes the reader panic.
+//! Real documents: each parses, the derived labels are valid and deterministic, and a damaged
+//! document never makes the parser panic.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -28,7 +28,7 @@ fn xml_files(directory: &Path) -> Vec<PathBuf> {
     files
 }
 
-/// The facts of one document of any kind; `None` for one of a kind that is none of ours.
+/// Parses a document of any known kind; `None` for an unknown kind.
 fn facts(name: &str, bytes: &[u8]) -> Option<Result<NodeFacts, DocumentError>> {
     let has = |root: &str| {
         bytes
@@ -71,19 +71,19 @@ fn check_labels(facts: &NodeFacts) {
     assert_eq!(
         derivation,
         derive(facts, &policy),
-        "the same facts, other labels"
+        "derivation is not deterministic"
     );
     for key in derivation.labels.keys() {
-        assert!(is_ours(key), "{key} would not be cleaned up");
-        assert!(FAMILIES.contains(&family(key)), "{key} is of no family");
+        assert!(is_ours(key), "cleanup would not remove {key}");
+        assert!(FAMILIES.contains(&family(key)), "{key} has no known family");
     }
 }
 
-/// `VIRTNODE_CORPUS` names a directory with other documents to try; without it, our fixtures.
+/// `VIRTNODE_CORPUS` can name a directory with other documents than the fixtures.
 #[test]
-fn every_document_of_a_corpus_is_read() {
+fn every_document_of_corpus_parses() {
     let corpus = std::env::var_os("VIRTNODE_CORPUS").map_or_else(fixtures, PathBuf::from);
-    let mut read = 0;
+    let mut parsed = 0;
     for path in xml_files(&corpus) {
         let name = path.display().to_string();
         let bytes = fs::read(&path).unwrap();
@@ -92,14 +92,14 @@ fn every_document_of_a_corpus_is_read() {
             Some(Err(error)) => panic!("{error}"),
             None => continue,
         }
-        read += 1;
+        parsed += 1;
     }
-    assert!(read > 0, "no document in {}", corpus.display());
-    println!("{read} documents of {} read", corpus.display());
+    assert!(parsed > 0, "no document in {}", corpus.display());
+    println!("{parsed} documents of {} parsed", corpus.display());
 }
 
 #[test]
-fn our_fixtures_hold_nothing_unknown() {
+fn fixtures_have_no_unknown_elements() {
     for path in xml_files(&fixtures()) {
         let name = path.display().to_string();
         let bytes = fs::read(&path).unwrap();
@@ -127,7 +127,7 @@ fn node(directory: &str, document: &str, versions: (Version, Version)) -> NodeFa
     }
 }
 
-/// One label a line; these snapshots are what a cluster would see of the two captured hosts.
+/// Returns the labels that a cluster would get for a captured host, one per line.
 fn snapshot(facts: &NodeFacts, schema: Schema) -> String {
     let derivation = derive(
         facts,
@@ -145,7 +145,7 @@ fn snapshot(facts: &NodeFacts, schema: Schema) -> String {
 }
 
 #[test]
-fn labels_of_debian_13() {
+fn debian_13_yields_the_snapshot() {
     let versions = (Version::new(11, 3, 0), Version::new(10, 0, 2));
     let facts = node(
         "debian13-libvirt-11.3.0-qemu-10.0",
@@ -157,7 +157,7 @@ fn labels_of_debian_13() {
 }
 
 #[test]
-fn labels_of_debian_12() {
+fn debian_12_yields_the_snapshot() {
     let versions = (Version::new(9, 0, 0), Version::new(7, 2, 19));
     let facts = node(
         "debian12-libvirt-9.0.0-qemu-7.2",
@@ -168,10 +168,9 @@ fn labels_of_debian_12() {
     insta::assert_snapshot!("debian12-kubevirt", snapshot(&facts, Schema::Kubevirt));
 }
 
-/// Elements and values that 11.3 did not have, and one that is gone: software emulation has no
-/// enlightenments.
+/// libvirt 12 has elements and values that 11.3 lacks, and no enlightenments with software emulation.
 #[test]
-fn what_libvirt_12_says_is_read() {
+fn elements_of_libvirt_12_are_parsed() {
     let file = "debian-sid-libvirt-12.8.0-qemu-11.1/dc-x86_64-q35-qemu.xml";
     let bytes = fs::read(fixtures().join(file)).unwrap();
     let document = DomainCapabilities::parse(file, &bytes).unwrap();
@@ -182,7 +181,6 @@ fn what_libvirt_12_says_is_read() {
     assert_eq!(document.hyperv, None);
 }
 
-/// A kind of damage to a document.
 #[derive(Debug, Clone)]
 enum Damage {
     Cut(Index),
@@ -259,8 +257,7 @@ fn apply(document: &mut Vec<u8>, damage: &Damage) {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
 
-    /// Whatever happened to a document, reading it ends with facts or an error that names it, and
-    /// what is derived from the facts is legal.
+    /// Parsing yields facts with valid labels, or an error that names the document.
     #[test]
     fn damaged_documents_never_panic(
         which in any::<Index>(),
@@ -271,7 +268,7 @@ proptest! {
         for damage in &damages {
             apply(&mut document, damage);
         }
-        // Whichever parser gets it: a file may be given under the wrong flag.
+        // A user can pass a file with the wrong flag, so every parser must cope.
         let capabilities = Capabilities::parse("the document", &document);
         let domain = DomainCapabilities::parse("the document", &document);
         let cpu = CpuDefinition::parse("the document", &document);

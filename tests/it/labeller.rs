@@ -1,4 +1,4 @@
-//! What the labeller publishes over several probes, with a hypervisor that changes and fails.
+//! The labels that the labeller publishes over several probes of a source that changes and fails.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -17,9 +17,8 @@ use crate::support::hypervisor::InMemory;
 const INTERVAL: Duration = Duration::from_secs(60);
 const OLD: &str = "machine.virtnode.io/pc-q35-5.0";
 
-/// A labeller that runs in paused time, a root directory without any host facts, and what it
-/// hands over for the Node.
-struct Running {
+/// A running labeller in paused time, with an empty directory as the host's root.
+struct RunningLabeller {
     hypervisor: Arc<InMemory>,
     metrics: Arc<Metrics>,
     node: watch::Receiver<Option<Arc<LabelSet>>>,
@@ -27,19 +26,19 @@ struct Running {
     _stop: tokio_util::sync::DropGuard,
 }
 
-impl Running {
+impl RunningLabeller {
     fn start(existing_labels: Option<oneshot::Receiver<LabelSet>>) -> Self {
         let hypervisor = Arc::new(InMemory::debian_13());
         let metrics = Arc::new(Metrics::new());
         let root = tempfile::tempdir().unwrap();
         let (desired, node) = watch::channel(None);
-        let outlets = Outputs {
+        let outputs = Outputs {
             file: None,
             node: Some(desired),
             existing_labels,
             ..Outputs::default()
         };
-        let labeller = Labeller::new(
+        let service = Labeller::new(
             Arc::clone(&hypervisor),
             Policy {
                 schema: Schema::Both,
@@ -47,11 +46,11 @@ impl Running {
             },
             INTERVAL,
             PathBuf::from(root.path()),
-            outlets,
+            outputs,
             Arc::clone(&metrics),
         );
         let stop = CancellationToken::new();
-        tokio::spawn(labeller.run(stop.clone()));
+        tokio::spawn(service.run(stop.clone()));
         Self {
             hypervisor,
             metrics,
@@ -68,13 +67,13 @@ impl Running {
             .get()
     }
 
-    /// Waits until `count` more probes are over.
+    /// Waits until `count` more probes have finished.
     async fn probes(&self, count: u64) {
-        let until = self.attempts() + count;
-        while self.attempts() < until {
+        let target = self.attempts() + count;
+        while self.attempts() < target {
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
-        // The attempt is counted in the middle of a probe; its labels come with the end of it.
+        // The attempt is counted in the middle of a probe, the labels are published at its end.
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
 
@@ -103,53 +102,53 @@ fn domain(machine: &str, model: &str) -> RunningDomain {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_machine_that_libvirt_drops_goes_after_two_probes() {
-    let running = Running::start(None);
-    running.probes(1).await;
-    assert_eq!(running.value(OLD).as_deref(), Some("288"));
-    running.hypervisor.drop_machine("pc-q35-5.0");
-    running.probes(1).await;
-    assert_eq!(running.value(OLD).as_deref(), Some("288"));
-    assert!(running.retained("awaiting-second-probe") > 0);
-    running.probes(1).await;
-    assert_eq!(running.value(OLD), None);
+async fn machine_type_dropped_by_libvirt_is_removed_after_two_probes() {
+    let labeller = RunningLabeller::start(None);
+    labeller.probes(1).await;
+    assert_eq!(labeller.value(OLD).as_deref(), Some("288"));
+    labeller.hypervisor.drop_machine("pc-q35-5.0");
+    labeller.probes(1).await;
+    assert_eq!(labeller.value(OLD).as_deref(), Some("288"));
+    assert!(labeller.retained("awaiting-second-probe") > 0);
+    labeller.probes(1).await;
+    assert_eq!(labeller.value(OLD), None);
     assert_eq!(
-        running.value("machine-type.node.kubevirt.io/pc-q35-5.0"),
+        labeller.value("machine-type.node.kubevirt.io/pc-q35-5.0"),
         None
     );
-    assert_eq!(running.retained("awaiting-second-probe"), 0);
+    assert_eq!(labeller.retained("awaiting-second-probe"), 0);
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_a_running_domain_stands_on_stays() {
-    let running = Running::start(None);
-    running.probes(1).await;
-    running.hypervisor.answers().domains = vec![domain("pc-q35-5.0", "486")];
-    running.hypervisor.drop_machine("pc-q35-5.0");
-    running.probes(5).await;
-    assert_eq!(running.value(OLD).as_deref(), Some("288"));
+async fn labels_in_use_by_running_domain_are_kept() {
+    let labeller = RunningLabeller::start(None);
+    labeller.probes(1).await;
+    labeller.hypervisor.answers().domains = vec![domain("pc-q35-5.0", "486")];
+    labeller.hypervisor.drop_machine("pc-q35-5.0");
+    labeller.probes(5).await;
+    assert_eq!(labeller.value(OLD).as_deref(), Some("288"));
     assert_eq!(
-        running
+        labeller
             .value("machine-type.node.kubevirt.io/pc-q35-5.0")
             .as_deref(),
         Some("true")
     );
-    assert_eq!(running.retained("domain-uses-it"), 2);
-    running.hypervisor.answers().domains.clear();
-    running.probes(2).await;
-    assert_eq!(running.value(OLD), None);
+    assert_eq!(labeller.retained("domain-uses-it"), 2);
+    labeller.hypervisor.answers().domains.clear();
+    labeller.probes(2).await;
+    assert_eq!(labeller.value(OLD), None);
 }
 
 #[tokio::test(start_paused = true)]
-async fn failed_and_malformed_answers_take_nothing_away_and_change_nothing() {
-    let running = Running::start(None);
-    running.probes(1).await;
-    let before = running.node.borrow().clone();
+async fn failed_or_malformed_documents_change_no_label() {
+    let labeller = RunningLabeller::start(None);
+    labeller.probes(1).await;
+    let before = labeller.node.borrow().clone();
     let timeout = CallError::Overdue {
         call: "x".into(),
         after: Duration::from_secs(1),
     };
-    let good = running.hypervisor.answers().domain_capabilities.clone();
+    let good = labeller.hypervisor.answers().domain_capabilities.clone();
     let bad: [Result<String, CallError>; 4] = [
         Err(timeout.clone()),
         Ok(String::new()),
@@ -157,15 +156,15 @@ async fn failed_and_malformed_answers_take_nothing_away_and_change_nothing() {
         Ok("<domainCapabilities>".to_owned()),
     ];
     for answer in bad {
-        running.hypervisor.answers().domain_capabilities = answer;
-        running.probes(3).await;
-        assert_eq!(*running.node.borrow(), before);
+        labeller.hypervisor.answers().domain_capabilities = answer;
+        labeller.probes(3).await;
+        assert_eq!(*labeller.node.borrow(), before);
     }
-    running.hypervisor.answers().domain_capabilities = good;
-    running.hypervisor.answers().capabilities = Err(timeout);
-    running.probes(3).await;
-    assert_eq!(*running.node.borrow(), before);
-    let malformed = running
+    labeller.hypervisor.answers().domain_capabilities = good;
+    labeller.hypervisor.answers().capabilities = Err(timeout);
+    labeller.probes(3).await;
+    assert_eq!(*labeller.node.borrow(), before);
+    let malformed = labeller
         .metrics
         .probe_failures
         .with_label_values(&["domain-capabilities", "malformed"]);
@@ -173,37 +172,37 @@ async fn failed_and_malformed_answers_take_nothing_away_and_change_nothing() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_empty_host_is_no_answer() {
-    let running = Running::start(None);
-    running.probes(1).await;
-    let before = running.node.borrow().clone();
-    running.hypervisor.answers().capabilities = Ok("<capabilities/>".to_owned());
-    running.hypervisor.answers().domain_capabilities = Ok("<domainCapabilities/>".to_owned());
-    running.probes(1).await;
-    assert_eq!(*running.node.borrow(), before);
+async fn empty_documents_change_no_label() {
+    let labeller = RunningLabeller::start(None);
+    labeller.probes(1).await;
+    let before = labeller.node.borrow().clone();
+    labeller.hypervisor.answers().capabilities = Ok("<capabilities/>".to_owned());
+    labeller.hypervisor.answers().domain_capabilities = Ok("<domainCapabilities/>".to_owned());
+    labeller.probes(1).await;
+    assert_eq!(*labeller.node.borrow(), before);
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_node_gets_no_set_before_it_is_known_what_it_has() {
-    let (found, receiver) = oneshot::channel();
-    let running = Running::start(Some(receiver));
-    running.probes(3).await;
-    assert_eq!(*running.node.borrow(), None);
+async fn node_gets_no_labels_before_its_existing_ones_are_known() {
+    let (existing, receiver) = oneshot::channel();
+    let labeller = RunningLabeller::start(Some(receiver));
+    labeller.probes(3).await;
+    assert_eq!(*labeller.node.borrow(), None);
     let old: LabelSet = [(
         "cpu-model.virtnode.io/Gone".parse().unwrap(),
         "true".parse().unwrap(),
     )]
     .into();
-    found.send(old).unwrap();
-    running.probes(1).await;
+    existing.send(old).unwrap();
+    labeller.probes(1).await;
     assert_eq!(
-        running.value("cpu-model.virtnode.io/Gone").as_deref(),
+        labeller.value("cpu-model.virtnode.io/Gone").as_deref(),
         Some("true")
     );
     assert_eq!(
-        running.value("machine.virtnode.io/pc-q35-10.0").as_deref(),
+        labeller.value("machine.virtnode.io/pc-q35-10.0").as_deref(),
         Some("1024")
     );
-    running.probes(1).await;
-    assert_eq!(running.value("cpu-model.virtnode.io/Gone"), None);
+    labeller.probes(1).await;
+    assert_eq!(labeller.value("cpu-model.virtnode.io/Gone"), None);
 }

@@ -1,4 +1,4 @@
-//! docs/labels.md and docs/metrics.md say what the code does. They are written here:
+//! Compares docs/labels.md and docs/metrics.md with the code. To regenerate them:
 //! `VIRTNODE_WRITE_DOCS=1 cargo test --locked --test it references`.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -16,8 +16,8 @@ use virtnode::telemetry::{DomainFigures, MemoryFigures, Metrics, VcpuFigures};
 use virtnode::units::Bytes;
 use virtnode::units::Timestamp;
 
-/// Compares, or writes if the environment says so.
-fn hold(file: &str, text: &str) {
+/// Compares a document with `text`, or writes it if `VIRTNODE_WRITE_DOCS` is set.
+fn compare_or_write(file: &str, text: &str) {
     let path = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("docs")
         .join(file);
@@ -28,12 +28,12 @@ fn hold(file: &str, text: &str) {
     let found = fs::read_to_string(&path).unwrap_or_default();
     assert!(
         found == text,
-        "docs/{file} is not what the code does: write it anew with \
+        "docs/{file} is out of date, regenerate it with \
          VIRTNODE_WRITE_DOCS=1 cargo test --locked --test it references"
     );
 }
 
-/// A machine that has everything, made of a captured one.
+/// Returns the facts of a captured host with every supported feature added.
 fn facts() -> NodeFacts {
     let fixtures = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("tests/fixtures/debian13-libvirt-11.3.0-qemu-10.0");
@@ -106,24 +106,29 @@ fn all_labels() -> LabelSet {
 }
 
 #[test]
-fn the_label_reference_is_what_is_derived() {
+fn label_reference_matches_derived_labels() {
     let labels = all_labels();
     let mut examples: BTreeMap<usize, (&LabelKey, String)> = BTreeMap::new();
     for (key, value) in &labels {
         let described: Vec<usize> = (0..REFERENCE.len())
             .filter(|&at| REFERENCE[at].describes(key))
             .collect();
-        assert_eq!(described.len(), 1, "{key} is described by {described:?}");
+        assert_eq!(
+            described.len(),
+            1,
+            "{key} matches the entries {described:?}"
+        );
         examples
             .entry(described[0])
             .or_insert((key, value.to_string()));
     }
     let mut text = String::from(
         "# Labels\n\n\
-         Generated from `src/label/reference.rs` by the test that holds it against the code; do not edit.\n\n\
-         A label keeps its last value while a source that it rests on cannot be read, and goes after \
-         two complete probes in a row without it. One that a running domain stands on (machine types, \
-         CPU models, CPU features) stays as long as the domain runs.\n",
+         Generated from `src/label/reference.rs` by tests/it/references.rs, which also compares it with \
+         the code; do not edit.\n\n\
+         A label keeps its last value while one of its sources fails. It is removed after two complete \
+         probes in a row without it, but not while a running domain uses it (machine types, CPU models, \
+         CPU features).\n",
     );
     for (schema, title) in [
         (
@@ -132,10 +137,10 @@ fn the_label_reference_is_what_is_derived() {
         ),
         (
             Schema::Kubevirt,
-            "KubeVirt's (`--schema kubevirt` and `both`)",
+            "KubeVirt (`--schema kubevirt` and `both`)",
         ),
     ] {
-        write!(text, "\n## {title}\n\n| key | value | means | family | rests on | for example |\n| --- | --- | --- | --- | --- | --- |\n").unwrap();
+        write!(text, "\n## {title}\n\n| key | value | meaning | family | sources | example |\n| --- | --- | --- | --- | --- | --- |\n").unwrap();
         for (at, entry) in REFERENCE
             .iter()
             .enumerate()
@@ -143,7 +148,7 @@ fn the_label_reference_is_what_is_derived() {
         {
             let (key, value) = examples
                 .get(&at)
-                .unwrap_or_else(|| panic!("nothing is derived for {}", entry.key));
+                .unwrap_or_else(|| panic!("no derived label for {}", entry.key));
             let sources: Vec<&str> = sources(key).iter().map(|source| source.as_str()).collect();
             writeln!(
                 text,
@@ -158,18 +163,18 @@ fn the_label_reference_is_what_is_derived() {
         }
     }
     text.push_str(
-        "\n`family` is the metrics' label of that name; `rests on` are the sources of \
-         `virtnode_probe_failures_total`. On a node with libvirt older than 9.0 the enlightenments come \
-         from KVM, which takes the right to open /dev/kvm.\n",
+        "\n`family` and `sources` are label values of the metrics `virtnode_labels` and \
+         `virtnode_probe_failures_total`. With libvirt before 9.0 the enlightenments come from KVM, which \
+         requires permission to open /dev/kvm.\n",
     );
-    hold("labels.md", &text);
+    compare_or_write("labels.md", &text);
 }
 
-/// A label with so many values is told by how many they are.
-const MANY: usize = 14;
+/// Maximum number of a metric label's values to list. For more, the document gives their number.
+const MAX_LISTED_VALUES: usize = 14;
 
 #[test]
-fn the_metric_reference_is_what_is_served() {
+fn metric_reference_matches_served_metrics() {
     let metrics = Metrics::new();
     let size = Bytes::new(1 << 30);
     metrics.inventory.replace(vec![DomainFigures {
@@ -206,9 +211,10 @@ fn the_metric_reference_is_what_is_served() {
     }
     let mut text = String::from(
         "# Metrics\n\n\
-         Generated from what the daemon serves by the test that holds it against the code; do not edit.\n\n\
-         `:9478/metrics`, text format 0.0.4, from memory: a scrape asks neither libvirt nor the API server. \
-         Every series but those of domains is there from the start with 0. A domain's series end with it.\n\n\
+         Generated from the served metrics by tests/it/references.rs; do not edit.\n\n\
+         `:9478/metrics`, text format 0.0.4, served from memory: a scrape calls neither libvirt nor the API \
+         server. Every series starts at 0, except those of a domain, which exist only while the domain \
+         runs.\n\n\
          | metric | type | labels | |\n| --- | --- | --- | --- |\n",
     );
     for (name, kind) in &types {
@@ -238,11 +244,11 @@ fn the_metric_reference_is_what_is_served() {
             .iter()
             .map(|(label, values)| match values.len() {
                 _ if ["domain", "version", "commit"].contains(label) => format!("`{label}`"),
-                1..=MANY => format!(
+                1..=MAX_LISTED_VALUES => format!(
                     "`{label}`: {}",
                     values.iter().copied().collect::<Vec<_>>().join(", ")
                 ),
-                many => format!("`{label}` ({many} values)"),
+                count => format!("`{label}` ({count} values)"),
             })
             .collect();
         writeln!(
@@ -253,5 +259,5 @@ fn the_metric_reference_is_what_is_served() {
         )
         .unwrap();
     }
-    hold("metrics.md", &text);
+    compare_or_write("metrics.md", &text);
 }
