@@ -1,6 +1,6 @@
-//! The one integration test binary: what needs more than one module, or a real part.
+//! The integration tests, in one binary: tests across modules, and with real libvirt, QEMU and API servers.
 
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on should panic")]
+#![allow(clippy::unwrap_used, reason = "a test that cannot continue should panic")]
 
 mod agreement;
 mod api;

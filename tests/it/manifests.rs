@@ -1,5 +1,5 @@
-//! `manifests/`: the API server takes every overlay, a daemon runs under the account it makes, and
-//! what the DaemonSet names is what the program has.
+//! `manifests/`: the API server accepts every overlay, a daemon runs under its account, and the
+//! DaemonSet refers only to paths, variables and ports that the program has.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -24,8 +24,8 @@ use crate::support::kustomize::{only, render};
 use crate::support::libvirtd::Libvirtd;
 
 const LONG: Duration = Duration::from_secs(60);
-/// The first server that has them. Of an older one `kubectl apply` says that it does not know them,
-/// and applies the rest.
+/// The first API server version with them. With an older one `kubectl apply` reports an unknown kind and
+/// applies the rest.
 const ADMISSION_POLICIES: (u32, u32) = (1, 30);
 const OVERLAYS: [&str; 3] = [".", "overlays/kubevirt-labels", "overlays/labels-only"];
 
@@ -49,7 +49,7 @@ fn texts(list: &Value) -> Vec<&str> {
     list.filter_map(Value::as_str).collect()
 }
 
-/// Applies an object by server-side apply; `dry` as a dry run.
+/// Applies an object by server-side apply, or only as a dry run.
 async fn apply(client: &Client, object: &Value, dry: bool) -> anyhow::Result<()> {
     let what: DynamicObject = serde_json::from_value(object.clone())?;
     let types = what.types.as_ref().context("an object without a kind")?;
@@ -63,14 +63,14 @@ async fn apply(client: &Client, object: &Value, dry: bool) -> anyhow::Result<()>
         dry_run: dry,
         ..PatchParams::apply("kubectl").force()
     };
-    // A custom resource is known a moment after its definition.
+    // A custom resource becomes available shortly after its definition.
     let (resource, capabilities) = eventually(LONG, async || {
         Ok(kube::discovery::pinned_kind(client, &kind).await?)
     })
     .await?;
     let api = api(client, &resource, capabilities.scope, &what);
     if kind.kind == "CustomResourceDefinition" {
-        // Old servers take no apply of fields that they do not know, and create without them.
+        // Old servers reject an apply with unknown fields, but ignore them on create.
         let params = PostParams {
             dry_run: dry,
             ..PostParams::default()
@@ -99,7 +99,7 @@ fn api(
     }
 }
 
-/// The pod that the DaemonSet's controller would make for the node.
+/// Creates the pod that the DaemonSet's controller would create for the node.
 async fn pod(client: &Client, objects: &[Value], node: &str, name: &str) -> anyhow::Result<Pod> {
     let mut template = only(objects, "DaemonSet")?["spec"]["template"].clone();
     template["metadata"]["name"] = name.into();
@@ -110,7 +110,7 @@ async fn pod(client: &Client, objects: &[Value], node: &str, name: &str) -> anyh
         .await?)
 }
 
-/// What the container's environment is on a node.
+/// Returns the container's environment on a node.
 fn environment(container: &Value, node: &str) -> anyhow::Result<BTreeMap<String, String>> {
     let variables = container["env"].as_array().into_iter().flatten();
     variables
@@ -127,7 +127,7 @@ fn environment(container: &Value, node: &str) -> anyhow::Result<BTreeMap<String,
         .collect()
 }
 
-/// Each overlay in turn, as an operator goes from one to the next.
+/// Applies all overlays in turn, as an operator who changes the overlay.
 #[tokio::test]
 async fn every_overlay_applies_and_the_daemon_runs_under_its_account() -> anyhow::Result<()> {
     let libvirtd = Libvirtd::start()?;
@@ -141,7 +141,7 @@ async fn every_overlay_applies_and_the_daemon_runs_under_its_account() -> anyhow
             objects.retain(|object| !kind(object).contains("ValidatingAdmissionPolicy"));
         }
         let started = Instant::now();
-        // Dry runs in a namespace need the namespace.
+        // A dry run requires an existing namespace.
         apply(&server.client(), only(&objects, "Namespace")?, false).await?;
         for dry in [true, false] {
             for object in &objects {
@@ -172,7 +172,7 @@ async fn every_overlay_applies_and_the_daemon_runs_under_its_account() -> anyhow
             &config,
             map["data"]["config.yaml"].as_str().context("no file")?,
         )?;
-        // What a test has elsewhere than a pod: the cluster's address and credentials, and libvirt.
+        // Settings that differ from those in a pod.
         let elsewhere = [
             "--kubeconfig",
             path(&kubeconfig)?,
@@ -211,7 +211,7 @@ async fn every_overlay_applies_and_the_daemon_runs_under_its_account() -> anyhow
             "{labels:?}"
         );
         let of_kubevirt = labels.contains_key("machine-type.node.kubevirt.io/q35");
-        // Two probes without them take them away again, which labels-only does not wait for.
+        // They are removed after two probes without them; labels-only does not wait for that.
         assert!(
             of_kubevirt || overlay != "overlays/kubevirt-labels",
             "{labels:?}"
@@ -219,8 +219,8 @@ async fn every_overlay_applies_and_the_daemon_runs_under_its_account() -> anyhow
         let hotplug = overlay != "overlays/labels-only";
         let log = daemon.log();
         assert!(log.iter().any(|line| line["hotplug"] == hotplug), "{log:?}");
-        // A changed policy is in force a moment after it was applied. Until then the one of before
-        // refuses the labels; that they are there by now was seen above.
+        // A changed policy takes effect with a delay, during which the old one denies the labels. By now
+        // they have been written, as checked above.
         let refused = log.iter().find(|line| {
             let line = line.to_string();
             line.contains("forbidden")
@@ -236,11 +236,11 @@ async fn every_overlay_applies_and_the_daemon_runs_under_its_account() -> anyhow
 }
 
 fn path(path: &Path) -> anyhow::Result<&str> {
-    path.to_str().context("a path that is no text")
+    path.to_str().context("a path that is not UTF-8")
 }
 
 #[test]
-fn the_daemonset_names_what_the_program_has() -> anyhow::Result<()> {
+fn daemonset_refers_only_to_settings_of_the_program() -> anyhow::Result<()> {
     let help = Command::new(env!("CARGO_BIN_EXE_virtnode"))
         .args(["run", "--help"])
         .output()?;
@@ -277,7 +277,7 @@ fn the_daemonset_names_what_the_program_has() -> anyhow::Result<()> {
             format!("localhost/virtnode:{}", env!("CARGO_PKG_VERSION"))
         );
 
-        // Every volume is mounted, and what is mounted is what the program reads and writes.
+        // Every volume is mounted, at the paths that the program reads and writes.
         let mounts = container["volumeMounts"].as_array().context("no mounts")?;
         let at: BTreeSet<PathBuf> = mounts
             .iter()
@@ -301,7 +301,7 @@ fn the_daemonset_names_what_the_program_has() -> anyhow::Result<()> {
 }
 
 #[test]
-fn the_pod_has_no_more_power_than_it_says() -> anyhow::Result<()> {
+fn pod_has_no_more_permissions_than_documented() -> anyhow::Result<()> {
     for overlay in OVERLAYS {
         let objects = manifests(overlay)?;
         let pod = &only(&objects, "DaemonSet")?["spec"]["template"]["spec"];
@@ -329,7 +329,7 @@ fn the_pod_has_no_more_power_than_it_says() -> anyhow::Result<()> {
                     &["get", "list", "watch", "create", "patch"]
                 }
                 (["events.k8s.io"], ["events"]) => &["create", "patch"],
-                other => anyhow::bail!("{overlay}: a right on {other:?}"),
+                other => anyhow::bail!("{overlay}: permission on {other:?}"),
             };
             assert!(
                 texts(&rule["verbs"])
@@ -344,7 +344,7 @@ fn the_pod_has_no_more_power_than_it_says() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The daemon's own role among those that are for people.
+/// Returns the daemon's own role; the others are for users.
 fn daemons_role(objects: &[Value]) -> anyhow::Result<&Value> {
     objects
         .iter()

@@ -1,5 +1,5 @@
-//! `manifests/monitoring`: alerts fire when they should, and every metric that rules and dashboard
-//! name is there when a real Prometheus scrapes a real daemon.
+//! `manifests/monitoring`: alerts fire under their conditions, and a real Prometheus that scrapes a real
+//! daemon has every metric used by rules and dashboard.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -38,7 +38,7 @@ fn dashboard(objects: &[Value]) -> anyhow::Result<Value> {
     Ok(serde_json::from_str(text.context("no dashboard")?)?)
 }
 
-/// The expressions of the panels, each with its panel.
+/// Returns the panels' expressions, each with its panel.
 fn expressions(dashboard: &Value) -> Vec<(&Value, &str)> {
     let panels = dashboard["panels"].as_array().into_iter().flatten();
     panels
@@ -49,7 +49,7 @@ fn expressions(dashboard: &Value) -> Vec<(&Value, &str)> {
         .collect()
 }
 
-/// As Grafana fills it in, for all nodes and a scrape each second.
+/// Replaces Grafana's variables, for all nodes and a scrape interval of one second.
 fn filled_in(expression: &str) -> String {
     expression
         .replace("$instance", ".*")
@@ -57,7 +57,7 @@ fn filled_in(expression: &str) -> String {
         .replace("$__range", "10m")
 }
 
-/// The metrics that an expression names.
+/// Returns the metrics used in an expression.
 fn metrics(expression: &str) -> impl Iterator<Item = &str> {
     let words = expression.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
     words.filter(|word| {
@@ -66,7 +66,7 @@ fn metrics(expression: &str) -> impl Iterator<Item = &str> {
 }
 
 #[test]
-fn alerts_fire_when_they_should_and_not_at_rest() -> anyhow::Result<()> {
+fn alerts_fire_under_their_conditions_and_not_on_an_idle_node() -> anyhow::Result<()> {
     let promtool = programs()?.join("promtool");
     let directory = tempfile::tempdir()?;
     let objects = objects()?;
@@ -90,7 +90,7 @@ fn alerts_fire_when_they_should_and_not_at_rest() -> anyhow::Result<()> {
             String::from_utf8_lossy(&output.stderr)
         );
     }
-    // Each is tested: it fires once at least, and is silent on the node at rest.
+    // Every alert fires in at least one test, and does not fire on the idle node.
     let tests: Value = serde_saphyr::from_str(&tests)?;
     let tested = |test: &Value, fires: bool| -> BTreeSet<String> {
         let checks = test["alert_rule_test"].as_array().into_iter().flatten();
@@ -107,7 +107,7 @@ fn alerts_fire_when_they_should_and_not_at_rest() -> anyhow::Result<()> {
         assert!(fire.contains(alert), "{alert} fires in no test");
         assert!(
             tested(&tests[0], false).contains(alert),
-            "{alert} is not tested at rest"
+            "{alert} is not tested on the idle node"
         );
         let anchor = format!(
             "https://virtnode.io/docs/runbook.md#{}",
@@ -122,7 +122,7 @@ fn alerts_fire_when_they_should_and_not_at_rest() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A verdict that nobody counts as failed or as no failure would be missed by the alert.
+/// The alert would miss a verdict that is classified as neither success nor failure.
 #[test]
 fn every_verdict_is_judged_by_the_alert_and_the_dashboard() -> anyhow::Result<()> {
     let objects = objects()?;
@@ -150,10 +150,10 @@ fn every_verdict_is_judged_by_the_alert_and_the_dashboard() -> anyhow::Result<()
     Ok(())
 }
 
-/// With `VIRTNODE_DASHBOARD` the name of a file, more happens here and what the dashboard's panels
-/// would show of it is written there: scripts/dashboard-picture.py draws it.
+/// If `VIRTNODE_DASHBOARD` names a file, the test exercises more and writes the panels' data to that file,
+/// for scripts/dashboard-picture.py.
 #[tokio::test]
-async fn a_real_prometheus_finds_what_rules_and_dashboard_name() -> anyhow::Result<()> {
+async fn real_prometheus_has_all_metrics_of_rules_and_dashboard() -> anyhow::Result<()> {
     let objects = objects()?;
     let rules = rules(&objects)?;
     let dashboard = dashboard(&objects)?;
@@ -170,7 +170,7 @@ async fn a_real_prometheus_finds_what_rules_and_dashboard_name() -> anyhow::Resu
         return Ok(());
     }
 
-    // Paused: it has vCPUs, and no agent that could tell how many of them are online.
+    // Paused, so that the number of online vCPUs is unknown.
     libvirtd.start_domain("vm")?;
     eventually(LONG, async || {
         ensure!(
@@ -180,16 +180,16 @@ async fn a_real_prometheus_finds_what_rules_and_dashboard_name() -> anyhow::Resu
         Ok(())
     })
     .await?;
-    let there = prometheus.names()?;
+    let known = prometheus.names()?;
     for (panel, expression) in expressions(&dashboard) {
         for metric in metrics(expression) {
             assert!(
-                there.contains(metric),
+                known.contains(metric),
                 "{metric} of the panel {}",
                 panel["title"]
             );
         }
-        // Where only what happened is shown, there is nothing yet; it is 0 or -1 then.
+        // Panels that filter out zero would be empty here, so the filter is relaxed.
         let expression = filled_in(expression)
             .replace("> 0", ">= -1e10")
             .replace("state=\"online\"", "state=\"plugged\"");
@@ -202,23 +202,23 @@ async fn a_real_prometheus_finds_what_rules_and_dashboard_name() -> anyhow::Resu
     }
     for rule in &rules {
         for metric in metrics(rule["expr"].as_str().context("no expression")?) {
-            assert!(there.contains(metric), "{metric} of {}", rule["alert"]);
+            assert!(known.contains(metric), "{metric} of {}", rule["alert"]);
         }
     }
-    // Nothing is wrong with this node, and no rule with the data.
-    let judged = prometheus.get("/api/v1/rules")?;
-    let judged = judged["groups"][0]["rules"]
+    // The node is healthy, and every rule can be evaluated.
+    let evaluated = prometheus.get("/api/v1/rules")?;
+    let evaluated = evaluated["groups"][0]["rules"]
         .as_array()
         .context("no rules")?;
-    assert_eq!(judged.len(), rules.len());
-    for rule in judged {
+    assert_eq!(evaluated.len(), rules.len());
+    for rule in evaluated {
         assert_eq!(rule["health"], "ok", "{rule}");
-        // What the doctor finds of the machine that this runs on is that machine's; it would have
-        // to last.
+        // The doctor may report errors about the machine that runs the tests.
         let is_doctors = rule["name"] == "VirtnodeDoctorError";
-        let states: &[&str] = match is_doctors {
-            true => &["inactive", "pending"],
-            false => &["inactive"],
+        let states: &[&str] = if is_doctors {
+            &["inactive", "pending"]
+        } else {
+            &["inactive"]
         };
         let state = rule["state"].as_str().context("no state")?;
         assert!(states.contains(&state), "{rule}");
@@ -231,8 +231,7 @@ fn now(prometheus: &Prometheus) -> anyhow::Result<f64> {
     now[0].as_f64().context("no time")
 }
 
-/// Some minutes in the life of a node: two guests, one of which takes one vCPU only, hotplug of
-/// both, a libvirt that goes away and comes back.
+/// Exercises the node: hotplug of two guests, one of which uses only one vCPU, and an outage of libvirt.
 async fn exercise<'l>(
     libvirtd: &'l mut Libvirtd,
     daemon: &Daemon,
@@ -245,10 +244,10 @@ async fn exercise<'l>(
             .arg(daemon.socket())
             .arg("hotplug")
             .args(arguments);
-        // The dashboard is to show the verdict, whatever it is; wrong usage has none.
+        // The dashboard shows any verdict; only invalid usage has none.
         let output = command.output()?;
-        let said = String::from_utf8_lossy(&output.stderr);
-        ensure!(output.status.code() != Some(2), "{said}");
+        let error = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.code() != Some(2), "{error}");
         Ok(())
     };
     libvirtd.kill()?;
@@ -291,14 +290,14 @@ async fn exercise<'l>(
     let seen = daemon.metric("virtnode_probe_attempts_total{source=\"host\"}")?;
     eventually(LONG, async || {
         let probes = daemon.metric("virtnode_probe_attempts_total{source=\"host\"}")?;
-        ensure!(probes >= seen + 3.0, "no three probes at rest yet");
+        ensure!(probes >= seen + 3.0, "fewer than three idle probes");
         Ok(())
     })
     .await?;
     Ok([web, old])
 }
 
-/// What each panel shows from then until now.
+/// Returns the data of each panel from `from` until now.
 fn record(prometheus: &Prometheus, dashboard: &Value, from: f64) -> anyhow::Result<Value> {
     let to = now(prometheus)?;
     let panels = dashboard["panels"].as_array().context("no panels")?;

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Prints the directory that holds a real Kubernetes API server for the tests:
-# kube-apiserver, etcd, kube-scheduler and kubectl.
+# Prints the directory with a real Kubernetes API server for the tests: kube-apiserver, etcd,
+# kube-scheduler and kubectl. Sources, in this order:
 #
-#   1. KUBEBUILDER_ASSETS, when it names a directory with kube-apiserver and etcd
-#      (setup-envtest makes such a directory);
-#   2. else the cache, filled by an earlier run;
-#   3. else what Debian 12 has: its source package is all of upstream with its
-#      vendored dependencies, though Debian builds only kubectl from it. Built here
-#      it takes about five minutes and 3 GB of scratch space on two cores.
+#   1. KUBEBUILDER_ASSETS, if it names a directory with kube-apiserver and etcd
+#      (as created by setup-envtest);
+#   2. the cache, filled by an earlier run;
+#   3. Debian 12's source package, which contains upstream's complete source with
+#      vendored dependencies, although Debian builds only kubectl from it. The build
+#      takes about five minutes and 3 GB of scratch space on two cores.
 #
-# Nothing is installed and nothing outside the cache is written: every package is
-# downloaded by apt with a private state and unpacked, so this needs no root. (To
-# install etcd-server would start a service, too.)
+# Writes only to the cache and installs nothing: apt downloads the packages with a private
+# state, and they are unpacked, so root is not required. (Installing etcd-server would also
+# start a service.)
 #
 # stdout: the directory and nothing else. stderr: progress and errors.
 set -euo pipefail
@@ -23,7 +23,7 @@ readonly BINARIES=(kube-apiserver kube-scheduler etcd kubectl)
 
 readonly CACHE="${XDG_CACHE_HOME:-$HOME/.cache}/virtnode-test"
 readonly TARGET="$CACHE/kubernetes-$VERSION"
-# A fixed name, so that a run under the lock can remove what a killed one left.
+# A fixed name, so that a run under the lock can remove the leftovers of a killed one.
 readonly SCRATCH="$CACHE/kubernetes-$VERSION.building"
 readonly SOURCE="$SCRATCH/go/src/k8s.io/kubernetes" # where GOPATH mode looks for it
 readonly UNPACKED="$SCRATCH/unpacked"
@@ -35,9 +35,9 @@ die() {
   exit 1
 }
 
-die_without_source() { # who lacks it
+die_without_source() { # subject of the message
   die "$* no source of Kubernetes $VERSION with a Go that builds it: set KUBEBUILDER_ASSETS" \
-    "to a directory with kube-apiserver and etcd, as setup-envtest makes it"
+    "to a directory with kube-apiserver and etcd, as created by setup-envtest"
 }
 
 has_binaries() { # directory name...
@@ -48,8 +48,8 @@ has_binaries() { # directory name...
   done
 }
 
-# apt with the machine's own sources and keys, and everything else private. As root
-# it would drop to the user _apt, who may not enter a cache below root's home.
+# apt with the machine's sources and keys, and a private state. As root it would otherwise
+# switch to the user _apt, which cannot enter a cache below root's home.
 private_apt() { # apt tool and arguments
   local tool=$1
   shift
@@ -63,7 +63,7 @@ private_apt() { # apt tool and arguments
     "$@"
 }
 
-# The machine's sources, each with its source packages: in both of apt's formats.
+# The machine's sources, with source packages enabled, in both of apt's formats.
 copy_sources_with_source_packages() {
   local file
   mkdir -p "$SCRATCH"/apt/{sources,lists/partial,cache/archives/partial}
@@ -78,7 +78,7 @@ copy_sources_with_source_packages() {
   done
 }
 
-# Every version of the source package that apt knows, which may be none.
+# All versions of the source package in apt's lists, possibly none.
 source_versions() {
   private_apt apt-cache showsrc --only-source kubernetes 2>/dev/null |
     sed -n 's/^Version: //p'
@@ -87,7 +87,7 @@ source_versions() {
 download() {
   local source_version
   copy_sources_with_source_packages
-  # One unreachable third-party source is no reason to fail: what counts is what is found.
+  # Not fatal: an unrelated third-party source may be unreachable.
   private_apt apt-get update >&2 || say "apt-get update had errors"
   source_version=$(source_versions | grep -F "really$VERSION-" | sort -V | tail -n 1) ||
     die_without_source "apt finds"
@@ -103,7 +103,7 @@ download() {
   ) >&2
 }
 
-# Debian's patches are left out: they are about kubectl, which is taken as a package.
+# Without Debian's patches, which only change kubectl; kubectl comes from its package.
 unpack() {
   local package
   mkdir -p "$SOURCE" "$UNPACKED"
@@ -113,15 +113,15 @@ unpack() {
   done
 }
 
-# The vendored reflect2 1.0.1 reaches into Go's runtime in a way that Go 1.18 broke:
-# the server would build, report ready and then panic at every write with a JSON map.
+# The vendored reflect2 1.0.1 depends on internals of Go's runtime that changed in Go 1.18: the server
+# would build and become ready, but panic at every write with a JSON map.
 replace_reflect2() {
   local vendored="$SOURCE/vendor/github.com/modern-go/reflect2"
   rm -r "$vendored"
   cp -r "$UNPACKED/usr/share/gocode/src/github.com/modern-go/reflect2" "$vendored"
 }
 
-# GOPATH mode, for the source has no module cache; pure Go, for there may be no C compiler.
+# GOPATH mode, since the source has no module cache; pure Go, since a C compiler may be missing.
 go_in_source() { # arguments of go
   (
     cd "$SOURCE"
@@ -132,7 +132,7 @@ go_in_source() { # arguments of go
   )
 }
 
-# The one generated file that upstream does not keep in its source.
+# The only generated file that is not in upstream's source.
 generate_openapi() {
   local packages
   packages=$(
@@ -150,7 +150,7 @@ generate_openapi() {
     --report-filename "$SCRATCH/openapi-violations" >&2
 }
 
-# Without these the server would call itself v0.0.0-master+$Format:%h$.
+# Without these flags the server's version is v0.0.0-master+$Format:%h$.
 version_flags() {
   local package major minor
   IFS=. read -r major minor _ <<<"$VERSION"
@@ -179,8 +179,8 @@ build() {
   cp "$UNPACKED/usr/bin/etcd" "$UNPACKED/usr/bin/kubectl" "$SCRATCH/result/"
 
   "$SCRATCH/result/kube-apiserver" --version | grep -qx "Kubernetes v$VERSION" ||
-    die "the server that was built does not say that it is $VERSION"
-  # Only a complete directory ever has this name.
+    die "the built server does not report version $VERSION"
+  # Renamed last, so that a directory with this name is always complete.
   rm -rf "$TARGET"
   mv -T "$SCRATCH/result" "$TARGET"
   say "built Kubernetes $VERSION in ${SECONDS} s"
@@ -197,12 +197,12 @@ main() {
   fi
 
   if ! has_binaries "$TARGET" "${BINARIES[@]}"; then
-    # Known without asking apt, so that every test fails at once elsewhere.
+    # Checked before apt, so that tests fail at once on other distributions.
     grep -qs '^VERSION_CODENAME=bookworm$' /etc/os-release ||
       die_without_source "this distribution has"
     mkdir -p "$CACHE"
     exec 9>"$TARGET.lock"
-    # A caller who waited finds what the other one built.
+    # A waiting caller uses the result of the other one.
     flock -n 9 || {
       say "waiting for another process that builds Kubernetes $VERSION"
       flock 9

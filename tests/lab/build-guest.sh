@@ -1,15 +1,15 @@
 #!/bin/bash
-# Builds the lab's guest, a kernel and an initramfs, out of the distribution's own packages, and
-# prints the directory that holds them:
+# Builds the lab's guest, a kernel and an initramfs, from the distribution's packages, and prints the
+# directory with the result:
 #
 #   vmlinuz  initramfs.gz  kernel-version
 #
-# Nothing is installed: the packages are downloaded and unpacked. The result lies in a cache outside
-# the checkout, so it is built once per recipe; whoever comes while it is being built waits for it.
-# What the guest does is chosen at boot by words on its kernel command line: see guest-init.
+# Installs nothing: packages are downloaded and unpacked. The result is cached outside the checkout and
+# built once per recipe; concurrent callers wait for it. Words on the kernel command line select the
+# guest's behavior: see guest-init.
 #
-# Debian 12 and 13, Ubuntu 24.04. Needs apt, dpkg-deb, flock, gzip, sha256sum; xz and zstd where the
-# distribution's kernel modules are compressed with them.
+# Debian 12 and 13, Ubuntu 24.04. Needs apt, dpkg-deb, flock, gzip, sha256sum; xz or zstd if the
+# distribution compresses kernel modules with it.
 set -euo pipefail
 shopt -s nullglob
 umask 022
@@ -19,7 +19,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 init=$here/guest-init
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/virtnode-test
 
-# The version is the recipe itself: whoever changes it gets a new guest, and an old checkout its old.
+# The version is the hash of the recipe, so that each checkout uses the matching guest.
 version=$(cat "${BASH_SOURCE[0]}" "$init" | sha256sum | cut -c1-12)
 result=$cache/guest-$version
 if [ -d "$result" ]; then
@@ -36,17 +36,17 @@ die() {
 mkdir -p "$cache"
 exec 9>"$cache/guest.lock"
 flock 9
-if [ -d "$result" ]; then # built while we waited
+if [ -d "$result" ]; then # built in the meantime
     echo "$result"
     exit 0
 fi
 
-rm -rf "$cache"/building-* # of builds that were killed: we hold the lock
+rm -rf "$cache"/building-* # leftovers of killed builds, under the lock
 work=$(mktemp -d "$cache/building-XXXXXX")
 trap 'rm -rf "$work"' EXIT
 mkdir "$work"/{debs,root,initramfs,done}
 
-# The names that a package needs at least, alternatives by their first.
+# The direct dependencies of a package; of alternatives, the first.
 needs() {
     apt-cache depends --no-recommends --no-suggests --no-conflicts --no-breaks --no-replaces \
         --no-enhances "$1" 2>/dev/null | sed -n 's/^ *|\{0,1\}\(Pre\)\{0,1\}Depends: \([^<>]*\)$/\2/p'
@@ -54,7 +54,7 @@ needs() {
 
 fetch() {
     say "fetching $*"
-    # as root apt drops to a user that cannot write here and says so: not worth a line
+    # as root, apt warns that its sandbox user cannot write here
     (cd "$work/debs" && apt-get -qq download "$@" 2>"$work/apt.log") ||
         { cat "$work/apt.log" >&2; die "cannot download $*: is 'apt-get update' due?"; }
     local deb
@@ -67,10 +67,9 @@ fetch() {
 known() { apt-cache show --no-all-versions "$1" >/dev/null 2>&1; }
 
 # --- The kernel ---------------------------------------------------------------------------------
-# Debian has a kernel for virtual machines under "cloud", Ubuntu's "virtual" is its generic one with
-# fewer modules. Both names are empty packages that need the real one, whose name has the version.
-# The image and the modules are one package on Debian and two on Ubuntu, where virtio_mem is
-# among the modules that "extra" holds in some releases.
+# Debian's "cloud" kernel is built for virtual machines; Ubuntu's "virtual" is the generic kernel with
+# fewer modules. Both are metapackages that depend on the versioned package. Debian has one package for
+# image and modules, Ubuntu has two, and some releases have virtio_mem in the "extra" one.
 meta=
 for name in linux-image-cloud-amd64 linux-image-virtual linux-image-amd64 linux-image-generic; do
     if known "$name"; then meta=$name && break; fi
@@ -84,7 +83,7 @@ for name in "linux-modules-$release" "linux-modules-extra-$release"; do
 done
 
 # --- The programs -------------------------------------------------------------------------------
-# The agent's libraries: whatever its package and theirs need that is a library.
+# The agent's libraries: all library packages among its transitive dependencies.
 queue=(qemu-guest-agent)
 declare -A seen=()
 while [ "${#queue[@]}" -gt 0 ]; do
@@ -96,10 +95,10 @@ while [ "${#queue[@]}" -gt 0 ]; do
         case $dependency in lib*) queue+=("$dependency") ;; esac
     done < <(needs "$name")
 done
-# util-linux for its chrt, which knows SCHED_DEADLINE; busybox' does not.
+# util-linux for its chrt, which supports SCHED_DEADLINE, unlike busybox's.
 fetch "${packages[@]}" busybox-static util-linux "${!seen[@]}"
 
-find_one() { # the first file of the unpacked packages with this name where programs or libraries are
+find_one() { # prints the first program or library with this name in the unpacked packages
     local file
     file=$(find "$work/root" -path '*/usr/share' -prune -o -name "$1" ! -type d -print -quit)
     [ -n "$file" ] || die "no $1 in the packages"
@@ -117,15 +116,15 @@ busybox=$(find_one busybox)
 install -m 755 "$busybox" "$tree/bin/busybox"
 install -m 755 "$init" "$tree/init"
 
-# Programs with the libraries that their own loader says they need. The loader's name is fixed in
-# the programs; /lib it searches by itself.
+# Programs with the libraries that their loader reports. The loader's path is fixed in the programs; it
+# searches /lib by default.
 loader=$(find_one 'ld-linux-x86-64.so.2')
 libraries=$(find "$work/root" -name '*.so.*' -printf '%h\n' | sort -u | paste -sd:)
 for name in qemu-ga chrt; do
     program=$(find_one "$name")
     install -m 755 "$program" "$tree/bin/$name"
     list=$("$loader" --library-path "$libraries" --list "$program") ||
-        die "$name needs a library that its packages do not bring: $list"
+        die "$name needs a library that its packages do not contain: $list"
     while read -r library; do
         install -m 755 "$library" "$tree/lib/"
     done < <(sed -n 's/.*=> \([^ ]*\) (.*/\1/p' <<<"$list")
@@ -133,13 +132,13 @@ done
 install -m 755 "$loader" "$tree/lib64/ld-linux-x86-64.so.2"
 
 # --- The modules --------------------------------------------------------------------------------
-# In the order in which they can be loaded. The dependencies are in the modules themselves; what is
-# built into the kernel is listed in modules.builtin and left out.
+# In loading order. The modules contain their dependencies; modules.builtin lists those built into the
+# kernel, which are skipped.
 builtin=$(cat "$modules/modules.builtin" 2>/dev/null || true)
 
-unpack_module() { # to /modules/<name>.ko; silent failure when there is no such module
+unpack_module() { # to /modules/<name>.ko; fails silently if the module does not exist
     local file
-    # file names have - or _ where the module's name has _
+    # file names have - or _ for _ in the module's name
     file=$(find "$modules" -name "${1//_/[-_]}.ko*" -print -quit)
     case $file in
     '') return 1 ;;

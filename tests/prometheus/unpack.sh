@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Prints the directory that holds prometheus and promtool for the tests:
+# Prints the directory with prometheus and promtool for the tests. Sources, in this order:
 #
-#   1. where both are on the PATH;
-#   2. else the cache, filled by an earlier run;
-#   3. else the distribution's package, downloaded and unpacked into the cache. It is not
-#      installed: that would start a service, now or at the next boot.
+#   1. the PATH;
+#   2. the cache, filled by an earlier run;
+#   3. the distribution's package, downloaded and unpacked into the cache. Installing it would
+#      start a service.
 #
 # stdout: the directory and nothing else. stderr: progress and errors.
 set -euo pipefail
@@ -25,12 +25,12 @@ flock 9
 if [[ ! -x $TARGET/promtool || ! -x $TARGET/prometheus ]]; then
   scratch=$(mktemp -d "$CACHE/prometheus.XXXXXX")
   trap 'rm -rf -- "$scratch"' EXIT
-  # As root, apt would drop to a user that may not enter a cache below root's home.
+  # As root, apt would switch to a user that cannot enter a cache below root's home.
   private=(-qq -o APT::Sandbox::User=root -o "Dir::Cache=$scratch")
   mkdir -p "$scratch/archives/partial" "$scratch/lists/partial"
   say "downloading the package prometheus (20 to 30 MB, once)"
   if ! (cd "$scratch" && apt-get "${private[@]}" download prometheus) >&2 2>/dev/null; then
-    # This machine's own package lists do not have it: they may be empty or old.
+    # This machine's package lists may be empty or outdated.
     private+=(-o "Dir::State::lists=$scratch/lists")
     apt-get "${private[@]}" update >&2 || say "apt-get update had errors"
     if ! (cd "$scratch" && apt-get "${private[@]}" download prometheus) >&2; then
