@@ -1,5 +1,5 @@
-//! Writes the commit into the binary, for `virtnode_build_info` and `--version`, and has the
-//! linker pack it.
+//! Sets the commit for `virtnode_build_info` and `--version`, and makes the linker pack
+//! relocations.
 
 use std::path::Path;
 use std::process::Command;
@@ -13,15 +13,15 @@ fn main() {
     {
         println!("cargo:rerun-if-changed={log}");
     }
-    // An image is built where there is no git.
-    let told = std::env::var("VIRTNODE_COMMIT").ok();
-    let commit = told
-        .filter(|told| !told.is_empty())
+    // The image is built without git, so its build passes the commit.
+    let passed = std::env::var("VIRTNODE_COMMIT").ok();
+    let commit = passed
+        .filter(|commit| !commit.is_empty())
         .or_else(|| git(&["rev-parse", "--short=12", "HEAD"]))
         .unwrap_or_else(|| "unknown".to_owned());
     println!("cargo:rustc-env=VIRTNODE_COMMIT={commit}");
-    // The loader reads all of the relocations at each start: 0.4 MB of them, packed 10 kB.
-    // glibc knows them since 2.36; a linker that does not leaves them as they are.
+    // The loader reads every relocation at each start: 0.4 MB of them, or 10 kB packed. glibc
+    // supports packed ones since 2.36. A linker that does not ignores the option.
     if std::env::var("CARGO_CFG_TARGET_ENV").is_ok_and(|env| env == "gnu") {
         println!("cargo:rustc-link-arg-bins=-Wl,-z,pack-relative-relocs");
     }

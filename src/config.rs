@@ -1,6 +1,7 @@
-//! What an operator can set: a file, then `VIRTNODE_*`, then flags; later wins.
+//! Configuration, from three layers: a YAML file, then `VIRTNODE_*`, then flags. Later layers win.
 //!
-//! [`Settings`] is one layer as written, every field optional. [`Config`] is the validated whole.
+//! [`Settings`] is one layer as written, with every field optional. [`Config`] is the validated
+//! merge of all layers.
 
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -12,112 +13,168 @@ use thiserror::Error;
 
 use crate::label::{Policy, Schema};
 
-/// Where the configuration is read from unless told otherwise. It may be missing.
+/// The configuration file that is read if no other is named. It may be missing.
 pub const DEFAULT_PATH: &str = "/etc/virtnode/config.yaml";
 
-/// The longest configuration file that is read.
+/// Maximum size of a configuration file.
 const MAX_BYTES: u64 = 1024 * 1024;
 
-/// A configuration that cannot be used.
-#[derive(Debug, Error)]
-pub enum ConfigError {
-    /// The file cannot be read.
-    #[error("cannot read the configuration {path}: {source}")]
-    Unreadable {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// The file is too large to be meant.
-    #[error("the configuration {0} is larger than 1 MiB")]
-    TooLarge(PathBuf),
-    /// The file is no YAML, or has a key or value that does not exist.
-    #[error("the configuration {path} is wrong: {problem}")]
-    Malformed {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong, with its place.
-        problem: String,
-    },
-    /// Values that are right by themselves and not together.
-    #[error("{0}")]
-    Contradiction(String),
+/// Headings of `--help`, in one place so that every command groups its options alike.
+pub(crate) mod heading {
+    pub(crate) const CONNECTION: &str = "Connection";
+    pub(crate) const KUBERNETES: &str = "Kubernetes";
+    pub(crate) const PUBLISHING: &str = "Publishing";
+    pub(crate) const SERVING: &str = "Serving";
+    pub(crate) const OUTPUT: &str = "Output";
+    pub(crate) const LOGGING: &str = "Logging";
+    pub(crate) const FILES: &str = "Files";
 }
 
-/// Where labels go.
+#[derive(Debug, Error)]
+pub enum ConfigError {
+    #[error("cannot read the configuration {path}: {source}")]
+    Unreadable {
+        path: PathBuf,
+        source: std::io::Error,
+    },
+    #[error("the configuration {0} is larger than 1 MiB")]
+    TooLarge(PathBuf),
+    /// The file is not YAML, or has an unknown key or an invalid value.
+    #[error("the configuration {path} is not valid: {problem}")]
+    Malformed {
+        path: PathBuf,
+        /// The parser's message, with line and column.
+        problem: String,
+    },
+    /// A value out of range, or values that contradict each other.
+    #[error("{0}")]
+    Invalid(String),
+}
+
+/// Destination of labels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
-pub enum Target {
-    /// `labels.json` in the state directory, and Node Feature Discovery's `features.d` if that
-    /// is there.
+pub enum PublishTarget {
+    /// `labels.json` in the state directory, and Node Feature Discovery's `features.d` if it
+    /// exists
     File,
-    /// The Kubernetes Node.
+    /// The Kubernetes Node
     Node,
-    /// Nowhere: metrics only.
+    /// Nowhere: metrics only
     None,
 }
 
-/// How log lines look.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum LogFormat {
-    /// For people.
+    /// For people
     #[default]
     Text,
-    /// One JSON object a line.
+    /// One JSON object per line
     Json,
 }
 
 /// One layer of settings: the file's, or that of flags and environment.
+///
+/// Every flag is global, so that scripts can put it before or after the command.
+/// `cli::options` hides it from the help of the commands on which it has no effect.
 #[derive(Debug, Clone, Default, Deserialize, Args)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct Settings {
-    /// The libvirt connection [default: qemu:///system]
+    /// libvirt connection URI [default: qemu:///system]
     #[arg(
         short = 'c',
         long,
         visible_alias = "uri",
         env = "VIRTNODE_CONNECT",
         value_name = "URI",
-        global = true
+        global = true,
+        help_heading = heading::CONNECTION
     )]
     pub connect: Option<String>,
 
-    /// Where labels go [default: node in a cluster, else file]
+    /// Timeout of a libvirt call, in seconds [default: 30]
+    #[arg(
+        long = "call-deadline",
+        env = "VIRTNODE_CALL_DEADLINE",
+        value_name = "SECONDS",
+        global = true,
+        help_heading = heading::CONNECTION
+    )]
+    pub call_deadline_seconds: Option<u64>,
+
+    /// Unix socket of the daemon's local API [default: /run/virtnode/virtnode.sock]
+    #[arg(
+        long,
+        env = "VIRTNODE_SOCKET",
+        value_name = "PATH",
+        global = true,
+        help_heading = heading::CONNECTION
+    )]
+    pub socket: Option<PathBuf>,
+
+    /// Name of this machine's Node [default: the host name]
+    #[arg(
+        long,
+        env = "VIRTNODE_NODE_NAME",
+        value_name = "NAME",
+        global = true,
+        help_heading = heading::KUBERNETES
+    )]
+    pub node_name: Option<String>,
+
+    /// Kubeconfig file, for use outside a pod [default: $KUBECONFIG if labels go to the Node]
+    #[arg(
+        long,
+        env = "VIRTNODE_KUBECONFIG",
+        value_name = "FILE",
+        global = true,
+        help_heading = heading::KUBERNETES
+    )]
+    pub kubeconfig: Option<PathBuf>,
+
+    /// Context in the kubeconfig [default: its current context]
+    #[arg(
+        long,
+        env = "VIRTNODE_CONTEXT",
+        value_name = "NAME",
+        global = true,
+        help_heading = heading::KUBERNETES
+    )]
+    pub context: Option<String>,
+
+    /// Destinations of labels [default: node in a cluster, else file]
     #[arg(
         long,
         env = "VIRTNODE_PUBLISH",
         value_delimiter = ',',
         value_name = "TARGET",
-        global = true
+        global = true,
+        help_heading = heading::PUBLISHING
     )]
-    pub publish: Option<Vec<Target>>,
+    pub publish: Option<Vec<PublishTarget>>,
 
-    /// The keys that are written: native, kubevirt or both [default: native]
-    #[arg(long, env = "VIRTNODE_SCHEMA", value_name = "SCHEMA", global = true)]
-    pub schema: Option<Schema>,
-
-    /// The name of this machine's Node [default: the host name]
-    #[arg(long, env = "VIRTNODE_NODE_NAME", value_name = "NAME", global = true)]
-    pub node_name: Option<String>,
-
-    /// The kubeconfig, outside a pod [default: $KUBECONFIG if `publish` has node]
-    #[arg(long, env = "VIRTNODE_KUBECONFIG", value_name = "FILE", global = true)]
-    pub kubeconfig: Option<PathBuf>,
-
-    /// The kubeconfig's context [default: its current one]
-    #[arg(long, env = "VIRTNODE_CONTEXT", value_name = "NAME", global = true)]
-    pub context: Option<String>,
-
-    /// What is kept between runs [default: /var/lib/virtnode]
+    /// Label keys to use: native, kubevirt or both [default: native]
     #[arg(
         long,
-        env = "VIRTNODE_STATE_DIRECTORY",
-        value_name = "DIR",
-        global = true
+        env = "VIRTNODE_SCHEMA",
+        value_name = "SCHEMA",
+        global = true,
+        help_heading = heading::PUBLISHING
     )]
-    pub state_directory: Option<PathBuf>,
+    pub schema: Option<Schema>,
+
+    /// Take over labels that another field manager owns, instead of leaving them to it
+    #[arg(
+        long,
+        env = "VIRTNODE_FORCE_CONFLICTS",
+        value_name = "BOOL",
+        num_args = 0..=1,
+        default_missing_value = "true",
+        global = true,
+        help_heading = heading::PUBLISHING
+    )]
+    pub force_conflicts: Option<bool>,
 
     /// Node Feature Discovery's directory for feature files
     /// [default: /etc/kubernetes/node-feature-discovery/features.d]
@@ -125,71 +182,78 @@ pub struct Settings {
         long,
         env = "VIRTNODE_FEATURES_DIRECTORY",
         value_name = "DIR",
-        global = true
+        global = true,
+        help_heading = heading::PUBLISHING
     )]
     pub features_directory: Option<PathBuf>,
 
-    /// Take a label over from another owner instead of giving it up
-    #[arg(long, env = "VIRTNODE_FORCE_CONFLICTS", value_name = "BOOL", num_args = 0..=1, default_missing_value = "true", global = true)]
-    pub force_conflicts: Option<bool>,
-
-    /// Where metrics and health are served [default: :9478]
-    #[arg(long, env = "VIRTNODE_LISTEN", value_name = "ADDRESS", global = true)]
-    pub listen: Option<String>,
-
-    /// The local API's socket [default: /run/virtnode/virtnode.sock]
-    #[arg(long, env = "VIRTNODE_SOCKET", value_name = "PATH", global = true)]
-    pub socket: Option<PathBuf>,
-
-    /// Seconds between probes [default: 60]
+    /// Interval between probes of libvirt and the host, in seconds [default: 60]
     #[arg(
         long = "probe-interval",
         env = "VIRTNODE_PROBE_INTERVAL",
         value_name = "SECONDS",
-        global = true
+        global = true,
+        help_heading = heading::PUBLISHING
     )]
     pub probe_interval_seconds: Option<u64>,
 
-    /// The longest random wait before the first write to the API server, in seconds [default: 10]
+    /// Maximum random delay before the first write to the API server, in seconds [default: 10]
     #[arg(
         long = "start-jitter",
         env = "VIRTNODE_START_JITTER",
         value_name = "SECONDS",
-        global = true
+        global = true,
+        help_heading = heading::PUBLISHING
     )]
     pub start_jitter_seconds: Option<u64>,
 
-    /// The longest wait for an answer of libvirt, in seconds [default: 30]
+    /// Address of the daemon's metrics and health endpoints [default: :9478]
     #[arg(
-        long = "call-deadline",
-        env = "VIRTNODE_CALL_DEADLINE",
-        value_name = "SECONDS",
-        global = true
+        long,
+        env = "VIRTNODE_LISTEN",
+        value_name = "ADDRESS",
+        global = true,
+        help_heading = heading::SERVING
     )]
-    pub call_deadline_seconds: Option<u64>,
+    pub listen: Option<String>,
 
-    /// How log lines look [default: text]
+    /// Format of log lines [default: text]
     #[arg(
         long,
         env = "VIRTNODE_LOG_FORMAT",
         value_name = "FORMAT",
-        global = true
+        global = true,
+        help_heading = heading::LOGGING
     )]
     pub log_format: Option<LogFormat>,
 
-    /// Which log lines are written, as LEVEL or TARGET=LEVEL, separated by commas [default: info]
-    #[arg(long, env = "VIRTNODE_LOG", value_name = "FILTER", global = true)]
+    /// Log filter: LEVEL or TARGET=LEVEL, separated by commas [default: info]
+    #[arg(
+        long,
+        env = "VIRTNODE_LOG",
+        value_name = "FILTER",
+        global = true,
+        help_heading = heading::LOGGING
+    )]
     pub log: Option<String>,
 
-    /// What only the file can set.
+    /// State directory: published labels and the operation journal [default: /var/lib/virtnode]
+    #[arg(
+        long,
+        env = "VIRTNODE_STATE_DIRECTORY",
+        value_name = "DIR",
+        global = true,
+        help_heading = heading::FILES
+    )]
+    pub state_directory: Option<PathBuf>,
+
+    // The sections below have no flags: only the file can set them.
     #[arg(skip)]
     pub labels: LabelSettings,
 
-    /// What only the file can set.
     #[arg(skip)]
     pub api: ApiSettings,
 
-    /// What only the file can set.
     #[arg(skip)]
     pub hotplug: HotplugSettings,
 }
@@ -198,9 +262,9 @@ pub struct Settings {
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct LabelSettings {
-    /// CPU models that no new guest should use.
+    /// CPU models that new guests should not use.
     pub obsolete_cpu_models: Option<Vec<String>>,
-    /// Guest architectures beside the host's own.
+    /// Guest architectures in addition to the host's own.
     pub guest_architectures: Vec<String>,
 }
 
@@ -208,9 +272,9 @@ pub struct LabelSettings {
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct ApiSettings {
-    /// The users that may use the local API; without them root and the daemon's own user.
+    /// Users that may use the local API. Default: root and the daemon's own user.
     pub allowed_uids: Option<Vec<u32>>,
-    /// The groups whose members may. The socket belongs to the first of them.
+    /// Groups whose members may use the local API. The socket belongs to the first of them.
     pub allowed_gids: Vec<u32>,
 }
 
@@ -218,69 +282,50 @@ pub struct ApiSettings {
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct HotplugSettings {
-    /// Whether domains are changed here; yes unless it says no.
+    /// False disables hotplug on this node. Default: true.
     pub enabled: Option<bool>,
-    /// Whether DomainHotplug objects of the cluster are taken on; yes unless it says no.
+    /// False ignores the cluster's DomainHotplug objects. Default: true.
     pub objects: Option<bool>,
-    /// Whether QEMU is also asked past libvirt for what the guest answered, which taints the
-    /// domains that are changed; no unless it says yes.
+    /// True also queries QEMU directly, bypassing libvirt, for the guest's ACPI answers. libvirt
+    /// then marks the domain as tainted. Default: false.
     pub deep_verify: Option<bool>,
 }
 
-/// The validated whole.
+/// The validated merge of all layers. Fields are documented where [`Settings`] has them.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// The libvirt connection.
     pub connect: String,
-    /// Where labels go; empty for nowhere.
-    pub publish: Vec<Target>,
-    /// What an operator decides about labels.
+    /// Empty if labels are published nowhere.
+    pub publish: Vec<PublishTarget>,
     pub policy: Policy,
-    /// Whether a label is taken over from another owner.
     pub force_conflicts: bool,
-    /// The name of this machine's Node.
     pub node_name: Option<String>,
-    /// The kubeconfig.
     pub kubeconfig: Option<PathBuf>,
-    /// The kubeconfig's context.
     pub context: Option<String>,
-    /// What is kept between runs.
     pub state_directory: PathBuf,
-    /// Node Feature Discovery's directory.
     pub features_directory: PathBuf,
-    /// Where metrics and health are served.
     pub listen: SocketAddr,
-    /// The local API's socket.
     pub socket: PathBuf,
-    /// The users that may use the local API; `None` for root and the daemon's own.
+    /// `None` means root and the daemon's own user.
     pub allowed_uids: Option<Vec<u32>>,
-    /// The groups whose members may.
     pub allowed_gids: Vec<u32>,
-    /// Whether domains are changed here.
     pub hotplug: bool,
-    /// Whether DomainHotplug objects are taken on, where there is a cluster.
     pub hotplug_objects: bool,
-    /// Whether QEMU is asked past libvirt, which taints domains.
     pub deep_verify: bool,
-    /// The time between probes.
     pub probe_interval: Duration,
-    /// The longest random wait before the first write to the API server.
     pub start_jitter: Duration,
-    /// The longest wait for an answer of libvirt.
     pub call_deadline: Duration,
-    /// How log lines look.
     pub log_format: LogFormat,
-    /// Which log lines are written.
     pub log: String,
 }
 
 impl Config {
-    /// Joins the file at `path` (or the default one, which may be missing) with a later layer.
+    /// Merges the file at `path`, or else the default file if it exists, with a later layer.
     ///
-    /// `in_cluster` says whether this is a pod: it decides where labels go if nothing else does.
+    /// `in_cluster` is true in a pod. It decides where labels go unless a layer does.
     ///
     /// # Errors
-    /// What [`ConfigError`] says.
+    /// The file cannot be read or parsed, or a value is out of range.
     pub fn load(
         path: Option<&Path>,
         later: &Settings,
@@ -291,37 +336,25 @@ impl Config {
             None if Path::new(DEFAULT_PATH).exists() => read(Path::new(DEFAULT_PATH))?,
             None => Settings::default(),
         };
-        Self::join(file, later.clone(), in_cluster)
+        Self::merge(file, later.clone(), in_cluster)
     }
 
-    fn join(file: Settings, later: Settings, in_cluster: bool) -> Result<Self, ConfigError> {
-        let seconds = |name: &str, chosen: Option<u64>, default: u64, range: (u64, u64)| {
-            let seconds = chosen.unwrap_or(default);
-            if (range.0..=range.1).contains(&seconds) {
-                Ok(Duration::from_secs(seconds))
-            } else {
-                let (least, most) = range;
-                Err(ConfigError::Contradiction(format!(
-                    "{name} is {seconds}; it must be from {least} to {most} seconds"
-                )))
-            }
-        };
+    fn merge(file: Settings, later: Settings, in_cluster: bool) -> Result<Self, ConfigError> {
         let kubeconfig = later.kubeconfig.or(file.kubeconfig);
         let default_target = if in_cluster || kubeconfig.is_some() {
-            Target::Node
+            PublishTarget::Node
         } else {
-            Target::File
+            PublishTarget::File
         };
-        let listen = later
-            .listen
-            .or(file.listen)
-            .unwrap_or_else(|| ":9478".to_owned());
+        let path = |later: Option<PathBuf>, file: Option<PathBuf>, default: &str| {
+            later.or(file).unwrap_or_else(|| PathBuf::from(default))
+        };
         Ok(Self {
             connect: later
                 .connect
                 .or(file.connect)
                 .unwrap_or_else(|| "qemu:///system".to_owned()),
-            publish: targets(later.publish.or(file.publish), default_target)?,
+            publish: publish_targets(later.publish.or(file.publish), default_target)?,
             policy: Policy {
                 schema: later.schema.or(file.schema).unwrap_or_default(),
                 obsolete_cpu_models: file
@@ -337,21 +370,18 @@ impl Config {
             node_name: later.node_name.or(file.node_name),
             kubeconfig,
             context: later.context.or(file.context),
-            state_directory: later
-                .state_directory
-                .or(file.state_directory)
-                .unwrap_or_else(|| PathBuf::from("/var/lib/virtnode")),
-            features_directory: later
-                .features_directory
-                .or(file.features_directory)
-                .unwrap_or_else(|| {
-                    PathBuf::from("/etc/kubernetes/node-feature-discovery/features.d")
-                }),
-            listen: parse_listen(&listen)?,
-            socket: later
-                .socket
-                .or(file.socket)
-                .unwrap_or_else(|| PathBuf::from("/run/virtnode/virtnode.sock")),
+            state_directory: path(
+                later.state_directory,
+                file.state_directory,
+                "/var/lib/virtnode",
+            ),
+            features_directory: path(
+                later.features_directory,
+                file.features_directory,
+                "/etc/kubernetes/node-feature-discovery/features.d",
+            ),
+            listen: parse_listen(&later.listen.or(file.listen).unwrap_or(":9478".to_owned()))?,
+            socket: path(later.socket, file.socket, "/run/virtnode/virtnode.sock"),
             allowed_uids: file.api.allowed_uids,
             allowed_gids: file.api.allowed_gids,
             hotplug: file.hotplug.enabled.unwrap_or(true),
@@ -380,10 +410,25 @@ impl Config {
         })
     }
 
-    /// Whether labels go there.
-    pub fn publishes_to(&self, target: Target) -> bool {
+    /// Returns true if labels are published to `target`.
+    pub fn publishes_to(&self, target: PublishTarget) -> bool {
         self.publish.contains(&target)
     }
+}
+
+fn seconds(
+    name: &str,
+    chosen: Option<u64>,
+    default: u64,
+    (minimum, maximum): (u64, u64),
+) -> Result<Duration, ConfigError> {
+    let seconds = chosen.unwrap_or(default);
+    if (minimum..=maximum).contains(&seconds) {
+        return Ok(Duration::from_secs(seconds));
+    }
+    Err(ConfigError::Invalid(format!(
+        "{name} is {seconds}; it must be from {minimum} to {maximum} seconds"
+    )))
 }
 
 fn read(path: &Path) -> Result<Settings, ConfigError> {
@@ -402,7 +447,7 @@ fn read(path: &Path) -> Result<Settings, ConfigError> {
 }
 
 fn parse(text: &str) -> Result<Settings, String> {
-    // An empty file is no YAML mapping, and no mistake.
+    // A file without a setting is valid, though it is not a YAML mapping.
     if text
         .lines()
         .all(|line| line.trim().is_empty() || line.trim_start().starts_with('#'))
@@ -412,30 +457,34 @@ fn parse(text: &str) -> Result<Settings, String> {
     serde_saphyr::from_str(text).map_err(|error| error.to_string())
 }
 
-fn targets(chosen: Option<Vec<Target>>, default: Target) -> Result<Vec<Target>, ConfigError> {
+fn publish_targets(
+    chosen: Option<Vec<PublishTarget>>,
+    default: PublishTarget,
+) -> Result<Vec<PublishTarget>, ConfigError> {
     let mut targets = chosen.unwrap_or_else(|| vec![default]);
     targets.dedup();
     match targets[..] {
-        [Target::None] => Ok(Vec::new()),
-        _ if targets.contains(&Target::None) => Err(ConfigError::Contradiction(
-            "publish: 'none' cannot stand beside another target".to_owned(),
+        [PublishTarget::None] => Ok(Vec::new()),
+        _ if targets.contains(&PublishTarget::None) => Err(ConfigError::Invalid(
+            "publish: 'none' cannot be combined with another target".to_owned(),
         )),
-        [] => Err(ConfigError::Contradiction(
+        [] => Err(ConfigError::Invalid(
             "publish: name at least one of file, node and none".to_owned(),
         )),
         _ => Ok(targets),
     }
 }
 
-/// `:9478` is every address, IPv4 and IPv6.
+/// Parses an address. `:9478` means every address, IPv4 and IPv6.
 fn parse_listen(text: &str) -> Result<SocketAddr, ConfigError> {
     let every = text
         .strip_prefix(':')
         .and_then(|port| port.parse().ok())
         .map(|port| SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), port));
     every.or_else(|| text.parse().ok()).ok_or_else(|| {
-        ConfigError::Contradiction(format!(
-            "listen: '{text}' is no address: write it like 127.0.0.1:9478, [::1]:9478 or :9478"
+        ConfigError::Invalid(format!(
+            "listen: '{text}' is not a valid address: write it like 127.0.0.1:9478, [::1]:9478 or \
+             :9478"
         ))
     })
 }
@@ -444,38 +493,38 @@ fn parse_listen(text: &str) -> Result<SocketAddr, ConfigError> {
 mod tests {
     use super::*;
 
-    fn join(file: &str, later: Settings) -> Result<Config, String> {
-        Config::join(parse(file)?, later, false).map_err(|error| error.to_string())
+    fn merge(file: &str, later: Settings) -> Result<Config, String> {
+        Config::merge(parse(file)?, later, false).map_err(|error| error.to_string())
     }
 
     #[test]
-    fn later_layers_win() {
+    fn later_layer_overrides_file() {
         let later = Settings {
             connect: Some("test:///default".into()),
             ..Settings::default()
         };
-        let config = join("connect: qemu:///session\nnodeName: a\n", later).unwrap();
+        let config = merge("connect: qemu:///session\nnodeName: a\n", later).unwrap();
         assert_eq!(config.connect, "test:///default");
         assert_eq!(config.node_name.as_deref(), Some("a"));
-        assert_eq!(config.publish, [Target::File]);
+        assert_eq!(config.publish, [PublishTarget::File]);
         assert!(config.hotplug && !config.deep_verify);
         assert_eq!(config.listen.port(), 9478);
     }
 
     #[test]
-    fn an_empty_file_is_no_mistake() {
+    fn empty_file_yields_defaults() {
         assert_eq!(
-            join("", Settings::default()).unwrap().connect,
+            merge("", Settings::default()).unwrap().connect,
             "qemu:///system"
         );
         assert_eq!(
-            join("# nothing\n\n", Settings::default()).unwrap().publish,
-            [Target::File]
+            merge("# nothing\n\n", Settings::default()).unwrap().publish,
+            [PublishTarget::File]
         );
     }
 
     #[test]
-    fn the_file_can_set_everything() {
+    fn file_sets_every_section() {
         let text = "
 publish: [file, node]
 schema: both
@@ -493,8 +542,8 @@ hotplug:
   objects: false
   deepVerify: true
 ";
-        let config = join(text, Settings::default()).unwrap();
-        assert_eq!(config.publish, [Target::File, Target::Node]);
+        let config = merge(text, Settings::default()).unwrap();
+        assert_eq!(config.publish, [PublishTarget::File, PublishTarget::Node]);
         assert_eq!(config.policy.schema, Schema::Both);
         assert_eq!(config.allowed_uids, Some(vec![0, 107]));
         assert_eq!(config.allowed_gids, [36]);
@@ -512,8 +561,8 @@ hotplug:
     }
 
     #[test]
-    fn mistakes_are_named() {
-        let error = |file: &str| join(file, Settings::default()).unwrap_err();
+    fn errors_name_the_wrong_key_or_value() {
+        let error = |file: &str| merge(file, Settings::default()).unwrap_err();
         assert!(
             error("conect: x").contains("conect"),
             "{}",
@@ -522,10 +571,10 @@ hotplug:
         assert!(error("labels: {schema: native}").contains("schema"));
         assert!(error("api: {allowedUsers: [0]}").contains("allowedUsers"));
         assert!(error("hotplug: {enable: false}").contains("enable"));
-        assert!(error("publish: [none, file]").contains("'none' cannot stand beside"));
+        assert!(error("publish: [none, file]").contains("'none' cannot be combined"));
         assert!(error("publish: []").contains("at least one"));
         assert!(error("probeIntervalSeconds: 0").contains("from 1 to 86400"));
-        assert!(error("listen: nowhere").contains("'nowhere' is no address"));
+        assert!(error("listen: nowhere").contains("'nowhere' is not a valid address"));
         assert!(!error("{").is_empty());
         assert!(!error("- a").is_empty());
     }

@@ -1,16 +1,24 @@
-//! virtnode: says what a libvirt node can run, and changes running domains with proof.
+//! virtnode publishes what a libvirt node can run as labels, and verifies hotplug in the guest.
 //!
-//! The arrows point down only; ARCHITECTURE.md has the snapshot and the rules.
+//! ```text
+//! main → cli → daemon                                   wiring, supervision, exit codes
+//!          │
+//! probe · labeller · executor · monitor · doctor · controller        services
+//!          │
+//! hypervisor · host · cluster · publish · journal                    adapters
+//!          │
+//! xml · units · capability · domain · label · compat · hotplug · operation · doctor::checks
+//!                                                                    pure core
+//! ```
+//! Dependencies point down only; ARCHITECTURE.md has the rules and the reasons.
 //!
-//! * [`xml`], [`units`], [`capability`], [`domain`], [`label`], [`compat`], [`doctor::checks`],
-//!   [`hotplug`], [`operation`]: the pure core. libvirt's documents as facts, facts as labels, evidence as verdicts; text and values in,
-//!   values out.
-//! * [`hypervisor`], [`host`], [`cluster`], [`publish`], [`journal`]: adapters, one for each outside
-//!   system;
-//!   [`ffi`] holds the calls that need `unsafe`.
-//! * [`probe`], [`labeller`], [`executor`], [`controller`], [`monitor`] and [`doctor`]: services
-//!   that join the core and the adapters.
-//! * [`config`], [`telemetry`], [`daemon`] and [`cli`]: wiring.
+//! * The **pure core** turns documents into facts, facts into labels, and evidence into verdicts.
+//!   It takes values and returns values: no I/O, no clock, no async.
+//! * Each **adapter** talks to one outside system, and hides its types and errors from the rest.
+//!   Adapters do not depend on each other. [`ffi`] holds the calls that need `unsafe`.
+//! * **Services** are the tasks that feed the core from the adapters and act on its decisions.
+//! * **Wiring** ([`config`], [`daemon`], [`cli`]) builds the services and supervises them.
+//!   [`telemetry`] is available to all layers but the core.
 
 pub mod capability;
 pub mod cli;
@@ -19,7 +27,6 @@ pub mod compat;
 pub mod config;
 pub mod controller;
 pub mod daemon;
-
 pub mod doctor;
 pub mod domain;
 pub mod executor;

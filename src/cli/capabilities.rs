@@ -2,29 +2,27 @@
 
 use clap::Args;
 
-use super::offline::Offline;
-use super::output::{Output, print, print_value, table};
-use super::{Exit, conclude, probe};
+use super::offline::OfflineDocuments;
+use super::output::{OutputOption, table};
+use super::{Exit, conclude, probe, runtime};
 use crate::capability::{CanonicalMachine, NodeFacts, Usable};
 use crate::config::Config;
 
-/// The arguments of `virtnode capabilities`.
 #[derive(Debug, Args)]
-pub(super) struct Capabilities {
-    /// How the facts are printed
-    #[arg(short, long, value_enum, default_value_t)]
-    output: Output,
+pub(super) struct CapabilitiesCommand {
+    #[command(flatten)]
+    output: OutputOption,
 
     #[command(flatten)]
-    offline: Offline,
+    offline: OfflineDocuments,
 }
 
-impl Capabilities {
+impl CapabilitiesCommand {
     pub(super) fn run(self, config: &Config) -> anyhow::Result<Exit> {
-        let (facts, exit) = match self.offline.read()? {
+        let (facts, exit) = match self.offline.read([])? {
             Some(facts) => (facts, Exit::Done),
             None => {
-                let reading = probe(config)?;
+                let (reading, _) = runtime()?.block_on(probe(config));
                 let exit = conclude(&reading, config);
                 (reading.facts, exit)
             }
@@ -32,10 +30,7 @@ impl Capabilities {
         if exit == Exit::Unreachable {
             return Ok(exit);
         }
-        match self.output {
-            Output::Table => print(&show(&facts))?,
-            output => print_value(&facts, output)?,
-        }
+        self.output.print(&facts, || show(&facts))?;
         Ok(exit)
     }
 }
@@ -136,18 +131,18 @@ fn overview(facts: &NodeFacts) -> Vec<Vec<String>> {
             }),
         ),
         (
-            "host model of guests",
+            "host-model CPU",
             text(host_model.and_then(|h| h.model.as_deref())),
         ),
         (
-            "CPU features of guests",
+            "CPU features available to guests",
             Some(facts.cpu_features().len().to_string()),
         ),
         (
-            "KVM's maximum of vCPUs",
+            "maximum vCPUs (KVM)",
             facts.kvm_max_vcpus.map(|max| max.to_string()),
         ),
-        ("largest maximum of vCPUs", max),
+        ("maximum vCPUs of a domain", max),
         (
             "more than 255 vCPUs on x86 (EIM)",
             text(facts.eim().map(|eim| eim.as_str())),
@@ -164,7 +159,7 @@ fn overview(facts: &NodeFacts) -> Vec<Vec<String>> {
             facts.host.as_ref().map(|host| yes_or_dash(host.vfio)),
         ),
         (
-            "nested virtualisation",
+            "nested virtualization",
             facts.host.as_ref().map(|host| yes_or_dash(host.nested)),
         ),
     ];

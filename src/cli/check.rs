@@ -1,55 +1,53 @@
 //! `virtnode check`.
 
 mod live;
-mod question;
 mod show;
+mod source;
+
+use std::path::Path;
 
 use clap::Args;
 use serde::Serialize;
 
 pub(super) use self::live::running;
-use self::question::Question;
-pub(super) use self::question::{Asked, read as read_definition};
-use super::offline::Offline;
-use super::output::{Output, print, print_value};
+pub(super) use self::source::CheckedDomain;
+use self::source::DomainSource;
+use super::offline::OfflineDocuments;
+use super::output::OutputOption;
 use super::{Exit, Failure};
 use crate::capability::Version;
 use crate::compat::{Assessment, Confirmation, Feasibility, Offer, Requirement, assess};
 use crate::config::Config;
 
-/// The arguments of `virtnode check`.
 #[derive(Debug, Args)]
-pub(super) struct Check {
-    /// How the answer is printed
-    #[arg(short, long, value_enum, default_value_t)]
-    output: Output,
+pub(super) struct CheckCommand {
+    #[command(flatten)]
+    output: OutputOption,
 
     #[command(flatten)]
-    question: Question,
+    source: DomainSource,
 
     #[command(flatten)]
-    offline: Offline,
+    offline: OfflineDocuments,
 }
 
-/// All that is printed.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
-struct Report {
-    /// The domain's name, or none for one that was only described.
+struct CheckReport {
+    /// `None` for a domain described on the command line.
     domain: Option<String>,
     #[serde(flatten)]
     fit: Assessment,
-    /// What the hypervisor itself says; none offline.
+    /// The hypervisor's own answer. `None` offline.
     confirmation: Option<Confirmation>,
-    /// Whether it says the same as was computed; none if it said nothing.
+    /// True if the hypervisor's answer is the computed one. `None` without its answer.
     agrees: Option<bool>,
-    node: Node,
+    node: CheckedNode,
 }
 
-/// What the domain was held against.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
-struct Node {
+struct CheckedNode {
     live: bool,
     arch: Option<String>,
     domain_type: Option<String>,
@@ -57,17 +55,19 @@ struct Node {
     qemu_version: Option<Version>,
 }
 
-impl Check {
+impl CheckCommand {
     pub(super) fn run(self, config: &Config) -> anyhow::Result<Exit> {
-        self.question.validate()?;
-        let report = match self.offline.read()? {
+        self.source.validate()?;
+        let document = self.source.document();
+        let document = document.map(|path: &Path| ("--domain-xml", path));
+        let report = match self.offline.read(document)? {
             Some(facts) => {
                 let best = |arch: &str| facts.best_domain_type(arch).map(str::to_owned);
-                let Some(domain) = self.question.offline(facts.native_arch(), best)? else {
+                let Some(domain) = self.source.without_libvirt(facts.native_arch(), best)? else {
                     return Err(Failure::new(
                         Exit::Usage,
-                        "--domain asks this node's libvirt, and the other flags say to ask nothing \
-                         local: give the domain's XML with --domain-xml (virsh dumpxml prints it)",
+                        "--domain needs this node's libvirt, which the offline options exclude: \
+                         give the domain's XML with --domain-xml (virsh dumpxml prints it)",
                     )
                     .into());
                 };
@@ -77,17 +77,14 @@ impl Check {
                 );
                 let offer = Offer::from_facts(&facts, arch, virt_type);
                 let fit = assess(&domain.requirement, &offer);
-                Report::new(domain.is_described, &domain.requirement, fit, &offer, None)
+                CheckReport::new(domain.is_described, &domain.requirement, fit, &offer, None)
             }
-            None => match live::ask(&self.question, config)? {
+            None => match live::check(&self.source, config)? {
                 Ok(report) => report,
                 Err(exit) => return Ok(exit),
             },
         };
-        match self.output {
-            Output::Table => print(&show::report(&report))?,
-            output => print_value(&report, output)?,
-        }
+        self.output.print(&report, || show::report(&report))?;
         Ok(match report.fit.answer {
             Feasibility::Feasible => Exit::Done,
             Feasibility::Infeasible => Exit::Infeasible,
@@ -96,7 +93,7 @@ impl Check {
     }
 }
 
-impl Report {
+impl CheckReport {
     fn new(
         is_described: bool,
         domain: &Requirement,
@@ -109,7 +106,7 @@ impl Report {
             domain: domain.name.clone().filter(|_| !is_described),
             fit,
             agrees: agrees.flatten(),
-            node: Node {
+            node: CheckedNode {
                 live: confirmation.is_some(),
                 arch: offer.arch.clone(),
                 domain_type: offer.virt_type.clone(),

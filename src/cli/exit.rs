@@ -1,29 +1,27 @@
-//! Exit codes: a contract with scripts (design: product).
+//! Exit codes, on which scripts rely.
 
 use std::error::Error;
 use std::fmt;
 
 use crate::hotplug::Verdict;
 
-/// How a command ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Exit {
-    /// 0: done, and verified where there was something to verify.
+    /// 0: succeeded. A hotplug operation is verified.
     Done,
-    /// 1: failed.
+    /// 1.
     Failed,
-    /// 2: the command line or the configuration is wrong.
+    /// 2: the command line or the configuration is not valid.
     Usage,
-    /// 3: accepted by the hypervisor, and not taken by the guest, partly or wholly.
+    /// 3: the hypervisor accepted the change, but the guest does not use all of it.
     NotTaken,
-    /// 4: not feasible; nothing was changed.
+    /// 4: not feasible. Nothing was changed.
     Infeasible,
     /// 5: the hypervisor cannot be reached.
     Unreachable,
 }
 
 impl Exit {
-    /// The exit code.
     pub fn code(self) -> u8 {
         match self {
             Self::Done => 0,
@@ -57,8 +55,8 @@ impl From<Verdict> for Exit {
 }
 
 impl Exit {
-    /// The code for an error: that of a [`Failure`] in its chain, 0 for a reader that went away,
-    /// else 1.
+    /// Returns the exit for an error: that of a [`Failure`] in its chain, `Done` if the reader
+    /// closed the pipe, else `Failed`.
     pub fn of(error: &anyhow::Error) -> Self {
         match error.downcast_ref::<Failure>() {
             Some(failure) => failure.exit,
@@ -68,7 +66,7 @@ impl Exit {
     }
 }
 
-/// An error that says how the command ends.
+/// An error with an exit code.
 #[derive(Debug)]
 pub struct Failure {
     exit: Exit,
@@ -76,7 +74,6 @@ pub struct Failure {
 }
 
 impl Failure {
-    /// An error with an exit code other than 1.
     pub fn new(exit: Exit, message: impl fmt::Display) -> Self {
         Self {
             exit,
@@ -93,7 +90,7 @@ impl fmt::Display for Failure {
 
 impl Error for Failure {}
 
-/// Whether the reader of the output went away, as `head` does: no mistake.
+/// Returns true if the reader of the output closed the pipe, as `head` does. That is not a failure.
 pub(super) fn is_broken_pipe(error: &anyhow::Error) -> bool {
     error
         .chain()
@@ -106,11 +103,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_verdict_is_a_success_only_if_it_is_verified() {
+    fn only_the_verdict_verified_exits_with_zero() {
         for verdict in Verdict::ALL {
             let success = Exit::from(verdict) == Exit::Done;
             assert_eq!(success, verdict == Verdict::Verified, "{verdict}");
-            // What was accepted may still become good; what was never begun may not.
+            // An accepted change may still be verified later. One that was never begun may not.
             let exit = Exit::from(verdict);
             assert!(exit != Exit::NotTaken || verdict.may_change(), "{verdict}");
             assert!(

@@ -1,4 +1,4 @@
-//! `virtnode completions` and `virtnode man`: generated from the definition of the commands.
+//! `virtnode completions` and `virtnode man`, generated from the definition of the command line.
 
 use std::path::PathBuf;
 
@@ -9,14 +9,13 @@ use clap_complete::Shell;
 use super::Exit;
 use super::output::print;
 
-/// The arguments of `virtnode completions`.
 #[derive(Debug, Args)]
-pub(super) struct Completions {
-    /// The shell
+pub(super) struct CompletionsCommand {
+    /// Shell to complete for
     shell: Shell,
 }
 
-impl Completions {
+impl CompletionsCommand {
     pub(super) fn run(self, mut command: Command) -> anyhow::Result<Exit> {
         let mut script = Vec::new();
         clap_complete::generate(self.shell, &mut command, "virtnode", &mut script);
@@ -25,15 +24,14 @@ impl Completions {
     }
 }
 
-/// The arguments of `virtnode man`.
 #[derive(Debug, Args)]
-pub(super) struct Man {
-    /// Write a page for each command into this directory instead
+pub(super) struct ManCommand {
+    /// Directory to write one page per command into, instead of printing one
     #[arg(long, value_name = "DIR")]
     directory: Option<PathBuf>,
 }
 
-impl Man {
+impl ManCommand {
     pub(super) fn run(self, command: Command) -> anyhow::Result<Exit> {
         match self.directory {
             Some(directory) => clap_mangen::generate_to(command, &directory)

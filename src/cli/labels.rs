@@ -2,9 +2,9 @@
 
 use clap::Args;
 
-use super::offline::Offline;
-use super::output::{Output, print, print_value, table};
-use super::{Exit, conclude, probe};
+use super::offline::OfflineDocuments;
+use super::output::{OutputOption, table};
+use super::{Exit, conclude, probe, runtime};
 use crate::config::Config;
 use crate::label::{
     CapabilitiesInUse, FactSource, LabelSet, ProbeResult, PublishedLabels, RejectedLabel, derive,
@@ -12,20 +12,18 @@ use crate::label::{
 use crate::probe::Reading;
 use crate::publish::file::{FilePublisher, LabelReport};
 
-/// The arguments of `virtnode labels`.
 #[derive(Debug, Args)]
-pub(super) struct Labels {
-    /// How the labels are printed
-    #[arg(short, long, value_enum, default_value_t)]
-    output: Output,
+pub(super) struct LabelsCommand {
+    #[command(flatten)]
+    output: OutputOption,
 
     #[command(flatten)]
-    offline: Offline,
+    offline: OfflineDocuments,
 }
 
-impl Labels {
+impl LabelsCommand {
     pub(super) fn run(self, config: &Config) -> anyhow::Result<Exit> {
-        if let Some(facts) = self.offline.read()? {
+        if let Some(facts) = self.offline.read([])? {
             let derivation = derive(&facts, &config.policy);
             let mut published = PublishedLabels::default();
             published.update(ProbeResult {
@@ -36,9 +34,9 @@ impl Labels {
             self.print(&published, &derivation.rejected)?;
             return Ok(Exit::Done);
         }
-        let reading = probe(config)?;
+        let (reading, _) = runtime()?.block_on(probe(config));
         let exit = conclude(&reading, config);
-        // With nothing known of the hypervisor an empty table would look like an answer.
+        // Without libvirt an empty table would look like an answer.
         if exit == Exit::Unreachable {
             return Ok(exit);
         }
@@ -53,14 +51,12 @@ impl Labels {
             rejected,
             retained: published.retained(),
         };
-        match self.output {
-            Output::Table => print(&show(&report)),
-            output => print_value(&report, output),
-        }
+        self.output.print(&report, || show(&report))
     }
 }
 
-/// What the daemon would publish after this reading, given what it published before.
+/// Returns the labels that the daemon would publish after this probe, given those that it published
+/// before.
 fn decide(reading: &Reading, config: &Config) -> (PublishedLabels, Vec<RejectedLabel>) {
     let file = FilePublisher::new(&config.state_directory, &config.features_directory);
     let before = file.load().unwrap_or_else(|_| LabelSet::new());
@@ -86,7 +82,7 @@ fn show(report: &LabelReport<'_>) -> String {
         .map(|(key, value)| vec![key.to_string(), value.to_string()]);
     let mut text = table(&["LABEL", "VALUE"], rows);
     if !report.retained.is_empty() {
-        text.push_str("\nKept though the last probe does not call for them:\n");
+        text.push_str("\nKept, although the last probe does not yield them:\n");
         let rows = report
             .retained
             .iter()
@@ -94,7 +90,7 @@ fn show(report: &LabelReport<'_>) -> String {
         text.push_str(&table(&["LABEL", "REASON"], rows));
     }
     if !report.rejected.is_empty() {
-        text.push_str("\nLeft out, since they can be no labels:\n");
+        text.push_str("\nRejected, because they are not valid labels:\n");
         let rows = report.rejected.iter().map(|rejected| {
             vec![
                 rejected.key.escape_debug().to_string(),

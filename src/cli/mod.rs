@@ -1,20 +1,28 @@
-//! The command line: one file for each command.
+//! The command line: one file per command.
+//!
+//! ```text
+//! main → parse → run          no configuration: crd, completions, man
+//!                 └ load Config ┬ one-shot libvirt connection: labels, capabilities, check, targets, doctor
+//!                               ├ daemon's local API (`api_client`): hotplug, operations, doctor
+//!                               └ daemon: run
+//! ```
+//! A command returns an [`Exit`] or an error; [`main`] prints the error and picks its exit code.
 
+mod api_client;
 mod capabilities;
 mod check;
 mod cleanup;
 mod crd;
-mod diagnosis;
 mod doctor;
 mod exit;
 mod generate;
 mod hotplug;
+mod input;
 mod labels;
-mod local;
 mod offline;
 mod operations;
+mod options;
 mod output;
-mod report;
 mod run;
 mod targets;
 
@@ -23,56 +31,69 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use clap::error::ErrorKind;
-use clap::{CommandFactory, Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 pub use exit::{Exit, Failure};
 
-use crate::config::{Config, Settings};
-use crate::hypervisor::{Libvirt, LibvirtConfig};
+use crate::config::{Config, Settings, heading};
+use crate::daemon::one_shot_libvirt_config;
+use crate::hypervisor::Libvirt;
 use crate::probe::{Prober, Reading};
 use crate::telemetry::Metrics;
 
-/// Publishes what a libvirt node can run as labels, and keeps them true.
+/// Publish what a libvirt node can run as labels, and hotplug its domains with proof
 #[derive(Debug, Parser)]
-#[command(name = "virtnode", version = version(), max_term_width = 100)]
+#[command(
+    name = "virtnode",
+    version = version(),
+    max_term_width = 100,
+    after_help = "`virtnode COMMAND --help` lists the options of a command. Each can also be set in \
+                  the configuration file or by its environment variable."
+)]
 struct Cli {
-    /// The configuration file [default: /etc/virtnode/config.yaml, which may be missing]
-    #[arg(long, env = "VIRTNODE_CONFIG", value_name = "FILE", global = true)]
-    config: Option<PathBuf>,
-
     #[command(flatten)]
     settings: Settings,
 
+    /// Configuration file [default: /etc/virtnode/config.yaml, if it exists]
+    #[arg(
+        long,
+        env = "VIRTNODE_CONFIG",
+        value_name = "FILE",
+        global = true,
+        help_heading = heading::FILES
+    )]
+    config: Option<PathBuf>,
+
     #[command(subcommand)]
-    command: Command,
+    command: CliCommand,
 }
 
 #[derive(Debug, Subcommand)]
-enum Command {
-    /// The daemon: probe, publish, hotplug, serve metrics, health and the local API
+enum CliCommand {
+    /// Run the daemon: publish labels, serve hotplug requests, metrics and health
     Run,
-    /// The labels this node would publish, and why one was left out
-    Labels(labels::Labels),
-    /// The facts behind the labels: CPU, machine types, models with blockers, IOMMU, versions
-    Capabilities(capabilities::Capabilities),
-    /// Would a domain run here? Every reason and remedy, and how much room it has to grow
-    Check(Box<check::Check>),
-    /// Change a running domain, and prove that its guest has taken it
-    Hotplug(hotplug::Hotplug),
-    /// The hotplug operations this node has done or is doing
-    Operations(operations::Operations),
-    /// Look this node over: each thing that is wrong, why it matters, and the command that cures it
-    Doctor(doctor::Doctor),
-    /// Which nodes of the cluster can take a domain, why the others cannot, and the affinity for a pod
-    Targets(targets::Targets),
-    /// Remove what this program published, and nothing else
+    /// Print the labels this node would publish, and why any were rejected
+    Labels(labels::LabelsCommand),
+    /// Print the facts that labels are derived from: CPU, machine types, IOMMU, versions
+    Capabilities(capabilities::CapabilitiesCommand),
+    /// Check whether a domain can run on this node, and how far it can grow
+    Check(Box<check::CheckCommand>),
+    /// Change a running domain and verify that its guest uses the result
+    Hotplug(hotplug::HotplugCommand),
+    /// List this node's hotplug operations
+    Operations(operations::OperationsCommand),
+    /// Diagnose this node: list each problem, its impact and the command that fixes it
+    Doctor(doctor::DoctorCommand),
+    /// List the cluster's nodes that can run a domain, and the node affinity for its pod
+    Targets(targets::TargetsCommand),
+    /// Remove everything that virtnode published
     Cleanup,
-    /// Print the definitions of the custom resources, for `kubectl apply`
+    /// Print the CustomResourceDefinitions, for `kubectl apply`
     Crd,
-    /// Print a completion script for a shell
-    Completions(generate::Completions),
-    /// Print the manual page, or write one for each command into a directory
-    Man(generate::Man),
+    /// Print a shell completion script
+    Completions(generate::CompletionsCommand),
+    /// Print the manual page, or write one per command
+    Man(generate::ManCommand),
 }
 
 fn version() -> &'static str {
@@ -84,18 +105,18 @@ fn version() -> &'static str {
     )
 }
 
-/// Parses the arguments, runs the command, and says what went wrong.
+/// Parses the arguments, runs the command, and prints its error, if any.
 pub fn main() -> Exit {
-    let cli = match Cli::try_parse() {
+    let cli = match Cli::parse() {
         Ok(cli) => cli,
         Err(error) => {
-            let status = match error.kind() {
+            let exit = match error.kind() {
                 ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => Exit::Done,
                 _ => Exit::Usage,
             };
-            // A closed pipe is the reader's wish.
+            // Fails only if the reader closed the pipe.
             let _closed = error.print();
-            return status;
+            return exit;
         }
     };
     match cli.run() {
@@ -111,66 +132,66 @@ pub fn main() -> Exit {
 }
 
 impl Cli {
+    fn parse() -> Result<Self, clap::Error> {
+        let mut matches = command().try_get_matches()?;
+        Self::from_arg_matches_mut(&mut matches).map_err(|error| error.format(&mut command()))
+    }
+
     fn run(self) -> anyhow::Result<Exit> {
         let Self {
-            config,
+            config: path,
             settings,
-            command,
+            command: chosen,
         } = self;
-        // Commands that ask nothing local do not need a readable configuration.
-        match command {
-            Command::Crd => return crd::run(),
-            Command::Completions(arguments) => return arguments.run(Cli::command()),
-            Command::Man(arguments) => return arguments.run(Cli::command()),
-            _ => {}
-        }
         let in_cluster = std::env::var_os("KUBERNETES_SERVICE_HOST").is_some();
-        let load = || Config::load(config.as_deref(), &settings, in_cluster);
-        let config = load().map_err(|error| Failure::new(Exit::Usage, error))?;
-        match command {
-            Command::Run => run::run(config, || load().map(drop)),
-            Command::Labels(arguments) => arguments.run(&config),
-            Command::Capabilities(arguments) => arguments.run(&config),
-            Command::Check(arguments) => arguments.run(&config),
-            Command::Hotplug(arguments) => arguments.run(&config),
-            Command::Operations(arguments) => arguments.run(&config),
-            Command::Doctor(arguments) => arguments.run(&config),
-            Command::Targets(arguments) => arguments.run(&config),
-            Command::Cleanup => cleanup::run(&config),
-            Command::Crd | Command::Completions(_) | Command::Man(_) => Ok(Exit::Done),
+        let load = || Config::load(path.as_deref(), &settings, in_cluster);
+        let config = || load().map_err(|error| Failure::new(Exit::Usage, error));
+        match chosen {
+            // These need no configuration, so an invalid one does not stop them.
+            CliCommand::Crd => crd::run(),
+            CliCommand::Completions(arguments) => arguments.run(command()),
+            CliCommand::Man(arguments) => arguments.run(command()),
+            CliCommand::Run => run::run(config()?, || load().map(drop)),
+            CliCommand::Labels(arguments) => arguments.run(&config()?),
+            CliCommand::Capabilities(arguments) => arguments.run(&config()?),
+            CliCommand::Check(arguments) => arguments.run(&config()?),
+            CliCommand::Hotplug(arguments) => arguments.run(&config()?),
+            CliCommand::Operations(arguments) => arguments.run(&config()?),
+            CliCommand::Doctor(arguments) => arguments.run(&config()?),
+            CliCommand::Targets(arguments) => arguments.run(&config()?),
+            CliCommand::Cleanup => cleanup::run(&config()?),
         }
     }
 }
 
-/// The runtime of commands and daemon: one thread, since all the work is waiting.
+/// Returns the definition of the command line, with the help of each command reduced to the
+/// options that affect it.
+fn command() -> clap::Command {
+    options::hide_without_effect(Cli::command())
+}
+
+/// Returns a single-threaded runtime: almost all work of the commands and the daemon is waiting.
 fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
-        .context("cannot start the runtime")
+        .context("cannot start the async runtime")
 }
 
-/// One probe of this machine.
-fn probe(config: &Config) -> anyhow::Result<Reading> {
+/// Probes this machine once, and returns the connection for further questions. Must be called
+/// within a runtime.
+async fn probe(config: &Config) -> (Reading, Arc<Libvirt>) {
     let metrics = Arc::new(Metrics::new());
-    runtime()?.block_on(async {
-        let libvirt = LibvirtConfig {
-            call_deadline: config.call_deadline,
-            ..LibvirtConfig::without_events(config.connect.clone())
-        };
-        let libvirt = Arc::new(Libvirt::start(libvirt, Arc::clone(&metrics)));
-        let mut prober = Prober::new(libvirt, metrics, Path::new("/").to_owned());
-        Ok(prober.read().await)
-    })
+    let libvirt = Libvirt::start(one_shot_libvirt_config(config), Arc::clone(&metrics));
+    let libvirt = Arc::new(libvirt);
+    let mut prober = Prober::new(Arc::clone(&libvirt), metrics, Path::new("/").to_owned());
+    (prober.read().await, libvirt)
 }
 
-/// How a command ends that needed a whole reading: the worst of its failures, each on a line.
+/// Prints the failures of a probe, a line each, and returns the exit code of the worst.
 fn conclude(reading: &Reading, config: &Config) -> Exit {
-    let unavailable = reading
-        .failures
-        .iter()
-        .find(|failure| failure.code == "unavailable");
-    if let Some(failure) = unavailable {
+    let failed_with = |code| reading.failures.iter().find(|failure| failure.code == code);
+    if let Some(failure) = failed_with("unavailable") {
         output::complain(&format!(
             "virtnode: {} (connecting to {})",
             failure.message, config.connect
@@ -184,11 +205,7 @@ fn conclude(reading: &Reading, config: &Config) -> Exit {
             failure.message
         ));
     }
-    if reading
-        .failures
-        .iter()
-        .any(|failure| failure.code == "timeout")
-    {
+    if failed_with("timeout").is_some() {
         Exit::Unreachable
     } else if reading.failures.is_empty() {
         Exit::Done

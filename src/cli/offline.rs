@@ -1,97 +1,103 @@
-//! Facts from files instead of from this machine.
+//! Facts from documents instead of from this machine.
 
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use anyhow::{Context, bail};
 use clap::Args;
 
+use super::Failure;
+use super::input::{Input, ensure_one_stdin};
 use crate::capability::{Capabilities, CpuDefinition, DomainCapabilities, Eim, NodeFacts, Version};
 use crate::xml::MAX_BYTES;
 
-/// The flags that name files and facts. With any of them nothing local is asked.
+/// Options that name documents and facts. With any of them libvirt and the host are not asked.
 #[derive(Debug, Clone, Default, Args)]
-#[command(next_help_heading = "Offline: nothing local is asked with any of these")]
-pub(super) struct Offline {
-    /// What `virsh capabilities` printed
+#[command(next_help_heading = "Offline documents (with any of these, this machine is not probed)")]
+pub(super) struct OfflineDocuments {
+    /// Output of `virsh capabilities`; - reads standard input
     #[arg(long, value_name = "FILE")]
     capabilities: Option<PathBuf>,
 
-    /// What `virsh domcapabilities` printed; may be given several times
+    /// Output of `virsh domcapabilities`; - reads standard input; can be repeated
     #[arg(long, value_name = "FILE")]
     domain_capabilities: Vec<PathBuf>,
 
-    /// What `virsh hypervisor-cpu-baseline --features` printed
+    /// Output of `virsh hypervisor-cpu-baseline --features`; - reads standard input
     #[arg(long, value_name = "FILE")]
     supported_features: Option<PathBuf>,
 
-    /// KVM_CAP_MAX_VCPUS
+    /// Maximum number of vCPUs of the node's KVM (KVM_CAP_MAX_VCPUS)
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     kvm_max_vcpus: Option<u32>,
 
     /// How domains get extended interrupt mode: auto, explicit or none
-    #[arg(long, value_name = "HOW", value_parser = Eim::from_str)]
+    #[arg(long, value_name = "MODE", value_parser = Eim::from_str)]
     eim: Option<Eim>,
 
-    /// The version of libvirt
+    /// Version of the node's libvirt
     #[arg(long, value_name = "VERSION")]
     libvirt_version: Option<Version>,
 
-    /// The version of QEMU
+    /// Version of the node's QEMU
     #[arg(long, value_name = "VERSION")]
     qemu_version: Option<Version>,
 }
 
-impl Offline {
-    /// The facts in the files; `None` if no flag was given. What no flag tells is unknown.
-    pub(super) fn read(&self) -> anyhow::Result<Option<NodeFacts>> {
-        let Self {
-            capabilities,
-            domain_capabilities,
-            supported_features,
-            kvm_max_vcpus,
-            eim,
-            libvirt_version,
-            qemu_version,
-        } = self;
+impl OfflineDocuments {
+    /// Reads the documents into facts. Returns `None` if no option was given. Facts without an
+    /// option are unknown. `other` are further options of the command that name a document.
+    pub(super) fn read<'a>(
+        &'a self,
+        other: impl IntoIterator<Item = (&'a str, &'a Path)>,
+    ) -> anyhow::Result<Option<NodeFacts>> {
+        self.check_stdin(other)?;
+        let capabilities = self.capabilities.as_deref();
+        let supported_features = self.supported_features.as_deref();
         let facts = NodeFacts {
-            libvirt_version: *libvirt_version,
-            hypervisor_version: *qemu_version,
-            eim: *eim,
-            kvm_max_vcpus: *kvm_max_vcpus,
+            libvirt_version: self.libvirt_version,
+            hypervisor_version: self.qemu_version,
+            eim: self.eim,
+            kvm_max_vcpus: self.kvm_max_vcpus,
             capabilities: capabilities
-                .as_deref()
                 .map(|path| read(path, Capabilities::parse))
                 .transpose()?,
-            domain_capabilities: domain_capabilities
+            domain_capabilities: self
+                .domain_capabilities
                 .iter()
                 .map(|path| read(path, DomainCapabilities::parse))
                 .collect::<anyhow::Result<_>>()?,
             baseline_cpu: supported_features
-                .as_deref()
                 .map(|path| read(path, CpuDefinition::parse))
                 .transpose()?,
             host: None,
         };
-        Ok((facts != NodeFacts::default()
-            || capabilities.is_some()
-            || supported_features.is_some())
-        .then_some(facts))
+        // An empty document is a document.
+        let has_document = capabilities.is_some() || supported_features.is_some();
+        Ok((has_document || facts != NodeFacts::default()).then_some(facts))
+    }
+
+    fn check_stdin<'a>(
+        &'a self,
+        other: impl IntoIterator<Item = (&'a str, &'a Path)>,
+    ) -> Result<(), Failure> {
+        let named = |name: &'static str, path: &'a Option<PathBuf>| {
+            path.as_deref().map(|path| (name, path))
+        };
+        let domain_capabilities = self.domain_capabilities.iter();
+        ensure_one_stdin(
+            named("--capabilities", &self.capabilities)
+                .into_iter()
+                .chain(domain_capabilities.map(|path| ("--domain-capabilities", path.as_path())))
+                .chain(named("--supported-features", &self.supported_features))
+                .chain(other),
+        )
     }
 }
 
-/// Reads a document. A file that is too large is not read whole.
 fn read<T>(
     path: &Path,
     parse: impl Fn(&str, &[u8]) -> Result<T, crate::xml::DocumentError>,
 ) -> anyhow::Result<T> {
-    let name = path.display().to_string();
-    let size = std::fs::metadata(path)
-        .with_context(|| format!("cannot read {name}"))?
-        .len();
-    if size > MAX_BYTES as u64 {
-        bail!("{name}: is larger than {} MiB", MAX_BYTES / 1024 / 1024);
-    }
-    let bytes = std::fs::read(path).with_context(|| format!("cannot read {name}"))?;
+    let Input { name, bytes } = Input::read(path, MAX_BYTES as u64)?;
     Ok(parse(&name, &bytes)?)
 }

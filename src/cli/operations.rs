@@ -2,43 +2,40 @@
 
 use clap::Args;
 
-use super::local::{Found, Local};
-use super::output::{Output, print, print_value, table};
-use super::report::{plain, request};
+use super::api_client::{ApiClient, DaemonLookup};
+use super::hotplug::report::request;
+use super::output::{OutputOption, table};
 use super::{Exit, runtime};
 use crate::config::Config;
 use crate::daemon::api::OperationList;
+use crate::domain::plain;
 use crate::journal::{DIRECTORY, Journal};
 use crate::operation::Record;
 
-/// `virtnode operations`.
 #[derive(Debug, Args)]
-pub(super) struct Operations {
-    /// How they are printed
-    #[arg(long, value_enum, default_value_t)]
-    output: Output,
+pub(super) struct OperationsCommand {
+    #[command(flatten)]
+    output: OutputOption,
 }
 
-impl Operations {
-    /// Lists the operations: the daemon's, or those in the journal if there is no daemon.
+impl OperationsCommand {
+    /// Lists the daemon's operations, or those in the journal if no daemon runs.
     pub(super) fn run(&self, config: &Config) -> anyhow::Result<Exit> {
         let operations = runtime()?.block_on(async {
-            match Local::find(&config.socket).await? {
-                Found::Daemon(mut daemon) => daemon.operations().await,
-                Found::Nobody(_) => from_journal(config),
+            match ApiClient::find(&config.socket).await? {
+                DaemonLookup::Running(mut daemon) => daemon.operations().await,
+                DaemonLookup::Absent(_) => from_journal(config),
             }
         })?;
-        match self.output {
-            Output::Table => print(&show(&operations))?,
-            output => print_value(&OperationList { operations }, output)?,
-        }
+        let list = OperationList { operations };
+        self.output.print(&list, || show(&list.operations))?;
         Ok(Exit::Done)
     }
 }
 
 fn show(operations: &[Record]) -> String {
     if operations.is_empty() {
-        return "The journal has no operations.\n".to_owned();
+        return "The journal contains no operations.\n".to_owned();
     }
     let rows = operations.iter().map(|record| {
         let end = record.verdict.map_or(record.state.as_str(), |v| v.as_str());
@@ -52,12 +49,12 @@ fn show(operations: &[Record]) -> String {
         ]
     });
     table(
-        &["OPERATION", "ASKED", "DOMAIN", "REQUEST", "VERDICT", "BY"],
+        &["OPERATION", "CREATED", "DOMAIN", "REQUEST", "VERDICT", "BY"],
         rows,
     )
 }
 
-/// What the journal holds, the newest first. Where there is none nothing is made.
+/// Returns the operations in the journal, the newest first. Does not create a journal.
 fn from_journal(config: &Config) -> anyhow::Result<Vec<Record>> {
     if !config.state_directory.join(DIRECTORY).exists() {
         return Ok(Vec::new());

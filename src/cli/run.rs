@@ -6,12 +6,12 @@ use anyhow::{Context, anyhow};
 
 use super::{Exit, runtime};
 use crate::config::{Config, ConfigError};
-use crate::daemon::Ending;
+use crate::daemon::ExitReason;
 use crate::{daemon, ffi, telemetry};
 
-/// Runs the daemon until it is told to stop. Told to reload, it starts again in the same process:
-/// as the command line, the environment and the program's file are then. `check` reads the
-/// configuration anew.
+/// Runs the daemon until a signal stops it. On SIGHUP the process executes its own program again,
+/// which may have been replaced, with the same arguments. `check` validates the configuration
+/// before that.
 pub(super) fn run(
     config: Config,
     check: impl Fn() -> Result<(), ConfigError>,
@@ -20,16 +20,16 @@ pub(super) fn run(
     telemetry::log::init(config.log_format, &config.log)?;
     let runtime = runtime()?;
     let outcome = runtime.block_on(daemon::run(config, check));
-    // Threads may still be waiting for a libvirt that does not answer; the process does not.
+    // Does not wait for threads that are blocked in libvirt calls.
     runtime.shutdown_background();
     match outcome? {
-        Ending::Stop => Ok(Exit::Done),
-        Ending::Reload => {
+        ExitReason::Stop => Ok(Exit::Done),
+        ExitReason::Reload => {
             let mut arguments = std::env::args_os();
-            let program = arguments.next().context("it was started without a name")?;
-            // Returns only if it fails. A service manager sees the same process go on.
+            let program = arguments.next().context("the process has no argv[0]")?;
+            // Returns only on failure. The process keeps its PID, by which systemd supervises it.
             let error = std::process::Command::new(&program).args(arguments).exec();
-            Err(anyhow!(error).context(format!("cannot start {} again", program.display())))
+            Err(anyhow!(error).context(format!("cannot execute {} again", program.display())))
         }
     }
 }

@@ -1,5 +1,5 @@
-//! Joins what is done in a cluster: labels on the Node, the `NodeVirtualization`, events, and the
-//! controller of DomainHotplug objects.
+//! The daemon's tasks in a cluster: the publishers of labels, of the `NodeVirtualization` and of
+//! events, and the controller of DomainHotplug objects.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -12,7 +12,7 @@ use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
-use super::tasks::Parts;
+use super::tasks::Tasks;
 use crate::cluster::objects::Condition;
 use crate::cluster::objects::node_virtualization::HOTPLUG_OBJECTS_WATCHED;
 use crate::cluster::{Cluster, HotplugObjects};
@@ -29,27 +29,27 @@ use crate::publish::node_events::report_hypervisor;
 use crate::publish::virtualization::{VirtualizationPublisher, VirtualizationPublisherOptions};
 use crate::telemetry::Metrics;
 
-/// Between two attempts to see the Node for the first time.
-const LOOK_AGAIN: Duration = Duration::from_secs(2);
+/// Mean interval between attempts to read the Node at the start.
+const RETRY_INTERVAL: Duration = Duration::from_secs(2);
 
-/// What everything on the own Node has in common.
-pub(super) struct OnNode {
+/// Starts the tasks, and holds what they share.
+pub(super) struct ClusterTasks {
     cluster: Cluster,
     events: EventRecorder,
     metrics: Arc<Metrics>,
     start_jitter: Duration,
 }
 
-impl OnNode {
-    /// Starts what writes events.
+impl ClusterTasks {
+    /// Starts the event writer.
     pub(super) fn start(
         cluster: Cluster,
         config: &Config,
         metrics: &Arc<Metrics>,
-        parts: &mut Parts,
+        tasks: &mut Tasks,
     ) -> Self {
         let (events, writer) = EventRecorder::new(cluster.clone(), Arc::clone(metrics));
-        parts.start("the writer of events", |stop| writer.run(stop));
+        tasks.start("the event writer", |stop| writer.run(stop));
         Self {
             cluster,
             events,
@@ -58,16 +58,17 @@ impl OnNode {
         }
     }
 
-    /// Where to tell what happens, and of which Node.
+    /// Returns the recorder of events, and the Node to record them on.
     pub(super) fn events(&self) -> (EventRecorder, ObjectReference) {
         (self.events.clone(), self.cluster.node_reference())
     }
 
-    /// Starts the controller of DomainHotplug objects. Says whether they are seen, as it learns.
-    pub(super) fn control<C: DomainBackend>(
+    /// Starts the controller of DomainHotplug objects. Returns the condition that reports whether
+    /// they are watched.
+    pub(super) fn start_controller<C: DomainBackend>(
         &self,
         executor: Arc<Executor<C>>,
-        parts: &mut Parts,
+        tasks: &mut Tasks,
     ) -> watch::Receiver<Option<Condition>> {
         let controller = Controller::new(
             HotplugObjects::new(&self.cluster),
@@ -80,31 +81,28 @@ impl OnNode {
             },
         );
         let watched = controller.condition();
-        parts.start("the controller of DomainHotplug objects", |stop| {
-            controller.run(stop)
-        });
+        tasks.start("the DomainHotplug controller", |stop| controller.run(stop));
         watched
     }
 
-    /// Starts the publishers of labels and of the `NodeVirtualization`, which get what they publish
-    /// through `outlets`, and the news of the hypervisor. What was published is kept in the state
-    /// directory. Says how the labels do.
-    pub(super) fn publish<H: NodeSource>(
+    /// Starts the publishers, which receive labels and snapshots through `outputs`. Returns the
+    /// state of the labels on the Node.
+    pub(super) fn start_publishers<H: NodeSource>(
         self,
         config: &Config,
         hypervisor: &Arc<H>,
         hotplug_watched: watch::Receiver<Option<Condition>>,
-        outlets: &mut Outputs,
-        parts: &mut Parts,
+        outputs: &mut Outputs,
+        tasks: &mut Tasks,
     ) -> watch::Receiver<SyncState> {
         let node = self.cluster.node_reference();
         let (events, connection) = (self.events.clone(), hypervisor.connection());
-        parts.start("the news of the hypervisor", |stop| {
+        tasks.start("the reporter of libvirt's connection", |stop| {
             report_hypervisor(events, node, connection, stop)
         });
 
         let (snapshots, to_publish) = watch::channel(None);
-        outlets.snapshots = Some(snapshots);
+        outputs.snapshots = Some(snapshots);
         let options = VirtualizationPublisherOptions {
             start_jitter: self.start_jitter,
             ..VirtualizationPublisherOptions::default()
@@ -113,17 +111,17 @@ impl OnNode {
         let publisher = VirtualizationPublisher::new(cluster, metrics, options);
         let publisher = publisher.with_hotplug(hotplug_watched);
         let connection = hypervisor.connection();
-        parts.start("the NodeVirtualization's publisher", |stop| {
+        tasks.start("the NodeVirtualization publisher", |stop| {
             publisher.run(to_publish, connection, stop)
         });
-        self.publish_labels(config, outlets, parts)
+        self.publish_labels(config, outputs, tasks)
     }
 
     fn publish_labels(
         self,
         config: &Config,
-        outlets: &mut Outputs,
-        parts: &mut Parts,
+        outputs: &mut Outputs,
+        tasks: &mut Tasks,
     ) -> watch::Receiver<SyncState> {
         let Self {
             cluster,
@@ -139,63 +137,60 @@ impl OnNode {
         let publisher = NodePublisher::new(cluster.clone(), events, Arc::clone(&metrics), options);
         let state = publisher.state();
         let (desired, to_publish) = watch::channel(None);
-        let (found, existing_labels) = oneshot::channel();
-        outlets.node = Some(desired);
-        outlets.existing_labels = Some(existing_labels);
+        let (to_labeller, existing_labels) = oneshot::channel();
+        outputs.node = Some(desired);
+        outputs.existing_labels = Some(existing_labels);
 
-        let memory = config.state_directory.join(NODE_LABELS_FILE);
-        let kept = remember(state.clone(), memory.clone());
-        parts.start_endless("the memory of the Node's labels", kept);
-        parts.start(
-            "the Node's publisher",
-            |stop: CancellationToken| async move {
-                let look = found_on(&cluster, &metrics);
-                let Some(on_node) = stop.run_until_cancelled(look).await else {
-                    return;
-                };
-                // Ours are those that the Node shows as ours, and those that somebody edited while this
-                // daemon was away.
-                let mut ours = file::load(&memory).unwrap_or_default();
-                ours.extend(on_node.clone());
-                // The labeller goes away only when the daemon stops.
-                let _stopping = found.send(on_node);
-                publisher.run(to_publish, ours, stop).await;
-            },
-        );
+        let path = config.state_directory.join(NODE_LABELS_FILE);
+        let storing = store_published(state.clone(), path.clone());
+        tasks.start_endless("the store of the Node's labels", storing);
+        tasks.start("the Node publisher", |stop: CancellationToken| async move {
+            let reading = read_existing(&cluster, &metrics);
+            let Some(existing) = stop.run_until_cancelled(reading).await else {
+                return;
+            };
+            // The file adds the labels that someone edited while no daemon ran: the Node shows
+            // another owner for them.
+            let mut ours = file::load(&path).unwrap_or_default();
+            ours.extend(existing.clone());
+            // Fails only if the labeller has ended, and then the daemon stops.
+            let _stopping = to_labeller.send(existing);
+            publisher.run(to_publish, ours, stop).await;
+        });
         state
     }
 }
 
-/// What is told of DomainHotplug objects where nobody looks for them.
+/// Returns the condition that DomainHotplug objects are not watched.
 pub(super) fn not_watched(reason: &str, message: &str) -> watch::Receiver<Option<Condition>> {
     let (kind, now) = (HOTPLUG_OBJECTS_WATCHED, Timestamp::now().into());
     let condition = Condition::new(kind, false, reason, message, now);
     watch::channel(Some(condition)).1
 }
 
-/// Keeps what the Node has from us in a file, for the next run. A read-only state directory costs
-/// only the knowledge which labels were edited while no daemon ran.
-async fn remember(mut state: watch::Receiver<SyncState>, path: PathBuf) {
-    let mut told = false;
+/// Stores the labels on the Node in a file, for the next run. If the state directory is read-only,
+/// the next daemon cannot restore labels that someone edited while no daemon ran.
+async fn store_published(mut state: watch::Receiver<SyncState>, path: PathBuf) {
+    let mut is_reported = false;
     while state.changed().await.is_ok() {
         let published = Arc::clone(&state.borrow_and_update().published);
         if published.is_empty() {
             continue;
         }
         if let Err(error) = file::store(&path, &LabelReport::from_labels(&published))
-            && !std::mem::replace(&mut told, true)
+            && !std::mem::replace(&mut is_reported, true)
         {
-            warn!(%error, "what is published on the Node cannot be kept for the next run");
+            warn!(%error, "cannot store the labels of the Node for the next run");
         }
     }
-    // Its sender ends with the publisher, which is told apart.
+    // The publisher has ended. The supervisor is to report it, not this task.
     std::future::pending::<()>().await;
 }
 
-/// What of ours the Node has: the labels that are ours by its field managers, with the values it
-/// shows. Looks until it is told; the publisher reports what stands in the way from then on.
-async fn found_on(cluster: &Cluster, metrics: &Metrics) -> LabelSet {
-    let mut told = None;
+/// Returns the labels on the Node that belong to virtnode's field manager. Retries until the API
+/// server answers.
+async fn read_existing(cluster: &Cluster, metrics: &Metrics) -> LabelSet {
+    let mut reported = None;
     loop {
         match cluster.observe().await {
             Ok(state) => {
@@ -213,11 +208,11 @@ async fn found_on(cluster: &Cluster, metrics: &Metrics) -> LabelSet {
                     .sync_failures
                     .with_label_values(&[error.code()])
                     .inc();
-                if told != Some(error.code()) {
-                    warn!(node = cluster.node(), %error, "the Node cannot be seen yet; trying on");
-                    told = Some(error.code());
+                if reported != Some(error.code()) {
+                    warn!(node = cluster.node(), %error, "cannot read the Node, retrying");
+                    reported = Some(error.code());
                 }
-                sleep(LOOK_AGAIN.mul_f64(0.5 + fastrand::f64())).await;
+                sleep(RETRY_INTERVAL.mul_f64(0.5 + fastrand::f64())).await;
             }
         }
     }

@@ -1,8 +1,8 @@
 //! Liveness and readiness.
 //!
-//! Alive means that the event loop makes progress, and nothing else: restarting the daemon does
-//! not bring a libvirt or an API server back. Ready means that one probe read everything and a
-//! label set is out.
+//! Alive means that the event loop makes progress, and nothing else: a restart of the daemon would
+//! not repair libvirt or the API server. Ready means that one probe was complete and its labels are
+//! published.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -14,10 +14,11 @@ use crate::labeller::LabellerProgress;
 use crate::publish::node::SyncState;
 use crate::telemetry::Inventory;
 
-/// The event loop has not moved for so long: something blocks it.
+/// Maximum time between ticks of the event loop. The loop ticks once a second, so something blocks
+/// it after this.
 const STUCK_AFTER: Duration = Duration::from_secs(20);
 
-/// What `/healthz` and `/readyz` answer from.
+/// The state that `/healthz` and `/readyz` report.
 pub struct Health {
     started: Instant,
     last_tick_millis: AtomicU64,
@@ -27,7 +28,7 @@ pub struct Health {
 }
 
 impl Health {
-    /// Joins what the labeller and the Node's publisher, if there is one, tell.
+    /// Reads the progress of the labeller and, if there is one, of the Node publisher.
     pub fn new(
         progress: watch::Receiver<LabellerProgress>,
         node: Option<watch::Receiver<SyncState>>,
@@ -41,7 +42,7 @@ impl Health {
         }
     }
 
-    /// Ready only after the running domains have been looked at.
+    /// Makes readiness depend on the first observation of the running domains.
     pub fn with_domains(self, domains: Arc<Inventory>) -> Self {
         Self {
             domains: Some(domains),
@@ -49,20 +50,20 @@ impl Health {
         }
     }
 
-    /// The event loop moved.
+    /// Records that the event loop runs.
     pub fn tick(&self) {
         let millis = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
         self.last_tick_millis.store(millis, Ordering::Relaxed);
     }
 
-    /// How long ago the event loop last moved, if that is too long.
+    /// Returns the time since the last tick, if it is too long.
     pub fn stuck_for(&self) -> Option<Duration> {
         let last = Duration::from_millis(self.last_tick_millis.load(Ordering::Relaxed));
         let since = self.started.elapsed().saturating_sub(last);
         (since > STUCK_AFTER).then_some(since)
     }
 
-    /// What is still missing until the daemon is ready, a line each; empty once it is.
+    /// Returns what the daemon still waits for before it is ready, a line each.
     pub fn missing(&self) -> Vec<String> {
         let mut missing = Vec::new();
         let progress = self.progress.borrow();
@@ -89,7 +90,7 @@ impl Health {
             .as_ref()
             .is_some_and(|domains| !domains.is_known())
         {
-            missing.push("first look at the running domains".to_owned());
+            missing.push("first observation of the running domains".to_owned());
         }
         if let Some(node) = &self.node {
             let state = node.borrow();
@@ -112,7 +113,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn a_loop_that_stands_still_is_noticed() {
+    async fn event_loop_without_ticks_is_stuck() {
         let (_progress, progress) = watch::channel(LabellerProgress::default());
         let health = Health::new(progress, None);
         health.tick();
@@ -124,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn readiness_lists_what_is_missing() {
+    fn readiness_requires_probe_labels_and_domains() {
         let (progress, receiver) = watch::channel(LabellerProgress::default());
         let (node, state) = watch::channel(SyncState::default());
         let health = Health::new(receiver, Some(state));
@@ -138,7 +139,10 @@ mod tests {
         assert!(health.missing().is_empty());
         let inventory = Arc::new(Inventory::default());
         let health = health.with_domains(Arc::clone(&inventory));
-        assert_eq!(health.missing(), ["first look at the running domains"]);
+        assert_eq!(
+            health.missing(),
+            ["first observation of the running domains"]
+        );
         inventory.replace(Vec::new());
         assert!(health.missing().is_empty());
     }

@@ -1,4 +1,4 @@
-//! Joins the executor with the local API and the metrics.
+//! Starts the executor, with the journal, metrics and Node events connected to it.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -8,7 +8,8 @@ use anyhow::Context;
 use k8s_openapi::api::core::v1::ObjectReference;
 use tokio::sync::watch;
 
-use super::api::Operations;
+use super::api::OperationService;
+use crate::config::Config;
 use crate::executor::{Executor, Listener, Options, SubmitError};
 use crate::host;
 use crate::hypervisor::DomainBackend;
@@ -18,94 +19,77 @@ use crate::publish::events::EventRecorder;
 use crate::publish::node_events;
 use crate::telemetry::Metrics;
 
-/// An executor as the local API uses it.
-pub struct Carried<C>(Arc<Executor<C>>);
+/// Interval between updates of the journal's metrics. Dashboards do not need its size to the
+/// second.
+const COUNT_INTERVAL: Duration = Duration::from_secs(15);
 
-impl<C: DomainBackend> Carried<C> {
-    /// Starts an executor with its journal below the state directory. What the journal holds
-    /// unfinished is taken up. `deep_verify` taints the domains that are changed. What does not end
-    /// well is told on the Node, if there is one.
-    ///
-    /// # Errors
-    /// The journal cannot be opened or read.
-    pub fn start(
-        control: Arc<C>,
-        state_directory: &Path,
-        deep_verify: bool,
-        metrics: &Arc<Metrics>,
-        on_node: Option<(EventRecorder, ObjectReference)>,
-    ) -> anyhow::Result<Self> {
-        let journal = Journal::open(state_directory).context("cannot open the journal")?;
-        let options = Options {
-            deep_verify,
-            available_memory: Arc::new(|| host::available_memory(Path::new("/"))),
-            ..Options::default()
-        };
-        let told = Told {
-            metrics: Arc::clone(metrics),
-            on_node,
-        };
-        let executor = Executor::start(control, journal, options, told)?;
-        Ok(Self(executor))
-    }
+/// Starts an executor with the journal in the state directory. It resumes the journal's unfinished
+/// operations. `on_node` receives events about operations that did not succeed.
+///
+/// # Errors
+/// The journal cannot be opened or read.
+pub fn start_executor<C: DomainBackend>(
+    config: &Config,
+    domains: Arc<C>,
+    metrics: &Arc<Metrics>,
+    on_node: Option<(EventRecorder, ObjectReference)>,
+) -> anyhow::Result<Arc<Executor<C>>> {
+    let journal = Journal::open(&config.state_directory).context("cannot open the journal")?;
+    let options = Options {
+        deep_verify: config.deep_verify,
+        available_memory: Arc::new(|| host::available_memory(Path::new("/"))),
+        ..Options::default()
+    };
+    let reporter = OperationReporter {
+        metrics: Arc::clone(metrics),
+        on_node,
+    };
+    Ok(Executor::start(domains, journal, options, reporter)?)
+}
 
-    /// The executor itself.
-    pub fn executor(&self) -> Arc<Executor<C>> {
-        Arc::clone(&self.0)
-    }
-
-    /// Ends all work; what is unfinished stays in the journal.
-    pub async fn stop(&self) {
-        self.0.stop().await;
-    }
-
-    /// Keeps the journal's metrics up to date for ever.
-    pub async fn count(&self, metrics: &Metrics) {
-        let mut tick = tokio::time::interval(COUNT_EVERY);
-        loop {
-            tick.tick().await;
-            let records = self.0.operations();
-            metrics
-                .hotplug
-                .journal_holds(records.iter().map(|record| record.state));
-        }
+/// Keeps the journal's metrics up to date, forever.
+pub(super) async fn count_operations<C: DomainBackend>(executor: &Executor<C>, metrics: &Metrics) {
+    let mut tick = tokio::time::interval(COUNT_INTERVAL);
+    loop {
+        tick.tick().await;
+        let records = executor.operations();
+        metrics
+            .hotplug
+            .journal_holds(records.iter().map(|record| record.state));
     }
 }
 
-/// The journal changes with each operation; its size need not be to the second.
-const COUNT_EVERY: Duration = Duration::from_secs(15);
-
-impl<C: DomainBackend> Operations for Carried<C> {
-    async fn submit(&self, order: Order) -> Result<OperationId, SubmitError> {
-        self.0.submit(order).await
+impl<C: DomainBackend> OperationService for Executor<C> {
+    async fn submit(self: &Arc<Self>, order: Order) -> Result<OperationId, SubmitError> {
+        Self::submit(self, order).await
     }
 
     fn operation(&self, id: &OperationId) -> Option<Record> {
-        self.0.operation(id)
+        self.operation(id)
     }
 
     fn operations(&self) -> Vec<Record> {
-        self.0.operations()
+        self.operations()
     }
 
     fn watch(&self, id: &OperationId) -> Option<watch::Receiver<Record>> {
-        self.0.watch(id)
+        self.watch(id)
     }
 }
 
-/// Passes what happens on to the metrics, and what does not end well to the Node.
-struct Told {
+/// Reports every operation to the metrics, and those that did not succeed as events on the Node.
+struct OperationReporter {
     metrics: Arc<Metrics>,
     on_node: Option<(EventRecorder, ObjectReference)>,
 }
 
-impl Listener for Told {
+impl Listener for OperationReporter {
     fn changed(&self, record: &Record) {
         self.metrics.hotplug.changed(record);
         if let Some((events, node)) = &self.on_node
-            && let Some(happening) = node_events::of_operation(node, record)
+            && let Some(event) = node_events::of_operation(node, record)
         {
-            events.record(happening);
+            events.record(event);
         }
     }
 

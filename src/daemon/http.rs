@@ -1,4 +1,5 @@
-//! `/metrics`, `/healthz` and `/readyz`, all from memory.
+//! `/metrics`, `/healthz` and `/readyz`, which are answered from memory: a scrape calls neither
+//! libvirt nor the API server.
 
 use std::fmt::Write;
 use std::sync::Arc;
@@ -17,26 +18,26 @@ use tower_http::timeout::TimeoutLayer;
 use super::Health;
 use crate::telemetry::Metrics;
 
-/// Requests that are answered at a time.
+/// Maximum number of concurrent requests.
 const CONCURRENT: usize = 16;
-/// No request has a body to speak of.
+/// Maximum size of a request's body, which no route reads.
 const BODY_MAX_BYTES: usize = 1024;
-/// An answer comes from memory; this bounds the wait for a turn.
+/// Timeout for a request, which waits only for its turn.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
 #[derive(Clone)]
-struct Shared {
+struct HttpState {
     metrics: Arc<Metrics>,
     health: Arc<Health>,
 }
 
-/// The routes, with their bounds.
+/// Returns the routes, with their limits.
 pub(super) fn router(metrics: Arc<Metrics>, health: Arc<Health>) -> Router {
     Router::new()
         .route("/metrics", get(serve_metrics))
         .route("/healthz", get(healthz))
         .route("/readyz", get(readyz))
-        .with_state(Shared { metrics, health })
+        .with_state(HttpState { metrics, health })
         .layer(CompressionLayer::new())
         .layer(RequestBodyLimitLayer::new(BODY_MAX_BYTES))
         .layer(GlobalConcurrencyLimitLayer::new(CONCURRENT))
@@ -46,8 +47,8 @@ pub(super) fn router(metrics: Arc<Metrics>, health: Arc<Health>) -> Router {
         ))
 }
 
-async fn serve_metrics(State(shared): State<Shared>) -> Response {
-    match shared.metrics.encode() {
+async fn serve_metrics(State(state): State<HttpState>) -> Response {
+    match state.metrics.encode() {
         Ok(text) => (
             [(
                 header::CONTENT_TYPE,
@@ -60,22 +61,22 @@ async fn serve_metrics(State(shared): State<Shared>) -> Response {
     }
 }
 
-async fn healthz(State(shared): State<Shared>) -> (StatusCode, String) {
-    match shared.health.stuck_for() {
+async fn healthz(State(state): State<HttpState>) -> (StatusCode, String) {
+    match state.health.stuck_for() {
         None => (StatusCode::OK, "ok\n".to_owned()),
         Some(since) => (
             StatusCode::SERVICE_UNAVAILABLE,
-            format!("the event loop has not moved for {} s\n", since.as_secs()),
+            format!("the event loop has not run for {} s\n", since.as_secs()),
         ),
     }
 }
 
-async fn readyz(State(shared): State<Shared>) -> (StatusCode, String) {
-    let missing = shared.health.missing();
+async fn readyz(State(state): State<HttpState>) -> (StatusCode, String) {
+    let missing = state.health.missing();
     if missing.is_empty() {
         return (StatusCode::OK, "ready\n".to_owned());
     }
-    let mut body = "not ready; still missing:\n".to_owned();
+    let mut body = "not ready, waiting for:\n".to_owned();
     for line in missing {
         // Writing to a string does not fail.
         let _ok = writeln!(body, "{line}");

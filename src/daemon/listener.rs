@@ -1,5 +1,5 @@
-//! The accept loop: bounded in connections, and in the time a client may take to say what it
-//! wants. `axum::serve` bounds neither.
+//! The accept loop, which limits the number of connections, the time for a request's head and the
+//! age of a connection. `axum::serve` limits none of them.
 
 use std::future::Future;
 use std::io;
@@ -21,16 +21,18 @@ use tokio::time::{sleep, timeout};
 use tower::ServiceExt;
 use tracing::debug;
 
-/// For a request's head to arrive, and for an idle connection to send the next one.
+/// Timeout for a request's head, and for the next request on an idle connection.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
-/// A request's head, and what is buffered of an answer.
+/// Maximum size of a request's head, and of an answer's buffer.
 const BUFFER_BYTES: usize = 16 * 1024;
 
-/// For a client to read a last answer and close, and what it may go on to send meanwhile.
+/// Timeout for a client to read the last answer and close, and maximum number of bytes that it may
+/// send meanwhile.
 const LINGER: Duration = Duration::from_secs(1);
 const LINGER_BYTES: u64 = 1024 * 1024;
 
-/// Listens. On every address means IPv6 and IPv4; on a machine without IPv6 it means IPv4.
+/// Binds the address. The unspecified IPv6 address accepts IPv4 as well, and falls back to it on a
+/// machine without IPv6.
 pub(super) async fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     match TcpListener::bind(address).await {
         Err(error)
@@ -44,18 +46,16 @@ pub(super) async fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     }
 }
 
-/// Where connections come from.
-pub(super) trait Listener: Send {
-    /// A connection.
+/// A source of connections.
+pub(super) trait Accept: Send {
     type Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static;
-    /// What is known of who made it; a request's extension.
+    /// Identity of the client, added to each request as an extension.
     type Peer: Clone + Send + Sync + 'static;
 
-    /// The next one.
     fn accept(&self) -> impl Future<Output = io::Result<(Self::Stream, Self::Peer)>> + Send;
 }
 
-impl Listener for TcpListener {
+impl Accept for TcpListener {
     type Stream = TcpStream;
     type Peer = SocketAddr;
 
@@ -64,16 +64,15 @@ impl Listener for TcpListener {
     }
 }
 
-/// What bounds clients beside the time for a request's head.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Bounds {
-    /// Connections at a time; more wait in the kernel's queue.
+pub(super) struct ConnectionLimits {
+    /// Maximum number of concurrent connections. Further ones wait in the kernel's queue.
     pub(super) connections: usize,
-    /// No connection is older: a client that reads slowly does not keep its place for ever.
+    /// Maximum age of a connection, so that a client that reads slowly does not occupy one forever.
     pub(super) age: Duration,
 }
 
-impl Default for Bounds {
+impl Default for ConnectionLimits {
     fn default() -> Self {
         Self {
             connections: 64,
@@ -82,9 +81,9 @@ impl Default for Bounds {
     }
 }
 
-/// Serves for ever. Dropping the future closes every connection.
-pub(super) async fn serve(listener: impl Listener, router: Router, bounds: Bounds) {
-    let places = Arc::new(Semaphore::new(bounds.connections));
+/// Serves forever. Dropping the future closes every connection.
+pub(super) async fn serve(listener: impl Accept, router: Router, limits: ConnectionLimits) {
+    let permits = Arc::new(Semaphore::new(limits.connections));
     let mut connections = JoinSet::new();
     let mut server = http1::Builder::new();
     server
@@ -92,15 +91,15 @@ pub(super) async fn serve(listener: impl Listener, router: Router, bounds: Bound
         .header_read_timeout(HEAD_TIMEOUT)
         .max_buf_size(BUFFER_BYTES);
     loop {
-        let Ok(place) = Arc::clone(&places).acquire_owned().await else {
+        let Ok(permit) = Arc::clone(&permits).acquire_owned().await else {
             return;
         };
         while connections.try_join_next().is_some() {}
         let (stream, peer) = match listener.accept().await {
             Ok(accepted) => accepted,
             Err(error) => {
-                // Out of file descriptors, say: others will be given back.
-                debug!(%error, "a connection was not accepted");
+                // Out of file descriptors, for example: closing connections free some.
+                debug!(%error, "cannot accept a connection");
                 sleep(Duration::from_millis(100)).await;
                 continue;
             }
@@ -116,21 +115,21 @@ pub(super) async fn serve(listener: impl Listener, router: Router, bounds: Bound
         connections.spawn(async move {
             let mut stream = stream;
             let connection = server.serve_connection(TokioIo::new(&mut stream), service);
-            let ended = timeout(bounds.age, connection).await;
-            if let Ok(outcome) = ended {
+            let served = timeout(limits.age, connection).await;
+            if let Ok(outcome) = served {
                 if let Err(error) = outcome {
-                    debug!(%error, "a connection ended early");
+                    debug!(%error, "connection failed");
                 }
                 let _late = timeout(LINGER, close(stream)).await;
             }
-            drop(place);
+            drop(permit);
         });
     }
 }
 
-/// Closes once the client has. A socket that is closed with bytes in it that nobody read is reset,
-/// and a reset can overtake the answer: a request that is refused half-read would often end
-/// without a word (RFC 9112, 9.6).
+/// Closes the connection after the client does. The kernel resets a connection that is closed with
+/// unread bytes, and the reset can overtake the answer, so that the client of a rejected request
+/// would not see why (RFC 9112, section 9.6).
 async fn close<S: AsyncRead + AsyncWrite + Unpin>(mut stream: S) -> io::Result<()> {
     stream.shutdown().await?;
     tokio::io::copy(&mut stream.take(LINGER_BYTES), &mut sink()).await?;

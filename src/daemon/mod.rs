@@ -1,4 +1,36 @@
-//! The daemon: builds every part, joins them, and ends when one of them does.
+//! The daemon: starts the tasks, connects them, and supervises them.
+//!
+//! ```text
+//!  libvirt ┬ labeller ┬ label set ┬ file publisher
+//!          │          │           └ Node publisher ─────────────┐
+//!          │          └ snapshot ── NodeVirtualization publisher┤ API server
+//!          ├ executor ┬ controller ─────────────────────────────┤
+//!          │          ├ events ──── event writer ───────────────┘
+//!          │          └ local API
+//!          └ monitor ── inventory ┬ HTTP server, local API
+//!                                 └ doctor
+//! ```
+//!
+//! **Ownership.** [`Tasks`] owns every task; tasks share the libvirt adapter, [`Metrics`] and
+//! the executor by `Arc`, and pass values on through channels. The sockets are owned by the tasks
+//! that serve them.
+//!
+//! **Blocking.** No task blocks the runtime's only thread: libvirt calls run on the adapter's own
+//! threads, and file writes are small. If something blocks it nevertheless, `/healthz` fails and
+//! systemd's watchdog restarts the process.
+//!
+//! **Start.** Bind the HTTP port → connect to the API server's configuration → bind the local
+//! socket, which also excludes a second daemon → open the journal → start the other tasks → notify
+//! the service manager. Nothing waits for libvirt or the API server: the tasks retry.
+//!
+//! **Stop.** SIGTERM and SIGINT cancel all tasks at once, and labels stay. A second signal exits
+//! immediately. **Reload.** On SIGHUP the configuration is validated; if it is valid, the daemon
+//! stops and the process executes its own program again, so that no task has to support a change of
+//! configuration.
+//!
+//! **Failure.** A task that ends or panics stops the daemon with an error, for the service manager
+//! to restart. If the socket or the journal cannot be opened, hotplug stays off until the next
+//! start, and labels are published all the same.
 
 pub mod api;
 mod cluster;
@@ -6,6 +38,7 @@ mod health;
 pub mod hotplug;
 mod http;
 mod listener;
+mod options;
 mod socket;
 mod tasks;
 
@@ -23,13 +56,13 @@ use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info};
 
-use self::cluster::OnNode;
-use self::tasks::Parts;
-use crate::cluster::{Cluster, ClusterConfig};
-use crate::config::{Config, ConfigError, Target};
+use self::cluster::ClusterTasks;
+use self::tasks::Tasks;
+use crate::cluster::Cluster;
+use crate::config::{Config, ConfigError, PublishTarget};
 use crate::doctor::{DoctorScope, DoctorTask};
 use crate::executor::Executor;
-use crate::hypervisor::{Libvirt, LibvirtConfig};
+use crate::hypervisor::Libvirt;
 use crate::labeller::{Labeller, Outputs};
 use crate::monitor::Monitor;
 use crate::publish::events::EventRecorder;
@@ -37,122 +70,107 @@ use crate::publish::file::FilePublisher;
 use crate::telemetry::Metrics;
 use api::Access;
 pub use health::Health;
-use hotplug::Carried;
+pub(crate) use options::{cluster_config, libvirt_config, one_shot_libvirt_config};
 pub use socket::{LocalSocket, Peer};
 
-/// The cluster and Node that a configuration names.
-///
-/// # Errors
-/// No name is given and the machine's own cannot be read.
-pub fn cluster_config(config: &Config) -> anyhow::Result<ClusterConfig> {
-    let node = match &config.node_name {
-        Some(name) => name.clone(),
-        // The kubelet registers under the host name in lower case (pkg/util/node: GetHostname).
-        None => std::fs::read_to_string("/proc/sys/kernel/hostname")
-            .context("cannot read the host name; set --node-name")?
-            .trim()
-            .to_lowercase(),
-    };
-    Ok(ClusterConfig {
-        kubeconfig: config.kubeconfig.clone(),
-        context: config.context.clone(),
-        ..ClusterConfig::new(node)
-    })
-}
-
-/// Why the daemon ended without an error.
+/// Why the daemon exited without an error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Ending {
-    /// It was told to stop.
+pub enum ExitReason {
     Stop,
-    /// It was told to read its configuration anew, and that can be used: start again.
+    /// SIGHUP with a valid configuration: execute the program again.
     Reload,
 }
 
-/// Runs until a signal asks to stop or to reload, or a part ends by itself. Published labels
-/// stay. `check` reads the configuration anew: one that is wrong does not end the daemon.
+/// Runs until a signal stops or reloads the daemon, or a task fails. `check` validates the current
+/// configuration file before a reload.
 ///
 /// # Errors
-/// A part that cannot be started, or that ended without being asked to.
+/// A task could not be started, or ended without being cancelled.
 pub async fn run(
     config: Config,
     check: impl Fn() -> Result<(), ConfigError>,
-) -> anyhow::Result<Ending> {
+) -> anyhow::Result<ExitReason> {
     info!(
         version = env!("CARGO_PKG_VERSION"),
         commit = env!("VIRTNODE_COMMIT"),
         connect = %config.connect,
         publish = ?config.publish,
         schema = %config.policy.schema,
-        "virtnode starts"
+        "virtnode starting"
     );
     let listener = listener::bind(config.listen)
         .await
         .with_context(|| format!("cannot listen on {}", config.listen))?;
     info!(address = %listener.local_addr()?, "serving /metrics, /healthz and /readyz");
-    let mut parts = Parts::default();
-    start(&config, listener, &mut parts).await?;
-    // Where no service manager listens this does nothing.
-    let _nobody = sd_notify::notify(&[NotifyState::Ready]);
-    let outcome = supervise(&mut parts, check).await;
-    let _nobody = match outcome {
-        Ok(Ending::Reload) => sd_notify::notify(&[NotifyState::Reloading]),
-        _ => sd_notify::notify(&[NotifyState::Stopping]),
-    };
-    parts.end().await;
-    info!("virtnode ends; labels stay as they are");
+    let mut tasks = Tasks::default();
+    start(&config, listener, &mut tasks).await?;
+    notify(NotifyState::Ready);
+    let outcome = supervise(&mut tasks, check).await;
+    notify(match outcome {
+        Ok(ExitReason::Reload) => NotifyState::Reloading,
+        Ok(ExitReason::Stop) | Err(_) => NotifyState::Stopping,
+    });
+    tasks.stop().await;
+    info!("virtnode stopped; published labels stay");
     outcome
 }
 
-/// Builds the parts, joins them and starts them.
-async fn start(config: &Config, listener: TcpListener, parts: &mut Parts) -> anyhow::Result<()> {
+/// Notifies the service manager, if there is one.
+fn notify(state: NotifyState<'_>) {
+    let _unsupervised = sd_notify::notify(&[state]);
+}
+
+async fn start(config: &Config, listener: TcpListener, tasks: &mut Tasks) -> anyhow::Result<()> {
     let metrics = Arc::new(Metrics::new());
-    let libvirt = libvirt_config(config);
-    let hypervisor = Arc::new(Libvirt::start(libvirt, Arc::clone(&metrics)));
-    let control = Arc::clone(&hypervisor);
-    let on_node = match config.publishes_to(Target::Node) {
-        true => {
-            let cluster = Cluster::connect(cluster_config(config)?).await?;
-            Some(OnNode::start(cluster, config, &metrics, parts))
-        }
-        false => None,
+    let libvirt = Libvirt::start(libvirt_config(config), Arc::clone(&metrics));
+    let libvirt = Arc::new(libvirt);
+    let cluster_tasks = if config.publishes_to(PublishTarget::Node) {
+        let cluster = Cluster::connect(cluster_config(config)?).await?;
+        Some(ClusterTasks::start(cluster, config, &metrics, tasks))
+    } else {
+        None
     };
 
-    let events = on_node.as_ref().map(OnNode::events);
-    let executor = start_hotplug(config, &control, &metrics, events, parts);
+    let events = cluster_tasks.as_ref().map(ClusterTasks::events);
+    let executor = start_hotplug(config, &libvirt, &metrics, events, tasks);
+    if let Err(error) = &executor {
+        error!("hotplug is off until the next start: {error:#}");
+    }
 
-    let mut outlets = Outputs {
+    let mut outputs = Outputs {
         file: config
-            .publishes_to(Target::File)
+            .publishes_to(PublishTarget::File)
             .then(|| FilePublisher::new(&config.state_directory, &config.features_directory)),
         ..Outputs::default()
     };
-    let synced = on_node.map(|on_node| {
+    let sync_state = cluster_tasks.map(|cluster_tasks| {
         let watched = match executor {
-            Ok(Some(executor)) if config.hotplug_objects => on_node.control(executor, parts),
+            Ok(Some(executor)) if config.hotplug_objects => {
+                cluster_tasks.start_controller(executor, tasks)
+            }
             Ok(_) => cluster::not_watched(
                 "SwitchedOff",
-                "DomainHotplug objects for this node are not seen: its daemon's configuration switches \
-                 them off (hotplug.enabled, hotplug.objects).",
+                "DomainHotplug objects for this node are ignored, because the daemon's \
+                 configuration disables them (hotplug.enabled, hotplug.objects).",
             ),
             Err(_) => cluster::not_watched(
                 "CannotStart",
-                "DomainHotplug objects for this node are not seen: its daemon could not start hotplug, \
-                 and its log says why.",
+                "DomainHotplug objects for this node are ignored, because the daemon could not \
+                 start hotplug. Its log has the reason.",
             ),
         };
-        on_node.publish(config, &hypervisor, watched, &mut outlets, parts)
+        cluster_tasks.start_publishers(config, &libvirt, watched, &mut outputs, tasks)
     });
     let root = Path::new("/").to_owned();
     let labeller = Labeller::new(
-        hypervisor,
+        Arc::clone(&libvirt),
         config.policy.clone(),
         config.probe_interval,
         root.clone(),
-        outlets,
+        outputs,
         Arc::clone(&metrics),
     );
-    let monitor = Monitor::new(control, Arc::clone(&metrics.inventory));
+    let monitor = Monitor::new(libvirt, Arc::clone(&metrics.inventory));
     let scope = DoctorScope {
         root,
         uri: config.connect.clone(),
@@ -165,119 +183,97 @@ async fn start(config: &Config, listener: TcpListener, parts: &mut Parts) -> any
         monitor.sight(),
         Arc::clone(&metrics),
     );
-    let health = Health::new(labeller.progress(), synced);
+    let health = Health::new(labeller.progress(), sync_state);
     let health = Arc::new(health.with_domains(Arc::clone(&metrics.inventory)));
-    parts.start("the labeller", |stop| labeller.run(stop));
-    parts.start("the monitor of running domains", |stop| monitor.run(stop));
-    parts.start("the doctor", |stop| doctor.run(stop));
-    parts.start_endless("the watchdog", beat(Arc::clone(&health)));
+    tasks.start("the labeller", |stop| labeller.run(stop));
+    tasks.start("the monitor of running domains", |stop| monitor.run(stop));
+    tasks.start("the doctor", |stop| doctor.run(stop));
+    tasks.start_endless("the watchdog", heartbeat(Arc::clone(&health)));
     let router = http::router(metrics, health);
-    let serving = listener::serve(listener, router, listener::Bounds::default());
-    parts.start_endless("the HTTP server", serving);
+    let limits = listener::ConnectionLimits::default();
+    tasks.start_endless("the HTTP server", listener::serve(listener, router, limits));
     Ok(())
 }
 
-/// Returns how libvirt is reached.
-pub(crate) fn libvirt_config(config: &Config) -> LibvirtConfig {
-    LibvirtConfig {
-        call_deadline: config.call_deadline,
-        ..LibvirtConfig::new(config.connect.clone())
-    }
-}
-
-/// Starts the executor and the local API, and gives the executor, unless hotplug is switched off.
-/// Labels do not wait for a socket or a journal that cannot be made: that is told here.
+/// Starts the executor and the local API. Returns the executor, or `None` if the configuration
+/// disables hotplug.
 fn start_hotplug(
     config: &Config,
-    control: &Arc<Libvirt>,
+    libvirt: &Arc<Libvirt>,
     metrics: &Arc<Metrics>,
     events: Option<(EventRecorder, ObjectReference)>,
-    parts: &mut Parts,
+    tasks: &mut Tasks,
 ) -> anyhow::Result<Option<Arc<Executor<Libvirt>>>> {
-    let started = serve_operations(config, control, metrics, events, parts);
-    if let Err(error) = &started {
-        error!("hotplug is off until the next start: {error:#}");
-    }
-    started
-}
-
-fn serve_operations(
-    config: &Config,
-    control: &Arc<Libvirt>,
-    metrics: &Arc<Metrics>,
-    events: Option<(EventRecorder, ObjectReference)>,
-    parts: &mut Parts,
-) -> anyhow::Result<Option<Arc<Executor<Libvirt>>>> {
-    // First: it also keeps a second daemon away from the journal.
+    // Before the journal, because the socket excludes a second daemon, which would resume the same
+    // operations.
     let gid = config.allowed_gids.first().copied();
     let socket = api::bind(&config.socket, gid)
         .with_context(|| format!("cannot serve the local API at {}", config.socket.display()))?;
-    let mut carried = None;
-    if config.hotplug {
-        let (state, deep) = (&config.state_directory, config.deep_verify);
-        let started = Carried::start(Arc::clone(control), state, deep, metrics, events)
-            .context("hotplug cannot be served (hotplug.enabled: false switches it off)")?;
-        carried = Some(Arc::new(started));
-    }
-    if let Some(carried) = carried.clone() {
-        let metrics = Arc::clone(metrics);
-        parts.start("the executor", |stop: CancellationToken| async move {
-            stop.run_until_cancelled(carried.count(&metrics)).await;
-            carried.stop().await;
+    let executor = if config.hotplug {
+        let executor = hotplug::start_executor(config, Arc::clone(libvirt), metrics, events)
+            .context("cannot start hotplug (hotplug.enabled: false disables it)")?;
+        let (metrics, running) = (Arc::clone(metrics), Arc::clone(&executor));
+        tasks.start("the executor", |stop: CancellationToken| async move {
+            let counting = hotplug::count_operations(&running, &metrics);
+            stop.run_until_cancelled(counting).await;
+            running.stop().await;
         });
-    }
-    let executor = carried.as_ref().map(|carried| carried.executor());
+        Some(executor)
+    } else {
+        None
+    };
     let access = Access::new(config.allowed_uids.clone(), config.allowed_gids.clone());
-    let router = api::router(carried, Arc::clone(metrics), access);
-    parts.start_endless("the local API", api::serve(socket, router));
+    let router = api::router(executor.clone(), Arc::clone(metrics), access);
+    tasks.start_endless("the local API", api::serve(socket, router));
     info!(socket = %config.socket.display(), hotplug = config.hotplug, "serving the local API");
     Ok(executor)
 }
 
-/// Ticks once a second, for `/healthz` and for the service manager's watchdog.
-async fn beat(health: Arc<Health>) {
+/// Records once a second that the event loop runs, for `/healthz` and systemd's watchdog.
+async fn heartbeat(health: Arc<Health>) {
     let mut second = interval(Duration::from_secs(1));
     second.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let watched = sd_notify::watchdog_enabled().is_some();
+    let has_watchdog = sd_notify::watchdog_enabled().is_some();
     loop {
         second.tick().await;
         health.tick();
-        if watched {
-            let _nobody = sd_notify::notify(&[NotifyState::Watchdog]);
+        if has_watchdog {
+            notify(NotifyState::Watchdog);
         }
     }
 }
 
-/// Waits for a signal, or for a part to end, which none should.
+/// Waits for a signal or the failure of a task.
 async fn supervise(
-    parts: &mut Parts,
+    tasks: &mut Tasks,
     check: impl Fn() -> Result<(), ConfigError>,
-) -> anyhow::Result<Ending> {
+) -> anyhow::Result<ExitReason> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut hangup = signal(SignalKind::hangup())?;
-    // A terminal that is closed ends what runs on it. Asked now: a closed one is none any more.
+    // SIGHUP means that the terminal closed, if there is one. Checked now, because a closed
+    // terminal is no longer recognizable as one.
     let on_terminal = std::io::stderr().is_terminal();
     loop {
         tokio::select! {
-            _ = terminate.recv() => info!("told to stop by SIGTERM"),
-            _ = interrupt.recv() => info!("told to stop by SIGINT"),
+            _ = terminate.recv() => info!("received SIGTERM, stopping"),
+            _ = interrupt.recv() => info!("received SIGINT, stopping"),
             _ = hangup.recv() => match check() {
-                _ if on_terminal => info!("its terminal is closed"),
+                _ if on_terminal => info!("terminal closed, stopping"),
                 Ok(()) => {
-                    info!("told to reload by SIGHUP; starting again");
-                    return Ok(Ending::Reload);
+                    info!("received SIGHUP, reloading");
+                    return Ok(ExitReason::Reload);
                 }
                 Err(error) => {
-                    error!(%error, "told to reload by SIGHUP, but the configuration cannot be used; going on as before");
+                    error!(%error, "received SIGHUP, but the configuration is not valid; keeping the previous one");
                     continue;
                 }
             },
-            ended = parts.ended() => bail!(ended),
+            failure = tasks.failure() => bail!(failure),
         }
         break;
     }
-    // A second signal does not wait.
+    // Exits at once on a second signal.
     tokio::spawn(async move {
         tokio::select! {
             _ = terminate.recv() => {}
@@ -285,5 +281,5 @@ async fn supervise(
         }
         crate::ffi::leave(130);
     });
-    Ok(Ending::Stop)
+    Ok(ExitReason::Stop)
 }

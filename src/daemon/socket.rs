@@ -1,4 +1,4 @@
-//! The local socket: where it lies, who may open it, and who is at its other end.
+//! The Unix socket of the local API: its permissions, and the identity of its clients.
 
 use std::fs::{self, Permissions};
 use std::io;
@@ -9,27 +9,26 @@ use std::sync::Arc;
 
 use tokio::net::{UnixListener, UnixStream};
 
-use super::listener::Listener;
+use super::listener::Accept;
 use crate::ffi::peer_groups;
 
-/// The owner and the group may connect.
+/// Allows the owner and the group to connect.
 const SOCKET_MODE: u32 = 0o660;
-/// Nobody else may even look.
+/// Hides the directory from other users.
 const DIRECTORY_MODE: u32 = 0o750;
 
-/// Who is at the other end, as the kernel says (`SO_PEERCRED`, `SO_PEERGROUPS`): what it was when it
-/// connected.
+/// Identity of a client when it connected, according to the kernel (`SO_PEERCRED`,
+/// `SO_PEERGROUPS`).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Peer {
-    /// The user.
     pub uid: u32,
-    /// The primary group.
+    /// Primary group.
     pub gid: u32,
-    /// The further groups.
+    /// Supplementary groups.
     pub groups: Arc<[u32]>,
 }
 
-/// The socket, taken away when dropped.
+/// A listening socket. Dropping it removes its file.
 pub struct LocalSocket {
     listener: UnixListener,
     path: PathBuf,
@@ -37,21 +36,21 @@ pub struct LocalSocket {
 }
 
 impl LocalSocket {
-    /// Listens there. A directory that is missing is made. A socket that nobody answers on is
-    /// replaced; anything else in its place is left alone. `gid` becomes the group of what is made.
+    /// Creates the socket, and its directory if that does not exist. A socket without a listener is
+    /// replaced; any other file is an error. `gid` becomes the group of the socket and directory.
     pub fn bind(path: &Path, gid: Option<u32>) -> io::Result<Self> {
         if let Some(directory) = path.parent().filter(|directory| !directory.exists()) {
             fs::DirBuilder::new()
                 .recursive(true)
                 .mode(DIRECTORY_MODE)
                 .create(directory)?;
-            // The umask may have taken the group's rights.
+            // The umask may have removed the group's permissions.
             fs::set_permissions(directory, Permissions::from_mode(DIRECTORY_MODE))?;
             if gid.is_some() {
                 chown(directory, None, gid)?;
             }
         }
-        clear(path)?;
+        remove_stale(path)?;
         let listener = UnixListener::bind(path)?;
         fs::set_permissions(path, Permissions::from_mode(SOCKET_MODE))?;
         if gid.is_some() {
@@ -65,20 +64,20 @@ impl LocalSocket {
     }
 }
 
-/// Takes a stale socket away.
-fn clear(path: &Path) -> io::Result<()> {
+/// Removes a socket without a listener.
+fn remove_stale(path: &Path) -> io::Result<()> {
     let Ok(found) = fs::symlink_metadata(path) else {
         return Ok(());
     };
     if !found.file_type().is_socket() {
-        let problem = "there is something that is no socket, which is left alone";
+        let problem = "the file exists and is not a socket; remove it";
         return Err(io::Error::new(io::ErrorKind::AlreadyExists, problem));
     }
     match std::os::unix::net::UnixStream::connect(path) {
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path),
         Err(error) => Err(error),
         Ok(_) => {
-            let problem = "another daemon answers there";
+            let problem = "another daemon listens on it";
             Err(io::Error::new(io::ErrorKind::AddrInUse, problem))
         }
     }
@@ -86,7 +85,7 @@ fn clear(path: &Path) -> io::Result<()> {
 
 impl Drop for LocalSocket {
     fn drop(&mut self) {
-        // Not one that another daemon has put there since.
+        // Another daemon may have created its own since.
         let ours = fs::symlink_metadata(&self.path).is_ok_and(|found| found.ino() == self.inode);
         if ours {
             fs::remove_file(&self.path).ok();
@@ -94,7 +93,7 @@ impl Drop for LocalSocket {
     }
 }
 
-impl Listener for LocalSocket {
+impl Accept for LocalSocket {
     type Stream = UnixStream;
     type Peer = Peer;
 
@@ -104,7 +103,7 @@ impl Listener for LocalSocket {
         let peer = Peer {
             uid: credentials.uid(),
             gid: credentials.gid(),
-            // A kernel that does not tell them: then only the primary one counts.
+            // Without support in the kernel (4.13), only the primary group counts.
             groups: peer_groups(stream.as_fd()).unwrap_or_default().into(),
         };
         Ok((stream, peer))
@@ -120,7 +119,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_stale_socket_is_replaced_and_a_living_one_is_not() {
+    async fn stale_socket_is_replaced_and_live_one_is_kept() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("made/here.sock");
         let socket = LocalSocket::bind(&path, None).unwrap();
@@ -128,11 +127,11 @@ mod tests {
         assert_eq!(mode(path.parent().unwrap()), DIRECTORY_MODE);
 
         let second = LocalSocket::bind(&path, None).err().unwrap();
-        assert_eq!(second.to_string(), "another daemon answers there");
+        assert_eq!(second.to_string(), "another daemon listens on it");
         drop(socket);
         assert!(!path.exists());
 
-        // What a killed daemon leaves behind.
+        // As a killed daemon leaves it.
         drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
         assert!(path.exists());
         drop(LocalSocket::bind(&path, None).unwrap());
@@ -143,7 +142,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_directory_that_was_there_keeps_its_rights() {
+    async fn existing_directory_keeps_its_permissions() {
         let directory = tempfile::tempdir().unwrap();
         let before = mode(directory.path());
         let _socket = LocalSocket::bind(&directory.path().join("a.sock"), None).unwrap();

@@ -1,4 +1,4 @@
-//! The running parts of the daemon: tasks with names, and what asks them to end.
+//! The daemon's tasks: named futures that run until they are cancelled together.
 
 use std::future::Future;
 use std::time::Duration;
@@ -8,54 +8,55 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
-/// How long parts may take to end after they were asked to.
+/// Maximum time for tasks to end after cancellation. A write to the API server or the journal
+/// takes less.
 const GRACE: Duration = Duration::from_secs(5);
 
-/// All that runs.
 #[derive(Default)]
-pub(super) struct Parts {
+pub(super) struct Tasks {
     stop: CancellationToken,
     running: JoinSet<&'static str>,
 }
 
-impl Parts {
-    /// Starts a part, which is given what tells it to end. `name` is how its end is told.
-    pub(super) fn start<P>(&mut self, name: &'static str, part: impl FnOnce(CancellationToken) -> P)
+impl Tasks {
+    /// Starts a task that ends when the token is cancelled. `name` is for the log.
+    pub(super) fn start<F>(&mut self, name: &'static str, task: impl FnOnce(CancellationToken) -> F)
     where
-        P: Future<Output = ()> + Send + 'static,
+        F: Future<Output = ()> + Send + 'static,
     {
-        let part = part(self.stop.clone());
+        let task = task(self.stop.clone());
         self.running.spawn(async move {
-            part.await;
+            task.await;
             name
         });
     }
 
-    /// Starts a part that needs no time to end: it is dropped where it stands.
-    pub(super) fn start_endless<P>(&mut self, name: &'static str, part: P)
+    /// Starts a task that is dropped at cancellation, wherever it is.
+    pub(super) fn start_endless<F>(&mut self, name: &'static str, task: F)
     where
-        P: Future<Output: Send> + Send + 'static,
+        F: Future<Output: Send> + Send + 'static,
     {
         self.start(name, |stop| async move {
-            stop.run_until_cancelled_owned(part).await;
+            stop.run_until_cancelled_owned(task).await;
         });
     }
 
-    /// Waits until a part ends, which none should by itself; says which and how.
-    pub(super) async fn ended(&mut self) -> String {
+    /// Waits until a task ends, which none does before cancellation unless it fails. Returns the
+    /// error message.
+    pub(super) async fn failure(&mut self) -> String {
         match self.running.join_next().await {
-            Some(Ok(part)) => format!("{part} ended by itself"),
-            Some(Err(error)) => format!("a part of the daemon failed: {error}"),
-            None => "no part of the daemon is left".to_owned(),
+            Some(Ok(task)) => format!("{task} ended unexpectedly"),
+            Some(Err(error)) => format!("a task failed: {error}"),
+            None => "no task is running".to_owned(),
         }
     }
 
-    /// Asks all to end, and waits for them.
-    pub(super) async fn end(mut self) {
+    /// Cancels all tasks and waits until they have ended.
+    pub(super) async fn stop(mut self) {
         self.stop.cancel();
         let ended = async { while self.running.join_next().await.is_some() {} };
         if timeout(GRACE, ended).await.is_err() {
-            warn!("a part did not end within {GRACE:?}; leaving it");
+            warn!("a task did not stop within {GRACE:?}; exiting without it");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The local API on its socket: every route, and whatever a client can do wrong.
+//! The local API on its socket: every route, and every client error.
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
@@ -20,7 +20,7 @@ use virtnode::units::Bytes;
 
 use crate::support::operations::{InMemory, now};
 
-/// The API on a socket of its own.
+/// The API on a private socket.
 struct Served {
     directory: TempDir,
     operations: Arc<InMemory>,
@@ -39,7 +39,7 @@ impl Answer {
         serde_json::from_str(&self.body).unwrap_or_else(|_| panic!("no JSON: {:?}", self.body))
     }
 
-    /// The code of an error, which must have a sentence.
+    /// Returns the code of an error, which must have a message.
     fn code(&self) -> String {
         let json = self.json();
         assert!(json["message"].as_str().unwrap().len() > 10, "{json}");
@@ -56,8 +56,8 @@ impl Served {
         let directory = tempfile::tempdir().unwrap();
         let operations = Arc::new(InMemory::default());
         let metrics = Arc::new(Metrics::new());
-        let carried = hotplug.then(|| Arc::clone(&operations));
-        let router = api::router(carried, Arc::clone(&metrics), access);
+        let operations_enabled = hotplug.then(|| Arc::clone(&operations));
+        let router = api::router(operations_enabled, Arc::clone(&metrics), access);
         let socket = api::bind(&directory.path().join("api.sock"), None).unwrap();
         let served = api::serve(socket, router);
         Self {
@@ -88,7 +88,7 @@ impl Served {
         );
         let mut stream = self.connect().await;
         stream.write_all(head.as_bytes()).await.unwrap();
-        // A server that refuses early closes before it has read all.
+        // A server that rejects early closes before it has read the whole body.
         stream.write_all(body.as_bytes()).await.ok();
         read(stream).await
     }
@@ -109,14 +109,12 @@ async fn read(mut stream: UnixStream) -> Answer {
         .split(' ')
         .nth(1)
         .and_then(|status| status.parse().ok());
-    // A body without a length comes in chunks: the lines that are JSON are what matters.
-    let body = match head.to_lowercase().contains("transfer-encoding: chunked") {
-        true => body
-            .lines()
-            .filter(|line| line.starts_with('{'))
-            .map(|line| format!("{line}\n"))
-            .collect(),
-        false => body.to_owned(),
+    // A body without a length is chunked: keep the lines that are JSON.
+    let body = if head.to_lowercase().contains("transfer-encoding: chunked") {
+        let lines = body.lines().filter(|line| line.starts_with('{'));
+        lines.map(|line| format!("{line}\n")).collect()
+    } else {
+        body.to_owned()
     };
     Answer {
         status: status.unwrap_or(0),
@@ -146,7 +144,7 @@ fn figures(name: &str) -> DomainFigures {
 }
 
 #[tokio::test]
-async fn an_order_arrives_as_it_was_written() {
+async fn submitted_fields_reach_the_executor() {
     let served = Served::start();
     let body = json!({
         "count": 4, "online": true, "require": "acknowledged", "timeoutSeconds": 90,
@@ -193,7 +191,7 @@ async fn an_order_arrives_as_it_was_written() {
 }
 
 #[tokio::test]
-async fn the_same_key_is_the_same_operation() {
+async fn same_idempotency_key_yields_the_same_operation() {
     let served = Served::start();
     let body = json!({"count": 2, "idempotencyKey": "once"});
     let first = served.post("/v1/domains/vm1/vcpus", &body).await.json();
@@ -206,7 +204,7 @@ async fn the_same_key_is_the_same_operation() {
 }
 
 #[tokio::test]
-async fn operations_are_listed_shown_and_followed() {
+async fn operations_are_listed_returned_and_streamed() {
     let served = Served::start();
     let record = served
         .post("/v1/domains/vm1/vcpus", json!({"count": 2}))
@@ -244,7 +242,7 @@ async fn operations_are_listed_shown_and_followed() {
         (&json!("done"), &json!("GuestSilent"))
     );
 
-    // What is done already is one line.
+    // The progress of a finished operation is one line.
     let after = served.get(&format!("{path}/progress")).await;
     assert_eq!(after.json(), last);
     for unknown in [
@@ -260,7 +258,7 @@ async fn operations_are_listed_shown_and_followed() {
 }
 
 #[tokio::test]
-async fn domains_are_listed_and_shown_whatever_they_are_called() {
+async fn domains_with_unusual_names_are_listed_and_addressed() {
     let served = Served::start();
     assert_eq!(
         served.get("/v1/domains").await.json(),
@@ -291,7 +289,7 @@ async fn domains_are_listed_and_shown_whatever_they_are_called() {
 }
 
 #[tokio::test]
-async fn what_is_known_at_once_is_answered_at_once() {
+async fn immediate_verdict_is_answered_without_waiting() {
     let served = Served::start();
     let nobody = served
         .post("/v1/domains/nobody/vcpus", json!({"count": 2}))
@@ -314,7 +312,7 @@ async fn what_is_known_at_once_is_answered_at_once() {
 }
 
 #[tokio::test]
-async fn bad_input_gets_a_sentence_and_is_not_passed_on() {
+async fn invalid_input_is_rejected_with_message() {
     let served = Served::start();
     for (path, body, says) in [
         ("vcpus", "", "empty"),
@@ -407,7 +405,7 @@ async fn bad_input_gets_a_sentence_and_is_not_passed_on() {
 }
 
 #[tokio::test]
-async fn a_caller_without_rights_gets_nowhere() {
+async fn client_without_access_is_rejected_on_every_route() {
     let served = Served::to(Access::new(Some(Vec::new()), Vec::new()), true);
     for (method, path) in ROUTES {
         let path = path.replace("{name}", "vm1").replace("{id}", "x");
@@ -424,9 +422,9 @@ async fn a_caller_without_rights_gets_nowhere() {
     assert_eq!(served.operations.orders(), []);
 }
 
-/// Groups that no user database knows, as a pod's may be: the process is in them, which counts.
+/// The groups of the process count, even if no user database has them, as in a pod.
 #[tokio::test]
-async fn a_callers_further_groups_count() {
+async fn supplementary_group_of_the_client_grants_access() {
     // Only root can put a process into a group at will.
     if !geteuid().is_root() {
         let Some(group) = getgroups()
@@ -442,7 +440,7 @@ async fn a_callers_further_groups_count() {
     }
     let served = Served::to(Access::new(Some(Vec::new()), vec![70_001]), true);
     let directory = served.directory.path();
-    // Where another user can run it, and connect.
+    // Another user must be able to execute the program and to connect.
     let program = directory.join("virtnode");
     std::fs::copy(env!("CARGO_BIN_EXE_virtnode"), &program).unwrap();
     for (path, mode) in [(directory, 0o755), (&directory.join("api.sock"), 0o666)] {
@@ -465,7 +463,7 @@ async fn a_callers_further_groups_count() {
 }
 
 #[tokio::test]
-async fn switched_off_means_that_nothing_is_changed() {
+async fn disabled_hotplug_rejects_changes_and_lists_domains() {
     let served = Served::to(Access::new(None, Vec::new()), false);
     let answer = served
         .post("/v1/domains/vm1/vcpus", json!({"count": 2}))
@@ -478,7 +476,7 @@ async fn switched_off_means_that_nothing_is_changed() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn slow_and_half_open_clients_are_sent_away_and_hinder_nobody() {
+async fn slow_clients_are_disconnected_and_delay_no_other() {
     let served = Served::start();
     let mut silent = Vec::new();
     for _ in 0..40 {
@@ -504,7 +502,7 @@ async fn slow_and_half_open_clients_are_sent_away_and_hinder_nobody() {
 }
 
 #[tokio::test]
-async fn every_route_is_described_and_answers() {
+async fn every_route_is_described_and_served() {
     let description: Value = serde_json::from_str(OPENAPI).unwrap();
     let paths = description["paths"].as_object().unwrap();
     let described: usize = paths
@@ -525,7 +523,7 @@ async fn every_route_is_described_and_answers() {
     assert_eq!(std::fs::read_to_string(committed).unwrap(), OPENAPI);
 }
 
-/// Holds a value against its schema: every field described, every required one there.
+/// Compares a value with its schema: every field is described, every required one exists.
 fn check(description: &Value, schema: &Value, value: &Value, place: &str) {
     let reference = |schema: &Value| schema["$ref"].as_str().map(str::to_owned);
     let target = reference(schema).or_else(|| reference(&schema["allOf"][0]));
@@ -562,7 +560,7 @@ fn check(description: &Value, schema: &Value, value: &Value, place: &str) {
 }
 
 #[tokio::test]
-async fn the_description_has_every_field_of_a_record_and_of_a_domain() {
+async fn description_has_every_field_of_operation_and_domain() {
     let description: Value = serde_json::from_str(OPENAPI).unwrap();
     let schemas = &description["components"]["schemas"];
     let served = Served::start();
@@ -593,7 +591,7 @@ async fn the_description_has_every_field_of_a_record_and_of_a_domain() {
     check(&description, &schemas["Operations"], &done, "done");
     let shown = done["operations"][0].as_object().unwrap().len();
     let known = schemas["Operation"]["properties"].as_object().unwrap();
-    // All but what is only awaited.
+    // All but the awaited event, which a finished operation does not have.
     assert_eq!(shown, known.len() - 1);
 
     served.metrics.inventory.replace(vec![figures("vm1")]);

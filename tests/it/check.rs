@@ -141,7 +141,7 @@ fn bad_questions_get_a_sentence() {
         assert_eq!(err.lines().count(), 1, "{err}");
     }
     for (arguments, sentence) in [
-        (vec![], "which domain? Give --domain-xml FILE"),
+        (vec![], "no domain given: use --domain-xml FILE"),
         (
             vec!["--domain-xml", path, "--domain", "x"],
             "cannot be used with",
@@ -150,7 +150,7 @@ fn bad_questions_get_a_sentence() {
             vec!["--domain-xml", path, "--vcpus", "3"],
             "cannot be used with",
         ),
-        (vec!["--domain", "x"], "--domain asks this node's libvirt"),
+        (vec!["--domain", "x"], "--domain needs this node's libvirt"),
         (vec!["--memory", "12"], "--memory"),
     ] {
         let (code, out, err) = offline("kvm", &arguments);
@@ -181,7 +181,7 @@ fn standard_input_is_a_file_too() {
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(4));
     let text = String::from_utf8(output.stdout).unwrap();
-    assert!(text.contains("domain from-a-pipe does not run"), "{text}");
+    assert!(text.contains("domain from-a-pipe cannot run"), "{text}");
 }
 
 #[test]
@@ -235,7 +235,7 @@ fn the_hypervisors_own_word_is_beside_the_computed_one() {
     let (code, _, err) = run(&["--connect", &uri, "--domain", "wep"]);
     assert_eq!(code, 1);
     assert!(
-        err.contains("no domain 'wep' is running here (running are web)"),
+        err.contains("domain 'wep' is not running here (running: web)"),
         "{err}"
     );
 }

@@ -1,4 +1,4 @@
-//! The command line as a script and a person meet it: output, bad input, exit codes.
+//! The command line: output, help, invalid input, exit codes.
 
 use std::fs;
 use std::path::Path;
@@ -17,7 +17,7 @@ fn virtnode(arguments: &[&str]) -> Command {
     command
 }
 
-/// Exit code, standard output, standard error.
+/// Returns the exit code, standard output and standard error.
 fn run(arguments: &[&str]) -> (i32, String, String) {
     let output = virtnode(arguments).output().unwrap();
     (
@@ -41,7 +41,7 @@ fn document(name: &str) -> String {
     format!("{DEBIAN_13}/{name}")
 }
 
-/// Writes a document and gives its path.
+/// Writes a document and returns its path.
 fn write(directory: &Path, content: impl AsRef<[u8]>) -> String {
     let path = directory.join("document.xml");
     fs::write(&path, content).unwrap();
@@ -49,7 +49,7 @@ fn write(directory: &Path, content: impl AsRef<[u8]>) -> String {
 }
 
 #[test]
-fn offline_labels_come_from_the_files_alone() {
+fn offline_labels_depend_on_documents_only() {
     let printed = labels(&[
         "--capabilities",
         &capabilities(),
@@ -84,7 +84,7 @@ fn offline_labels_come_from_the_files_alone() {
 }
 
 #[test]
-fn more_than_255_vcpus_need_eim_and_kvm_has_the_last_word() {
+fn more_than_255_vcpus_require_eim_and_kvm_support() {
     let q35 = |arguments: &[&str]| {
         let file = capabilities();
         let printed = labels(&[&["--capabilities", &file], arguments].concat());
@@ -118,7 +118,7 @@ fn more_than_255_vcpus_need_eim_and_kvm_has_the_last_word() {
 }
 
 #[test]
-fn any_of_the_documents_may_be_missing() {
+fn missing_documents_omit_their_labels() {
     let only_document = labels(&["--domain-capabilities", &document("dc-x86_64-q35-qemu.xml")]);
     assert_eq!(only_document["labels"]["virtnode.io/accelerator"], "tcg");
     assert_eq!(
@@ -137,7 +137,7 @@ fn any_of_the_documents_may_be_missing() {
 }
 
 #[test]
-fn a_document_of_another_domain_type_says_nothing_of_the_best_one() {
+fn document_of_slower_domain_type_yields_no_host_model() {
     let printed = labels(&[
         "--capabilities",
         &capabilities(),
@@ -149,7 +149,7 @@ fn a_document_of_another_domain_type_says_nothing_of_the_best_one() {
 }
 
 #[test]
-fn the_baseline_decides_on_features() {
+fn features_come_from_the_baseline() {
     let directory = tempfile::tempdir().unwrap();
     let cpu = write(
         directory.path(),
@@ -168,7 +168,7 @@ fn the_baseline_decides_on_features() {
 }
 
 #[test]
-fn what_can_be_no_label_is_left_out_and_said() {
+fn invalid_labels_are_rejected_with_reason() {
     let directory = tempfile::tempdir().unwrap();
     let long = "x".repeat(64);
     let file = write(
@@ -192,14 +192,14 @@ fn what_can_be_no_label_is_left_out_and_said() {
     let (code, out, _) = run(&["labels", "--capabilities", &file]);
     assert_eq!(code, 0);
     assert!(
-        out.contains("Left out, since they can be no labels:"),
+        out.contains("Rejected, because they are not valid labels:"),
         "{out}"
     );
     assert!(out.contains("pc+special"), "{out}");
 }
 
 #[test]
-fn both_schemas_stand_beside_each_other() {
+fn schema_both_yields_native_and_kubevirt_labels() {
     let file = capabilities();
     let count = |schema: &str| {
         let printed = labels(&["--capabilities", &file, "--schema", schema]);
@@ -209,7 +209,7 @@ fn both_schemas_stand_beside_each_other() {
 }
 
 #[test]
-fn a_bad_document_is_a_sentence_and_exit_code_1() {
+fn invalid_document_is_exit_code_1_with_one_line() {
     let directory = tempfile::tempdir().unwrap();
     let good = fs::read(capabilities()).unwrap();
     let cases: [(&str, Vec<u8>, &str); 9] = [
@@ -244,7 +244,7 @@ fn a_bad_document_is_a_sentence_and_exit_code_1() {
 }
 
 #[test]
-fn odd_but_real_hosts_are_read() {
+fn sparse_capabilities_are_accepted() {
     let directory = tempfile::tempdir().unwrap();
     for odd in [
         "<capabilities/>",
@@ -276,7 +276,7 @@ fn odd_but_real_hosts_are_read() {
 }
 
 #[test]
-fn another_driver_has_no_version_of_qemu() {
+fn xen_domain_type_has_no_qemu_version_label() {
     let directory = tempfile::tempdir().unwrap();
     let file = write(
         directory.path(),
@@ -292,7 +292,7 @@ fn another_driver_has_no_version_of_qemu() {
 }
 
 #[test]
-fn wrong_flags_and_configurations_are_exit_code_2() {
+fn invalid_flags_and_configurations_are_exit_code_2() {
     let directory = tempfile::tempdir().unwrap();
     let config = directory.path().join("config.yaml");
     fs::write(&config, "publsh: file\n").unwrap();
@@ -314,11 +314,11 @@ fn wrong_flags_and_configurations_are_exit_code_2() {
         (vec!["lables"], "unrecognized subcommand"),
         (
             vec!["run", "--publish", "none,file"],
-            "'none' cannot stand beside",
+            "'none' cannot be combined",
         ),
         (
             vec!["run", "--listen", "nowhere"],
-            "'nowhere' is no address",
+            "'nowhere' is not a valid address",
         ),
         (vec!["run", "--config", config], "publsh"),
         (
@@ -333,7 +333,7 @@ fn wrong_flags_and_configurations_are_exit_code_2() {
 }
 
 #[test]
-fn without_a_hypervisor_there_is_a_sentence_and_exit_code_5() {
+fn unreachable_libvirt_is_exit_code_5() {
     for command in ["labels", "capabilities"] {
         let (code, out, err) = run(&[
             command,
@@ -347,7 +347,7 @@ fn without_a_hypervisor_there_is_a_sentence_and_exit_code_5() {
 }
 
 #[test]
-fn facts_are_printed_in_three_ways() {
+fn facts_are_printed_as_table_json_and_yaml() {
     let file = capabilities();
     let domain = document("dc-x86_64-q35-kvm.xml");
     let arguments = ["--capabilities", &file, "--domain-capabilities", &domain];
@@ -366,7 +366,7 @@ fn facts_are_printed_in_three_ways() {
 }
 
 #[test]
-fn cleanup_removes_our_file_and_only_that() {
+fn cleanup_removes_only_files_of_virtnode() {
     let directory = tempfile::tempdir().unwrap();
     let state = directory.path().to_str().unwrap();
     fs::write(directory.path().join("labels.json"), "{}").unwrap();
@@ -378,11 +378,11 @@ fn cleanup_removes_our_file_and_only_that() {
     assert!(directory.path().join("other").exists());
     let (code, out, _) = run(&arguments);
     assert_eq!(code, 0);
-    assert!(out.contains("labels.json: not there."), "{out}");
+    assert!(out.contains("labels.json: does not exist."), "{out}");
 }
 
 #[test]
-fn completions_and_manual_pages_come_from_the_commands() {
+fn completions_and_manual_page_are_generated() {
     let (code, script, _) = run(&["completions", "bash"]);
     assert_eq!(code, 0);
     assert!(script.contains("--domain-capabilities"));

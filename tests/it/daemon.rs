@@ -1,5 +1,4 @@
-//! The daemon against a real libvirtd: what it publishes, and what becomes of it when libvirtd is
-//! absent, killed or frozen.
+//! The daemon against a real libvirtd: the published labels, and libvirtd absent, killed or frozen.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -13,16 +12,16 @@ use crate::support::daemon::Daemon;
 use crate::support::eventually;
 use crate::support::libvirtd::Libvirtd;
 
-/// For what takes a moment; only a failing test waits so long.
+/// Timeout that only a failing test reaches.
 const LONG: Duration = Duration::from_secs(60);
 
-/// An attribute in a line of libvirt's own indented output.
+/// Returns an attribute in a line of libvirt's indented output.
 fn attribute<'l>(line: &'l str, name: &str) -> Option<&'l str> {
     let (_, rest) = line.split_once(&format!(" {name}='"))?;
     rest.split_once('\'').map(|(value, _)| value)
 }
 
-/// The text of a one-line element.
+/// Returns the text of a one-line element.
 fn text<'l>(line: &'l str, element: &str) -> Option<&'l str> {
     let rest = line.trim().strip_prefix(&format!("<{element}"))?;
     rest.split_once('>')?
@@ -31,7 +30,7 @@ fn text<'l>(line: &'l str, element: &str) -> Option<&'l str> {
 }
 
 #[tokio::test]
-async fn labels_agree_with_virsh_line_by_line() -> anyhow::Result<()> {
+async fn labels_match_the_output_of_virsh() -> anyhow::Result<()> {
     let libvirtd = Libvirtd::start()?;
     let daemon = Daemon::start(&libvirtd.uri(), &[]).await?;
     daemon.ready().await?;
@@ -130,7 +129,7 @@ async fn labels_agree_with_virsh_line_by_line() -> anyhow::Result<()> {
 }
 
 #[tokio::test]
-async fn a_killed_libvirtd_costs_no_label() -> anyhow::Result<()> {
+async fn killed_libvirtd_removes_no_label() -> anyhow::Result<()> {
     let mut libvirtd = Libvirtd::start()?;
     let daemon = Daemon::start(&libvirtd.uri(), &["--probe-interval", "1"]).await?;
     daemon.ready().await?;
@@ -152,7 +151,7 @@ async fn a_killed_libvirtd_costs_no_label() -> anyhow::Result<()> {
     assert_eq!(
         daemon.get("/readyz")?.status,
         200,
-        "an outage is no reason to be unready"
+        "an outage does not make the daemon unready"
     );
     libvirtd.restart()?;
     eventually(Duration::from_secs(2), async || {
@@ -176,7 +175,7 @@ async fn a_killed_libvirtd_costs_no_label() -> anyhow::Result<()> {
 }
 
 #[tokio::test]
-async fn a_frozen_libvirtd_blocks_nothing() -> anyhow::Result<()> {
+async fn frozen_libvirtd_does_not_block_health_checks() -> anyhow::Result<()> {
     let libvirtd = Libvirtd::start()?;
     let arguments = ["--probe-interval", "1", "--call-deadline", "1"];
     let daemon = Daemon::start(&libvirtd.uri(), &arguments).await?;
@@ -208,8 +207,7 @@ async fn a_frozen_libvirtd_blocks_nothing() -> anyhow::Result<()> {
 }
 
 #[tokio::test]
-async fn without_libvirt_it_publishes_what_it_knows_and_goes_on_when_it_comes() -> anyhow::Result<()>
-{
+async fn without_libvirt_host_labels_are_published_until_it_starts() -> anyhow::Result<()> {
     let mut libvirtd = Libvirtd::new()?;
     let daemon = Daemon::start(&libvirtd.uri(), &["--probe-interval", "1"]).await?;
     eventually(LONG, async || {
@@ -237,7 +235,7 @@ async fn without_libvirt_it_publishes_what_it_knows_and_goes_on_when_it_comes() 
     libvirtd.restart()?;
     daemon.ready().await?;
     assert!(daemon.labels()?.keys().any(machine));
-    // What the doctor finds besides is the machine's.
+    // The doctor's findings depend on the machine.
     let is_doctors = |line: &serde_json::Value| {
         let message = line["message"].as_str().unwrap_or_default();
         message.contains("virtnode doctor says")
@@ -247,19 +245,19 @@ async fn without_libvirt_it_publishes_what_it_knows_and_goes_on_when_it_comes() 
         .iter()
         .filter(|line| line["level"] == "WARN" && !is_doctors(line))
         .count();
-    assert!(warnings <= 8, "a line for each try: {:?}", daemon.log());
+    assert!(warnings <= 8, "a warning per attempt: {:?}", daemon.log());
     Ok(())
 }
 
 #[tokio::test]
-async fn labels_outlive_the_daemon_and_a_touched_file_is_put_right() -> anyhow::Result<()> {
+async fn labels_survive_the_daemon_and_an_edited_file_is_restored() -> anyhow::Result<()> {
     let libvirtd = Libvirtd::start()?;
     let daemon = Daemon::start(&libvirtd.uri(), &["--probe-interval", "1"]).await?;
     daemon.ready().await?;
     let before = daemon.labels()?;
     fs::write(daemon.labels_file(), "{}")?;
     eventually(LONG, async || {
-        ensure!(daemon.labels()? == before, "not put right yet");
+        ensure!(daemon.labels()? == before, "not restored yet");
         Ok(())
     })
     .await?;
@@ -267,7 +265,7 @@ async fn labels_outlive_the_daemon_and_a_touched_file_is_put_right() -> anyhow::
     assert_eq!(status.code(), Some(0));
     assert!(directory.path().join("state/labels.json").exists());
 
-    // The next one finds a label that libvirt no longer shows, and takes its time with it.
+    // The next daemon removes a label that libvirt no longer yields, after two probes.
     let file = directory.path().join("state/labels.json");
     let text = fs::read_to_string(&file)?;
     let old = "machine.virtnode.io/pc-q35-1.7";
@@ -287,10 +285,7 @@ async fn labels_outlive_the_daemon_and_a_touched_file_is_put_right() -> anyhow::
     })
     .await?;
     let probes = "virtnode_probe_attempts_total{source=\"capabilities\"}";
-    assert!(
-        daemon.metric(probes)? >= 2.0,
-        "removed on the word of one probe"
-    );
+    assert!(daemon.metric(probes)? >= 2.0, "removed after one probe");
     eventually(LONG, async || {
         ensure!(daemon.labels()? == before, "still in the file");
         Ok(())
@@ -300,7 +295,7 @@ async fn labels_outlive_the_daemon_and_a_touched_file_is_put_right() -> anyhow::
 }
 
 #[tokio::test]
-async fn scrapes_are_answered_from_memory_and_bounded() -> anyhow::Result<()> {
+async fn scrapes_call_no_libvirt_and_are_limited() -> anyhow::Result<()> {
     let libvirtd = Libvirtd::start()?;
     let daemon = Daemon::start(&libvirtd.uri(), &["--probe-interval", "3600"]).await?;
     daemon.ready().await?;
@@ -338,17 +333,17 @@ async fn scrapes_are_answered_from_memory_and_bounded() -> anyhow::Result<()> {
         "x".repeat(100_000)
     );
     assert_eq!(daemon.request(&huge)?.status, 431);
-    // It is told so even if it goes on sending what nobody will read.
-    let mut refused = TcpStream::connect(daemon.address())?;
-    refused.write_all(&huge.as_bytes()[..40_000])?;
+    // The client gets the answer although it keeps sending.
+    let mut rejected = TcpStream::connect(daemon.address())?;
+    rejected.write_all(&huge.as_bytes()[..40_000])?;
     let mut answer = [0; 12];
-    refused.read_exact(&mut answer)?;
+    rejected.read_exact(&mut answer)?;
     assert_eq!(&answer, b"HTTP/1.1 431");
     for _ in 0..100 {
-        refused.write_all(&huge.as_bytes()[..1000])?;
+        rejected.write_all(&huge.as_bytes()[..1000])?;
     }
-    refused.shutdown(Shutdown::Write)?;
-    refused.read_to_end(&mut Vec::new())?;
+    rejected.shutdown(Shutdown::Write)?;
+    rejected.read_to_end(&mut Vec::new())?;
     assert_eq!(daemon.get("/nothing")?.status, 404);
     let post =
         "POST /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 0\r\n\r\n";
@@ -357,11 +352,11 @@ async fn scrapes_are_answered_from_memory_and_bounded() -> anyhow::Result<()> {
 }
 
 #[tokio::test]
-async fn slow_clients_do_not_keep_others_out() -> anyhow::Result<()> {
+async fn slow_clients_do_not_exclude_others() -> anyhow::Result<()> {
     let libvirtd = Libvirtd::new()?;
     let daemon = Daemon::start(&libvirtd.uri(), &[]).await?;
     let address = daemon.address();
-    // More than there are places; none of them ever finishes its request.
+    // More than the maximum number of connections. None finishes its request.
     let mut slow = Vec::new();
     for _ in 0..80 {
         let mut stream = TcpStream::connect(address)?;

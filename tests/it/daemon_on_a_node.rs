@@ -1,5 +1,5 @@
-//! The daemon, a real libvirtd and a real API server together: from capabilities to a Node's
-//! labels, and away again by `cleanup`.
+//! The daemon with a real libvirtd and a real API server: from capabilities to a Node's labels,
+//! until `cleanup` removes them.
 
 use std::collections::BTreeMap;
 use std::process::Command;
@@ -16,7 +16,7 @@ use crate::support::eventually;
 use crate::support::kube::KubeServer;
 use crate::support::libvirtd::Libvirtd;
 
-/// For what takes a moment; only a failing test waits so long.
+/// Timeout that only a failing test reaches.
 const LONG: Duration = Duration::from_secs(60);
 const Q35: &str = "machine-alias.virtnode.io/q35";
 
@@ -25,7 +25,7 @@ async fn labels(nodes: &Api<Node>) -> anyhow::Result<BTreeMap<String, String>> {
 }
 
 #[tokio::test]
-async fn from_libvirt_to_the_node_and_away_again() -> anyhow::Result<()> {
+async fn labels_reach_the_node_are_restored_and_cleaned_up() -> anyhow::Result<()> {
     let libvirtd = Libvirtd::start()?;
     let kube = KubeServer::start().await?;
     kube.create_node("n1").await?;
@@ -57,14 +57,14 @@ async fn from_libvirt_to_the_node_and_away_again() -> anyhow::Result<()> {
             .count()
     };
     assert!(ours(&published) > 50);
-    assert!(!daemon.labels_file().exists(), "no file was asked for");
+    assert!(!daemon.labels_file().exists(), "the file is not a target");
 
     let delete = json!({"metadata": {"labels": {Q35: null}}});
     nodes
         .patch("n1", &PatchParams::default(), &Patch::Merge(delete))
         .await?;
     eventually(Duration::from_secs(2), async || {
-        ensure!(labels(&nodes).await? == published, "not put back yet");
+        ensure!(labels(&nodes).await? == published, "not restored yet");
         Ok(())
     })
     .await?;
@@ -81,7 +81,7 @@ async fn from_libvirt_to_the_node_and_away_again() -> anyhow::Result<()> {
         "labels stay when the daemon ends"
     );
 
-    // Edited while no daemon runs: the next one knows that it was ours.
+    // Edited while no daemon runs: the next one restores it.
     let edit = json!({"metadata": {"labels": {Q35: "edited"}}});
     nodes
         .patch("n1", &PatchParams::default(), &Patch::Merge(edit))
@@ -96,14 +96,14 @@ async fn from_libvirt_to_the_node_and_away_again() -> anyhow::Result<()> {
         .arg("cleanup")
         .args(to_node)
         .output()?;
-    let told = String::from_utf8(output.stdout)?;
+    let printed = String::from_utf8(output.stdout)?;
     ensure!(
         output.status.success(),
         "{}",
         String::from_utf8_lossy(&output.stderr)
     );
     assert_eq!(
-        told,
+        printed,
         format!("Node n1: {} labels removed.\n", ours(&published))
     );
     let left = labels(&nodes).await?;
@@ -113,7 +113,7 @@ async fn from_libvirt_to_the_node_and_away_again() -> anyhow::Result<()> {
 }
 
 #[tokio::test]
-async fn a_node_that_does_not_exist_is_told_and_not_made() -> anyhow::Result<()> {
+async fn missing_node_is_reported_and_not_created() -> anyhow::Result<()> {
     let libvirtd = Libvirtd::start()?;
     let kube = KubeServer::start().await?;
     let kubeconfig = kube.kubeconfig().to_str().context("a path")?;
@@ -128,7 +128,7 @@ async fn a_node_that_does_not_exist_is_told_and_not_made() -> anyhow::Result<()>
         "0",
     ];
     let daemon = Daemon::start(&libvirtd.uri(), &arguments).await?;
-    // What does not need the Node goes on.
+    // The file does not need the Node.
     eventually(LONG, async || {
         ensure!(
             daemon.labels()?.contains_key(Q35),
@@ -146,8 +146,8 @@ async fn a_node_that_does_not_exist_is_told_and_not_made() -> anyhow::Result<()>
     );
     eventually(LONG, async || {
         let log = daemon.log();
-        let told = log.iter().any(|line| line.to_string().contains("nobody"));
-        ensure!(told, "{log:?}");
+        let is_reported = log.iter().any(|line| line.to_string().contains("nobody"));
+        ensure!(is_reported, "{log:?}");
         Ok(())
     })
     .await?;

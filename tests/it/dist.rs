@@ -1,4 +1,4 @@
-//! `make dist`: the same bytes each time, and what is installed works.
+//! `make dist`: builds are reproducible, and the installed program works.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -7,13 +7,13 @@ use std::process::{Command, Output};
 use anyhow::{Context as _, ensure};
 use virtnode::capability::Version;
 
-/// The oldest libvirt that is promised to do, as a client library and as a daemon.
+/// Minimum version of libvirt, as a client library and as a daemon.
 const OLDEST_LIBVIRT: Version = Version::new(7, 0, 0);
 
 fn run(command: &mut Command) -> anyhow::Result<Output> {
     let output = command.output().with_context(|| format!("{command:?}"))?;
-    let said = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.success(), "{command:?}: {said}");
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{command:?}: {stderr}");
     Ok(output)
 }
 
@@ -21,7 +21,7 @@ fn text(path: &Path) -> anyhow::Result<String> {
     fs::read_to_string(path).with_context(|| path.display().to_string())
 }
 
-fn made(directory: &Path) -> anyhow::Result<Vec<PathBuf>> {
+fn files_in(directory: &Path) -> anyhow::Result<Vec<PathBuf>> {
     let files = fs::read_dir(directory)?.map(|entry| Ok(entry?.path()));
     let mut files = files.collect::<anyhow::Result<Vec<_>>>()?;
     files.sort();
@@ -29,10 +29,10 @@ fn made(directory: &Path) -> anyhow::Result<Vec<PathBuf>> {
 }
 
 #[test]
-fn what_is_handed_out_is_the_same_each_time_and_works() -> anyhow::Result<()> {
+fn distribution_is_reproducible_and_works() -> anyhow::Result<()> {
     let scratch = tempfile::tempdir()?;
     let at = |name: &str| scratch.path().join(name);
-    // Without what makes a test build large.
+    // Without the debug information of a test build.
     run(Command::new("strip")
         .arg("-o")
         .arg(at("virtnode"))
@@ -48,9 +48,9 @@ fn what_is_handed_out_is_the_same_each_time_and_works() -> anyhow::Result<()> {
             .env("TZ", zone)
             .env("SOURCE_DATE_EPOCH", "1700000000"))?;
     }
-    let files = made(&at("first"))?;
+    let files = files_in(&at("first"))?;
     assert_eq!(files.len(), 3, "{files:?}");
-    for (first, second) in files.iter().zip(made(&at("second"))?) {
+    for (first, second) in files.iter().zip(files_in(&at("second"))?) {
         assert_eq!(first.file_name(), second.file_name());
         assert!(
             fs::read(first)? == fs::read(second)?,
@@ -120,16 +120,16 @@ fn what_is_handed_out_is_the_same_each_time_and_works() -> anyhow::Result<()> {
         Ok(version.with_context(|| control.clone())?.0.parse()?)
     };
     assert!(least("libvirt0")? <= OLDEST_LIBVIRT, "{control}");
-    // It starts with no older libraries than these.
-    let asked_for = run(Command::new("readelf")
+    // The program needs no newer libraries than the package declares.
+    let required = run(Command::new("readelf")
         .args(["--version-info", "--wide"])
         .arg(at("virtnode")))?;
-    let asked_for = String::from_utf8(asked_for.stdout)?;
-    let names = asked_for.split_whitespace();
+    let required = String::from_utf8(required.stdout)?;
+    let names = required.split_whitespace();
     for name in names {
         let (package, version) = match (name.strip_prefix("GLIBC_"), name.strip_prefix("LIBVIRT_"))
         {
-            // glibc knows packed relocations from 2.36 on.
+            // glibc supports packed relocations since 2.36.
             (Some("ABI_DT_RELR"), _) => ("libc6", "2.36"),
             (Some(version), _) => ("libc6", version),
             (_, Some(version)) if !version.starts_with("QEMU_") => ("libvirt0", version),

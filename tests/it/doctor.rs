@@ -555,10 +555,10 @@ fn table_has_finding_consequence_and_remedy() {
         lines[at + 1].starts_with("    Without the module"),
         "{text}"
     );
-    assert_eq!(lines[at + 2], "    Cure, as root here:");
+    assert_eq!(lines[at + 2], "    Fix, as root on this host:");
     assert_eq!(lines[at + 3], "      modprobe kvm_intel");
-    assert!(text.contains("\nNot looked at:\n"), "{text}");
-    assert!(text.contains("\nLooked at, and nothing to do:\n"), "{text}");
+    assert!(text.contains("\nSkipped:\n"), "{text}");
+    assert!(text.contains("\nPassed:\n"), "{text}");
     assert!(lines.last().unwrap().contains(" errors, "), "{text}");
     let (_, yaml) = machine.doctor("yaml");
     assert!(yaml.contains("check: kvm-module"), "{yaml}");
@@ -574,7 +574,7 @@ fn missing_root_directory_is_an_error() {
     assert_eq!(output.status.code(), Some(1));
     let err = String::from_utf8(output.stderr).unwrap();
     assert!(
-        err.contains("/nonexistent: there is no such directory"),
+        err.contains("/nonexistent: directory does not exist"),
         "{err}"
     );
 }

@@ -13,7 +13,7 @@ use crate::support::guest::{Guest, GuestConfig};
 use crate::support::libvirtd::Libvirtd;
 
 #[tokio::test]
-async fn an_unknown_domain_is_told_and_noted_in_the_journal() -> anyhow::Result<()> {
+async fn unknown_domain_is_reported_and_recorded_in_the_journal() -> anyhow::Result<()> {
     let libvirtd = Libvirtd::start()?;
     let daemon = Daemon::start(&libvirtd.uri(), &[]).await?;
     daemon.ready().await?;
@@ -22,7 +22,7 @@ async fn an_unknown_domain_is_told_and_noted_in_the_journal() -> anyhow::Result<
     let (code, out, err) = run(&socket, &hotplug)?;
     assert_eq!((code, out.as_str()), (1, ""), "{err}");
     assert!(
-        err.contains(r#"no domain "no/such \"vm\"" runs here"#),
+        err.contains(r#"domain "no/such \"vm\"" is not running here"#),
         "{err}"
     );
 
@@ -33,11 +33,11 @@ async fn an_unknown_domain_is_told_and_noted_in_the_journal() -> anyhow::Result<
     assert_eq!(operation["verdict"], "DomainNotFound", "{out}");
     assert_eq!(operation["domain"]["name"], "no/such \"vm\"");
 
-    // A second one beside the daemon would take up what it is doing.
+    // A second executor would resume the daemon's operations.
     let direct = ["hotplug", "memory", "vm", "2Gi", "--direct"];
     let (code, _, err) = run(&socket, &direct)?;
     assert_eq!(code, 1);
-    assert!(err.contains("leave --direct out"), "{err}");
+    assert!(err.contains("omit --direct"), "{err}");
     let results = "virtnode_hotplug_results_total{action=\"unknown\",resource=\"vcpus\",verdict=\"DomainNotFound\"}";
     assert_eq!(daemon.metric(results)?, 1.0);
 
@@ -54,7 +54,7 @@ async fn an_unknown_domain_is_told_and_noted_in_the_journal() -> anyhow::Result<
 }
 
 #[tokio::test]
-async fn without_a_daemon_it_is_done_directly_or_said_what_to_do() -> anyhow::Result<()> {
+async fn without_daemon_hotplug_needs_direct() -> anyhow::Result<()> {
     let libvirtd = Libvirtd::start()?;
     let directory = tempfile::tempdir()?;
     let socket = directory.path().join("virtnode.sock");
@@ -92,7 +92,7 @@ async fn without_a_daemon_it_is_done_directly_or_said_what_to_do() -> anyhow::Re
 }
 
 #[test]
-fn bad_input_is_exit_code_2_with_a_sentence() -> anyhow::Result<()> {
+fn invalid_arguments_are_exit_code_2() -> anyhow::Result<()> {
     let nowhere = Path::new("/nonexistent/virtnode.sock");
     for (arguments, says) in [
         (vec!["memory", "vm", "2 GB"], "binary unit"),
@@ -116,9 +116,9 @@ fn bad_input_is_exit_code_2_with_a_sentence() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A libvirt that is not there, or does not answer, is told at once and not at the deadline.
+/// The verdict does not wait for the deadline.
 #[tokio::test]
-async fn a_libvirt_that_is_away_is_told_soon() -> anyhow::Result<()> {
+async fn absent_or_frozen_libvirt_yields_hypervisor_unavailable_soon() -> anyhow::Result<()> {
     let mut libvirtd = Libvirtd::start()?;
     let directory = tempfile::tempdir()?;
     let socket = directory.path().join("virtnode.sock");
@@ -127,7 +127,7 @@ async fn a_libvirt_that_is_away_is_told_soon() -> anyhow::Result<()> {
     let hotplug = ["hotplug", "vcpus", "vm", "2", "--timeout", "600"];
     let direct = ["--direct", "--connect", &uri, "--state-directory", state];
     let direct = [&hotplug[..], &direct[..]].concat();
-    let told = |arguments: &[&str], socket: &Path| -> anyhow::Result<()> {
+    let ends_soon = |arguments: &[&str], socket: &Path| -> anyhow::Result<()> {
         let began = Instant::now();
         let (code, out, err) = run(socket, arguments)?;
         assert_eq!(code, 5, "{out}{err}");
@@ -137,19 +137,19 @@ async fn a_libvirt_that_is_away_is_told_soon() -> anyhow::Result<()> {
         Ok(())
     };
     libvirtd.freeze()?;
-    told(&direct, &socket)?;
+    ends_soon(&direct, &socket)?;
     libvirtd.thaw()?;
 
     let daemon = Daemon::start(&uri, &[]).await?;
     daemon.ready().await?;
     libvirtd.kill()?;
-    told(&hotplug, &daemon.socket())?;
+    ends_soon(&hotplug, &daemon.socket())?;
     daemon.stop().await?;
-    told(&direct, &socket)
+    ends_soon(&direct, &socket)
 }
 
 #[tokio::test]
-async fn memory_comes_and_goes_and_a_terminal_shows_what_is_awaited() -> anyhow::Result<()> {
+async fn memory_is_plugged_and_unplugged_and_a_terminal_shows_progress() -> anyhow::Result<()> {
     let libvirtd = Libvirtd::start()?;
     let config = GuestConfig {
         name: "vm1",
@@ -165,7 +165,7 @@ async fn memory_comes_and_goes_and_a_terminal_shows_what_is_awaited() -> anyhow:
         let (code, out, err) = run(&socket, &["hotplug", "memory", "vm1", size])?;
         assert_eq!((code, err.as_str()), (0, ""), "{out}");
         assert!(out.starts_with("Verified: "), "{out}");
-        // It says so itself, a moment later.
+        // The guest reports it a moment later.
         let more = |total: u64| total.saturating_sub(before) / 1024;
         guest
             .sees(|guest| (least..=most).contains(&more(guest.total_kib)))
@@ -190,21 +190,21 @@ async fn memory_comes_and_goes_and_a_terminal_shows_what_is_awaited() -> anyhow:
     assert_eq!(code, 3, "{out}");
     let lines: Vec<&str> = out.split("\r\u{1b}[2K").collect();
     let awaited = lines.iter().find(|line| line.contains("online"));
-    let awaited = awaited.with_context(|| format!("nothing is awaited: {out:?}"))?;
+    let awaited = awaited.with_context(|| format!("no progress: {out:?}"))?;
     assert!(
         !awaited.contains('\n') && awaited.chars().count() <= 100,
         "{awaited:?}"
     );
-    // What was shown is taken away, and the report stands alone.
+    // The progress is cleared, and the report remains.
     let last = lines.last().context("lines")?;
     assert!(last.starts_with("GuestOffline: "), "{out:?}");
     Ok(())
 }
 
 #[tokio::test]
-async fn a_real_guest_is_changed_through_the_daemon() -> anyhow::Result<()> {
+async fn daemon_changes_vcpus_of_a_real_guest() -> anyhow::Result<()> {
     let libvirtd = Libvirtd::start()?;
-    // It leaves what it gets offline.
+    // The guest leaves new vCPUs offline.
     let config = GuestConfig {
         name: "vm1",
         ..GuestConfig::default()
@@ -217,7 +217,7 @@ async fn a_real_guest_is_changed_through_the_daemon() -> anyhow::Result<()> {
     let (code, out, err) = run(&socket, &["hotplug", "vcpus", "vm1", "2"])?;
     assert_eq!(code, 3, "{out}{err}");
     assert!(out.starts_with("GuestOffline: "), "{out}");
-    assert!(out.contains("What to do:"), "{out}");
+    assert!(out.contains("Remedy:"), "{out}");
     let (code, out, err) = run(&socket, &["hotplug", "vcpus", "vm1", "3", "--online"])?;
     assert_eq!((code, err.as_str()), (0, ""), "{out}");
     assert!(out.starts_with("Verified: "), "{out}");

@@ -1,6 +1,6 @@
-//! `systemd/virtnode.service`: what systemd says of it, what it may rely on, and the daemon under
-//! the restrictions of the unit and of the DaemonSet's container, as far as this machine lets a
-//! test make them.
+//! `systemd/virtnode.service`: systemd's verification of the unit, the notifications, and the daemon
+//! under the restrictions of the unit and of the DaemonSet's container, as far as this machine
+//! allows them.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, chown};
@@ -20,11 +20,11 @@ use crate::support::libvirtd::Libvirtd;
 const LONG: Duration = Duration::from_secs(60);
 
 #[test]
-fn systemd_finds_nothing_wrong_and_little_exposed() -> anyhow::Result<()> {
+fn unit_passes_systemd_analyze() -> anyhow::Result<()> {
     let unit = Path::new(env!("CARGO_MANIFEST_DIR")).join("systemd/virtnode.service");
     let text = fs::read_to_string(unit)?;
     let started = "ExecStart=/usr/bin/virtnode run\n";
-    ensure!(text.contains(started), "it starts something else");
+    ensure!(text.contains(started), "another ExecStart");
     let ours = format!("ExecStart={} run\n", env!("CARGO_BIN_EXE_virtnode"));
     let directory = tempfile::tempdir()?;
     let installed = directory.path().join("virtnode.service");
@@ -43,22 +43,22 @@ fn systemd_finds_nothing_wrong_and_little_exposed() -> anyhow::Result<()> {
             "{arguments:?}: {said}{}",
             String::from_utf8_lossy(&output.stdout)
         );
-        // It says what it ignores and succeeds all the same.
+        // systemd-analyze succeeds although it ignores settings, and reports them.
         assert!(!said.contains("virtnode.service"), "{said}");
     }
     Ok(())
 }
 
-/// `Type=notify`, `WatchdogSec=`, `ExecReload=`: what the service manager is told, on its socket.
+/// `Type=notify`, `WatchdogSec=` and `ExecReload=`, on the socket of the service manager.
 #[tokio::test]
-async fn the_service_manager_is_told_and_a_reload_starts_it_again_in_its_process()
--> anyhow::Result<()> {
+async fn reload_restarts_the_daemon_in_the_same_process_and_notifies_systemd() -> anyhow::Result<()>
+{
     let libvirtd = Libvirtd::start()?;
     let directory = tempfile::tempdir()?;
     let manager = directory.path().join("notify");
     let notices = UnixDatagram::bind(&manager)?;
     notices.set_read_timeout(Some(LONG))?;
-    let told = |wanted: &str| -> anyhow::Result<()> {
+    let notified = |wanted: &str| -> anyhow::Result<()> {
         let mut bytes = [0; 4096];
         loop {
             let length = notices
@@ -80,8 +80,8 @@ async fn the_service_manager_is_told_and_a_reload_starts_it_again_in_its_process
         .env("VIRTNODE_CONFIG", &config)
         .arg("run");
     let daemon = Daemon::spawn(directory, command, &libvirtd.uri(), &[]).await?;
-    told("READY=1")?;
-    told("WATCHDOG=1")?;
+    notified("READY=1")?;
+    notified("WATCHDOG=1")?;
     let pid = daemon.pid()?;
     let schemas = || -> Vec<String> {
         let log = daemon.log();
@@ -90,69 +90,69 @@ async fn the_service_manager_is_told_and_a_reload_starts_it_again_in_its_process
     };
     assert_eq!(schemas(), ["native"]);
 
-    // A configuration that cannot be used is told and changes nothing.
+    // An invalid configuration is reported and changes nothing.
     fs::write(&config, "schema: nativ\n")?;
     kill(pid, Signal::SIGHUP)?;
     eventually(LONG, async || {
         let log = daemon.log();
-        let told = log
+        let is_reported = log
             .iter()
-            .any(|line| line.to_string().contains("going on as before"));
-        ensure!(told, "{log:?}");
+            .any(|line| line.to_string().contains("keeping the previous one"));
+        ensure!(is_reported, "{log:?}");
         Ok(())
     })
     .await?;
 
     fs::write(&config, "schema: both\n")?;
     kill(pid, Signal::SIGHUP)?;
-    told("RELOADING=1")?;
-    told("READY=1")?;
+    notified("RELOADING=1")?;
+    notified("READY=1")?;
     assert_eq!(
         schemas(),
         ["native", "both"],
         "the same process, with the new configuration"
     );
-    told("WATCHDOG=1")?;
+    notified("WATCHDOG=1")?;
     kill(pid, Signal::SIGTERM)?;
-    told("STOPPING=1")?;
+    notified("STOPPING=1")?;
     let (status, _) = daemon.stop().await?;
     assert_eq!(status.code(), Some(0));
     Ok(())
 }
 
-/// Who a daemon runs as that has no capability.
-struct Cage {
-    /// One that the machine knows: libvirtd refuses another.
+/// User and groups of a daemon without capabilities.
+struct Credentials {
+    /// Must exist on this machine, or libvirtd rejects it.
     uid: u32,
-    /// Beside the user's own group, which has the user's number.
+    /// In addition to the user's own group, which has the same number.
     groups: &'static [u32],
 }
 
-/// libvirt's group: here that of the private libvirtd.
+/// Group of the private libvirtd's socket.
 const LIBVIRT: u32 = 65534;
 
 #[tokio::test]
-async fn it_works_as_the_unit_restricts_it() -> anyhow::Result<()> {
+async fn daemon_works_with_the_restrictions_of_the_unit() -> anyhow::Result<()> {
     let libvirtd = Libvirtd::start()?;
     open_to(&libvirtd, |path| {
-        // What libvirt's packages do: the socket's group may use it.
+        // As in libvirt's packages: the socket's group may use it.
         chown(path, None, Some(LIBVIRT))?;
         let mode = fs::metadata(path)?.permissions().mode();
         fs::set_permissions(path, fs::Permissions::from_mode(mode | (mode & 0o700) >> 3))?;
         Ok(())
     })?;
-    let cage = Cage {
+    let credentials = Credentials {
         uid: 1,
         groups: &[LIBVIRT],
     };
-    works_in(&cage, &libvirtd).await
+    works_in(&credentials, &libvirtd).await
 }
 
 #[tokio::test]
-async fn it_works_as_the_daemonset_restricts_it() -> anyhow::Result<()> {
+async fn daemon_works_with_the_restrictions_of_the_daemonset() -> anyhow::Result<()> {
     let libvirtd = Libvirtd::start()?;
     open_to(&libvirtd, |path| {
-        // As libvirt's packages have it: root owns the socket. The directories are for everybody.
+        // As in libvirt's packages: root owns the socket, and everybody may enter the directories.
         if path.is_dir() {
             fs::set_permissions(path, fs::Permissions::from_mode(0o755))?;
         } else if Uid::effective().is_root() {
@@ -161,7 +161,7 @@ async fn it_works_as_the_daemonset_restricts_it() -> anyhow::Result<()> {
         Ok(())
     })?;
     works_in(
-        &Cage {
+        &Credentials {
             uid: 0,
             groups: &[],
         },
@@ -170,7 +170,7 @@ async fn it_works_as_the_daemonset_restricts_it() -> anyhow::Result<()> {
     .await
 }
 
-/// Changes the rights of libvirt's socket and of the directories that it is in.
+/// Changes the permissions of libvirt's socket and of its directories.
 fn open_to(
     libvirtd: &Libvirtd,
     change: impl Fn(&Path) -> anyhow::Result<()>,
@@ -182,35 +182,40 @@ fn open_to(
     above.into_iter().try_for_each(change)
 }
 
-/// As root: another user, no capabilities, none to be had, and everything but one directory
-/// read-only. As another user: what of it needs no right, so that the rest is tested all the same.
-async fn works_in(cage: &Cage, libvirtd: &Libvirtd) -> anyhow::Result<()> {
+/// Runs the daemon as another user, without capabilities, and with one writable directory. Without
+/// root, only those restrictions that need no privilege apply.
+async fn works_in(credentials: &Credentials, libvirtd: &Libvirtd) -> anyhow::Result<()> {
     let directory = tempfile::tempdir_in("/tmp")?;
     fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755))?;
-    // Where every user can run it.
+    // Every user must be able to execute it.
     let binary = directory.path().join("virtnode");
     fs::copy(env!("CARGO_BIN_EXE_virtnode"), &binary)?;
     let root = Uid::effective().is_root();
     if root {
-        chown(directory.path(), Some(cage.uid), Some(cage.uid))?;
+        chown(
+            directory.path(),
+            Some(credentials.uid),
+            Some(credentials.uid),
+        )?;
     }
     let mut command = Command::new("setpriv");
     if root {
-        let groups: Vec<String> = cage.groups.iter().map(u32::to_string).collect();
+        let groups: Vec<String> = credentials.groups.iter().map(u32::to_string).collect();
         command.args([
             "--reuid",
-            &cage.uid.to_string(),
+            &credentials.uid.to_string(),
             "--regid",
-            &cage.uid.to_string(),
+            &credentials.uid.to_string(),
         ]);
-        match groups.is_empty() {
-            true => command.arg("--clear-groups"),
-            false => command.args(["--groups", &groups.join(",")]),
-        };
+        if groups.is_empty() {
+            command.arg("--clear-groups");
+        } else {
+            command.args(["--groups", &groups.join(",")]);
+        }
         command.args(["--bounding-set=-all", "--inh-caps=-all"]);
     }
     command.arg("--no-new-privs").arg(&binary).arg("run");
-    // Where a namespace of its own can be had, nothing else can be written.
+    // If a mount namespace can be created, everything else is read-only.
     let read_only = root
         && Command::new("unshare")
             .args(["--mount", "true"])
@@ -244,7 +249,7 @@ async fn works_in(cage: &Cage, libvirtd: &Libvirtd) -> anyhow::Result<()> {
     };
     assert_eq!(field("NoNewPrivs"), "1");
     if root {
-        assert!(field("Uid").starts_with(&format!("{}\t", cage.uid)));
+        assert!(field("Uid").starts_with(&format!("{}\t", credentials.uid)));
         for set in ["CapEff", "CapPrm", "CapBnd", "CapInh"] {
             assert_eq!(field(set), "0000000000000000", "{set}");
         }
@@ -258,7 +263,7 @@ async fn works_in(cage: &Cage, libvirtd: &Libvirtd) -> anyhow::Result<()> {
         assert!(options.is_some_and(|options| options.split(',').any(|option| option == "ro")));
     }
 
-    // It writes what it has to: labels, the socket, the journal.
+    // The daemon writes labels, the socket and the journal.
     assert!(!daemon.labels()?.is_empty());
     let mut command = Command::new(env!("CARGO_BIN_EXE_virtnode"));
     command

@@ -129,7 +129,7 @@ fn a_running_domain_is_held_against_all_nodes_as_it_runs() -> anyhow::Result<()>
     let (code, out, _) = virtnode(&of, &nodes);
     assert_eq!(code, 0);
     assert!(
-        out.starts_with("2 of 5 nodes fit domain web, the best first:\n\nNODE "),
+        out.starts_with("2 of 5 nodes fit domain web; best first:\n\nNODE "),
         "{out}"
     );
     assert!(out.contains("runs here now"), "{out}");
@@ -158,7 +158,7 @@ fn a_running_domain_is_held_against_all_nodes_as_it_runs() -> anyhow::Result<()>
     );
     assert_eq!((code, out.as_str()), (1, ""), "{err}");
     assert!(
-        err.contains("no domain 'wep' is running here (running are web)"),
+        err.contains("domain 'wep' is not running here (running: web)"),
         "{err}"
     );
     Ok(())
@@ -234,11 +234,7 @@ fn every_end_has_its_exit_code() {
             vec!["--domain-xml", &fits, "--kubeconfig", &no_config],
             "no-kubeconfig",
         ),
-        (
-            2,
-            vec![],
-            "which domain? Give the name of one that runs here",
-        ),
+        (2, vec![], "no domain given: name one that runs here"),
         (2, vec!["web", "--domain-xml", &fits], "cannot be used with"),
         (2, vec!["--domain-xml", "-", "--nodes", "-"], "not both"),
     ] {
@@ -262,12 +258,12 @@ fn bad_nodes_get_a_sentence() {
     for (text, sentence) in [
         (
             "",
-            "standard input: has no objects of the kind Node; `kubectl get nodes -o json` prints some",
+            "standard input: contains no Node objects; `kubectl get nodes -o json` prints them",
         ),
-        ("{}", "has no objects of the kind Node"),
+        ("{}", "contains no Node objects"),
         (
             "NAME   STATUS\n",
-            "standard input: is not what `kubectl get nodes -o json` prints: expected value at line 1 column 1",
+            "standard input: is not the output of `kubectl get nodes -o json`: expected value at line 1 column 1",
         ),
         (r#"{"kind": "Node"}"#, "a Node has no metadata.name"),
         (

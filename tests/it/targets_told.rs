@@ -155,8 +155,8 @@ async fn objects_take_back_and_settle_what_labels_say_and_the_scheduler_agrees()
     let xml = domain("kvm", MACHINE, 4, "");
     let (code, answer, err) = ask(&server, &["--domain-xml", "-"], &xml).await?;
     assert_eq!(code, 0, "{err}");
-    let complaint = "virtnode: the NodeVirtualization unreadable cannot be read, so its labels \
-                     alone decide: ";
+    let complaint = "virtnode: cannot read NodeVirtualization unreadable, using the node's labels \
+                     alone: ";
     assert!(err.starts_with(complaint), "{err}");
     assert_eq!(err.lines().count(), 1, "{err}");
     let expected = [
@@ -257,7 +257,7 @@ async fn nodes_that_take_no_pods_come_last_and_say_so() -> anyhow::Result<()> {
     ];
     assert_eq!(rows(&answer), expected, "{answer:#}");
     // The cluster has no such objects.
-    assert!(err.contains("the labels alone decide"), "{err}");
+    assert!(err.contains("using labels alone"), "{err}");
 
     // The same from a file, by way of the API server's own list.
     let list = server.client();
@@ -332,7 +332,7 @@ async fn lists_of_more_than_a_page_are_read_to_their_end() -> anyhow::Result<()>
     })
     .await?;
     assert!(
-        out.starts_with("997 of 1001 nodes fit domain vm, the best first:\n"),
+        out.starts_with("997 of 1001 nodes fit domain vm; best first:\n"),
         "{out}"
     );
     assert!(
@@ -386,7 +386,7 @@ subjects: [{kind: ServiceAccount, name: reader, namespace: default}]
     .await?;
     assert!(out.starts_with("1 of 1 nodes fit domain vm"), "{out}");
     assert!(
-        err.contains("the labels alone decide: virtnode may not list"),
+        err.contains("using labels alone: virtnode may not list"),
         "{err}"
     );
     Ok(())

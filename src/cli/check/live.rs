@@ -1,61 +1,52 @@
-//! Against this node: its facts, and its libvirt's own word.
+//! Checks a domain against this node: computes the answer from its facts, and asks libvirt.
 
-use std::path::Path;
-use std::sync::Arc;
-
-use super::Report;
-use super::question::{Asked, Question};
+use super::CheckReport;
+use super::source::{CheckedDomain, DomainSource};
 use crate::capability::{CpuDefinition, DomainCapabilities, NodeFacts};
-use crate::cli::{Exit, Failure, conclude, runtime};
+use crate::cli::{Exit, Failure, conclude, probe, runtime};
 use crate::compat::{
     Confirmation, CpuComparison, DryRun, Offer, Requirement, assess, confirm, dry_run_xml,
 };
 use crate::config::Config;
-use crate::hypervisor::{
-    CallError, DomainCapabilitiesQuery, Libvirt, LibvirtConfig, NodeSource, RunningDomain,
-};
-use crate::probe::Prober;
-use crate::telemetry::Metrics;
+use crate::hypervisor::{CallError, DomainCapabilitiesQuery, Libvirt, NodeSource, RunningDomain};
 
-/// The answer, or how the command ends without one.
-pub(super) fn ask(question: &Question, config: &Config) -> anyhow::Result<Result<Report, Exit>> {
-    let metrics = Arc::new(Metrics::new());
+/// Returns the report, or the exit code if libvirt cannot be reached.
+pub(super) fn check(
+    source: &DomainSource,
+    config: &Config,
+) -> anyhow::Result<Result<CheckReport, Exit>> {
     runtime()?.block_on(async {
-        let libvirt = LibvirtConfig {
-            call_deadline: config.call_deadline,
-            ..LibvirtConfig::without_events(config.connect.clone())
-        };
-        let libvirt = Arc::new(Libvirt::start(libvirt, Arc::clone(&metrics)));
-        let mut prober = Prober::new(Arc::clone(&libvirt), metrics, Path::new("/").to_owned());
-        let reading = prober.read().await;
-        // What could not be read is unknown below; only without libvirt there is nothing to say.
+        let (reading, libvirt) = probe(config).await;
+        // Facts that could not be read are unknown below. Without libvirt there is no answer.
         if conclude(&reading, config) == Exit::Unreachable {
             return Ok(Err(Exit::Unreachable));
         }
         let mut facts = reading.facts;
         let best = |arch: &str| facts.best_domain_type(arch).map(str::to_owned);
-        let asked = match question.offline(facts.native_arch(), best)? {
-            Some(asked) => asked,
-            None => running(question.running().unwrap_or_default(), &libvirt).await?,
+        let domain = match source.without_libvirt(facts.native_arch(), best)? {
+            Some(domain) => domain,
+            None => running(source.running().unwrap_or_default(), &libvirt).await?,
         };
-        let offer = offer(&asked.requirement, &mut facts, &libvirt).await;
-        let computed = assess(&asked.requirement, &offer);
-        let confirmation = ask_hypervisor(&asked, &offer, &libvirt).await;
+        let offer = offer(&domain.requirement, &mut facts, &libvirt).await;
+        let computed = assess(&domain.requirement, &offer);
+        let confirmation = ask_hypervisor(&domain, &offer, &libvirt).await;
         let agrees = confirmation.agrees_with(&computed);
         let fit = confirm(computed, &confirmation);
-        let confirmation = Some((confirmation, agrees));
-        Ok(Ok(Report::new(
-            asked.is_described,
-            &asked.requirement,
+        Ok(Ok(CheckReport::new(
+            domain.is_described,
+            &domain.requirement,
             fit,
             &offer,
-            confirmation,
+            Some((confirmation, agrees)),
         )))
     })
 }
 
-/// The live definition of a running domain.
-pub(in crate::cli) async fn running(name: &str, libvirt: &Libvirt) -> anyhow::Result<Asked> {
+/// Returns the live definition of a running domain.
+pub(in crate::cli) async fn running(
+    name: &str,
+    libvirt: &Libvirt,
+) -> anyhow::Result<CheckedDomain> {
     let domains = libvirt.running_domains().await.map_err(|error| {
         let exit = match error {
             CallError::Unavailable(_) | CallError::Overdue { .. } => Exit::Unreachable,
@@ -63,41 +54,38 @@ pub(in crate::cli) async fn running(name: &str, libvirt: &Libvirt) -> anyhow::Re
         };
         Failure::new(exit, error)
     })?;
-    let is_asked = |domain: &&RunningDomain| domain.name == name || domain.uuid == name;
-    let Some(domain) = domains.iter().find(is_asked) else {
+    let is_named = |domain: &&RunningDomain| domain.name == name || domain.uuid == name;
+    let Some(domain) = domains.iter().find(is_named) else {
         let mut names: Vec<&str> = domains.iter().map(|domain| domain.name.as_str()).collect();
         names.sort_unstable();
-        let running = match names.is_empty() {
-            true => "none is".to_owned(),
-            false => format!("running are {}", names.join(", ").escape_debug()),
+        let running = if names.is_empty() {
+            "no domain is running".to_owned()
+        } else {
+            format!("running: {}", names.join(", ").escape_debug())
         };
         return Err(Failure::new(
             Exit::Failed,
             format!(
-                "no domain '{}' is running here ({running}); for one that is shut off give \
-                 --domain-xml with what `virsh dumpxml` prints",
+                "domain '{}' is not running here ({running}); for one that is shut off, give \
+                 --domain-xml the output of `virsh dumpxml`",
                 name.escape_debug()
             ),
         )
         .into());
     };
-    Asked::parse(
-        &format!("domain {}", domain.uuid),
-        domain.xml.clone(),
-        false,
-    )
+    CheckedDomain::parse(&format!("domain {}", domain.uuid), domain.xml.clone())
 }
 
-/// What the node has for such a domain. The probe asked about the usual one only.
+/// Returns what the node offers to such a domain. The probe covers only the default machine type of
+/// the native architecture; for others, libvirt is asked here.
 async fn offer(domain: &Requirement, facts: &mut NodeFacts, libvirt: &Libvirt) -> Offer {
     let plain = Offer::from_facts(facts, domain.arch.as_deref(), domain.virt_type.as_deref());
-    let known = plain.cpu.is_some() && plain.cpu_features.is_some();
-    if known {
+    if plain.cpu.is_some() && plain.cpu_features.is_some() {
         return plain;
     }
     let query = query(domain, &plain);
     let Ok(text) = libvirt.domain_capabilities(query.clone()).await else {
-        return plain; // no such emulator or machine type: the rules say so
+        return plain; // The rules report the missing emulator or machine type.
     };
     let name = "libvirt's domain capabilities";
     let Ok(document) = DomainCapabilities::parse(name, text.as_bytes()) else {
@@ -126,8 +114,8 @@ fn query(domain: &Requirement, offer: &Offer) -> DomainCapabilitiesQuery {
     }
 }
 
-async fn ask_hypervisor(asked: &Asked, offer: &Offer, libvirt: &Libvirt) -> Confirmation {
-    let dry_run = match dry_run_xml(&asked.xml) {
+async fn ask_hypervisor(domain: &CheckedDomain, offer: &Offer, libvirt: &Libvirt) -> Confirmation {
+    let dry_run = match dry_run_xml(&domain.xml) {
         Some(xml) => match libvirt.native_arguments(xml).await {
             Ok(_) => DryRun::Accepted,
             Err(CallError::Failed { text, .. }) => DryRun::Refused { words: text },
@@ -139,10 +127,10 @@ async fn ask_hypervisor(asked: &Asked, offer: &Offer, libvirt: &Libvirt) -> Conf
             reason: "the definition is not well-formed".to_owned(),
         },
     };
-    let cpu = match asked.requirement.cpu.to_xml() {
+    let cpu = match domain.requirement.cpu.to_xml() {
         Some(xml) => {
             let answer = libvirt
-                .compare_cpu(query(&asked.requirement, offer), xml)
+                .compare_cpu(query(&domain.requirement, offer), xml)
                 .await;
             Some(answer.unwrap_or_else(|error| CpuComparison::Failed {
                 reason: error.to_string(),

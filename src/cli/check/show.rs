@@ -1,25 +1,22 @@
-//! The answer as a person reads it.
+//! Formats the answer for people.
 
 use std::fmt::Write;
 
-use super::Report;
-use crate::cli::report::plain;
+use super::CheckReport;
+use crate::cli::output::wrap;
 use crate::compat::{
     Confirmation, CpuComparison, DryRun, Feasibility, Headroom, RuleFinding, RuleSeverity, Stage,
 };
-use crate::domain::AgentChannel;
+use crate::domain::{AgentChannel, plain};
 use crate::units::Bytes;
 
-/// Where a line is broken.
-const WIDTH: usize = 100;
-
-pub(super) fn report(report: &Report) -> String {
+pub(super) fn report(report: &CheckReport) -> String {
     let mut text = headline(report);
     let groups = [
-        (RuleSeverity::Blocks, "Why not"),
-        (RuleSeverity::Unknown, "Not known"),
-        (RuleSeverity::Warning, "Mind"),
-        (RuleSeverity::Note, "Good to know"),
+        (RuleSeverity::Blocks, "Reasons"),
+        (RuleSeverity::Unknown, "Unknown"),
+        (RuleSeverity::Warning, "Warnings"),
+        (RuleSeverity::Note, "Notes"),
     ];
     for (severity, title) in groups {
         let findings = report.fit.findings.iter();
@@ -40,67 +37,71 @@ pub(super) fn report(report: &Report) -> String {
     text
 }
 
-fn headline(report: &Report) -> String {
+fn headline(report: &CheckReport) -> String {
     let domain = match &report.domain {
         Some(name) => format!("domain {}", plain(name)),
-        None => "such a domain".to_owned(),
+        None => "the described domain".to_owned(),
     };
-    let place = match report.node.live {
-        true => "on this node",
-        false => "on the node of these files",
+    let place = if report.node.live {
+        "on this node"
+    } else {
+        "on the node that the documents describe"
     };
     let mut text = match report.fit.answer {
-        Feasibility::Feasible => format!("Feasible: {domain} would run {place}"),
-        Feasibility::Infeasible => format!("Not feasible: {domain} does not run {place}"),
+        Feasibility::Feasible => format!("Feasible: {domain} can run {place}"),
+        Feasibility::Infeasible => format!("Not feasible: {domain} cannot run {place}"),
         Feasibility::Unknown => {
             format!(
-                "Unknown: nothing known keeps {domain} from running {place}, and not all is known"
+                "Unknown: nothing known prevents {domain} from running {place}, but not all facts are \
+                 known"
             )
         }
     };
     let node = &report.node;
-    let mut known = Vec::new();
-    known.extend(
+    let mut facts = Vec::new();
+    facts.extend(
         node.domain_type
             .as_ref()
             .map(|t| format!("domain type {t}")),
     );
-    known.extend(node.arch.clone());
-    known.extend(node.libvirt_version.map(|v| format!("libvirt {v}")));
-    known.extend(node.qemu_version.map(|v| format!("QEMU {v}")));
-    if !known.is_empty() {
-        let _ok = write!(text, " ({})", known.join(", "));
+    facts.extend(node.arch.clone());
+    facts.extend(node.libvirt_version.map(|v| format!("libvirt {v}")));
+    facts.extend(node.qemu_version.map(|v| format!("QEMU {v}")));
+    if !facts.is_empty() {
+        let _ok = write!(text, " ({})", facts.join(", "));
     }
     text.push('\n');
     text
 }
 
 fn show_finding(text: &mut String, finding: &RuleFinding) {
-    wrapped(text, "  * ", "    ", &plain(&finding.message));
+    wrap(text, "  * ", "    ", &plain(&finding.message));
     if let Some(words) = &finding.words {
-        let who = match finding.stage {
-            Some(Stage::Define) => "libvirt refuses the definition",
-            Some(Stage::Start) => "libvirt refuses to start it",
-            Some(Stage::Emulator) => "QEMU gives up at the start",
-            None => "libvirt says",
+        let outcome = match finding.stage {
+            Some(Stage::Define) => "libvirt rejects the definition",
+            Some(Stage::Start) => "libvirt fails to start the domain",
+            Some(Stage::Emulator) => "QEMU exits at startup",
+            None => "libvirt reports",
         };
-        wrapped(text, "    ", "      ", &format!("{who}: {}", plain(words)));
+        let line = format!("{outcome}: {}", plain(words));
+        wrap(text, "    ", "      ", &line);
     }
     if let Some(remedy) = &finding.remedy {
-        wrapped(text, "    What to do: ", "      ", &plain(remedy));
+        wrap(text, "    Remedy: ", "      ", &plain(remedy));
     }
 }
 
 fn show_headroom(text: &mut String, room: &Headroom) {
-    line(text, "\nRoom to grow while it runs:");
+    line(text, "\nHeadroom while the domain runs:");
     let vcpus = &room.vcpus;
-    let more = match vcpus.pluggable.is_empty() {
-        true => "none can be plugged".to_owned(),
-        false => format!(
-            "{} can be plugged ({})",
+    let more = if vcpus.pluggable.is_empty() {
+        "no more can be plugged".to_owned()
+    } else {
+        format!(
+            "{} more can be plugged ({})",
             vcpus.pluggable.len(),
             vcpus.pluggable
-        ),
+        )
     };
     line(
         text,
@@ -110,21 +111,25 @@ fn show_headroom(text: &mut String, room: &Headroom) {
         ),
     );
     let memory = &room.memory;
-    let mut parts = Vec::new();
+    let mut growth = Vec::new();
     if memory.virtio_mem > Bytes::ZERO {
-        parts.push(format!("{} by virtio-mem", memory.virtio_mem));
+        growth.push(format!("{} more by virtio-mem", memory.virtio_mem));
     }
     if memory.for_devices > Bytes::ZERO {
         let slots = match memory.free_slots {
-            0 => "no slot for a DIMM is free".to_owned(),
-            1 => "1 slot for a DIMM is free".to_owned(),
-            free => format!("{free} slots for DIMMs are free"),
+            0 => "no DIMM slot is free".to_owned(),
+            1 => "1 DIMM slot is free".to_owned(),
+            free => format!("{free} DIMM slots are free"),
         };
-        parts.push(format!("{} by new devices, {slots}", memory.for_devices));
+        growth.push(format!(
+            "{} more by new devices, {slots}",
+            memory.for_devices
+        ));
     }
-    let more = match parts.is_empty() {
-        true => "none can be plugged".to_owned(),
-        false => parts.join("; "),
+    let more = if growth.is_empty() {
+        "no more can be plugged".to_owned()
+    } else {
+        growth.join("; ")
     };
     line(text, &format!("  memory       {}; {more}", memory.plugged));
     if let Some(free) = room.free_root_ports {
@@ -136,87 +141,70 @@ fn show_headroom(text: &mut String, room: &Headroom) {
     }
     let agent = match room.agent {
         AgentChannel::Absent => "no channel",
-        AgentChannel::Disconnected => "a channel, and no agent at its end",
+        AgentChannel::Disconnected => "channel present, agent not connected",
         AgentChannel::Connected => "connected",
-        AgentChannel::Unknown => "a channel",
+        AgentChannel::Unknown => "channel present, agent unknown",
     };
     line(text, &format!("  guest agent  {agent}"));
     for hint in &room.hints {
-        wrapped(text, "  * ", "    ", hint);
+        wrap(text, "  * ", "    ", hint);
     }
 }
 
-fn show_confirmation(text: &mut String, report: &Report) {
+fn show_confirmation(text: &mut String, report: &CheckReport) {
     let Some(Confirmation { dry_run, cpu }) = &report.confirmation else {
         return;
     };
-    line(text, "\nThe hypervisor's own word:");
+    line(text, "\nThe hypervisor's own answer:");
     let agrees = match report.agrees {
         Some(true) => "as computed",
-        Some(false) => "NOT as computed",
+        Some(false) => "DIFFERENT from the computed answer",
         None => "no answer",
     };
     let words = match dry_run {
         DryRun::Accepted if emulator_refuses(report) => {
-            format!("dry run: libvirt takes it ({agrees}); what QEMU says then, no dry run shows")
+            format!("dry run: libvirt accepts it ({agrees}); a dry run does not start QEMU")
         }
-        DryRun::Accepted => format!("dry run: libvirt takes it ({agrees})"),
+        DryRun::Accepted => format!("dry run: libvirt accepts it ({agrees})"),
         DryRun::Refused { words } => {
-            format!("dry run: libvirt refuses it ({agrees}): {}", plain(words))
+            format!("dry run: libvirt rejects it ({agrees}): {}", plain(words))
         }
         DryRun::Failed { reason } => format!("dry run: {agrees}: {}", plain(reason)),
     };
-    wrapped(text, "  ", "    ", &words);
+    wrap(text, "  ", "    ", &words);
     let words = match cpu {
         None => return,
-        Some(CpuComparison::Identical) => "CPU: the same as the hypervisor's".to_owned(),
-        Some(CpuComparison::Superset) => "CPU: the hypervisor has all of it, and more".to_owned(),
-        // The dry run said it already.
+        Some(CpuComparison::Identical) => "CPU: identical to the hypervisor's".to_owned(),
+        Some(CpuComparison::Superset) => {
+            "CPU: the hypervisor provides all of it, and more".to_owned()
+        }
+        // The dry run already quotes the message.
         Some(CpuComparison::Incompatible { words }) if is_refused_with(dry_run, words) => {
-            "CPU: the hypervisor does not have all of it, in the same words".to_owned()
+            "CPU: the hypervisor does not provide all of it, with the same message".to_owned()
         }
         Some(CpuComparison::Incompatible { words }) => {
             format!(
-                "CPU: the hypervisor does not have all of it: {}",
+                "CPU: the hypervisor does not provide all of it: {}",
                 plain(words)
             )
         }
         Some(CpuComparison::Failed { reason }) => {
-            format!("CPU: could not be compared: {}", plain(reason))
+            format!("CPU: comparison failed: {}", plain(reason))
         }
     };
-    wrapped(text, "  ", "    ", &words);
+    wrap(text, "  ", "    ", &words);
 }
 
-fn emulator_refuses(report: &Report) -> bool {
+fn emulator_refuses(report: &CheckReport) -> bool {
     let mut blocking = report.fit.blocking();
     blocking.any(|finding| finding.stage == Some(Stage::Emulator))
 }
 
 fn is_refused_with(dry_run: &DryRun, words: &str) -> bool {
-    matches!(dry_run, DryRun::Refused { words: said } if said == words)
+    matches!(dry_run, DryRun::Refused { words: refusal } if refusal == words)
 }
 
 fn line(text: &mut String, words: &str) {
     text.push_str(words);
     text.push('\n');
-}
-
-/// Breaks a paragraph at spaces.
-fn wrapped(text: &mut String, first: &str, next: &str, paragraph: &str) {
-    let mut current = first.to_owned();
-    let mut is_bare = true;
-    for word in paragraph.split(' ') {
-        if !is_bare && current.chars().count() + 1 + word.chars().count() > WIDTH {
-            line(text, &current);
-            next.clone_into(&mut current);
-            is_bare = true;
-        }
-        if !is_bare {
-            current.push(' ');
-        }
-        current.push_str(word);
-        is_bare = false;
-    }
-    line(text, &current);
 }

@@ -1,10 +1,10 @@
-//! Who may use the local API.
+//! Access control of the local API.
 
 use nix::unistd::Uid;
 
 use crate::daemon::socket::Peer;
 
-/// The users and groups that may.
+/// The users and groups that may use the local API.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Access {
     uids: Vec<u32>,
@@ -12,7 +12,7 @@ pub struct Access {
 }
 
 impl Access {
-    /// These users, or root and the user of this process; and the members of these groups.
+    /// Allows these users, by default root and the daemon's own, and the members of these groups.
     pub fn new(uids: Option<Vec<u32>>, gids: Vec<u32>) -> Self {
         let own = || vec![0, Uid::effective().as_raw()];
         Self {
@@ -21,8 +21,8 @@ impl Access {
         }
     }
 
-    /// Whether this one may. What counts is the groups that its process is in: no user database
-    /// is asked, which there may be none of where this program runs.
+    /// Returns true if the client may use the API. Its groups are those of its process, not those
+    /// of a user database, which a container may lack.
     pub(super) fn allows(&self, peer: &Peer) -> bool {
         let is_member = |gid| self.gids.contains(gid);
         self.uids.contains(&peer.uid) || is_member(&peer.gid) || peer.groups.iter().any(is_member)
@@ -34,7 +34,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn users_and_groups_are_let_in_and_nobody_else() {
+    fn only_allowed_users_and_groups_have_access() {
         let peer = |uid, gid, groups: &[u32]| Peer {
             uid,
             gid,

@@ -1,4 +1,4 @@
-//! The bodies of requests.
+//! Bodies of hotplug requests: the common fields, and their validation.
 
 use std::fmt;
 use std::str::FromStr;
@@ -10,98 +10,46 @@ use serde::{Deserialize, Deserializer};
 use super::error::ApiError;
 use crate::hotplug::{HotplugRequest, Require};
 use crate::operation::{AskedBy, DomainName, Order};
-use crate::units::Bytes;
 
-/// How long an operation may take that does not say.
+/// Default timeout of an operation, in seconds.
 const TIMEOUT_SECONDS: u64 = 60;
-/// The longest that can be asked for.
-const MOST_SECONDS: u64 = 3600;
-/// The longest key.
+/// Maximum timeout of an operation, in seconds.
+const MAX_TIMEOUT_SECONDS: u64 = 3600;
 const KEY_MAX_BYTES: usize = 128;
 
-/// `POST …/vcpus`.
-#[derive(Debug, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub(super) struct VcpusBody {
-    count: u32,
-    #[serde(default)]
-    online: bool,
-    #[serde(default, deserialize_with = "level")]
-    require: Require,
-    timeout_seconds: Option<u64>,
-    idempotency_key: Option<String>,
+/// Body of a request that changes one kind of resource.
+pub(super) trait HotplugBody: DeserializeOwned {
+    const PATH: &'static str;
+
+    fn into_parts(self) -> (HotplugRequest, CommonFields);
 }
 
-/// `POST …/memory`.
-#[derive(Debug, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub(super) struct MemoryBody {
-    size: Bytes,
-    #[serde(default, deserialize_with = "level")]
-    require: Require,
-    timeout_seconds: Option<u64>,
-    idempotency_key: Option<String>,
+/// The fields that every kind has. Each body repeats them, because serde cannot flatten a struct
+/// into one that rejects unknown fields.
+pub(super) struct CommonFields {
+    pub(super) require: Require,
+    pub(super) timeout_seconds: Option<u64>,
+    pub(super) idempotency_key: Option<String>,
 }
 
-/// `Online`, or `online` as on the command line.
-fn level<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Require, D::Error> {
-    let text = String::deserialize(deserializer)?;
-    Require::from_str(&text).map_err(D::Error::custom)
-}
-
-/// What a body asks for.
-pub(super) trait IntoOrder: DeserializeOwned {
-    fn into_order(self, domain: DomainName, asked_by: AskedBy) -> Result<Order, ApiError>;
-}
-
-impl IntoOrder for VcpusBody {
-    fn into_order(self, domain: DomainName, asked_by: AskedBy) -> Result<Order, ApiError> {
-        let request = HotplugRequest::Vcpus {
-            count: self.count,
-            online: self.online,
-        };
-        order(
-            domain,
-            asked_by,
-            request,
-            self.require,
-            self.timeout_seconds,
-            self.idempotency_key,
-        )
-    }
-}
-
-impl IntoOrder for MemoryBody {
-    fn into_order(self, domain: DomainName, asked_by: AskedBy) -> Result<Order, ApiError> {
-        let request = HotplugRequest::Memory { size: self.size };
-        order(
-            domain,
-            asked_by,
-            request,
-            self.require,
-            self.timeout_seconds,
-            self.idempotency_key,
-        )
-    }
-}
-
-fn order(
-    domain: DomainName,
+/// Parses and validates a request.
+pub(super) fn order<B: HotplugBody>(
+    domain: String,
+    body: &[u8],
     asked_by: AskedBy,
-    request: HotplugRequest,
-    require: Require,
-    timeout_seconds: Option<u64>,
-    idempotency_key: Option<String>,
 ) -> Result<Order, ApiError> {
-    let seconds = timeout_seconds.unwrap_or(TIMEOUT_SECONDS);
-    if !(1..=MOST_SECONDS).contains(&seconds) {
+    let domain = domain_name(domain)?;
+    let (request, common) = read::<B>(body)?.into_parts();
+    let seconds = common.timeout_seconds.unwrap_or(TIMEOUT_SECONDS);
+    if !(1..=MAX_TIMEOUT_SECONDS).contains(&seconds) {
         return Err(ApiError::bad_request(
             "bad-timeout",
-            format!("timeoutSeconds is {seconds}: it must be from 1 to {MOST_SECONDS}"),
+            format!("timeoutSeconds is {seconds}; it must be from 1 to {MAX_TIMEOUT_SECONDS}"),
         ));
     }
-    let is_key = |key: &str| (1..=KEY_MAX_BYTES).contains(&key.len());
-    if idempotency_key.as_deref().is_some_and(|key| !is_key(key)) {
+    let key = common.idempotency_key;
+    let is_valid = |key: &String| (1..=KEY_MAX_BYTES).contains(&key.len());
+    if !key.as_ref().is_none_or(is_valid) {
         return Err(ApiError::bad_request(
             "bad-idempotency-key",
             format!("idempotencyKey must have from 1 to {KEY_MAX_BYTES} bytes"),
@@ -110,20 +58,25 @@ fn order(
     Ok(Order {
         domain,
         request,
-        require,
+        require: common.require,
         timeout: Duration::from_secs(seconds),
         asked_by,
-        idempotency_key,
+        idempotency_key: key,
     })
 }
 
-/// A name that a domain can have.
+/// Accepts `Online`, and `online` as on the command line.
+pub(super) fn level<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Require, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    Require::from_str(&text).map_err(D::Error::custom)
+}
+
 pub(super) fn domain_name(name: String) -> Result<DomainName, ApiError> {
     DomainName::try_from(name).map_err(|error| ApiError::bad_request("bad-name", error.to_string()))
 }
 
-/// Reads a body; the error says what is wrong and where.
-pub(super) fn read<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
+/// Parses a body. The error names the field and the place.
+fn read<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
     if bytes.is_empty() {
         return Err(malformed("the body is empty: send a JSON object"));
     }
@@ -131,5 +84,5 @@ pub(super) fn read<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
 }
 
 fn malformed(problem: impl fmt::Display) -> ApiError {
-    ApiError::bad_request("malformed", format!("the body is wrong: {problem}"))
+    ApiError::bad_request("malformed", format!("the body is not valid: {problem}"))
 }

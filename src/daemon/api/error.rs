@@ -1,4 +1,4 @@
-//! What goes wrong with a request, as `{code, message}`.
+//! Errors of the local API: `{code, message}`.
 
 use axum::Json;
 use axum::extract::rejection::{BytesRejection, PathRejection};
@@ -8,27 +8,26 @@ use serde::{Deserialize, Serialize};
 
 use crate::executor::SubmitError;
 
-/// An error as it is told.
+/// Body of an error.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Problem {
-    /// A bounded word for programs.
+pub struct ApiProblem {
+    /// One of a fixed set of words, for programs.
     pub code: String,
-    /// A sentence for people: what was wrong, and what to do.
+    /// For people: what is wrong and how to fix it.
     pub message: String,
 }
 
-/// An error with its status.
 #[derive(Debug)]
 pub(super) struct ApiError {
     status: StatusCode,
-    problem: Problem,
+    problem: ApiProblem,
 }
 
 impl ApiError {
     pub(super) fn new(status: StatusCode, code: &str, message: impl Into<String>) -> Self {
         Self {
             status,
-            problem: Problem {
+            problem: ApiProblem {
                 code: code.to_owned(),
                 message: message.into(),
             },
@@ -54,7 +53,7 @@ impl From<PathRejection> for ApiError {
     fn from(_: PathRejection) -> Self {
         Self::bad_request(
             "bad-path",
-            "the path is no percent-encoded UTF-8: encode the name",
+            "the path is not percent-encoded UTF-8: encode the name",
         )
     }
 }
@@ -67,7 +66,7 @@ impl From<BytesRejection> for ApiError {
                 "body-too-large",
                 "the body is larger than 64 KiB",
             ),
-            _ => Self::bad_request("bad-body", "the body could not be read to its end"),
+            _ => Self::bad_request("bad-body", "cannot read the whole body"),
         }
     }
 }

@@ -1,9 +1,15 @@
-//! The local API: HTTP and JSON on the unix socket. docs/openapi.json describes it.
+//! The local API: HTTP and JSON on the Unix socket, described by docs/openapi.json.
+//!
+//! A hotplug request is validated, enqueued in the executor, and answered with its record; the
+//! client then follows the record. A kind of resource is one file with its [`HotplugBody`], one
+//! route here, and its description. All other routes answer from memory.
 
 mod access;
 mod body;
 mod error;
+mod memory;
 mod operations;
+mod vcpus;
 
 use std::convert::Infallible;
 use std::io;
@@ -24,24 +30,26 @@ use serde::{Deserialize, Serialize};
 use tokio::time::timeout;
 
 pub use access::Access;
-pub use error::Problem;
-pub use operations::{Operations, states};
+pub use error::ApiProblem;
+pub use operations::{OperationService, states};
 
-use self::body::{IntoOrder, MemoryBody, VcpusBody};
+use self::body::HotplugBody;
 use self::error::ApiError;
-use super::listener::{self, Bounds};
+use self::memory::MemoryBody;
+use self::vcpus::VcpusBody;
+use super::listener::{self, ConnectionLimits};
 use super::socket::{LocalSocket, Peer};
 use crate::hotplug::Verdict;
 use crate::operation::{AskedBy, OperationId, Record};
 use crate::telemetry::{DomainFigures, Metrics};
 
-/// The API's description, as served and committed.
+/// The description of the API, which it serves itself.
 pub const OPENAPI: &str = include_str!("../../../docs/openapi.json");
 
-/// Every route there is, as in the description.
+/// Method and path of every route, for the tests that compare them with the description.
 pub const ROUTES: [(&str, &str); 8] = [
-    ("post", "/v1/domains/{name}/vcpus"),
-    ("post", "/v1/domains/{name}/memory"),
+    ("post", VcpusBody::PATH),
+    ("post", MemoryBody::PATH),
     ("get", "/v1/domains"),
     ("get", "/v1/domains/{name}"),
     ("get", "/v1/operations"),
@@ -51,67 +59,67 @@ pub const ROUTES: [(&str, &str); 8] = [
 ];
 
 const BODY_MAX_BYTES: usize = 64 * 1024;
-/// For a body to arrive and an answer to be found, which is in memory or, for a new operation, in
-/// the journal.
+/// Timeout for a body to arrive and its answer, which takes at most a write to the journal.
 const TIMEOUT: Duration = Duration::from_secs(10);
-/// How long the answer to a new operation is held back to see whether there is such a domain.
-const FIRST_LOOK: Duration = Duration::from_millis(200);
+/// Maximum delay of the answer to a new operation, so that it can report a domain that does not
+/// exist.
+const FIRST_OBSERVATION: Duration = Duration::from_millis(200);
 
-/// Progress is streamed for as long as an operation may take.
-const BOUNDS: Bounds = Bounds {
+/// A progress stream lasts as long as an operation, which is at most an hour.
+const LIMITS: ConnectionLimits = ConnectionLimits {
     connections: 256,
     age: Duration::from_secs(3700),
 };
 
 /// `GET /v1/domains`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Domains {
-    /// The running domains, by name.
+pub struct DomainList {
+    /// Sorted by name.
     pub domains: Vec<DomainFigures>,
 }
 
 /// `GET /v1/operations`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OperationList {
-    /// Those that the journal holds, the newest first.
+    /// The newest first.
     pub operations: Vec<Record>,
 }
 
-struct Shared<O> {
-    /// `None` where hotplug is switched off.
+struct ApiState<O> {
+    /// `None` if the configuration disables hotplug.
     operations: Option<Arc<O>>,
     metrics: Arc<Metrics>,
     access: Access,
 }
 
-impl<O> Shared<O> {
+impl<O> ApiState<O> {
     fn operations(&self) -> Result<&Arc<O>, ApiError> {
-        let off = "hotplug is switched off on this node: see hotplug.enabled in its configuration";
+        let off = "hotplug is disabled on this node: see hotplug.enabled in its configuration";
         self.operations
             .as_ref()
             .ok_or_else(|| ApiError::new(StatusCode::FORBIDDEN, "hotplug-disabled", off))
     }
 }
 
-type Api<O> = State<Arc<Shared<O>>>;
+type Api<O> = State<Arc<ApiState<O>>>;
 
-/// The routes, with their bounds. Every request must carry its [`Peer`] as an extension.
-pub fn router<O: Operations>(
+/// Returns the routes, with their limits. Every request must carry its [`Peer`] as an extension.
+pub fn router<O: OperationService>(
     operations: Option<Arc<O>>,
     metrics: Arc<Metrics>,
     access: Access,
 ) -> Router {
-    let shared = Arc::new(Shared {
+    let shared = Arc::new(ApiState {
         operations,
         metrics,
         access,
     });
     Router::new()
-        .route("/v1/domains/{name}/vcpus", post(submit::<O, VcpusBody>))
-        .route("/v1/domains/{name}/memory", post(submit::<O, MemoryBody>))
+        .route(VcpusBody::PATH, post(submit::<O, VcpusBody>))
+        .route(MemoryBody::PATH, post(submit::<O, MemoryBody>))
         .route("/v1/domains", get(domains::<O>))
         .route("/v1/domains/{name}", get(domain::<O>))
-        .route("/v1/operations", get(operations_known::<O>))
+        .route("/v1/operations", get(list_operations::<O>))
         .route("/v1/operations/{id}", get(operation::<O>))
         .route("/v1/operations/{id}/progress", get(progress::<O>))
         .route("/openapi.json", get(openapi))
@@ -122,8 +130,8 @@ pub fn router<O: Operations>(
         .with_state(shared)
 }
 
-/// Lets in who may, and nobody for too long.
-async fn guard<O: Operations>(
+/// Rejects clients without access, and requests that take too long.
+async fn guard<O: OperationService>(
     State(shared): Api<O>,
     Extension(peer): Extension<Peer>,
     request: Request,
@@ -141,25 +149,25 @@ async fn guard<O: Operations>(
         ApiError::new(StatusCode::FORBIDDEN, "not-allowed", message).into_response()
     };
     timeout(TIMEOUT, answer).await.unwrap_or_else(|_| {
-        let message = "the request did not arrive whole, or could not be answered, in time";
+        let message = "the request was not received and answered within 10 seconds";
         ApiError::new(StatusCode::REQUEST_TIMEOUT, "timeout", message).into_response()
     })
 }
 
-/// Makes the socket. Its group, and that of a directory that had to be made, is `gid`.
+/// Creates the socket, with `gid` as its group.
 ///
 /// # Errors
-/// The socket cannot be made, or another daemon answers there.
+/// The socket cannot be created, or another daemon listens on it.
 pub fn bind(path: &std::path::Path, gid: Option<u32>) -> io::Result<LocalSocket> {
     LocalSocket::bind(path, gid)
 }
 
-/// Serves the API on a socket for as long as the future lives.
+/// Serves the API on a socket until the future is dropped.
 pub fn serve(socket: LocalSocket, router: Router) -> impl Future<Output = ()> + Send + 'static {
-    listener::serve(socket, router, BOUNDS)
+    listener::serve(socket, router, LIMITS)
 }
 
-async fn submit<O: Operations, B: IntoOrder>(
+async fn submit<O: OperationService, B: HotplugBody>(
     State(shared): Api<O>,
     Extension(peer): Extension<Peer>,
     name: Result<Path<String>, PathRejection>,
@@ -167,41 +175,43 @@ async fn submit<O: Operations, B: IntoOrder>(
 ) -> Result<Response, ApiError> {
     let operations = shared.operations()?;
     let Path(name) = name?;
-    let name = body::domain_name(name)?;
-    let body: B = body::read(&bytes?)?;
-    let order = body.into_order(name, AskedBy::Local { uid: peer.uid })?;
+    let order = body::order::<B>(name, &bytes?, AskedBy::Local { uid: peer.uid })?;
     let id = operations.submit(order).await?;
-    let record = first_look(operations.as_ref(), &id).await;
+    let record = first_observation(operations.as_ref(), &id).await;
     let record = record.ok_or_else(|| no_such_operation(id.as_str()))?;
     if record.verdict == Some(Verdict::DomainNotFound) {
-        let message = unknown(&record.domain.name);
+        let message = not_running(&record.domain.name);
         return Err(ApiError::not_found("domain-not-found", message));
     }
-    let status = match record.is_done() {
-        true => StatusCode::OK,
-        false => StatusCode::ACCEPTED,
+    let status = if record.is_done() {
+        StatusCode::OK
+    } else {
+        StatusCode::ACCEPTED
     };
     let location = format!("/v1/operations/{}", record.id);
     Ok((status, [(header::LOCATION, location)], Json(record)).into_response())
 }
 
-/// Waits a moment for what is known at once.
-async fn first_look<O: Operations>(operations: &O, id: &OperationId) -> Option<Record> {
+/// Waits briefly for a record that shows whether the domain exists.
+async fn first_observation<O: OperationService>(
+    operations: &O,
+    id: &OperationId,
+) -> Option<Record> {
     let states = states(operations.watch(id)?);
-    let telling = states.filter(|state| {
-        let tells = state.is_done() || state.before.is_some();
-        std::future::ready(tells)
+    let observed = states.filter(|state| {
+        let is_observed = state.is_done() || state.before.is_some();
+        std::future::ready(is_observed)
     });
-    let first = timeout(FIRST_LOOK, pin!(telling).next()).await;
+    let first = timeout(FIRST_OBSERVATION, pin!(observed).next()).await;
     first.ok().flatten().or_else(|| operations.operation(id))
 }
 
-async fn domains<O: Operations>(State(shared): Api<O>) -> Json<Domains> {
+async fn domains<O: OperationService>(State(shared): Api<O>) -> Json<DomainList> {
     let domains = shared.metrics.inventory.domains().to_vec();
-    Json(Domains { domains })
+    Json(DomainList { domains })
 }
 
-async fn domain<O: Operations>(
+async fn domain<O: OperationService>(
     State(shared): Api<O>,
     name: Result<Path<String>, PathRejection>,
 ) -> Result<Json<DomainFigures>, ApiError> {
@@ -210,22 +220,22 @@ async fn domain<O: Operations>(
     let domains = shared.metrics.inventory.domains();
     let found = domains.iter().find(|domain| domain.name == name.as_str());
     let found =
-        found.ok_or_else(|| ApiError::not_found("domain-not-found", unknown(name.as_str())))?;
+        found.ok_or_else(|| ApiError::not_found("domain-not-found", not_running(name.as_str())))?;
     Ok(Json(found.clone()))
 }
 
-fn unknown(name: &str) -> String {
-    format!("no domain {name:?} runs here: GET /v1/domains lists those that do")
+fn not_running(name: &str) -> String {
+    format!("domain {name:?} is not running here: GET /v1/domains lists the running ones")
 }
 
-async fn operations_known<O: Operations>(
+async fn list_operations<O: OperationService>(
     State(shared): Api<O>,
 ) -> Result<Json<OperationList>, ApiError> {
     let operations = shared.operations()?.operations();
     Ok(Json(OperationList { operations }))
 }
 
-async fn operation<O: Operations>(
+async fn operation<O: OperationService>(
     State(shared): Api<O>,
     id: Result<Path<String>, PathRejection>,
 ) -> Result<Json<Record>, ApiError> {
@@ -238,7 +248,7 @@ async fn operation<O: Operations>(
     Ok(Json(found.ok_or_else(|| no_such_operation(&id))?))
 }
 
-async fn progress<O: Operations>(
+async fn progress<O: OperationService>(
     State(shared): Api<O>,
     id: Result<Path<String>, PathRejection>,
 ) -> Result<Response, ApiError> {
@@ -250,7 +260,7 @@ async fn progress<O: Operations>(
         .and_then(|id: OperationId| operations.watch(&id));
     let record = record.ok_or_else(|| no_such_operation(&id))?;
     let lines = states(record).map(|state| {
-        // A record has no map with keys that are no text, so this does not fail.
+        // Serialization fails only for maps with other keys than strings, which a record has not.
         let mut line = serde_json::to_string(&state).unwrap_or_default();
         line.push('\n');
         Ok::<_, Infallible>(line)
@@ -263,7 +273,9 @@ fn no_such_operation(id: &str) -> ApiError {
     let short: String = id.chars().take(80).collect();
     ApiError::not_found(
         "operation-not-found",
-        format!("the journal has no operation {short:?}: it was never there, or is too old"),
+        format!(
+            "operation {short:?} is not in the journal: it never existed, or was removed as too old"
+        ),
     )
 }
 
@@ -274,7 +286,7 @@ async fn openapi() -> Response {
 async fn no_such_route() -> ApiError {
     ApiError::not_found(
         "no-such-route",
-        "there is nothing here: GET /openapi.json lists what there is (a '/' in a name is %2F)",
+        "this path does not exist: GET /openapi.json lists the paths (encode '/' in a name as %2F)",
     )
 }
 
@@ -282,6 +294,6 @@ async fn no_such_method() -> ApiError {
     ApiError::new(
         StatusCode::METHOD_NOT_ALLOWED,
         "method-not-allowed",
-        "this path has another method: see GET /openapi.json",
+        "this path does not support the method: see GET /openapi.json",
     )
 }

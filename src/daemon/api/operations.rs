@@ -1,6 +1,7 @@
-//! What the API needs of whoever carries operations out.
+//! The executor as the local API uses it.
 
 use std::future::Future;
+use std::sync::Arc;
 
 use futures::{Stream, stream};
 use tokio::sync::watch;
@@ -8,23 +9,24 @@ use tokio::sync::watch;
 use crate::executor::SubmitError;
 use crate::operation::{OperationId, Order, Record};
 
-/// Who carries operations out, one at a time for each domain.
-pub trait Operations: Send + Sync + 'static {
-    /// Takes one on: it is in the journal when this returns.
-    fn submit(&self, order: Order)
-    -> impl Future<Output = Result<OperationId, SubmitError>> + Send;
+/// Accepts and lists operations. The executor implements it, and tests do in memory.
+pub trait OperationService: Send + Sync + 'static {
+    /// Enqueues an operation. It is in the journal when this returns.
+    fn submit(
+        self: &Arc<Self>,
+        order: Order,
+    ) -> impl Future<Output = Result<OperationId, SubmitError>> + Send;
 
-    /// One of them as it is now.
     fn operation(&self, id: &OperationId) -> Option<Record>;
 
-    /// All that are known, the newest first.
+    /// Returns all operations in the journal, the newest first.
     fn operations(&self) -> Vec<Record>;
 
-    /// One of them as it is now and whenever it changes.
+    /// Returns the current record of an operation and its changes.
     fn watch(&self, id: &OperationId) -> Option<watch::Receiver<Record>>;
 }
 
-/// An operation as it is now and whenever it changes, until it has a verdict or is forgotten.
+/// Returns the current record and every later one, until the verdict or the end of the channel.
 pub fn states(record: watch::Receiver<Record>) -> impl Stream<Item = Record> + Send + 'static {
     stream::unfold(Some((record, true)), |rest| async move {
         let (mut record, is_first) = rest?;

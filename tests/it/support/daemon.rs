@@ -1,4 +1,4 @@
-//! The real daemon as a process of its own.
+//! The real daemon, as a process.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -19,7 +19,7 @@ use super::eventually;
 use virtnode::operation::OperationId;
 use virtnode::telemetry::metrics::CALLS;
 
-/// For what takes a moment; only a failing test waits so long.
+/// Timeout that only a failing test reaches.
 const LONG: Duration = Duration::from_secs(60);
 
 /// A running `virtnode run`, killed when dropped.
@@ -43,12 +43,12 @@ impl Answer {
 }
 
 impl Daemon {
-    /// Starts one with a state directory of its own, and waits until it listens.
+    /// Starts a daemon with a new state directory, and waits until it listens.
     pub(crate) async fn start(uri: &str, arguments: &[&str]) -> anyhow::Result<Self> {
         Self::start_in(tempfile::tempdir()?, uri, arguments).await
     }
 
-    /// Starts one with a state directory that was there before.
+    /// Starts a daemon with the state directory of another.
     pub(crate) async fn start_in(
         directory: TempDir,
         uri: &str,
@@ -59,7 +59,7 @@ impl Daemon {
         Self::spawn(directory, command, uri, arguments).await
     }
 
-    /// Starts one by a command that is the program or becomes it, up to `run`.
+    /// Starts a daemon by a command that executes `virtnode run`.
     pub(crate) async fn spawn(
         directory: TempDir,
         mut command: Command,
@@ -95,14 +95,14 @@ impl Daemon {
         let address = eventually(LONG, async || {
             let lines = daemon.log();
             let serving = lines.iter().find_map(|line| line["address"].as_str());
-            let serving = serving.with_context(|| format!("it does not listen: {lines:?}"))?;
+            let serving = serving.with_context(|| format!("not listening: {lines:?}"))?;
             Ok(serving.parse()?)
         });
         daemon.address = address.await?;
         Ok(daemon)
     }
 
-    /// Waits until it says that it is ready.
+    /// Waits until `/readyz` succeeds.
     pub(crate) async fn ready(&self) -> anyhow::Result<()> {
         eventually(LONG, async || {
             let answer = self.get("/readyz")?;
@@ -112,7 +112,7 @@ impl Daemon {
         .await
     }
 
-    /// The log so far, a value for each line.
+    /// Returns the log so far, a value per line.
     pub(crate) fn log(&self) -> Vec<Value> {
         let text = fs::read_to_string(self.directory.path().join("log")).unwrap_or_default();
         text.lines()
@@ -120,35 +120,35 @@ impl Daemon {
             .collect()
     }
 
-    /// Where it writes the labels.
+    /// Returns the path of the published labels.
     pub(crate) fn labels_file(&self) -> PathBuf {
         self.directory.path().join("state/labels.json")
     }
 
-    /// The labels in its file.
+    /// Returns the labels in the file.
     pub(crate) fn labels(&self) -> anyhow::Result<BTreeMap<String, String>> {
         let file: Value = serde_json::from_slice(&fs::read(self.labels_file())?)?;
         Ok(serde_json::from_value(file["labels"].clone())?)
     }
 
-    /// Where it serves the local API.
+    /// Returns the path of the local API's socket.
     pub(crate) fn socket(&self) -> PathBuf {
         self.directory.path().join("virtnode.sock")
     }
 
-    /// Where it serves metrics and health.
+    /// Returns the address of metrics and health.
     pub(crate) fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// One request.
+    /// Sends a GET request.
     pub(crate) fn get(&self, path: &str) -> anyhow::Result<Answer> {
         self.request(&format!(
             "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
         ))
     }
 
-    /// Sends bytes and reads until the server closes.
+    /// Sends a request and reads until the server closes.
     pub(crate) fn request(&self, request: &str) -> anyhow::Result<Answer> {
         let mut stream = TcpStream::connect(self.address)?;
         stream.set_read_timeout(Some(LONG))?;
@@ -168,7 +168,7 @@ impl Daemon {
         })
     }
 
-    /// The value of a series, written as in the exposition.
+    /// Returns the value of a series, named as in the exposition.
     pub(crate) fn metric(&self, series: &str) -> anyhow::Result<f64> {
         let text = self.get("/metrics")?.text();
         let line = text
@@ -179,7 +179,7 @@ impl Daemon {
             .parse()?)
     }
 
-    /// How often libvirt was asked for what labels are made of, so far.
+    /// Returns the number of libvirt calls for labels so far.
     pub(crate) fn libvirt_calls(&self) -> anyhow::Result<f64> {
         let text = self.get("/metrics")?.text();
         text.lines()
@@ -193,15 +193,11 @@ impl Daemon {
             .sum()
     }
 
-    /// Its process.
     pub(crate) fn pid(&self) -> anyhow::Result<Pid> {
         Ok(Pid::from_raw(i32::try_from(self.child.id())?))
     }
 
-    /// Asks the local API; gives the answer's JSON.
-    ///
-    /// # Errors
-    /// No answer, or one that says no.
+    /// Sends a request to the local API and returns the JSON of a successful answer.
     pub(crate) fn api(&self, method: &str, path: &str, body: &str) -> anyhow::Result<Value> {
         let length = body.len();
         let mut stream = UnixStream::connect(self.socket())?;
@@ -218,29 +214,25 @@ impl Daemon {
         Ok(serde_json::from_str(body)?)
     }
 
-    /// What its journal holds of an operation.
-    ///
-    /// # Errors
-    /// It holds nothing of it.
+    /// Returns an operation's record in the journal.
     pub(crate) fn journal(&self, id: &OperationId) -> anyhow::Result<Value> {
         let file = format!("state/operations/{id}.json");
         let text = fs::read(self.directory.path().join(file))?;
         Ok(serde_json::from_slice(&text)?)
     }
 
-    /// Kills it as nothing can be caught (`SIGKILL`), and gives its state directory for the next
-    /// one.
+    /// Kills the daemon with `SIGKILL`, and returns its state directory for the next one.
     pub(crate) fn kill(mut self) -> anyhow::Result<TempDir> {
         self.child.kill()?;
         self.child.wait()?;
         Ok(std::mem::replace(&mut self.directory, tempfile::tempdir()?))
     }
 
-    /// Asks it to stop, and gives its state directory for the next one.
+    /// Stops the daemon with `SIGTERM`, and returns its state directory for the next one.
     pub(crate) async fn stop(mut self) -> anyhow::Result<(ExitStatus, TempDir)> {
         kill(self.pid()?, Signal::SIGTERM)?;
         let status = eventually(LONG, async || {
-            self.child.try_wait()?.context("it is still running")
+            self.child.try_wait()?.context("still running")
         })
         .await?;
         let directory = std::mem::replace(&mut self.directory, tempfile::tempdir()?);
@@ -255,7 +247,8 @@ impl Drop for Daemon {
     }
 }
 
-/// Runs a command with the local API at `socket`: exit code, standard output, standard error.
+/// Runs a command with the local API at `socket`. Returns exit code, standard output and standard
+/// error.
 pub(crate) fn run(socket: &Path, arguments: &[&str]) -> anyhow::Result<(i32, String, String)> {
     let output = Command::new(env!("CARGO_BIN_EXE_virtnode"))
         .env_clear()

@@ -1,4 +1,4 @@
-//! What the integration tests share: real parts to test against, and waiting for conditions.
+//! Shared by the integration tests: real and fake systems, and waiting for conditions.
 
 pub(crate) mod backend;
 pub(crate) mod controller;
@@ -22,27 +22,27 @@ use std::time::Duration;
 use anyhow::{Context as _, anyhow};
 use tokio::time::{Instant, sleep, timeout_at};
 
-/// Between two looks at a condition: short, for a test takes as long as what it waits for.
+/// Interval between checks of a condition. It is short, because a test takes as long as its waits.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
-/// Tries `condition` until it gives a value, for at most `within`.
+/// Retries `condition` until it returns a value, for at most `within`. An attempt that takes longer
+/// is canceled.
 ///
 /// # Errors
-/// When the time is over: why the last try failed. A try that is still under way then is
-/// given up.
+/// The error of the last attempt.
 pub(crate) async fn eventually<T>(
     within: Duration,
     mut condition: impl AsyncFnMut() -> anyhow::Result<T>,
 ) -> anyhow::Result<T> {
     let deadline = Instant::now() + within;
-    let mut last = anyhow!("the first try did not come to an end");
+    let mut last = anyhow!("the first attempt did not finish");
     loop {
         match timeout_at(deadline, condition()).await {
             Ok(Ok(value)) => return Ok(value),
             Ok(Err(error)) => last = error,
             Err(_) => break,
         }
-        // A try that is over at once is never too late for the timeout.
+        // The timeout does not fire for an attempt that finishes at once.
         if Instant::now() >= deadline {
             break;
         }

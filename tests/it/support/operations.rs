@@ -1,9 +1,9 @@
 //! Operations that are only noted: what the local API is tested against.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::watch;
-use virtnode::daemon::api::Operations;
+use virtnode::daemon::api::OperationService;
 use virtnode::executor::SubmitError;
 use virtnode::hotplug::Verdict;
 use virtnode::operation::{OperationId, Order, Record, State};
@@ -34,8 +34,8 @@ impl InMemory {
     }
 }
 
-impl Operations for InMemory {
-    async fn submit(&self, order: Order) -> Result<OperationId, SubmitError> {
+impl OperationService for InMemory {
+    async fn submit(self: &Arc<Self>, order: Order) -> Result<OperationId, SubmitError> {
         if order.domain.as_str() == "full" {
             return Err(SubmitError::TooMany(256));
         }

@@ -1,19 +1,17 @@
-//! A diagnosis as a person reads it. Pure: findings in, text out.
+//! Formats a diagnosis for people.
 
 use std::fmt::Write;
 
-use super::report::plain;
+use crate::cli::output::wrap;
 use crate::doctor::checks::{DoctorReport, Finding, Place, Remedy, Severity, Unseen};
+use crate::domain::plain;
 
-/// The widest line of words; commands stay whole, to be copied.
-const WIDTH: usize = 96;
-/// As far as the texts of troubles are moved to the right.
 const INDENT: &str = "    ";
-/// Domains with the same trouble that are named.
+/// Maximum number of domains that a finding names, so that it stays readable on a terminal.
 const NAMED: usize = 8;
 
-/// The whole of a diagnosis: what is wrong first, the worst at the top, then what could not be
-/// looked at, then what is well.
+/// Formats a diagnosis: problems first, the most severe at the top, then skipped checks, then
+/// passed ones.
 pub(super) fn show(diagnosis: &DoctorReport) -> String {
     let mut text = String::new();
     // Writing to a string does not fail.
@@ -31,20 +29,23 @@ fn write(text: &mut String, diagnosis: &DoctorReport) -> std::fmt::Result {
         while let Some(first) = rest.first().copied() {
             let (alike, others): (Vec<_>, Vec<_>) =
                 rest.into_iter().partition(|other| are_alike(first, other));
-            write_trouble(text, &alike)?;
+            write_problem(text, &alike)?;
             rest = others;
         }
     }
     write_unseen(text, &diagnosis.unseen)?;
-    let well: Vec<&Finding> = diagnosis
+    let passed: Vec<&Finding> = diagnosis
         .findings
         .iter()
         .filter(|finding| finding.severity == Severity::Ok)
         .collect();
-    if !well.is_empty() {
-        writeln!(text, "Looked at, and nothing to do:")?;
-        let width = well.iter().map(|finding| finding.check.name().len()).max();
-        for finding in well {
+    if !passed.is_empty() {
+        writeln!(text, "Passed:")?;
+        let width = passed
+            .iter()
+            .map(|finding| finding.check.name().len())
+            .max();
+        for finding in passed {
             let name = finding.check.name();
             writeln!(
                 text,
@@ -65,7 +66,7 @@ fn write(text: &mut String, diagnosis: &DoctorReport) -> std::fmt::Result {
     };
     let unseen = match diagnosis.unseen.len() {
         0 => String::new(),
-        count => format!(", {count} not looked at"),
+        count => format!(", {count} skipped"),
     };
     writeln!(
         text,
@@ -76,7 +77,7 @@ fn write(text: &mut String, diagnosis: &DoctorReport) -> std::fmt::Result {
     )
 }
 
-/// Whether two troubles are the same one with two domains.
+/// Returns true if two findings are the same problem of two domains.
 fn are_alike(one: &Finding, other: &Finding) -> bool {
     one.check == other.check
         && one.what == other.what
@@ -84,7 +85,7 @@ fn are_alike(one: &Finding, other: &Finding) -> bool {
         && one.remedy.as_ref().map(|r| &r.text) == other.remedy.as_ref().map(|r| &r.text)
 }
 
-fn write_trouble(text: &mut String, alike: &[&Finding]) -> std::fmt::Result {
+fn write_problem(text: &mut String, alike: &[&Finding]) -> std::fmt::Result {
     let Some(first) = alike.first() else {
         return Ok(());
     };
@@ -105,9 +106,9 @@ fn write_trouble(text: &mut String, alike: &[&Finding]) -> std::fmt::Result {
     };
     let severity = first.severity.name().to_uppercase();
     let head = format!("{severity} {}:{who} {}", first.check, plain(&first.what));
-    wrap(text, &head, "", INDENT)?;
+    wrap(text, "", INDENT, &head);
     if let Some(why) = &first.why {
-        wrap(text, &plain(why), INDENT, INDENT)?;
+        wrap(text, INDENT, INDENT, &plain(why));
     }
     if let Some(remedy) = &first.remedy {
         write_remedy(text, remedy, alike)?;
@@ -116,21 +117,22 @@ fn write_trouble(text: &mut String, alike: &[&Finding]) -> std::fmt::Result {
 }
 
 fn write_remedy(text: &mut String, remedy: &Remedy, alike: &[&Finding]) -> std::fmt::Result {
-    let cure = match remedy.place {
-        Place::Host => "Cure, as root here:",
-        Place::Guest => "Cure, as root in the guest:",
-        Place::Outside => "Cure, not from here:",
+    let heading = match remedy.place {
+        Place::Host => "Fix, as root on this host:",
+        Place::Guest => "Fix, as root in the guest:",
+        Place::Outside => "Fix, outside this host:",
     };
     if remedy.commands.is_empty() {
-        return wrap(
+        wrap(
             text,
-            &format!("{cure} {}", plain(&remedy.text)),
             INDENT,
             INDENT,
+            &format!("{heading} {}", plain(&remedy.text)),
         );
+        return Ok(());
     }
-    writeln!(text, "{INDENT}{cure}")?;
-    // Those that name a domain are there for each.
+    writeln!(text, "{INDENT}{heading}")?;
+    // A command that names a domain is listed once per domain.
     let mut commands: Vec<&String> = Vec::new();
     for finding in alike.iter().take(NAMED) {
         for command in finding.remedy.iter().flat_map(|remedy| &remedy.commands) {
@@ -143,19 +145,19 @@ fn write_remedy(text: &mut String, remedy: &Remedy, alike: &[&Finding]) -> std::
         writeln!(text, "{INDENT}  {command}")?;
     }
     if alike.len() > NAMED {
-        writeln!(text, "{INDENT}  # and so on; --output json has them all")?;
+        writeln!(text, "{INDENT}  # and so on: --output json lists them all")?;
     }
-    if remedy.text.is_empty() {
-        return Ok(());
+    if !remedy.text.is_empty() {
+        wrap(text, INDENT, INDENT, &plain(&remedy.text));
     }
-    wrap(text, &plain(&remedy.text), INDENT, INDENT)
+    Ok(())
 }
 
 fn write_unseen(text: &mut String, unseen: &[Unseen]) -> std::fmt::Result {
     if unseen.is_empty() {
         return Ok(());
     }
-    writeln!(text, "Not looked at:")?;
+    writeln!(text, "Skipped:")?;
     let mut rest: Vec<&Unseen> = unseen.iter().collect();
     while let Some(first) = rest.first().copied() {
         let (alike, others): (Vec<_>, Vec<_>) =
@@ -168,52 +170,15 @@ fn write_unseen(text: &mut String, unseen: &[Unseen]) -> std::fmt::Result {
                 [] => write!(line, ". {}", remedy.text),
                 commands => write!(
                     line,
-                    ". To see it: {}. {}",
+                    ". To run the check: {}. {}",
                     commands.join("; "),
                     remedy.text
                 ),
             };
         }
-        wrap(text, line.trim_end(), "  ", INDENT)?;
+        wrap(text, "  ", INDENT, line.trim_end());
     }
     writeln!(text)
-}
-
-/// Writes words in lines that are not too wide. What is between backquotes stays on one line.
-fn wrap(text: &mut String, words: &str, first: &str, others: &str) -> std::fmt::Result {
-    let mut line = first.to_owned();
-    let mut is_empty = true;
-    for word in unbroken(words) {
-        let is_too_long = line.chars().count() + 1 + word.chars().count() > WIDTH;
-        if !is_empty && is_too_long {
-            writeln!(text, "{line}")?;
-            line = others.to_owned();
-            is_empty = true;
-        }
-        if !is_empty {
-            line.push(' ');
-        }
-        line.push_str(&word);
-        is_empty = false;
-    }
-    writeln!(text, "{line}")
-}
-
-/// The words, those between backquotes as one.
-fn unbroken(words: &str) -> Vec<String> {
-    let mut all: Vec<String> = Vec::new();
-    let mut in_quotes = false;
-    for word in words.split(' ').filter(|word| !word.is_empty()) {
-        match all.last_mut() {
-            Some(last) if in_quotes => {
-                last.push(' ');
-                last.push_str(word);
-            }
-            _ => all.push(word.to_owned()),
-        }
-        in_quotes ^= word.matches('`').count() % 2 == 1;
-    }
-    all
 }
 
 #[cfg(test)]
@@ -227,18 +192,18 @@ mod tests {
             severity,
             domain: domain.map(str::to_owned),
             what: "its agent does not answer".to_owned(),
-            why: Some("Nobody can tell.".to_owned()),
+            why: Some("The guest is opaque.".to_owned()),
             remedy: Some(Remedy::on_host([command], "Then wait.")),
         }
     }
 
     #[test]
-    fn domains_with_the_same_trouble_are_told_together_and_errors_first() {
+    fn same_problem_of_two_domains_yields_one_entry_after_errors() {
         let diagnosis = DoctorReport {
             findings: vec![
-                finding(Some("b"), Severity::Warning, "cure b"),
-                finding(Some("a\u{1b}[2J"), Severity::Warning, "cure a"),
-                finding(None, Severity::Error, "cure all"),
+                finding(Some("b"), Severity::Warning, "fix b"),
+                finding(Some("a\u{1b}[2J"), Severity::Warning, "fix a"),
+                finding(None, Severity::Error, "fix all"),
                 Finding {
                     severity: Severity::Ok,
                     ..finding(None, Severity::Ok, "")
@@ -252,40 +217,26 @@ mod tests {
         };
         let expected = "\
 ERROR guest-agent: its agent does not answer
-    Nobody can tell.
-    Cure, as root here:
-      cure all
+    The guest is opaque.
+    Fix, as root on this host:
+      fix all
     Then wait.
 
 WARNING guest-agent: 2 domains (b, a\\u{1b}[2J): its agent does not answer
-    Nobody can tell.
-    Cure, as root here:
-      cure b
-      cure a
+    The guest is opaque.
+    Fix, as root on this host:
+      fix b
+      fix a
     Then wait.
 
-Not looked at:
+Skipped:
   iommu: nothing
 
-Looked at, and nothing to do:
+Passed:
   guest-agent  its agent does not answer
 
-1 error, 2 warnings, 1 ok, 1 not looked at.
+1 error, 2 warnings, 1 ok, 1 skipped.
 ";
         assert_eq!(show(&diagnosis), expected);
-    }
-
-    #[test]
-    fn what_is_to_be_copied_stays_on_one_line() {
-        let mut text = String::new();
-        let words = format!(
-            "{} `echo 'a b c' >file`, then {}",
-            "x".repeat(80),
-            "y".repeat(80)
-        );
-        wrap(&mut text, &words, "", "  ").unwrap();
-        let lines: Vec<&str> = text.lines().collect();
-        assert_eq!(lines.len(), 3, "{text}");
-        assert_eq!(lines[1], "  `echo 'a b c' >file`, then");
     }
 }

@@ -1,6 +1,7 @@
 //! `virtnode doctor`.
 
-use std::io::{IsTerminal, Write as _};
+mod show;
+
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -16,11 +17,12 @@ use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-use super::diagnosis::show;
-use super::local::{Found, Local};
-use super::output::{Output, print, print_value};
+use self::show::show;
+use super::api_client::{ApiClient, DaemonLookup};
+use super::output::{OutputOption, StatusLine};
 use super::{Exit, runtime};
 use crate::config::Config;
+use crate::daemon::one_shot_libvirt_config;
 use crate::doctor::checks::observed::Daemon;
 use crate::doctor::checks::{Severity, diagnose};
 use crate::doctor::{DoctorScope, observe_node};
@@ -28,36 +30,34 @@ use crate::hypervisor::{Libvirt, LibvirtConfig};
 use crate::telemetry::Metrics;
 use crate::telemetry::metrics::now_seconds;
 
-/// One question to libvirt is not waited for longer than this, whatever the daemon's deadline is:
-/// somebody is waiting.
-const QUESTION: Duration = Duration::from_secs(20);
-/// The daemon answers from memory.
-const DAEMON: Duration = Duration::from_secs(5);
-/// No exposition is larger: 10,000 domains are less.
+/// Maximum timeout of a libvirt call, whatever the daemon's is: a person waits for the command.
+const LIBVIRT_TIMEOUT: Duration = Duration::from_secs(20);
+/// Timeout for the daemon, which answers from memory.
+const DAEMON_TIMEOUT: Duration = Duration::from_secs(5);
+/// Maximum size of the daemon's metrics. Those of 10,000 domains are smaller.
 const METRICS_MAX_BYTES: usize = 16 * 1024 * 1024;
 
-/// The arguments of `virtnode doctor`.
 #[derive(Debug, Args)]
-pub(super) struct Doctor {
-    /// How the findings are printed
-    #[arg(short, long, value_enum, default_value_t)]
-    output: Output,
+pub(super) struct DoctorCommand {
+    #[command(flatten)]
+    output: OutputOption,
 
-    /// Where the host's file system begins, such as /host in a container that has it mounted
+    /// Root of the host's file system, such as /host in a container that mounts it there
     #[arg(long, value_name = "DIR", default_value = "/")]
     root: PathBuf,
 }
 
-impl Doctor {
-    /// Looks this node over. Exit code 1 if there is an error, else 0: that libvirt does not
-    /// answer is an error among others, since the rest is told all the same.
+impl DoctorCommand {
+    /// Diagnoses this node. The exit code is 1 if any finding is an error, else 0. An unreachable
+    /// libvirt is such a finding, because the other checks still run.
     pub(super) fn run(self, config: &Config) -> anyhow::Result<Exit> {
         anyhow::ensure!(
             self.root.is_dir(),
-            "--root {}: there is no such directory",
+            "--root {}: directory does not exist",
             self.root.display()
         );
-        let waiting = Waiting::show();
+        let status = StatusLine::new();
+        status.show("Checking the host, libvirt and its domains. A slow libvirt takes a minute …");
         let observed = runtime()?.block_on(async {
             let daemon = daemon(config).await;
             let scope = DoctorScope {
@@ -67,19 +67,15 @@ impl Doctor {
             };
             let metrics = Arc::new(Metrics::new());
             let libvirt = LibvirtConfig {
-                call_deadline: config.call_deadline.min(QUESTION),
-                ..LibvirtConfig::without_events(config.connect.clone())
+                call_deadline: config.call_deadline.min(LIBVIRT_TIMEOUT),
+                ..one_shot_libvirt_config(config)
             };
             let libvirt = Arc::new(Libvirt::start(libvirt, metrics));
-            let control = Arc::clone(&libvirt);
-            observe_node(&scope, libvirt, &*control, daemon).await
+            observe_node(&scope, Arc::clone(&libvirt), &*libvirt, daemon).await
         });
-        drop(waiting);
+        drop(status);
         let diagnosis = diagnose(&observed);
-        match self.output {
-            Output::Table => print(&show(&diagnosis))?,
-            output => print_value(&diagnosis, output)?,
-        }
+        self.output.print(&diagnosis, || show(&diagnosis))?;
         Ok(match diagnosis.worst() {
             Severity::Ok | Severity::Warning => Exit::Done,
             Severity::Error => Exit::Failed,
@@ -87,39 +83,10 @@ impl Doctor {
     }
 }
 
-/// A line on the terminal while it is looked; taken away at the end.
-struct Waiting {
-    on_terminal: bool,
-}
-
-impl Waiting {
-    fn show() -> Self {
-        let on_terminal = std::io::stderr().is_terminal();
-        if on_terminal {
-            write("Looking at the host, libvirt and its domains; a slow libvirt takes a minute …");
-        }
-        Self { on_terminal }
-    }
-}
-
-impl Drop for Waiting {
-    fn drop(&mut self) {
-        if self.on_terminal {
-            write("\r\u{1b}[2K");
-        }
-    }
-}
-
-fn write(text: &str) {
-    let mut err = std::io::stderr().lock();
-    // A closed terminal is the reader's wish.
-    let _closed = write!(err, "{text}").and_then(|()| err.flush());
-}
-
-/// The daemon of this node, by its metrics; if those cannot be had, by its socket.
+/// Finds this node's daemon by its metrics or, if they cannot be read, by its socket.
 async fn daemon(config: &Config) -> Daemon {
-    let read = timeout(DAEMON, metrics(config.listen)).await;
-    let why = match read {
+    let read = timeout(DAEMON_TIMEOUT, metrics(config.listen)).await;
+    let problem = match read {
         Ok(Ok(metrics)) if metrics.contains("virtnode_build_info") => {
             return Daemon::Runs {
                 metrics,
@@ -127,19 +94,18 @@ async fn daemon(config: &Config) -> Daemon {
                 interval: config.probe_interval,
             };
         }
-        Ok(Ok(_)) => format!("what answers at {} is not virtnode", config.listen),
+        Ok(Ok(_)) => format!("the server at {} is not virtnode", config.listen),
         Ok(Err(error)) => format!("{error:#}"),
-        Err(_) => format!("{} did not answer within {DAEMON:?}", config.listen),
+        Err(_) => format!("{} did not answer within {DAEMON_TIMEOUT:?}", config.listen),
     };
-    match timeout(DAEMON, Local::find(&config.socket)).await {
-        Ok(Ok(Found::Daemon(_))) => Daemon::Unreadable(why),
-        // The socket is there and closed to this user: so is, perhaps, the daemon.
-        Ok(Err(_)) | Err(_) => Daemon::Unreadable(why),
-        Ok(Ok(Found::Nobody(_))) => Daemon::None,
+    match timeout(DAEMON_TIMEOUT, ApiClient::find(&config.socket)).await {
+        Ok(Ok(DaemonLookup::Absent(_))) => Daemon::None,
+        // An error means that this user cannot use the socket, behind which a daemon may run.
+        Ok(Ok(DaemonLookup::Running(_)) | Err(_)) | Err(_) => Daemon::Unreadable(problem),
     }
 }
 
-/// The daemon's metrics.
+/// Fetches the daemon's metrics.
 async fn metrics(listen: SocketAddr) -> anyhow::Result<String> {
     let address = match listen.ip() {
         ip if ip.is_unspecified() => {
@@ -149,9 +115,9 @@ async fn metrics(listen: SocketAddr) -> anyhow::Result<String> {
     };
     let stream = TcpStream::connect(address)
         .await
-        .with_context(|| format!("nobody answers at {address}"))?;
+        .with_context(|| format!("no server answers at {address}"))?;
     let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
-    // Its errors come back from the request as well.
+    // The request returns the errors of the connection.
     tokio::spawn(async move { connection.await.ok() });
     let request = Request::get("/metrics")
         .header(header::HOST, "localhost")

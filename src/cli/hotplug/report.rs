@@ -1,13 +1,13 @@
-//! An operation as a person reads it. Pure: records in, text out.
+//! Formats an operation for people.
 
 use std::fmt::Write;
 
-pub(super) use crate::domain::plain;
+use crate::domain::plain;
 use crate::hotplug::HotplugRequest;
-use crate::operation::{Awaiting, Record, State};
+use crate::operation::{Record, State};
 use crate::units::{Timestamp, seconds};
 
-/// The whole of an operation, when it has ended.
+/// Formats a finished operation.
 pub(super) fn report(record: &Record) -> String {
     let mut text = String::new();
     // Writing to a string does not fail.
@@ -29,7 +29,7 @@ fn write(text: &mut String, record: &Record) -> std::fmt::Result {
     fact(
         "operation",
         &format!(
-            "{}, asked for by {}, proof required: {}",
+            "{}, requested by {}, required proof: {}",
             record.id,
             plain(&record.asked_by.to_string()),
             record.require.as_str().to_ascii_lowercase()
@@ -44,15 +44,15 @@ fn write(text: &mut String, record: &Record) -> std::fmt::Result {
             )
         },
     );
-    fact("asked", &format!("{}{ended}", record.created))?;
+    fact("requested", &format!("{}{ended}", record.created))?;
     if let Some(corrected) = record.corrected {
         fact(
             "corrected",
-            &format!("{corrected}: the guest followed later"),
+            &format!("{corrected}: the guest adopted the change later"),
         )?;
     }
     if !record.evidence.is_empty() {
-        writeln!(text, "\nEvidence, by the time since it was asked for:")?;
+        writeln!(text, "\nEvidence, by time since the request:")?;
     }
     for piece in &record.evidence {
         let after = seconds(piece.time.since(record.created));
@@ -65,19 +65,20 @@ fn write(text: &mut String, record: &Record) -> std::fmt::Result {
         )?;
     }
     if let Some(error) = &record.hypervisor_error {
-        writeln!(text, "\nThe hypervisor's error: {}", plain(error))?;
+        writeln!(text, "\nHypervisor error: {}", plain(error))?;
     }
     if let Some(diagnosis) = &record.diagnosis {
-        writeln!(text, "\nWhat was seen: {}", plain(&diagnosis.seen))?;
-        writeln!(text, "What to do:    {}", plain(&diagnosis.remedy))?;
+        writeln!(text, "\nDiagnosis: {}", plain(&diagnosis.seen))?;
+        writeln!(text, "Remedy:    {}", plain(&diagnosis.remedy))?;
     }
     Ok(())
 }
 
-/// What is awaited at `now`, on one line.
+/// Formats the state of an operation at `now`, on one line.
 pub(super) fn progress(record: &Record, now: Timestamp) -> String {
     let name = plain(&record.domain.name);
-    let since = record.awaiting.as_ref().map_or(record.created, since);
+    let since = record.awaiting.as_ref().map(|awaiting| awaiting.since);
+    let since = since.unwrap_or(record.created);
     let passed = now.since(since).as_secs();
     let left = record.deadline.since(now).as_secs();
     format!(
@@ -86,21 +87,17 @@ pub(super) fn progress(record: &Record, now: Timestamp) -> String {
     )
 }
 
-fn since(awaiting: &Awaiting) -> Timestamp {
-    awaiting.since
-}
-
 fn awaited(record: &Record) -> String {
     match (&record.awaiting, record.state) {
         (Some(awaiting), _) => format!("waiting for {}", awaiting.what),
         (None, State::Queued) => "waiting for its turn".to_owned(),
-        (None, State::Running) => "looking at the domain".to_owned(),
+        (None, State::Running) => "observing the domain".to_owned(),
         (None, State::Done) => "done".to_owned(),
     }
 }
 
-/// What is asked for, in a few words.
-pub(super) fn request(request: &HotplugRequest) -> String {
+/// Formats a request in a few words.
+pub(in crate::cli) fn request(request: &HotplugRequest) -> String {
     match request {
         HotplugRequest::Vcpus { count, online } => {
             let online = if *online { ", online" } else { "" };
@@ -110,15 +107,15 @@ pub(super) fn request(request: &HotplugRequest) -> String {
     }
 }
 
-/// `1 → 3, asked for 3`.
+/// Formats the change: `1 → 3, requested 3`.
 fn change(record: &Record) -> String {
-    let asked = record.requested;
+    let requested = record.requested;
     match (record.before, record.after) {
         (Some(before), Some(after)) => {
-            format!("{before} → {after}, asked for {asked}")
+            format!("{before} → {after}, requested {requested}")
         }
-        (Some(before), None) => format!("{before} before, asked for {asked}"),
-        _ => format!("asked for {asked}; what there is, is not known"),
+        (Some(before), None) => format!("{before} before, requested {requested}"),
+        _ => format!("requested {requested}; the current amount is unknown"),
     }
 }
 
@@ -142,7 +139,7 @@ mod tests {
         Amount::Vcpus { vcpus, online }
     }
 
-    fn asked(request: HotplugRequest) -> Record {
+    fn record_of(request: HotplugRequest) -> Record {
         let order = Order {
             domain: "vm1".parse().unwrap(),
             request,
@@ -176,7 +173,7 @@ mod tests {
     }
 
     fn refused() -> Record {
-        let mut record = asked(three());
+        let mut record = record_of(three());
         let outcome = Outcome {
             verdict: Verdict::GuestRefused,
             message: "the guest confirmed vCPUs 1-2 and threw them away".into(),
@@ -201,30 +198,30 @@ mod tests {
     }
 
     #[test]
-    fn a_refusal_is_told_with_its_evidence_and_remedy() {
+    fn refused_operation_shows_evidence_and_remedy() {
         insta::assert_snapshot!(report(&refused()), @r#"
         GuestRefused: the guest confirmed vCPUs 1-2 and threw them away
 
           domain     vm1 (9d6c5a4e-0c1f-4f0e-8a52-d9a5d0d3b1a7)
-          vCPUs      1 (1 online) → 3 (1 online), asked for 3
-          operation  00001a2b3c4d00000007, asked for by uid 0, proof required: online
-          asked      2026-11-21T11:22:46.25Z; verdict after 1.3 s
+          vCPUs      1 (1 online) → 3 (1 online), requested 3
+          operation  00001a2b3c4d00000007, requested by uid 0, required proof: online
+          requested  2026-11-21T11:22:46.25Z; verdict after 1.3 s
 
-        Evidence, by the time since it was asked for:
+        Evidence, by time since the request:
              +0.0 s  live-xml         1 vCPU plugged: 0
              +0.1 s  hypervisor-call  set-vcpus 3 returned
              +0.2 s  acpi-ost         slot 1: source 1, status 0
              +1.2 s  guest-agent      online 0 of 0
 
-        What was seen: the guest's kernel has room for 1 CPU
-        What to do:    raise nr_cpus= on its command line and boot it again
+        Diagnosis: the guest's kernel has room for 1 CPU
+        Remedy:    raise nr_cpus= on its command line and boot it again
         "#);
     }
 
     #[test]
-    fn a_success_is_told() {
+    fn verified_operation_shows_change_and_correction() {
         let size = Bytes::from_mib(1536).unwrap();
-        let mut record = asked(HotplugRequest::Memory { size });
+        let mut record = record_of(HotplugRequest::Memory { size });
         let memory = |mib, total| Amount::Memory {
             memory: Bytes::from_mib(mib).unwrap(),
             guest_total: Bytes::from_mib(total),
@@ -249,33 +246,33 @@ mod tests {
         Verified: the guest took 512MiB, and its total grew
 
           domain     vm1 (9d6c5a4e-0c1f-4f0e-8a52-d9a5d0d3b1a7)
-          memory     1GiB (the guest sees 978MiB) → 1536MiB (the guest sees 1490MiB), asked for 1536MiB
-          operation  00001a2b3c4d00000007, asked for by uid 0, proof required: online
-          asked      2026-11-21T11:22:46.25Z; verdict after 0.7 s
-          corrected  2026-11-21T11:24:16.25Z: the guest followed later
+          memory     1GiB (the guest sees 978MiB) → 1536MiB (the guest sees 1490MiB), requested 1536MiB
+          operation  00001a2b3c4d00000007, requested by uid 0, required proof: online
+          requested  2026-11-21T11:22:46.25Z; verdict after 0.7 s
+          corrected  2026-11-21T11:24:16.25Z: the guest adopted the change later
 
-        Evidence, by the time since it was asked for:
+        Evidence, by time since the request:
              +0.4 s  virtio-mem       ua-vmem0: 512MiB of 512MiB
         "#);
     }
 
     #[test]
-    fn what_was_not_looked_at_is_not_made_up() {
-        let mut record = asked(three());
+    fn unobserved_domain_has_unknown_amount() {
+        let mut record = record_of(three());
         record.domain.uuid = None;
         record.end(Verdict::DomainNotFound, "there is no domain \"vm1\"", at(3));
         insta::assert_snapshot!(report(&record), @r#"
         DomainNotFound: there is no domain "vm1"
 
           domain     vm1
-          vCPUs      asked for 3; what there is, is not known
-          operation  00001a2b3c4d00000007, asked for by uid 0, proof required: online
-          asked      2026-11-21T11:22:46.25Z; verdict after 0.0 s
+          vCPUs      requested 3; the current amount is unknown
+          operation  00001a2b3c4d00000007, requested by uid 0, required proof: online
+          requested  2026-11-21T11:22:46.25Z; verdict after 0.0 s
         "#);
     }
 
     #[test]
-    fn an_error_of_the_hypervisor_is_quoted() {
+    fn hypervisor_error_is_quoted() {
         let mut record = refused();
         record.verdict = Some(Verdict::HypervisorError);
         record.message = Some("libvirt refused the call".into());
@@ -286,20 +283,20 @@ mod tests {
         HypervisorError: libvirt refused the call
 
           domain     vm1 (9d6c5a4e-0c1f-4f0e-8a52-d9a5d0d3b1a7)
-          vCPUs      1 (1 online) → 3 (1 online), asked for 3
-          operation  00001a2b3c4d00000007, asked for by uid 0, proof required: online
-          asked      2026-11-21T11:22:46.25Z; verdict after 1.3 s
+          vCPUs      1 (1 online) → 3 (1 online), requested 3
+          operation  00001a2b3c4d00000007, requested by uid 0, required proof: online
+          requested  2026-11-21T11:22:46.25Z; verdict after 1.3 s
 
-        Evidence, by the time since it was asked for:
+        Evidence, by time since the request:
              +0.0 s  live-xml         1 vCPU plugged: 0
 
-        The hypervisor's error: internal error: unable to execute QEMU command
+        Hypervisor error: internal error: unable to execute QEMU command
         "#);
     }
 
     #[test]
-    fn progress_says_what_is_awaited_and_since_when() {
-        let mut record = asked(three());
+    fn progress_shows_awaited_event_and_time() {
+        let mut record = record_of(three());
         assert_eq!(
             progress(&record, at(1_000)),
             "vm1: waiting for its turn (1 s, verdict within 59 s)"
@@ -313,7 +310,7 @@ mod tests {
     }
 
     #[test]
-    fn no_text_moves_the_cursor() {
+    fn control_characters_are_escaped() {
         let mut record = refused();
         record.domain.name = "a\u{1b}[2J\r\nb".into();
         record.message = Some("bad \u{1b}]0;x\u{7} text\nwith lines".into());

@@ -1,0 +1,200 @@
+//! `virtnode hotplug`: one file per kind of resource.
+//!
+//! A kind adds a variant to [`ResourceCommand`] and a file with its arguments, which become a
+//! [`HotplugRequest`].
+//!
+//! ```text
+//! request ┬ local API: submit, follow ┬ report, exit code by verdict
+//!         └ --direct: own executor    ┘
+//! ```
+
+mod memory;
+pub(super) mod report;
+mod vcpus;
+
+use std::fmt::Write as _;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use clap::{Args, Subcommand};
+use futures::StreamExt;
+use futures::stream::BoxStream;
+use nix::unistd::getuid;
+use serde_json::json;
+use tokio::time::{MissedTickBehavior, interval, timeout};
+
+use super::api_client::{ApiClient, DaemonLookup};
+use super::output::{OutputOption, StatusLine};
+use super::{Exit, runtime};
+use crate::config::Config;
+use crate::daemon::api::states;
+use crate::daemon::{hotplug, libvirt_config};
+use crate::hotplug::{HotplugRequest, Require};
+use crate::hypervisor::Libvirt;
+use crate::operation::{AskedBy, DomainName, Order, Record};
+use crate::telemetry::{Metrics, now};
+
+/// Time for the executor of --direct to stop, after the verdict.
+const GRACE: Duration = Duration::from_secs(2);
+
+#[derive(Debug, Args)]
+pub(super) struct HotplugCommand {
+    #[command(subcommand)]
+    resource: ResourceCommand,
+}
+
+#[derive(Debug, Subcommand)]
+enum ResourceCommand {
+    /// Set the number of vCPUs of a running domain and verify that its guest uses them
+    Vcpus(vcpus::VcpusCommand),
+    /// Set the memory of a running domain and verify that its guest uses it
+    Memory(memory::MemoryCommand),
+}
+
+/// Options of every kind.
+#[derive(Debug, Args)]
+struct HotplugOptions {
+    /// Proof that the verdict Verified requires: accepted, acknowledged or online
+    #[arg(long, value_name = "LEVEL", default_value = "online")]
+    require: Require,
+
+    /// Seconds until there must be a verdict
+    #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    timeout: u64,
+
+    /// Perform the operation in this process, without a daemon
+    #[arg(long)]
+    direct: bool,
+
+    #[command(flatten)]
+    output: OutputOption,
+}
+
+/// One request of the command line.
+struct Submission {
+    domain: DomainName,
+    request: HotplugRequest,
+    options: HotplugOptions,
+}
+
+impl HotplugCommand {
+    pub(super) fn run(self, config: &Config) -> anyhow::Result<Exit> {
+        let submission = match self.resource {
+            ResourceCommand::Vcpus(arguments) => arguments.into_submission(),
+            ResourceCommand::Memory(arguments) => arguments.into_submission(),
+        };
+        let record = runtime()?.block_on(submission.perform(config))?;
+        let output = &submission.options.output;
+        output.print(&record, || report::report(&record))?;
+        match record.verdict {
+            Some(verdict) => Ok(verdict.into()),
+            None => bail!(
+                "the daemon stopped before the verdict; the operation is in its journal: see \
+                 virtnode operations"
+            ),
+        }
+    }
+}
+
+impl Submission {
+    async fn perform(&self, config: &Config) -> anyhow::Result<Record> {
+        if self.options.direct {
+            return self.perform_directly(config).await;
+        }
+        let mut client = ApiClient::connect(&config.socket).await?;
+        // The route is named after the kind, and its body has the fields of the request.
+        let kind = self.request.kind().as_str();
+        let mut body = json!(self.request)[kind].take();
+        body["require"] = json!(self.options.require);
+        body["timeoutSeconds"] = json!(self.options.timeout);
+        let domain = path_segment(self.domain.as_str());
+        let path = format!("/v1/domains/{domain}/{kind}");
+        let record = client.submit(&path, &body).await?;
+        if record.is_done() {
+            return Ok(record);
+        }
+        let states = client.follow(&record).await?;
+        follow(record, states).await
+    }
+
+    /// Performs the operation in this process, with the journal that a daemon would use.
+    async fn perform_directly(&self, config: &Config) -> anyhow::Result<Record> {
+        if let Ok(DaemonLookup::Running(_)) = ApiClient::find(&config.socket).await {
+            // Two executors would both resume the unfinished operations of one journal.
+            bail!(
+                "a daemon runs at {}: omit --direct",
+                config.socket.display()
+            );
+        }
+        let metrics = Arc::new(Metrics::new());
+        let libvirt = Libvirt::start(libvirt_config(config), Arc::clone(&metrics));
+        let executor = hotplug::start_executor(config, Arc::new(libvirt), &metrics, None)?;
+        let order = Order {
+            domain: self.domain.clone(),
+            request: self.request.clone(),
+            require: self.options.require,
+            timeout: Duration::from_secs(self.options.timeout),
+            idempotency_key: None,
+            asked_by: AskedBy::Local {
+                uid: getuid().as_raw(),
+            },
+        };
+        let id = executor.submit(order).await?;
+        let record = executor.operation(&id).zip(executor.watch(&id));
+        let (record, changes) = record.context("the operation is not in the journal")?;
+        let states = states(changes).map(anyhow::Ok).boxed();
+        let record = follow(record, states).await;
+        // The next daemon resumes what is unfinished or may still be verified.
+        timeout(GRACE, executor.stop()).await.ok();
+        record
+    }
+}
+
+/// Shows the progress on a terminal until there is a verdict, or the stream ends.
+async fn follow(
+    mut record: Record,
+    mut states: BoxStream<'static, anyhow::Result<Record>>,
+) -> anyhow::Result<Record> {
+    let line = StatusLine::new();
+    let mut second = interval(Duration::from_secs(1));
+    second.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    while !record.is_done() {
+        line.show(&report::progress(&record, now()));
+        tokio::select! {
+            next = states.next() => match next {
+                Some(next) => record = next?,
+                None => break,
+            },
+            _ = second.tick() => {}
+        }
+    }
+    Ok(record)
+}
+
+/// Encodes a name as one segment of a path.
+fn path_segment(name: &str) -> String {
+    let mut path = String::with_capacity(name.len());
+    for byte in name.bytes() {
+        match byte {
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' | b'~' => path.push(byte.into()),
+            // Dots as well, because "." and ".." are directories to some clients.
+            _ => {
+                let _ok = write!(path, "%{byte:02X}");
+            }
+        }
+    }
+    path
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn any_name_becomes_one_path_segment() {
+        assert_eq!(path_segment("vm-1_a~"), "vm-1_a~");
+        assert_eq!(path_segment("../a b\"\n"), "%2E%2E%2Fa%20b%22%0A");
+        assert_eq!(path_segment("ü"), "%C3%BC");
+    }
+}
