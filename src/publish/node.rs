@@ -232,7 +232,7 @@ impl NodePublisher {
                     (None, NodeChange::Node(node)) => self.differs(&node),
                     // The failed sync has found the same.
                     (_, NodeChange::Missing) => failure.is_none(),
-                    // The cause of the failure is gone. Other failures wait for their backoff.
+                    // The cause of the failure no longer exists. Other failures wait for their backoff.
                     (Some(code), NodeChange::Node(_)) => {
                         matches!(code, "api-unreachable" | "api-node-not-found")
                     }

@@ -1,4 +1,4 @@
-//! The Node publisher on a real API server of whatever release is at hand.
+//! The Node publisher on a real API server of any release.
 
 #![expect(
     clippy::print_stdout,
@@ -27,8 +27,8 @@ const EIM: &str = "virtnode.io/eim";
 const ALL: [(&str, &str); 3] = [(Q35, "288"), (I440FX, "240"), (EIM, "auto")];
 
 const DAEMON: &str = "system:serviceaccount:virtnode:virtnode";
-/// Long before the publisher would look by itself, so it is the watch that told it. How fast it is
-/// `benches/daemon.rs` measures.
+/// Far below the fallback interval, so that the watch must have triggered the repair.
+/// `benches/daemon.rs` measures the latency.
 const REPAIRED_WITHIN: Duration = Duration::from_secs(20);
 
 fn options() -> NodePublisherOptions {
@@ -38,7 +38,7 @@ fn options() -> NodePublisherOptions {
     }
 }
 
-/// A Kubernetes with the daemon's service account and its rights.
+/// A Kubernetes with the daemon's service account and rights.
 struct Lab {
     server: KubeServer,
 }
@@ -52,13 +52,13 @@ impl Lab {
         Ok(lab)
     }
 
-    /// Gives the daemon's account the rights that `manifests/base/rbac.yaml` gives it.
+    /// Grants the daemon's account the rights of `manifests/base/rbac.yaml`.
     async fn allow_as_shipped(&self) -> anyhow::Result<()> {
         self.server.apply_manifest(RIGHTS).await?;
         self.allowed("virtnode").await
     }
 
-    /// Gives a service account rights on nodes, and to write events.
+    /// Grants a service account rights on nodes, and to write events.
     async fn allow(&self, account: &str, verbs: &[&str]) -> anyhow::Result<()> {
         let role: ClusterRole = serde_json::from_value(json!({
             "metadata": {"name": account},
@@ -89,7 +89,7 @@ impl Lab {
         self.allowed(account).await
     }
 
-    /// The server learns of new rights a moment later.
+    /// Waits for new rights, which take effect a moment later.
     async fn allowed(&self, account: &str) -> anyhow::Result<()> {
         let cluster = self.cluster_as(account, "no-such-node").await?;
         eventually(SOON, async || match cluster.observe().await {
@@ -134,7 +134,7 @@ impl Lab {
         Ok(node.metadata.labels.unwrap_or_default().remove(key))
     }
 
-    /// As `kubectl label --overwrite` does it, and `kubectl label key-` for `None`.
+    /// Edits a label like `kubectl label --overwrite`, or `kubectl label key-` for `None`.
     async fn edit(&self, node: &str, key: &str, value: Option<&str>) -> anyhow::Result<()> {
         let params = PatchParams {
             field_manager: Some("kubectl-label".into()),
@@ -154,7 +154,7 @@ impl Lab {
         Ok(())
     }
 
-    /// As kubelet does it every few minutes.
+    /// Updates the status like the kubelet, every few minutes.
     async fn heartbeat(&self, node: &str) -> anyhow::Result<()> {
         let beat = json!({"type": "Ready", "status": "True", "reason": format!("Beat{:x}", fastrand::u64(..))});
         let patch = Patch::Strategic(json!({"status": {"conditions": [beat]}}));
@@ -164,7 +164,7 @@ impl Lab {
         Ok(())
     }
 
-    /// How long until the label shows this value.
+    /// Returns the time until the label has this value.
     async fn time_until(&self, node: &str, key: &str, value: &str) -> anyhow::Result<Duration> {
         let begin = Instant::now();
         while self.label(node, key).await?.as_deref() != Some(value) {
@@ -173,8 +173,8 @@ impl Lab {
         Ok(begin.elapsed())
     }
 
-    /// What the daemon asked of nodes so far: (reads of the Node, writes).
-    async fn asked(&self) -> anyhow::Result<(usize, usize)> {
+    /// Returns the daemon's requests about nodes so far: (reads, writes).
+    async fn requests(&self) -> anyhow::Result<(usize, usize)> {
         let events = self.server.audit_events().await?;
         let ours = || {
             events
@@ -187,15 +187,15 @@ impl Lab {
 }
 
 #[tokio::test]
-async fn labels_of_a_node() -> anyhow::Result<()> {
+async fn node_labels_follow_the_desired_set() -> anyhow::Result<()> {
     let lab = Lab::start().await?;
     println!("Kubernetes {:?}", lab.server.version());
     applied_and_cleared(&lab)
         .await
         .context("applied and cleared")?;
     in_conflict(&lab).await.context("in conflict")?;
-    put_back(&lab).await.context("put back")?;
-    at_rest(&lab).await.context("at rest")?;
+    restored(&lab).await.context("restored")?;
+    idle(&lab).await.context("idle")?;
     another_node(&lab).await.context("another node")?;
     without_rights(&lab).await.context("without rights")
 }
@@ -231,18 +231,18 @@ async fn applied_and_cleared(lab: &Lab) -> anyhow::Result<()> {
     assert_eq!(ours.len(), 1);
     assert_eq!(ours[0].operation.as_deref(), Some("Apply"));
 
-    // What is no longer desired goes, and that is an event.
+    // A label that is no longer desired is removed, with an event.
     publisher.publish(&ALL[..2]);
     until(|| publisher.changes("removed") == 1).await?;
     assert_eq!(lab.label("clear", EIM).await?, None);
     event(lab, "clear", "LabelsRemoved", EIM).await?;
 
-    // A stop takes nothing away; a clear takes ours away and nothing else.
+    // A stop removes nothing; a clear removes virtnode's labels only.
     publisher.stop().await?;
     assert_eq!(lab.label("clear", Q35).await?.as_deref(), Some("288"));
-    let mut gone = cluster.clear().await?;
-    gone.sort();
-    assert_eq!(gone, [I440FX, Q35]);
+    let mut removed = cluster.clear().await?;
+    removed.sort();
+    assert_eq!(removed, [I440FX, Q35]);
     let node = cluster.observe().await?;
     assert!(node.shown.owned.is_empty());
     let left: Vec<_> = node.shown.labels.keys().map(String::as_str).collect();
@@ -265,8 +265,8 @@ async fn event(lab: &Lab, node: &str, reason: &str, note: &str) -> anyhow::Resul
         });
         let ours: Vec<_> = ours.collect();
         ensure!(ours.len() == 1, "{} events {reason}", ours.len());
-        let told = ours[0].note.as_deref().unwrap_or_default();
-        ensure!(told.contains(note), "{told}");
+        let text = ours[0].note.as_deref().unwrap_or_default();
+        ensure!(text.contains(note), "{text}");
         Ok(())
     })
     .await
@@ -279,7 +279,7 @@ async fn in_conflict(lab: &Lab) -> anyhow::Result<()> {
         .await?;
     let mut publisher = lab.publish("conflict", &ALL).await?;
     let state = publisher.state(|state| state.synced).await?;
-    let told: Vec<_> = state
+    let conflicts: Vec<_> = state
         .conflicts
         .iter()
         .map(|(key, conflict)| {
@@ -288,7 +288,7 @@ async fn in_conflict(lab: &Lab) -> anyhow::Result<()> {
         })
         .collect();
     assert_eq!(
-        told,
+        conflicts,
         [
             (I440FX, Some("gitops"), Some("by-apply")),
             (Q35, Some("kubectl-label"), Some("by-hand"))
@@ -302,7 +302,7 @@ async fn in_conflict(lab: &Lab) -> anyhow::Result<()> {
     assert_eq!(publisher.conflicts("dropped"), 2);
     event(lab, "conflict", "LabelConflict", "gitops owns it").await?;
 
-    // One owner lets go, the other comes round to our value.
+    // One owner releases its label, the other sets the desired value.
     lab.apply_as("gitops", "conflict", json!({"gitops.io/x": "1"}))
         .await?;
     lab.edit("conflict", Q35, Some("288")).await?;
@@ -311,7 +311,7 @@ async fn in_conflict(lab: &Lab) -> anyhow::Result<()> {
         .await?;
     assert_eq!(lab.label("conflict", I440FX).await?.as_deref(), Some("240"));
 
-    // What was ours and another applier takes is theirs.
+    // A published label that another applier takes is a conflict.
     lab.apply_as("gitops", "conflict", json!({EIM: "none"}))
         .await?;
     let state = publisher.state(|state| !state.conflicts.is_empty()).await?;
@@ -321,12 +321,12 @@ async fn in_conflict(lab: &Lab) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn put_back(lab: &Lab) -> anyhow::Result<()> {
+async fn restored(lab: &Lab) -> anyhow::Result<()> {
     lab.server.create_node("drift").await?;
     let mut publisher = lab.publish("drift", &ALL).await?;
     publisher.state(|state| state.synced).await?;
     let mut times = Vec::new();
-    // Three times each: more would be a fight.
+    // Three edits: a fourth would make the label contested.
     for edit in [None, Some("999"), None] {
         for (key, value) in ALL {
             lab.edit("drift", key, edit).await?;
@@ -336,7 +336,7 @@ async fn put_back(lab: &Lab) -> anyhow::Result<()> {
     until(|| publisher.changes("repaired") == times.len() as u64).await?;
     times.sort();
     println!(
-        "put back after: median {:?}, longest {:?}",
+        "restored after: median {:?}, longest {:?}",
         times[times.len() / 2],
         times[times.len() - 1]
     );
@@ -354,24 +354,24 @@ async fn put_back(lab: &Lab) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn at_rest(lab: &Lab) -> anyhow::Result<()> {
+async fn idle(lab: &Lab) -> anyhow::Result<()> {
     lab.server.create_node("rest").await?;
     let mut publisher = lab.publish("rest", &ALL).await?;
     publisher.state(|state| state.synced).await?;
-    // The watch is there when it has been answered.
+    // The watch exists once it has been answered.
     lab.edit("rest", EIM, None).await?;
     until(|| publisher.changes("repaired") == 1).await?;
-    let (reads, writes) = lab.asked().await?;
+    let (reads, writes) = lab.requests().await?;
 
     for round in 0..25 {
         lab.edit("rest", "other.io/round", Some(&round.to_string()))
             .await?;
         lab.heartbeat("rest").await?;
     }
-    // Answered after all of these were seen.
+    // Handled after all heartbeats.
     lab.edit("rest", EIM, None).await?;
     until(|| publisher.changes("repaired") == 2).await?;
-    let (reads_then, writes_then) = lab.asked().await?;
+    let (reads_then, writes_then) = lab.requests().await?;
     println!(
         "50 changes by others: {} reads and {} writes by us",
         reads_then - reads - 1,
@@ -386,7 +386,7 @@ async fn at_rest(lab: &Lab) -> anyhow::Result<()> {
 }
 
 async fn another_node(lab: &Lab) -> anyhow::Result<()> {
-    // With every right there is, `create` too.
+    // With all rights, including `create`.
     let admin =
         |node| Cluster::with_client(lab.server.client(), node, ClusterConfig::CALL_DEADLINE);
     let ghost = admin("ghost")?;
@@ -414,11 +414,11 @@ async fn another_node(lab: &Lab) -> anyhow::Result<()> {
     assert_eq!(problem.context("a problem")?.code, "api-node-not-found");
     assert!(lab.nodes().get_opt("ghost").await?.is_none());
 
-    // It is found as soon as kubelet registers it.
+    // It is labeled once the kubelet has registered it.
     lab.server.create_node("ghost").await?;
     publisher.state(|state| state.synced).await?;
 
-    // Another one by the same name is not written to with what is known of the first.
+    // A write with the uid of a replaced Node is refused.
     let refused = ghost
         .apply(&set, uid, Owners::Respect)
         .await
@@ -426,7 +426,7 @@ async fn another_node(lab: &Lab) -> anyhow::Result<()> {
     println!("apply to another Node by this name: {refused}");
     assert_eq!(refused.code(), "api-conflict", "{refused}");
 
-    // And force is for what was seen.
+    // Force is limited to the version that was read.
     let seen = ghost.observe().await?;
     lab.heartbeat("ghost").await?;
     let owners = Owners::Override {
@@ -438,7 +438,7 @@ async fn another_node(lab: &Lab) -> anyhow::Result<()> {
         .expect_err("a new version");
     assert_eq!(refused.code(), "api-conflict", "{refused}");
 
-    // The Node is deleted and comes again: the labels too, and nobody is blamed.
+    // The Node is recreated: the labels are restored without counting repairs.
     lab.nodes()
         .delete("ghost", &DeleteParams::default())
         .await?;
@@ -468,14 +468,14 @@ async fn without_rights(lab: &Lab) -> anyhow::Result<()> {
     );
     assert!(problem.message.contains("the right `patch` on `nodes`"));
 
-    let nobody = Cluster::with_client(
+    let without_rights = Cluster::with_client(
         lab.server
             .service_account_client("virtnode", "nobody")
             .await?,
         "rights",
         ClusterConfig::CALL_DEADLINE,
     )?;
-    let refused = nobody.observe().await.expect_err("no right");
+    let refused = without_rights.observe().await.expect_err("no right");
     assert!(
         refused.to_string().contains("the right `get` on `nodes`"),
         "{refused}"
@@ -484,7 +484,7 @@ async fn without_rights(lab: &Lab) -> anyhow::Result<()> {
 }
 
 #[tokio::test]
-async fn an_api_server_that_goes_and_comes_back() -> anyhow::Result<()> {
+async fn restarted_api_server_gets_pending_changes() -> anyhow::Result<()> {
     let mut lab = Lab::start().await?;
     lab.server.create_node("node-a").await?;
     let mut publisher = lab.publish("node-a", &ALL).await?;
@@ -500,7 +500,7 @@ async fn an_api_server_that_goes_and_comes_back() -> anyhow::Result<()> {
     let problem = problem.context("a problem")?;
     println!("without an API server: {}", problem.message);
     assert_eq!(problem.code, "api-unreachable");
-    // What happens meanwhile is not lost.
+    // Changes during the outage are not lost.
     publisher.publish(&[(Q35, "710"), (EIM, "auto")]);
     until(|| publisher.failures("api-unreachable") >= 3).await?;
     lab.server.start_api().await?;
@@ -517,16 +517,16 @@ async fn an_api_server_that_goes_and_comes_back() -> anyhow::Result<()> {
     assert_eq!(lab.label("node-a", I440FX).await?, None);
     publisher.state(|state| state.problem.is_none()).await?;
 
-    // The watch is back too.
+    // The watch has recovered too.
     lab.edit("node-a", Q35, Some("1")).await?;
     let took = lab.time_until("node-a", Q35, "710").await?;
-    println!("and put back after {took:?} again");
+    println!("restored after {took:?} again");
     assert!(took <= REPAIRED_WITHIN, "{took:?}");
     Ok(())
 }
 
 #[tokio::test]
-async fn a_pod_goes_where_enough_vcpus_are() -> anyhow::Result<()> {
+async fn pod_is_scheduled_to_a_node_with_enough_vcpus() -> anyhow::Result<()> {
     let mut lab = Lab::start().await?;
     lab.server.start_scheduler()?;
     let pods: Api<Pod> = Api::namespaced(lab.server.client(), "default");

@@ -1,5 +1,5 @@
-//! DomainHotplug objects against a fake API server and a hypervisor in memory: every verdict, every
-//! wrong object, faults, races and restarts. Time passes at once unless a test says otherwise.
+//! DomainHotplug objects with a fake API server and an in-memory hypervisor: all verdicts, invalid
+//! objects, faults, races and restarts. Time is paused unless a test says otherwise.
 
 use std::time::Duration;
 
@@ -32,7 +32,7 @@ fn memory(domain: &str, size: &str) -> Value {
         "deadlineSeconds": 30})
 }
 
-/// Waits until the object is so.
+/// Waits for a state of the object.
 async fn object(api: &FakeApi, name: &str, is: impl Fn(&Value) -> bool) -> anyhow::Result<Value> {
     becomes(async || Ok(api.object(name).unwrap_or_default()), is).await
 }
@@ -41,7 +41,7 @@ fn verdict(object: &Value) -> Option<&str> {
     object["status"]["verdict"].as_str()
 }
 
-/// Waits for what takes minutes.
+/// Waits for a condition that takes minutes.
 async fn later(is: impl Fn() -> bool) -> anyhow::Result<()> {
     eventually(Duration::from_secs(600), async || {
         ensure!(is(), "it is not so");
@@ -51,7 +51,7 @@ async fn later(is: impl Fn() -> bool) -> anyhow::Result<()> {
 }
 
 /// Waits for the verdict.
-async fn ends(api: &FakeApi, name: &str) -> anyhow::Result<Value> {
+async fn finished(api: &FakeApi, name: &str) -> anyhow::Result<Value> {
     object(api, name, |object| verdict(object).is_some()).await
 }
 
@@ -60,7 +60,7 @@ fn pair(status: &str, reason: &str) -> Option<(String, String)> {
 }
 
 #[tokio::test(start_paused = true)]
-async fn every_verdict_is_told_with_its_reason_and_few_calls() -> anyhow::Result<()> {
+async fn each_verdict_yields_conditions_and_events_with_few_calls() -> anyhow::Result<()> {
     let guest = |cpus, agent| FakeGuest {
         cpus,
         agent,
@@ -127,7 +127,7 @@ async fn every_verdict_is_told_with_its_reason_and_few_calls() -> anyhow::Result
         let node = HotplugNode::start(cluster(&api));
         node.control.add("vm", guest);
         api.make("x", spec);
-        let ended = ends(&api, "x").await?;
+        let ended = finished(&api, "x").await?;
         assert_eq!(verdict(&ended), Some(expected.as_str()), "{ended:#}");
         let success = if expected == Verdict::Verified {
             "True"
@@ -157,8 +157,8 @@ async fn every_verdict_is_told_with_its_reason_and_few_calls() -> anyhow::Result
         } else {
             "Warning"
         };
-        let told = [(kind.to_owned(), expected.to_string())];
-        until(|| api.events_about("DomainHotplug", "x") == told).await?;
+        let events = [(kind.to_owned(), expected.to_string())];
+        until(|| api.events_about("DomainHotplug", "x") == events).await?;
         let on_node = match expected {
             Verdict::Verified => Vec::new(),
             _ => vec![("Warning".to_owned(), format!("Hotplug{expected}"))],
@@ -168,14 +168,14 @@ async fn every_verdict_is_told_with_its_reason_and_few_calls() -> anyhow::Result
             .map(|call| api.asked(call))
             .iter()
             .sum();
-        // Eight with the one that made it and the one that will delete it.
+        // Eight with creation and deletion by the requester.
         assert!(calls <= 6, "{calls} calls");
     }
     Ok(())
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_domain_that_is_not_there_or_does_not_run_is_told() -> anyhow::Result<()> {
+async fn missing_or_stopped_domain_yields_its_verdict() -> anyhow::Result<()> {
     let api = FakeApi::with_node();
     let node = HotplugNode::start(cluster(&api));
     node.control.add("paused", FakeGuest::default());
@@ -183,24 +183,24 @@ async fn a_domain_that_is_not_there_or_does_not_run_is_told() -> anyhow::Result<
     api.make("absent", vcpus("nobody", 2));
     api.make("paused", vcpus("paused", 2));
     assert_eq!(
-        verdict(&ends(&api, "absent").await?),
+        verdict(&finished(&api, "absent").await?),
         Some("DomainNotFound")
     );
     assert_eq!(
-        verdict(&ends(&api, "paused").await?),
+        verdict(&finished(&api, "paused").await?),
         Some("DomainNotRunning")
     );
     node.control.connect(false);
     api.make("away", vcpus("paused", 2));
     assert_eq!(
-        verdict(&ends(&api, "away").await?),
+        verdict(&finished(&api, "away").await?),
         Some("HypervisorUnavailable")
     );
     Ok(())
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_hangs_what_waits_for_it_and_what_is_half_done_are_told() -> anyhow::Result<()> {
+async fn hanging_queued_and_partial_operations_yield_their_verdicts() -> anyhow::Result<()> {
     let api = FakeApi::with_node();
     let node = HotplugNode::start(cluster(&api));
     let stuck = FakeGuest {
@@ -226,9 +226,10 @@ async fn what_hangs_what_waits_for_it_and_what_is_half_done_are_told() -> anyhow
         ("less", "PartiallyApplied"),
     ] {
         let is = || {
-            let ended = api.object(name).unwrap_or_default();
-            let told = api.events_about("DomainHotplug", name);
-            verdict(&ended) == Some(expected) && told.iter().any(|(_, told)| told == expected)
+            let object = api.object(name).unwrap_or_default();
+            let events = api.events_about("DomainHotplug", name);
+            verdict(&object) == Some(expected)
+                && events.iter().any(|(_, reason)| reason == expected)
         };
         later(is)
             .await
@@ -242,12 +243,12 @@ async fn what_hangs_what_waits_for_it_and_what_is_half_done_are_told() -> anyhow
 #[case::none(|spec: &mut Value| spec["vcpus"] = Value::Null, "neither vcpus nor memory")]
 #[case::zero(|spec: &mut Value| spec["vcpus"]["count"] = 0.into(), "count is 0")]
 #[case::newer(|spec: &mut Value| spec["attach"] = json!({"disk": {}}), "unknown field `attach`")]
-#[case::nothing(|spec: &mut Value| *spec = Value::Null, "the spec cannot be read")]
-#[case::text(|spec: &mut Value| *spec = "vcpus: 4".into(), "the spec cannot be read")]
+#[case::nothing(|spec: &mut Value| *spec = Value::Null, "cannot parse the spec")]
+#[case::text(|spec: &mut Value| *spec = "vcpus: 4".into(), "cannot parse the spec")]
 #[tokio::test(start_paused = true)]
-async fn a_wrong_object_is_refused_once_and_hides_no_other(
+async fn invalid_object_is_rejected_once_and_does_not_affect_others(
     #[case] spoil: impl FnOnce(&mut Value),
-    #[case] told: &str,
+    #[case] expected: &str,
 ) -> anyhow::Result<()> {
     let api = FakeApi::with_node();
     let mut spec = vcpus("vm", 3);
@@ -256,16 +257,16 @@ async fn a_wrong_object_is_refused_once_and_hides_no_other(
     api.make("sound", vcpus("vm", 3));
     let mut node = HotplugNode::start(cluster(&api));
     node.control.add("vm", FakeGuest::default());
-    assert_eq!(verdict(&ends(&api, "sound").await?), Some("Verified"));
+    assert_eq!(verdict(&finished(&api, "sound").await?), Some("Verified"));
     let wrong = object(&api, "wrong", |it| condition(it, "Accepted").is_some()).await?;
     assert_eq!(condition(&wrong, "Accepted"), pair("False", "InvalidSpec"));
     assert_eq!(condition(&wrong, "Succeeded"), pair("False", "InvalidSpec"));
     let message = wrong["status"]["message"].as_str().unwrap();
-    assert!(message.contains(told), "{message}");
+    assert!(message.contains(expected), "{message}");
     assert!(node.operations_of("wrong").is_empty());
-    // Nor is it told again by the next daemon.
-    let refused = [("Warning".to_owned(), "InvalidSpec".to_owned())];
-    until(|| api.events_about("DomainHotplug", "wrong") == refused).await?;
+    // The next daemon does not report it again.
+    let rejected = [("Warning".to_owned(), "InvalidSpec".to_owned())];
+    until(|| api.events_about("DomainHotplug", "wrong") == rejected).await?;
     until(|| api.asked("hotplug-own") == 2).await?;
     let (written, events) = (api.statuses().len(), api.asked("event"));
     node.stop().await;
@@ -278,7 +279,7 @@ async fn a_wrong_object_is_refused_once_and_hides_no_other(
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_label_and_a_spec_that_name_different_nodes_are_refused() -> anyhow::Result<()> {
+async fn label_and_spec_with_different_nodes_yield_wrong_node() -> anyhow::Result<()> {
     let api = FakeApi::with_node();
     let node = HotplugNode::start(cluster(&api));
     node.control.add("vm", FakeGuest::default());
@@ -288,16 +289,19 @@ async fn a_label_and_a_spec_that_name_different_nodes_are_refused() -> anyhow::R
     api.make_labelled("theirs", "node-b", theirs);
     let mismatch = object(&api, "mismatch", |it| condition(it, "Accepted").is_some()).await?;
     assert_eq!(condition(&mismatch, "Accepted"), pair("False", "WrongNode"));
-    // On an old API server it can be put right.
+    // An API server without immutable specs lets people correct it.
     api.change_spec("mismatch", |spec| spec["nodeName"] = "node-a".into());
-    assert_eq!(verdict(&ends(&api, "mismatch").await?), Some("Verified"));
+    assert_eq!(
+        verdict(&finished(&api, "mismatch").await?),
+        Some("Verified")
+    );
     let theirs = api.object("theirs").unwrap();
     assert!(theirs["status"].is_null() && theirs["metadata"]["ownerReferences"].is_null());
     Ok(())
 }
 
 #[tokio::test(start_paused = true)]
-async fn objects_for_one_domain_are_done_in_the_order_they_were_made() -> anyhow::Result<()> {
+async fn objects_for_one_domain_are_executed_in_creation_order() -> anyhow::Result<()> {
     let api = FakeApi::with_node();
     api.make("z-first", vcpus("vm", 3));
     api.make("a-second", vcpus("vm", 4));
@@ -306,7 +310,7 @@ async fn objects_for_one_domain_are_done_in_the_order_they_were_made() -> anyhow
     api.make("m-third", by_uuid);
     let node = HotplugNode::start(cluster(&api));
     node.control.add("vm", slow());
-    let third = ends(&api, "m-third").await?;
+    let third = finished(&api, "m-third").await?;
     assert_eq!(verdict(&third), Some("Verified"), "{third:#}");
     let calls = node.control.calls();
     assert_eq!(
@@ -319,11 +323,11 @@ async fn objects_for_one_domain_are_done_in_the_order_they_were_made() -> anyhow
         others.iter().all(|call| call == "set-vcpus vm 2"),
         "{calls:?}"
     );
-    let first = &ends(&api, "z-first").await?["status"];
-    let second = &ends(&api, "a-second").await?["status"];
+    let first = &finished(&api, "z-first").await?["status"];
+    let second = &finished(&api, "a-second").await?["status"];
     assert_eq!(first["after"]["vcpus"], 3);
     assert_eq!(second["before"]["vcpus"], 3);
-    // Who waits is told so.
+    // The status of a waiting object is Queued.
     let waits = |status: &Value| {
         status["request"] == "vcpus=2" && status["conditions"][2]["reason"] == "Queued"
     };
@@ -331,7 +335,7 @@ async fn objects_for_one_domain_are_done_in_the_order_they_were_made() -> anyhow
     Ok(())
 }
 
-/// A guest that lets time pass, so that there is a middle.
+/// Returns a guest that is slow enough for a test to act during the operation.
 fn slow() -> FakeGuest {
     FakeGuest {
         cpus: Cpus::LeavesOffline,
@@ -344,7 +348,7 @@ fn running(object: &Value) -> bool {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_daemon_that_comes_back_in_the_middle_finishes_what_it_began() -> anyhow::Result<()> {
+async fn restart_during_an_operation_finishes_it() -> anyhow::Result<()> {
     let api = FakeApi::with_node();
     let mut node = HotplugNode::start(cluster(&api));
     node.control.add("vm", slow());
@@ -353,7 +357,7 @@ async fn a_daemon_that_comes_back_in_the_middle_finishes_what_it_began() -> anyh
     node.stop().await;
     let before = node.operations_of("x");
     node.start_again();
-    let ended = ends(&api, "x").await?;
+    let ended = finished(&api, "x").await?;
     assert_eq!(verdict(&ended), Some("GuestOffline"), "{ended:#}");
     assert_eq!(node.control.calls(), ["set-vcpus vm 3"], "done once");
     let after = node.operations_of("x");
@@ -363,7 +367,7 @@ async fn a_daemon_that_comes_back_in_the_middle_finishes_what_it_began() -> anyh
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_daemon_that_ends_at_any_call_does_it_once_and_says_so() -> anyhow::Result<()> {
+async fn daemon_killed_after_any_call_executes_once_and_reports() -> anyhow::Result<()> {
     for calls in 0.. {
         ensure!(calls < 50, "it does not come to rest");
         let api = FakeApi::with_node();
@@ -371,29 +375,29 @@ async fn a_daemon_that_ends_at_any_call_does_it_once_and_says_so() -> anyhow::Re
         let mut node = HotplugNode::start(cluster(&api));
         node.control.add("vm", slow());
         api.make("x", vcpus("vm", 3));
-        let is_told = || {
-            let told = ("Warning".to_owned(), "GuestOffline".to_owned());
+        let is_reported = || {
+            let event = ("Warning".to_owned(), "GuestOffline".to_owned());
             let owned = |it: &Value| it["metadata"]["ownerReferences"][0]["name"] == "node-a";
             api.object("x").as_ref().is_some_and(owned)
-                && api.events_about("DomainHotplug", "x") == [told]
+                && api.events_about("DomainHotplug", "x") == [event]
                 && api.events_about("Node", "node-a").len() == 1
         };
-        later(|| api.unanswered() > 0 || is_told()).await?;
+        later(|| api.unanswered() > 0 || is_reported()).await?;
         let was_at_rest = api.unanswered() == 0;
         node.stop().await;
         api.repair();
         node.start_again();
-        later(is_told)
+        later(is_reported)
             .await
             .with_context(|| format!("after {calls} calls"))?;
-        let ended = ends(&api, "x").await?;
+        let ended = finished(&api, "x").await?;
         assert_eq!(verdict(&ended), Some("GuestOffline"), "{calls}: {ended:#}");
         assert_eq!(node.control.calls(), ["set-vcpus vm 3"], "{calls}");
         let records = node.operations_of("x");
         assert_eq!(records.len(), 1, "{calls}");
         assert_eq!(ended["status"]["operation"], records[0].id.as_str());
         if was_at_rest {
-            // List, watch, and for the object: the Node, its owner, two statuses, two events.
+            // List, watch, and for the object: read the Node, set the owner, two statuses, two events.
             ensure!(calls >= 8, "after {calls} calls");
             break;
         }
@@ -402,7 +406,7 @@ async fn a_daemon_that_ends_at_any_call_does_it_once_and_says_so() -> anyhow::Re
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_daemon_that_could_not_say_a_word_says_it_when_it_is_back() -> anyhow::Result<()> {
+async fn verdict_during_an_outage_is_reported_after_a_restart() -> anyhow::Result<()> {
     let api = FakeApi::with_node();
     let mut node = HotplugNode::start(cluster(&api));
     node.control.add("vm", FakeGuest::default());
@@ -418,7 +422,7 @@ async fn a_daemon_that_could_not_say_a_word_says_it_when_it_is_back() -> anyhow:
     assert!(api.statuses().is_empty());
     api.repair();
     node.start_again();
-    let ended = ends(&api, "x").await?;
+    let ended = finished(&api, "x").await?;
     assert_eq!(verdict(&ended), Some("Verified"));
     assert_eq!(node.control.calls(), ["set-vcpus vm 3"], "done once");
     assert_eq!(node.operations_of("x").len(), 1);
@@ -426,33 +430,33 @@ async fn a_daemon_that_could_not_say_a_word_says_it_when_it_is_back() -> anyhow:
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_is_finished_is_not_done_again_whatever_the_journal_holds() -> anyhow::Result<()> {
+async fn finished_object_is_not_executed_again_without_the_journal() -> anyhow::Result<()> {
     let api = FakeApi::with_node();
     let mut node = HotplugNode::start(cluster(&api));
     node.control.add("vm", FakeGuest::default());
     api.make("x", vcpus("vm", 3));
-    ends(&api, "x").await?;
+    finished(&api, "x").await?;
     let written = api.statuses().len();
     node.stop().await;
     node.start_again();
     until(|| api.asked("hotplug-list") == 2).await?;
     api.make("marker", vcpus("vm", 3));
-    ends(&api, "marker").await?;
+    finished(&api, "marker").await?;
     let of_marker = 1;
     assert_eq!(api.statuses().len(), written + of_marker);
 
     node.stop().await;
-    // The same node after its disk was wiped.
+    // The same node without its journal.
     let other = HotplugNode::start(cluster(&api));
     other.control.add("vm", FakeGuest::default());
     api.make("marker-2", vcpus("vm", 1));
-    ends(&api, "marker-2").await?;
+    finished(&api, "marker-2").await?;
     assert!(other.operations_of("x").is_empty() && other.operations_of("marker").is_empty());
     Ok(())
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_api_server_that_is_away_changes_nothing_here() -> anyhow::Result<()> {
+async fn outage_of_the_api_server_does_not_affect_operations() -> anyhow::Result<()> {
     let api = FakeApi::with_node();
     let node = HotplugNode::start(cluster(&api));
     node.control.add("vm", slow());
@@ -473,22 +477,22 @@ async fn an_api_server_that_is_away_changes_nothing_here() -> anyhow::Result<()>
             .any(|record| record.is_done())
     })
     .await?;
-    assert_eq!(verdict(&ends(&api, "x").await?), Some("GuestOffline"));
+    assert_eq!(verdict(&finished(&api, "x").await?), Some("GuestOffline"));
     let failures = |reason| {
         node.metric(&format!(
             "virtnode_hotplug_object_call_failures_total{{call=\"status\",reason=\"{reason}\"}}"
         ))
     };
     assert!(failures("api-unreachable") >= 1.0 || failures("api-timeout") >= 1.0);
-    // And new objects are seen again.
+    // New objects are accepted again.
     api.make("y", vcpus("vm", 1));
-    ends(&api, "y").await?;
+    finished(&api, "y").await?;
     assert_eq!(node.operations_of("x").len(), 1);
     Ok(())
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_watch_that_ends_or_has_forgotten_goes_on() -> anyhow::Result<()> {
+async fn ended_or_expired_watch_is_resumed() -> anyhow::Result<()> {
     let api = FakeApi::with_node();
     let node = HotplugNode::start(cluster(&api));
     node.control.add("vm", FakeGuest::default());
@@ -498,12 +502,12 @@ async fn a_watch_that_ends_or_has_forgotten_goes_on() -> anyhow::Result<()> {
         let name = format!("x-{number}");
         api.make(&name, vcpus("vm", 3));
         assert_eq!(
-            verdict(&ends(&api, &name).await?),
+            verdict(&finished(&api, &name).await?),
             Some("Verified"),
             "{last:?}"
         );
     }
-    // One that hangs is ended by the client some time after the server should have ended it.
+    // The client ends a hanging watch some time after the server's timeout.
     until(|| api.hotplug_watches() > 0).await?;
     api.mute_watches();
     api.make("unheard", vcpus("vm", 3));
@@ -521,7 +525,7 @@ async fn a_watch_that_ends_or_has_forgotten_goes_on() -> anyhow::Result<()> {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_watch_that_misses_its_bookmarks_is_begun_anew_within_minutes() -> anyhow::Result<()> {
+async fn watch_without_bookmarks_is_restarted_within_minutes() -> anyhow::Result<()> {
     const MINUTE: Duration = Duration::from_secs(60);
     let api = FakeApi::with_node();
     let node = HotplugNode::start(cluster(&api));
@@ -531,7 +535,7 @@ async fn a_watch_that_misses_its_bookmarks_is_begun_anew_within_minutes() -> any
         api.bookmark_watches();
         tokio::time::sleep(MINUTE).await;
     }
-    // The server ended it now and then; no bookmark was missed.
+    // The server's timeout restarts it; no bookmark is missing.
     let watches = api.asked("hotplug-watch");
     ensure!(watches <= 4, "{watches} watches in an hour");
 
@@ -549,12 +553,16 @@ async fn a_watch_that_misses_its_bookmarks_is_begun_anew_within_minutes() -> any
     let late = muted.elapsed();
     ensure!(late < 3 * MINUTE, "heard after {late:?}");
     assert_eq!(api.asked("hotplug-watch"), watches + 1, "one request");
-    assert_eq!(api.asked("hotplug-list"), 1, "from where it was");
+    assert_eq!(
+        api.asked("hotplug-list"),
+        1,
+        "resumed from the last version"
+    );
     Ok(())
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_watch_that_works_again_is_said_to_though_nothing_happens() -> anyhow::Result<()> {
+async fn recovered_watch_sets_the_condition_without_a_change() -> anyhow::Result<()> {
     let api = FakeApi::with_node();
     let node = HotplugNode::start(cluster(&api));
     until(|| api.hotplug_watches() > 0).await?;
@@ -565,24 +573,24 @@ async fn a_watch_that_works_again_is_said_to_though_nothing_happens() -> anyhow:
     until(|| !watched()).await?;
     later(watched).await?;
     assert_eq!(api.asked("hotplug-list"), 1);
-    // An outage is no news of the node; what people have to cure is.
-    let told = || node.told_of_watch();
-    assert_eq!(told(), pair("True", "Watched"));
+    // An outage does not change the condition; a missing right does.
+    let shown = || node.watch_condition();
+    assert_eq!(shown(), pair("True", "Watched"));
     api.break_calls("hotplug-watch", Fault::Status(403), usize::MAX);
     api.cut_watches(None);
-    until(|| told() == pair("False", "NotAllowed")).await?;
-    // Lists go on to be answered; that alone is not seeing.
+    until(|| shown() == pair("False", "NotAllowed")).await?;
+    // Successful lists alone do not count.
     tokio::time::sleep(Duration::from_secs(120)).await;
-    assert_eq!(told(), pair("False", "NotAllowed"));
+    assert_eq!(shown(), pair("False", "NotAllowed"));
     assert!(!watched());
     api.repair();
-    later(|| told() == pair("True", "Watched")).await?;
+    later(|| shown() == pair("True", "Watched")).await?;
     assert!(watched());
     Ok(())
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_object_that_is_deleted_in_the_middle_leaves_its_record() -> anyhow::Result<()> {
+async fn object_deleted_during_its_operation_leaves_the_record() -> anyhow::Result<()> {
     let api = FakeApi::with_node();
     let node = HotplugNode::start(cluster(&api));
     node.control.add("vm", slow());
@@ -598,26 +606,26 @@ async fn an_object_that_is_deleted_in_the_middle_leaves_its_record() -> anyhow::
     .await?;
     let record = &node.operations_of("x")[0];
     assert_eq!(record.verdict, Some(Verdict::GuestOffline));
-    // One of the same name is another one.
+    // An object of the same name is another one.
     api.make("x", vcpus("vm", 1));
-    ends(&api, "x").await?;
+    finished(&api, "x").await?;
     assert_eq!(node.operations_of("x").len(), 2);
     let of_the_first = api.statuses()[written..]
         .iter()
         .filter(|status| status["operation"] == record.id.as_str())
         .count();
-    assert_eq!(of_the_first, 0, "nothing is said of what is gone");
+    assert_eq!(of_the_first, 0, "a deleted object gets no event");
     Ok(())
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_came_of_an_object_is_not_said_of_its_namesake() -> anyhow::Result<()> {
+async fn verdict_is_not_reported_to_another_object_of_the_same_name() -> anyhow::Result<()> {
     let api = FakeApi::with_node();
     let node = HotplugNode::start(cluster(&api));
     node.control.add("vm", slow());
     api.make("x", vcpus("vm", 3));
     object(&api, "x", running).await?;
-    // All this happens while nobody sees it.
+    // The watch misses all of this.
     api.mute_watches();
     let first = api.object("x").unwrap()["metadata"]["uid"].clone();
     api.delete("x");
@@ -633,7 +641,7 @@ async fn what_came_of_an_object_is_not_said_of_its_namesake() -> anyhow::Result<
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_change_by_somebody_else_delays_no_verdict() -> anyhow::Result<()> {
+async fn concurrent_change_does_not_delay_the_verdict() -> anyhow::Result<()> {
     let api = FakeApi::with_node();
     let node = HotplugNode::start(cluster(&api));
     node.control.add("vm", slow());
@@ -641,13 +649,13 @@ async fn a_change_by_somebody_else_delays_no_verdict() -> anyhow::Result<()> {
     object(&api, "x", running).await?;
     api.mute_watches();
     api.change_spec("x", |_| {});
-    assert_eq!(verdict(&ends(&api, "x").await?), Some("GuestOffline"));
+    assert_eq!(verdict(&finished(&api, "x").await?), Some("GuestOffline"));
     assert_eq!(api.asked("hotplug-get"), 1);
     Ok(())
 }
 
 #[tokio::test]
-async fn an_object_is_deleted_after_its_time_to_live_and_not_before() -> anyhow::Result<()> {
+async fn object_is_deleted_at_the_end_of_its_time_to_live() -> anyhow::Result<()> {
     let api = FakeApi::with_node();
     let node = HotplugNode::start(cluster(&api));
     node.control.add("vm", FakeGuest::default());
@@ -662,7 +670,7 @@ async fn an_object_is_deleted_after_its_time_to_live_and_not_before() -> anyhow:
     let mut refused = with_time_to_live(1);
     refused["memory"] = json!({"size": "2Gi"});
     api.make("refused", refused);
-    let ended = ends(&api, "two-seconds").await?;
+    let ended = finished(&api, "two-seconds").await?;
     let completed: jiff::Timestamp = ended["status"]["completionTime"]
         .as_str()
         .unwrap()
@@ -672,28 +680,28 @@ async fn an_object_is_deleted_after_its_time_to_live_and_not_before() -> anyhow:
     assert!(lived.as_millis() >= 1999, "{lived:?}");
     until(|| api.object("refused").is_none()).await?;
     assert_eq!(api.asked("hotplug-delete"), 2);
-    assert_eq!(verdict(&ends(&api, "stays").await?), Some("Verified"));
-    assert_eq!(verdict(&ends(&api, "an-hour").await?), Some("Verified"));
+    assert_eq!(verdict(&finished(&api, "stays").await?), Some("Verified"));
+    assert_eq!(verdict(&finished(&api, "an-hour").await?), Some("Verified"));
     Ok(())
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_spec_that_is_changed_afterwards_has_no_effect_and_is_told_so() -> anyhow::Result<()> {
+async fn later_spec_change_is_reported_and_has_no_effect() -> anyhow::Result<()> {
     let api = FakeApi::with_node();
     let mut node = HotplugNode::start(cluster(&api));
     node.control.add("vm", slow());
     api.make("x", vcpus("vm", 3));
     object(&api, "x", running).await?;
     api.change_spec("x", |spec| spec["vcpus"]["count"] = 4.into());
-    let told = object(&api, "x", |it| {
+    let changed = object(&api, "x", |it| {
         condition(it, "Accepted") == pair("True", "SpecChanged")
     })
     .await?;
-    assert_eq!(told["status"]["request"], "vcpus=3");
-    // A daemon that has not seen the change happen finds the same.
+    assert_eq!(changed["status"]["request"], "vcpus=3");
+    // A daemon that starts after the change reports the same.
     node.stop().await;
     node.start_again();
-    let ended = ends(&api, "x").await?;
+    let ended = finished(&api, "x").await?;
     assert_eq!(condition(&ended, "Accepted"), pair("True", "SpecChanged"));
     assert_eq!(ended["status"]["observedGeneration"], 1);
     assert_eq!(ended["status"]["requested"]["vcpus"], 3);
@@ -702,29 +710,29 @@ async fn a_spec_that_is_changed_afterwards_has_no_effect_and_is_told_so() -> any
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_guest_that_follows_late_puts_the_status_right() -> anyhow::Result<()> {
+async fn late_guest_corrects_the_status() -> anyhow::Result<()> {
     let api = FakeApi::with_node();
     let node = HotplugNode::start(cluster(&api));
     node.control.add("vm", slow());
     api.make("x", vcpus("vm", 3));
-    assert_eq!(verdict(&ends(&api, "x").await?), Some("GuestOffline"));
+    assert_eq!(verdict(&finished(&api, "x").await?), Some("GuestOffline"));
     node.control.brings_online("vm");
     let right = object(&api, "x", |it| verdict(it) == Some("Verified")).await?;
     assert_eq!(condition(&right, "Succeeded"), pair("True", "Verified"));
-    let told = [("Warning", "GuestOffline"), ("Normal", "Verified")];
-    let told = told.map(|(kind, reason)| (kind.to_owned(), reason.to_owned()));
-    until(|| api.events_about("DomainHotplug", "x") == told).await
+    let events = [("Warning", "GuestOffline"), ("Normal", "Verified")];
+    let events = events.map(|(kind, reason)| (kind.to_owned(), reason.to_owned()));
+    until(|| api.events_about("DomainHotplug", "x") == events).await
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_cluster_without_the_definition_is_asked_seldom_until_it_has_it() -> anyhow::Result<()> {
+async fn missing_definition_is_polled_rarely_until_it_exists() -> anyhow::Result<()> {
     let api = FakeApi::with_node();
     api.break_calls("hotplug-list", Fault::Status(404), 4);
     let node = HotplugNode::start(cluster(&api));
     node.control.add("vm", FakeGuest::default());
     api.make("x", vcpus("vm", 3));
     assert_eq!(node.metric("virtnode_hotplug_objects_watched"), 0.0);
-    assert_eq!(verdict(&ends(&api, "x").await?), Some("Verified"));
+    assert_eq!(verdict(&finished(&api, "x").await?), Some("Verified"));
     later(|| node.metric("virtnode_hotplug_objects_watched") == 1.0).await?;
     let failures =
         "virtnode_hotplug_object_call_failures_total{call=\"watch\",reason=\"api-not-found\"}";
@@ -734,14 +742,14 @@ async fn a_cluster_without_the_definition_is_asked_seldom_until_it_has_it() -> a
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_owner_that_may_not_be_set_holds_nothing_up() -> anyhow::Result<()> {
+async fn forbidden_owner_does_not_delay_the_operation() -> anyhow::Result<()> {
     let api = FakeApi::with_node();
     api.break_calls("hotplug-own", Fault::Status(403), usize::MAX);
     let node = HotplugNode::start(cluster(&api));
     node.control.add("vm", FakeGuest::default());
     for name in ["x", "y"] {
         api.make(name, vcpus("vm", 3));
-        assert_eq!(verdict(&ends(&api, name).await?), Some("Verified"));
+        assert_eq!(verdict(&finished(&api, name).await?), Some("Verified"));
     }
     tokio::time::sleep(Duration::from_secs(600)).await;
     assert_eq!(api.asked("hotplug-own"), 2, "once for each");
@@ -749,7 +757,7 @@ async fn an_owner_that_may_not_be_set_holds_nothing_up() -> anyhow::Result<()> {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_cannot_be_taken_on_waits_in_order() -> anyhow::Result<()> {
+async fn postponed_objects_are_submitted_in_order() -> anyhow::Result<()> {
     let api = FakeApi::with_node();
     let few = ExecutorOptions {
         max_open: 1,
@@ -766,7 +774,7 @@ async fn what_cannot_be_taken_on_waits_in_order() -> anyhow::Result<()> {
         pair("Unknown", "TooManyOperations")
     );
     api.make("a", vcpus("vm", 4));
-    let last = ends(&api, "a").await?;
+    let last = finished(&api, "a").await?;
     assert_eq!(condition(&last, "Accepted"), pair("True", "Accepted"));
     let calls = node.control.calls();
     assert_eq!(
@@ -776,13 +784,13 @@ async fn what_cannot_be_taken_on_waits_in_order() -> anyhow::Result<()> {
     let held = |status: &&Value| status["conditions"][0]["reason"] == "TooManyOperations";
     assert!(
         api.statuses().iter().filter(held).count() <= 2,
-        "told once each"
+        "one report for each"
     );
     Ok(())
 }
 
 #[tokio::test(start_paused = true)]
-async fn at_rest_nothing_is_written_and_little_is_asked() -> anyhow::Result<()> {
+async fn idle_controller_writes_nothing() -> anyhow::Result<()> {
     let api = FakeApi::with_node();
     let node = HotplugNode::start(cluster(&api));
     node.control.add("vm", FakeGuest::default());
@@ -790,7 +798,7 @@ async fn at_rest_nothing_is_written_and_little_is_asked() -> anyhow::Result<()> 
         api.make(&format!("x-{number}"), vcpus("vm", 3));
     }
     for number in 0..20 {
-        ends(&api, &format!("x-{number}")).await?;
+        finished(&api, &format!("x-{number}")).await?;
     }
     until(|| api.asked("hotplug-own") == 20).await?;
     let verbs = [

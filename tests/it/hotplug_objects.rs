@@ -1,5 +1,5 @@
-//! DomainHotplug objects on a real API server: with a hypervisor in memory for what needs no guest,
-//! and with the daemon itself, a real libvirtd and real Linux guests for what does.
+//! DomainHotplug objects on a real API server, with an in-memory hypervisor, and with the daemon, a
+//! real libvirtd and real Linux guests.
 
 use std::time::Duration;
 
@@ -20,7 +20,7 @@ use crate::support::kube::KubeServer;
 use crate::support::kube::objects::define;
 use crate::support::libvirtd::Libvirtd;
 
-/// For what takes a moment; only a failing test waits so long.
+/// Timeout for fast actions; only a failing test waits this long.
 const LONG: Duration = Duration::from_secs(90);
 
 const NODE: &str = "node-a";
@@ -32,7 +32,7 @@ fn object(name: &str, domain: &str, count: u32) -> Value {
             "deadlineSeconds": 60}})
 }
 
-/// A Kubernetes that knows the objects and has a Node.
+/// A Kubernetes with the definitions and a Node.
 struct Lab {
     server: KubeServer,
     objects: Api<DynamicObject>,
@@ -70,12 +70,12 @@ impl Lab {
         becomes(async || self.get(name).await, is).await
     }
 
-    async fn ends(&self, name: &str) -> anyhow::Result<Value> {
+    async fn finished(&self, name: &str) -> anyhow::Result<Value> {
         self.when(name, |it| it["status"]["verdict"].is_string())
             .await
     }
 
-    async fn gone(&self, name: &str) -> anyhow::Result<()> {
+    async fn is_deleted(&self, name: &str) -> anyhow::Result<()> {
         eventually(LONG, async || {
             ensure!(
                 self.objects.get_opt(name).await?.is_none(),
@@ -86,7 +86,7 @@ impl Lab {
         .await
     }
 
-    /// The event about one object.
+    /// Returns the event about one object.
     async fn event_about(&self, name: &str) -> anyhow::Result<Event> {
         let events: Api<Event> = Api::namespaced(self.server.client(), "default");
         eventually(LONG, async || {
@@ -96,14 +96,16 @@ impl Lab {
                 about.and_then(|about| about.name.as_deref()) == Some(name)
             };
             let mut ours = all.into_iter().filter(about);
-            let told = ours.next().with_context(|| format!("none about {name}"))?;
+            let event = ours
+                .next()
+                .with_context(|| format!("no event about {name}"))?;
             ensure!(ours.next().is_none(), "more than one about {name}");
-            Ok(told)
+            Ok(event)
         })
         .await
     }
 
-    /// Calls about one object and its events, by whom: verb, subresource.
+    /// Returns verb and subresource of a client's calls about one object and its events.
     async fn calls(&self, name: &str, agent: &str) -> anyhow::Result<Vec<(String, String)>> {
         let events = self.server.audit_events().await?;
         let of_event = format!("{name}.");
@@ -136,55 +138,55 @@ fn guest(cpus: Cpus) -> FakeGuest {
 }
 
 #[tokio::test]
-async fn an_object_lives_with_few_calls_and_belongs_to_the_node() -> anyhow::Result<()> {
+async fn object_costs_few_calls_and_is_owned_by_the_node() -> anyhow::Result<()> {
     let lab = Lab::start().await?;
     let node = HotplugNode::start(lab.cluster(NODE).await?);
-    node.control.add("takes", guest(Cpus::Onlines));
+    node.control.add("accepts", guest(Cpus::Onlines));
     node.control.add("refuses", guest(Cpus::ThrowsAway));
     node.control.add("waits", guest(Cpus::LeavesOffline));
 
-    lab.make(object("takes", "takes", 3)).await?;
+    lab.make(object("accepts", "accepts", 3)).await?;
     lab.make(object("refuses", "refuses", 3)).await?;
-    lab.make(object("infeasible", "takes", 99)).await?;
+    lab.make(object("infeasible", "accepts", 99)).await?;
     lab.make(object("waits", "waits", 3)).await?;
-    let mut short = object("short", "takes", 3);
+    let mut short = object("short", "accepts", 3);
     short["spec"]["ttlSecondsAfterFinished"] = 1.into();
     lab.make(short).await?;
-    // Not this node's, by either mark.
-    let mut unlabelled = object("unlabelled", "takes", 4);
+    // Objects of another node, by label or spec.
+    let mut unlabelled = object("unlabelled", "accepts", 4);
     unlabelled["metadata"]["labels"] = json!({});
     lab.make(unlabelled).await?;
-    let mut theirs = object("theirs", "takes", 4);
+    let mut theirs = object("theirs", "accepts", 4);
     theirs["metadata"]["labels"]["virtnode.io/node"] = "node-b".into();
     theirs["spec"]["nodeName"] = "node-b".into();
     lab.make(theirs).await?;
-    let mut mismatch = object("mismatch", "takes", 4);
+    let mut mismatch = object("mismatch", "accepts", 4);
     mismatch["spec"]["nodeName"] = "node-b".into();
     lab.make(mismatch).await?;
 
     for (name, expected) in [
-        ("takes", "Verified"),
+        ("accepts", "Verified"),
         ("refuses", "GuestRefused"),
         ("infeasible", "Infeasible"),
         ("waits", "GuestOffline"),
     ] {
-        let ended = lab.ends(name).await?;
+        let ended = lab.finished(name).await?;
         assert_eq!(verdict(&ended), expected, "{ended:#}");
         assert_eq!(condition(&ended, "Succeeded").unwrap().1, expected);
         assert_eq!(ended["status"]["observedGeneration"], 1);
     }
-    let told = lab
+    let found = lab
         .when("mismatch", |it| condition(it, "Accepted").is_some())
         .await?;
     let refused = ("False".to_owned(), "WrongNode".to_owned());
-    assert_eq!(condition(&told, "Accepted"), Some(refused));
-    lab.gone("short").await?;
+    assert_eq!(condition(&found, "Accepted"), Some(refused));
+    lab.is_deleted("short").await?;
 
     let nodes: Api<Node> = Api::all(lab.server.client());
     let uid = nodes.get(NODE).await?.metadata.uid;
     let owned =
         |it: &Value| it["metadata"]["ownerReferences"][0]["uid"] == uid.clone().unwrap_or_default();
-    lab.when("takes", owned).await?;
+    lab.when("accepts", owned).await?;
     for name in ["unlabelled", "theirs"] {
         let untouched = lab.get(name).await?;
         assert!(untouched["status"].is_null(), "{untouched:#}");
@@ -195,7 +197,7 @@ async fn an_object_lives_with_few_calls_and_belongs_to_the_node() -> anyhow::Res
     }
 
     for (name, expected) in [
-        ("takes", "Verified"),
+        ("accepts", "Verified"),
         ("refuses", "GuestRefused"),
         ("infeasible", "Infeasible"),
         ("waits", "GuestOffline"),
@@ -206,22 +208,22 @@ async fn an_object_lives_with_few_calls_and_belongs_to_the_node() -> anyhow::Res
             "Verified" => "Normal",
             _ => "Warning",
         };
-        let told = lab.event_about(name).await?;
-        assert_eq!(told.type_.as_deref(), Some(kind), "{told:#?}");
-        assert_eq!(told.reason.as_deref(), Some(expected), "{told:#?}");
-        assert!(told.note.is_some_and(|note| note.len() > 10));
+        let event = lab.event_about(name).await?;
+        assert_eq!(event.type_.as_deref(), Some(kind), "{event:#?}");
+        assert_eq!(event.reason.as_deref(), Some(expected), "{event:#?}");
+        assert!(event.note.is_some_and(|note| note.len() > 10));
 
         let calls = lab.calls(name, "virtnode/").await?;
         assert!(
             calls.contains(&("patch".into(), "status".into())),
             "{name}: {calls:?}"
         );
-        // Made by whoever asks, and told on the Node too.
+        // The requester's creation, and the event about the Node.
         let others = 1 + usize::from(!["Verified", "WrongNode"].contains(&expected));
         assert!(calls.len() + others <= 8, "{name}: {calls:?}");
     }
-    // How the line of a bookmark begins, by which a dead watch is told from one at rest. It takes a
-    // minute; but servers that list by a watch send one at once.
+    // The start of a bookmark's line, by which dead watches are detected. A bookmark takes a minute,
+    // but servers with watch lists send one at once.
     if lab.server.version() >= (1, 34) {
         let watch = "/apis/virtnode.io/v1alpha1/domainhotplugs?watch=true&allowWatchBookmarks=true\
              &sendInitialEvents=true&resourceVersionMatch=NotOlderThan&timeoutSeconds=2";
@@ -248,21 +250,21 @@ async fn an_object_lives_with_few_calls_and_belongs_to_the_node() -> anyhow::Res
 }
 
 #[tokio::test]
-async fn restarts_and_an_api_server_that_goes_away_lose_nothing() -> anyhow::Result<()> {
+async fn restarts_and_outages_lose_nothing() -> anyhow::Result<()> {
     let mut lab = Lab::start().await?;
     let mut node = HotplugNode::start(lab.cluster(NODE).await?);
     node.control.add("vm", guest(Cpus::LeavesOffline));
 
-    // The daemon ends in the middle.
+    // The daemon stops during the operation.
     lab.make(object("restart", "vm", 2)).await?;
     lab.when("restart", running).await?;
     node.stop().await;
     node.start_again();
-    let ended = lab.ends("restart").await?;
+    let ended = lab.finished("restart").await?;
     assert_eq!(verdict(&ended), "GuestOffline", "{ended:#}");
     assert_eq!(node.operations_of("restart").len(), 1);
 
-    // The API server ends in the middle, and so does the daemon while it is away.
+    // The API server stops during the operation, then the daemon.
     lab.make(object("away", "vm", 3)).await?;
     lab.make(object("away-too", "vm", 4)).await?;
     lab.when("away", running).await?;
@@ -280,12 +282,12 @@ async fn restarts_and_an_api_server_that_goes_away_lose_nothing() -> anyhow::Res
     node.stop().await;
     node.start_again();
     lab.server.start_api().await?;
-    let ended = lab.ends("away").await?;
+    let ended = lab.finished("away").await?;
     assert_eq!(
         ended["status"]["operation"],
         node.operations_of("away")[0].id.as_str()
     );
-    lab.ends("away-too").await?;
+    lab.finished("away-too").await?;
     let set = |count: u32| format!("set-vcpus vm {count}");
     assert_eq!(
         node.control.calls(),
@@ -293,7 +295,7 @@ async fn restarts_and_an_api_server_that_goes_away_lose_nothing() -> anyhow::Res
         "each done once, in order"
     );
 
-    // The object ends in the middle.
+    // The object is deleted during the operation.
     node.control.add("other", guest(Cpus::LeavesOffline));
     lab.make(object("deleted", "other", 3)).await?;
     lab.when("deleted", running).await?;
@@ -306,29 +308,29 @@ async fn restarts_and_an_api_server_that_goes_away_lose_nothing() -> anyhow::Res
         Ok(())
     })
     .await?;
-    let nobody = lab.objects.get_opt("deleted").await?;
+    let deleted = lab.objects.get_opt("deleted").await?;
     assert!(
-        nobody.is_none(),
-        "what is gone is not made again: {nobody:#?}"
+        deleted.is_none(),
+        "the deleted object is not recreated: {deleted:#?}"
     );
 
-    // Somebody changes the spec, where the server lets them.
+    // The spec is changed, where the API server allows it.
     lab.make(object("changed", "other", 4)).await?;
     let change = Patch::Merge(json!({"spec": {"vcpus": {"count": 2}}}));
     let changed = lab
         .objects
         .patch("changed", &PatchParams::default(), &change)
         .await;
-    let ended = lab.ends("changed").await?;
+    let ended = lab.finished("changed").await?;
     if changed.is_ok() {
-        let told = lab
+        let found = lab
             .when("changed", |it| {
                 condition(it, "Accepted").is_some_and(|(_, reason)| reason == "SpecChanged")
             })
             .await;
-        // Whoever is fast enough changes it before it is taken on.
+        // The change may come before the daemon accepts the object.
         ensure!(
-            told.is_ok() || ended["status"]["observedGeneration"] == 2,
+            found.is_ok() || ended["status"]["observedGeneration"] == 2,
             "{ended:#}"
         );
     } else {
@@ -338,7 +340,7 @@ async fn restarts_and_an_api_server_that_goes_away_lose_nothing() -> anyhow::Res
 }
 
 #[tokio::test]
-async fn what_is_said_of_an_object_is_said_of_no_other() -> anyhow::Result<()> {
+async fn writes_never_reach_another_object_of_the_same_name() -> anyhow::Result<()> {
     let lab = Lab::start().await?;
     let objects = HotplugObjects::new(&lab.cluster(NODE).await?);
     let status = DomainHotplugStatus {
@@ -357,18 +359,18 @@ async fn what_is_said_of_an_object_is_said_of_no_other() -> anyhow::Result<()> {
     };
     let uid = "0b9f2f3c-0000-4000-8000-000000000001";
     let target = ObjectId { name: "x", uid };
-    let gone = async |when: &str, version: &str| {
+    let is_refused = async |when: &str, version: &str| {
         let status = objects.write_status(target, version, &status).await;
         is_gone(&format!("status {when}"), status.map(drop))?;
         let own = objects.set_owner(target, uid).await;
         is_gone(&format!("own {when}"), own.map(drop))?;
         is_gone(&format!("delete {when}"), objects.delete(target).await)
     };
-    gone("of nothing", "1").await?;
+    is_refused("of nothing", "1").await?;
     let nothing = lab.objects.get_opt("x").await?;
-    assert!(nothing.is_none(), "nothing is made");
+    assert!(nothing.is_none(), "no object is created");
     let made = lab.make(object("x", "vm", 3)).await?;
-    gone("of another", "1").await?;
+    is_refused("of another", "1").await?;
     let left = lab.get("x").await?;
     assert_eq!(
         left["metadata"]["resourceVersion"],
@@ -382,11 +384,10 @@ fn pair(status: &str, reason: &str) -> Option<(String, String)> {
 }
 
 #[tokio::test]
-async fn a_node_whose_name_is_no_label_finds_its_objects_where_the_server_can() -> anyhow::Result<()>
-{
+async fn long_node_name_selects_objects_by_field_where_supported() -> anyhow::Result<()> {
     let lab = Lab::start().await?;
     let long = format!("node-{}.example.org", "x".repeat(60));
-    // Without the label of its host name, which has no room for it.
+    // Without the host name label, whose value would be too long.
     let nodes: Api<Node> = Api::all(lab.server.client());
     let wanted = serde_json::from_value(json!({"metadata": {"name": long}}))?;
     nodes.create(&PostParams::default(), &wanted).await?;
@@ -396,20 +397,20 @@ async fn a_node_whose_name_is_no_label_finds_its_objects_where_the_server_can() 
     wanted["metadata"]["labels"] = json!({});
     wanted["spec"]["nodeName"] = long.clone().into();
     lab.make(wanted).await?;
-    // selectableFields: beta, and thus on, since 1.31.
+    // selectableFields: beta and enabled by default since 1.31.
     if lab.server.version() >= (1, 31) {
-        let ended = lab.ends("long").await?;
+        let ended = lab.finished("long").await?;
         assert_eq!(verdict(&ended), "Verified", "{ended:#}");
         assert_eq!(node.metric("virtnode_hotplug_objects_watched"), 1.0);
-        assert_eq!(node.told_of_watch(), pair("True", "Watched"));
+        assert_eq!(node.watch_condition(), pair("True", "Watched"));
         return Ok(());
     }
     let failures =
         "virtnode_hotplug_object_call_failures_total{call=\"watch\",reason=\"api-rejected\"}";
     eventually(LONG, async || {
         ensure!(node.metric(failures) >= 1.0, "not asked yet");
-        let told = node.told_of_watch();
-        ensure!(told == pair("False", "NodeNameTooLong"), "{told:?}");
+        let found = node.watch_condition();
+        ensure!(found == pair("False", "NodeNameTooLong"), "{found:?}");
         Ok(())
     })
     .await?;
@@ -419,11 +420,11 @@ async fn a_node_whose_name_is_no_label_finds_its_objects_where_the_server_can() 
 }
 
 #[tokio::test]
-async fn applied_objects_end_with_what_real_guests_did() -> anyhow::Result<()> {
+async fn verdicts_match_the_state_of_real_guests() -> anyhow::Result<()> {
     let lab = Lab::start().await?;
     let libvirtd = Libvirtd::start()?;
-    let takes = GuestConfig {
-        name: "takes",
+    let accepts = GuestConfig {
+        name: "accepts",
         words: "lab.cpus=online lab.blocks=online",
         ..GuestConfig::default()
     };
@@ -432,11 +433,11 @@ async fn applied_objects_end_with_what_real_guests_did() -> anyhow::Result<()> {
         words: "nr_cpus=1",
         ..GuestConfig::default()
     };
-    let (takes, refuses) = tokio::join!(
-        Guest::start(&libvirtd, &takes),
+    let (accepts, refuses) = tokio::join!(
+        Guest::start(&libvirtd, &accepts),
         Guest::start(&libvirtd, &refuses)
     );
-    let (takes, refuses) = (takes?, refuses?);
+    let (accepts, refuses) = (accepts?, refuses?);
 
     let kubeconfig = lab
         .server
@@ -457,15 +458,15 @@ async fn applied_objects_end_with_what_real_guests_did() -> anyhow::Result<()> {
     let daemon = Daemon::start(&libvirtd.uri(), &arguments).await?;
     daemon.ready().await?;
 
-    lab.make(object("cpus", "takes", 3)).await?;
-    lab.make(object("too-many", "takes", 99)).await?;
+    lab.make(object("cpus", "accepts", 3)).await?;
+    lab.make(object("too-many", "accepts", 99)).await?;
     lab.make(object("refused", "refuses", 3)).await?;
-    let cpus = lab.ends("cpus").await?;
+    let cpus = lab.finished("cpus").await?;
     assert_eq!(verdict(&cpus), "Verified", "{cpus:#}");
-    // Its console is a little later than its agent.
-    takes.sees(|sees| sees.online == "0-2").await?;
+    // Its console is later than its agent.
+    accepts.sees(|sees| sees.online == "0-2").await?;
     assert_eq!(cpus["status"]["after"]["vcpus"], 3);
-    let refused = lab.ends("refused").await?;
+    let refused = lab.finished("refused").await?;
     assert_eq!(verdict(&refused), "GuestRefused", "{refused:#}");
     assert_eq!(refuses.witness()?.online, "0");
     let remedy = refused["status"]["diagnosis"]["remedy"].as_str();
@@ -473,7 +474,7 @@ async fn applied_objects_end_with_what_real_guests_did() -> anyhow::Result<()> {
         remedy.is_some_and(|remedy| remedy.contains("nr_cpus")),
         "{refused:#}"
     );
-    let too_many = lab.ends("too-many").await?;
+    let too_many = lab.finished("too-many").await?;
     assert_eq!(verdict(&too_many), "Infeasible", "{too_many:#}");
     let message = too_many["status"]["message"].as_str();
     assert!(
@@ -485,25 +486,25 @@ async fn applied_objects_end_with_what_real_guests_did() -> anyhow::Result<()> {
         ("refused", "GuestRefused"),
         ("too-many", "Infeasible"),
     ] {
-        let told = lab.event_about(name).await?;
-        assert_eq!(told.reason.as_deref(), Some(reason), "{told:#?}");
+        let event = lab.event_about(name).await?;
+        assert_eq!(event.reason.as_deref(), Some(reason), "{event:#?}");
     }
 
-    // The next daemon finds all of it done.
+    // The next daemon finds all operations finished.
     let (status, directory) = daemon.stop().await?;
     assert!(status.success());
     let daemon = Daemon::start_in(directory, &libvirtd.uri(), &arguments).await?;
     daemon.ready().await?;
-    let mut memory = object("memory", "takes", 1);
+    let mut memory = object("memory", "accepts", 1);
     memory["spec"]["vcpus"] = Value::Null;
     memory["spec"]["memory"] = json!({"size": "1Gi"});
     lab.make(memory).await?;
-    let memory = lab.ends("memory").await?;
+    let memory = lab.finished("memory").await?;
     assert_eq!(verdict(&memory), "Verified", "{memory:#}");
     assert_eq!(memory["status"]["requested"], json!({"memory": "1Gi"}));
     assert_eq!(lab.get("cpus").await?["status"], cpus["status"]);
     let plugged =
         "virtnode_hotplug_results_total{action=\"plug\",resource=\"vcpus\",verdict=\"Verified\"}";
-    assert_eq!(daemon.metric(plugged)?, 0.0, "nothing was done twice");
+    assert_eq!(daemon.metric(plugged)?, 0.0, "no operation was repeated");
     Ok(())
 }

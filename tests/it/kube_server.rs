@@ -1,4 +1,4 @@
-//! The Kubernetes that other tests rely on does what they rely on.
+//! The test Kubernetes behaves as other tests require.
 
 use std::time::Duration;
 
@@ -59,7 +59,7 @@ fn pod_with_more_than(limit: &str) -> anyhow::Result<Pod> {
 }
 
 #[tokio::test]
-async fn api_server_comes_back_on_its_port_with_what_it_knew() -> anyhow::Result<()> {
+async fn restarted_api_server_keeps_its_port_and_data() -> anyhow::Result<()> {
     let mut server = KubeServer::start().await?;
     let nodes: Api<Node> = Api::all(server.client());
     server.create_node("node-a").await?;
@@ -72,7 +72,7 @@ async fn api_server_comes_back_on_its_port_with_what_it_knew() -> anyhow::Result
     server.start_api().await?;
 
     nodes.get("node-a").await?;
-    // The same audit log goes on.
+    // The audit log is continued.
     let events = server.audit_events().await?;
     assert!(
         events
@@ -117,7 +117,7 @@ async fn audit_log_counts_every_write_of_a_user() -> anyhow::Result<()> {
 }
 
 #[tokio::test]
-async fn admin_configuration_works_for_another_program() -> anyhow::Result<()> {
+async fn admin_kubeconfig_works_for_another_program() -> anyhow::Result<()> {
     let server = KubeServer::start().await?;
     let config = kube::Config::from_custom_kubeconfig(
         kube::config::Kubeconfig::read_from(server.kubeconfig())?,
@@ -126,7 +126,7 @@ async fn admin_configuration_works_for_another_program() -> anyhow::Result<()> {
     .await?;
     let version = kube::Client::try_from(config)?.apiserver_version().await?;
     assert_eq!(version.major, server.version().0.to_string());
-    // Some builds say "20+".
+    // Some builds report "20+".
     assert!(version.minor.starts_with(&server.version().1.to_string()));
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! The definitions of the custom resources: as they are printed, and as API servers take them.
+//! Definitions of the custom resources, printed and on real API servers.
 
 use std::fs;
 use std::process::Command;
@@ -22,7 +22,7 @@ fn printed() -> String {
 }
 
 #[test]
-fn the_committed_definitions_are_those_of_the_program() {
+fn committed_definitions_equal_the_printed_ones() {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/manifests/base/crds.yaml");
     let committed = fs::read_to_string(path).unwrap();
     assert_eq!(
@@ -33,7 +33,7 @@ fn the_committed_definitions_are_those_of_the_program() {
 }
 
 #[test]
-fn every_field_is_explained() {
+fn each_field_has_a_description() {
     fn explained(path: &str, schema: &Value) {
         let text = schema["description"].as_str().unwrap_or_default();
         assert!(text.len() > 4 && text.ends_with('.'), "{path}: {text:?}");
@@ -64,8 +64,7 @@ fn vcpus() -> Value {
     json!({"nodeName": "node-a", "domain": {"name": "vm1"}, "vcpus": {"count": 4, "online": true}})
 }
 
-/// What the API server says of an object; sent as it is, since the type cannot hold all that is
-/// wrong.
+/// Creates an object from untyped JSON, because the type cannot represent all invalid specs.
 async fn create(server: &KubeServer, name: &str, spec: Value) -> anyhow::Result<Value> {
     let object = json!({"apiVersion": "virtnode.io/v1alpha1", "kind": "DomainHotplug",
         "metadata": {"name": name}, "spec": spec});
@@ -76,10 +75,10 @@ async fn create(server: &KubeServer, name: &str, spec: Value) -> anyhow::Result<
 }
 
 #[tokio::test]
-async fn an_api_server_refuses_what_it_can_see_is_wrong() -> anyhow::Result<()> {
+async fn api_server_rejects_invalid_specs() -> anyhow::Result<()> {
     let server = KubeServer::start().await?;
     define(&server).await?;
-    // x-kubernetes-validations: beta, and thus on, since 1.25.
+    // x-kubernetes-validations: beta and enabled by default since 1.25.
     let knows_rules = server.version() >= (1, 25);
 
     let objects: Api<DomainHotplug> = Api::all(server.client());
@@ -124,8 +123,10 @@ async fn an_api_server_refuses_what_it_can_see_is_wrong() -> anyhow::Result<()> 
     ];
     for (name, spec) in everywhere {
         let refused = create(&server, name, spec).await;
-        let told = refused.err().with_context(|| format!("{name} is taken"))?;
-        ensure!(told.to_string().contains("spec"), "{name}: {told}");
+        let error = refused
+            .err()
+            .with_context(|| format!("{name} is accepted"))?;
+        ensure!(error.to_string().contains("spec"), "{name}: {error}");
     }
     let by_rules = [
         (
@@ -149,10 +150,10 @@ async fn an_api_server_refuses_what_it_can_see_is_wrong() -> anyhow::Result<()> 
             "exactly one of name and uuid",
         ),
     ];
-    for (name, spec, told) in by_rules {
+    for (name, spec, expected) in by_rules {
         match create(&server, name, spec).await {
-            Ok(_) => ensure!(!knows_rules, "{name} is taken"),
-            Err(error) => ensure!(error.to_string().contains(told), "{name}: {error}"),
+            Ok(_) => ensure!(!knows_rules, "{name} is accepted"),
+            Err(error) => ensure!(error.to_string().contains(expected), "{name}: {error}"),
         }
     }
 
@@ -163,7 +164,7 @@ async fn an_api_server_refuses_what_it_can_see_is_wrong() -> anyhow::Result<()> 
     match changed {
         Ok(changed) => {
             ensure!(!knows_rules, "a spec was changed");
-            // By this the daemon sees it.
+            // The daemon detects the change by the generation.
             assert_eq!(changed.metadata.generation, Some(2));
         }
         Err(error) => ensure!(
@@ -175,7 +176,7 @@ async fn an_api_server_refuses_what_it_can_see_is_wrong() -> anyhow::Result<()> 
 }
 
 #[tokio::test]
-async fn a_table_shows_who_asked_for_what_and_what_came_of_it() -> anyhow::Result<()> {
+async fn printer_columns_show_request_and_verdict() -> anyhow::Result<()> {
     let server = KubeServer::start().await?;
     define(&server).await?;
     let objects: Api<DomainHotplug> = Api::all(server.client());
@@ -234,7 +235,7 @@ async fn a_table_shows_who_asked_for_what_and_what_came_of_it() -> anyhow::Resul
                 .collect();
             assert_eq!(names, [Some("b".to_owned())]);
         }
-        // selectableFields: beta, and thus on, since 1.31.
+        // selectableFields: beta and enabled by default since 1.31.
         Err(error) => ensure!(server.version() < (1, 31), "{error}"),
     }
     Ok(())

@@ -1,5 +1,5 @@
-//! The daemon's rights: it uses all it has, needs none that it has not, and its token is good for
-//! its own node only.
+//! The daemon's rights: it uses all of them, needs no others, and its token is restricted to its own
+//! node.
 
 #![expect(clippy::print_stdout, reason = "refusals, for people to read")]
 
@@ -28,13 +28,13 @@ const KUBEVIRT: &str = include_str!("../../manifests/overlays/kubevirt-labels/ad
 
 const USER: &str = "system:serviceaccount:virtnode:virtnode";
 const Q35: &str = "machine-alias.virtnode.io/q35";
-/// For what takes a moment; only a failing test waits so long.
+/// Timeout for fast actions; only a failing test waits this long.
 const LONG: Duration = Duration::from_secs(90);
 
-/// A right: the verb, the group, the resource with its subresource.
+/// Verb, group, and resource with its subresource.
 type Right = (String, String, String);
 
-/// The rights that the manifest gives the daemon.
+/// Returns the rights that the manifest grants to the daemon.
 fn granted() -> anyhow::Result<BTreeSet<Right>> {
     let mut rights = BTreeSet::new();
     for role in documents(RIGHTS)? {
@@ -61,7 +61,7 @@ fn granted() -> anyhow::Result<BTreeSet<Right>> {
     Ok(rights)
 }
 
-/// The rights that the daemon's requests needed so far, and those requests that were refused.
+/// Returns the rights that the daemon's requests needed so far, and the refused requests.
 async fn used(server: &KubeServer) -> anyhow::Result<(BTreeSet<Right>, Vec<String>)> {
     let events = server.audit_events().await?;
     let mut rights = BTreeSet::new();
@@ -74,7 +74,7 @@ async fn used(server: &KubeServer) -> anyhow::Result<(BTreeSet<Right>, Vec<Strin
             };
             (verb.to_owned(), event.group.clone(), resource)
         };
-        // A policy's denial is a 422. So is, up to 1.20.5, the first try of an event on a Node.
+        // A policy denies with 422. Up to 1.20.5 the first event about a Node yields 422 too.
         let is_first_try = event.resource == "events" && server.version() < (1, 21);
         let is_denied = event.code == 422 && !is_first_try;
         if matches!(event.code, 401 | 403) || is_denied {
@@ -82,7 +82,7 @@ async fn used(server: &KubeServer) -> anyhow::Result<(BTreeSet<Right>, Vec<Strin
         } else {
             rights.insert(right(&event.verb));
         }
-        // To apply what does not exist is to create it.
+        // An apply may create the object.
         if event.verb == "patch" && event.code == 201 {
             rights.insert(right("create"));
         }
@@ -90,12 +90,12 @@ async fn used(server: &KubeServer) -> anyhow::Result<(BTreeSet<Right>, Vec<Strin
     Ok((rights, refused))
 }
 
-/// Of each connection of a process to a port of this machine: whether the kernel asks the other end
-/// for a sign of life when nothing comes from it (timer 2 in `proc_net_tcp.rst`).
+/// Returns for each connection of a process to a local port whether TCP keepalive is active (timer 2
+/// in `proc_net_tcp.rst`).
 fn kept_alive(pid: Pid, port: &str) -> anyhow::Result<Vec<bool>> {
     let mut sockets = BTreeSet::new();
     for file in fs::read_dir(format!("/proc/{pid}/fd"))? {
-        // A file that was closed meanwhile is none.
+        // The file may have been closed in the meantime.
         if let Ok(target) = fs::read_link(file?.path()) {
             sockets.insert(target.to_string_lossy().into_owned());
         }
@@ -125,7 +125,7 @@ fn hotplugs(client: kube::Client) -> Api<DynamicObject> {
     Api::all_with(client, &ApiResource::from_gvk(&kind))
 }
 
-/// An object that asks for vCPUs of a domain that no node has.
+/// Creates an object that requests vCPUs for a domain that does not exist.
 async fn create_hotplug(server: &KubeServer, name: &str, node: &Node) -> anyhow::Result<()> {
     let meta = &node.metadata;
     let object = serde_json::from_value(json!({
@@ -138,7 +138,7 @@ async fn create_hotplug(server: &KubeServer, name: &str, node: &Node) -> anyhow:
             "nodeName": meta.name,
             "domain": {"name": "nobody"},
             "vcpus": {"count": 2},
-            // Long enough for the daemon to make the Node its owner before it deletes it.
+            // Long enough for the daemon to set the owner before it deletes the object.
             "ttlSecondsAfterFinished": 3,
         },
     }))?;
@@ -149,7 +149,7 @@ async fn create_hotplug(server: &KubeServer, name: &str, node: &Node) -> anyhow:
 }
 
 #[tokio::test]
-async fn the_daemon_uses_every_right_it_has_and_needs_no_other() -> anyhow::Result<()> {
+async fn daemon_uses_exactly_its_rights() -> anyhow::Result<()> {
     let libvirtd = Libvirtd::start()?;
     let server = KubeServer::start().await?;
     server.apply_manifest(CRDS).await?;
@@ -185,7 +185,7 @@ async fn the_daemon_uses_every_right_it_has_and_needs_no_other() -> anyhow::Resu
     assert!(size < 64 * 1024);
     assert_eq!(facts.omitted, Vec::<String>::new());
 
-    // A connection whose other end is gone is noticed, though a watch at rest says nothing on it.
+    // TCP keepalive detects a dead peer on the connection of an idle watch.
     let config: Value = serde_json::from_slice(&fs::read(server.kubeconfig())?)?;
     let url = config["clusters"][0]["cluster"]["server"].as_str();
     let (_, port) = url.and_then(|url| url.rsplit_once(':')).context("a port")?;
@@ -196,7 +196,7 @@ async fn the_daemon_uses_every_right_it_has_and_needs_no_other() -> anyhow::Resu
     })
     .await?;
 
-    // A conflict, its end, and the same conflict again: an event, and its count.
+    // A conflict, its end, and the same conflict again: an event, and its count of two.
     let nodes: Api<Node> = Api::all(server.client());
     let claim = async |labels: Value| {
         let patch = json!({"apiVersion": "v1", "kind": "Node", "metadata": {"labels": labels}});
@@ -228,10 +228,9 @@ async fn the_daemon_uses_every_right_it_has_and_needs_no_other() -> anyhow::Resu
     })
     .await?;
 
-    // An object that ends at once, and goes.
+    // An object that finishes and is deleted at once.
     create_hotplug(&server, "vcpus", &node).await?;
-    // The daemon has its objects from a watch; to look at one by its name is for people who find
-    // out what its token can do.
+    // The daemon reads single objects only after a conflict, so the test does it.
     let pod = Pod::new(server.pod_client("virtnode", "virtnode", "n1").await?);
     pod.hotplugs.get_opt("vcpus").await?;
     eventually(LONG, async || {
@@ -240,23 +239,26 @@ async fn the_daemon_uses_every_right_it_has_and_needs_no_other() -> anyhow::Resu
         Ok(())
     })
     .await?;
-    // And its verdict is seen: on the Node, and on the object even when that is gone.
+    // Its verdict yields events about the Node and about the deleted object.
     let events: Api<Event> = Api::namespaced(server.client(), "default");
     eventually(LONG, async || {
         let all = events.list(&ListParams::default()).await?.items;
         let verdict = |event: &&Event| event.reason.as_deref() == Some("HotplugDomainNotFound");
-        let told = all.iter().find(verdict).context("no event")?;
-        let note = told.note.as_deref().unwrap_or_default();
+        let event = all.iter().find(verdict).context("no event")?;
+        let note = event.note.as_deref().unwrap_or_default();
         ensure!(note.starts_with("domain \"nobody\": "), "{note}");
         let about = |event: &&Event| {
             let about = event.regarding.as_ref();
             about.and_then(|about| about.name.as_deref()) == Some("vcpus")
         };
-        let told = all
+        let event = all
             .iter()
             .find(about)
             .context("no event about the object")?;
-        ensure!(told.reason.as_deref() == Some("DomainNotFound"), "{told:?}");
+        ensure!(
+            event.reason.as_deref() == Some("DomainNotFound"),
+            "{event:?}"
+        );
         Ok(())
     })
     .await?;
@@ -284,7 +286,7 @@ async fn has_policies(server: &KubeServer) -> anyhow::Result<bool> {
     server.has(version, "validatingadmissionpolicies").await
 }
 
-/// Says whether a policy of ours refused, and not something else.
+/// Returns the denial of one of virtnode's policies; any other answer is an error.
 fn is_denied<T: std::fmt::Debug>(answer: kube::Result<T>) -> anyhow::Result<String> {
     match answer {
         Err(kube::Error::Api(status))
@@ -309,7 +311,7 @@ fn event(name: &str, controller: &str, instance: &str, about: Value) -> Event {
     .expect("an event")
 }
 
-/// A client of the daemon, as its pod on a node has it.
+/// A client with the token of the daemon's pod on a node.
 struct Pod {
     nodes: Api<Node>,
     objects: Api<NodeVirtualization>,
@@ -351,13 +353,13 @@ impl Pod {
             .await
     }
 
-    /// Writes an event in the name of a node, about something.
-    async fn tell(&self, name: &str, instance: &str, about: Value) -> kube::Result<Event> {
+    /// Writes an event as the daemon of a node.
+    async fn create_event(&self, name: &str, instance: &str, about: Value) -> kube::Result<Event> {
         let event = event(name, "virtnode", instance, about);
         self.events.create(&PostParams::default(), &event).await
     }
 
-    /// Says that an event happened again.
+    /// Increments the count of an event.
     async fn count(&self, name: &str) -> kube::Result<Event> {
         let series =
             json!({"series": {"count": 2, "lastObservedTime": "2026-11-21T12:00:01.000000Z"}});
@@ -375,10 +377,10 @@ impl Pod {
 }
 
 #[tokio::test]
-async fn a_token_is_good_for_its_own_node_only() -> anyhow::Result<()> {
+async fn token_is_restricted_to_its_own_node() -> anyhow::Result<()> {
     let server = KubeServer::start().await?;
     if !has_policies(&server).await? {
-        // The kind is really unknown to it, and the manifest is of no use there.
+        // The API server has no policies, so the manifest cannot apply.
         server
             .apply_manifest(ADMISSION)
             .await
@@ -400,15 +402,15 @@ async fn a_token_is_good_for_its_own_node_only() -> anyhow::Result<()> {
         .patch("n1", &PatchParams::default(), &Patch::Merge(foreign))
         .await?;
     let pod = Pod::new(server.pod_client("virtnode", "virtnode", "n1").await?);
-    // Rights and policies are in force a moment after they were made, each by itself; so the first
-    // denial of each is waited for.
+    // Each right and policy takes effect a moment after its creation, so the test waits for the first
+    // denial of each.
     eventually(LONG, async || {
         pod.label("n1", "virtnode.io/eim", Some("auto")).await?;
         is_denied(pod.label("n2", "virtnode.io/eim", Some("auto")).await)
     })
     .await?;
 
-    // Its own labels and annotations, also by server-side apply and with a patch that takes away.
+    // Its own labels and annotations, also by server-side apply and by a removing patch.
     for key in [
         "virtnode.io/x",
         "machine.virtnode.io/pc-q35-10.0",
@@ -424,7 +426,7 @@ async fn a_token_is_good_for_its_own_node_only() -> anyhow::Result<()> {
     )
     .await?;
 
-    // Not those of others, however they are spelled.
+    // Not the keys of others, including similar ones.
     for key in [
         "other",
         "example.com/new",
@@ -437,8 +439,8 @@ async fn a_token_is_good_for_its_own_node_only() -> anyhow::Result<()> {
         "machine-type.node.kubevirt.io/q35",
         "kubevirt.io/sev",
     ] {
-        let told = is_denied(pod.label("n1", key, Some("1")).await)?;
-        assert!(told.contains(key), "{told}");
+        let message = is_denied(pod.label("n1", key, Some("1")).await)?;
+        assert!(message.contains(key), "{message}");
         let annotation = json!({"metadata": {"annotations": {key: "1"}}});
         is_denied(pod.merge("n1", annotation).await).context(key)?;
     }
@@ -447,7 +449,7 @@ async fn a_token_is_good_for_its_own_node_only() -> anyhow::Result<()> {
         let annotation = json!({"metadata": {"annotations": {"example.com/note": value}}});
         is_denied(pod.merge("n1", annotation).await)?;
     }
-    // Nothing else of the Node, not even together with what is allowed.
+    // No other field of the Node, not even together with allowed ones.
     let owner = |node: &Node, kind: &str| {
         let meta = &node.metadata;
         json!({"apiVersion": "v1", "kind": kind, "name": meta.name, "uid": meta.uid})
@@ -463,7 +465,7 @@ async fn a_token_is_good_for_its_own_node_only() -> anyhow::Result<()> {
         is_denied(pod.merge("n1", other.clone()).await).with_context(|| other.to_string())?;
     }
 
-    // The objects of its node, and not those of another.
+    // The objects of its own node only.
     pod.describe("n1", &owner(&n1, "Node")).await?;
     pod.describe("n1", &owner(&n1, "Node")).await?;
     eventually(LONG, async || {
@@ -476,7 +478,7 @@ async fn a_token_is_good_for_its_own_node_only() -> anyhow::Result<()> {
     create_hotplug(&server, "on-n2", &n2).await?;
     eventually(LONG, async || is_denied(pod.report("on-n2").await)).await?;
     is_denied(pod.hotplugs.delete("on-n2", &DeleteParams::default()).await)?;
-    // Labelled for this node, it may be told that it means another, and nothing else.
+    // The status of an object with its label and another node in the spec may only be WrongNode.
     let lie = Patch::Merge(json!({"metadata": {"labels": {"virtnode.io/node": "n1"}}}));
     hotplugs(server.client())
         .patch("on-n2", &PatchParams::default(), &lie)
@@ -488,16 +490,16 @@ async fn a_token_is_good_for_its_own_node_only() -> anyhow::Result<()> {
         .delete("on-n1", &DeleteParams::default())
         .await?;
 
-    // Events in its own name, about its Node and about what is asked of it.
+    // Events with its own instance, about its Node and about objects for it.
     let about = |version: &str, kind: &str, name: &str| json!({"apiVersion": version, "kind": kind, "name": name});
     let own = about("v1", "Node", "n1");
-    pod.tell("own", "n1", own.clone()).await?;
+    pod.create_event("own", "n1", own.clone()).await?;
     pod.count("own").await?;
     let hotplug = about("virtnode.io/v1alpha1", "DomainHotplug", "on-n1");
-    pod.tell("hotplug", "n1", hotplug.clone()).await?;
+    pod.create_event("hotplug", "n1", hotplug.clone()).await?;
     eventually(LONG, async || {
         let name = format!("others-{:x}", fastrand::u64(..));
-        is_denied(pod.tell(&name, "n2", own.clone()).await)
+        is_denied(pod.create_event(&name, "n2", own.clone()).await)
     })
     .await?;
     for other in [
@@ -506,7 +508,7 @@ async fn a_token_is_good_for_its_own_node_only() -> anyhow::Result<()> {
         about("virtnode.io/v1alpha1", "NodeVirtualization", "n2"),
         about("v1", "Namespace", "default"),
     ] {
-        is_denied(pod.tell("other", "n1", other.clone()).await)
+        is_denied(pod.create_event("other", "n1", other.clone()).await)
             .with_context(|| other.to_string())?;
     }
     let theirs: Api<Event> = Api::namespaced(server.client(), "default");
@@ -519,7 +521,7 @@ async fn a_token_is_good_for_its_own_node_only() -> anyhow::Result<()> {
         is_denied(pod.count(name).await).context(name)?;
     }
 
-    // A token without a node is good for nothing.
+    // A token without a node allows nothing.
     let unbound = Pod::new(
         server
             .service_account_client("virtnode", "virtnode")
@@ -528,13 +530,13 @@ async fn a_token_is_good_for_its_own_node_only() -> anyhow::Result<()> {
     is_denied(unbound.label("n1", "virtnode.io/x", Some("1")).await)?;
     is_denied(unbound.describe("n1", &owner(&n1, "Node")).await)?;
     is_denied(unbound.report("on-n2").await)?;
-    is_denied(unbound.tell("unbound", "n1", own).await)?;
+    is_denied(unbound.create_event("unbound", "n1", own).await)?;
     is_denied(unbound.count("own").await)?;
-    // Others are none of the policies' business.
+    // The policies do not apply to others.
     let label = Patch::Merge(json!({"metadata": {"labels": {"virtnode.io/eim": "theirs"}}}));
     admin.patch("n2", &PatchParams::default(), &label).await?;
 
-    // With the overlay, KubeVirt's keys and no more of its.
+    // With the overlay, KubeVirt's published keys and no others.
     let policy = with_kubevirt()?;
     server.apply_manifest(&policy.to_string()).await?;
     eventually(LONG, async || {
@@ -563,7 +565,7 @@ async fn a_token_is_good_for_its_own_node_only() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The policy for Nodes with the overlay's patch.
+/// Returns the policy for Nodes with the overlay's patch.
 fn with_kubevirt() -> anyhow::Result<Value> {
     let mut policy = documents(ADMISSION)?
         .into_iter()
@@ -576,7 +578,7 @@ fn with_kubevirt() -> anyhow::Result<Value> {
         let place = policy
             .pointer_mut(path)
             .with_context(|| format!("no {path}"))?;
-        // What is replaced is what has the same name.
+        // The replaced variable has the same name.
         assert_eq!(place["name"], operation["value"]["name"]);
         *place = operation["value"].clone();
     }
@@ -584,7 +586,7 @@ fn with_kubevirt() -> anyhow::Result<Value> {
 }
 
 #[test]
-fn the_overlay_allows_exactly_the_keys_that_are_written() -> anyhow::Result<()> {
+fn overlay_allows_exactly_the_published_keys() -> anyhow::Result<()> {
     let policy = with_kubevirt()?;
     let listed = |n: usize| -> anyhow::Result<Vec<String>> {
         let list = policy["spec"]["variables"][n]["expression"]

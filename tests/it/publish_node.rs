@@ -1,4 +1,4 @@
-//! The Node publisher against a fake API server that fails, hangs and races on demand.
+//! The Node publisher with a fake API server that fails, hangs and races on demand.
 
 use std::cell::RefCell;
 use std::io::Write;
@@ -30,7 +30,7 @@ fn options() -> NodePublisherOptions {
     }
 }
 
-/// NodePublisherOptions of one who does not try again within a test.
+/// Options without retries within a test.
 fn patient() -> NodePublisherOptions {
     let retry = Retry {
         first: Duration::from_secs(600),
@@ -45,7 +45,7 @@ fn patient() -> NodePublisherOptions {
     }
 }
 
-/// A publisher that runs against a fake.
+/// A running publisher with a fake API server.
 struct Running {
     api: FakeApi,
     publisher: Publisher,
@@ -85,7 +85,7 @@ fn start_with(
 }
 
 impl Running {
-    /// Waits until the Node shows these of our labels, and the watch is there.
+    /// Waits until the Node has these labels of virtnode, and is watched.
     async fn shows(&self, pairs: &[(&str, Option<&str>)]) -> anyhow::Result<()> {
         eventually(SOON, async || {
             let shown = self.api.look(|node| node.labels.clone());
@@ -98,9 +98,9 @@ impl Running {
         .await
     }
 
-    /// Waits until the publisher has dealt with all that the watch told so far: a change that
-    /// it has to answer is answered.
-    async fn has_seen_everything(&self) -> anyhow::Result<()> {
+    /// Waits until the publisher has handled all delivered changes: a change that it must answer is
+    /// answered.
+    async fn has_handled_all_changes(&self) -> anyhow::Result<()> {
         let repaired = self.changes("repaired");
         self.api.change(|node| node.update("meddler", Y, None));
         until(|| self.changes("repaired") > repaired).await
@@ -108,7 +108,7 @@ impl Running {
 }
 
 #[tokio::test]
-async fn a_set_is_applied_changed_and_kept_when_it_ends() -> anyhow::Result<()> {
+async fn set_is_applied_changed_and_kept_after_a_stop() -> anyhow::Result<()> {
     let api = FakeApi::with_node();
     api.change(|node| node.update("kubelet", "kubernetes.io/os", Some("linux")));
     let mut it = start(&api, &[(X, "240"), (Y, "1")]);
@@ -148,7 +148,7 @@ async fn a_set_is_applied_changed_and_kept_when_it_ends() -> anyhow::Result<()> 
 }
 
 #[tokio::test]
-async fn an_empty_set_or_none_changes_nothing() -> anyhow::Result<()> {
+async fn empty_set_or_none_changes_nothing() -> anyhow::Result<()> {
     let api = FakeApi::with_node();
     let it = start(&api, &[(X, "1"), (Y, "1")]);
     it.shows(&[(X, Some("1"))]).await?;
@@ -156,24 +156,24 @@ async fn an_empty_set_or_none_changes_nothing() -> anyhow::Result<()> {
     it.desired.send_replace(Some(Arc::default()));
     it.desired.send_replace(None);
     it.publish(&[(X, "1"), (Y, "1")]);
-    it.has_seen_everything().await?;
+    it.has_handled_all_changes().await?;
     assert_eq!(api.asked("patch"), writes + 1, "only the repair of {Y}");
     assert_eq!(it.changes("removed"), 0);
     Ok(())
 }
 
 #[tokio::test]
-async fn nothing_is_asked_or_written_at_rest() -> anyhow::Result<()> {
+async fn idle_publisher_sends_nothing() -> anyhow::Result<()> {
     let api = FakeApi::with_node();
     let mut it = start(&api, &[(X, "1"), (Y, "1")]);
     it.state(|state| state.synced).await?;
-    it.has_seen_everything().await?;
+    it.has_handled_all_changes().await?;
     let (reads, writes) = (api.asked("get"), api.asked("patch"));
     for round in 0..50 {
         api.change(|node| node.update("other", "other.io/x", Some(&round.to_string())));
     }
-    it.has_seen_everything().await?;
-    // What the repair at the end needs, and no more.
+    it.has_handled_all_changes().await?;
+    // Only the requests of the repair at the end.
     assert_eq!(
         (api.asked("get"), api.asked("patch")),
         (reads + 1, writes + 1)
@@ -182,7 +182,7 @@ async fn nothing_is_asked_or_written_at_rest() -> anyhow::Result<()> {
 }
 
 #[tokio::test]
-async fn what_others_delete_or_edit_is_back_at_once() -> anyhow::Result<()> {
+async fn deleted_or_edited_label_is_restored_at_once() -> anyhow::Result<()> {
     let api = FakeApi::with_node();
     let it = start(&api, &[(X, "1"), (Y, "1")]);
     it.shows(&[(X, Some("1"))]).await?;
@@ -190,7 +190,7 @@ async fn what_others_delete_or_edit_is_back_at_once() -> anyhow::Result<()> {
         let begin = Instant::now();
         api.change(|node| node.update("kubectl-label", X, value));
         it.shows(&[(X, Some("1"))]).await?;
-        // It is the watch that told, long before the next look.
+        // Triggered by the watch, long before the fallback.
         assert!(
             begin.elapsed() < Duration::from_secs(20),
             "{:?}",
@@ -204,7 +204,7 @@ async fn what_others_delete_or_edit_is_back_at_once() -> anyhow::Result<()> {
 }
 
 #[tokio::test]
-async fn what_was_edited_while_we_were_away_is_put_back() -> anyhow::Result<()> {
+async fn label_edited_while_stopped_is_restored() -> anyhow::Result<()> {
     let api = FakeApi::with_node();
     api.change(|node| node.update("kubectl-label", X, Some("2")));
     let it = start_with(&api, &[(X, "1")], labels(&[(X, "1")]), options());
@@ -213,7 +213,7 @@ async fn what_was_edited_while_we_were_away_is_put_back() -> anyhow::Result<()> 
 }
 
 #[tokio::test]
-async fn a_conflict_costs_its_key_only_and_ends_by_itself() -> anyhow::Result<()> {
+async fn conflict_affects_one_key_until_it_ends() -> anyhow::Result<()> {
     let api = FakeApi::with_node();
     api.change(|node| node.force_apply("gitops", X, "mine"));
     let mut it = start(&api, &[(X, "1"), (Y, "1")]);
@@ -225,8 +225,8 @@ async fn a_conflict_costs_its_key_only_and_ends_by_itself() -> anyhow::Result<()
         conflict.owner.as_ref().context("an owner")?.manager,
         "gitops"
     );
-    it.has_seen_everything().await?;
-    it.has_seen_everything().await?;
+    it.has_handled_all_changes().await?;
+    it.has_handled_all_changes().await?;
     assert_eq!(it.conflicts("dropped"), 1);
     let notes: Vec<_> = api
         .events()
@@ -242,7 +242,7 @@ async fn a_conflict_costs_its_key_only_and_ends_by_itself() -> anyhow::Result<()
 }
 
 #[tokio::test]
-async fn an_owner_between_look_and_apply_is_a_conflict_in_the_same_attempt() -> anyhow::Result<()> {
+async fn owner_added_between_read_and_apply_is_a_conflict() -> anyhow::Result<()> {
     let api = FakeApi::with_node();
     api.before_next_patch(|node| node.update("hasty", X, Some("mine")));
     let mut it = start(&api, &[(X, "1"), (Y, "1")]);
@@ -257,10 +257,10 @@ async fn an_owner_between_look_and_apply_is_a_conflict_in_the_same_attempt() -> 
 }
 
 #[tokio::test]
-async fn force_is_never_used_on_what_was_not_looked_at() -> anyhow::Result<()> {
+async fn force_is_limited_to_the_version_that_was_read() -> anyhow::Result<()> {
     let api = FakeApi::with_node();
     api.change(|node| node.update("kubectl-label", X, Some("2")));
-    // X is drift and needs force; Y becomes somebody's at the same moment.
+    // X is drift and needs force; Y gets another owner at the same time.
     api.before_next_patch(|node| node.force_apply("hasty", Y, "mine"));
     let mut it = start_with(&api, &[(X, "1"), (Y, "1")], labels(&[(X, "1")]), options());
     let state = it.state(|state| state.synced).await?;
@@ -269,7 +269,7 @@ async fn force_is_never_used_on_what_was_not_looked_at() -> anyhow::Result<()> {
 }
 
 #[tokio::test]
-async fn conflicts_are_taken_over_where_configured() -> anyhow::Result<()> {
+async fn force_conflicts_takes_labels_over() -> anyhow::Result<()> {
     let api = FakeApi::with_node();
     api.change(|node| node.force_apply("kubevirt", X, "mine"));
     let options = NodePublisherOptions {
@@ -284,7 +284,7 @@ async fn conflicts_are_taken_over_where_configured() -> anyhow::Result<()> {
 }
 
 #[tokio::test]
-async fn a_fight_over_a_label_is_given_up() -> anyhow::Result<()> {
+async fn contested_label_is_given_up() -> anyhow::Result<()> {
     let api = FakeApi::with_node();
     let mut it = start(&api, &[(X, "1"), (Y, "1")]);
     it.shows(&[(X, Some("1"))]).await?;
@@ -301,14 +301,14 @@ async fn a_fight_over_a_label_is_given_up() -> anyhow::Result<()> {
 }
 
 #[tokio::test]
-async fn every_failure_is_counted_and_survived() -> anyhow::Result<()> {
+async fn each_failure_is_counted_and_retried() -> anyhow::Result<()> {
     for (verb, fault, code) in [
         ("get", Fault::Hang, "api-timeout"),
         ("patch", Fault::Hang, "api-timeout"),
         ("get", Fault::Refuse, "api-unreachable"),
         ("patch", Fault::Status(500), "api-rejected"),
         ("get", Fault::Status(503), "api-rejected"),
-        // As from an API server that has just started.
+        // As of an API server that has just started.
         ("get", Fault::Status(403), "api-forbidden"),
         ("patch", Fault::Busy { retry_after: 0 }, "api-rejected"),
     ] {
@@ -324,7 +324,7 @@ async fn every_failure_is_counted_and_survived() -> anyhow::Result<()> {
 }
 
 #[tokio::test]
-async fn a_busy_server_is_left_alone_for_as_long_as_it_wants() -> anyhow::Result<()> {
+async fn retry_after_of_a_busy_server_is_respected() -> anyhow::Result<()> {
     let api = FakeApi::with_node();
     api.break_calls("patch", Fault::Busy { retry_after: 1 }, 1);
     let begin = Instant::now();
@@ -339,7 +339,7 @@ async fn a_busy_server_is_left_alone_for_as_long_as_it_wants() -> anyhow::Result
 }
 
 #[tokio::test]
-async fn a_watch_that_hangs_breaks_or_expires_is_made_again() -> anyhow::Result<()> {
+async fn hanging_broken_or_expired_watch_is_restarted() -> anyhow::Result<()> {
     let api = FakeApi::with_node();
     api.break_calls("watch", Fault::Hang, 1);
     api.break_calls("list", Fault::Status(500), 1);
@@ -356,7 +356,7 @@ async fn a_watch_that_hangs_breaks_or_expires_is_made_again() -> anyhow::Result<
 }
 
 #[tokio::test]
-async fn a_watch_that_is_told_nothing_is_replaced() -> anyhow::Result<()> {
+async fn stalled_watch_is_replaced() -> anyhow::Result<()> {
     let api = FakeApi::with_node();
     let options = NodePublisherOptions {
         fallback: Duration::from_millis(100),
@@ -365,7 +365,7 @@ async fn a_watch_that_is_told_nothing_is_replaced() -> anyhow::Result<()> {
     let it = start_with(&api, &[(X, "1"), (Y, "1")], LabelSet::new(), options);
     it.shows(&[(X, Some("1"))]).await?;
     api.mute_watches();
-    // One change alone could be taken for one that the watch told before it fell silent.
+    // A single change could have been delivered before the watch stalled.
     until(|| {
         api.change(|node| node.update("other", "other.io/x", Some("1")));
         api.watches() == 1
@@ -374,7 +374,7 @@ async fn a_watch_that_is_told_nothing_is_replaced() -> anyhow::Result<()> {
 }
 
 #[tokio::test]
-async fn without_a_watch_the_labels_are_looked_after_all_the_same() -> anyhow::Result<()> {
+async fn labels_are_restored_without_a_watch() -> anyhow::Result<()> {
     let api = FakeApi::with_node();
     api.break_calls("list", Fault::Status(403), usize::MAX);
     let options = NodePublisherOptions {
@@ -388,7 +388,7 @@ async fn without_a_watch_the_labels_are_looked_after_all_the_same() -> anyhow::R
 }
 
 #[tokio::test]
-async fn an_outage_is_told_once_and_nothing_is_lost() -> anyhow::Result<()> {
+async fn outage_is_logged_once_and_loses_nothing() -> anyhow::Result<()> {
     assert_eq!(logged(), "");
     let api = FakeApi::with_node();
     let mut it = start(&api, &[(X, "1")]);
@@ -409,11 +409,7 @@ async fn an_outage_is_told_once_and_nothing_is_lost() -> anyhow::Result<()> {
     it.state(|state| state.problem.is_none()).await?;
 
     let log = logged();
-    assert_eq!(
-        log.matches("labels cannot be published").count(),
-        1,
-        "{log}"
-    );
+    assert_eq!(log.matches("cannot publish labels").count(), 1, "{log}");
     assert_eq!(
         log.matches("labels are published again").count(),
         1,
@@ -424,7 +420,7 @@ async fn an_outage_is_told_once_and_nothing_is_lost() -> anyhow::Result<()> {
 }
 
 #[tokio::test]
-async fn a_missing_node_is_told_and_found_as_soon_as_it_is_there() -> anyhow::Result<()> {
+async fn missing_node_is_reported_and_labeled_once_it_exists() -> anyhow::Result<()> {
     let api = FakeApi::default();
     let mut it = start_with(&api, &[(X, "1")], LabelSet::new(), patient());
     let problem = it
@@ -441,8 +437,7 @@ async fn a_missing_node_is_told_and_found_as_soon_as_it_is_there() -> anyhow::Re
 }
 
 #[tokio::test]
-async fn another_node_by_the_same_name_gets_the_labels_and_nobody_is_blamed() -> anyhow::Result<()>
-{
+async fn replaced_node_gets_the_labels_without_repairs() -> anyhow::Result<()> {
     let api = FakeApi::with_node();
     let it = start(&api, &[(X, "1")]);
     it.shows(&[(X, Some("1"))]).await?;
@@ -454,7 +449,7 @@ async fn another_node_by_the_same_name_gets_the_labels_and_nobody_is_blamed() ->
 }
 
 #[tokio::test]
-async fn a_missing_right_is_told_and_not_asked_for_all_the_time() -> anyhow::Result<()> {
+async fn missing_right_is_reported_and_retried_rarely() -> anyhow::Result<()> {
     let api = FakeApi::with_node();
     api.break_calls("patch", Fault::Status(403), usize::MAX);
     let mut it = start_with(&api, &[(X, "1")], LabelSet::new(), patient());
@@ -470,7 +465,7 @@ async fn a_missing_right_is_told_and_not_asked_for_all_the_time() -> anyhow::Res
         problem.message
     );
     assert!(!it.state.borrow().synced);
-    // A new set is worth a try; that the Node changes is not.
+    // A new set triggers a retry, a change of the Node does not.
     for round in 0..20 {
         api.change(|node| node.update("other", "other.io/x", Some(&round.to_string())));
     }
@@ -481,7 +476,7 @@ async fn a_missing_right_is_told_and_not_asked_for_all_the_time() -> anyhow::Res
 }
 
 #[tokio::test]
-async fn the_first_write_may_wait_and_what_is_in_place_does_not() -> anyhow::Result<()> {
+async fn start_jitter_delays_writes_but_not_syncs() -> anyhow::Result<()> {
     let api = FakeApi::with_node();
     let slow = NodePublisherOptions {
         start_jitter: Duration::from_secs(1_000_000),
@@ -503,8 +498,8 @@ thread_local! {
     static LOGGED: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }
 
-/// What this test's thread has logged so far. For the whole process, because a subscriber for
-/// one thread misses what another thread has logged first.
+/// Returns the log of this test's thread. The subscriber is global, because a thread's subscriber
+/// misses callsites that another thread has registered first.
 fn logged() -> String {
     static SUBSCRIBE: Once = Once::new();
     SUBSCRIBE.call_once(|| {

@@ -1,4 +1,4 @@
-//! What a `NodeVirtualization` says, of real documents and of ones that are too large.
+//! The status of a `NodeVirtualization` from real and from oversized documents.
 
 use std::fs;
 use std::path::Path;
@@ -55,7 +55,7 @@ fn size(status: &NodeVirtualizationStatus) -> usize {
 }
 
 #[test]
-fn a_real_node_is_told_as_a_whole() {
+fn real_node_is_described_completely() {
     let status = status(&reading());
     println!("Debian 13: {} bytes", size(&status));
     assert_eq!(status.omitted, Vec::<String>::new());
@@ -72,7 +72,7 @@ fn a_real_node_is_told_as_a_whole() {
     assert_eq!(q35.max_vcpus, status.max_vcpus);
     assert!(!q35.deprecated);
     assert!(native.machines.iter().any(|machine| machine.deprecated));
-    // Others are named; their machine types only where the configuration wants them.
+    // Machine types of other architectures are listed only if configured.
     assert!(status.guests.len() > 1);
     assert!(
         status.guests[1..]
@@ -105,7 +105,7 @@ fn a_real_node_is_told_as_a_whole() {
         .collect();
     assert!(!blocked.is_empty());
     assert!(blocked.iter().all(|model| model.usable == "no"));
-    // An alias has the blockers of the model that it means, which are told there.
+    // An alias omits blockers that its model has.
     let alias = model("EPYC-Genoa");
     assert_eq!(alias.alias_of.as_deref(), Some("EPYC-Genoa-v1"));
     assert!(alias.blockers.is_empty());
@@ -123,8 +123,8 @@ fn a_real_node_is_told_as_a_whole() {
     assert!(Condition::find(&status.conditions, PROBED).unwrap().holds());
 }
 
-/// As QEMU 11.1 may print it on an old host: a third more models than QEMU 10 has, nearly all of
-/// them blocked by half as many features again, and six more releases of machine types.
+/// Possible output of QEMU 11.1 on an old host: a third more models than QEMU 10, nearly all of them
+/// with 50 % more blockers, and six more releases of machine types.
 fn qemu_11() -> Reading {
     let mut reading = reading();
     let models = &mut reading.facts.domain_capabilities[0].cpu.models;
@@ -156,14 +156,14 @@ fn qemu_11() -> Reading {
 }
 
 #[test]
-fn a_node_with_qemu_11_is_told_as_a_whole() {
+fn node_with_qemu_11_is_described_completely() {
     let status = status(&qemu_11());
     println!("QEMU 11.1: {} bytes", size(&status));
     assert!(size(&status) <= 56 * 1024);
     assert_eq!(status.omitted, Vec::<String>::new());
 }
 
-/// Far more than anything that exists.
+/// Larger than any real node.
 fn large() -> Reading {
     let mut reading = reading();
     let features: Vec<String> = (0..70).map(|n| format!("some-feature-{n}")).collect();
@@ -188,7 +188,7 @@ fn large() -> Reading {
 }
 
 #[test]
-fn a_large_node_is_told_in_less_than_64_kib_and_says_what_is_missing() {
+fn large_node_is_truncated_below_64_kib_and_lists_omissions() {
     let reading = large();
     let full = status(&self::reading());
     let wanted: Vec<String> = (0..30).map(|n| format!("arch{n}")).collect();
@@ -201,7 +201,7 @@ fn a_large_node_is_told_in_less_than_64_kib_and_says_what_is_missing() {
     );
     assert!(size(&status) <= 56 * 1024);
     assert_eq!(status.omitted, ["foreignMachines", "blockers"]);
-    // What decides whether a domain fits is there.
+    // The facts that decide about placement are kept.
     assert_eq!(status.guests[0], full.guests[0]);
     assert!(status.guests.len() >= 30);
     assert_eq!(status.cpu.features, full.cpu.features);
@@ -213,7 +213,7 @@ fn a_large_node_is_told_in_less_than_64_kib_and_says_what_is_missing() {
 }
 
 #[test]
-fn even_an_absurd_node_has_its_machines_and_usable_models() {
+fn oversized_node_keeps_machines_and_usable_models() {
     let mut reading = large();
     let models = &mut reading.facts.domain_capabilities[0].cpu.models;
     models.extend((0..3000).map(|n| CpuModel {
@@ -238,7 +238,7 @@ fn even_an_absurd_node_has_its_machines_and_usable_models() {
 }
 
 #[test]
-fn what_cannot_be_read_stays_as_it_was() {
+fn facts_of_failed_sources_are_kept() {
     let before = status(&reading());
     let failure = |source, message: &str| SourceFailure {
         source,
@@ -265,7 +265,7 @@ fn what_cannot_be_read_stays_as_it_was() {
     assert_eq!(after.versions, before.versions);
     assert_eq!(after.accelerator, before.accelerator);
     assert_eq!(after.last_probe_time, before.last_probe_time);
-    // The host could be read.
+    // The source Host was read.
     assert_eq!(after.iommu.as_ref().unwrap().kind, "none");
 
     let probed = Condition::find(&after.conditions, PROBED).unwrap();
@@ -284,7 +284,7 @@ fn what_cannot_be_read_stays_as_it_was() {
     let connected = Condition::find(&after.conditions, HYPERVISOR_CONNECTED).unwrap();
     assert!(!connected.holds());
 
-    // The same trouble in other words is no change.
+    // The same failure with another message is not a change.
     let mut again = lost.clone();
     for failure in &mut again.failures {
         failure.message = "no connection after 8 s".to_owned();
@@ -292,7 +292,7 @@ fn what_cannot_be_read_stays_as_it_was() {
     let again = Snapshot::new(&again, &[], &[], at(200)).status(&after, Connection::Down, at(200));
     assert_eq!(again, after);
 
-    // And back.
+    // All sources recover.
     let back = Snapshot::new(&reading(), &[], &[], at(300)).status(&after, UP, at(300));
     assert!(back.conditions.iter().all(Condition::holds));
     assert_eq!(back.last_probe_time, Some(at(300).into()));
@@ -300,7 +300,7 @@ fn what_cannot_be_read_stays_as_it_was() {
 }
 
 #[test]
-fn a_domain_that_holds_labels_is_named() {
+fn domain_that_depends_on_labels_is_listed() {
     let mut reading = reading();
     let domain = |name: &str, machine: &str| DomainUsage {
         name: name.to_owned(),
@@ -324,7 +324,7 @@ fn a_domain_that_holds_labels_is_named() {
 }
 
 #[test]
-fn the_object_of_another_version_can_be_read() {
+fn object_of_another_version_is_parsed() {
     let newer: NodeVirtualization = serde_json::from_value(json!({
         "apiVersion": "virtnode.io/v1alpha1", "kind": "NodeVirtualization",
         "metadata": {"name": "node-a"},
@@ -341,13 +341,13 @@ fn the_object_of_another_version_can_be_read() {
     }))
     .unwrap();
     assert_eq!(empty.spec.facts, NodeVirtualizationStatus::default());
-    // And what is written has nothing in it that is not known.
+    // Unknown fields are not written.
     let json = serde_json::to_value(&empty).unwrap();
     assert_eq!(json["status"], json!({"versions": {}, "cpu": {}}));
 }
 
 #[test]
-fn every_field_is_explained() {
+fn each_field_has_a_description() {
     use kube::CustomResourceExt;
     fn check(path: &str, schema: &Value) {
         for (name, field) in schema["properties"].as_object().into_iter().flatten() {

@@ -1,5 +1,4 @@
-//! The `NodeVirtualization` on a real API server: written when something changed, put back when
-//! somebody else touched it, and left alone otherwise.
+//! The publisher of the `NodeVirtualization` on a real API server.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -28,7 +27,7 @@ use crate::support::publisher::SOON;
 
 const CRDS: &str = include_str!("../../manifests/base/crds.yaml");
 
-/// A publisher that runs, and what it is told.
+/// A running publisher and its inputs.
 struct Writer {
     pictures: watch::Sender<Option<Arc<Snapshot>>>,
     connection: watch::Sender<Connection>,
@@ -62,7 +61,7 @@ impl Writer {
         })
     }
 
-    /// A probe saw this many vCPUs.
+    /// Publishes a probe with this maximum of vCPUs.
     fn probe(&self, max_vcpus: u32, failures: Vec<SourceFailure>) {
         let facts = NodeVirtualizationStatus {
             accelerator: Some("kvm".to_owned()),
@@ -120,13 +119,13 @@ async fn writes(server: &KubeServer) -> anyhow::Result<usize> {
 }
 
 #[tokio::test]
-async fn a_node_virtualization_is_written_when_something_changed() -> anyhow::Result<()> {
+async fn node_virtualization_is_written_only_after_changes() -> anyhow::Result<()> {
     let server = KubeServer::start().await?;
     server.apply_manifest(RIGHTS).await?;
     let node = server.create_node("n1").await?;
     let objects: Api<NodeVirtualization> = Api::all(server.client());
 
-    // Without the definition: told, and tried again.
+    // Without the definition: reported and retried.
     let writer = Writer::start(&server, "n1", options()).await?;
     writer.probe(288, Vec::new());
     let missing = || {
@@ -154,18 +153,18 @@ async fn a_node_virtualization_is_written_when_something_changed() -> anyhow::Re
         "one field, one owner: {fields:?}"
     );
 
-    // A probe that shows the same is no write, however often.
+    // Equal probes are not written.
     let before = writes(&server).await?;
     for _ in 0..20 {
         writer.probe(288, Vec::new());
         tokio::task::yield_now().await;
     }
-    // Another one is.
+    // A different probe is written.
     writer.probe(710, Vec::new());
     shown(&objects, |object| object.spec.facts.max_vcpus == Some(710)).await?;
     assert_eq!(writes(&server).await?, before + 1);
 
-    // A lost libvirt: the conditions flip, the facts stay.
+    // libvirt is lost: the conditions change, the facts are kept.
     let lost = SourceFailure {
         source: FactSource::Capabilities,
         code: "unavailable",
@@ -187,14 +186,14 @@ async fn a_node_virtualization_is_written_when_something_changed() -> anyhow::Re
     })
     .await?;
 
-    // What others do to it is put back.
+    // Changes by others are reverted.
     let edit = Patch::Merge(json!({"status": {"maxVcpus": 1}}));
     objects.patch("n1", &PatchParams::default(), &edit).await?;
     shown(&objects, |object| object.spec.facts.max_vcpus == Some(710)).await?;
     objects.delete("n1", &DeleteParams::default()).await?;
     shown(&objects, |object| object.spec.facts.max_vcpus == Some(710)).await?;
 
-    // Another daemon finds everything in place, and nothing to do.
+    // Another daemon writes nothing.
     let before = writes(&server).await?;
     drop(writer);
     let writer = Writer::start(&server, "n1", options()).await?;
@@ -204,7 +203,7 @@ async fn a_node_virtualization_is_written_when_something_changed() -> anyhow::Re
         Ok(())
     })
     .await?;
-    // The watch that begins after a look without trouble.
+    // The watch starts after the first successful sync.
     let objects_watched = async || {
         let events = server.audit_events().await?;
         let watches = events.iter().filter(|event| {
@@ -222,13 +221,13 @@ async fn a_node_virtualization_is_written_when_something_changed() -> anyhow::Re
 }
 
 #[tokio::test]
-async fn the_time_of_a_probe_alone_is_written_after_an_hour_only() -> anyhow::Result<()> {
+async fn time_of_the_probe_is_refreshed_after_an_hour() -> anyhow::Result<()> {
     let server = KubeServer::start().await?;
     server.apply_manifest(RIGHTS).await?;
     server.apply_manifest(CRDS).await?;
     server.create_node("n1").await?;
     let objects: Api<NodeVirtualization> = Api::all(server.client());
-    // An hour of four seconds.
+    // The refresh interval is four seconds.
     let refresh = Duration::from_secs(4);
     let writer = Writer::start(
         &server,
@@ -252,7 +251,7 @@ async fn the_time_of_a_probe_alone_is_written_after_an_hour_only() -> anyhow::Re
         Ok(second)
     })
     .await?;
-    // Times have whole seconds.
+    // Times are in whole seconds.
     let between = second.duration_since(first).unsigned_abs();
     assert!(between >= refresh - Duration::from_secs(1), "{between:?}");
     assert_eq!(writes(&server).await?, 2);

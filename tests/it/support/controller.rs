@@ -1,4 +1,4 @@
-//! A node whose DomainHotplug objects are looked after, and what a test can see of it.
+//! A node with a running controller of DomainHotplug objects.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -23,10 +23,10 @@ use virtnode::telemetry::Metrics;
 use super::eventually;
 use super::fake_domains::FakeControl;
 
-/// For what takes milliseconds on an idle machine.
+/// Timeout for actions that take milliseconds on an idle machine.
 const SOON: Duration = Duration::from_secs(60);
 
-/// Who tries again at once.
+/// Options without delays.
 pub(crate) fn options() -> ControllerOptions {
     let retry = Retry {
         first: Duration::from_millis(20),
@@ -41,7 +41,7 @@ pub(crate) fn options() -> ControllerOptions {
     }
 }
 
-/// A controller that runs, with its executor. It ends with the test.
+/// A running controller with its executor, stopped when dropped.
 pub(crate) struct HotplugNode {
     pub(crate) control: Arc<FakeControl>,
     pub(crate) executor: Arc<Executor<FakeControl>>,
@@ -56,13 +56,13 @@ pub(crate) struct HotplugNode {
     _writing: DropGuard,
 }
 
-/// Tells on the Node what the daemon tells there.
-struct OnNode(EventRecorder, Cluster);
+/// Records the Node's events as the daemon does.
+struct NodeEventListener(EventRecorder, Cluster);
 
-impl Listener for OnNode {
+impl Listener for NodeEventListener {
     fn changed(&self, record: &Record) {
-        let happening = node_events::of_operation(&self.1.node_reference(), record);
-        happening.into_iter().for_each(|it| self.0.record(it));
+        let event = node_events::of_operation(&self.1.node_reference(), record);
+        event.into_iter().for_each(|event| self.0.record(event));
     }
 
     fn concluded_after(&self, _: Duration) {}
@@ -82,8 +82,8 @@ impl HotplugNode {
         let (events, writer) = EventRecorder::new(cluster.clone(), Arc::clone(&metrics));
         let writing = CancellationToken::new();
         tokio::spawn(writer.run(writing.clone()));
-        let on_node = OnNode(events.clone(), cluster.clone());
-        let executor = executor(&control, state.path(), &executor_options, on_node);
+        let listener = NodeEventListener(events.clone(), cluster.clone());
+        let executor = executor(&control, state.path(), &executor_options, listener);
         let mut node = Self {
             control,
             executor,
@@ -114,7 +114,7 @@ impl HotplugNode {
         self.task = Some(tokio::spawn(controller.run(self.token.clone())));
     }
 
-    /// Ends all as the daemon does, whatever is under way.
+    /// Stops everything as the daemon does, also during operations.
     pub(crate) async fn stop(&mut self) {
         self.token.cancel();
         if let Some(task) = self.task.take() {
@@ -123,15 +123,15 @@ impl HotplugNode {
         self.executor.stop().await;
     }
 
-    /// Starts again what was stopped, with the journal as it is.
+    /// Restarts with the same journal.
     pub(crate) fn start_again(&mut self) {
-        let on_node = OnNode(self.events.clone(), self.cluster.clone());
+        let listener = NodeEventListener(self.events.clone(), self.cluster.clone());
         let (state, options) = (self.state.path(), &self.executor_options);
-        self.executor = executor(&self.control, state, options, on_node);
+        self.executor = executor(&self.control, state, options, listener);
         self.begin();
     }
 
-    /// The operations of an object.
+    /// Returns the operations of an object.
     pub(crate) fn operations_of(&self, object: &str) -> Vec<Record> {
         let asker = format!("domainhotplug/{object}");
         let mut records = self.executor.operations();
@@ -139,14 +139,14 @@ impl HotplugNode {
         records
     }
 
-    /// Whether objects are seen, as the node is told of it: status and reason.
-    pub(crate) fn told_of_watch(&self) -> Option<(String, String)> {
+    /// Returns status and reason of the condition of the watch.
+    pub(crate) fn watch_condition(&self) -> Option<(String, String)> {
         let condition = self.watched.borrow();
         let condition = condition.as_ref()?;
         Some((condition.status.clone(), condition.reason.clone()))
     }
 
-    /// The value of a series, written as in the exposition.
+    /// Returns the value of a series, named as in the exposition format.
     pub(crate) fn metric(&self, series: &str) -> f64 {
         let text = self.metrics.encode().unwrap();
         let value = text
@@ -163,13 +163,13 @@ fn executor(
     control: &Arc<FakeControl>,
     state: &Path,
     options: &ExecutorOptions,
-    on_node: OnNode,
+    listener: NodeEventListener,
 ) -> Arc<Executor<FakeControl>> {
     let journal = Journal::open(state).unwrap();
-    Executor::start(Arc::clone(control), journal, options.clone(), on_node).unwrap()
+    Executor::start(Arc::clone(control), journal, options.clone(), listener).unwrap()
 }
 
-/// `True`, `False` or `Unknown`, and the reason, of one of an object's conditions.
+/// Returns status and reason of a condition.
 pub(crate) fn condition(object: &Value, kind: &str) -> Option<(String, String)> {
     let conditions = object["status"]["conditions"].as_array()?;
     let condition = conditions.iter().find(|it| it["type"] == kind)?;
@@ -177,7 +177,7 @@ pub(crate) fn condition(object: &Value, kind: &str) -> Option<(String, String)> 
     Some((text("status"), text("reason")))
 }
 
-/// Waits until an object is so, and gives it.
+/// Waits for a state of an object, and returns the object.
 pub(crate) async fn becomes(
     object: impl AsyncFn() -> anyhow::Result<Value>,
     is: impl Fn(&Value) -> bool,

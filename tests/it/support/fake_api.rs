@@ -1,5 +1,5 @@
-//! An API server in this process with one Node and its DomainHotplug objects: who owns which label,
-//! server-side apply, watches, and whatever can go wrong. For faults and races that a real server does not do on demand.
+//! An in-process API server with one Node and its DomainHotplug objects: label ownership, server-side
+//! apply, watches, and faults and races that a real server does not produce on demand.
 
 mod hotplugs;
 mod node;
@@ -19,7 +19,7 @@ use tokio::sync::mpsc;
 use self::hotplugs::Hotplugs;
 pub(crate) use self::node::FakeNode;
 
-/// The fake and what happened to it; clones are the same one.
+/// The fake API server; clones share it.
 #[derive(Clone, Default)]
 pub(crate) struct FakeApi(Arc<Mutex<State>>);
 
@@ -41,21 +41,21 @@ struct State {
     hotplugs: Hotplugs,
 }
 
-/// What happens to a call instead of an answer.
+/// The fault of a call.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Fault {
     /// This HTTP status.
     Status(u16),
-    /// 429, and when to come back.
+    /// 429 with a Retry-After.
     Busy { retry_after: u32 },
-    /// No answer.
+    /// The call hangs.
     Hang,
-    /// No connection.
+    /// The connection is refused.
     Refuse,
 }
 
 impl FakeApi {
-    /// With a Node `node-a`.
+    /// Starts with a Node `node-a`.
     pub(crate) fn with_node() -> Self {
         let api = Self::default();
         api.create_node();
@@ -71,7 +71,7 @@ impl FakeApi {
         Client::new(service, "default")
     }
 
-    /// Makes the Node, or another one in its place.
+    /// Creates the Node, or replaces it with another one.
     pub(crate) fn create_node(&self) {
         let mut state = self.state();
         state.nodes_made += 1;
@@ -80,7 +80,7 @@ impl FakeApi {
         state.changed("ADDED");
     }
 
-    /// Somebody else changes the Node.
+    /// Changes the Node as another client.
     pub(crate) fn change(&self, change: impl FnOnce(&mut FakeNode)) {
         let mut state = self.state();
         change(state.node.as_mut().expect("a node"));
@@ -91,22 +91,22 @@ impl FakeApi {
         look(self.state().node.as_ref().expect("a node"))
     }
 
-    /// Somebody is faster than the next patch.
+    /// Changes the Node just before the next patch.
     pub(crate) fn before_next_patch(&self, change: impl FnOnce(&mut FakeNode) + Send + 'static) {
         self.state().before_patch = Some(Box::new(change));
     }
 
-    /// The next `times` calls of this verb (or `*`) go wrong.
+    /// Makes the next `times` calls of this verb (or `*`) fail.
     pub(crate) fn break_calls(&self, verb: &'static str, fault: Fault, times: usize) {
         self.state().faults.push((verb, fault, times));
     }
 
-    /// After so many more answers there are none.
+    /// Stops answering after this number of calls.
     pub(crate) fn answer_only(&self, calls: usize) {
         self.state().answers_left = Some(calls);
     }
 
-    /// How many calls got no answer because of [`Self::answer_only`].
+    /// Returns the number of calls that [`Self::answer_only`] left unanswered.
     pub(crate) fn unanswered(&self) -> usize {
         self.state().unanswered
     }
@@ -117,7 +117,7 @@ impl FakeApi {
         state.answers_left = None;
     }
 
-    /// Ends the watches, with an event of this status before if there is one.
+    /// Ends the watches, after an error event with this status if given.
     pub(crate) fn cut_watches(&self, last: Option<u16>) {
         let mut state = self.state();
         let state = &mut *state;
@@ -130,7 +130,7 @@ impl FakeApi {
         }
     }
 
-    /// The watches stay and are told nothing any more.
+    /// Keeps the watches open without sending anything further.
     pub(crate) fn mute_watches(&self) {
         let mut state = self.state();
         let mut muted = std::mem::take(&mut state.watches);
@@ -138,7 +138,7 @@ impl FakeApi {
         state.muted.append(&mut muted);
     }
 
-    /// Every watch gets a bookmark, as a real server sends one a minute.
+    /// Sends a bookmark to each watch, as a real server does every minute.
     pub(crate) fn bookmark_watches(&self) {
         let mut state = self.state();
         let state = &mut *state;
@@ -163,7 +163,7 @@ impl FakeApi {
         self.state().watches.len()
     }
 
-    /// How often this verb was asked for.
+    /// Returns the number of calls with this verb.
     pub(crate) fn asked(&self, verb: &str) -> usize {
         self.state()
             .asked
@@ -172,14 +172,14 @@ impl FakeApi {
             .count()
     }
 
-    /// The notes of all events.
+    /// Returns the notes of all events.
     pub(crate) fn events(&self) -> Vec<String> {
         let state = self.state();
         let notes = state.events.iter().map(|event| event["note"].to_string());
         notes.collect()
     }
 
-    /// Type and reason of the events about one object.
+    /// Returns type and reason of the events about one object.
     pub(crate) fn events_about(&self, kind: &str, name: &str) -> Vec<(String, String)> {
         let state = self.state();
         let about = state.events.iter().filter(|event| {
@@ -192,7 +192,7 @@ impl FakeApi {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.0.lock().expect("nobody panicked")
+        self.0.lock().expect("not poisoned")
     }
 
     async fn answer(&self, request: Request<kube::client::Body>) -> io::Result<Response<Body>> {
@@ -303,7 +303,7 @@ impl State {
     }
 }
 
-/// A body that goes on as long as its sender.
+/// Returns a body that ends when its sender is dropped.
 fn stream(receiver: mpsc::UnboundedReceiver<Bytes>) -> Response<Body> {
     let lines = futures::stream::unfold(receiver, async |mut receiver| {
         Some((receiver.recv().await?, receiver))
@@ -322,7 +322,7 @@ fn reason(code: u16) -> &'static str {
 
 fn status(code: u16, reason: &str, causes: Value) -> Value {
     json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": code, "reason": reason,
-        "message": format!("the fake says {code}"), "details": {"causes": causes}})
+        "message": format!("fake error {code}"), "details": {"causes": causes}})
 }
 
 fn answer(body: Value) -> Response<Body> {

@@ -1,8 +1,8 @@
 //! A real Kubernetes: etcd, kube-apiserver and, on demand, kube-scheduler.
 //!
-//! No kubelet, so that pods are bound and never run (delete them with grace period 0), and no
-//! controller manager, so that nothing is made or cleaned up that a test did not make: no
-//! default service accounts, no taints on nodes that are not ready.
+//! Without a kubelet: pods are bound and never run (delete them with grace period 0). Without a
+//! controller manager: nothing is created or deleted besides the test's own objects, so there are no
+//! default service accounts and no taints on nodes that are not ready.
 
 mod access;
 mod audit;
@@ -29,7 +29,7 @@ use self::pki::Authority;
 use self::process::{Process, free_ports, output_of};
 use super::eventually;
 
-/// The daemon's account and rights, as they are shipped.
+/// The shipped manifest of the daemon's account and rights.
 pub(crate) const RIGHTS: &str = concat!(
     include_str!("../../../manifests/base/namespace.yaml"),
     "---\n",
@@ -40,12 +40,12 @@ pub(crate) const RIGHTS: &str = concat!(
 
 pub(crate) use self::audit::AuditEvent;
 
-/// The API server is ready after 4 to 6 s on two idle cores; these are not always idle.
+/// Timeout for the API server, which takes 4 to 6 s on two idle cores.
 const READY_WITHIN: Duration = Duration::from_secs(180);
 
-/// A Kubernetes of one test's own, on loopback ports, which ends when this is dropped.
+/// A Kubernetes for one test on loopback ports, stopped when dropped.
 pub(crate) struct KubeServer {
-    // Dropped in this order: clients of a server before the server, and the files last.
+    // Drop order: clients before their server, and the files last.
     scheduler: Option<Process>,
     api_server: Option<Process>,
     etcd: Process,
@@ -58,9 +58,9 @@ pub(crate) struct KubeServer {
 }
 
 impl KubeServer {
-    /// Starts etcd and the API server, and waits until the latter is ready.
+    /// Starts etcd and the API server, and waits until the API server is ready.
     ///
-    /// Where no server is at hand, one is built, which takes minutes once on a machine.
+    /// Builds the server if none is installed, which takes minutes once on a machine.
     pub(crate) async fn start() -> anyhow::Result<Self> {
         let binaries = Binaries::find()?;
         let mut attempts = 1..=3;
@@ -99,47 +99,46 @@ impl KubeServer {
         Ok(server)
     }
 
-    /// The server's release, such as `(1, 33)`.
+    /// Returns the server's release, such as `(1, 33)`.
     pub(crate) fn version(&self) -> (u32, u32) {
         self.binaries.version
     }
 
-    /// The process of the API server, while it runs, and that of etcd.
+    /// Returns the process IDs of the API server, if it runs, and of etcd.
     #[allow(dead_code, reason = "for the benchmark of a fleet")]
     pub(crate) fn processes(&self) -> (Option<u32>, u32) {
         (self.api_server.as_ref().map(Process::id), self.etcd.id())
     }
 
-    /// A client that may do everything.
+    /// Returns a client with all rights.
     pub(crate) fn client(&self) -> Client {
         self.admin.clone()
     }
 
-    /// The configuration of a client that may do everything.
+    /// Returns the kubeconfig of a client with all rights.
     pub(crate) fn kubeconfig(&self) -> &Path {
         &self.admin_config
     }
 
-    /// Kills the API server: connections to it break and new ones are refused.
+    /// Kills the API server: connections break and new ones are refused.
     pub(crate) fn stop_api(&mut self) {
         self.api_server = None;
     }
 
-    /// Starts the API server, with what it knew when it was stopped and on the same port, and
-    /// waits until it is ready.
+    /// Restarts the API server with the same data and port, and waits until it is ready.
     pub(crate) async fn start_api(&mut self) -> anyhow::Result<()> {
         if self.api_server.is_none() {
             self.api_server = Some(self.spawn_api_server()?);
         }
         eventually(READY_WITHIN, async || {
-            // The outer result says whether to wait on, the inner one how it ended.
+            // Outer result: continue waiting; inner result: the outcome.
             for process in self.api_server.iter_mut().chain([&mut self.etcd]) {
                 if let Err(ended) = process.ensure_running() {
                     return Ok(Err(ended));
                 }
             }
             get(&self.admin, "/readyz").await?;
-            // Made by the server itself, soon after it is ready.
+            // Created by the server itself soon after it is ready.
             Api::<Namespace>::all(self.admin.clone())
                 .get("default")
                 .await?;
@@ -150,7 +149,7 @@ impl KubeServer {
         .context("it ended before it was ready")
     }
 
-    /// Starts the scheduler, unless it runs; it runs until the server is dropped.
+    /// Starts the scheduler unless it runs. It runs until the server is dropped.
     pub(crate) fn start_scheduler(&mut self) -> anyhow::Result<()> {
         if self.scheduler.is_none() {
             self.scheduler = Some(self.spawn_scheduler()?);
@@ -158,7 +157,7 @@ impl KubeServer {
         Ok(())
     }
 
-    /// Creates a node that is ready and has room for pods.
+    /// Creates a ready node with capacity for pods.
     pub(crate) async fn create_node(&self, name: &str) -> anyhow::Result<Node> {
         let nodes: Api<Node> = Api::all(self.client());
         let room = json!({"cpu": "8", "memory": "16Gi", "pods": "110"});
@@ -171,13 +170,13 @@ impl KubeServer {
             },
         }))?;
         nodes.create(&PostParams::default(), &node).await?;
-        // The server taints every new node as not ready; a controller would take that away.
+        // The server taints each new node as not ready; a controller would remove the taint.
         let untaint = Patch::Merge(json!({"spec": {"taints": null}}));
         Ok(nodes.patch(name, &PatchParams::default(), &untaint).await?)
     }
 
-    /// The configuration of a client with a token of a service account, which is created, and
-    /// its namespace too, unless they exist. Without a role, it may do next to nothing.
+    /// Returns the kubeconfig of a service account's token. Creates the account and its namespace if
+    /// they do not exist. Without a role, it has nearly no rights.
     pub(crate) async fn service_account_kubeconfig(
         &self,
         namespace: &str,
@@ -207,8 +206,8 @@ impl KubeServer {
         self.access.of_token(&format!("{namespace}-{name}"), &token)
     }
 
-    /// The configuration of a client with the token that a new pod of a service account has on a
-    /// node. Namespace and account must exist; the pod is created, and never runs.
+    /// Returns the kubeconfig of the token of a new pod on a node. Namespace and account must exist; the
+    /// pod is created and never runs.
     pub(crate) async fn pod_kubeconfig(
         &self,
         namespace: &str,
@@ -228,7 +227,7 @@ impl KubeServer {
         self.kubeconfig_of(&pod, account).await
     }
 
-    /// The configuration of a client with a pod's token of its service account.
+    /// Returns the kubeconfig of a pod's service account token.
     pub(crate) async fn kubeconfig_of(&self, pod: &Pod, account: &str) -> anyhow::Result<PathBuf> {
         let of_pod = |field: &Option<String>| field.clone().context("a pod that is not created");
         let namespace = of_pod(&pod.metadata.namespace)?;
@@ -258,7 +257,7 @@ impl KubeServer {
         self.access.of_token(&name, &token)
     }
 
-    /// A client with the [configuration](Self::pod_kubeconfig) of a pod.
+    /// Returns a client with [`Self::pod_kubeconfig`].
     pub(crate) async fn pod_client(
         &self,
         namespace: &str,
@@ -268,8 +267,8 @@ impl KubeServer {
         client_of(&self.pod_kubeconfig(namespace, account, node).await?).await
     }
 
-    /// Creates or changes every object of a manifest, and waits until definitions of resources are
-    /// in force. A server drops what it does not know of them.
+    /// Creates or updates all objects of a manifest, and waits until definitions are in force. Older
+    /// servers drop unknown fields.
     pub(crate) async fn apply_manifest(&self, manifest: &str) -> anyhow::Result<()> {
         for object in documents(manifest)? {
             let name = object["metadata"]["name"].as_str().context("a name")?;
@@ -307,7 +306,7 @@ impl KubeServer {
         Ok(())
     }
 
-    /// Whether the server has this resource, by what it says itself.
+    /// True if the server's discovery lists this resource.
     pub(crate) async fn has(&self, group_version: &str, plural: &str) -> anyhow::Result<bool> {
         let groups = self.admin.list_api_groups().await?;
         let mut versions = groups.groups.iter().flat_map(|group| &group.versions);
@@ -321,7 +320,7 @@ impl KubeServer {
             .any(|resource| resource.name == plural))
     }
 
-    /// A client with the [configuration](Self::service_account_kubeconfig) of a service account.
+    /// Returns a client with [`Self::service_account_kubeconfig`].
     pub(crate) async fn service_account_client(
         &self,
         namespace: &str,
@@ -330,11 +329,11 @@ impl KubeServer {
         client_of(&self.service_account_kubeconfig(namespace, name).await?).await
     }
 
-    /// All requests, of all clients and since the start, that were answered before this call;
-    /// the server must be running.
+    /// Returns all requests of all clients that were answered before this call. The server must be
+    /// running.
     pub(crate) async fn audit_events(&self) -> anyhow::Result<Vec<AuditEvent>> {
-        // The server logs a request right after its answer, thus maybe after this call: when a
-        // request of its own is in the log, all those before it are too.
+        // The server logs a request just after its answer. Once the log has this function's own request,
+        // it has all earlier ones.
         let marker = format!("/version?marker={:x}", fastrand::u64(..));
         get(&self.admin, &marker).await?;
         eventually(Duration::from_secs(10), async || {
@@ -359,7 +358,7 @@ impl KubeServer {
             format!("--secure-port={}", self.access.api_port),
             "--bind-address=127.0.0.1".to_owned(),
             "--advertise-address=127.0.0.1".to_owned(),
-            // Endpoints may not be loopback addresses, and nobody needs this one.
+            // Endpoints must not be loopback addresses, and this one is not needed.
             "--endpoint-reconciler-type=none".to_owned(),
             format!("--etcd-servers={}", self.etcd_url),
             "--service-cluster-ip-range=10.0.0.0/24".to_owned(),
@@ -377,7 +376,7 @@ impl KubeServer {
             ),
             "--authorization-mode=Node,RBAC".to_owned(),
             "--enable-admission-plugins=NodeRestriction".to_owned(),
-            // It wants every pod to have a service account, which a controller would make.
+            // It requires a service account for each pod, which a controller would create.
             "--disable-admission-plugins=ServiceAccount".to_owned(),
             "--allow-privileged=true".to_owned(),
             format!("--audit-policy-file={}/audit-policy.yaml", dir.display()),
@@ -402,7 +401,7 @@ impl KubeServer {
             format!("--authentication-kubeconfig={}", kubeconfig.display()),
             format!("--authorization-kubeconfig={}", kubeconfig.display()),
             "--leader-elect=false".to_owned(),
-            // Its own health and metrics are not served: they would need a port.
+            // Health and metrics are disabled: they would need a port.
             "--secure-port=0".to_owned(),
         ];
         if (major, minor) < (1, 23) {
@@ -431,7 +430,7 @@ fn spawn_etcd(
     Process::start(&binaries.dir.join("etcd"), &args, dir.join("etcd.log"))
 }
 
-/// The documents of a manifest.
+/// Returns the documents of a manifest.
 pub(crate) fn documents(manifest: &str) -> anyhow::Result<Vec<Value>> {
     let documents = manifest.split("\n---\n");
     let is_empty = |text: &&str| {
@@ -444,7 +443,7 @@ pub(crate) fn documents(manifest: &str) -> anyhow::Result<Vec<Value>> {
         .collect()
 }
 
-/// Where the programs are and which release they are of.
+/// The paths and release of the programs.
 #[derive(Clone)]
 struct Binaries {
     dir: PathBuf,
@@ -480,7 +479,7 @@ fn parse_version(text: &str) -> Option<(u32, u32)> {
     Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
 }
 
-/// Another process was faster than this one: worth another try with other ports.
+/// True if another process took a port first, which is worth a retry with other ports.
 fn is_port_taken(error: &anyhow::Error) -> bool {
     format!("{error:#}").contains("address already in use")
 }

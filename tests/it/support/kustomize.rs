@@ -1,7 +1,7 @@
-//! What `kubectl kustomize` makes of a directory: as much of it as `manifests/` uses. What it does
-//! not know, it refuses, and so it does what kustomize refuses: to look outside of a directory.
+//! The subset of `kubectl kustomize` that `manifests/` uses. Unknown features are rejected, and so are
+//! paths outside the directory, as in kustomize.
 //!
-//! Debian and Ubuntu have no common kubectl whose kustomize is new enough to be used instead.
+//! Debian and Ubuntu have no common kubectl with a sufficiently new kustomize.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -28,7 +28,7 @@ struct Kustomization {
 #[serde(deny_unknown_fields)]
 struct Patch {
     path: PathBuf,
-    /// With one, the file is a list of operations (RFC 6902), else a part of an object.
+    /// If present, the file is a list of operations (RFC 6902), otherwise a partial object.
     target: Option<Target>,
 }
 
@@ -63,7 +63,7 @@ struct MapOptions {
     labels: BTreeMap<String, String>,
 }
 
-/// The objects of a directory with a `kustomization.yaml`, in the order of its resources.
+/// Returns the objects of a directory with a `kustomization.yaml`, in the order of its resources.
 pub(crate) fn render(directory: &Path) -> anyhow::Result<Vec<Value>> {
     let text = fs::read_to_string(directory.join("kustomization.yaml"))
         .with_context(|| format!("no kustomization in {}", directory.display()))?;
@@ -123,7 +123,7 @@ pub(crate) fn render(directory: &Path) -> anyhow::Result<Vec<Value>> {
     Ok(objects)
 }
 
-/// The one object of a kind.
+/// Returns the only object of a kind.
 pub(crate) fn only<'o>(objects: &'o [Value], kind: &str) -> anyhow::Result<&'o Value> {
     let mut of_kind = objects.iter().filter(|object| object["kind"] == kind);
     match (of_kind.next(), of_kind.next()) {
@@ -152,8 +152,8 @@ fn same(object: &Value, patch: &Value) -> bool {
     .all(|pointer| of(object, pointer) == of(patch, pointer))
 }
 
-/// Merges strategically: maps by key, `null` takes away, lists of things with a name by that name
-/// (new ones first), and other lists are replaced.
+/// Strategic merge: maps by key, `null` removes, lists of named items by name (new items first), other
+/// lists are replaced.
 fn merge(into: &mut Value, patch: Value) {
     match (into, patch) {
         (Value::Object(into), Value::Object(patch)) => {
@@ -181,7 +181,7 @@ fn merge(into: &mut Value, patch: Value) {
 }
 
 fn by_name(list: &[Value]) -> bool {
-    // A mount has a name too, and is told apart by its path.
+    // Mounts have names too, but are identified by their path.
     list.iter()
         .all(|value| value["name"].is_string() && value["mountPath"].is_null())
 }

@@ -1,4 +1,4 @@
-//! A Node publisher that runs, and what a test can see of it.
+//! A running Node publisher.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,7 +15,7 @@ use virtnode::telemetry::metrics::Metrics;
 
 use super::eventually;
 
-/// For what takes milliseconds on an idle machine.
+/// Timeout for actions that take milliseconds on an idle machine.
 pub(crate) const SOON: Duration = Duration::from_secs(20);
 
 pub(crate) fn labels(pairs: &[(&str, &str)]) -> LabelSet {
@@ -25,7 +25,7 @@ pub(crate) fn labels(pairs: &[(&str, &str)]) -> LabelSet {
     pairs.iter().map(pair).collect()
 }
 
-/// Waits until it is so.
+/// Waits for a condition.
 pub(crate) async fn until(is: impl Fn() -> bool) -> anyhow::Result<()> {
     eventually(SOON, async || {
         ensure!(is(), "it is not so");
@@ -34,7 +34,7 @@ pub(crate) async fn until(is: impl Fn() -> bool) -> anyhow::Result<()> {
     .await
 }
 
-/// A publisher that runs. It ends with the test.
+/// A running publisher, stopped when dropped.
 pub(crate) struct Publisher {
     pub(crate) desired: watch::Sender<Option<Arc<LabelSet>>>,
     pub(crate) state: watch::Receiver<SyncState>,
@@ -67,7 +67,7 @@ impl Publisher {
         }
     }
 
-    /// Ends it as the daemon does.
+    /// Stops it as the daemon does.
     pub(crate) async fn stop(self) -> anyhow::Result<()> {
         self.token.cancel();
         Ok(self.task.await?)
@@ -77,7 +77,7 @@ impl Publisher {
         self.desired.send_replace(Some(Arc::new(labels(pairs))));
     }
 
-    /// Waits until the state is so.
+    /// Waits for a state.
     pub(crate) async fn state(
         &mut self,
         is: impl FnMut(&SyncState) -> bool,

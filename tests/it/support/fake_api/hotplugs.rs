@@ -1,5 +1,5 @@
-//! DomainHotplug objects, as a real API server keeps them: generation, uid, status apart from the
-//! rest, selection by label. It checks nothing, so that a test can store what is wrong.
+//! DomainHotplug objects as in a real API server: generation, uid, status subresource, label selector.
+//! Nothing is validated, so that a test can store invalid objects.
 
 use std::collections::BTreeMap;
 
@@ -12,7 +12,7 @@ use super::{FakeApi, State, answer, line, status, stream};
 
 pub(super) const PATH: &str = "/apis/virtnode.io/v1alpha1/domainhotplugs";
 
-/// The objects by name, and who watches them.
+/// The objects by name, and their watches.
 #[derive(Default)]
 pub(super) struct Hotplugs {
     objects: BTreeMap<String, Value>,
@@ -34,12 +34,12 @@ pub(super) fn verb(method: &str, path: &str, query: &str) -> &'static str {
 }
 
 impl FakeApi {
-    /// Somebody makes an object for node-a.
+    /// Creates an object for node-a.
     pub(crate) fn make(&self, name: &str, spec: Value) {
         self.make_labelled(name, "node-a", spec);
     }
 
-    /// Somebody makes an object whose label names a node.
+    /// Creates an object with a node's label.
     pub(crate) fn make_labelled(&self, name: &str, node: &str, spec: Value) {
         let mut state = self.state();
         state.hotplugs.made += 1;
@@ -55,12 +55,12 @@ impl FakeApi {
         state.hotplug_changed(name, "ADDED");
     }
 
-    /// An object as it is now.
+    /// Returns an object.
     pub(crate) fn object(&self, name: &str) -> Option<Value> {
         self.state().hotplugs.objects.get(name).cloned()
     }
 
-    /// Somebody changes an object's spec.
+    /// Changes an object's spec as another client.
     pub(crate) fn change_spec(&self, name: &str, change: impl FnOnce(&mut Value)) {
         let mut state = self.state();
         let object = state.hotplugs.objects.get_mut(name).expect("an object");
@@ -70,12 +70,12 @@ impl FakeApi {
         state.hotplug_changed(name, "MODIFIED");
     }
 
-    /// Somebody deletes an object.
+    /// Deletes an object as another client.
     pub(crate) fn delete(&self, name: &str) {
-        self.state().hotplug_gone(name);
+        self.state().hotplug_deleted(name);
     }
 
-    /// Every status that was written, in order.
+    /// Returns all written statuses in order.
     pub(crate) fn statuses(&self) -> Vec<Value> {
         self.state().hotplugs.statuses.clone()
     }
@@ -137,7 +137,7 @@ impl State {
                     "hotplug-delete" => &body["preconditions"]["uid"],
                     _ => &body["metadata"]["uid"],
                 };
-                // A real one looks at no uid here.
+                // A real API server does not compare the uid here.
                 if *uid != object["metadata"]["uid"] && verb != "hotplug-status" {
                     let mut conflict = status(409, "Conflict", json!([]));
                     conflict["message"] = "uid mismatch".into();
@@ -149,7 +149,7 @@ impl State {
                 }
                 match verb {
                     "hotplug-delete" => {
-                        self.hotplug_gone(&name);
+                        self.hotplug_deleted(&name);
                         return answer(json!({"kind": "Status", "apiVersion": "v1",
                             "status": "Success", "code": 200}));
                     }
@@ -173,17 +173,17 @@ impl State {
         let object = self.hotplugs.objects.get_mut(name).expect("an object");
         object["metadata"]["resourceVersion"] = self.version.to_string().into();
         let object = object.clone();
-        self.hotplug_tell(kind, &object);
+        self.send_to_hotplug_watches(kind, &object);
     }
 
-    fn hotplug_gone(&mut self, name: &str) {
+    fn hotplug_deleted(&mut self, name: &str) {
         self.version += 1;
         let mut object = self.hotplugs.objects.remove(name).expect("an object");
         object["metadata"]["resourceVersion"] = self.version.to_string().into();
-        self.hotplug_tell("DELETED", &object);
+        self.send_to_hotplug_watches("DELETED", &object);
     }
 
-    fn hotplug_tell(&mut self, kind: &str, object: &Value) {
+    fn send_to_hotplug_watches(&mut self, kind: &str, object: &Value) {
         if object["metadata"]["labels"]["virtnode.io/node"] != "node-a" {
             return;
         }

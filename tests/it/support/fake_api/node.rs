@@ -1,4 +1,4 @@
-//! One Node's labels, with owners as a real API server keeps them.
+//! The labels of a Node with owners as in a real API server.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -23,19 +23,19 @@ impl FakeNode {
         }
     }
 
-    /// What `kubectl label --overwrite` does, or `key-` for `None`.
+    /// Edits a label like `kubectl label --overwrite`, or `key-` for `None`.
     pub(crate) fn update(&mut self, manager: &str, key: &str, value: Option<&str>) {
-        self.take(key);
+        self.remove_owners(key);
         match value {
-            Some(value) => self.give(manager, "Update", key, value),
+            Some(value) => self.set(manager, "Update", key, value),
             None => drop(self.labels.remove(key)),
         }
     }
 
-    /// What an applier with force does with one key.
+    /// Applies one key with force.
     pub(crate) fn force_apply(&mut self, manager: &str, key: &str, value: &str) {
-        self.take(key);
-        self.give(manager, "Apply", key, value);
+        self.remove_owners(key);
+        self.set(manager, "Apply", key, value);
     }
 
     pub(crate) fn owned_by(&self, manager: &str) -> BTreeSet<String> {
@@ -45,13 +45,13 @@ impl FakeNode {
             .unwrap_or_default()
     }
 
-    fn take(&mut self, key: &str) {
+    fn remove_owners(&mut self, key: &str) {
         for keys in self.owned.values_mut() {
             keys.remove(key);
         }
     }
 
-    fn give(&mut self, manager: &str, operation: &str, key: &str, value: &str) {
+    fn set(&mut self, manager: &str, operation: &str, key: &str, value: &str) {
         self.labels.insert(key.into(), value.into());
         self.owned
             .entry((manager.into(), operation.into()))
@@ -91,9 +91,9 @@ impl FakeNode {
         }
         for (key, value) in &wanted {
             if self.labels.get(key).is_some_and(|shown| shown != value) {
-                self.take(key);
+                self.remove_owners(key);
             }
-            self.give(manager, "Apply", key, value);
+            self.set(manager, "Apply", key, value);
         }
         Ok(())
     }

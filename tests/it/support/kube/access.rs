@@ -1,4 +1,4 @@
-//! The configurations with which clients reach one server.
+//! Kubeconfig files for one API server.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,14 +11,14 @@ use serde_json::{Value, json};
 
 use super::pki::Authority;
 
-/// Writes kubeconfig files into the directory of its authority.
+/// Writes kubeconfig files into the directory of the certificate authority.
 pub(super) struct Access {
     pub(super) authority: Authority,
     pub(super) api_port: u16,
 }
 
 impl Access {
-    /// For a user who shows a certificate.
+    /// Writes the kubeconfig of a user with a client certificate.
     pub(super) fn of_user(&self, name: &str, group: Option<&str>) -> anyhow::Result<PathBuf> {
         let credentials = self.authority.user(name, group)?;
         let credentials = json!({
@@ -28,7 +28,7 @@ impl Access {
         self.write(name, credentials)
     }
 
-    /// For whomever the token tells.
+    /// Writes the kubeconfig of a token.
     pub(super) fn of_token(&self, file_stem: &str, token: &str) -> anyhow::Result<PathBuf> {
         self.write(file_stem, json!({"token": token}))
     }
@@ -52,12 +52,12 @@ impl Access {
     }
 }
 
-/// A client for tests, which calls itself `virtnode-test`.
+/// Returns a client with the user agent `virtnode-test`.
 pub(super) async fn client_of(kubeconfig: &Path) -> anyhow::Result<Client> {
     let kubeconfig = Kubeconfig::read_from(kubeconfig)?;
     let options = KubeConfigOptions::default();
     let mut config = Config::from_custom_kubeconfig(kubeconfig, &options).await?;
-    // A test wants to see what goes wrong, and has its own deadlines.
+    // Without retries, because tests check failures and have their own timeouts.
     config.default_retry = false;
     config
         .headers

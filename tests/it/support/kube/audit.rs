@@ -1,8 +1,8 @@
-//! What the API server was asked, as its audit log tells.
+//! The requests in the API server's audit log.
 
 use serde::Deserialize;
 
-/// Everything, without bodies, and nothing of a request before there is an answer.
+/// Audit policy: all requests without bodies, logged after their answer.
 pub(super) const POLICY: &str = r#"
 apiVersion: audit.k8s.io/v1
 kind: Policy
@@ -10,23 +10,23 @@ omitStages: [RequestReceived]
 rules: [{level: Metadata}]
 "#;
 
-/// One request and its answer. A watch is told twice: when it begins and when it ends.
+/// One request with its answer. A watch has two events: its start and its end.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(from = "Logged")]
 pub(crate) struct AuditEvent {
     /// `get`, `list`, `watch`, `create`, `update`, `patch`, `delete`, …
     pub(crate) verb: String,
-    /// Such as `system:serviceaccount:default:virtnode`.
+    /// For example `system:serviceaccount:default:virtnode`.
     pub(crate) user: String,
-    /// What the client calls itself.
+    /// The user agent.
     pub(crate) user_agent: String,
-    /// Such as `virtnode.io`; empty for the core's.
+    /// For example `virtnode.io`; empty for the core group.
     pub(crate) group: String,
-    /// In the plural, such as `nodes`; empty for what is no resource, such as `/version`.
+    /// Plural, for example `nodes`; empty for non-resource requests such as `/version`.
     pub(crate) resource: String,
-    /// Such as `status`, or empty.
+    /// For example `status`, or empty.
     pub(crate) subresource: String,
-    /// The object's name, or empty for requests that name none.
+    /// The object's name, or empty for requests without one.
     pub(crate) name: String,
     /// Path and query.
     pub(crate) uri: String,
@@ -37,7 +37,7 @@ pub(crate) struct AuditEvent {
 }
 
 impl AuditEvent {
-    /// Whether it asked for something to be changed, whatever the answer.
+    /// True for a request to change something, independent of the answer.
     pub(crate) fn is_write(&self) -> bool {
         matches!(
             self.verb.as_str(),
@@ -46,8 +46,7 @@ impl AuditEvent {
     }
 }
 
-/// Reads a log of one JSON document a line; a last line that is still being written is left
-/// out.
+/// Parses a log of one JSON document per line, without an incomplete last line.
 pub(super) fn parse(log: &str) -> anyhow::Result<Vec<AuditEvent>> {
     let complete = log.rfind('\n').map_or("", |end| &log[..end]);
     complete
@@ -56,7 +55,7 @@ pub(super) fn parse(log: &str) -> anyhow::Result<Vec<AuditEvent>> {
         .collect()
 }
 
-/// The form in the log: `audit.k8s.io/v1`, `Event`.
+/// `audit.k8s.io/v1`, `Event`
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Logged {

@@ -9,11 +9,11 @@ use virtnode::cluster::objects::{DomainHotplug, definitions};
 use super::KubeServer;
 use crate::support::eventually;
 
-/// Defines them all, and waits until the server knows them.
+/// Applies all definitions, and waits until they are in force.
 pub(crate) async fn define(server: &KubeServer) -> anyhow::Result<()> {
     let request = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions";
     for definition in definitions() {
-        // As it is printed: the type would leave out what it does not know.
+        // Untyped: the type would drop unknown fields.
         let request = http::Request::post(request)
             .header("content-type", "application/json")
             .body(serde_json::to_vec(&definition)?)?;

@@ -1,4 +1,4 @@
-//! A certificate authority of one server's own, and the keys that it needs.
+//! The certificate authority of one API server, and its keys.
 
 use std::fs;
 use std::path::{Path, PathBuf};

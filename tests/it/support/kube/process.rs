@@ -1,4 +1,4 @@
-//! Child processes that end with their owner, and free ports for them.
+//! Child processes that are killed with their owner, and free ports for them.
 
 use std::fs::{self, File};
 use std::net::{Ipv4Addr, TcpListener};
@@ -7,11 +7,11 @@ use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context as _, anyhow, ensure};
 
-/// Below the range from which Linux gives ports to outgoing connections (32768 and up): a
-/// server that is stopped for a while finds its port free when it comes back.
+/// Below Linux's range of ephemeral ports (32768 and up), so that the port of a stopped server stays
+/// free until its restart.
 const PORTS: std::ops::Range<u16> = 20_000..32_768;
 
-/// A running program that is killed and waited for when this is dropped.
+/// A running program, killed and awaited when dropped.
 #[derive(Debug)]
 pub(in crate::support) struct Process {
     child: Child,
@@ -19,7 +19,7 @@ pub(in crate::support) struct Process {
 }
 
 impl Process {
-    /// Starts `program`; what it prints is appended to `log`.
+    /// Starts `program`, whose output is appended to `log`.
     pub(in crate::support) fn start(
         program: &Path,
         args: &[String],
@@ -41,7 +41,7 @@ impl Process {
     }
 
     /// # Errors
-    /// When the program has ended: its status and the last lines that it printed.
+    /// If the program has exited: its status and the last lines of its output.
     pub(in crate::support) fn ensure_running(&mut self) -> anyhow::Result<()> {
         match self.child.try_wait()? {
             None => Ok(()),
@@ -63,13 +63,13 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // An error only says that it has ended by itself.
+        // An error means that it has exited by itself.
         self.child.kill().ok();
         self.child.wait().ok();
     }
 }
 
-/// What a program prints when asked for one thing, such as its version.
+/// Returns the output of a program with one argument, such as `--version`.
 pub(in crate::support) fn output_of(program: &Path, arg: &str) -> anyhow::Result<String> {
     let output = Command::new(program)
         .arg(arg)
@@ -85,10 +85,10 @@ pub(in crate::support) fn output_of(program: &Path, arg: &str) -> anyhow::Result
     Ok(String::from_utf8(output.stdout)?)
 }
 
-/// `N` different ports of the loopback address on which nothing listens. Nothing keeps
-/// another process from taking one before it is used: whoever uses them tries again then.
+/// Returns `N` different free ports of the loopback address. Another process may take one before it is
+/// used, so callers retry.
 pub(in crate::support) fn free_ports<const N: usize>() -> anyhow::Result<[u16; N]> {
-    // All are held until all are found, or the same one might be found twice.
+    // All are held until all are found, to avoid duplicates.
     let listeners: Vec<TcpListener> = (0..1000)
         .filter_map(|_| TcpListener::bind((Ipv4Addr::LOCALHOST, fastrand::u16(PORTS))).ok())
         .take(N)
