@@ -1,5 +1,5 @@
-//! Joins what a cluster tells of its nodes with what a domain needs, for `virtnode targets`. The
-//! answers are [`crate::compat::find_targets`]'s.
+//! Turns the nodes of a cluster into candidates for a domain, for `virtnode targets`;
+//! [`crate::compat::find_targets`] assesses them.
 
 use std::collections::BTreeMap;
 
@@ -13,12 +13,12 @@ use crate::cluster::objects::{Condition, NodeVirtualizationStatus};
 use crate::cluster::{NodeInventory, NodeSummary};
 use crate::compat::{Candidate, Offer, OfferedMachine, ReportedOffer, Requirement};
 
-/// A daemon writes once an hour when it last read everything. One that has not done so for as long
-/// as this does not run, or may not write.
+/// Maximum age of a `NodeVirtualization`: three of the hourly writes of its daemon, which otherwise
+/// does not run or lacks the right to write.
 const STALE: SignedDuration = SignedDuration::from_hours(3);
 
-/// The nodes as candidates for a domain. `here` is the one where it runs now, if that is known;
-/// `now` is when the inventory was made, if that is known: then what is out of date is not gone by.
+/// Returns the nodes as candidates for a domain. `here` is the node where the domain runs, if
+/// known. `now` is the time of the inventory; without it no object counts as stale.
 pub fn candidates(
     inventory: NodeInventory,
     domain: &Requirement,
@@ -57,7 +57,7 @@ pub fn candidates(
     nodes.into_iter().map(candidate).collect()
 }
 
-/// One that was never finished has no time, and nothing to be believed or not.
+/// An object that was never completed has no time, and no facts that could be stale.
 fn is_stale(status: &NodeVirtualizationStatus, now: Option<Timestamp>) -> bool {
     match (status.last_probe_time, now) {
         (Some(probed), Some(now)) => now.duration_since(probed.into()) > STALE,
@@ -65,8 +65,8 @@ fn is_stale(status: &NodeVirtualizationStatus, now: Option<Timestamp>) -> bool {
     }
 }
 
-/// What a `NodeVirtualization` tells that the node has for this domain; `None` if it has nothing of
-/// the domain's architecture, or is of no use.
+/// Returns the offer of a `NodeVirtualization` for this domain; `None` if it lacks the domain's
+/// architecture.
 fn offer(status: &NodeVirtualizationStatus, domain: &Requirement) -> Option<Offer> {
     let native = status.architecture.clone()?;
     let arch = domain.arch.clone().unwrap_or_else(|| native.clone());
@@ -86,7 +86,7 @@ fn offer(status: &NodeVirtualizationStatus, domain: &Requirement) -> Option<Offe
     let largest = machines
         .values()
         .filter_map(|machine| machine.max_vcpus.number());
-    // Where only version 2 of Arm's interrupt controller is to be had, that is counted in.
+    // The maximum includes the limit of a version 2 controller on Arm.
     let has_gic_v3 = largest.max() > Some(8);
     let aliases = guest.machines.iter().flat_map(|machine| {
         let meant = machine.name.clone();
@@ -145,7 +145,7 @@ fn machines(guest: &GuestStatus) -> BTreeMap<String, OfferedMachine> {
 
 fn models(status: &NodeVirtualizationStatus, domain: &Requirement) -> Vec<CpuModel> {
     let all = &status.cpu.models;
-    // An alias has the blockers of the model that it means, which are told once.
+    // The object lists blockers only for the model behind an alias.
     let blockers = |model: &CpuModelStatus| -> Vec<String> {
         let meant = model.alias_of.as_deref();
         let meant = meant.and_then(|name| all.iter().find(|other| other.name == name));
@@ -154,18 +154,19 @@ fn models(status: &NodeVirtualizationStatus, domain: &Requirement) -> Vec<CpuMod
             _ => model.blockers.clone(),
         }
     };
-    let is_asked = |name: &str| domain.cpu.model.as_deref() == Some(name);
+    let is_requested = |name: &str| domain.cpu.model.as_deref() == Some(name);
     all.iter()
         .map(|model| {
-            // Only those of the model that is asked for are looked at.
-            let blockers = match is_asked(&model.name) {
-                true => blockers(model),
-                false => Vec::new(),
+            // The rules read only the blockers of the requested model.
+            let blockers = if is_requested(&model.name) {
+                blockers(model)
+            } else {
+                Vec::new()
             };
             let usable = match model.usable.as_str() {
                 "yes" => Usable::Yes,
-                // Before libvirt 10.9 nobody says which features are missing, and the domain may
-                // do without them.
+                // libvirt before 10.9 does not list the missing features, which the domain may
+                // tolerate.
                 "no" if blockers.is_empty() && domain.cpu.tolerates_missing_features() => {
                     Usable::Unknown
                 }

@@ -1,4 +1,4 @@
-//! What a pod asks of its node, as Kubernetes' scheduler reads it.
+//! The node affinity of a pod, as Kubernetes' scheduler evaluates it.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -15,55 +15,49 @@ use crate::label::{LabelKey, LabelValue};
 /// A node's labels.
 pub type NodeLabels = BTreeMap<String, String>;
 
-/// A required node affinity: a node that one of the terms matches will do.
+/// A required node affinity: a node must match one of the terms.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Affinity {
-    /// The alternatives. Without any no node will do, which Kubernetes lets nobody ask for.
+    /// The alternatives. An empty list would match no node, which Kubernetes does not accept.
     pub terms: Vec<Term>,
 }
 
-/// One alternative: all of it must match. An empty one matches nothing.
+/// One alternative, all of whose expressions must match. An empty one matches nothing.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Term {
-    /// About labels.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub match_expressions: Vec<Expression>,
-    /// About the name of the node, `metadata.name`, each with one value.
+    /// Expressions on the node's name, `metadata.name`, with one value each.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub match_fields: Vec<Expression>,
 }
 
-/// One condition.
+/// A condition on a label or a field.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Expression {
-    /// The label's key.
     pub key: String,
-    /// How it is compared.
     pub operator: Operator,
-    /// With what.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub values: Vec<String>,
 }
 
-/// How a label is compared.
+/// The operator of an [`Expression`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub enum Operator {
-    /// It is there, with one of the values.
+    /// The label exists and has one of the values.
     In,
-    /// It is not there, or with none of the values.
+    /// The label does not exist or has none of the values.
     NotIn,
-    /// It is there.
     Exists,
-    /// It is not there.
     DoesNotExist,
-    /// It is there, a number, and larger than the value.
+    /// The label exists and is a number above the value.
     Gt,
 }
 
 impl Expression {
-    /// A condition on a label; `None` if there can be no such label or value.
+    /// Returns a condition on a label; `None` if key or value is not a valid label.
     fn label<const N: usize>(
         prefix: &str,
         name: &str,
@@ -78,7 +72,7 @@ impl Expression {
         })
     }
 
-    /// The name of a node, or any but that.
+    /// Returns a condition on the node's name.
     pub fn name(operator: Operator, node: &str) -> Self {
         Self {
             key: "metadata.name".to_owned(),
@@ -87,7 +81,7 @@ impl Expression {
         }
     }
 
-    /// As the scheduler does it (`Requirement.Matches`, Kubernetes
+    /// Evaluates the condition like the scheduler (`Requirement.Matches`, Kubernetes
     /// apimachinery/pkg/labels/selector.go).
     fn matches(&self, value: Option<&str>) -> bool {
         let listed = |value: &str| self.values.iter().any(|have| have == value);
@@ -98,11 +92,11 @@ impl Expression {
             Operator::DoesNotExist => value.is_none(),
             Operator::Gt => {
                 let number = |text: &str| text.parse::<i64>().ok();
-                let than = self.values.first().and_then(|text| number(text));
-                match (value.and_then(number), than) {
-                    (Some(value), Some(than)) => value > than,
-                    _ => false,
-                }
+                let limit = self.values.first().and_then(|text| number(text));
+                value
+                    .and_then(number)
+                    .zip(limit)
+                    .is_some_and(|(value, limit)| value > limit)
             }
         }
     }
@@ -121,10 +115,10 @@ impl Term {
 }
 
 impl Affinity {
-    /// What a domain needs, as far as labels of our own schema say it.
+    /// Returns the affinity for a domain, by virtnode's own labels.
     ///
-    /// `meanings` are the canonical names that the domain's machine type, if it is an alias, means
-    /// on the nodes there are: an alias means on each node what that node's label says.
+    /// If the domain's machine type is an alias, `meanings` are its canonical names on the nodes of
+    /// the cluster; each node's label maps the alias to one of them.
     pub fn of(domain: &Requirement, meanings: &BTreeSet<String>) -> Self {
         let named = domain.machine_on(domain.arch.as_deref());
         let meanings = meanings.iter().map(|name| Some(name.as_str()));
@@ -150,13 +144,13 @@ impl Affinity {
         Self { terms }
     }
 
-    /// Whether the scheduler would take the node.
+    /// True if the scheduler would accept the node.
     pub fn matches(&self, node: &str, labels: &NodeLabels) -> bool {
         self.terms.iter().any(|term| term.matches(node, labels))
     }
 }
 
-/// In a pod's `spec.affinity.nodeAffinity`.
+/// The form of a pod's `spec.affinity.nodeAffinity`.
 impl Serialize for Affinity {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let terms = BTreeMap::from([("nodeSelectorTerms", &self.terms)]);
@@ -166,7 +160,7 @@ impl Serialize for Affinity {
     }
 }
 
-/// `None`: there can be no such label, so that no node meets it.
+/// A condition on a label, or `None` if the label is not valid, so that no node matches.
 type LabelCondition = Option<Expression>;
 
 fn exists(prefix: &str, name: &str) -> LabelCondition {
@@ -195,13 +189,13 @@ fn host(domain: &Requirement) -> Vec<LabelCondition> {
 
 fn machine(domain: &Requirement, name: &str) -> LabelCondition {
     match domain.vcpus.maximum {
-        // Every machine type has one, also where the number is not known.
+        // Every machine type allows one, even if its label says `unknown`.
         0 | 1 => exists(MACHINE, name),
         most => is_above(MACHINE, name, most - 1),
     }
 }
 
-/// The alternatives for the CPU.
+/// Returns the alternatives for the CPU.
 fn cpus(domain: &Requirement) -> Vec<Vec<LabelCondition>> {
     let cpu = &domain.cpu;
     let is_tcg = domain.virt_type.as_deref() == Some("qemu");
@@ -214,7 +208,7 @@ fn cpus(domain: &Requirement) -> Vec<Vec<LabelCondition>> {
     let mut alternatives = Vec::new();
     match (mode, cpu.model.as_deref()) {
         ("custom", Some(model)) => {
-            let any_will_do = check == CpuCheck::None
+            let accepts_any = check == CpuCheck::None
                 || (cpu.matching.as_deref() == Some("minimum") && check == CpuCheck::Full);
             let vendor = cpu.vendor.as_deref();
             let vendor = vendor.filter(|_| check != CpuCheck::None && !is_tcg);
@@ -222,15 +216,14 @@ fn cpus(domain: &Requirement) -> Vec<Vec<LabelCondition>> {
             let rest: Vec<LabelCondition> = vendor.into_iter().chain(features).collect();
             let with =
                 |first: Option<LabelCondition>| first.into_iter().chain(rest.clone()).collect();
-            match any_will_do {
-                true => alternatives.push(with(None)),
-                false => {
-                    alternatives.push(with(Some(exists(CPU_MODEL, model))));
-                    // Not usable as it is, and so in no label of its own, but without what the
-                    // domain does without: the usual thing for a domain of the mode host-model.
-                    if cpu.tolerates_missing_features() {
-                        alternatives.push(with(Some(is_in(NODE, "host-model", model))));
-                    }
+            if accepts_any {
+                alternatives.push(with(None));
+            } else {
+                alternatives.push(with(Some(exists(CPU_MODEL, model))));
+                // A model that is not usable as it is has no label, but the domain may tolerate
+                // the missing features: this is usual for a running domain with host-model.
+                if cpu.tolerates_missing_features() {
+                    alternatives.push(with(Some(is_in(NODE, "host-model", model))));
                 }
             }
         }
@@ -257,7 +250,7 @@ fn features(cpu: &CpuRequirement, mode: &str, check: CpuCheck) -> Vec<LabelCondi
     wanted.sort_unstable();
     wanted.dedup();
     let wanted = wanted.into_iter().map(|name| exists(CPU_FEATURE, name));
-    // What can be no label is on no node.
+    // An invalid label is on no node, so its absence needs no condition.
     let unwanted = cpu
         .forbidden()
         .filter(|_| check == CpuCheck::Partial || mode == "host-model")
@@ -267,7 +260,7 @@ fn features(cpu: &CpuRequirement, mode: &str, check: CpuCheck) -> Vec<LabelCondi
 }
 
 fn enlightenments(domain: &Requirement) -> impl Iterator<Item = LabelCondition> {
-    // Software emulation takes them and does nothing.
+    // Software emulation ignores them.
     let is_tcg = domain.virt_type.as_deref() == Some("qemu");
     let names = domain.special_enlightenments().filter(move |_| !is_tcg);
     names.map(|name| exists(HYPERV, name))
@@ -282,7 +275,7 @@ fn devices(domain: &Requirement) -> Vec<LabelCondition> {
     if domain.host_devices.iommufd {
         conditions.push(exists(NODE, "iommufd"));
     }
-    let secure = domain.launch_security.as_deref();
-    conditions.extend(secure.map(|kind| exists(NODE, kind)));
+    let security = domain.launch_security.as_deref();
+    conditions.extend(security.map(|kind| exists(NODE, kind)));
     conditions
 }

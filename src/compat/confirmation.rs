@@ -1,60 +1,52 @@
-//! What the hypervisor itself said, held against what was computed.
+//! Compares libvirt's own answer with the computed assessment.
 
 use serde::Serialize;
 
 use super::{Assessment, Feasibility, RuleCode, RuleFinding, RuleSeverity, Stage};
 
-/// libvirt's answer to a dry run (`virConnectDomainXMLToNative`) of the judged part.
+/// libvirt's answer to a dry run (`virConnectDomainXMLToNative`) of [`super::dry_run_xml`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase", tag = "answer")]
 pub enum DryRun {
-    /// It would define and start it. What the emulator then says is not known.
+    /// libvirt would start the emulator, which may still exit.
     Accepted,
-    /// It would not.
     Refused {
-        /// Its words.
+        /// libvirt's message.
         words: String,
     },
-    /// It could not be asked.
-    Failed {
-        /// Why.
-        reason: String,
-    },
+    /// The call failed.
+    Failed { reason: String },
 }
 
-/// libvirt's answer to a comparison of the domain's CPU with what the hypervisor has
+/// libvirt's comparison of the domain's CPU with the hypervisor's
 /// (`virConnectCompareHypervisorCPU`).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase", tag = "answer")]
 pub enum CpuComparison {
-    /// The same.
     Identical,
-    /// The hypervisor has more, which does no harm.
+    /// The hypervisor has additional features.
     Superset,
-    /// The hypervisor lacks something.
     Incompatible {
-        /// libvirt's words, with the features.
+        /// libvirt's message, with the missing features.
         words: String,
     },
-    /// It could not be asked.
+    /// The call failed.
     Failed {
-        /// Why.
         reason: String,
     },
 }
 
-/// What the hypervisor was asked, and what it said.
+/// libvirt's answers about one domain.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Confirmation {
-    /// The dry run.
     pub dry_run: DryRun,
-    /// The comparison of CPUs; `None` where the domain names no CPU.
+    /// `None` if the domain has no named CPU model.
     pub cpu: Option<CpuComparison>,
 }
 
-/// What a dry run leaves out of a definition, so that it says nothing of it.
-const NOT_ASKED: [RuleCode; 5] = [
+/// The rules for parts of a definition that a dry run omits.
+const NOT_COVERED: [RuleCode; 5] = [
     RuleCode::Firmware,
     RuleCode::LaunchSecurity,
     RuleCode::MemoryBacking,
@@ -62,108 +54,100 @@ const NOT_ASKED: [RuleCode; 5] = [
     RuleCode::RawArguments,
 ];
 
-/// The answer with the hypervisor's own beside it.
+/// Returns the assessment, completed by libvirt's answers.
 ///
-/// Where something was unknown and the hypervisor knows, its word decides. Where the two differ,
-/// both are said, and the answer is the less hopeful one.
+/// libvirt's answer settles unknown findings. If it contradicts the computed ones, the assessment
+/// reports both and keeps the more pessimistic answer.
 #[must_use]
-pub fn confirm(fit: Assessment, confirmation: &Confirmation) -> Assessment {
-    let doubt = doubt_about_cpu(&fit, confirmation.cpu.as_ref());
-    confirm_dry_run(fit, confirmation).with(doubt)
+pub fn confirm(assessment: Assessment, confirmation: &Confirmation) -> Assessment {
+    let contradiction = cpu_contradiction(&assessment, confirmation.cpu.as_ref());
+    confirm_dry_run(assessment, confirmation).with(contradiction)
 }
 
-/// What is to be said where the comparison of CPUs differs from what was computed.
-fn doubt_about_cpu(fit: &Assessment, cpu: Option<&CpuComparison>) -> Option<RuleFinding> {
+/// Returns a warning if the comparison of CPUs contradicts the computed findings.
+fn cpu_contradiction(assessment: &Assessment, cpu: Option<&CpuComparison>) -> Option<RuleFinding> {
     let named =
         |finding: &&RuleFinding| matches!(finding.code, RuleCode::CpuModel | RuleCode::CpuFeature);
-    let about_cpu = || fit.findings.iter().filter(named);
+    let about_cpu = || assessment.findings.iter().filter(named);
     let is_refused =
         |f: &RuleFinding| f.severity == RuleSeverity::Blocks && f.stage == Some(Stage::Start);
     match cpu? {
         CpuComparison::Incompatible { words } if about_cpu().next().is_none() => {
-            let message = "libvirt's comparison of CPUs finds something missing that was not \
-                           foreseen";
-            Some(
-                RuleFinding::new(RuleSeverity::Warning, RuleCode::Hypervisor, message)
-                    .at_start(words),
-            )
+            let message = "libvirt's comparison of CPUs finds missing features that virtnode did \
+                           not predict";
+            Some(RuleFinding::warning(RuleCode::Hypervisor, message).at_start(words))
         }
         CpuComparison::Identical | CpuComparison::Superset if about_cpu().any(is_refused) => {
-            let message = "libvirt's comparison of CPUs finds nothing missing, against what is \
-                           computed above: one of the two is wrong; please tell us";
-            Some(RuleFinding::new(
-                RuleSeverity::Warning,
-                RuleCode::Hypervisor,
-                message,
-            ))
+            let message = "libvirt's comparison of CPUs finds nothing missing, contrary to the \
+                           computed result; please report this as a bug of virtnode";
+            Some(RuleFinding::warning(RuleCode::Hypervisor, message))
         }
         _ => None,
     }
 }
 
-fn confirm_dry_run(mut fit: Assessment, confirmation: &Confirmation) -> Assessment {
+fn confirm_dry_run(mut assessment: Assessment, confirmation: &Confirmation) -> Assessment {
     match &confirmation.dry_run {
         DryRun::Refused { words } => {
-            if !fit.blocking().any(is_asked) {
-                settle(&mut fit.findings, words);
+            if !assessment.blocking().any(is_covered) {
+                settle(&mut assessment.findings, words);
             }
-            fit.with([])
+            assessment.with([])
         }
         DryRun::Accepted => {
-            fit.findings
-                .retain(|finding| finding.severity != RuleSeverity::Unknown || !is_asked(finding));
-            let contradicted = fit.blocking().any(is_asked);
-            match contradicted {
-                true => {
-                    let message = "libvirt itself accepts it in a dry run, against what is computed \
-                                   above: one of the two is wrong; please tell us";
-                    let finding =
-                        RuleFinding::new(RuleSeverity::Warning, RuleCode::Hypervisor, message);
-                    fit.with([finding])
-                }
-                false => fit.with([]),
+            assessment.findings.retain(|finding| {
+                finding.severity != RuleSeverity::Unknown || !is_covered(finding)
+            });
+            if !assessment.blocking().any(is_covered) {
+                return assessment.with([]);
             }
+            let message = "libvirt accepts the domain in a dry run, contrary to the computed \
+                           result; please report this as a bug of virtnode";
+            assessment.with([RuleFinding::warning(RuleCode::Hypervisor, message)])
         }
-        DryRun::Failed { .. } => fit,
+        DryRun::Failed { .. } => assessment,
     }
 }
 
-/// libvirt refuses what nothing known blocks: what was unknown is settled, if this is about it.
+/// Handles a rejection that no known finding predicts: it settles the unknown finding that it is
+/// about, or adds a new one.
 fn settle(findings: &mut Vec<RuleFinding>, words: &str) {
-    let is_open =
-        |finding: &RuleFinding| finding.severity == RuleSeverity::Unknown && is_asked(finding);
+    let is_unknown =
+        |finding: &RuleFinding| finding.severity == RuleSeverity::Unknown && is_covered(finding);
     let names_it = |finding: &RuleFinding| {
         let own = finding.words.as_deref();
-        is_open(finding) && own.is_some_and(|own| words.contains(own))
+        is_unknown(finding) && own.is_some_and(|own| words.contains(own))
     };
     let place = findings.iter().position(names_it).or_else(|| {
         findings
             .iter()
-            .position(|f| is_open(f) && f.words.is_none())
+            .position(|f| is_unknown(f) && f.words.is_none())
     });
     if let Some(finding) = place.and_then(|place| findings.get_mut(place)) {
         finding.severity = RuleSeverity::Blocks;
         finding.words = Some(words.to_owned());
         return;
     }
-    let message = "libvirt itself refuses it in a dry run, for a reason that was not foreseen";
+    let message = "libvirt rejects the domain in a dry run, for a reason that virtnode did not \
+                   predict";
     findings.push(
-        RuleFinding::new(RuleSeverity::Blocks, RuleCode::Hypervisor, message)
+        RuleFinding::blocking(RuleCode::Hypervisor, message)
             .at_start(words)
-            .remedy("change what it complains of; and tell us, for it should have been foreseen"),
+            .remedy("change what libvirt rejects, and report this as a bug of virtnode"),
     );
 }
 
-/// Whether a dry run answers what this finding is about.
-fn is_asked(finding: &RuleFinding) -> bool {
-    !NOT_ASKED.contains(&finding.code)
+/// True if a dry run covers the subject of the finding.
+fn is_covered(finding: &RuleFinding) -> bool {
+    !NOT_COVERED.contains(&finding.code)
         && matches!(finding.stage, Some(Stage::Define | Stage::Start))
 }
 
 impl Confirmation {
-    /// Whether the hypervisor's answer is the computed one, as far as it was asked.
+    /// True if libvirt's answer equals the computed one, for the part that the dry run covers;
+    /// `None` without an answer.
     pub fn agrees_with(&self, computed: &Assessment) -> Option<bool> {
-        let blocked = computed.blocking().any(is_asked);
+        let blocked = computed.blocking().any(is_covered);
         match &self.dry_run {
             DryRun::Accepted => Some(!blocked),
             DryRun::Refused { .. } => Some(blocked || computed.answer == Feasibility::Unknown),

@@ -1,4 +1,4 @@
-//! The smallest definition with the properties that somebody asks about.
+//! Writes the smallest definition with given properties.
 
 use quick_xml::Writer;
 use quick_xml::events::BytesText;
@@ -6,36 +6,32 @@ use quick_xml::events::BytesText;
 use crate::domain::VcpuTopology;
 use crate::units::Bytes;
 
-/// What somebody asks about without a definition at hand.
+/// The properties of a domain that is described by flags instead of XML.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct MinimalDefinition {
     /// The domain type, `kvm`.
     pub virt_type: String,
-    /// The architecture; libvirt's choice if there is none.
+    /// libvirt's default is the host's architecture.
     pub arch: Option<String>,
-    /// Whether the guest gets ACPI: x86's guests hear of hotplug by it, Arm's have it only with
-    /// UEFI, others never.
+    /// x86 guests learn of hotplug by ACPI, Arm guests have it only with UEFI, others never.
     pub acpi: bool,
     /// The machine type or an alias.
     pub machine: Option<String>,
-    /// The most vCPUs.
+    /// The maximum number of vCPUs.
     pub vcpus: u32,
-    /// Those to start with; all if not said.
+    /// The number of vCPUs at start; the default is the maximum.
     pub current: Option<u32>,
-    /// Their arrangement.
     pub topology: Option<VcpuTopology>,
-    /// The memory.
     pub memory: Bytes,
-    /// A mode without a model.
+    /// A CPU mode without a model.
     pub cpu_mode: Option<String>,
-    /// A named model.
     pub cpu_model: Option<String>,
-    /// The features that are required.
+    /// Required CPU features.
     pub features: Vec<String>,
 }
 
 impl MinimalDefinition {
-    /// The XML, which [`super::Requirement::parse`] and libvirt read.
+    /// Returns the XML, for [`super::Requirement::parse`] and libvirt.
     pub fn to_xml(&self) -> String {
         let mut writer = Writer::new(Vec::new());
         let written = self.write(&mut writer);
@@ -93,7 +89,7 @@ impl MinimalDefinition {
         if let Some(mode) = mode {
             cpu = cpu.with_attribute(("mode", mode));
         }
-        // Whoever names a model or a feature wants all of it.
+        // A user who requests a model or a feature wants all of it.
         if self.cpu_model.is_some() || mode == Some("host-model") {
             cpu = cpu.with_attribute(("check", "partial"));
         }

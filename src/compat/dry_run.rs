@@ -1,17 +1,17 @@
-//! The part of a definition that libvirt is asked about in a dry run.
+//! Extracts the part of a definition that libvirt checks in a dry run.
 //!
-//! Only what was judged goes there: vCPUs, memory, CPU, features, machine type, virtual IOMMU and
-//! memory devices. Disks, networks, host devices, files, names and identities stay out, so that the
-//! question touches nothing and means nothing but itself.
+//! It contains the subjects of the rules: vCPUs, memory, CPU, features, machine type, virtual IOMMU
+//! and memory devices. Disks, networks, host devices, files, names and UUIDs are omitted, so that
+//! the dry run touches none of them and its result does not depend on them.
 
 use quick_xml::events::{BytesEnd, BytesStart, BytesText, Event};
 use quick_xml::{Reader, Writer, XmlVersion};
 
-/// What the domain is called there. Nothing of that name is ever defined.
+/// Name of the domain in the dry run, which defines nothing.
 const NAME: &str = "virtnode-dry-run";
 
-/// What is taken of a definition, in the order in which it stands; `None` for one that is not
-/// well-formed, which [`super::Requirement::parse`] says better.
+/// Returns the covered elements of a definition, in their order; `None` if it is not well-formed,
+/// which [`super::Requirement::parse`] reports in detail.
 pub fn dry_run_xml(definition: &str) -> Option<String> {
     let mut reader = Reader::from_str(definition);
     let mut writer = Writer::new(Vec::new());
@@ -78,13 +78,14 @@ fn is_kept(path: &[String], start: &BytesStart<'_>) -> bool {
             "memory" => is("model", "dimm") || is("model", "virtio-mem"),
             _ => false,
         },
-        // Addresses and aliases are a running domain's own; a source is a file or a page size.
+        // Addresses and aliases belong to a running domain; a source is a file or a page size.
         ["domain", "devices", ..] => !matches!(name, "address" | "alias" | "source" | "stats"),
         _ => true,
     }
 }
 
-/// The tag with its attributes; of `<domain>`, `<os>` and `<vcpu>` only those that were judged.
+/// Writes the start tag. Of `<domain>`, `<os>` and `<vcpu>` it keeps only the attributes that the
+/// rules cover.
 fn write_start(
     writer: &mut Writer<Vec<u8>>,
     start: &BytesStart<'_>,
@@ -94,7 +95,7 @@ fn write_start(
     let keeps = |attribute: &str| match (path.len(), name) {
         (0, _) => attribute == "type",
         (1, "vcpu") => attribute == "current",
-        (1, "os") => false, // the firmware to choose
+        (1, "os") => false, // libvirt would choose a firmware
         _ => !attribute.starts_with("xmlns"),
     };
     let mut copy = BytesStart::new(name.to_owned());
@@ -124,7 +125,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_was_not_judged_stays_out() {
+    fn uncovered_elements_are_omitted() {
         let xml = "<?xml version='1.0'?><!-- x --><domain type='kvm' id='7' xmlns:qemu='q'>
   <name>secret &amp; co</name><uuid>1</uuid>
   <vcpu placement='auto' cpuset='0-3' current='1'>4</vcpu>
@@ -146,17 +147,18 @@ mod tests {
         let flat: String = asked.split_whitespace().collect::<Vec<_>>().join(" ");
         assert_eq!(
             flat.replace("> <", "><"),
-            "<domain type=\"kvm\"><name>virtnode-dry-run</name><vcpu current=\"1\">4</vcpu>\
-             <os><type machine=\"q35\">hvm</type></os><cpu mode=\"custom\"><model>EPYC</model>\
-             <topology sockets=\"4\" cores=\"1\" threads=\"1\"></topology></cpu><devices>\
-             <controller type=\"usb\" model=\"none\"></controller><memory model=\"dimm\"><target>\
-             <size unit=\"MiB\">64</size></target></memory><iommu model=\"intel\">\
-             <driver intremap=\"on\"></driver></iommu></devices></domain>"
+            "<domain type=\"kvm\"><name>virtnode-dry-run</name><vcpu \
+             current=\"1\">4</vcpu><os><type machine=\"q35\">hvm</type></os><cpu \
+             mode=\"custom\"><model>EPYC</model><topology sockets=\"4\" cores=\"1\" \
+             threads=\"1\"></topology></cpu><devices><controller type=\"usb\" \
+             model=\"none\"></controller><memory model=\"dimm\"><target><size \
+             unit=\"MiB\">64</size></target></memory><iommu model=\"intel\"><driver \
+             intremap=\"on\"></driver></iommu></devices></domain>"
         );
     }
 
     #[test]
-    fn what_is_not_well_formed_is_not_asked() {
+    fn malformed_definition_yields_none() {
         assert_eq!(dry_run_xml("<domain><a"), None);
     }
 }

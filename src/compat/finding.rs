@@ -1,68 +1,76 @@
-//! One thing that was found when a domain was held against a node.
+//! Findings: the results of single rules.
 
 use serde::Serialize;
 
-/// Whether a domain would run.
+/// The feasibility of running a domain on a node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Feasibility {
-    /// It would.
     Feasible,
-    /// It would not: at least one finding blocks it.
+    /// At least one finding blocks the domain.
     Infeasible,
-    /// Nothing is known to block it, and something that could is not known.
+    /// No finding blocks the domain, but a property that could is unknown.
     Unknown,
 }
 
-/// What a finding means for the answer.
+impl Feasibility {
+    /// Returns the feasibility that findings imply: the worst one decides.
+    pub(super) fn of(findings: &[RuleFinding]) -> Self {
+        match findings.iter().map(|finding| finding.severity).min() {
+            Some(RuleSeverity::Blocks) => Self::Infeasible,
+            Some(RuleSeverity::Unknown) => Self::Unknown,
+            _ => Self::Feasible,
+        }
+    }
+}
+
+/// The effect of a finding on the feasibility, the worst first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum RuleSeverity {
-    /// The domain does not run here as it is.
+    /// The domain cannot run on the node as it is.
     Blocks,
-    /// It may not: what decides is not known.
+    /// The domain may fail to run: a property of the node is unknown.
     Unknown,
-    /// It runs, and not as one may think.
+    /// The domain runs, but not as its definition suggests.
     Warning,
-    /// Good to know.
+    /// Informative.
     Note,
 }
 
-/// When it would fail.
+/// The point at which a domain fails.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Stage {
-    /// libvirt refuses the definition.
+    /// libvirt rejects the definition.
     Define,
-    /// libvirt takes the definition and refuses to start it; a dry run shows that too.
+    /// libvirt accepts the definition and rejects the start. A dry run shows it.
     Start,
-    /// libvirt starts the emulator, and that gives up. No dry run shows it.
+    /// libvirt starts the emulator, which exits. No dry run shows it.
     Emulator,
 }
 
-/// One thing that was found.
+/// The result of one rule.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct RuleFinding {
-    /// What it means for the answer.
     pub severity: RuleSeverity,
-    /// The bounded word for the rule.
+    /// The fixed identifier of the rule, for scripts.
     pub code: RuleCode,
-    /// What is so, with the limit, as a sentence without its full stop.
+    /// A sentence with the limit, without its period.
     pub message: String,
-    /// What libvirt or QEMU will say, word for word.
+    /// The error message of libvirt or QEMU, verbatim.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub words: Option<String>,
-    /// When they will say it.
+    /// The point at which libvirt or QEMU reports it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub stage: Option<Stage>,
-    /// What to do.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub remedy: Option<String>,
 }
 
 impl RuleFinding {
-    /// A finding of this severity; words and remedy are added.
+    /// Returns a finding without words, stage and remedy.
     pub fn new(severity: RuleSeverity, code: RuleCode, message: impl Into<String>) -> Self {
         Self {
             severity,
@@ -74,38 +82,57 @@ impl RuleFinding {
         }
     }
 
-    /// What libvirt says when it refuses the definition.
-    #[must_use]
-    pub fn at_define(mut self, words: impl Into<String>) -> Self {
-        self.words = Some(words.into());
-        self.stage = Some(Stage::Define);
-        self
+    /// Returns a finding that blocks the domain.
+    pub fn blocking(code: RuleCode, message: impl Into<String>) -> Self {
+        Self::new(RuleSeverity::Blocks, code, message)
     }
 
-    /// What libvirt says when it refuses to start the domain.
-    #[must_use]
-    pub fn at_start(mut self, words: impl Into<String>) -> Self {
-        self.words = Some(words.into());
-        self.stage = Some(Stage::Start);
-        self
+    /// Returns a finding for an unknown property of the node.
+    pub fn unknown(code: RuleCode, message: impl Into<String>) -> Self {
+        Self::new(RuleSeverity::Unknown, code, message)
     }
 
-    /// What QEMU says when it gives up; libvirt puts its own words around it.
-    #[must_use]
-    pub fn in_emulator(mut self, words: impl Into<String>) -> Self {
-        self.words = Some(words.into());
-        self.stage = Some(Stage::Emulator);
-        self
+    /// Returns a warning.
+    pub fn warning(code: RuleCode, message: impl Into<String>) -> Self {
+        Self::new(RuleSeverity::Warning, code, message)
     }
 
-    /// When it will fail, where the words are not known.
+    /// Returns a note.
+    pub fn note(code: RuleCode, message: impl Into<String>) -> Self {
+        Self::new(RuleSeverity::Note, code, message)
+    }
+
+    /// Sets libvirt's message on rejecting the definition.
+    #[must_use]
+    pub fn at_define(self, words: impl Into<String>) -> Self {
+        self.with_words(Stage::Define, words.into())
+    }
+
+    /// Sets libvirt's message on rejecting the start.
+    #[must_use]
+    pub fn at_start(self, words: impl Into<String>) -> Self {
+        self.with_words(Stage::Start, words.into())
+    }
+
+    /// Sets QEMU's message on exit; libvirt quotes it in its own.
+    #[must_use]
+    pub fn in_emulator(self, words: impl Into<String>) -> Self {
+        self.with_words(Stage::Emulator, words.into())
+    }
+
+    fn with_words(mut self, stage: Stage, words: String) -> Self {
+        self.words = Some(words);
+        self.stage(stage)
+    }
+
+    /// Sets the stage of a failure whose message is unknown.
     #[must_use]
     pub fn stage(mut self, stage: Stage) -> Self {
         self.stage = Some(stage);
         self
     }
 
-    /// What to do.
+    /// Sets the remedy.
     #[must_use]
     pub fn remedy(mut self, remedy: impl Into<String>) -> Self {
         self.remedy = Some(remedy.into());
@@ -113,66 +140,49 @@ impl RuleFinding {
     }
 }
 
-/// The rule behind a finding: a closed list for scripts.
+/// The identifier of a rule: a closed list for scripts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum RuleCode {
-    /// The driver runs no guests of that type.
     DomainType,
-    /// No emulator for the architecture.
     Architecture,
-    /// The machine type.
     Machine,
-    /// The machine type is going to be dropped.
     MachineDeprecated,
-    /// An alias, which means something else on another node.
+    /// The meaning of an alias differs between nodes.
     MachineAlias,
-    /// The numbers of vCPUs, by themselves.
+    /// Numbers of vCPUs that contradict each other.
     Vcpus,
-    /// More vCPUs than the machine type has.
+    /// The machine type's maximum.
     VcpusMachine,
-    /// More vCPUs than KVM has.
+    /// KVM's maximum.
     VcpusKvm,
-    /// More than 255 vCPUs on a machine type that cannot.
+    /// More than 255 vCPUs without q35.
     VcpusQ35,
     /// More than 255 vCPUs without extended interrupt mode.
     Eim,
-    /// Interrupt remapping without a split I/O APIC, or without itself.
+    /// Extended interrupt mode without interrupt remapping, or remapping without a split I/O APIC.
     InterruptRemapping,
-    /// A virtual IOMMU that the machine type or libvirt does not have.
     Iommu,
-    /// A version 2 interrupt controller on Arm.
+    /// Arm's interrupt controller.
     Gic,
-    /// The arrangement of vCPUs.
     Topology,
-    /// An APIC ID that the guest's CPU cannot have.
     ApicId,
-    /// The CPU mode.
     CpuMode,
-    /// The CPU model.
     CpuModel,
-    /// A CPU feature.
     CpuFeature,
-    /// The CPU's vendor.
     CpuVendor,
-    /// Whether the domain can be migrated later.
     Migratable,
-    /// A Hyper-V enlightenment.
     Enlightenment,
-    /// Memory.
     Memory,
     /// Memory devices, their slots and `<maxMemory>`.
     MemoryDevices,
-    /// Where memory comes from.
     MemoryBacking,
-    /// Firmware and secure boot.
     Firmware,
-    /// Devices of the host.
     HostDevice,
     /// Confidential guests.
     LaunchSecurity,
-    /// What QEMU is given behind libvirt's back.
+    /// QEMU arguments that libvirt does not interpret.
     RawArguments,
-    /// What the hypervisor itself said, where it says other than was computed.
+    /// A result of libvirt's that differs from the computed one.
     Hypervisor,
 }

@@ -1,17 +1,20 @@
-//! Whether a domain would run on a node, and why not. Pure.
+//! Decides if a domain can run on a node, and explains why not. Pure.
 //!
 //! ```text
 //! domain XML ─▶ Requirement ─┐
-//!                            ├─ fits ─▶ Assessment: an answer, findings, headroom
-//! NodeFacts ───▶ Offer ──────┘
+//!                            ├─ assess ─▶ Assessment: feasibility, findings, headroom
+//! NodeFacts ───▶ Offer ──────┘                │
+//!                                             ▼ confirm, with libvirt's dry run (live only)
 //! ```
 //!
-//! [`Requirement`] is what one domain needs of any node; [`Offer`] is what one node has for
-//! domains of one architecture and domain type, from whatever source: live facts, documents,
-//! labels. [`assess`] compares the two. What is unknown of the node stays unknown in the answer.
+//! [`Requirement`] lists the needs of one domain. [`Offer`] lists what one node has for domains of
+//! one architecture and domain type; it is built from live facts, from documents, from labels or
+//! from a `NodeVirtualization`. [`assess`] applies the rules of libvirt and QEMU to the two, one
+//! after another ([`rules`]). A value of the node that is unknown never blocks: the rule that needs
+//! it yields an unknown finding. The feasibility follows from the worst finding alone.
 //!
-//! [`targets`] asks that of every node of a cluster, by their labels and what else is told of them,
-//! and makes the [`Affinity`] that says the same to Kubernetes' scheduler.
+//! [`find_targets`] assesses every node of a cluster ([`placement`]) and builds the [`Affinity`]
+//! that makes Kubernetes' scheduler choose the same nodes.
 
 mod affinity;
 mod confirmation;

@@ -1,4 +1,4 @@
-//! What a node has for domains of one architecture and domain type.
+//! [`Offer`]: the properties of a node for domains of one architecture and domain type.
 
 mod labels;
 
@@ -13,70 +13,64 @@ use crate::capability::{
 };
 use crate::units::{Bytes, KiB};
 
-/// What a node has for domains of one architecture and domain type. Whatever is `None` is not
-/// known; nothing is made up for it.
+/// The properties of a node for domains of one architecture and domain type. `None` means unknown,
+/// never absent.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Offer {
-    /// The guest architecture that this is about.
+    /// The guest architecture.
     pub arch: Option<String>,
-    /// The host's own architecture.
+    /// The host's architecture.
     pub native_arch: Option<String>,
-    /// The domain type that this is about.
     pub virt_type: Option<String>,
-    /// The domain types of the architecture, the best first; empty if there is no emulator for it.
+    /// The domain types of the architecture, the best first; empty without an emulator for it.
     pub virt_types: Option<Vec<String>>,
-    /// libvirt's version.
     pub libvirt_version: Option<Version>,
-    /// The version of QEMU.
     pub qemu_version: Option<Version>,
     /// The emulator's path, for libvirt's messages.
     pub emulator: Option<String>,
-    /// The machine types by canonical name.
+    /// Machine types by canonical name.
     pub machines: Option<BTreeMap<String, OfferedMachine>>,
-    /// What each alias means here.
+    /// Canonical names by alias.
     pub aliases: BTreeMap<String, String>,
-    /// The most vCPUs that the accelerator has.
+    /// The accelerator's maximum number of vCPUs.
     pub accelerator_max: VcpuMax,
-    /// How a domain gets extended interrupt mode.
+    /// The way in which a domain gets extended interrupt mode.
     pub eim: Option<Eim>,
-    /// The versions of Arm's interrupt controller that there are.
+    /// The available versions of Arm's interrupt controller.
     pub gic_versions: Option<Vec<String>>,
     /// CPU modes, and models with their blockers.
     pub cpu: Option<CpuModes>,
-    /// All CPU features that the hypervisor can give; see [`Offer::gives`].
+    /// The complete list of CPU features of the hypervisor; see [`Offer::gives`].
     pub cpu_features: Option<BTreeSet<String>>,
-    /// The Hyper-V enlightenments that the hypervisor can give; see [`Offer::enlightens`].
+    /// The Hyper-V enlightenments of the hypervisor; see [`Offer::enlightens`].
     pub enlightenments: Option<BTreeSet<String>>,
     /// Firmware and loader.
     pub os: Option<Section>,
-    /// Where memory can come from: `memfd`, `file` …
+    /// The supported sources of memory: `memfd`, `file` …
     pub memory_sources: Option<Vec<String>>,
-    /// The types of confidential guests.
+    /// The supported types of confidential guests.
     pub launch_security: Option<Vec<String>>,
     /// The memory of all NUMA cells.
     pub memory: Option<Bytes>,
-    /// The pages of each size that are set aside, in all NUMA cells.
+    /// The reserved pages of each size, in all NUMA cells.
     pub pages: Option<BTreeMap<Bytes, u64>>,
-    /// Whether PCI devices can be handed over by VFIO: there is VFIO and an active IOMMU.
+    /// True if PCI devices can be passed through: the host has VFIO and an active IOMMU.
     pub vfio: Option<bool>,
-    /// Whether there is iommufd.
     pub iommufd: Option<bool>,
 }
 
-/// A machine type.
+/// A machine type of an [`Offer`].
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct OfferedMachine {
-    /// The most vCPUs that the machine type itself allows.
+    /// The machine type's own maximum, without the accelerator's.
     pub max_vcpus: VcpuMax,
-    /// Whether the hypervisor is going to drop it.
     pub deprecated: bool,
 }
 
 impl Offer {
-    /// What a node offers to domains of an architecture and a domain type; without them, of the
-    /// node's own and the best.
+    /// Returns the offer of a node, by default for its own architecture and best domain type.
     pub fn from_facts(facts: &NodeFacts, arch: Option<&str>, virt_type: Option<&str>) -> Self {
         let arch = arch.or_else(|| facts.native_arch());
         let virt_type = virt_type.or_else(|| arch.and_then(|arch| facts.best_domain_type(arch)));
@@ -89,8 +83,8 @@ impl Offer {
             ..Self::default()
         };
         if let Some(arch) = arch {
-            offer.take_guests(facts, arch);
-            offer.take_documents(facts, arch);
+            offer.read_guests(facts, arch);
+            offer.read_documents(facts, arch);
             if is_x86(arch) {
                 offer.eim = facts.eim();
             }
@@ -99,14 +93,13 @@ impl Offer {
                 _ => VcpuMax::Unknown,
             };
         }
-        offer.take_host(facts);
+        offer.read_host(facts);
         offer
     }
 
-    /// Whether the hypervisor can give a CPU feature; `None` if what is known does not tell.
-    ///
-    /// Without the whole list the documents know some: what the host model has beside its model
-    /// is there, and what keeps some named model from running is not.
+    /// True if the hypervisor supports a CPU feature; `None` if that is unknown. Without a complete
+    /// list, the documents still tell about some: a feature that the host model adds is supported,
+    /// and a feature that blocks a named model is not.
     pub fn gives(&self, feature: &str) -> Option<bool> {
         if let Some(all) = &self.cpu_features {
             return Some(all.contains(feature));
@@ -129,23 +122,19 @@ impl Offer {
             .then_some(false)
     }
 
-    /// Whether the hypervisor can give a Hyper-V enlightenment; `None` if what is known does not
-    /// tell.
+    /// True if the hypervisor supports a Hyper-V enlightenment; `None` if that is unknown.
     ///
-    /// libvirt's own list has all there are, and always the spin locks, which are no more than a
-    /// value. A list without them is KVM's, for a libvirt that has none (before 9.0); what is not
-    /// in that may be there all the same.
+    /// libvirt's list is complete and always contains spinlocks, which are only a value. A list
+    /// without them comes from KVM, for a libvirt before 9.0, and is not complete.
     pub fn enlightens(&self, name: &str) -> Option<bool> {
         let all = self.enlightenments.as_ref()?;
-        match all.contains(name) {
-            false if !all.contains("spinlocks") => None,
-            known => Some(known),
-        }
+        let is_complete = all.contains("spinlocks");
+        Some(all.contains(name)).filter(|is_listed| *is_listed || is_complete)
     }
 
-    /// The CPU features of a `<cpu>` that hypervisor-cpu-baseline printed for this very
-    /// architecture and domain type.
-    pub fn take_features(&mut self, baseline: &CpuDefinition) {
+    /// Sets the CPU features from the output of hypervisor-cpu-baseline for this architecture and
+    /// domain type.
+    pub fn set_features(&mut self, baseline: &CpuDefinition) {
         let is_given = |feature: &&PolicyFeature| {
             matches!(feature.policy.as_deref(), None | Some("require" | "force"))
         };
@@ -153,12 +142,12 @@ impl Offer {
         self.cpu_features = Some(given.map(|feature| feature.name.clone()).collect());
     }
 
-    /// The canonical name of a machine type, or of an alias of one here.
+    /// Returns the canonical name of a machine type or alias.
     pub fn canonical<'n>(&'n self, machine: &'n str) -> &'n str {
         self.aliases.get(machine).map_or(machine, String::as_str)
     }
 
-    /// The aliases of a canonical name.
+    /// Returns the aliases of a canonical name.
     pub fn aliases_of<'o>(&'o self, canonical: &'o str) -> impl Iterator<Item = &'o str> {
         self.aliases
             .iter()
@@ -166,7 +155,7 @@ impl Offer {
             .map(|(alias, _)| alias.as_str())
     }
 
-    fn take_guests(&mut self, facts: &NodeFacts, arch: &str) {
+    fn read_guests(&mut self, facts: &NodeFacts, arch: &str) {
         let Some(capabilities) = &facts.capabilities else {
             return;
         };
@@ -193,20 +182,20 @@ impl Offer {
         self.machines = Some(machines);
     }
 
-    /// What the documents for this architecture and domain type say.
-    fn take_documents(&mut self, facts: &NodeFacts, arch: &str) {
-        let fits = |have: &Option<String>, wanted: Option<&str>| {
+    /// Reads the domain capabilities of this architecture and domain type.
+    fn read_documents(&mut self, facts: &NodeFacts, arch: &str) {
+        let matches = |have: &Option<String>, wanted: Option<&str>| {
             have.is_none() || wanted.is_none() || have.as_deref() == wanted
         };
         let documents = || {
             facts.domain_capabilities.iter().filter(|document| {
-                fits(&document.arch, Some(arch))
-                    && fits(&document.virt_type, self.virt_type.as_deref())
+                matches(&document.arch, Some(arch))
+                    && matches(&document.virt_type, self.virt_type.as_deref())
             })
         };
         let machines: Vec<_> = documents()
             .filter_map(|document| {
-                // kvm's number is cut by KVM, which is told apart.
+                // For kvm the number includes KVM's limit, which `accelerator_max` holds.
                 let max = match document.virt_type.as_deref() {
                     Some("kvm") => VcpuMax::Unknown,
                     _ => document.max_vcpus,
@@ -227,20 +216,13 @@ impl Offer {
         self.launch_security = document
             .features
             .get("launchSecurity")
-            .map(|section| match section.is_supported() {
-                true => listed(section, "sectype"),
-                false => Vec::new(),
-            });
-        self.gic_versions =
-            document
-                .features
-                .get("gic")
-                .map(|section| match section.is_supported() {
-                    true => listed(section, "version"),
-                    false => Vec::new(),
-                });
-        // The baseline is the native one of the best domain type. Without it the features of the
-        // host model are no whole list: they stand beside those of its named model.
+            .map(|section| listed_if_supported(section, "sectype"));
+        self.gic_versions = document
+            .features
+            .get("gic")
+            .map(|section| listed_if_supported(section, "version"));
+        // The baseline is that of the native architecture and best domain type. The features of the
+        // host model alone are not complete: they only extend those of its named model.
         let best = facts.best_domain_type(arch) == self.virt_type.as_deref();
         if best && facts.native_arch() == Some(arch) && facts.baseline_cpu.is_some() {
             let features = facts.cpu_features().into_iter();
@@ -252,7 +234,7 @@ impl Offer {
             None => None,
         };
         self.emulator = self.emulator.take().or(emulator);
-        // Without <capabilities> these are all that is known, which is no list to be missing from.
+        // Without <capabilities> the list is incomplete, so it stays unknown.
         if let Some(offered) = &mut self.machines {
             for (name, max) in machines {
                 let machine = offered.entry(name).or_default();
@@ -261,7 +243,7 @@ impl Offer {
         }
     }
 
-    fn take_host(&mut self, facts: &NodeFacts) {
+    fn read_host(&mut self, facts: &NodeFacts) {
         let cells = facts.capabilities.as_ref().map(|c| c.host.cells.as_slice());
         if let Some(cells) = cells.filter(|cells| !cells.is_empty()) {
             let kib = cells.iter().filter_map(|cell| cell.memory_kib).sum();
@@ -280,7 +262,7 @@ impl Offer {
     }
 }
 
-/// No list is empty of which something is known.
+/// Returns `None` for an empty list: it means unknown, not none.
 pub(crate) fn listed_or_unknown<'n>(
     names: impl IntoIterator<Item = &'n str>,
 ) -> Option<BTreeSet<String>> {
@@ -294,4 +276,12 @@ fn has_iommu(host: &HostFacts) -> bool {
 
 fn listed(section: &Section, name: &str) -> Vec<String> {
     section.enums.get(name).cloned().unwrap_or_default()
+}
+
+fn listed_if_supported(section: &Section, name: &str) -> Vec<String> {
+    if section.is_supported() {
+        listed(section, name)
+    } else {
+        Vec::new()
+    }
 }

@@ -1,13 +1,24 @@
-//! A domain held against every node of a cluster.
+//! Assesses a domain on every node of a cluster and builds the affinity for the scheduler.
 //!
-//! The labels decide, because the scheduler goes by them. What a node's `NodeVirtualization` tells
-//! can take back what the labels promise (one that is only kept for a running domain, say), and
-//! settle what they leave open. Where the two differ, the affinity names the nodes, so that it
-//! says what the answers say.
+//! Each node has up to two offers: one from its labels, one from its `NodeVirtualization`. The
+//! labels have priority, because the scheduler sees nothing else:
+//!
+//! ```text
+//! labels      NodeVirtualization   result
+//! infeasible  not infeasible       infeasible, with a note: the scheduler would skip the node
+//! feasible    infeasible           infeasible, with a note: the label is out of date
+//! otherwise   known                that of the NodeVirtualization
+//! otherwise   unknown or none      that of the labels
+//! ```
+//!
+//! The affinity is built from labels alone. It lists by name the nodes whose result differs from
+//! what their labels imply, at most 50 each way, so that the scheduler agrees with the results.
+//! [`assessment`] decides one node, [`rank`] orders the nodes, [`remedy`] adds remedies on the
+//! node's side.
 
-mod cure;
-mod judge;
+mod assessment;
 mod rank;
+mod remedy;
 #[cfg(test)]
 mod tests;
 
@@ -20,39 +31,37 @@ use super::offer::family;
 use super::{Feasibility, Offer, Requirement, RuleFinding};
 use crate::label::prefix::{MACHINE, MACHINE_ALIAS, NODE};
 
-/// The most nodes that an affinity names in one way. What is above is said instead.
-const MOST_NAMED: usize = 50;
+/// Maximum number of nodes that an affinity includes, or excludes, by name: it keeps the pod's
+/// specification readable. `Placement::unnamed` counts the rest.
+const MAX_NAMED: usize = 50;
 
-/// A node as it is known from outside.
+/// A node of the cluster, as its objects describe it.
 #[derive(Debug, Clone, Default)]
 pub struct Candidate {
-    /// Its name.
     pub name: String,
-    /// Its labels.
     pub labels: NodeLabels,
-    /// Whether the kubelet says that it is ready; `None` if that is not told.
+    /// The condition Ready; `None` if the node has none.
     pub ready: Option<bool>,
-    /// Whether it takes no new pods.
+    /// True if the node accepts no new pods.
     pub cordoned: bool,
-    /// Whether the domain runs there now.
+    /// True if the domain runs there now.
     pub here: bool,
-    /// Whether its daemon says that it has no connection to libvirt.
+    /// True if the node's daemon reports that it has no connection to libvirt.
     pub cut_off: bool,
-    /// What is told of it beside the labels, for this very domain.
+    /// The offer from the node's `NodeVirtualization`.
     pub reported: ReportedOffer,
 }
 
-/// What a `NodeVirtualization` tells of a node, for one domain.
+/// The offer of a `NodeVirtualization` for one domain.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub enum ReportedOffer {
-    /// Nothing: there is none, or nothing in it about such domains.
+    /// There is no object, or it lists nothing for such domains.
     #[default]
     None,
-    /// That it has this.
     Offer(Box<Offer>),
-    /// What was so long ago that nobody keeps it true any more.
+    /// The object is so old that its daemon no longer updates it.
     Stale,
-    /// Something that cannot be read.
+    /// The object does not match its schema.
     Unreadable,
 }
 
@@ -65,107 +74,112 @@ impl ReportedOffer {
     }
 }
 
-/// What is to be known of a node beside whether it fits.
+/// A property of a node that does not affect the assessment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum CandidateState {
-    /// It takes no new pods.
+    /// The node accepts no new pods.
     Cordoned,
-    /// The kubelet does not say that it is ready.
+    /// The condition Ready is not true.
     NotReady,
-    /// The domain runs there now.
     RunsHere,
-    /// Its daemon has no connection to libvirt.
+    /// The node's daemon has no connection to libvirt.
     CutOff,
-    /// Its `NodeVirtualization` is out of date, and was not gone by.
+    /// The `NodeVirtualization` is out of date and was ignored.
     Stale,
-    /// Its `NodeVirtualization` cannot be read.
+    /// The `NodeVirtualization` does not match its schema and was ignored.
     Unreadable,
 }
 
-/// What came of one node.
+/// The result for one node.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct NodeAssessment {
-    /// The node.
     pub name: String,
-    /// Whether the domain would run there.
     pub answer: Feasibility,
-    /// Whether its labels alone say so to the scheduler.
+    /// True if the node's labels match the affinity, before names are added to it.
     pub matched: bool,
-    /// What else is to be known.
     pub states: Vec<CandidateState>,
-    /// All that was found, what blocks first.
+    /// Ordered by severity, the worst first.
     pub findings: Vec<RuleFinding>,
 }
 
-/// What came of all nodes.
+/// The result for all nodes.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Placement {
-    /// The nodes of which something is told, the best first.
+    /// The nodes with labels or an offer, the best first.
     pub nodes: Vec<NodeAssessment>,
-    /// What a pod has to ask for; `None` if no node fits and labels cannot say so.
+    /// The node affinity for the domain's pod; `None` if no node fits and labels cannot express
+    /// that.
     pub affinity: Option<Affinity>,
-    /// The nodes that the affinity takes or leaves by name, since their labels say otherwise.
+    /// The nodes that the affinity includes or excludes by name, because their labels imply the
+    /// opposite.
     pub named: Vec<String>,
-    /// How many more there are, which it does not name.
+    /// Number of further such nodes, which the affinity does not name.
     pub unnamed: usize,
-    /// What the domain needs and nothing here tells of any node.
+    /// Requirements of the domain that no node reports on.
     #[serde(rename = "unsaid")]
     pub unverified: Vec<String>,
-    /// The nodes of which nothing is told: virtnode does not run there.
+    /// The nodes without labels and offer: virtnode does not run there.
     #[serde(rename = "untold")]
     pub unlabeled: Vec<String>,
 }
 
-/// Which nodes can take a domain, why each other cannot, and how a pod asks for those that can.
+/// Returns the nodes that can run a domain, the reasons against each other one, and the affinity
+/// that selects the former.
 pub fn find_targets(domain: &Requirement, nodes: &[Candidate]) -> Placement {
-    let (told, untold): (Vec<&Candidate>, Vec<&Candidate>) =
-        nodes.iter().partition(|node| is_told(node));
-    let source = told.iter().copied().find(|node| node.here);
+    let (known, unlabeled): (Vec<&Candidate>, Vec<&Candidate>) =
+        nodes.iter().partition(|node| is_known(node));
+    let source = known.iter().copied().find(|node| node.here);
     let alias = domain.machine_on(domain.arch.as_deref());
     let alias = alias.map(|name| format!("{MACHINE_ALIAS}/{name}"));
-    let meanings: BTreeSet<String> = told
+    let meanings: BTreeSet<String> = known
         .iter()
         .filter_map(|node| node.labels.get(alias.as_deref()?).cloned())
         .collect();
     let affinity = Affinity::of(domain, &meanings);
-    let mut judged: Vec<(rank::Rank, NodeAssessment)> = told
+    let mut ranked: Vec<(rank::Rank, NodeAssessment)> = known
         .iter()
         .map(|node| {
-            let (findings, offer) = judge::judge(domain, node, source);
-            let answer = NodeAssessment {
+            let (findings, offer) = assessment::assess_node(domain, node, source);
+            let assessment = NodeAssessment {
                 name: node.name.clone(),
-                answer: judge::answer_of(&findings),
+                answer: Feasibility::of(&findings),
                 matched: affinity.matches(&node.name, &node.labels),
                 states: states(node),
                 findings,
             };
-            let rank = rank::Rank::new(domain, node, &offer, source, &answer);
-            (rank, answer)
+            let rank = rank::Rank::new(domain, node, &offer, source, &assessment);
+            (rank, assessment)
         })
         .collect();
-    judged.sort_by(|(a, _), (b, _)| a.cmp(b));
-    let mut targets = Placement {
-        nodes: judged.into_iter().map(|(_, answer)| answer).collect(),
-        unverified: judge::unverified(domain),
-        unlabeled: untold.into_iter().map(|node| node.name.clone()).collect(),
+    ranked.sort_by(|(a, _), (b, _)| a.cmp(b));
+    let mut placement = Placement {
+        nodes: ranked
+            .into_iter()
+            .map(|(_, assessment)| assessment)
+            .collect(),
+        unverified: assessment::unverified(domain),
+        unlabeled: unlabeled
+            .into_iter()
+            .map(|node| node.name.clone())
+            .collect(),
         ..Placement::default()
     };
-    targets.correct(affinity);
-    targets
+    placement.set_affinity(affinity);
+    placement
 }
 
 impl Placement {
-    /// How many nodes fit.
+    /// Returns the number of nodes that can run the domain.
     pub fn fitting(&self) -> usize {
         let fits = |node: &&NodeAssessment| node.answer == Feasibility::Feasible;
         self.nodes.iter().filter(fits).count()
     }
 
-    /// Names in the affinity the nodes whose labels say otherwise than their answer.
-    fn correct(&mut self, mut affinity: Affinity) {
+    /// Adds to the affinity the names of nodes whose labels imply the opposite of their result.
+    fn set_affinity(&mut self, mut affinity: Affinity) {
         let fits = |node: &NodeAssessment| node.answer == Feasibility::Feasible;
         if self.fitting() == 0 && self.nodes.iter().any(|node| node.matched) {
             return;
@@ -178,29 +192,29 @@ impl Placement {
             names.sort_unstable();
             names
         };
-        let (mut without, mut also) = (differs(true), differs(false));
+        let (mut excluded, mut included) = (differs(true), differs(false));
         let mut unnamed = 0;
-        for names in [&mut without, &mut also] {
-            unnamed += names.len().saturating_sub(MOST_NAMED);
-            names.truncate(MOST_NAMED);
+        for names in [&mut excluded, &mut included] {
+            unnamed += names.len().saturating_sub(MAX_NAMED);
+            names.truncate(MAX_NAMED);
         }
         for term in &mut affinity.terms {
-            let fields = without
+            let fields = excluded
                 .iter()
                 .map(|name| Expression::name(Operator::NotIn, name));
             term.match_fields.extend(fields);
         }
-        affinity.terms.extend(also.iter().map(|name| Term {
+        affinity.terms.extend(included.iter().map(|name| Term {
             match_fields: vec![Expression::name(Operator::In, name)],
             ..Term::default()
         }));
         self.unnamed = unnamed;
-        self.named = without.into_iter().chain(also).collect();
+        self.named = excluded.into_iter().chain(included).collect();
         self.affinity = Some(affinity).filter(|affinity| !affinity.terms.is_empty());
     }
 }
 
-fn is_told(node: &Candidate) -> bool {
+fn is_known(node: &Candidate) -> bool {
     node.reported.offer().is_some()
         || node.labels.contains_key(&format!("{NODE}/accelerator"))
         || family(&node.labels, MACHINE).next().is_some()
@@ -218,6 +232,6 @@ fn states(node: &Candidate) -> Vec<CandidateState> {
             CandidateState::Unreadable,
         ),
     ];
-    let there = states.into_iter().filter(|(there, _)| *there);
-    there.map(|(_, state)| state).collect()
+    let present = states.into_iter().filter(|(present, _)| *present);
+    present.map(|(_, state)| state).collect()
 }

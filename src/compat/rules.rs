@@ -1,8 +1,12 @@
-//! A domain held against a node.
+//! Applies the rules of libvirt and QEMU to a domain and a node.
 //!
-//! The rules are those of libvirt and QEMU, in the order in which libvirt looks: the first finding
-//! that blocks is what it will complain of. Words were taken down from libvirt 11.3 with QEMU 10.0
-//! where no other version is named (tests/it/foretold.rs provokes them).
+//! Each file holds the rules of one subject and pushes its findings; no rule reads the findings of
+//! another. [`assess`] calls them in the order in which libvirt checks, so that the first blocking
+//! finding is the error that libvirt reports. A rule that needs an unknown property of the node
+//! yields [`RuleSeverity::Unknown`] and never guesses.
+//!
+//! Messages of libvirt and QEMU are quoted verbatim from libvirt 11.3 with QEMU 10.0 unless another
+//! version is named; tests/it/foretold.rs provokes each of them.
 
 mod cpu;
 mod enlightenments;
@@ -22,34 +26,28 @@ pub use self::headroom::{Headroom, MemoryRoom, VcpuRoom};
 use super::{Feasibility, Offer, Requirement, RuleFinding, RuleSeverity};
 use crate::capability::{Version, is_q35, is_x86};
 
-/// What came of holding a domain against a node.
+/// The result of all rules for one domain on one node.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Assessment {
-    /// Whether the domain would run there.
     pub answer: Feasibility,
-    /// All that was found, what blocks first.
+    /// Ordered by severity, the worst first.
     pub findings: Vec<RuleFinding>,
-    /// What could be plugged into it while it runs; `None` where the definition contradicts
-    /// itself.
+    /// `None` if the definition contradicts itself.
     pub headroom: Option<Headroom>,
 }
 
 impl Assessment {
-    /// Takes up more findings, and answers anew.
+    /// Adds findings and updates the answer.
     #[must_use]
     pub fn with(mut self, findings: impl IntoIterator<Item = RuleFinding>) -> Self {
         self.findings.extend(findings);
         self.findings.sort_by_key(|finding| finding.severity);
-        self.answer = match self.findings.first().map(|finding| finding.severity) {
-            Some(RuleSeverity::Blocks) => Feasibility::Infeasible,
-            Some(RuleSeverity::Unknown) => Feasibility::Unknown,
-            _ => Feasibility::Feasible,
-        };
+        self.answer = Feasibility::of(&self.findings);
         self
     }
 
-    /// What keeps the domain from running there.
+    /// Returns the findings that keep the domain from running.
     pub fn blocking(&self) -> impl Iterator<Item = &RuleFinding> {
         self.findings
             .iter()
@@ -57,40 +55,39 @@ impl Assessment {
     }
 }
 
-/// Whether a domain would run on a node, with every reason and remedy.
+/// Returns the feasibility of a domain on a node, with every reason and remedy.
 ///
-/// The offer has to be for the domain's architecture and domain type.
+/// The offer must be for the domain's architecture and domain type.
 pub fn assess(domain: &Requirement, node: &Offer) -> Assessment {
-    let case = RuleInput::new(domain, node);
+    let input = RuleInput::new(domain, node);
     let mut findings = Vec::new();
-    machine::check(&case, &mut findings);
-    vcpus::check(&case, &mut findings);
-    iommu::check(&case, &mut findings);
-    cpu::check(&case, &mut findings);
-    enlightenments::check(&case, &mut findings);
-    memory::check(&case, &mut findings);
-    node::check(&case, &mut findings);
-    let headroom = headroom::of(&case);
-    let fit = Assessment {
+    machine::check(&input, &mut findings);
+    vcpus::check(&input, &mut findings);
+    iommu::check(&input, &mut findings);
+    cpu::check(&input, &mut findings);
+    enlightenments::check(&input, &mut findings);
+    memory::check(&input, &mut findings);
+    node::check(&input, &mut findings);
+    let assessment = Assessment {
         answer: Feasibility::Feasible,
         findings: Vec::new(),
-        headroom,
+        headroom: headroom::compute(&input),
     };
-    fit.with(findings)
+    assessment.with(findings)
 }
 
-/// The two sides, and what several rules want to know of them.
+/// The two sides, and properties that several rules derive from them.
 struct RuleInput<'a> {
     domain: &'a Requirement,
     node: &'a Offer,
-    /// The machine type by canonical name, as far as it can be told.
+    /// The machine type by canonical name, if the alias is known.
     machine: Option<&'a str>,
     arch: Option<&'a str>,
 }
 
-/// More than so many vCPUs need extended interrupt mode on x86 (`QEMU_MAX_VCPUS_WITHOUT_EIM`,
+/// Maximum number of vCPUs on x86 without extended interrupt mode (`QEMU_MAX_VCPUS_WITHOUT_EIM`,
 /// libvirt src/qemu/qemu_validate.h).
-const MOST_WITHOUT_EIM: u64 = 255;
+const MAX_VCPUS_WITHOUT_EIM: u64 = 255;
 
 impl<'a> RuleInput<'a> {
     fn new(domain: &'a Requirement, node: &'a Offer) -> Self {
@@ -111,7 +108,7 @@ impl<'a> RuleInput<'a> {
         self.machine.is_some_and(is_q35)
     }
 
-    /// Arm's and RISC-V's `virt`.
+    /// True for the machine type `virt` of Arm and RISC-V.
     fn is_virt(&self) -> bool {
         self.machine
             .is_some_and(|name| name == "virt" || name.starts_with("virt-"))
@@ -126,28 +123,26 @@ impl<'a> RuleInput<'a> {
         own.or(self.node.virt_type.as_deref())
     }
 
-    /// Whether QEMU translates every instruction.
+    /// True for software emulation.
     fn is_tcg(&self) -> bool {
         self.virt_type() == Some("qemu")
     }
 
     fn needs_eim(&self) -> bool {
-        self.is_x86() && self.domain.vcpus.maximum > MOST_WITHOUT_EIM
+        self.is_x86() && self.domain.vcpus.maximum > MAX_VCPUS_WITHOUT_EIM
     }
 
-    /// The clause that people miss: with fewer vCPUs to start with it is no different.
+    /// Returns a clause that reminds the reader that fewer vCPUs at start make no difference.
     fn maximum_counts(&self) -> String {
         let vcpus = &self.domain.vcpus;
-        match vcpus.current < vcpus.maximum {
-            true => format!(
-                "; the maximum counts, not the {} to start with",
-                vcpus.current
-            ),
-            false => String::new(),
+        if vcpus.current < vcpus.maximum {
+            format!("; the maximum counts, not the {} at start", vcpus.current)
+        } else {
+            String::new()
         }
     }
 
-    /// Whether libvirt is at least this version; `None` if it is not known.
+    /// True if libvirt has at least this version; `None` if its version is unknown.
     fn libvirt_is(&self, version: Version) -> Option<bool> {
         self.node.libvirt_version.map(|have| have >= version)
     }
@@ -160,12 +155,12 @@ impl<'a> RuleInput<'a> {
     }
 }
 
-/// `libvirt` prefixes most refusals so (`VIR_ERR_CONFIG_UNSUPPORTED`).
+/// Returns libvirt's message for `VIR_ERR_CONFIG_UNSUPPORTED`.
 fn unsupported(text: impl std::fmt::Display) -> String {
     format!("unsupported configuration: {text}")
 }
 
-/// A list for a sentence, cut to what one can read.
+/// Returns a list for a sentence, truncated to 12 names.
 fn named<'n>(names: impl IntoIterator<Item = &'n str>) -> String {
     const SHOWN: usize = 12;
     let names: Vec<&str> = names.into_iter().collect();

@@ -1,4 +1,4 @@
-//! Sets of small numbers in libvirt's spelling: `0-2,5`.
+//! Sets of CPU numbers in libvirt's notation: `0-2,5`.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -8,67 +8,66 @@ use serde::{Deserialize, Serialize};
 
 use crate::units::ParseError;
 
-/// The largest number that is read, sixteen times what the largest machine type has (4096): it
-/// bounds what a range can unfold to.
-const LARGEST: u32 = 65_535;
+/// Maximum CPU number, sixteen times that of the largest machine type (4096). It bounds the memory
+/// that a range can expand to.
+const MAX_ID: u32 = 65_535;
 
-/// CPUs by number, in order: libvirt's `0-2,5` (`virBitmapFormat`).
+/// CPU numbers in ascending order, formatted like libvirt's bitmaps (`virBitmapFormat`).
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct IdSet(BTreeSet<u32>);
 
 impl IdSet {
-    /// How many there are.
+    /// Returns the number of CPUs.
     pub fn len(&self) -> u32 {
-        // cannot be cut: there are at most LARGEST + 1
+        // cannot saturate: there are at most MAX_ID + 1
         u32::try_from(self.0.len()).unwrap_or(u32::MAX)
     }
 
-    /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// Whether `id` is one of them.
     pub fn contains(&self, id: u32) -> bool {
         self.0.contains(&id)
     }
 
-    /// Adds one; a number that no CPU can have is left out.
+    /// Adds a number; one above [`MAX_ID`] is ignored.
     pub fn insert(&mut self, id: u32) {
-        if id <= LARGEST {
+        if id <= MAX_ID {
             self.0.insert(id);
         }
     }
 
-    /// All of them, in order.
+    /// Returns the numbers in ascending order.
     pub fn iter(&self) -> impl Iterator<Item = u32> + '_ {
         self.0.iter().copied()
     }
 
-    /// Those that are not in `other`.
+    /// Returns the numbers that `other` lacks.
     pub fn without(&self, other: &Self) -> Self {
         Self(self.0.difference(&other.0).copied().collect())
     }
 }
 
 impl FromIterator<u32> for IdSet {
-    /// Numbers that no CPU can have are left out.
+    /// Ignores numbers above [`MAX_ID`].
     fn from_iter<I: IntoIterator<Item = u32>>(ids: I) -> Self {
-        Self(ids.into_iter().filter(|id| *id <= LARGEST).collect())
+        Self(ids.into_iter().filter(|id| *id <= MAX_ID).collect())
     }
 }
 
 impl FromStr for IdSet {
     type Err = ParseError;
 
-    /// An empty text is an empty set: so libvirt says "none".
+    /// An empty text is an empty set, as libvirt writes it.
     fn from_str(text: &str) -> Result<Self, ParseError> {
-        let malformed = || ParseError::new(text, "is not a list of CPUs like 0-2,5");
+        let malformed = || ParseError::new(text, "is not a valid list of CPUs such as 0-2,5");
         let mut ids = BTreeSet::new();
-        let number = |text: &str| match text.bytes().all(|b| b.is_ascii_digit()) {
-            true => text.parse::<u32>().ok().filter(|id| *id <= LARGEST),
-            false => None,
+        let number = |text: &str| {
+            // `parse` alone would accept a sign
+            let digits = Some(text).filter(|text| text.bytes().all(|b| b.is_ascii_digit()))?;
+            digits.parse::<u32>().ok().filter(|id| *id <= MAX_ID)
         };
         for part in text.split(',').map(str::trim) {
             if part.is_empty() && text.trim().is_empty() {
@@ -95,9 +94,9 @@ impl fmt::Display for IdSet {
             while let Some(next) = rest.next_if(|next| *next == last + 1) {
                 last = next;
             }
-            match first == last {
-                true => write!(f, "{comma}{first}")?,
-                false => write!(f, "{comma}{first}-{last}")?,
+            write!(f, "{comma}{first}")?;
+            if last > first {
+                write!(f, "-{last}")?;
             }
             comma = ",";
         }
@@ -126,7 +125,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lists_are_read_and_shown_as_libvirt_does() {
+    fn lists_are_parsed_and_formatted_like_libvirts() {
         for (text, shown, len) in [
             ("0-2", "0-2", 3),
             ("0", "0", 1),
@@ -146,7 +145,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_shown_can_be_read(ids in proptest::collection::btree_set(0_u32..300, 0..60)) {
+        fn formatted_set_parses_to_itself(ids in proptest::collection::btree_set(0_u32..300, 0..60)) {
             let set: IdSet = ids.into_iter().collect();
             prop_assert_eq!(set.to_string().parse(), Ok(set));
         }

@@ -1,40 +1,33 @@
-//! What is being done to a domain in the background.
+//! Background jobs on a domain.
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-/// A job that libvirt does to a domain, for minutes or hours (`virDomainJobOperation`,
-/// libvirt-domain.h).
+/// A job on a domain that may take minutes or hours (`virDomainJobOperation`, libvirt-domain.h).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Job {
-    /// It is being started.
     Start,
-    /// Its state is being written to a file; it ends with that.
+    /// Writes the domain's state to a file and stops the domain.
     Save,
-    /// It is being started from such a file.
+    /// Starts the domain from such a file.
     Restore,
-    /// It comes from another node.
     MigrationIn,
-    /// It goes to another node, or a copy of it.
     MigrationOut,
-    /// A snapshot is being taken.
     Snapshot,
-    /// It goes back to a snapshot.
     SnapshotRevert,
-    /// Its memory is being written to a file, to be looked into.
+    /// Writes the domain's memory to a file for analysis.
     Dump,
-    /// Its disks are being backed up.
+    /// Copies the domain's disks.
     Backup,
-    /// A snapshot is being removed.
     SnapshotDelete,
-    /// libvirt did not say what, or it is newer than this list.
+    /// Not reported by libvirt, or newer than this list.
     Other,
 }
 
 impl Job {
-    /// From libvirt's number.
+    /// Converts libvirt's number.
     pub fn from_libvirt(operation: u64) -> Self {
         match operation {
             1 => Self::Start,
@@ -51,8 +44,8 @@ impl Job {
         }
     }
 
-    /// Whether libvirt changes nothing of the domain until the job is over. It lets changes in
-    /// during a backup, which may take hours (`qemuBackupBegin`, libvirt 11.3).
+    /// True if libvirt rejects changes to the domain until the job ends. It allows them during a
+    /// backup, which may take hours (`qemuBackupBegin`, libvirt 11.3).
     pub fn holds_changes(self) -> bool {
         self != Self::Backup
     }
@@ -67,11 +60,11 @@ impl fmt::Display for Job {
             Self::MigrationIn => "a migration of the domain to this node",
             Self::MigrationOut => "a migration of the domain to another node",
             Self::Snapshot => "a snapshot of the domain",
-            Self::SnapshotRevert => "a return of the domain to a snapshot",
+            Self::SnapshotRevert => "a revert of the domain to a snapshot",
             Self::Dump => "a dump of the domain's memory",
             Self::Backup => "a backup of the domain's disks",
             Self::SnapshotDelete => "the removal of a snapshot of the domain",
-            Self::Other => "a job of libvirt's on the domain",
+            Self::Other => "a libvirt job on the domain",
         })
     }
 }

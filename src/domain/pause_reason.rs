@@ -1,4 +1,4 @@
-//! Why a domain does not run.
+//! Reasons for which a domain is paused or shut off.
 
 use std::fmt;
 
@@ -6,26 +6,26 @@ use serde::{Deserialize, Serialize};
 
 use super::DomainState;
 
-/// Why a domain is paused (`virDomainPausedReason`, libvirt-domain.h) or shut off
-/// (`virDomainShutoffReason`).
+/// libvirt's reason for a paused domain (`virDomainPausedReason`, libvirt-domain.h) or a shut-off
+/// one (`virDomainShutoffReason`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum PauseReason {
-    /// Paused: somebody asked for it.
+    /// Paused: a user suspended it.
     User,
-    /// Paused: it goes to another node, or comes from there.
+    /// Paused: it is migrating to or from another node.
     Migration,
     /// Paused: its state is being written to a file.
     Save,
-    /// Paused: its memory is being written to a file, to be looked into.
+    /// Paused: its memory is being written to a file for analysis.
     Dump,
     /// Paused: a disk cannot be read or written.
     IoError,
-    /// Paused: the guest left its watchdog alone.
+    /// Paused: the guest's watchdog expired.
     Watchdog,
-    /// Paused: it went back to a snapshot, which was of a paused domain or asked to be.
+    /// Paused: it was reverted to a snapshot of a paused domain, or paused on request.
     FromSnapshot,
-    /// Paused: its guest has shut down, and it is about to end or to be started anew.
+    /// Paused: its guest has shut down, and libvirt is about to stop or restart it.
     ShuttingDown,
     /// Paused: a snapshot is being taken.
     Snapshot,
@@ -33,23 +33,23 @@ pub enum PauseReason {
     Crashed,
     /// Paused: it is being started.
     StartingUp,
-    /// Paused: it runs on another node already, which still fetches its memory from here.
+    /// Paused: it already runs on another node, which still fetches memory from here.
     PostCopy,
-    /// Paused: that failed.
+    /// Paused: the post-copy migration failed.
     PostCopyFailed,
-    /// Paused: libvirt could not let it run again after a migration, a snapshot and the like.
+    /// Paused: libvirt failed to resume it after a migration, a snapshot or the like.
     ResumeFailed,
-    /// Paused: libvirt does not know why, or it is newer than this list.
+    /// Paused: unknown to libvirt, or newer than this list.
     Unknown,
-    /// Shut off: it went to another node.
+    /// Shut off: it migrated to another node.
     Migrated,
     /// Shut off: its state was written to a file.
     Saved,
 }
 
 impl PauseReason {
-    /// From libvirt's number, which means another thing in each state. Of the reasons for which a
-    /// domain is shut off only those are told for which it must not be just started.
+    /// Converts libvirt's number, whose meaning depends on the state. Of the reasons for a shut-off
+    /// domain, only those are returned for which starting it would be wrong.
     pub fn from_libvirt(state: DomainState, number: u32) -> Option<Self> {
         Some(match (state, number) {
             (DomainState::Paused, 1) => Self::User,
@@ -73,8 +73,8 @@ impl PauseReason {
         })
     }
 
-    /// Whether it is over by itself when what is being done to the domain is done: then the domain
-    /// runs on, or ends.
+    /// True if the pause ends without intervention when a job on the domain ends: the domain then
+    /// resumes or stops.
     pub fn ends_by_itself(self) -> bool {
         match self {
             Self::Migration
@@ -97,19 +97,18 @@ impl PauseReason {
         }
     }
 
-    /// What to do about it.
     pub fn remedy(self) -> &'static str {
         match self {
             Self::User | Self::FromSnapshot | Self::Unknown => "resume it first",
             Self::IoError => {
-                "see which disk it is (virsh domblkerror), put its storage right, and resume the \
+                "see which disk it is (virsh domblkerror), repair its storage, and resume the \
                  domain"
             }
             Self::Watchdog | Self::Crashed => {
-                "see what its guest's console says last, and reset it or start it anew"
+                "see the last messages on the guest's console, and reset or restart it"
             }
-            Self::PostCopyFailed => "take the migration up again (virsh migrate --postcopy-resume)",
-            Self::ResumeFailed => "see libvirt's log for why, and resume it",
+            Self::PostCopyFailed => "resume the migration (virsh migrate --postcopy-resume)",
+            Self::ResumeFailed => "see libvirt's log for the cause, and resume it",
             Self::Migrated => "ask the node that it runs on now",
             Self::Saved => "restore it first",
             Self::Migration
@@ -118,15 +117,13 @@ impl PauseReason {
             | Self::ShuttingDown
             | Self::Snapshot
             | Self::StartingUp
-            | Self::PostCopy => {
-                "wait until that is over; if nothing is being done to it any more, resume it"
-            }
+            | Self::PostCopy => "wait until that is over; if no job on it is left, resume it",
         }
     }
 }
 
 impl fmt::Display for PauseReason {
-    /// As it goes on after "the domain is paused" or "the domain is shut off".
+    /// Continues "the domain is paused" or "the domain is shut off".
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::User => "by a user",
@@ -135,16 +132,16 @@ impl fmt::Display for PauseReason {
             Self::Dump => "by a dump of its memory",
             Self::IoError => "by an I/O error of one of its disks",
             Self::Watchdog => "by its watchdog",
-            Self::FromSnapshot => "since it went back to a snapshot",
+            Self::FromSnapshot => "since its revert to a snapshot",
             Self::ShuttingDown => "by its own shutdown",
-            Self::Snapshot => "by a snapshot that is being taken",
+            Self::Snapshot => "by a snapshot in progress",
             Self::Crashed => "by a crash of its guest",
             Self::StartingUp => "by its start",
             Self::PostCopy => "by a post-copy migration",
             Self::PostCopyFailed => "by a post-copy migration that failed",
-            Self::ResumeFailed => "since libvirt could not let it run again",
-            Self::Unknown => "for a reason that libvirt does not tell",
-            Self::Migrated => "since it went to another node",
+            Self::ResumeFailed => "since libvirt failed to resume it",
+            Self::Unknown => "for a reason that libvirt does not report",
+            Self::Migrated => "since it migrated to another node",
             Self::Saved => "since it was saved to a file",
         })
     }
@@ -155,7 +152,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_number_means_another_thing_in_each_state() {
+    fn meaning_of_number_depends_on_state() {
         let reason = PauseReason::from_libvirt;
         assert_eq!(reason(DomainState::Paused, 5), Some(PauseReason::IoError));
         assert_eq!(reason(DomainState::ShutOff, 5), Some(PauseReason::Saved));
@@ -165,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_is_being_done_ends_by_itself() {
+    fn only_jobs_end_by_themselves() {
         let by_itself = (0..=15)
             .filter_map(|number| PauseReason::from_libvirt(DomainState::Paused, number))
             .filter(|reason| reason.ends_by_itself());
@@ -177,7 +174,7 @@ mod tests {
                 "by a save to a file",
                 "by a dump of its memory",
                 "by its own shutdown",
-                "by a snapshot that is being taken",
+                "by a snapshot in progress",
                 "by its start",
                 "by a post-copy migration",
             ]

@@ -1,4 +1,4 @@
-//! What state a domain is in.
+//! The state of a domain.
 
 use std::fmt;
 
@@ -8,26 +8,23 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum DomainState {
-    /// It runs.
     Running,
-    /// It waits for a resource; it can run. Xen's word, QEMU never says so.
+    /// Xen only: waits for a resource, but can run.
     Blocked,
-    /// It is held by a person, a migration, an I/O error …
     Paused,
-    /// The guest is being shut down and still runs.
+    /// The guest is shutting down and still runs.
     ShuttingDown,
-    /// It does not run.
     ShutOff,
-    /// The guest crashed and is kept for inspection.
+    /// The guest crashed; its memory is kept for inspection.
     Crashed,
     /// The guest suspended itself to memory.
     Suspended,
-    /// libvirt said none, or one newer than this list.
+    /// Not reported by libvirt, or newer than this list.
     Unknown,
 }
 
 impl DomainState {
-    /// From libvirt's number.
+    /// Converts libvirt's number.
     pub fn from_libvirt(number: u32) -> Self {
         match number {
             1 => Self::Running,
@@ -41,12 +38,12 @@ impl DomainState {
         }
     }
 
-    /// Whether the guest's processors are being run, so that it can answer at all.
+    /// True if the guest's vCPUs execute, so that it can react to anything.
     pub fn runs(self) -> bool {
         matches!(self, Self::Running | Self::Blocked | Self::ShuttingDown)
     }
 
-    /// Whether there is an emulator for it, running or held.
+    /// True if the domain has an emulator process, running or paused.
     pub fn is_active(self) -> bool {
         !matches!(self, Self::ShutOff)
     }

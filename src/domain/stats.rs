@@ -1,4 +1,4 @@
-//! A domain's statistics, as `virConnectGetAllDomainStats` names them.
+//! A domain's statistics, by the names of `virConnectGetAllDomainStats`.
 
 use std::collections::BTreeMap;
 
@@ -6,13 +6,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::units::{Bytes, KiB};
 
-/// The statistics of a domain that tell something about hotplug.
+/// The statistics of a domain that matter for hotplug.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Stats {
-    /// Each vCPU that the statistics know, by number.
+    /// By the vCPU's number.
     pub vcpus: BTreeMap<u32, VcpuStats>,
-    /// What the balloon's driver tells.
     pub balloon: BalloonStats,
 }
 
@@ -20,10 +19,10 @@ pub struct Stats {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct VcpuStats {
-    /// How long it has run, in nanoseconds. libvirt counts in ticks of 10 ms: a new vCPU that the
-    /// guest did not start stays at 0.
+    /// Execution time in nanoseconds. libvirt counts in ticks of 10 ms, so a new vCPU that the
+    /// guest has not started stays at 0.
     pub time: Option<u64>,
-    /// How often it left the guest (KVM only; libvirt 8.9).
+    /// Number of exits from the guest (KVM only; libvirt 8.9).
     pub exits: Option<u64>,
 }
 
@@ -31,18 +30,18 @@ pub struct VcpuStats {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct BalloonStats {
-    /// What the balloon leaves the guest of the domain's memory.
+    /// The amount of memory that the balloon leaves to the guest.
     pub current: Option<Bytes>,
-    /// What the guest sees in all: Linux's MemTotal.
+    /// The guest's total memory: MemTotal in Linux.
     pub total: Option<Bytes>,
-    /// What the guest could use without swapping.
+    /// The memory that the guest can use without swapping.
     pub usable: Option<Bytes>,
-    /// When the guest last told, in seconds since 1970 by the host's clock; 0 for never.
+    /// Time of the guest's last report, in seconds since 1970 by the host's clock; 0 means never.
     pub updated: Option<u64>,
 }
 
 impl Stats {
-    /// From libvirt's parameters that are numbers, by name; names of no use here are passed over.
+    /// Takes libvirt's numeric parameters by name and ignores those that are not needed.
     pub fn from_parameters<'n>(parameters: impl IntoIterator<Item = (&'n str, u64)>) -> Self {
         let mut stats = Self::default();
         for (name, value) in parameters {
@@ -81,7 +80,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_parameters_that_matter_are_picked() {
+    fn needed_parameters_are_taken_and_others_ignored() {
         let stats = Stats::from_parameters([
             ("state.state", 1),
             ("vcpu.current", 3),

@@ -1,20 +1,21 @@
-//! Text that others wrote: domains' names, libvirt's and guests' words.
+//! Text from outside: domain names, messages of libvirt and of guests.
 
-/// The text as it can be shown anywhere: on one line, with nothing in it that moves the cursor or
-/// turns the order of what is read around. What would do so is escaped.
+/// Returns the text as one line that is safe to print: control characters, line separators and
+/// marks that change the text direction are escaped.
 pub fn plain(text: &str) -> String {
     let mut shown = String::with_capacity(text.len());
     for c in text.chars() {
-        match is_plain(c) {
-            true => shown.push(c),
-            false => shown.extend(c.escape_default()),
+        if is_plain(c) {
+            shown.push(c);
+        } else {
+            shown.extend(c.escape_default());
         }
     }
     shown
 }
 
-/// Not a control character, a line or paragraph separator, or one of Unicode's marks that change
-/// the direction of what follows.
+/// True unless the character is a control character, a line or paragraph separator, or a Unicode
+/// mark that changes the direction of the following text.
 pub fn is_plain(c: char) -> bool {
     let separates = matches!(c, '\u{2028}' | '\u{2029}');
     let turns =
@@ -27,7 +28,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_shown_is_one_line_in_the_order_in_which_it_was_written() {
+    fn control_and_direction_characters_are_escaped() {
         assert_eq!(plain("a 'vm' ü 虚拟 🐧 \\n"), "a 'vm' ü 虚拟 🐧 \\n");
         assert_eq!(
             plain("a\nb\r\x1b[2J\u{85}\u{2028}\u{202e}cba\u{2069}\0"),

@@ -99,7 +99,7 @@ async fn offer(domain: &Requirement, facts: &mut NodeFacts, libvirt: &Libvirt) -
         && let Ok(text) = libvirt.baseline_cpu(query, cpu).await
         && let Ok(baseline) = CpuDefinition::parse("libvirt's CPU baseline", text.as_bytes())
     {
-        offer.take_features(&baseline);
+        offer.set_features(&baseline);
     }
     offer
 }

@@ -1,4 +1,4 @@
-//! What a node's labels say that it has.
+//! Builds an [`Offer`] from a node's labels.
 
 use std::collections::BTreeMap;
 
@@ -11,10 +11,10 @@ use crate::label::prefix::{
     CPU_FEATURE, CPU_MODEL, HYPERV, MACHINE, MACHINE_ALIAS, MACHINE_DEPRECATED, NODE,
 };
 
-/// The label in which the kubelet says the architecture, in Go's spelling.
+/// The kubelet's label with the architecture by Go's name.
 pub(crate) const ARCH_LABEL: &str = "kubernetes.io/arch";
 
-/// What Go calls an architecture of libvirt's.
+/// Returns Go's name of libvirt's architecture.
 pub(crate) fn go_arch(arch: &str) -> &str {
     match arch {
         "x86_64" => "amd64",
@@ -26,7 +26,7 @@ pub(crate) fn go_arch(arch: &str) -> &str {
     }
 }
 
-/// What libvirt calls it.
+/// Returns libvirt's name of Go's architecture.
 fn libvirt_arch(arch: &str) -> &str {
     match arch {
         "amd64" => "x86_64",
@@ -38,26 +38,26 @@ fn libvirt_arch(arch: &str) -> &str {
     }
 }
 
-/// The highest maximum without extended interrupt mode that libvirt adds by itself; where a label
-/// says so, the machine type may have more for a domain that brings it.
-const WITHOUT_EIM: u32 = 255;
-/// The first libvirt with the CPU mode `maximum` (NEWS of 7.1.0).
-const KNOWS_MAXIMUM: Version = Version::new(7, 1, 0);
-/// The first maximum that a version 2 GIC cannot have.
-const NEEDS_GIC_V3: u32 = 9;
+/// A label's maximum if libvirt does not add extended interrupt mode. A domain that configures it
+/// may have more.
+const MAX_WITHOUT_EIM: u32 = 255;
+/// First libvirt with the CPU mode `maximum` (NEWS of 7.1.0).
+const FIRST_WITH_MAXIMUM: Version = Version::new(7, 1, 0);
+/// Lowest maximum of vCPUs that requires a version 3 GIC.
+const MIN_VCPUS_OF_GIC_V3: u32 = 9;
 
 impl Offer {
-    /// What a node's labels in our own schema say that it has for this domain: they speak of
-    /// guests of the host's own architecture and of the best domain type.
+    /// Returns the offer of virtnode's own labels. They describe guests of the host's architecture
+    /// and best domain type.
     ///
-    /// A machine type's maximum is the effective one, in which the limits of KVM, of APIC IDs and
-    /// of the interrupt controller are counted already.
+    /// The label's maximum of a machine type already includes the limits of KVM, of APIC IDs and of
+    /// the interrupt controller.
     pub fn from_labels(labels: &NodeLabels, domain: &Requirement) -> Self {
         let of = |name: &str| labels.get(&format!("{NODE}/{name}")).map(String::as_str);
-        let told = labels
+        let host = labels
             .get(ARCH_LABEL)
             .map(|arch| libvirt_arch(arch).to_owned());
-        let arch = domain.arch.clone().or(told);
+        let arch = domain.arch.clone().or(host);
         let eim = of("eim").and_then(|word| word.parse().ok());
         let versions = ["libvirt-version", "qemu-version"].map(|name| of(name)?.parse().ok());
         let mut offer = Self {
@@ -75,21 +75,21 @@ impl Offer {
             launch_security: of("accelerator").map(|_| confidential(labels)),
             ..Self::default()
         };
-        offer.take_machine_labels(labels, domain);
-        offer.take_cpu_labels(labels, domain);
+        offer.read_machines(labels, domain);
+        offer.read_cpu(labels, domain);
         offer
     }
 
-    fn take_machine_labels(&mut self, labels: &NodeLabels, domain: &Requirement) {
+    fn read_machines(&mut self, labels: &NodeLabels, domain: &Requirement) {
         for (alias, canonical) in family(labels, MACHINE_ALIAS) {
             self.aliases.insert(alias.to_owned(), canonical.to_owned());
         }
         let mut machines = BTreeMap::new();
         for (name, value) in family(labels, MACHINE) {
             let max_vcpus = match value.parse().map(VcpuMax::from_number) {
-                // Cut only for want of what the domain may bring itself.
-                Ok(VcpuMax::AtMost(WITHOUT_EIM))
-                    if domain.vcpus.maximum > u64::from(WITHOUT_EIM)
+                // The limit applies only if the domain does not configure extended interrupt mode.
+                Ok(VcpuMax::AtMost(MAX_WITHOUT_EIM))
+                    if domain.vcpus.maximum > u64::from(MAX_WITHOUT_EIM)
                         && is_q35(name)
                         && self.eim != Some(Eim::Auto) =>
                 {
@@ -107,13 +107,14 @@ impl Offer {
         }
         let machine = domain.machine_on(self.arch.as_deref());
         let max = machine.and_then(|name| machines.get(self.canonical(name)));
-        // Where only version 2 is to be had, that is counted in the maximum.
-        let has_v3 = max.and_then(|machine| machine.max_vcpus.number()) >= Some(NEEDS_GIC_V3);
+        // The maximum includes the limit of a version 2 controller.
+        let has_v3 =
+            max.and_then(|machine| machine.max_vcpus.number()) >= Some(MIN_VCPUS_OF_GIC_V3);
         self.gic_versions = has_v3.then(|| vec!["2".to_owned(), "3".to_owned()]);
         self.machines = Some(machines).filter(|machines| !machines.is_empty());
     }
 
-    fn take_cpu_labels(&mut self, labels: &NodeLabels, domain: &Requirement) {
+    fn read_cpu(&mut self, labels: &NodeLabels, domain: &Requirement) {
         let of = |name: &str| labels.get(&format!("{NODE}/{name}")).cloned();
         if !labels.contains_key(&format!("{NODE}/accelerator")) {
             return;
@@ -130,11 +131,11 @@ impl Offer {
         {
             models.push(CpuModel {
                 name: name.clone(),
-                // NodeLabels do not name what keeps it from being usable, which the domain may do
-                // without.
-                usable: Some(match domain.cpu.tolerates_missing_features() {
-                    true => Usable::Unknown,
-                    false => Usable::No,
+                // Labels do not list the missing features, which the domain may tolerate.
+                usable: Some(if domain.cpu.tolerates_missing_features() {
+                    Usable::Unknown
+                } else {
+                    Usable::No
                 }),
                 ..CpuModel::default()
             });
@@ -154,7 +155,7 @@ impl Offer {
 }
 
 impl CpuModes {
-    /// The CPU modes of a node of which only a summary is told.
+    /// Returns the CPU modes of a node from a summary, without features and blockers.
     pub(crate) fn of_summary(
         host_model: Option<String>,
         vendor: Option<String>,
@@ -168,7 +169,7 @@ impl CpuModes {
         };
         Self {
             host_passthrough: Some(plain(accelerated)),
-            maximum: Some(plain(libvirt.is_none_or(|have| have >= KNOWS_MAXIMUM))),
+            maximum: Some(plain(libvirt.is_none_or(|have| have >= FIRST_WITH_MAXIMUM))),
             host_model: Some(HostModel {
                 supported: host_model.is_some(),
                 model: host_model,
@@ -181,7 +182,7 @@ impl CpuModes {
     }
 }
 
-/// The labels under a prefix: names and values.
+/// Returns names and values of the labels under a prefix.
 pub(crate) fn family<'l>(
     labels: &'l NodeLabels,
     prefix: &'l str,
@@ -193,7 +194,7 @@ pub(crate) fn family<'l>(
     })
 }
 
-/// The domain type behind an accelerator's word.
+/// Returns the domain type of an accelerator's label value.
 fn domain_type(accelerator: &str) -> &str {
     match accelerator {
         "tcg" => "qemu",
@@ -203,7 +204,7 @@ fn domain_type(accelerator: &str) -> &str {
 }
 
 fn confidential(labels: &NodeLabels) -> Vec<String> {
-    let there = |kind: &&str| labels.contains_key(&format!("{NODE}/{kind}"));
+    let has = |kind: &&str| labels.contains_key(&format!("{NODE}/{kind}"));
     let kinds = ["sev", "sev-snp", "tdx", "s390-pv"].into_iter();
-    kinds.filter(there).map(str::to_owned).collect()
+    kinds.filter(has).map(str::to_owned).collect()
 }

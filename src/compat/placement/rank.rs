@@ -1,4 +1,4 @@
-//! Which node comes before which.
+//! The order of nodes.
 
 use std::cmp::Reverse;
 
@@ -7,26 +7,26 @@ use crate::capability::Version;
 use crate::compat::{Feasibility, Offer, Requirement, RuleSeverity};
 use crate::label::prefix::NODE;
 
-/// The place of a node: the smaller one comes first. What counts, in this order:
+/// The sort key of a node; the smaller one comes first. The criteria, in this order:
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Rank {
-    /// whether it fits, then those that may,
+    /// feasible, unknown, infeasible;
     answer: u8,
-    /// whether it takes pods now, and can start domains,
+    /// nodes that accept pods and can start domains first;
     is_closed: bool,
-    /// another one than where the domain runs,
+    /// the node where the domain runs last;
     is_here: bool,
-    /// the same CPU as there,
+    /// the same CPU as that node first;
     is_other_cpu: bool,
-    /// no older QEMU than there,
+    /// no older QEMU than that node first;
     is_older: bool,
-    /// fewer warnings,
+    /// fewer warnings;
     warnings: usize,
-    /// fewer reasons against it,
+    /// fewer blocking and unknown findings;
     reasons: usize,
-    /// more vCPUs for a domain of this machine type,
+    /// a larger maximum of vCPUs for the machine type;
     room: Reverse<Option<u32>>,
-    /// and then the name.
+    /// the name.
     name: String,
 }
 

@@ -1,4 +1,4 @@
-//! Answers, their order, what would make a node fit, and the affinity that says the same.
+//! Results, their order, remedies, and the affinity.
 
 use rstest::rstest;
 use serde_json::json;
@@ -8,7 +8,7 @@ use crate::compat::{RuleCode, RuleSeverity};
 
 mod properties;
 
-/// A node with KVM of 2025.
+/// The labels of a node with KVM in 2025.
 const NODE_LABELS: [(&str, &str); 24] = [
     ("kubernetes.io/arch", "amd64"),
     ("cpu-feature.virtnode.io/sse4.2", "true"),
@@ -36,7 +36,7 @@ const NODE_LABELS: [(&str, &str); 24] = [
     ("virtnode.io/vfio", "true"),
 ];
 
-/// Takes a label away, as a value.
+/// As a value, removes the label.
 const GONE: &str = "(gone)";
 
 fn labels(changes: &[(&str, &str)]) -> NodeLabels {
@@ -78,8 +78,8 @@ fn xml_of(attributes: &str, machine: &str, vcpus: u32, rest: &str) -> String {
     )
 }
 
-fn names(targets: &Placement) -> Vec<&str> {
-    let nodes = targets.nodes.iter();
+fn names(placement: &Placement) -> Vec<&str> {
+    let nodes = placement.nodes.iter();
     nodes.map(|node| node.name.as_str()).collect()
 }
 
@@ -96,15 +96,16 @@ const INTEL: &str = "<cpu><model>EPYC</model><vendor>Intel</vendor></cpu>";
 const NO_X2APIC: &str = "<cpu mode='custom' check='partial'><model>EPYC</model>\
                          <feature policy='forbid' name='x2apic'/></cpu>";
 
-/// What a node lacks, what is said of it, and what would make it fit.
+/// The deviation of a node, the finding for it, and the remedy.
 #[rstest]
 #[case("pc-q35-10.0", 4, "", &[], Feasible, None, "")]
 #[case("q35", 1024, "", &[], Feasible, None, "")]
 #[case("pc-q35-10.0", 4, "", &[("machine.virtnode.io/pc-q35-10.0", GONE), ("virtnode.io/qemu-version", "9.2.1")],
     Infeasible, Some(RuleCode::Machine), "update QEMU there to 10.0 or later; or use q35")]
 #[case("pc-q35-2.1", 4, "", &[], Infeasible, Some(RuleCode::Machine),
-    "give the domain a newer machine type: QEMU 10.0.2 there has dropped this one; or use q35")]
-#[case("nonsense", 4, "", &[], Infeasible, Some(RuleCode::Machine), "use q35, which is pc-q35-10.0 here")]
+    "give the domain a newer machine type: QEMU 10.0.2 there has removed this one; or use q35")]
+#[case("nonsense", 4, "", &[], Infeasible, Some(RuleCode::Machine), "use q35, which is \
+                                                                     pc-q35-10.0 here")]
 #[case("pc-q35-10.0", 4, "", &[("virtnode.io/accelerator", "tcg")],
     Infeasible, Some(RuleCode::DomainType), "see that libvirt's user may open /dev/kvm")]
 #[case("pc-q35-10.0", 4, "", &[("kubernetes.io/arch", "arm64")],
@@ -116,9 +117,12 @@ const NO_X2APIC: &str = "<cpu mode='custom' check='partial'><model>EPYC</model>\
 #[case("pc-q35-10.0", 4, "", &[("machine.virtnode.io/pc-q35-10.0", GONE), ("machine.virtnode.io/pc-q35-7.2", GONE),
     ("machine.virtnode.io/pc-i440fx-10.0", GONE)], Unknown, Some(RuleCode::Machine), "")]
 #[case("pc-q35-10.0", 2000, "", &[], Infeasible, Some(RuleCode::VcpusMachine),
-    "see its NodeVirtualization for which limit it is; or lower <vcpu> to 1024")]
+    "see its NodeVirtualization for the individual limits; or lower <vcpu> to 1024")]
 #[case("pc-q35-10.0", 300, "", &[("machine.virtnode.io/pc-q35-10.0", "255"), ("virtnode.io/eim", "explicit"),
-    ("virtnode.io/libvirt-version", "9.0.0")], Infeasible, Some(RuleCode::Eim), "update libvirt there to 10.10.0 or later; or write <iommu")]
+    ("virtnode.io/libvirt-version", "9.0.0")], Infeasible, Some(RuleCode::Eim), "update libvirt \
+                                                                                 there to 10.10.0 \
+                                                                                 or later; or \
+                                                                                 write <iommu")]
 #[case("pc-q35-10.0", 1, "", &[("machine.virtnode.io/pc-q35-10.0", "unknown")], Feasible, None, "")]
 #[case("pc-q35-10.0", 1, "<cpu><model>Denverton</model></cpu>", &[],
     Infeasible, Some(RuleCode::CpuModel), "use host-model, or choose a node")]
@@ -126,14 +130,18 @@ const NO_X2APIC: &str = "<cpu mode='custom' check='partial'><model>EPYC</model>\
     Infeasible, Some(RuleCode::CpuMode), "name a <model>")]
 #[case("pc-q35-10.0", 1, "<cpu mode='maximum'/>", &[("virtnode.io/libvirt-version", "7.0.0")],
     Infeasible, Some(RuleCode::CpuMode), "name a <model>")]
-#[case("pc-q35-10.0", 1, AVX, &[], Infeasible, Some(RuleCode::CpuFeature), "choose a node that has them")]
+#[case("pc-q35-10.0", 1, AVX, &[], Infeasible, Some(RuleCode::CpuFeature), "choose a node that \
+                                                                            has them")]
 #[case("pc-q35-10.0", 1, AVX, &[("cpu-feature.virtnode.io/avx512f", "true")], Feasible, None, "")]
-#[case("pc-q35-10.0", 1, NO_X2APIC, &[], Infeasible, Some(RuleCode::CpuFeature), "use policy='disable'")]
+#[case("pc-q35-10.0", 1, NO_X2APIC, &[], Infeasible, Some(RuleCode::CpuFeature), "use \
+                                                                                  policy='disable'")]
 #[case("pc-q35-10.0", 1, NO_X2APIC, &[("cpu-feature.virtnode.io/x2apic", GONE)], Feasible, None, "")]
-#[case("pc-q35-10.0", 1, "<cpu mode='host-model' check='none'><feature policy='forbid' name='x2apic'/></cpu>", &[],
+#[case("pc-q35-10.0", 1, "<cpu mode='host-model' check='none'><feature policy='forbid' \
+                          name='x2apic'/></cpu>", &[],
     Unknown, Some(RuleCode::CpuFeature), "")]
 #[case("pc-q35-10.0", 1, INTEL, &[], Infeasible, Some(RuleCode::CpuVendor), "leave <vendor> out")]
-#[case("pc-q35-10.0", 1, HYPERV, &[], Infeasible, Some(RuleCode::Enlightenment), "leave them out of <hyperv>")]
+#[case("pc-q35-10.0", 1, HYPERV, &[], Infeasible, Some(RuleCode::Enlightenment), "leave them out \
+                                                                                  of <hyperv>")]
 #[case("pc-q35-10.0", 1, HYPERV, &[("hyperv.virtnode.io/synic", "true")], Feasible, None, "")]
 #[case("pc-q35-10.0", 1, HYPERV, &[("hyperv.virtnode.io/spinlocks", GONE)],
     Unknown, Some(RuleCode::Enlightenment), "")]
@@ -146,7 +154,7 @@ const NO_X2APIC: &str = "<cpu mode='custom' check='partial'><model>EPYC</model>\
 #[case("pc-q35-10.0", 1, "<launchSecurity type='tdx'/>", &[],
     Infeasible, Some(RuleCode::LaunchSecurity), "choose a node that has it")]
 #[case("pc-q35-10.0", 1, "<launchSecurity type='tdx'/>", &[("virtnode.io/tdx", "true")], Feasible, None, "")]
-fn a_node_is_unfit_for_a_reason_with_a_remedy(
+fn unfit_node_has_a_finding_with_a_remedy(
     #[case] machine: &str,
     #[case] vcpus: u32,
     #[case] rest: &str,
@@ -155,8 +163,8 @@ fn a_node_is_unfit_for_a_reason_with_a_remedy(
     #[case] code: Option<RuleCode>,
     #[case] remedy: &str,
 ) {
-    let targets = find_targets(&domain(machine, vcpus, rest), &[node("a", changes)]);
-    let node = &targets.nodes[0];
+    let placement = find_targets(&domain(machine, vcpus, rest), &[node("a", changes)]);
+    let node = &placement.nodes[0];
     let first = node
         .findings
         .first()
@@ -166,15 +174,15 @@ fn a_node_is_unfit_for_a_reason_with_a_remedy(
         (answer, code),
         "{node:#?}"
     );
-    let told = first
+    let shown = first
         .and_then(|first| first.remedy.as_deref())
         .unwrap_or_default();
-    assert!(told.contains(remedy), "{told}");
-    assert!(!remedy.is_empty() || told.is_empty(), "{told}");
+    assert!(shown.contains(remedy), "{shown}");
+    assert!(!remedy.is_empty() || shown.is_empty(), "{shown}");
 }
 
 #[test]
-fn other_domain_types_are_beyond_labels() {
+fn labels_do_not_describe_other_domain_types() {
     let soft = domain_of("type='qemu'", "pc-q35-10.0", 1, "");
     let answer =
         |changes: &[(&str, &str)]| find_targets(&soft, &[node("a", changes)]).nodes[0].answer;
@@ -184,7 +192,7 @@ fn other_domain_types_are_beyond_labels() {
 }
 
 #[test]
-fn the_best_comes_first() {
+fn nodes_are_ordered_best_first() {
     let live = domain_of("type='kvm' id='3'", "pc-q35-7.2", 4, "");
     let no_machine = [("machine.virtnode.io/pc-q35-7.2", GONE)];
     let two_reasons = [no_machine[0], ("virtnode.io/accelerator", "tcg")];
@@ -225,7 +233,7 @@ fn the_best_comes_first() {
             ..node("without", &[])
         },
     ];
-    let targets = find_targets(&live, &nodes);
+    let placement = find_targets(&live, &nodes);
     let order = [
         "roomy",
         "a-same",
@@ -241,11 +249,11 @@ fn the_best_comes_first() {
         "one-reason",
         "two-reasons",
     ];
-    assert_eq!(names(&targets), order);
-    assert_eq!(targets.unlabeled, ["without"]);
-    assert_eq!(targets.fitting(), 10);
+    assert_eq!(names(&placement), order);
+    assert_eq!(placement.unlabeled, ["without"]);
+    assert_eq!(placement.fitting(), 10);
     let states = |name: &str| {
-        let node = targets.nodes.iter().find(|node| node.name == name);
+        let node = placement.nodes.iter().find(|node| node.name == name);
         node.unwrap().states.clone()
     };
     assert_eq!(states("source"), [CandidateState::RunsHere]);
@@ -256,7 +264,7 @@ fn the_best_comes_first() {
 }
 
 #[test]
-fn an_alias_is_what_each_node_means_by_it() {
+fn alias_is_resolved_per_node() {
     let nodes = [
         node("new", &[]),
         node(
@@ -266,14 +274,14 @@ fn an_alias_is_what_each_node_means_by_it() {
                 ("machine.virtnode.io/pc-q35-10.0", GONE),
             ],
         ),
-        // A number of its own, and no alias for it: the name means nothing there.
+        // The node has the machine type, but no alias for it.
         node("nameless", &[("machine-alias.virtnode.io/q35", GONE)]),
     ];
     let small = find_targets(&domain("q35", 200, ""), &nodes);
     assert_eq!(names(&small), ["new", "old", "nameless"]);
     assert_eq!(small.fitting(), 2);
     assert_eq!(small.named, [""; 0]);
-    // 288 are the most of a pc-q35-7.2.
+    // pc-q35-7.2 allows at most 288.
     let large = find_targets(&domain("q35", 289, ""), &nodes);
     assert_eq!(large.fitting(), 1);
     let affinity = serde_json::to_value(&large.affinity).unwrap();
@@ -291,7 +299,7 @@ fn an_alias_is_what_each_node_means_by_it() {
 }
 
 #[test]
-fn a_named_model_without_some_features_also_runs_where_it_is_the_hosts() {
+fn model_with_disabled_features_also_matches_the_host_model() {
     let cpu = "<cpu mode='custom' match='exact' check='partial'><model>EPYC-Genoa</model>\
                <feature policy='disable' name='avx512f'/>\
                <feature policy='require' name='sse4.2'/></cpu>";
@@ -300,8 +308,8 @@ fn a_named_model_without_some_features_also_runs_where_it_is_the_hosts() {
         node("is-it", &[("virtnode.io/host-model", "EPYC-Genoa")]),
         node("neither", &[]),
     ];
-    let targets = find_targets(&domain("q35", 1, cpu), &nodes);
-    let matched: Vec<&str> = targets
+    let placement = find_targets(&domain("q35", 1, cpu), &nodes);
+    let matched: Vec<&str> = placement
         .nodes
         .iter()
         .filter(|node| node.matched)
@@ -311,26 +319,26 @@ fn a_named_model_without_some_features_also_runs_where_it_is_the_hosts() {
 }
 
 #[test]
-fn what_is_told_beside_the_labels_is_said_by_name() {
+fn nodes_whose_objects_contradict_their_labels_are_named() {
     let asked = domain("pc-q35-10.0", 4, "");
-    let told = |changes: &[(&str, &str)]| {
+    let reported = |changes: &[(&str, &str)]| {
         ReportedOffer::Offer(Box::new(Offer::from_labels(&labels(changes), &asked)))
     };
     let without = [("machine.virtnode.io/pc-q35-10.0", GONE)];
     let nodes = [
         node("plain", &[]),
         Candidate {
-            reported: told(&without),
+            reported: reported(&without),
             ..node("taken-back", &[])
         },
         Candidate {
-            reported: told(&[]),
+            reported: reported(&[]),
             ..node("not-labelled", &without)
         },
         Candidate {
-            reported: told(&[]),
+            reported: reported(&[]),
             labels: NodeLabels::new(),
-            ..node("told-only", &[])
+            ..node("object-only", &[])
         },
         Candidate {
             reported: ReportedOffer::Stale,
@@ -346,26 +354,26 @@ fn what_is_told_beside_the_labels_is_said_by_name() {
             ..node("forgotten", &[])
         },
     ];
-    let targets = find_targets(&asked, &nodes);
-    let answers: Vec<(&str, Feasibility, bool)> = targets
+    let placement = find_targets(&asked, &nodes);
+    let answers: Vec<(&str, Feasibility, bool)> = placement
         .nodes
         .iter()
         .map(|node| (node.name.as_str(), node.answer, node.matched))
         .collect();
     let expected = [
+        ("object-only", Feasible, false),
         ("plain", Feasible, true),
         ("stale", Feasible, true),
-        ("told-only", Feasible, false),
         ("unreadable", Feasible, true),
         ("not-labelled", Infeasible, false),
         ("taken-back", Infeasible, true),
     ];
     assert_eq!(answers, expected);
-    assert_eq!(targets.named, ["taken-back", "told-only"]);
-    assert_eq!(targets.unlabeled, ["forgotten"]);
-    let affinity = targets.affinity.unwrap();
+    assert_eq!(placement.named, ["taken-back", "object-only"]);
+    assert_eq!(placement.unlabeled, ["forgotten"]);
+    let affinity = placement.affinity.unwrap();
     for node in &nodes {
-        let fits = ["plain", "told-only", "stale", "unreadable"].contains(&node.name.as_str());
+        let fits = ["plain", "object-only", "stale", "unreadable"].contains(&node.name.as_str());
         assert_eq!(
             affinity.matches(&node.name, &node.labels),
             fits,
@@ -376,7 +384,7 @@ fn what_is_told_beside_the_labels_is_said_by_name() {
 }
 
 #[test]
-fn nodes_are_not_named_without_end() {
+fn number_of_named_nodes_is_bounded() {
     let asked = domain("pc-q35-10.0", 4, "");
     let without = labels(&[("machine.virtnode.io/pc-q35-10.0", GONE)]);
     let nodes: Vec<Candidate> = (0..60)
@@ -386,12 +394,12 @@ fn nodes_are_not_named_without_end() {
         })
         .chain([node("fits", &[])])
         .collect();
-    let targets = find_targets(&asked, &nodes);
-    assert_eq!(targets.fitting(), 1);
-    assert_eq!((targets.named.len(), targets.unnamed), (50, 10));
+    let placement = find_targets(&asked, &nodes);
+    assert_eq!(placement.fitting(), 1);
+    assert_eq!((placement.named.len(), placement.unnamed), (50, 10));
 }
 
-/// What no label can be called no node has, and no API server takes.
+/// No node has an invalid label, and the API server rejects one.
 #[rstest]
 #[case("q35 mit Schlag", "")]
 #[case(
@@ -400,21 +408,21 @@ fn nodes_are_not_named_without_end() {
 )]
 #[case("q35", "<launchSecurity type='-'/>")]
 #[case("q35", "<cpu><model>über</model></cpu>")]
-fn names_that_can_be_no_label_are_in_no_affinity(#[case] machine: &str, #[case] rest: &str) {
-    let targets = find_targets(&domain(machine, 1, rest), &[node("a", &[]), node("b", &[])]);
-    assert_eq!(targets.fitting(), 0);
-    assert_eq!(targets.affinity, None);
+fn invalid_label_names_yield_no_affinity(#[case] machine: &str, #[case] rest: &str) {
+    let placement = find_targets(&domain(machine, 1, rest), &[node("a", &[]), node("b", &[])]);
+    assert_eq!(placement.fitting(), 0);
+    assert_eq!(placement.affinity, None);
 }
 
 #[test]
-fn no_affinity_says_so_where_labels_promise_and_no_node_fits() {
-    // An arrangement that does not multiply out, of which labels know nothing.
+fn matching_labels_without_a_fitting_node_yield_no_affinity() {
+    // Labels do not reveal that the topology contradicts the number of vCPUs.
     let asked = domain(
         "q35",
         4,
         "<cpu><topology sockets='3' cores='1' threads='1'/></cpu>",
     );
-    let targets = find_targets(&asked, &[node("a", &[])]);
-    assert_eq!((targets.fitting(), &targets.affinity), (0, &None));
-    assert!(targets.nodes[0].matched);
+    let placement = find_targets(&asked, &[node("a", &[])]);
+    assert_eq!((placement.fitting(), &placement.affinity), (0, &None));
+    assert!(placement.nodes[0].matched);
 }

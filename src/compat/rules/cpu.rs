@@ -1,4 +1,4 @@
-//! CPU mode and model.
+//! Rules for the CPU mode and model.
 
 use std::collections::BTreeSet;
 
@@ -9,20 +9,19 @@ use super::features::{
 use super::vcpus::effective_check;
 use super::{RuleInput, named, unsupported};
 use crate::capability::{CpuModel, CpuModes, Usable};
-use crate::compat::{RuleCode, RuleFinding, RuleSeverity, Stage};
+use crate::compat::{RuleCode, RuleFinding, Stage};
 use crate::domain::CpuCheck;
 
-pub(super) fn check(case: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
-    let cpu = &case.domain.cpu;
-    check_policies(case, findings);
+pub(super) fn check(input: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
+    let cpu = &input.domain.cpu;
+    check_policies(input, findings);
     let mode = match (cpu.mode.as_deref(), cpu.model.as_deref()) {
         (None | Some("custom"), None) => {
             if !cpu.features.is_empty() {
                 findings.push(
-                    RuleFinding::new(
-                        RuleSeverity::Blocks,
+                    RuleFinding::blocking(
                         RuleCode::CpuFeature,
-                        "<cpu> asks for features and names no model to add them to",
+                        "<cpu> lists features but no model to add them to",
                     )
                     .at_define("XML error: Non-empty feature list specified without CPU model")
                     .remedy("name a <model>, or use <cpu mode='host-model'>"),
@@ -32,33 +31,32 @@ pub(super) fn check(case: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
         }
         (mode, _) => mode.unwrap_or("custom"),
     };
-    let Some(modes) = &case.node.cpu else {
+    let Some(modes) = &input.node.cpu else {
         findings.push(
-            RuleFinding::new(
-                RuleSeverity::Unknown,
+            RuleFinding::unknown(
                 RuleCode::CpuMode,
                 format!(
-                    "which CPUs the node has for domains of type {} is not known",
-                    or_any(case)
+                    "the CPUs that the node offers to domains of type {} are unknown",
+                    or_any(input)
                 ),
             )
             .remedy(format!(
                 "give --domain-capabilities what `virsh domcapabilities --virttype {}` prints on \
                  the node",
-                or_any(case)
+                or_any(input)
             )),
         );
         return;
     };
-    check_full(case, findings);
+    check_full(input, findings);
     match mode {
-        "custom" => check_custom(case, modes, findings),
+        "custom" => check_custom(input, modes, findings),
         "host-model" => {
-            let there = modes.host_model.as_ref().is_some_and(|mode| mode.supported);
-            check_mode(case, mode, there, findings);
-            if there {
-                check_forbidden_in_host_model(case, modes, findings);
-                check_features(case, findings);
+            let supported = modes.host_model.as_ref().is_some_and(|mode| mode.supported);
+            check_mode(input, mode, supported, findings);
+            if supported {
+                check_forbidden_in_host_model(input, modes, findings);
+                check_features(input, findings);
             }
         }
         "host-passthrough" | "maximum" => {
@@ -67,21 +65,20 @@ pub(super) fn check(case: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
                 _ => modes.host_passthrough,
             };
             check_mode(
-                case,
+                input,
                 mode,
                 plain.is_some_and(|mode| mode.supported),
                 findings,
             );
             if let Some(plain) = plain.filter(|plain| plain.supported) {
-                check_migratable(case, mode, plain.migratable, findings);
-                check_features(case, findings);
+                check_migratable(input, mode, plain.migratable, findings);
+                check_features(input, findings);
             }
         }
         other => findings.push(
-            RuleFinding::new(
-                RuleSeverity::Blocks,
+            RuleFinding::blocking(
                 RuleCode::CpuMode,
-                format!("libvirt knows no CPU mode '{other}'"),
+                format!("'{other}' is not a valid CPU mode"),
             )
             .at_define(unsupported(format!("Invalid mode attribute '{other}'")))
             .remedy("use host-model, host-passthrough, maximum, or custom with a <model>"),
@@ -89,155 +86,165 @@ pub(super) fn check(case: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
     }
 }
 
-/// `check='full'`: a new domain's CPU seldom is what libvirt's own list says, feature by feature.
-/// What QEMU adds by itself shows only when it starts: `hypervisor`, or `ht` for several threads or
-/// cores. A running domain's definition has all of it written down.
-fn check_full(case: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
-    if effective_check(case) != CpuCheck::Full || case.domain.live {
+/// Reports that `check='full'` cannot be predicted for a new domain. QEMU adds features of its own,
+/// such as `hypervisor`, or `ht` for several threads or cores, and libvirt compares the result with
+/// the definition. The definition of a running domain lists them all.
+fn check_full(input: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
+    if effective_check(input) != CpuCheck::Full || input.domain.live {
         return;
     }
     findings.push(
-        RuleFinding::new(
-            RuleSeverity::Unknown,
+        RuleFinding::unknown(
             RuleCode::CpuModel,
-            "check='full' holds the CPU that QEMU makes against libvirt's own list, feature by \
-             feature; what QEMU adds to it shows only when the domain starts",
+            "check='full' compares the CPU that QEMU creates with libvirt's definition of the \
+             model; the features that QEMU adds are visible only after a start",
         )
         .in_emulator("operation failed: guest CPU doesn't match specification: ")
-        .remedy("write check='partial', or start it once so and take <cpu> from its live XML"),
+        .remedy(
+            "write check='partial', or start the domain once that way and copy <cpu> from its live \
+             XML",
+        ),
     );
 }
 
-pub(super) fn or_any<'c>(case: &'c RuleInput<'_>) -> &'c str {
-    case.virt_type().unwrap_or("any")
+pub(super) fn or_any<'i>(input: &'i RuleInput<'_>) -> &'i str {
+    input.virt_type().unwrap_or("any")
 }
 
-fn check_mode(case: &RuleInput<'_>, mode: &str, supported: bool, findings: &mut Vec<RuleFinding>) {
+fn check_mode(input: &RuleInput<'_>, mode: &str, supported: bool, findings: &mut Vec<RuleFinding>) {
     if supported {
         return;
     }
-    let arch = case.arch.unwrap_or("this");
-    let native = case.node.native_arch.as_deref().unwrap_or(arch);
+    let arch = input.arch.unwrap_or("this");
+    let native = input.node.native_arch.as_deref().unwrap_or(arch);
     let remedy = match mode {
-        "host-passthrough" if case.is_tcg() => {
-            "use <cpu mode='maximum'/>, the most that software emulation has, or <domain \
-             type='kvm'> where there is KVM"
+        "host-passthrough" if input.is_tcg() => {
+            "use <cpu mode='maximum'/>, all that software emulation has, or <domain type='kvm'> \
+             where there is KVM"
         }
         "custom" => {
-            "no named model is to be had here: leave <cpu> out, or use a mode without a model"
+            "no named model is available here: leave <cpu> out, or use a mode without a model"
         }
         _ => "name a <model> that `virtnode capabilities` lists as usable",
     };
     findings.push(
-        RuleFinding::new(
-            RuleSeverity::Blocks,
+        RuleFinding::blocking(
             RuleCode::CpuMode,
-            format!("CPU mode {mode} is not to be had for {arch} domains of type {} here", or_any(case)),
+            format!(
+                "CPU mode {mode} is not available for {arch} domains of type {} here",
+                or_any(input)
+            ),
         )
         .at_start(unsupported(format!(
-            "CPU mode '{mode}' for {arch} {} domain on {native} host is not supported by hypervisor",
-            or_any(case)
+            "CPU mode '{mode}' for {arch} {} domain on {native} host is not supported by \
+             hypervisor",
+            or_any(input)
         )))
         .remedy(remedy),
     );
 }
 
-fn check_migratable(case: &RuleInput<'_>, mode: &str, can: bool, findings: &mut Vec<RuleFinding>) {
-    let message = match (mode, case.domain.cpu.migratable) {
-        (_, Some(false)) => format!("CPU mode {mode} with migratable='off': the domain stays here"),
+fn check_migratable(input: &RuleInput<'_>, mode: &str, can: bool, findings: &mut Vec<RuleFinding>) {
+    let message = match (mode, input.domain.cpu.migratable) {
+        (_, Some(false)) => {
+            format!("CPU mode {mode} with migratable='off': the domain cannot be migrated")
+        }
         ("host-passthrough", _) if !can => {
-            "CPU mode host-passthrough cannot be migrated from here".to_owned()
+            "a domain with CPU mode host-passthrough cannot be migrated from this node".to_owned()
         }
         ("host-passthrough", _) => {
-            "CPU mode host-passthrough: the domain can be migrated only to a host with the same \
+            "a domain with CPU mode host-passthrough can be migrated only to a host with the same \
              CPU, microcode and kernel"
                 .to_owned()
         }
         _ => return,
     };
     findings.push(
-        RuleFinding::new(RuleSeverity::Note, RuleCode::Migratable, message)
-            .remedy("use host-model or a named model for a domain that is to move"),
+        RuleFinding::note(RuleCode::Migratable, message)
+            .remedy("use host-model or a named model for a domain to be migrated"),
     );
 }
 
-fn check_custom(case: &RuleInput<'_>, modes: &CpuModes, findings: &mut Vec<RuleFinding>) {
-    let cpu = &case.domain.cpu;
+fn check_custom(input: &RuleInput<'_>, modes: &CpuModes, findings: &mut Vec<RuleFinding>) {
+    let cpu = &input.domain.cpu;
     let Some(name) = cpu.model.as_deref() else {
         return;
     };
     if modes.custom == Some(false) {
-        check_mode(case, "custom", false, findings);
+        check_mode(input, "custom", false, findings);
         return;
     }
     let Some(model) = modes.models.iter().find(|model| model.name == name) else {
-        findings.push(unlisted(case, modes, name));
+        findings.push(unlisted(input, modes, name));
         return;
     };
     if model.deprecated {
         findings.push(
-            RuleFinding::new(
-                RuleSeverity::Warning,
+            RuleFinding::warning(
                 RuleCode::CpuModel,
-                format!("CPU model {name} is deprecated: a newer QEMU will not have it"),
+                format!("CPU model {name} is deprecated: a newer QEMU will remove it"),
             )
             .remedy("use a newer model of the same vendor, or host-model"),
         );
     }
-    check_vendor(case, modes, findings);
-    let lacking = check_model(case, model, findings);
-    check_features_beyond(case, &lacking, findings);
+    check_vendor(input, modes, findings);
+    let missing = check_model(input, model, findings);
+    check_features_beyond(input, &missing, findings);
 }
 
-/// A model that libvirt does not list for this emulator.
-fn unlisted(case: &RuleInput<'_>, modes: &CpuModes, name: &str) -> RuleFinding {
+/// Returns the finding for a model that libvirt does not list for this emulator.
+fn unlisted(input: &RuleInput<'_>, modes: &CpuModes, name: &str) -> RuleFinding {
     let usable = modes
         .models
         .iter()
         .filter(|model| model.usable == Some(Usable::Yes) && !model.deprecated)
         .map(|model| model.name.as_str());
     let remedy = format!(
-        "use host-model, or one that is usable here: {}",
+        "use host-model, or a model that is usable here: {}",
         named(usable)
     );
-    let forbids = case.domain.cpu.fallback.as_deref() == Some("forbid");
-    let severity = match forbids {
-        true => RuleSeverity::Blocks,
-        false => RuleSeverity::Unknown,
-    };
-    let message = match forbids {
-        true => {
-            format!("the hypervisor has no CPU model {name}, and fallback='forbid' allows no other")
-        }
-        false => format!(
-            "the hypervisor has no CPU model {name}: libvirt takes the closest other one if it \
-             knows that model itself, and refuses it otherwise"
-        ),
-    };
-    let finding = RuleFinding::new(severity, RuleCode::CpuModel, message).remedy(remedy);
-    match case.is_x86() {
-        true => finding.at_start(format!("internal error: Unknown CPU model {name}")),
-        false => finding.stage(Stage::Start),
+    let forbids = input.domain.cpu.fallback.as_deref() == Some("forbid");
+
+    let finding = if forbids {
+        RuleFinding::blocking(
+            RuleCode::CpuModel,
+            format!("the hypervisor lacks CPU model {name}, and fallback='forbid' allows no other"),
+        )
+    } else {
+        RuleFinding::unknown(
+            RuleCode::CpuModel,
+            format!(
+                "the hypervisor lacks CPU model {name}: libvirt substitutes a similar model if it \
+                 knows {name} itself, and otherwise rejects it"
+            ),
+        )
+    }
+    .remedy(remedy);
+    if input.is_x86() {
+        finding.at_start(format!("internal error: Unknown CPU model {name}"))
+    } else {
+        finding.stage(Stage::Start)
     }
 }
 
-fn check_vendor(case: &RuleInput<'_>, modes: &CpuModes, findings: &mut Vec<RuleFinding>) {
-    // Software emulation has any vendor.
+fn check_vendor(input: &RuleInput<'_>, modes: &CpuModes, findings: &mut Vec<RuleFinding>) {
+    // Software emulation supports every vendor.
     let host = modes
         .host_model
         .as_ref()
         .and_then(|mode| mode.vendor.as_deref());
-    let (Some(wanted), Some(host)) = (case.domain.cpu.vendor.as_deref(), host) else {
+    let (Some(wanted), Some(host)) = (input.domain.cpu.vendor.as_deref(), host) else {
         return;
     };
-    if case.is_tcg() || wanted == host || effective_check(case) == CpuCheck::None {
+    if input.is_tcg() || wanted == host || effective_check(input) == CpuCheck::None {
         return;
     }
     findings.push(
-        RuleFinding::new(
-            RuleSeverity::Blocks,
+        RuleFinding::blocking(
             RuleCode::CpuVendor,
-            format!("the domain wants a CPU of {wanted}, and this host's is of {host}"),
+            format!(
+                "the domain requires a CPU of vendor {wanted}, but the host's vendor is {host}"
+            ),
         )
         .at_start(format!(
             "the CPU is incompatible with host CPU: host CPU vendor does not match required CPU \
@@ -247,89 +254,89 @@ fn check_vendor(case: &RuleInput<'_>, modes: &CpuModes, findings: &mut Vec<RuleF
     );
 }
 
-/// Says whether the model runs here, and which of its features are missing.
+/// Checks the model and returns its features that the node lacks.
 fn check_model<'m>(
-    case: &RuleInput<'_>,
+    input: &RuleInput<'_>,
     model: &'m CpuModel,
     findings: &mut Vec<RuleFinding>,
 ) -> BTreeSet<&'m str> {
-    let cpu = &case.domain.cpu;
+    let cpu = &input.domain.cpu;
     let name = &model.name;
-    let check = effective_check(case);
-    let given_up = |feature: &str| {
+    let check = effective_check(input);
+    let is_optional = |feature: &str| {
         let last = cpu.features.iter().rev().find(|f| f.name == feature);
         matches!(
             last.and_then(|f| f.policy.as_deref()),
             Some("disable" | "forbid" | "optional" | "force")
         )
     };
-    let lacking: BTreeSet<&str> = model
+    let missing: BTreeSet<&str> = model
         .blockers
         .iter()
         .map(String::as_str)
-        .filter(|feature| !given_up(feature))
+        .filter(|feature| !is_optional(feature))
         .collect();
-    let list = || match lacking.is_empty() {
-        true => "libvirt does not say which of its features are missing".to_owned(),
-        false => format!("missing are {}", named(lacking.iter().copied())),
+    let list = || {
+        if missing.is_empty() {
+            "libvirt does not report which of its features are missing".to_owned()
+        } else {
+            format!("missing are {}", named(missing.iter().copied()))
+        }
     };
     match (model.usable, check) {
         (Some(Usable::Yes), _) => {}
-        // The host model is taken, whatever the named one lacks.
+        // libvirt takes the host model, regardless of what the named one lacks.
         (_, CpuCheck::None | CpuCheck::Full) if cpu.matching.as_deref() == Some("minimum") => {}
         (Some(Usable::No), CpuCheck::None) => findings.push(
-            RuleFinding::new(
-                RuleSeverity::Warning,
+            RuleFinding::warning(
                 RuleCode::CpuModel,
                 format!(
-                    "CPU model {name} is not whole here: QEMU leaves out what it does not have; {}",
+                    "CPU model {name} is incomplete here: QEMU drops the features that it lacks; \
+                     {}",
                     list()
                 ),
             )
-            .remedy("write check='partial' to have libvirt refuse it, or use host-model"),
+            .remedy("write check='partial' to make libvirt reject the start, or use host-model"),
         ),
-        // The live XML is what QEMU really made, and libvirt holds the next one against it only
-        // when it is made: without what the domain does without there is nothing to miss.
+        // The live XML describes the CPU that QEMU created. If it disables every missing feature,
+        // another start yields the same CPU.
         (Some(Usable::No), CpuCheck::Full)
-            if case.domain.live && lacking.is_empty() && !model.blockers.is_empty() => {}
-        (Some(Usable::No), _) if lacking.is_empty() && !model.blockers.is_empty() => findings.push(
-            RuleFinding::new(
-                RuleSeverity::Unknown,
+            if input.domain.live && missing.is_empty() && !model.blockers.is_empty() => {}
+        (Some(Usable::No), _) if missing.is_empty() && !model.blockers.is_empty() => findings.push(
+            RuleFinding::unknown(
                 RuleCode::CpuModel,
                 format!(
-                    "CPU model {name} is not usable as it is; all features that keep it from that \
-                     are disabled, and whether that is enough for libvirt it does not say"
+                    "CPU model {name} is not usable as it is; the domain disables all missing \
+                     features, but libvirt does not report if that suffices"
                 ),
             )
             .stage(stage_of(check)),
         ),
         (Some(Usable::No), check) => {
-            let finding = RuleFinding::new(
-                RuleSeverity::Blocks,
+            let finding = RuleFinding::blocking(
                 RuleCode::CpuModel,
                 format!("CPU model {name} is not usable here: {}", list()),
             )
-            .remedy(model_remedy(case, model));
-            findings.push(missing_words(finding, check, &lacking));
+            .remedy(model_remedy(input, model));
+            findings.push(missing_words(finding, check, &missing));
         }
         (Some(Usable::Unknown) | None, CpuCheck::None) => {}
         (Some(Usable::Unknown) | None, check) => findings.push(
-            RuleFinding::new(
-                RuleSeverity::Unknown,
+            RuleFinding::unknown(
                 RuleCode::CpuModel,
-                format!("libvirt does not say whether CPU model {name} is usable here"),
+                format!("libvirt does not report if CPU model {name} is usable here"),
             )
             .stage(stage_of(check)),
         ),
     }
     match model.usable {
         Some(Usable::Yes) => BTreeSet::new(),
-        _ => lacking,
+        _ => missing,
     }
 }
 
-fn model_remedy(case: &RuleInput<'_>, model: &CpuModel) -> String {
-    let usable: Vec<&str> = case
+fn model_remedy(input: &RuleInput<'_>, model: &CpuModel) -> String {
+    let usable: Vec<&str> = input
         .node
         .cpu
         .iter()

@@ -1,14 +1,14 @@
-//! Hyper-V enlightenments.
+//! Rules for Hyper-V enlightenments.
 //!
-//! With KVM QEMU gives up over one that the kernel does not have (`kvm_hyperv_expand_features`,
-//! QEMU target/i386/kvm/kvm.c). In software emulation libvirt 11.3 with QEMU 10.0 starts a domain
-//! with any of them, of which its guest sees nothing (tests/it/foretold.rs).
+//! With KVM, QEMU exits if the kernel lacks one (`kvm_hyperv_expand_features`, QEMU
+//! target/i386/kvm/kvm.c). With software emulation, libvirt 11.3 with QEMU 10.0 starts a domain
+//! with any of them, but its guest sees none (tests/it/foretold.rs).
 
 use super::{RuleInput, named, unsupported};
-use crate::compat::{RuleCode, RuleFinding, RuleSeverity, Stage};
+use crate::compat::{RuleCode, RuleFinding, Stage};
 
-/// Every enlightenment that libvirt knows (`virDomainHyperv`, libvirt 12.0); what a newer one knows
-/// besides is in its list.
+/// All enlightenments of libvirt 12.0 (`virDomainHyperv`). A newer libvirt lists its additions in
+/// the domain capabilities.
 const KNOWN: [&str; 17] = [
     "avic",
     "emsr_bitmap",
@@ -29,18 +29,17 @@ const KNOWN: [&str; 17] = [
     "xmm_input",
 ];
 
-pub(super) fn check(case: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
-    let wanted = || case.domain.special_enlightenments();
-    let strange = wanted().find(|name| {
-        let is_listed = case.node.enlightens(name) == Some(true);
+pub(super) fn check(input: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
+    let wanted = || input.domain.special_enlightenments();
+    let unlisted = wanted().find(|name| {
+        let is_listed = input.node.enlightens(name) == Some(true);
         !is_listed && !KNOWN.contains(name)
     });
-    if let Some(name) = strange {
+    if let Some(name) = unlisted {
         findings.push(
-            RuleFinding::new(
-                RuleSeverity::Blocks,
+            RuleFinding::blocking(
                 RuleCode::Enlightenment,
-                format!("libvirt knows no Hyper-V enlightenment of the name {name}"),
+                format!("libvirt has no Hyper-V enlightenment named {name}"),
             )
             .at_define(unsupported(format!(
                 "unsupported HyperV Enlightenment feature: {name}"
@@ -51,54 +50,51 @@ pub(super) fn check(case: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
     }
     let with = |answer: Option<bool>| -> Vec<&str> {
         wanted()
-            .filter(|name| case.node.enlightens(name) == answer)
+            .filter(|name| input.node.enlightens(name) == answer)
             .collect()
     };
-    if case.is_tcg() {
+    if input.is_tcg() {
         let ignored: Vec<&str> = wanted().collect();
         if !ignored.is_empty() {
-            findings.push(RuleFinding::new(
-                RuleSeverity::Warning,
+            findings.push(RuleFinding::warning(
                 RuleCode::Enlightenment,
                 format!(
-                    "software emulation does nothing for Hyper-V enlightenments, and the guest \
-                     does not see them: {}",
+                    "software emulation ignores Hyper-V enlightenments, so the guest does not see \
+                     {}",
                     named(ignored)
                 ),
             ));
         }
         return;
     }
-    let (missing, open) = (with(Some(false)), with(None));
+    let (missing, unknown) = (with(Some(false)), with(None));
     if !missing.is_empty() {
         findings.push(
-            RuleFinding::new(
-                RuleSeverity::Blocks,
+            RuleFinding::blocking(
                 RuleCode::Enlightenment,
                 format!(
-                    "KVM here has no Hyper-V enlightenments that the domain asks for: {}",
+                    "KVM on this node lacks Hyper-V enlightenments that the domain enables: {}",
                     named(missing)
                 ),
             )
             .stage(Stage::Emulator)
             .remedy(
-                "leave them out of <hyperv>, or choose a node that has them, with a newer kernel",
+                "leave them out of <hyperv>, or choose a node with a newer kernel that has them",
             ),
         );
     }
-    if !open.is_empty() {
+    if !unknown.is_empty() {
         findings.push(
-            RuleFinding::new(
-                RuleSeverity::Unknown,
+            RuleFinding::unknown(
                 RuleCode::Enlightenment,
                 format!(
-                    "whether KVM has these Hyper-V enlightenments is not known: {}",
-                    named(open)
+                    "it is unknown if KVM on this node has the Hyper-V enlightenments {}",
+                    named(unknown)
                 ),
             )
             .stage(Stage::Emulator)
             .remedy(
-                "give --domain-capabilities of the node, of libvirt 9.0 or later, which lists them",
+                "give --domain-capabilities of the node; libvirt 9.0 and later list them there",
             ),
         );
     }

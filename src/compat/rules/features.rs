@@ -1,4 +1,4 @@
-//! CPU features that a definition names.
+//! Rules for the CPU features that a definition lists.
 
 use std::collections::BTreeSet;
 
@@ -6,7 +6,7 @@ use super::cpu::or_any;
 use super::vcpus::effective_check;
 use super::{RuleInput, named, unsupported};
 use crate::capability::CpuModes;
-use crate::compat::{RuleCode, RuleFinding, RuleSeverity, Stage};
+use crate::compat::{RuleCode, RuleFinding, Stage};
 use crate::domain::CpuCheck;
 
 pub(super) fn stage_of(check: CpuCheck) -> Stage {
@@ -16,16 +16,19 @@ pub(super) fn stage_of(check: CpuCheck) -> Stage {
     }
 }
 
-/// What libvirt says of missing features. It may name more: those that its own definition of a
-/// model has and QEMU's has not.
+/// Adds libvirt's message about missing features. libvirt may list more: those that its own
+/// definition of the model has and QEMU's lacks.
 pub(super) fn missing_words(
     finding: RuleFinding,
     check: CpuCheck,
     missing: &BTreeSet<&str>,
 ) -> RuleFinding {
-    let list = |separator: &str| match missing.is_empty() {
-        true => "…".to_owned(),
-        false => missing.iter().copied().collect::<Vec<_>>().join(separator),
+    let list = |separator: &str| {
+        if missing.is_empty() {
+            "…".to_owned()
+        } else {
+            missing.iter().copied().collect::<Vec<_>>().join(separator)
+        }
     };
     match check {
         CpuCheck::Full => finding.in_emulator(format!(
@@ -33,39 +36,40 @@ pub(super) fn missing_words(
             list(",")
         )),
         _ => finding.at_start(format!(
-            "the CPU is incompatible with host CPU: Host CPU does not provide required features: {}",
+            "the CPU is incompatible with host CPU: Host CPU does not provide required features: \
+             {}",
             list(", ")
         )),
     }
 }
 
-pub(super) fn check_features(case: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
-    check_features_beyond(case, &BTreeSet::new(), findings);
+pub(super) fn check_features(input: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
+    check_features_beyond(input, &BTreeSet::new(), findings);
 }
 
-/// The features that the definition asks for by name, but for those that were named already.
+/// Checks the listed features, except those that another finding already names.
 pub(super) fn check_features_beyond(
-    case: &RuleInput<'_>,
-    named_already: &BTreeSet<&str>,
+    input: &RuleInput<'_>,
+    already_named: &BTreeSet<&str>,
     findings: &mut Vec<RuleFinding>,
 ) {
-    let cpu = &case.domain.cpu;
-    let mut check = effective_check(case);
-    // Held against the host only in these two modes.
+    let cpu = &input.domain.cpu;
+    let mut check = effective_check(input);
+    // libvirt does not compare these two modes with the host.
     if check == CpuCheck::Partial
         && matches!(cpu.mode.as_deref(), Some("maximum" | "host-passthrough"))
     {
         check = CpuCheck::None;
     }
-    let asked: BTreeSet<&str> = match check {
+    let requested: BTreeSet<&str> = match check {
         CpuCheck::Full => cpu.required().chain(cpu.forced()).collect(),
         _ => cpu.required().collect(),
     };
-    let gives = |feature: &&str| case.node.gives(feature);
-    let missing: BTreeSet<&str> = asked
+    let gives = |feature: &&str| input.node.gives(feature);
+    let missing: BTreeSet<&str> = requested
         .iter()
         .copied()
-        .filter(|feature| gives(feature) == Some(false) && !named_already.contains(feature))
+        .filter(|feature| gives(feature) == Some(false) && !already_named.contains(feature))
         .collect();
     if !missing.is_empty() {
         check_missing(check, &missing, findings);
@@ -77,21 +81,20 @@ pub(super) fn check_features_beyond(
         CpuCheck::Partial => cpu.forbidden().collect(),
         _ => BTreeSet::new(),
     };
-    let open: Vec<&str> = asked
+    let unknown: Vec<&str> = requested
         .union(&forbidden)
         .copied()
         .filter(|feature| gives(feature).is_none())
         .collect();
-    if !open.is_empty() {
+    if !unknown.is_empty() {
         findings.push(
-            RuleFinding::new(
-                RuleSeverity::Unknown,
+            RuleFinding::unknown(
                 RuleCode::CpuFeature,
                 format!(
-                    "whether the hypervisor can give domains of type {} these CPU features is not \
-                     known: {}",
-                    or_any(case),
-                    named(open)
+                    "it is unknown if the hypervisor supports these CPU features for domains of \
+                     type {}: {}",
+                    or_any(input),
+                    named(unknown)
                 ),
             )
             .stage(stage_of(check))
@@ -107,8 +110,7 @@ pub(super) fn check_features_beyond(
         .collect();
     if !provided.is_empty() {
         findings.push(
-            RuleFinding::new(
-                RuleSeverity::Blocks,
+            RuleFinding::blocking(
                 RuleCode::CpuFeature,
                 format!(
                     "the host has CPU features that the domain forbids: {}",
@@ -129,55 +131,57 @@ pub(super) fn check_features_beyond(
 fn check_missing(check: CpuCheck, missing: &BTreeSet<&str>, findings: &mut Vec<RuleFinding>) {
     let list = named(missing.iter().copied());
     if check != CpuCheck::None {
-        let finding = RuleFinding::new(
-            RuleSeverity::Blocks,
+        let finding = RuleFinding::blocking(
             RuleCode::CpuFeature,
-            format!("the hypervisor cannot give CPU features that the domain requires: {list}"),
+            format!("the hypervisor lacks CPU features that the domain requires: {list}"),
         )
         .remedy("leave them out or use policy='optional', or choose a node that has them");
         findings.push(missing_words(finding, check, missing));
         return;
     }
     findings.push(
-        RuleFinding::new(
-            RuleSeverity::Warning,
+        RuleFinding::warning(
             RuleCode::CpuFeature,
             format!(
-                "the guest will lack CPU features that the domain requires, and nothing checks \
-                 it: {list}"
+                "the guest will lack CPU features that the domain requires, because no check is \
+                 enabled: {list}"
             ),
         )
-        .remedy("write check='partial' to have libvirt refuse it, or choose a node that has them"),
+        .remedy(
+            "write check='partial' to make libvirt reject the start, or choose a node that has \
+             them",
+        ),
     );
 }
 
-/// Names that may be libvirt's or not: it knows them by a list of its own, and its documents have
-/// only those that matter for this host. A running domain's are known.
-fn check_names(case: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
-    if case.domain.live || !case.is_x86() {
+/// Reports feature names that libvirt may not know. libvirt has its own list of them, and its
+/// documents contain only those that matter on this host. The names of a running domain are known.
+fn check_names(input: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
+    if input.domain.live || !input.is_x86() {
         return;
     }
-    let (Some(given), Some(modes)) = (&case.node.cpu_features, &case.node.cpu) else {
+    let (Some(given), Some(modes)) = (&input.node.cpu_features, &input.node.cpu) else {
         return;
     };
-    // NodeLabels and the like are no documents: those have the host model's features.
+    // Only a document lists the features of the host model; an offer from labels has none.
     let host_model = modes.host_model.as_ref();
     if host_model.is_none_or(|host_model| host_model.features.is_empty()) {
         return;
     }
-    let heard_of = features_in_documents(case);
-    let names = case.domain.cpu.features.iter().map(|f| f.name.as_str());
-    let strange: Vec<&str> = names
-        .filter(|name| !heard_of.contains(name) && !given.contains(*name))
+    let documented = features_in_documents(input);
+    let names = input.domain.cpu.features.iter().map(|f| f.name.as_str());
+    let undocumented: Vec<&str> = names
+        .filter(|name| !documented.contains(name) && !given.contains(*name))
         .collect();
-    let Some(first) = strange.first() else { return };
+    let Some(first) = undocumented.first() else {
+        return;
+    };
     findings.push(
-        RuleFinding::new(
-            RuleSeverity::Unknown,
+        RuleFinding::unknown(
             RuleCode::CpuFeature,
             format!(
-                "libvirt may not know a CPU feature of the name {}: none of its documents has it",
-                named(strange.iter().copied())
+                "libvirt may not know the CPU feature {}: none of its documents mentions it",
+                named(undocumented.iter().copied())
             ),
         )
         .at_start(unsupported(format!("unknown CPU feature: {first}")))
@@ -185,10 +189,10 @@ fn check_names(case: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
     );
 }
 
-/// What libvirt writes into the host model stays there (`x86UpdateHostModel`), whatever `check`
-/// says.
+/// Checks forbidden features against the host model: libvirt keeps the features that it writes
+/// there, regardless of `check` (`x86UpdateHostModel`).
 pub(super) fn check_forbidden_in_host_model(
-    case: &RuleInput<'_>,
+    input: &RuleInput<'_>,
     modes: &CpuModes,
     findings: &mut Vec<RuleFinding>,
 ) {
@@ -197,14 +201,13 @@ pub(super) fn check_forbidden_in_host_model(
         .filter(|f| matches!(f.policy.as_deref(), None | Some("require" | "force")))
         .map(|feature| feature.name.as_str())
         .collect();
-    // Of a node of which only a summary is told, what it can give may be in its host model.
+    // A summary does not list the host model's features: any feature of the node may be one.
     let is_summary = modes.host_model.iter().all(|host| host.features.is_empty());
-    let mut forbidden = case.domain.cpu.forbidden();
-    if is_summary && effective_check(case) != CpuCheck::Partial {
-        if let Some(name) = forbidden.find(|name| case.node.gives(name) == Some(true)) {
+    let mut forbidden = input.domain.cpu.forbidden();
+    if is_summary && effective_check(input) != CpuCheck::Partial {
+        if let Some(name) = forbidden.find(|name| input.node.gives(name) == Some(true)) {
             findings.push(
-                RuleFinding::new(
-                    RuleSeverity::Unknown,
+                RuleFinding::unknown(
                     RuleCode::CpuFeature,
                     format!("the host model may have CPU feature {name}, which the domain forbids"),
                 )
@@ -215,8 +218,7 @@ pub(super) fn check_forbidden_in_host_model(
     }
     if let Some(name) = forbidden.find(|name| has.contains(name)) {
         findings.push(
-            RuleFinding::new(
-                RuleSeverity::Blocks,
+            RuleFinding::blocking(
                 RuleCode::CpuFeature,
                 format!("the host model has CPU feature {name}, which the domain forbids"),
             )
@@ -229,9 +231,9 @@ pub(super) fn check_forbidden_in_host_model(
     }
 }
 
-/// Every name of a feature that libvirt's documents have here.
-fn features_in_documents<'c>(case: &'c RuleInput<'_>) -> BTreeSet<&'c str> {
-    let modes = case.node.cpu.iter();
+/// Returns all feature names in libvirt's documents of this node.
+fn features_in_documents<'i>(input: &'i RuleInput<'_>) -> BTreeSet<&'i str> {
+    let modes = input.node.cpu.iter();
     let blockers = modes
         .clone()
         .flat_map(|m| &m.models)
@@ -245,10 +247,10 @@ fn features_in_documents<'c>(case: &'c RuleInput<'_>) -> BTreeSet<&'c str> {
         .collect()
 }
 
-pub(super) fn check_policies(case: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
-    check_names(case, findings);
+pub(super) fn check_policies(input: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
+    check_names(input, findings);
     let mut seen = BTreeSet::new();
-    for feature in &case.domain.cpu.features {
+    for feature in &input.domain.cpu.features {
         let name = &feature.name;
         let policy = feature.policy.as_deref().unwrap_or("require");
         if !matches!(
@@ -256,10 +258,9 @@ pub(super) fn check_policies(case: &RuleInput<'_>, findings: &mut Vec<RuleFindin
             "force" | "require" | "optional" | "disable" | "forbid"
         ) {
             findings.push(
-                RuleFinding::new(
-                    RuleSeverity::Blocks,
+                RuleFinding::blocking(
                     RuleCode::CpuFeature,
-                    format!("libvirt knows no policy '{policy}' for CPU feature {name}"),
+                    format!("'{policy}' is not a valid policy for CPU feature {name}"),
                 )
                 .at_define(unsupported("Invalid CPU feature policy"))
                 .remedy("use require, optional, disable, forbid or force"),
@@ -267,10 +268,9 @@ pub(super) fn check_policies(case: &RuleInput<'_>, findings: &mut Vec<RuleFindin
         }
         if !seen.insert(name) {
             findings.push(
-                RuleFinding::new(
-                    RuleSeverity::Blocks,
+                RuleFinding::blocking(
                     RuleCode::CpuFeature,
-                    format!("CPU feature {name} is named more than once"),
+                    format!("CPU feature {name} is listed more than once"),
                 )
                 .at_define(format!(
                     "XML error: CPU feature '{name}' specified more than once"

@@ -1,4 +1,4 @@
-//! What could be plugged into the domain while it runs.
+//! Computes what can be plugged into the domain while it runs.
 
 use serde::Serialize;
 
@@ -7,20 +7,18 @@ use super::{RuleInput, vcpus};
 use crate::domain::{AgentChannel, IdSet};
 use crate::units::Bytes;
 
-/// What could be plugged into a running domain; all of it is fixed when it starts.
+/// The resources that can be plugged into a running domain; the start fixes all of them.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Headroom {
-    /// vCPUs.
     pub vcpus: VcpuRoom,
-    /// Memory.
     pub memory: MemoryRoom,
-    /// PCIe root ports that nothing sits on: one for each device. `None` for a definition that
-    /// leaves its controllers to libvirt, and for machines without them.
+    /// Free PCIe root ports; each takes one device. `None` if the definition leaves its controllers
+    /// to libvirt, or if the machine type has none.
     pub free_root_ports: Option<usize>,
-    /// The way to the guest agent, which proves what the guest took.
+    /// The guest agent's reports prove which resources the guest uses.
     pub agent: AgentChannel,
-    /// What stands in the way, and what to do.
+    /// Obstacles to plugging, each with a remedy.
     pub hints: Vec<String>,
 }
 
@@ -28,11 +26,11 @@ pub struct Headroom {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct VcpuRoom {
-    /// Plugged, or to start with.
+    /// Plugged now, or at start.
     pub plugged: u32,
-    /// The most there can be.
+    /// Fixed at start.
     pub maximum: u32,
-    /// Those that can be plugged, by number.
+    /// The numbers of the vCPUs that can be plugged.
     pub pluggable: IdSet,
 }
 
@@ -40,39 +38,37 @@ pub struct VcpuRoom {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct MemoryRoom {
-    /// What it has, or starts with.
+    /// Plugged now, or at start.
     pub plugged: Bytes,
     /// `<maxMemory>`.
     pub maximum: Option<Bytes>,
-    /// By how much its virtio-mem devices can grow.
+    /// The amount by which the virtio-mem devices can grow.
     pub virtio_mem: Bytes,
-    /// How much room there is for more devices.
+    /// The amount that new devices can add.
     pub for_devices: Bytes,
-    /// Slots that no DIMM sits in.
+    /// DIMM slots without a DIMM.
     pub free_slots: u32,
 }
 
-pub(super) fn of(case: &RuleInput<'_>) -> Option<Headroom> {
-    let domain = case.domain.domain.as_ref()?;
+pub(super) fn compute(input: &RuleInput<'_>) -> Option<Headroom> {
+    let domain = input.domain.domain.as_ref()?;
     let mut hints = Vec::new();
-    let vcpus = vcpu_room(case, &mut hints)?;
-    let memory = memory_room(case, &mut hints)?;
-    let ports = &case.domain.pci;
-    let free_root_ports = match case.is_q35() || case.is_virt() {
-        true if !ports.root_ports.is_empty() => Some(ports.free_root_ports()),
-        _ => None,
-    };
+    let vcpus = vcpu_room(input, &mut hints)?;
+    let memory = memory_room(input, &mut hints)?;
+    let ports = &input.domain.pci;
+    let free_root_ports = Some(ports.free_root_ports())
+        .filter(|_| !ports.root_ports.is_empty() && (input.is_q35() || input.is_virt()));
     if free_root_ports == Some(0) {
         hints.push(
-            "no PCIe root port is free for another device: add <controller type='pci' \
-             model='pcie-root-port'/>, one for each"
+            "no PCIe root port is free: add one <controller type='pci' model='pcie-root-port'/> \
+             for each device to plug"
                 .to_owned(),
         );
     }
     if domain.agent == AgentChannel::Absent {
         hints.push(
-            "without a channel for the guest agent (org.qemu.guest_agent.0) less can be proven \
-             of what the guest takes"
+            "without a channel for the guest agent (org.qemu.guest_agent.0), fewer changes can be \
+             verified in the guest"
                 .to_owned(),
         );
     }
@@ -85,8 +81,8 @@ pub(super) fn of(case: &RuleInput<'_>) -> Option<Headroom> {
     })
 }
 
-fn vcpu_room(case: &RuleInput<'_>, hints: &mut Vec<String>) -> Option<VcpuRoom> {
-    let vcpus = &case.domain.domain.as_ref()?.vcpus;
+fn vcpu_room(input: &RuleInput<'_>, hints: &mut Vec<String>) -> Option<VcpuRoom> {
+    let vcpus = &input.domain.domain.as_ref()?.vcpus;
     let plugged = vcpus.plugged();
     let mut pluggable: IdSet = vcpus
         .each
@@ -94,8 +90,8 @@ fn vcpu_room(case: &RuleInput<'_>, hints: &mut Vec<String>) -> Option<VcpuRoom> 
         .filter(|vcpu| !vcpu.enabled && vcpu.hotpluggable)
         .map(|vcpu| vcpu.id)
         .collect();
-    let name = case.machine.unwrap_or_default();
-    let plugs = match case.arch {
+    let name = input.machine.unwrap_or_default();
+    let plugs = match input.arch {
         Some("x86_64" | "i686") => !matches!(name, "microvm" | "isapc"),
         Some("s390x" | "ppc64" | "ppc64le" | "loongarch64") => true,
         Some(_) => false,
@@ -103,22 +99,22 @@ fn vcpu_room(case: &RuleInput<'_>, hints: &mut Vec<String>) -> Option<VcpuRoom> 
     };
     if !plugs && plugged < vcpus.maximum {
         hints.push(format!(
-            "machine type {name} cannot plug vCPUs into a running domain: the {} beyond those it \
-             starts with are out of reach",
+            "machine type {name} cannot plug vCPUs into a running domain: {} vCPUs beyond those at \
+             start stay unused",
             vcpus.maximum - plugged
         ));
         pluggable = IdSet::default();
     }
-    if case.is_x86() && plugs && !case.domain.acpi && !pluggable.is_empty() {
+    if input.is_x86() && plugs && !input.domain.acpi && !pluggable.is_empty() {
         hints.push(
-            "without ACPI the guest does not learn of new vCPUs: add <acpi/> to <features>"
+            "without ACPI the guest does not detect new vCPUs: add <acpi/> to <features>"
                 .to_owned(),
         );
         pluggable = IdSet::default();
     }
-    if case.is_x86()
-        && vcpus::has_x2apic(case) == Some(false)
-        && let Some(first) = vcpus::first_wide(case)
+    if input.is_x86()
+        && vcpus::has_x2apic(input) == Some(false)
+        && let Some(first) = vcpus::first_wide(input)
     {
         pluggable = pluggable
             .iter()
@@ -127,12 +123,12 @@ fn vcpu_room(case: &RuleInput<'_>, hints: &mut Vec<String>) -> Option<VcpuRoom> 
     }
     if plugs && plugged == vcpus.maximum {
         let all = match plugged {
-            1 => "its only vCPU is".to_owned(),
+            1 => "the only vCPU is".to_owned(),
             _ => format!("all {plugged} vCPUs are"),
         };
         hints.push(format!(
-            "{all} there from the start: for room to grow write \
-             <vcpu current='{plugged}'> with a larger maximum"
+            "{all} plugged at start: for room to grow, write <vcpu current='{plugged}'> with a \
+             larger maximum"
         ));
     }
     Some(VcpuRoom {
@@ -142,8 +138,8 @@ fn vcpu_room(case: &RuleInput<'_>, hints: &mut Vec<String>) -> Option<VcpuRoom> 
     })
 }
 
-fn memory_room(case: &RuleInput<'_>, hints: &mut Vec<String>) -> Option<MemoryRoom> {
-    let memory = &case.domain.domain.as_ref()?.memory;
+fn memory_room(input: &RuleInput<'_>, hints: &mut Vec<String>) -> Option<MemoryRoom> {
+    let memory = &input.domain.domain.as_ref()?.memory;
     let virtio_mem = memory.virtio_mem().fold(Bytes::ZERO, |sum, device| {
         sum.saturating_add(device.size.saturating_sub(device.asked()))
     });
@@ -161,13 +157,13 @@ fn memory_room(case: &RuleInput<'_>, hints: &mut Vec<String>) -> Option<MemoryRo
     let free_slots = memory.slots.saturating_sub(taken);
     if memory.maximum.is_none() {
         hints.push(
-            "memory is fixed: for room to grow write <maxMemory slots='16' unit='GiB'>…</maxMemory> \
-             and a virtio-mem device"
+            "memory is fixed: for room to grow, write <maxMemory slots='16' \
+             unit='GiB'>…</maxMemory> and a virtio-mem device"
                 .to_owned(),
         );
     } else if memory.virtio_mem().next().is_none() {
         hints.push(
-            "there is no virtio-mem device: memory grows by whole DIMMs and does not shrink again"
+            "there is no virtio-mem device: memory grows by whole DIMMs and cannot shrink"
                 .to_owned(),
         );
     }

@@ -1,66 +1,66 @@
-//! The virtual IOMMU: extended interrupt mode, interrupt remapping and the split I/O APIC, as the
-//! definition gives them and as libvirt completes them by itself.
+//! Rules for the virtual IOMMU: extended interrupt mode, interrupt remapping and the split I/O
+//! APIC, as the definition sets them and as libvirt completes them.
 
-use super::machine::{WITHOUT_PCI, knows_pci};
-use super::{MOST_WITHOUT_EIM, RuleInput, unsupported};
+use super::machine::{WITHOUT_PCI, distinguishes_pci};
+use super::{MAX_VCPUS_WITHOUT_EIM, RuleInput, unsupported};
 use crate::capability::{Eim, Version};
-use crate::compat::{RuleCode, RuleFinding, RuleSeverity};
+use crate::compat::{RuleCode, RuleFinding};
 use crate::domain::{IoApicDriver, IommuDevice, IommuModel};
 
-/// libvirt completes an `<iommu model='intel'>` that is given, and the I/O APIC, wherever it is
+/// First libvirt that completes a given `<iommu model='intel'>`, and the I/O APIC, wherever it is
 /// needed ("qemu: Enable I/O APIC even more frequently" and the change before it, NEWS of 11.0.0;
 /// parts of it are in 10.10.0).
-const COMPLETES: Version = Version::new(11, 0, 0);
-const COMPLETES_PARTLY: Version = Version::new(10, 10, 0);
-/// `<iommu model='amd'>` is known (NEWS of 11.5.0).
-const KNOWS_AMD: Version = Version::new(11, 5, 0);
-/// AMD's IOMMU may carry more than 255 vCPUs, and libvirt turns xtsup on (NEWS of 12.2.0).
-const AMD_CARRIES: Version = Version::new(12, 2, 0);
-/// More than 255 vCPUs without extended interrupt mode: up to 12.1 libvirt refuses them whatever the
-/// model of the IOMMU (NEWS of 12.2.0), 12.8 takes them if there is an `<iommu>`, and QEMU starts
-/// (measured). In between it is open.
-const TAKES_ALL: Version = Version::new(12, 8, 0);
-const LAST_TO_REFUSE: Version = Version::new(12, 1, 99);
-/// The last QEMU of which it is known that a domain with amd-iommu cannot be migrated
-/// (`vmstate_amdvi_sysbus`, QEMU hw/i386/amd_iommu.c).
-const AMD_STAYS: Version = Version::new(10, 0, 99);
+const FIRST_TO_COMPLETE: Version = Version::new(11, 0, 0);
+const FIRST_TO_COMPLETE_PARTLY: Version = Version::new(10, 10, 0);
+/// First libvirt with `<iommu model='amd'>` (NEWS of 11.5.0).
+const FIRST_WITH_AMD: Version = Version::new(11, 5, 0);
+/// First libvirt that accepts more than 255 vCPUs with AMD's IOMMU, and turns xtsup on (NEWS of
+/// 12.2.0).
+const FIRST_WITH_AMD_EIM: Version = Version::new(12, 2, 0);
+/// More than 255 vCPUs without extended interrupt mode: libvirt up to 12.1 rejects them with every
+/// IOMMU model (NEWS of 12.2.0); 12.8 accepts them with any `<iommu>`, and QEMU starts (measured).
+/// The versions between them are unknown.
+const FIRST_TO_ACCEPT: Version = Version::new(12, 8, 0);
+const LAST_TO_REJECT: Version = Version::new(12, 1, 99);
+/// Last QEMU known to block the migration of a domain with amd-iommu (`vmstate_amdvi_sysbus`, QEMU
+/// hw/i386/amd_iommu.c).
+const LAST_WITHOUT_AMD_MIGRATION: Version = Version::new(10, 0, 99);
 
 const NEEDS_EIM: &str =
     "more than 255 vCPUs require extended interrupt mode enabled on the iommu device";
 const NEEDS_SPLIT: &str =
     "IOMMU interrupt remapping requires split I/O APIC (ioapic driver='qemu')";
 const EIM_NEEDS_REMAPPING: &str = "IOMMU eim requires interrupt remapping to be enabled";
-const WHOLE: &str = "<iommu model='intel'><driver intremap='on' eim='on'/></iommu> in <devices> and \
-                     <ioapic driver='qemu'/> in <features>";
+const FULL_EIM_XML: &str = "<iommu model='intel'><driver intremap='on' eim='on'/></iommu> in \
+                            <devices> and <ioapic driver='qemu'/> in <features>";
 
-pub(super) fn check(case: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
-    let domain = case.domain;
+pub(super) fn check(input: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
+    let domain = input.domain;
     if let Some(iommu) = &domain.iommu {
-        check_model(case, iommu, findings);
+        check_model(input, iommu, findings);
         if iommu.model == IommuModel::Virtio {
-            check_virtio(case, findings);
+            check_virtio(input, findings);
         }
-        check_migration(case, iommu, findings);
+        check_migration(input, iommu, findings);
     }
-    if case.is_x86() {
+    if input.is_x86() {
         match &domain.iommu {
-            None if case.needs_eim() && case.is_q35() => check_automatic(case, findings),
+            None if input.needs_eim() && input.is_q35() => check_automatic(input, findings),
             Some(iommu) if iommu.model == IommuModel::Intel => {
-                check_intel(case, iommu, findings);
+                check_intel(input, iommu, findings);
             }
-            Some(iommu) if case.needs_eim() && case.is_q35() => {
-                check_other(case, iommu, findings);
+            Some(iommu) if input.needs_eim() && input.is_q35() => {
+                check_other(input, iommu, findings);
             }
             _ => {}
         }
-        if case.needs_eim() && domain.host_devices.vfio() > 0 {
+        if input.needs_eim() && domain.host_devices.vfio() > 0 {
             findings.push(
-                RuleFinding::new(
-                    RuleSeverity::Warning,
+                RuleFinding::warning(
                     RuleCode::Iommu,
                     format!(
-                        "more than {MOST_WITHOUT_EIM} vCPUs bring a virtual IOMMU, and with one \
-                         the domain's memory is locked once for each of its {} VFIO devices",
+                        "more than {MAX_VCPUS_WITHOUT_EIM} vCPUs require a virtual IOMMU, with \
+                         which each of the {} VFIO devices locks the domain's memory again",
                         domain.host_devices.vfio()
                     ),
                 )
@@ -73,74 +73,73 @@ pub(super) fn check(case: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
     }
 }
 
-fn blocks(code: RuleCode, message: String) -> RuleFinding {
-    RuleFinding::new(RuleSeverity::Blocks, code, message)
-}
-
-fn check_model(case: &RuleInput<'_>, iommu: &IommuDevice, findings: &mut Vec<RuleFinding>) {
+fn check_model(input: &RuleInput<'_>, iommu: &IommuDevice, findings: &mut Vec<RuleFinding>) {
     let model = iommu.model.as_str();
     let known = match &iommu.model {
         IommuModel::Intel | IommuModel::Virtio | IommuModel::Smmuv3 => Some(true),
-        IommuModel::Amd => case.libvirt_is(KNOWS_AMD),
+        IommuModel::Amd => input.libvirt_is(FIRST_WITH_AMD),
         IommuModel::Other(_) => Some(false),
     };
     match known {
         Some(true) => {}
         Some(false) => {
             let message = match iommu.model {
-                IommuModel::Amd => format!(
-                    "this libvirt does not know <iommu model='amd'>, which came with {KNOWS_AMD}"
-                ),
-                _ => format!("libvirt knows no <iommu model='{model}'>"),
+                IommuModel::Amd => {
+                    format!("this libvirt lacks <iommu model='amd'>, which {FIRST_WITH_AMD} added")
+                }
+                _ => format!("libvirt has no <iommu model='{model}'>"),
             };
             findings.push(
-                blocks(RuleCode::Iommu, message)
+                RuleFinding::blocking(RuleCode::Iommu, message)
                     .at_define(format!(
                         "XML error: Invalid value for attribute 'model' in element 'iommu': \
                          '{model}'."
                     ))
-                    .remedy("use model='intel': QEMU emulates it on every host, also on AMD's"),
+                    .remedy(
+                        "use model='intel', which QEMU emulates on every host, including \
+                             AMD's",
+                    ),
             );
             return;
         }
         None => findings.push(
-            RuleFinding::new(
-                RuleSeverity::Unknown,
+            RuleFinding::unknown(
                 RuleCode::Iommu,
                 format!(
-                    "<iommu model='amd'> needs libvirt {KNOWS_AMD}, and its version is not known"
+                    "<iommu model='amd'> requires libvirt {FIRST_WITH_AMD}, and its version is \
+                     unknown"
                 ),
             )
             .remedy("give --libvirt-version"),
         ),
     }
-    let fits = match iommu.model {
-        IommuModel::Intel | IommuModel::Amd => case.is_q35(),
-        IommuModel::Virtio => case.is_q35() || case.is_virt(),
-        IommuModel::Smmuv3 => case.is_virt(),
+    let is_supported = match iommu.model {
+        IommuModel::Intel | IommuModel::Amd => input.is_q35(),
+        IommuModel::Virtio => input.is_q35() || input.is_virt(),
+        IommuModel::Smmuv3 => input.is_virt(),
         IommuModel::Other(_) => true,
     };
-    if !fits {
+    if !is_supported {
         let machines = match iommu.model {
             IommuModel::Virtio => "Q35 and ARM Virt machines",
             IommuModel::Smmuv3 => "ARM Virt machines",
             _ => "Q35 machines",
         };
         findings.push(
-            blocks(
+            RuleFinding::blocking(
                 RuleCode::Iommu,
                 format!(
-                    "an IOMMU of model {model} needs {machines}, and the domain is of machine \
-                     type {}",
-                    case.machine.unwrap_or("that is not known")
+                    "an IOMMU of model {model} requires {machines}, but the domain's machine type \
+                     is {}",
+                    input.machine.unwrap_or("unknown")
                 ),
             )
-            .at_define(match case.machine {
-                // AMD's is also a PCI device, for which libvirt looks for a place first.
+            .at_define(match input.machine {
+                // AMD's is also a PCI device; libvirt first assigns a PCI address.
                 Some(name)
                     if iommu.model == IommuModel::Amd
                         && WITHOUT_PCI.contains(&name)
-                        && knows_pci(case) == Some(true) =>
+                        && distinguishes_pci(input) == Some(true) =>
                 {
                     "XML error: No PCI buses available".to_owned()
                 }
@@ -148,33 +147,36 @@ fn check_model(case: &RuleInput<'_>, iommu: &IommuDevice, findings: &mut Vec<Rul
                     "IOMMU device: '{model}' is only supported with {machines}"
                 )),
             })
-            .remedy(match case.is_x86() {
-                true => "use machine type q35, or leave <iommu> out",
-                false => "leave <iommu> out, or use one that the machine type has",
+            .remedy(if input.is_x86() {
+                "use machine type q35, or leave <iommu> out"
+            } else {
+                "leave <iommu> out, or use a model that the machine type supports"
             }),
         );
     }
 }
 
-/// The paravirtual IOMMU is a PCI device that ACPI tables describe.
-fn check_virtio(case: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
-    if case.is_x86() && case.machine.is_some_and(|name| WITHOUT_PCI.contains(&name)) {
+/// Checks the paravirtual IOMMU, a PCI device that ACPI tables describe.
+fn check_virtio(input: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
+    if input.is_x86()
+        && input
+            .machine
+            .is_some_and(|name| WITHOUT_PCI.contains(&name))
+    {
         findings.push(
-            blocks(
+            RuleFinding::blocking(
                 RuleCode::Iommu,
-                "an IOMMU of model virtio is a PCI device, and the machine type has no PCI"
-                    .to_owned(),
+                "an IOMMU of model virtio is a PCI device, but the machine type has no PCI",
             )
             .at_define("XML error: No PCI buses available")
             .remedy("use machine type q35, or leave <iommu> out"),
         );
     }
-    if !case.domain.acpi {
+    if !input.domain.acpi {
         findings.push(
-            blocks(
+            RuleFinding::blocking(
                 RuleCode::Iommu,
-                "an IOMMU of model virtio reaches its guest through ACPI, and the domain has none"
-                    .to_owned(),
+                "the guest detects an IOMMU of model virtio by ACPI, but the domain has no ACPI",
             )
             .at_define(unsupported("IOMMU device: 'virtio' requires ACPI"))
             .remedy("add <acpi/> to <features>"),
@@ -182,85 +184,85 @@ fn check_virtio(case: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
     }
 }
 
-fn check_migration(case: &RuleInput<'_>, iommu: &IommuDevice, findings: &mut Vec<RuleFinding>) {
-    let stays = case.node.qemu_version.is_some_and(|qemu| qemu <= AMD_STAYS);
-    if iommu.model == IommuModel::Amd && stays {
+fn check_migration(input: &RuleInput<'_>, iommu: &IommuDevice, findings: &mut Vec<RuleFinding>) {
+    let cannot_migrate = input
+        .node
+        .qemu_version
+        .is_some_and(|qemu| qemu <= LAST_WITHOUT_AMD_MIGRATION);
+    if iommu.model == IommuModel::Amd && cannot_migrate {
         findings.push(
-            RuleFinding::new(
-                RuleSeverity::Warning,
+            RuleFinding::warning(
                 RuleCode::Migratable,
-                "a domain with an IOMMU of model amd cannot be migrated with this QEMU",
+                "this QEMU cannot migrate a domain with an IOMMU of model amd",
             )
-            .remedy("use model='intel', which runs on AMD's hosts as well"),
+            .remedy("use model='intel', which also works on AMD hosts"),
         );
     }
 }
 
-/// More than 255 vCPUs, and nothing given: libvirt adds what is needed, or not.
-fn check_automatic(case: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
-    let vcpus = &case.domain.vcpus;
+/// Checks more than 255 vCPUs without an `<iommu>`: newer libvirts add one.
+fn check_automatic(input: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
+    let vcpus = &input.domain.vcpus;
     let why = format!(
-        "{} vCPUs are more than {MOST_WITHOUT_EIM} and need a virtual IOMMU with extended \
+        "{} vCPUs exceed {MAX_VCPUS_WITHOUT_EIM} and require a virtual IOMMU with extended \
          interrupt mode{}",
         vcpus.maximum,
-        case.maximum_counts()
+        input.maximum_counts()
     );
-    match case.node.eim {
-        Some(Eim::Auto) if case.domain.io_apic == Some(IoApicDriver::Kvm) => {
+    match input.node.eim {
+        Some(Eim::Auto) if input.domain.io_apic == Some(IoApicDriver::Kvm) => {
             findings.push(not_split(
-                "libvirt adds the IOMMU by itself, and its interrupt remapping needs",
+                "libvirt adds the IOMMU, whose interrupt remapping requires",
             ));
         }
-        Some(Eim::Auto) => findings.push(RuleFinding::new(
-            RuleSeverity::Note,
+        Some(Eim::Auto) => findings.push(RuleFinding::note(
             RuleCode::Eim,
-            format!("{why}; libvirt adds it here by itself"),
+            format!("{why}; libvirt adds it here"),
         )),
         Some(Eim::Explicit) => findings.push(
-            blocks(
+            RuleFinding::blocking(
                 RuleCode::Eim,
-                format!("{why}; this libvirt does not add it by itself (10.10.0 and later do)"),
+                format!("{why}; this libvirt does not add it (10.10.0 and later do)"),
             )
             .at_define(unsupported(NEEDS_EIM))
-            .remedy(format!("write {WHOLE}; or lower <vcpu> to 255")),
+            .remedy(format!("write {FULL_EIM_XML}; or lower <vcpu> to 255")),
         ),
         Some(Eim::None) => findings.push(
-            blocks(
+            RuleFinding::blocking(
                 RuleCode::Eim,
-                format!("{why}, and this node cannot give that"),
+                format!("{why}, which this node does not support"),
             )
             .at_define(unsupported(NEEDS_EIM))
             .remedy("lower <vcpu> to 255, or update libvirt and QEMU"),
         ),
         None => findings.push(
-            RuleFinding::new(
-                RuleSeverity::Unknown,
+            RuleFinding::unknown(
                 RuleCode::Eim,
-                format!("{why}; whether libvirt adds it here is not known"),
+                format!("{why}; it is unknown if libvirt adds it here"),
             )
-            .remedy(format!("give --libvirt-version or --eim, or write {WHOLE}")),
+            .remedy(format!(
+                "give --libvirt-version or --eim, or write {FULL_EIM_XML}"
+            )),
         ),
     }
 }
 
-/// An Intel IOMMU in the definition, with what libvirt completes of it.
-fn check_intel(case: &RuleInput<'_>, iommu: &IommuDevice, findings: &mut Vec<RuleFinding>) {
-    let needed = case.needs_eim() && case.is_q35();
-    let completes = case.libvirt_is(COMPLETES);
-    let partly = completes == Some(false) && case.libvirt_is(COMPLETES_PARTLY) == Some(true);
+/// Checks an Intel IOMMU of the definition, with the attributes that libvirt completes.
+fn check_intel(input: &RuleInput<'_>, iommu: &IommuDevice, findings: &mut Vec<RuleFinding>) {
+    let needed = input.needs_eim() && input.is_q35();
+    let completes = input.libvirt_is(FIRST_TO_COMPLETE);
+    let partly =
+        completes == Some(false) && input.libvirt_is(FIRST_TO_COMPLETE_PARTLY) == Some(true);
     let unknown = |what: &str| {
-        let version = match case.node.libvirt_version {
-            Some(version) => format!("libvirt {version} may or may not do"),
-            None => {
-                "it depends on libvirt's version, which is not known, whether it does".to_owned()
-            }
+        let version = match input.node.libvirt_version {
+            Some(version) => format!("it is unknown if libvirt {version} does"),
+            None => "some versions do, and this libvirt's version is unknown".to_owned(),
         };
-        RuleFinding::new(
-            RuleSeverity::Unknown,
+        RuleFinding::unknown(
             RuleCode::Eim,
-            format!("{what} is left for libvirt to turn on: {version}"),
+            format!("the definition leaves it to libvirt to turn on {what}: {version}"),
         )
-        .remedy(format!("write {WHOLE}"))
+        .remedy(format!("write {FULL_EIM_XML}"))
     };
     let completed = |given: Option<bool>, wanted: bool| match (given, completes) {
         (Some(given), _) => Some(given),
@@ -270,130 +272,121 @@ fn check_intel(case: &RuleInput<'_>, iommu: &IommuDevice, findings: &mut Vec<Rul
         (None, _) => None,
     };
     let eim = completed(iommu.eim, needed);
-    // Extended interrupt mode that is needed brings remapping with it.
+    // Required extended interrupt mode implies remapping.
     let intremap = completed(iommu.intremap, needed && eim != Some(false));
-    if iommu.eim == Some(true) && case.node.eim == Some(Eim::None) {
+    if iommu.eim == Some(true) && input.node.eim == Some(Eim::None) {
         findings.push(
-            blocks(
-                RuleCode::Eim,
-                "this QEMU has no extended interrupt mode".to_owned(),
-            )
-            .at_define(unsupported(
-                "iommu: eim is not supported with this QEMU binary",
-            ))
-            .remedy("leave eim= out and lower <vcpu> to 255, or update QEMU"),
+            RuleFinding::blocking(RuleCode::Eim, "this QEMU has no extended interrupt mode")
+                .at_define(unsupported(
+                    "iommu: eim is not supported with this QEMU binary",
+                ))
+                .remedy("leave eim= out and lower <vcpu> to 255, or update QEMU"),
         );
     }
     if needed {
         match eim {
             Some(true) => {}
             Some(false) => findings.push(without_eim(
-                case,
+                input,
                 &format!(
-                    "extended interrupt mode on the IOMMU, which is off{}",
-                    case.maximum_counts()
+                    "extended interrupt mode, which is off on the IOMMU{}",
+                    input.maximum_counts()
                 ),
-                format!("write {WHOLE}; or lower <vcpu> to 255"),
+                format!("write {FULL_EIM_XML}; or lower <vcpu> to 255"),
             )),
             None => findings.push(unknown("extended interrupt mode")),
         }
     }
     match (eim, intremap) {
         (Some(true), Some(false)) => findings.push(
-            blocks(
+            RuleFinding::blocking(
                 RuleCode::InterruptRemapping,
-                "the IOMMU has extended interrupt mode on and interrupt remapping off, which it \
-                 needs"
-                    .to_owned(),
+                "the IOMMU's extended interrupt mode requires interrupt remapping, which is off",
             )
             .at_define(unsupported(EIM_NEEDS_REMAPPING))
-            .remedy(format!("write {WHOLE}")),
+            .remedy(format!("write {FULL_EIM_XML}")),
         ),
         (Some(true), None) => findings.push(unknown("interrupt remapping")),
         _ => {}
     }
     if intremap == Some(true) {
-        match (case.domain.io_apic, completes) {
+        match (input.domain.io_apic, completes) {
             (Some(IoApicDriver::Qemu), _) | (None, Some(true)) => {}
             (None, Some(false)) if partly => findings.push(unknown("the split I/O APIC")),
             (None, None) => findings.push(unknown("the split I/O APIC")),
             (Some(IoApicDriver::Kvm) | None, _) => {
-                findings.push(not_split("the IOMMU's interrupt remapping needs"));
+                findings.push(not_split("the IOMMU's interrupt remapping requires"));
             }
         }
     }
 }
 
 fn not_split(why: &str) -> RuleFinding {
-    blocks(
+    RuleFinding::blocking(
         RuleCode::InterruptRemapping,
-        format!("{why} a split I/O APIC, and the domain's is KVM's"),
+        format!("{why} a split I/O APIC, but KVM emulates the domain's"),
     )
     .at_define(unsupported(NEEDS_SPLIT))
     .remedy("write <ioapic driver='qemu'/> in <features>")
 }
 
-/// More than 255 vCPUs and an IOMMU that lacks what they need.
-fn without_eim(case: &RuleInput<'_>, lacks: &str, remedy: String) -> RuleFinding {
+/// Returns the finding for more than 255 vCPUs with an IOMMU that lacks extended interrupt mode.
+fn without_eim(input: &RuleInput<'_>, missing: &str, remedy: String) -> RuleFinding {
     let message = format!(
-        "{} vCPUs are more than {MOST_WITHOUT_EIM} and need {lacks}",
-        case.domain.vcpus.maximum
+        "{} vCPUs exceed {MAX_VCPUS_WITHOUT_EIM} and require {missing}",
+        input.domain.vcpus.maximum
     );
-    let finding = match case.node.libvirt_version {
-        Some(version) if version >= TAKES_ALL => RuleFinding::new(
-            RuleSeverity::Warning,
+    let finding = match input.node.libvirt_version {
+        Some(version) if version >= FIRST_TO_ACCEPT => RuleFinding::warning(
             RuleCode::Eim,
             format!(
-                "{message}; this libvirt starts the domain all the same, and its guest may not \
-                 use them all"
+                "{message}; this libvirt starts the domain nevertheless, but its guest may be \
+                 unable to use all of them"
             ),
         ),
-        Some(version) if version > LAST_TO_REFUSE => {
-            RuleFinding::new(RuleSeverity::Unknown, RuleCode::Eim, message)
-                .at_define(unsupported(NEEDS_EIM))
+        Some(version) if version > LAST_TO_REJECT => {
+            RuleFinding::unknown(RuleCode::Eim, message).at_define(unsupported(NEEDS_EIM))
         }
-        _ => blocks(RuleCode::Eim, message).at_define(unsupported(NEEDS_EIM)),
+        _ => RuleFinding::blocking(RuleCode::Eim, message).at_define(unsupported(NEEDS_EIM)),
     };
     finding.remedy(remedy)
 }
 
-/// More than 255 vCPUs with an IOMMU of another model.
-fn check_other(case: &RuleInput<'_>, iommu: &IommuDevice, findings: &mut Vec<RuleFinding>) {
+/// Checks more than 255 vCPUs with an IOMMU of another model than Intel's.
+fn check_other(input: &RuleInput<'_>, iommu: &IommuDevice, findings: &mut Vec<RuleFinding>) {
     let model = iommu.model.as_str();
-    let carries = match iommu.model {
-        IommuModel::Amd => case.libvirt_is(AMD_CARRIES),
+    let is_enough = match iommu.model {
+        IommuModel::Amd => input.libvirt_is(FIRST_WITH_AMD_EIM),
         _ => Some(false),
     };
-    let remedy = format!("write {WHOLE} instead; or lower <vcpu> to 255");
-    match carries {
+    let remedy = format!("write {FULL_EIM_XML} instead; or lower <vcpu> to 255");
+    match is_enough {
         Some(true) if iommu.xtsup == Some(false) => findings.push(
-            blocks(
+            RuleFinding::blocking(
                 RuleCode::Eim,
                 format!(
-                    "{} vCPUs are more than {MOST_WITHOUT_EIM} and need xtsup on AMD's IOMMU, \
+                    "{} vCPUs exceed {MAX_VCPUS_WITHOUT_EIM} and require xtsup on AMD's IOMMU, \
                      which is off",
-                    case.domain.vcpus.maximum
+                    input.domain.vcpus.maximum
                 ),
             )
             .in_emulator("AMD IOMMU with x2APIC configuration requires xtsup=on")
-            .remedy("write xtsup='on' at its <driver>, or leave it out: libvirt turns it on"),
+            .remedy("write xtsup='on' into its <driver>, or leave it out: libvirt turns it on"),
         ),
         Some(true) => {}
         Some(false) => findings.push(without_eim(
-            case,
+            input,
             &format!(
-                "extended interrupt mode, which an IOMMU of model {model} does not have with this \
-                 libvirt"
+                "extended interrupt mode, which an IOMMU of model {model} lacks with this libvirt"
             ),
             remedy,
         )),
         None => findings.push(
-            RuleFinding::new(
-                RuleSeverity::Unknown,
+            RuleFinding::unknown(
                 RuleCode::Eim,
                 format!(
-                    "more than {MOST_WITHOUT_EIM} vCPUs with an IOMMU of model amd need libvirt \
-                     {AMD_CARRIES}, and its version is not known"
+                    "more than {MAX_VCPUS_WITHOUT_EIM} vCPUs with an IOMMU of model amd require \
+                     libvirt {FIRST_WITH_AMD_EIM}, and its version is unknown"
                 ),
             )
             .remedy(remedy),

@@ -1,57 +1,58 @@
-//! Type of guest, architecture, accelerator and machine type.
+//! Rules for guest type, architecture, accelerator and machine type.
 
 use super::{RuleInput, named, unsupported};
 use crate::capability::Version;
 use crate::compat::{OfferedMachine, RuleCode, RuleFinding, RuleSeverity, Stage};
 
-/// The machine types of x86 without PCI.
+/// x86 machine types without PCI.
 pub(super) const WITHOUT_PCI: [&str; 2] = ["isapc", "microvm"];
-/// What libvirt says when it finds no place for them.
+/// libvirt's message when it finds no address for a PCI device.
 const NO_PCI: &str = "XML error: No PCI buses available";
 
-/// libvirt knows which machine types of x86 have PCI, and adds no device that needs it to the others.
-/// Measured: 11.3 does not, 12.8 does; its new words were seen with 11.9. In between it is open.
-const KNOWS_PCI: Version = Version::new(11, 9, 0);
-const LAST_WITHOUT: Version = Version::new(11, 3, 99);
+/// First libvirt known to distinguish x86 machine types without PCI, to which it adds no PCI
+/// device. Measured: 11.3 does not, 12.8 does; its new message was seen with 11.9. The versions
+/// between them are unknown.
+const FIRST_TO_DISTINGUISH: Version = Version::new(11, 9, 0);
+const LAST_NOT_TO_DISTINGUISH: Version = Version::new(11, 3, 99);
 
-/// Whether this libvirt knows it; without a version it is taken for an older one.
-pub(super) fn knows_pci(case: &RuleInput<'_>) -> Option<bool> {
-    match case.node.libvirt_version {
-        Some(version) if version >= KNOWS_PCI => Some(true),
-        Some(version) if version > LAST_WITHOUT => None,
+/// True if this libvirt distinguishes machine types without PCI. An unknown version counts as an
+/// older one; `None` means a version between the measured ones.
+pub(super) fn distinguishes_pci(input: &RuleInput<'_>) -> Option<bool> {
+    match input.node.libvirt_version {
+        Some(version) if version >= FIRST_TO_DISTINGUISH => Some(true),
+        Some(version) if version > LAST_NOT_TO_DISTINGUISH => None,
         _ => Some(false),
     }
 }
 
-pub(super) fn check(case: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
-    check_os_type(case, findings);
-    check_accelerator(case, findings);
-    check_machine(case, findings);
+pub(super) fn check(input: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
+    check_os_type(input, findings);
+    check_accelerator(input, findings);
+    check_machine(input, findings);
 }
 
-fn check_os_type(case: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
-    let finding =
-        |message: String| RuleFinding::new(RuleSeverity::Blocks, RuleCode::DomainType, message);
-    if case.domain.virt_type.is_none() {
-        let finding = finding("the definition does not say its domain type".to_owned())
+fn check_os_type(input: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
+    let finding = |message: String| RuleFinding::blocking(RuleCode::DomainType, message);
+    if input.domain.virt_type.is_none() {
+        let finding = finding("the definition has no domain type".to_owned())
             .at_define("internal error: missing domain type attribute")
             .remedy("write <domain type='kvm'>, or type='qemu' for software emulation");
         findings.push(finding);
     }
-    match case.domain.os_type.as_deref() {
+    match input.domain.os_type.as_deref() {
         Some("hvm") => {}
         None => findings.push(
-            finding("the definition does not say what type of guest it is".to_owned())
+            finding("the definition has no guest type".to_owned())
                 .at_define("XML error: an os <type> must be specified")
                 .remedy("write <os><type machine='q35'>hvm</type></os>"),
         ),
-        Some(other) if case.virt_type().is_some_and(is_qemus) => findings.push(
+        Some(other) if input.virt_type().is_some_and(is_qemu_type) => findings.push(
             finding(format!(
-                "QEMU runs guests of type hvm, and this one is of type {other}"
+                "QEMU runs guests of type hvm, but this one is of type {other}"
             ))
             .at_define(unsupported(format!(
                 "Emulator '{}' does not support os type '{other}'",
-                case.emulator()
+                input.emulator()
             )))
             .remedy("write <os><type machine='q35'>hvm</type></os>"),
         ),
@@ -59,31 +60,32 @@ fn check_os_type(case: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
     }
 }
 
-fn is_qemus(virt_type: &str) -> bool {
+fn is_qemu_type(virt_type: &str) -> bool {
     matches!(virt_type, "kvm" | "qemu" | "hvf")
 }
 
-fn check_accelerator(case: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
-    let Some(arch) = case.arch else {
+fn check_accelerator(input: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
+    let Some(arch) = input.arch else {
         findings.push(
-            RuleFinding::new(
-                RuleSeverity::Unknown,
+            RuleFinding::unknown(
                 RuleCode::Architecture,
-                "neither the domain nor the node says which architecture it has",
+                "the architecture is unknown: neither the domain nor the node reports one",
             )
-            .remedy("name it in <type arch='x86_64'> or with --arch, or give --capabilities of the node"),
+            .remedy(
+                "name it in <type arch='x86_64'> or with --arch, or give --capabilities of the \
+                 node",
+            ),
         );
         return;
     };
-    let Some(types) = &case.node.virt_types else {
-        if case.node.virt_type.as_deref() != case.domain.virt_type.as_deref()
-            || case.node.machines.is_none()
+    let Some(types) = &input.node.virt_types else {
+        if input.node.virt_type.as_deref() != input.domain.virt_type.as_deref()
+            || input.node.machines.is_none()
         {
             findings.push(
-                RuleFinding::new(
-                    RuleSeverity::Unknown,
+                RuleFinding::unknown(
                     RuleCode::Machine,
-                    "the node's accelerators and machine types are not known",
+                    "the node's accelerators and machine types are unknown",
                 )
                 .remedy("give --capabilities what `virsh capabilities` prints on the node"),
             );
@@ -92,8 +94,7 @@ fn check_accelerator(case: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
     };
     if types.is_empty() {
         findings.push(
-            RuleFinding::new(
-                RuleSeverity::Blocks,
+            RuleFinding::blocking(
                 RuleCode::Architecture,
                 format!("the node has no emulator for {arch}"),
             )
@@ -104,7 +105,7 @@ fn check_accelerator(case: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
         );
         return;
     }
-    let Some(wanted) = case.domain.virt_type.as_deref() else {
+    let Some(wanted) = input.domain.virt_type.as_deref() else {
         return;
     };
     if types.iter().any(|have| have == wanted) {
@@ -112,55 +113,55 @@ fn check_accelerator(case: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
     }
     let remedy = match wanted {
         "kvm" => {
-            "load kvm_amd or kvm_intel and see that libvirt's user may open /dev/kvm \
-             (`virtnode doctor` says what is wrong), or write <domain type='qemu'> for slow \
-             software emulation"
+            "load kvm_amd or kvm_intel and see that libvirt's user may open /dev/kvm (`virtnode \
+             doctor` finds the cause), or write <domain type='qemu'> for slow software emulation"
         }
-        _ => "write one of those as <domain type=…>, or choose a node that has it",
+        _ => "write one of these as <domain type=…>, or choose another node",
     };
     findings.push(
-        RuleFinding::new(
-            RuleSeverity::Blocks,
+        RuleFinding::blocking(
             RuleCode::DomainType,
             format!(
-                "domain type {wanted} is not to be had here for {arch}, only {}",
+                "domain type {wanted} is not available here for {arch}, only {}",
                 named(types.iter().map(String::as_str))
             ),
         )
         .at_define(unsupported(format!(
             "Emulator '{}' does not support virt type '{wanted}'",
-            case.emulator()
+            input.emulator()
         )))
         .remedy(remedy),
     );
 }
 
-fn check_machine(case: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
-    let Some(canonical) = case.machine else {
+fn check_machine(input: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
+    let Some(canonical) = input.machine else {
         return;
     };
-    match &case.node.machines {
+    match &input.node.machines {
         Some(machines) if !machines.is_empty() => match machines.get(canonical) {
-            Some(machine) => check_known(case, canonical, *machine, findings),
+            Some(machine) => check_known(input, canonical, *machine, findings),
             None => {
-                findings.push(not_listed(case, canonical));
+                findings.push(not_listed(input, canonical));
                 return;
             }
         },
-        // No emulator, or nothing is known of the node: said already.
-        _ if case.node.virt_types.as_ref().is_none_or(Vec::is_empty) => {}
+        // `check_accelerator` has already reported a missing or unknown emulator.
+        _ if input.node.virt_types.as_ref().is_none_or(Vec::is_empty) => {}
         _ => findings.push(
-            RuleFinding::new(
-                RuleSeverity::Unknown,
+            RuleFinding::unknown(
                 RuleCode::Machine,
-                format!("whether the node has machine type {canonical} is not known"),
+                format!("it is unknown if the node has machine type {canonical}"),
             )
             .remedy("give --capabilities what `virsh capabilities` prints on the node"),
         ),
     }
-    let knows_pci = knows_pci(case);
-    if wants_pci(case) && WITHOUT_PCI.contains(&canonical) && knows_pci != Some(true) {
-        let (severity, adds) = match knows_pci {
+    let distinguishes_pci = distinguishes_pci(input);
+    if adds_pci_devices(input)
+        && WITHOUT_PCI.contains(&canonical)
+        && distinguishes_pci != Some(true)
+    {
+        let (severity, adds) = match distinguishes_pci {
             Some(_) => (RuleSeverity::Blocks, "libvirt adds"),
             None => (RuleSeverity::Unknown, "libvirt may add"),
         };
@@ -169,98 +170,92 @@ fn check_machine(case: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
                 severity,
                 RuleCode::Machine,
                 format!(
-                    "machine type {canonical} has no PCI, and {adds} a USB controller and a \
-                     balloon, which need it"
+                    "machine type {canonical} has no PCI, but {adds} a USB controller and a \
+                     balloon, which require PCI"
                 ),
             )
             .at_define(NO_PCI)
             .remedy(
-                "decline both: <controller type='usb' model='none'/> and \
-                 <memballoon model='none'/>; or use q35",
+                "suppress both with <controller type='usb' model='none'/> and <memballoon \
+                 model='none'/>, or use q35",
             ),
         );
     }
 }
 
-/// Whether libvirt adds devices by itself that want PCI; without it there is no place for them.
-fn wants_pci(case: &RuleInput<'_>) -> bool {
-    case.is_x86() && case.domain.pci.suppressed_defaults < 2
+/// True if libvirt adds default devices that require PCI.
+fn adds_pci_devices(input: &RuleInput<'_>) -> bool {
+    input.is_x86() && input.domain.pci.suppressed_defaults < 2
 }
 
-fn not_listed(case: &RuleInput<'_>, canonical: &str) -> RuleFinding {
-    // Of a name that it does not know libvirt thinks that there is PCI.
-    let is_strange = case.is_x86() && !canonical.starts_with("pc") && !case.is_q35();
-    let words = match knows_pci(case) {
-        Some(true) if is_strange => Some(format!(
+fn not_listed(input: &RuleInput<'_>, canonical: &str) -> RuleFinding {
+    // libvirt assumes that an unknown machine type has PCI.
+    let is_unknown = input.is_x86() && !canonical.starts_with("pc") && !input.is_q35();
+    let words = match distinguishes_pci(input) {
+        Some(true) if is_unknown => Some(format!(
             "Machine type '{canonical}' supports PCI but no PCI controller added"
         )),
-        None if is_strange => None,
-        _ if is_strange && wants_pci(case) => Some(NO_PCI.to_owned()),
+        None if is_unknown => None,
+        _ if is_unknown && adds_pci_devices(input) => Some(NO_PCI.to_owned()),
         _ => Some(unsupported(format!(
             "Emulator '{}' does not support machine type '{canonical}'",
-            case.emulator()
+            input.emulator()
         ))),
     };
-    let finding = RuleFinding::new(
-        RuleSeverity::Blocks,
+    let finding = RuleFinding::blocking(
         RuleCode::Machine,
-        format!("machine type {canonical} is not known here"),
+        format!("machine type {canonical} is not available here"),
     );
     let finding = match words {
         Some(words) => finding.at_define(words),
         None => finding.stage(Stage::Define),
     };
-    finding.remedy(instead(case, canonical))
+    finding.remedy(remedy_for(input, canonical))
 }
 
 fn check_known(
-    case: &RuleInput<'_>,
+    input: &RuleInput<'_>,
     canonical: &str,
     machine: OfferedMachine,
     findings: &mut Vec<RuleFinding>,
 ) {
     if machine.deprecated {
         findings.push(
-            RuleFinding::new(
-                RuleSeverity::Warning,
+            RuleFinding::warning(
                 RuleCode::MachineDeprecated,
                 format!(
-                    "machine type {canonical} is deprecated: a newer QEMU will not have it, and \
-                     the domain cannot go there"
+                    "machine type {canonical} is deprecated: a newer QEMU will remove it, and the \
+                     domain cannot be migrated there"
                 ),
             )
-            .remedy(instead(case, canonical)),
+            .remedy(remedy_for(input, canonical)),
         );
     }
-    let message = match case.domain.machine.as_deref() {
+    let message = match input.domain.machine.as_deref() {
         Some(alias) if alias != canonical => format!(
-            "{alias} means {canonical} here, and may mean another machine type on another node"
+            "{alias} means {canonical} here, but may mean another machine type on another node"
         ),
-        None => format!("the definition names no machine type: libvirt takes {canonical} here"),
+        None => format!("the definition has no machine type: libvirt chooses {canonical} here"),
         Some(_) => return,
     };
-    findings.push(RuleFinding::new(
-        RuleSeverity::Note,
-        RuleCode::MachineAlias,
-        message,
-    ));
+    findings.push(RuleFinding::note(RuleCode::MachineAlias, message));
 }
 
-/// The machine type of the same family that new guests get.
-fn instead(case: &RuleInput<'_>, canonical: &str) -> String {
+/// Returns the remedy: the machine type of the same family that new guests get.
+fn remedy_for(input: &RuleInput<'_>, canonical: &str) -> String {
     let family = match canonical {
         name if name.starts_with("pc-q35") || name == "q35" => "q35",
         name if name.starts_with("pc-i440fx") || name == "pc" => "pc",
         name if name.starts_with("virt") => "virt",
         name if name.starts_with("pseries") => "pseries",
         name if name.starts_with("s390-ccw-virtio") => "s390-ccw-virtio",
-        _ if case.is_x86() => "q35",
+        _ if input.is_x86() => "q35",
         _ => "virt",
     };
-    match case.node.aliases.get(family) {
+    match input.node.aliases.get(family) {
         Some(name) => format!("use {family}, which is {name} here, or choose a node that has it"),
-        None => {
-            "use one that `virtnode capabilities` lists, or choose a node that has it".to_owned()
-        }
+        None => "use a machine type that `virtnode capabilities` lists, or choose a node that has \
+                 this one"
+            .to_owned(),
     }
 }

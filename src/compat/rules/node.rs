@@ -1,37 +1,34 @@
-//! What a domain needs of the node beside CPU and memory: firmware, host devices, huge pages,
-//! confidential guests.
+//! Rules for the node's firmware, confidential guests, huge pages and host devices.
 
 use super::{RuleInput, named, unsupported};
 use crate::compat::{RuleCode, RuleFinding, RuleSeverity, Stage};
 
-pub(super) fn check(case: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
-    check_firmware(case, findings);
-    check_launch_security(case, findings);
-    check_backing(case, findings);
-    check_host_devices(case, findings);
-    if case.domain.raw_arguments {
+pub(super) fn check(input: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
+    check_firmware(input, findings);
+    check_launch_security(input, findings);
+    check_backing(input, findings);
+    check_host_devices(input, findings);
+    if input.domain.raw_arguments {
         findings.push(
-            RuleFinding::new(
-                RuleSeverity::Unknown,
+            RuleFinding::unknown(
                 RuleCode::RawArguments,
-                "the definition hands QEMU arguments of its own (qemu:commandline), of which \
-                 nothing can be said",
+                "the definition passes arguments directly to QEMU (qemu:commandline), whose effect \
+                 is unknown",
             )
             .stage(Stage::Emulator),
         );
     }
 }
 
-fn check_firmware(case: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
-    let Some(wanted) = case.domain.firmware.as_deref() else {
+fn check_firmware(input: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
+    let Some(wanted) = input.domain.firmware.as_deref() else {
         return;
     };
-    let Some(os) = &case.node.os else {
+    let Some(os) = &input.node.os else {
         findings.push(
-            RuleFinding::new(
-                RuleSeverity::Unknown,
+            RuleFinding::unknown(
                 RuleCode::Firmware,
-                format!("whether the node has {wanted} firmware is not known"),
+                format!("it is unknown if the node has {wanted} firmware"),
             )
             .stage(Stage::Start)
             .remedy("give --domain-capabilities of the node"),
@@ -40,10 +37,9 @@ fn check_firmware(case: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
     };
     if !os.offers("firmware", wanted) {
         findings.push(
-            RuleFinding::new(
-                RuleSeverity::Blocks,
+            RuleFinding::blocking(
                 RuleCode::Firmware,
-                format!("the node has no {wanted} firmware with a descriptor for libvirt"),
+                format!("the node has no {wanted} firmware with a descriptor that libvirt reads"),
             )
             .at_define(format!(
                 "operation failed: Unable to find '{wanted}' firmware that is compatible with the \
@@ -54,10 +50,9 @@ fn check_firmware(case: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
         return;
     }
     let loader = os.sections.get("loader");
-    if case.domain.secure_boot && loader.is_some_and(|l| !l.offers("secure", "yes")) {
+    if input.domain.secure_boot && loader.is_some_and(|l| !l.offers("secure", "yes")) {
         findings.push(
-            RuleFinding::new(
-                RuleSeverity::Blocks,
+            RuleFinding::blocking(
                 RuleCode::Firmware,
                 "the node has no firmware for secure boot with this machine type",
             )
@@ -67,77 +62,74 @@ fn check_firmware(case: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
     }
 }
 
-fn check_launch_security(case: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
-    let Some(wanted) = case.domain.launch_security.as_deref() else {
+fn check_launch_security(input: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
+    let Some(wanted) = input.domain.launch_security.as_deref() else {
         return;
     };
-    match &case.node.launch_security {
+    match &input.node.launch_security {
         Some(types) if types.iter().any(|have| have == wanted) => {}
         Some(types) => {
-            let has = match types.is_empty() {
-                true => "none".to_owned(),
-                false => named(types.iter().map(String::as_str)),
+            let has = if types.is_empty() {
+                "none".to_owned()
+            } else {
+                named(types.iter().map(String::as_str))
             };
             findings.push(
-                RuleFinding::new(
-                    RuleSeverity::Blocks,
+                RuleFinding::blocking(
                     RuleCode::LaunchSecurity,
-                    format!("the node has no confidential guests of type {wanted}; it has {has}"),
+                    format!(
+                        "the node does not support confidential guests of type {wanted}; it \
+                         supports {has}"
+                    ),
                 )
                 .at_define(unsupported(format!(
                     "'{wanted}' launch security is not supported with this QEMU binary"
                 )))
                 .remedy(
-                    "switch it on in the firmware and in KVM (kvm_amd sev=1 …), or choose a node \
-                     that has it",
+                    "enable it in the firmware and in KVM (kvm_amd sev=1 …), or choose a node that \
+                     has it",
                 ),
             );
         }
         None => findings.push(
-            RuleFinding::new(
-                RuleSeverity::Unknown,
+            RuleFinding::unknown(
                 RuleCode::LaunchSecurity,
-                format!("whether the node has confidential guests of type {wanted} is not known"),
+                format!("it is unknown if the node supports confidential guests of type {wanted}"),
             )
             .stage(Stage::Define),
         ),
     }
 }
 
-fn check_backing(case: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
-    let domain = case.domain;
-    if let (Some(wanted), Some(has)) = (&domain.memory_source, &case.node.memory_sources)
+fn check_backing(input: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
+    let domain = input.domain;
+    if let (Some(wanted), Some(has)) = (&domain.memory_source, &input.node.memory_sources)
         && !has.contains(wanted)
     {
         findings.push(
-            RuleFinding::new(
-                RuleSeverity::Blocks,
+            RuleFinding::blocking(
                 RuleCode::MemoryBacking,
                 format!(
-                    "memory cannot come from {wanted} here, only from {}",
+                    "the node does not support memory from {wanted}, only from {}",
                     named(has.iter().map(String::as_str))
                 ),
             )
             .stage(Stage::Define)
-            .remedy("use one of those as <source type=…>"),
+            .remedy("use one of these as <source type=…>"),
         );
     }
     if !domain.huge_pages {
         return;
     }
-    let Some(pages) = &case.node.pages else {
+    let Some(pages) = &input.node.pages else {
         findings.push(
-            RuleFinding::new(
-                RuleSeverity::Unknown,
-                RuleCode::MemoryBacking,
-                "which huge pages the node has is not known",
-            )
-            .stage(Stage::Start)
-            .remedy("give --capabilities of the node"),
+            RuleFinding::unknown(RuleCode::MemoryBacking, "the node's huge pages are unknown")
+                .stage(Stage::Start)
+                .remedy("give --capabilities of the node"),
         );
         return;
     };
-    // The smallest are the ordinary pages.
+    // The smallest size is that of ordinary pages.
     let huge = || pages.iter().skip(1);
     let wants = domain
         .domain
@@ -177,81 +169,79 @@ fn check_backing(case: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
                 finding(
                     RuleSeverity::Blocks,
                     format!(
-                        "{wants} are {needed} pages of {size}, and the host has set aside {count}"
+                        "{wants} need {needed} pages of {size}, but the host has reserved {count}"
                     ),
                 )
                 .remedy(format!(
-                    "set more aside: echo {needed} > /sys/kernel/mm/hugepages/hugepages-{}kB/\
-                     nr_hugepages",
+                    "reserve more: echo {needed} > \
+                     /sys/kernel/mm/hugepages/hugepages-{}kB/nr_hugepages",
                     size.get() / 1024
                 )),
             ),
             Some(_) => findings.push(finding(
                 RuleSeverity::Note,
-                format!(
-                    "{wants} come from {needed} pages of {size}, which must be free at the start"
-                ),
+                format!("{wants} use {needed} pages of {size}, which must be free at the start"),
             )),
         }
     }
 }
 
-fn check_host_devices(case: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
-    let devices = case.domain.host_devices;
+fn check_host_devices(input: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
+    let devices = input.domain.host_devices;
     let count = devices.vfio();
     if count > 0 {
-        match case.node.vfio {
-            Some(true) => findings.push(RuleFinding::new(
-                RuleSeverity::Note,
+        match input.node.vfio {
+            Some(true) => findings.push(RuleFinding::note(
                 RuleCode::HostDevice,
                 format!(
-                    "{count} devices are handed over by VFIO; whether those very devices are here \
-                     and free is not looked at"
+                    "{count} devices are passed through by VFIO; their presence and availability \
+                     is not checked"
                 ),
             )),
             Some(false) => findings.push(
-                RuleFinding::new(
-                    RuleSeverity::Blocks,
+                RuleFinding::blocking(
                     RuleCode::HostDevice,
                     format!(
-                        "{count} devices are to be handed over by VFIO, and the host has no active \
+                        "{count} devices are passed through by VFIO, but the host has no active \
                          IOMMU with VFIO"
                     ),
                 )
-                .at_start(unsupported("host doesn't support passthrough of host PCI devices"))
+                .at_start(unsupported(
+                    "host doesn't support passthrough of host PCI devices",
+                ))
                 .remedy(
-                    "switch the IOMMU on in the firmware and on the kernel's command line \
-                     (intel_iommu=on; AMD's is on by itself), and load vfio-pci",
+                    "enable the IOMMU in the firmware and on the kernel's command line \
+                     (intel_iommu=on; AMD's needs none), and load vfio-pci",
                 ),
             ),
             None => findings.push(
-                RuleFinding::new(
-                    RuleSeverity::Unknown,
+                RuleFinding::unknown(
                     RuleCode::HostDevice,
-                    format!("{count} devices are to be handed over by VFIO; whether the host can is not known"),
+                    format!(
+                        "{count} devices are passed through by VFIO; it is unknown if the host \
+                         supports that"
+                    ),
                 )
                 .stage(Stage::Start),
             ),
         }
     }
-    if devices.iommufd && case.node.iommufd == Some(false) {
+    if devices.iommufd && input.node.iommufd == Some(false) {
         findings.push(
-            RuleFinding::new(
-                RuleSeverity::Blocks,
+            RuleFinding::blocking(
                 RuleCode::HostDevice,
-                "a device is to be handed over by iommufd, which the host does not have",
+                "a device is passed through by iommufd, which the host lacks",
             )
             .stage(Stage::Start)
             .remedy("load iommufd, or leave iommufd= out"),
         );
     }
     if devices.others > 0 {
-        findings.push(RuleFinding::new(
-            RuleSeverity::Note,
+        findings.push(RuleFinding::note(
             RuleCode::HostDevice,
             format!(
-                "{} USB, SCSI or other devices of the host are handed over; whether they are here \
-                 is not looked at",
+                "{} USB, SCSI or other host devices are passed through; their presence is not \
+                 checked",
                 devices.others
             ),
         ));

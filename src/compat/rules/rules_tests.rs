@@ -1,4 +1,4 @@
-//! The rules that no libvirt at hand can be asked about: other versions, KVM, other architectures.
+//! Rules that no local libvirt can confirm: other versions, KVM, other architectures.
 
 use rstest::rstest;
 
@@ -10,7 +10,7 @@ use crate::compat::OfferedMachine;
 use crate::compat::{RuleCode, Stage};
 use crate::units::Bytes;
 
-/// A node with KVM, all of which is known.
+/// Returns a node with KVM, all of whose properties are known.
 fn node() -> Offer {
     let machine = |max| OfferedMachine {
         max_vcpus: VcpuMax::AtMost(max),
@@ -99,7 +99,6 @@ fn node() -> Offer {
     }
 }
 
-/// A definition of these parts: of `<vcpu>`, and whatever else.
 fn domain(machine: &str, vcpu: &str, rest: &str) -> Requirement {
     of_arch("kvm", "x86_64", machine, vcpu, rest)
 }
@@ -112,14 +111,17 @@ fn of_arch(virt_type: &str, arch: &str, machine: &str, vcpu: &str, rest: &str) -
     Requirement::parse("d", xml.as_bytes()).unwrap()
 }
 
-/// What blocks, and what is not known.
+/// Returns the answer and the codes of blocking and unknown findings.
 fn found(domain: &Requirement, node: &Offer) -> (Feasibility, Vec<RuleCode>) {
-    let fit = assess(domain, node);
-    let serious = fit
+    let assessment = assess(domain, node);
+    let serious = assessment
         .findings
         .iter()
         .filter(|f| f.severity <= RuleSeverity::Unknown);
-    (fit.answer, serious.map(|finding| finding.code).collect())
+    (
+        assessment.answer,
+        serious.map(|finding| finding.code).collect(),
+    )
 }
 
 use Feasibility::{Feasible, Infeasible, Unknown};
@@ -137,7 +139,7 @@ const ONE: &str = "<vcpu>1</vcpu>";
 #[case("q35", "<vcpu>0</vcpu>", Infeasible, &[RuleCode::Vcpus])]
 #[case("q35", "<vcpu current='3'>2</vcpu>", Infeasible, &[RuleCode::Vcpus])]
 #[case("q35", "<vcpu>18446744073709551615</vcpu>", Infeasible, &[RuleCode::VcpusMachine, RuleCode::VcpusKvm])]
-fn the_maximum_number_of_vcpus(
+fn vcpus_are_limited_by_machine_type_kvm_and_q35(
     #[case] machine: &str,
     #[case] vcpu: &str,
     #[case] answer: Feasibility,
@@ -148,7 +150,7 @@ fn the_maximum_number_of_vcpus(
 }
 
 #[test]
-fn what_is_unknown_of_the_node_is_unknown_in_the_answer() {
+fn unknown_property_of_node_yields_unknown() {
     let nothing = Offer::default();
     let (answer, codes) = found(&domain("q35", "<vcpu>300</vcpu>", ""), &nothing);
     assert_eq!(answer, Unknown);
@@ -169,41 +171,41 @@ fn what_is_unknown_of_the_node_is_unknown_in_the_answer() {
     };
     let model = "<cpu><model>EPYC</model></cpu>";
     assert_eq!(found(&domain("q35", ONE, model), &without_cpus).0, Unknown);
-    // What blocks anyway is not made better by what is unknown.
+    // A blocking finding outweighs an unknown one.
     let (answer, _) = found(&domain("pc", "<vcpu>256</vcpu>", model), &without_cpus);
     assert_eq!(answer, Infeasible);
 }
 
 #[rstest]
-// 5 sockets of 33 cores: 6 bits for a core, so the last socket begins at 256.
+// 5 sockets of 33 cores: 6 bits per core, so the last socket begins at 256.
 #[case(5, 33, 1, 165, 288)]
 #[case(4, 64, 1, 256, 255)]
 #[case(1, 3, 2, 6, 5)]
 #[case(3, 3, 1, 9, 10)]
 #[case(165, 1, 1, 165, 164)]
-fn apic_ids_have_a_field_of_bits_for_each_level(
+fn apic_ids_have_a_bit_field_for_each_level(
     #[case] sockets: u32,
     #[case] cores: u32,
     #[case] threads: u32,
     #[case] vcpus: u64,
     #[case] highest: u128,
 ) {
-    let shape = crate::domain::VcpuTopology {
+    let topology = crate::domain::VcpuTopology {
         sockets,
         cores,
         threads,
         ..Default::default()
     };
-    assert_eq!(shape.product(), u128::from(vcpus));
-    assert_eq!(shape.highest_apic_id(vcpus), Some(highest));
+    assert_eq!(topology.product(), u128::from(vcpus));
+    assert_eq!(topology.highest_apic_id(vcpus), Some(highest));
 }
 
 #[test]
-fn holes_in_apic_ids_are_said() {
+fn holes_in_apic_ids_yield_warning() {
     let cpu = "<cpu><topology sockets='5' cores='33' threads='1'/></cpu>";
-    let fit = assess(&domain("q35", "<vcpu>165</vcpu>", cpu), &node());
-    assert_eq!(fit.answer, Feasible);
-    let warned = fit
+    let assessment = assess(&domain("q35", "<vcpu>165</vcpu>", cpu), &node());
+    assert_eq!(assessment.answer, Feasible);
+    let warned = assessment
         .findings
         .iter()
         .find(|f| f.code == RuleCode::ApicId)
@@ -232,7 +234,7 @@ fn holes_in_apic_ids_are_said() {
     "<vcpu>9</vcpu>",
     Infeasible
 )]
-fn a_version_2_gic_has_8_vcpus(
+fn gic_version_2_limits_vcpus_to_8(
     #[case] virt_type: &str,
     #[case] rest: &str,
     #[case] vcpu: &str,
@@ -242,14 +244,17 @@ fn a_version_2_gic_has_8_vcpus(
     assert_eq!(found(&domain, &node()).0, answer);
 }
 
-/// 11.3 and 12.8 were asked; NEWS of 12.2.0 says what was so before.
+/// Measured with 11.3 and 12.8; NEWS of 12.2.0 describes the earlier behavior.
 #[rstest]
 #[case("9.0.0", Infeasible)]
 #[case("11.3.0", Infeasible)]
 #[case("12.1.0", Infeasible)]
 #[case("12.2.0", Unknown)]
 #[case("12.8.0", Feasible)]
-fn more_than_255_vcpus_on_an_iommu_without_eim(#[case] libvirt: &str, #[case] answer: Feasibility) {
+fn iommu_without_eim_with_256_vcpus_depends_on_libvirt(
+    #[case] libvirt: &str,
+    #[case] answer: Feasibility,
+) {
     let node = Offer {
         libvirt_version: Some(libvirt.parse().unwrap()),
         ..node()
@@ -273,7 +278,7 @@ fn more_than_255_vcpus_on_an_iommu_without_eim(#[case] libvirt: &str, #[case] an
 #[case("11.3.0", Infeasible, Some("No PCI buses available"))]
 #[case("11.4.0", Unknown, None)]
 #[case("11.9.0", Feasible, Some("supports PCI but no PCI controller added"))]
-fn machine_types_without_pci(
+fn machine_type_without_pci_depends_on_libvirt(
     #[case] libvirt: &str,
     #[case] answer: Feasibility,
     #[case] words: Option<&str>,
@@ -291,7 +296,7 @@ fn machine_types_without_pci(
         .unwrap()
         .insert("microvm".to_owned(), machine);
     assert_eq!(found(&domain("microvm", ONE, ""), &node).0, answer);
-    // Which words there are for a machine type that is not there at all.
+    // The message for a machine type that does not exist.
     let strange = assess(&domain("nonsense", ONE, ""), &node);
     assert_eq!(strange.answer, Infeasible);
     let said = strange
@@ -304,7 +309,7 @@ fn machine_types_without_pci(
 }
 
 #[test]
-fn a_host_with_only_a_version_2_gic_has_no_better_one() {
+fn host_with_only_gic_version_2_blocks_9_vcpus() {
     let old = Offer {
         gic_versions: Some(vec!["2".to_owned()]),
         ..node()
@@ -314,7 +319,7 @@ fn a_host_with_only_a_version_2_gic_has_no_better_one() {
 }
 
 #[test]
-fn pseries_plugs_whole_cores() {
+fn pseries_with_partial_core_is_infeasible() {
     let cpu = "<cpu><topology sockets='1' cores='2' threads='4'/></cpu>";
     let ask = |vcpu| {
         found(
@@ -341,7 +346,11 @@ fn pseries_plugs_whole_cores() {
 #[case("<cpu mode='host-model'/>", Feasible, &[])]
 #[case("<cpu mode='host-passthrough'/>", Feasible, &[])]
 #[case("<cpu mode='maximum'/>", Infeasible, &[RuleCode::CpuMode])]
-fn cpus(#[case] cpu: &str, #[case] answer: Feasibility, #[case] codes: &[RuleCode]) {
+fn cpu_mode_model_and_features_decide(
+    #[case] cpu: &str,
+    #[case] answer: Feasibility,
+    #[case] codes: &[RuleCode],
+) {
     assert_eq!(
         found(&domain("q35", ONE, cpu), &node()),
         (answer, codes.to_vec())
@@ -349,12 +358,12 @@ fn cpus(#[case] cpu: &str, #[case] answer: Feasibility, #[case] codes: &[RuleCod
 }
 
 #[test]
-fn the_blocking_features_are_named() {
-    let fit = assess(
+fn unusable_model_lists_its_missing_features() {
+    let assessment = assess(
         &domain("q35", ONE, "<cpu><model>EPYC-Genoa</model></cpu>"),
         &node(),
     );
-    let finding = fit.blocking().next().unwrap();
+    let finding = assessment.blocking().next().unwrap();
     assert!(
         finding.message.ends_with("missing are avx512f, vaes"),
         "{}",
@@ -372,7 +381,7 @@ fn the_blocking_features_are_named() {
 }
 
 #[test]
-fn a_running_domains_own_cpu_is_not_doubted() {
+fn full_check_of_running_domain_is_feasible() {
     let xml = "<domain type='kvm' id='3'><name>d</name><memory>524288</memory><vcpu>1</vcpu><os>\
                <type arch='x86_64' machine='pc-q35-10.0'>hvm</type></os>\
                <cpu mode='custom' match='exact' check='full'><model fallback='forbid'>EPYC</model>\
@@ -381,7 +390,7 @@ fn a_running_domains_own_cpu_is_not_doubted() {
     assert_eq!(found(&domain, &node()).0, Feasible);
 }
 
-/// By the list of libvirt, by one of KVM's for an old libvirt, and without any.
+/// With libvirt's list, with KVM's list for an old libvirt, and without a list.
 #[rstest]
 #[case("kvm", "<vpindex state='on'/><relaxed state='on'/>", Some(&["spinlocks", "vpindex"][..]), Feasible)]
 #[case("kvm", "<vpindex state='on'/><synic state='on'/>", Some(&["spinlocks", "vpindex"][..]), Infeasible)]
@@ -392,7 +401,7 @@ fn a_running_domains_own_cpu_is_not_doubted() {
 #[case("kvm", "<nonsense state='on'/>", None, Infeasible)]
 #[case("kvm", "<of_tomorrow state='on'/>", Some(&["spinlocks", "of_tomorrow"][..]), Feasible)]
 #[case("qemu", "<synic state='on'/>", Some(&["spinlocks"][..]), Feasible)]
-fn enlightenments(
+fn enlightenment_depends_on_list_and_accelerator(
     #[case] virt_type: &str,
     #[case] wanted: &str,
     #[case] listed: Option<&[&str]>,
@@ -412,7 +421,7 @@ fn enlightenments(
 }
 
 #[test]
-fn a_list_of_machine_types_that_is_missing_is_no_list_to_be_missing_from() {
+fn missing_list_of_machine_types_yields_unknown() {
     for machines in [None, Some(std::collections::BTreeMap::new())] {
         let node = Offer { machines, ..node() };
         let found = found(&domain("pc-q35-10.0", ONE, ""), &node);
@@ -421,7 +430,7 @@ fn a_list_of_machine_types_that_is_missing_is_no_list_to_be_missing_from() {
 }
 
 #[test]
-fn what_the_node_must_have_beside_cpu_and_memory() {
+fn devices_security_and_backing_depend_on_node() {
     let ask = |rest: &str| found(&domain("q35", ONE, rest), &node());
     let device = "<devices><hostdev mode='subsystem' type='pci'/></devices>";
     assert_eq!(ask(device), (Infeasible, vec![RuleCode::HostDevice]));
@@ -445,7 +454,7 @@ fn what_the_node_must_have_beside_cpu_and_memory() {
 }
 
 #[test]
-fn more_memory_than_the_node_has_may_not_start() {
+fn more_memory_than_node_yields_unknown() {
     let xml = "<domain type='kvm'><name>d</name><memory unit='TiB'>1</memory><os>\
                <type arch='x86_64' machine='q35'>hvm</type></os></domain>";
     let domain = Requirement::parse("d", xml.as_bytes()).unwrap();
@@ -453,7 +462,7 @@ fn more_memory_than_the_node_has_may_not_start() {
 }
 
 #[test]
-fn headroom_is_what_can_be_plugged() {
+fn headroom_lists_pluggable_resources() {
     let xml = "<domain type='kvm'><name>d</name>
   <maxMemory slots='4' unit='GiB'>8</maxMemory><memory unit='GiB'>4</memory>
   <vcpu current='2'>8</vcpu>
@@ -471,9 +480,9 @@ fn headroom_is_what_can_be_plugged() {
       <block unit='MiB'>2</block><requested unit='MiB'>512</requested></target></memory>
   </devices></domain>";
     let domain = Requirement::parse("d", xml.as_bytes()).unwrap();
-    let fit = assess(&domain, &node());
-    assert_eq!(fit.answer, Feasible, "{fit:#?}");
-    let room = fit.headroom.unwrap();
+    let assessment = assess(&domain, &node());
+    assert_eq!(assessment.answer, Feasible, "{assessment:#?}");
+    let room = assessment.headroom.unwrap();
     assert_eq!((room.vcpus.plugged, room.vcpus.maximum), (2, 8));
     assert_eq!(room.vcpus.pluggable.to_string(), "2-7");
     assert_eq!(room.memory.virtio_mem, Bytes::new(1536 << 20));
@@ -484,7 +493,7 @@ fn headroom_is_what_can_be_plugged() {
 }
 
 #[test]
-fn without_acpi_nothing_can_be_plugged() {
+fn without_acpi_no_vcpu_can_be_plugged() {
     let room = assess(&domain("q35", "<vcpu current='1'>2</vcpu>", ""), &node())
         .headroom
         .unwrap();

@@ -1,4 +1,4 @@
-//! Answers and affinity hold against each other on generated domains and nodes.
+//! Checks results against the affinity on generated domains and nodes.
 
 use proptest::prelude::*;
 use proptest::sample::{select, subsequence};
@@ -7,12 +7,12 @@ use serde_json::Value;
 
 use super::*;
 
-/// A node selector as Kubernetes evaluates it (`component-helpers/scheduling/corev1/nodeaffinity`),
-/// on what a pod would be given.
-fn scheduler_takes(affinity: &Value, name: &str, labels: &NodeLabels) -> bool {
+/// Evaluates a pod's node affinity like Kubernetes
+/// (`component-helpers/scheduling/corev1/nodeaffinity`).
+fn scheduler_accepts(affinity: &Value, name: &str, labels: &NodeLabels) -> bool {
     let required = &affinity["requiredDuringSchedulingIgnoredDuringExecution"];
     let terms = required["nodeSelectorTerms"].as_array().unwrap();
-    assert!(!terms.is_empty(), "the API server wants one at least");
+    assert!(!terms.is_empty(), "the API server requires at least one");
     let holds = |expression: &Value, have: Option<&str>| {
         let values: Vec<&str> = expression["values"]
             .as_array()
@@ -29,7 +29,7 @@ fn scheduler_takes(affinity: &Value, name: &str, labels: &NodeLabels) -> bool {
                 (Some(Ok(have)), Ok(than)) => have > than,
                 _ => false,
             },
-            other => panic!("no operator of Kubernetes: {other}"),
+            other => panic!("not an operator of Kubernetes: {other}"),
         }
     };
     let list = |term: &Value, field: &str| term[field].as_array().cloned().unwrap_or_default();
@@ -75,7 +75,7 @@ fn any_cpu() -> impl Strategy<Value = String> {
     prop_oneof![1 => Just(String::new()), 4 => cpu]
 }
 
-/// Its XML, which is easier to read where a property does not hold.
+/// Generates XML, which is easier to read in a failure than a value.
 fn any_domain() -> impl Strategy<Value = String> {
     let kind = select(
         &[
@@ -103,7 +103,7 @@ fn any_domain() -> impl Strategy<Value = String> {
     })
 }
 
-/// A node whose labels differ from the usual in some places.
+/// Generates labels with some deviations.
 fn any_labels() -> impl Strategy<Value = NodeLabels> {
     let changes: Vec<(&str, &str)> = vec![
         ("kubernetes.io/arch", "arm64"),
@@ -140,7 +140,7 @@ fn any_labels() -> impl Strategy<Value = NodeLabels> {
     ];
     subsequence(changes, 0..5).prop_map(|changes| {
         let mut labels = labels(&changes);
-        // No daemon promises more than libvirt gives by itself.
+        // A daemon's labels never exceed what libvirt configures by default.
         if labels
             .get("virtnode.io/eim")
             .is_none_or(|eim| eim != "auto")
@@ -167,8 +167,8 @@ fn any_nodes(xml: &str) -> impl Strategy<Value = Vec<Candidate>> + use<> {
     );
     proptest::collection::vec(node, 1..6).prop_map(move |nodes| {
         let candidate = |(number, node): (usize, (NodeLabels, Option<NodeLabels>, [bool; 3]))| {
-            let (labels, told, [closed, ready, here]) = node;
-            let told = told.map(|told| Offer::from_labels(&told, &asked));
+            let (labels, other, [closed, ready, here]) = node;
+            let other = other.map(|labels| Offer::from_labels(&labels, &asked));
             Candidate {
                 name: format!("node-{number}"),
                 labels,
@@ -176,7 +176,7 @@ fn any_nodes(xml: &str) -> impl Strategy<Value = Vec<Candidate>> + use<> {
                 cordoned: closed,
                 here: here && number == 0,
                 cut_off: false,
-                reported: told.map_or(ReportedOffer::None, |offer| {
+                reported: other.map_or(ReportedOffer::None, |offer| {
                     ReportedOffer::Offer(Box::new(offer))
                 }),
             }
@@ -186,15 +186,14 @@ fn any_nodes(xml: &str) -> impl Strategy<Value = Vec<Candidate>> + use<> {
 }
 
 proptest! {
-    // The same cases each time: one that fails is a matter of the change at hand.
+    // A fixed seed: a failure is due to the change at hand.
     #![proptest_config(ProptestConfig {
         rng_seed: RngSeed::Fixed(31),
         ..ProptestConfig::with_cases(1000)
     })]
 
-    /// The round trip: what a pod is given means to the scheduler what the answers say.
     #[test]
-    fn the_affinity_says_what_the_answers_say(
+    fn scheduler_accepts_exactly_the_fitting_nodes(
         (xml, nodes) in any_domain().prop_flat_map(|xml| {
             let nodes = any_nodes(&xml);
             (Just(xml), nodes)
@@ -217,17 +216,17 @@ proptest! {
             Some(affinity) => {
                 let affinity = serde_json::to_value(affinity).unwrap();
                 for node in &nodes {
-                    let takes = scheduler_takes(&affinity, &node.name, &node.labels);
-                    prop_assert_eq!(takes, fits(&node.name), "{} {}", &node.name, &affinity);
+                    let is_accepted = scheduler_accepts(&affinity, &node.name, &node.labels);
+                    prop_assert_eq!(is_accepted, fits(&node.name), "{} {}", &node.name, &affinity);
                 }
             }
         }
     }
 
-    /// What labels are asked for and what they are judged by is the same: what they call fit is
-    /// matched without a name, and what they call unfit is not, but for what they do not carry.
+    /// Without a `NodeVirtualization`, the affinity needs no node names: its expressions match the
+    /// fitting nodes and no unfit one, except for properties that labels do not carry.
     #[test]
-    fn labels_alone_say_it_without_names(
+    fn affinity_of_labels_alone_matches_the_results(
         xml in any_domain(), all in proptest::collection::vec(any_labels(), 1..4)
     ) {
         let nodes: Vec<Candidate> = all
@@ -242,7 +241,7 @@ proptest! {
         for node in find_targets(&parsed(&xml), &nodes).nodes {
             match node.answer {
                 Feasible => prop_assert!(node.matched, "{:#?}", node),
-                // A version is no number that a scheduler compares; the other is wrong everywhere.
+                // The scheduler cannot compare versions; and APIC IDs are the same on every node.
                 Infeasible if matches!(node.findings[0].code, RuleCode::CpuMode | RuleCode::ApicId) => {}
                 Infeasible => prop_assert!(!node.matched, "{:#?}", node),
                 Unknown => {}
