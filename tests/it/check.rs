@@ -1,4 +1,4 @@
-//! `virtnode check` as a person and a script meet it: offline, live, and with bad input.
+//! `virtnode check` offline, live, and with bad input.
 
 use std::fs;
 use std::io::Write;
@@ -12,7 +12,7 @@ use crate::support::libvirtd::Libvirtd;
 const DEBIAN_13: &str = "tests/fixtures/debian13-libvirt-11.3.0-qemu-10.0";
 const CAPTURED: &str = "tests/lab/captured/debian12-backports-libvirt-11.3.0-qemu-10.0";
 
-/// Exit code, standard output, standard error.
+/// Returns exit code, standard output and standard error.
 fn run(arguments: &[&str]) -> (i32, String, String) {
     let output = Command::new(env!("CARGO_BIN_EXE_virtnode"))
         .current_dir(env!("CARGO_MANIFEST_DIR"))
@@ -28,7 +28,7 @@ fn run(arguments: &[&str]) -> (i32, String, String) {
     )
 }
 
-/// Against the node of Debian 13's documents.
+/// Runs `virtnode check` with Debian 13's documents.
 fn offline(virt_type: &str, arguments: &[&str]) -> (i32, String, String) {
     let capabilities = format!("{DEBIAN_13}/capabilities.xml");
     let document = format!("{DEBIAN_13}/dc-x86_64-q35-{virt_type}.xml");
@@ -46,7 +46,7 @@ fn offline(virt_type: &str, arguments: &[&str]) -> (i32, String, String) {
 }
 
 #[test]
-fn a_person_reads_every_reason_with_its_remedy() {
+fn infeasible_domain_prints_every_reason_with_a_remedy() {
     let (code, out, err) = offline(
         "kvm",
         &[
@@ -65,7 +65,7 @@ fn a_person_reads_every_reason_with_its_remedy() {
 }
 
 #[test]
-fn a_person_reads_what_is_not_known_and_how_much_room_there_is() {
+fn unknown_feature_prints_unknown_and_headroom() {
     let file = format!("{CAPTURED}/domain-q35-plugged.xml");
     let (code, out, err) = offline("qemu", &["--domain-xml", &file]);
     assert_eq!((code, err.as_str()), (1, ""), "{out}");
@@ -73,7 +73,7 @@ fn a_person_reads_what_is_not_known_and_how_much_room_there_is() {
 }
 
 #[test]
-fn a_script_reads_the_same() {
+fn json_and_yaml_carry_the_answer() {
     let arguments = ["--machine", "q35", "--vcpus", "2000", "--output", "json"];
     let (code, out, _) = offline("kvm", &arguments);
     assert_eq!(code, 4);
@@ -95,7 +95,7 @@ fn a_script_reads_the_same() {
 }
 
 #[test]
-fn what_is_unknown_is_neither_feasible_nor_infeasible() {
+fn node_without_documents_yields_unknown() {
     let (code, out, _) = run(&[
         "--libvirt-version",
         "11.3.0",
@@ -109,7 +109,7 @@ fn what_is_unknown_is_neither_feasible_nor_infeasible() {
 }
 
 #[test]
-fn bad_questions_get_a_sentence() {
+fn bad_input_yields_one_error_line() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("domain.xml");
     let path = file.to_str().unwrap();
@@ -167,7 +167,7 @@ fn bad_questions_get_a_sentence() {
 }
 
 #[test]
-fn standard_input_is_a_file_too() {
+fn domain_xml_is_read_from_standard_input() {
     let mut child = std::process::Command::new(env!("CARGO_BIN_EXE_virtnode"))
         .env_clear()
         .args(["check", "--domain-xml", "-", "--libvirt-version", "11.3.0"])
@@ -185,7 +185,7 @@ fn standard_input_is_a_file_too() {
 }
 
 #[test]
-fn the_hypervisors_own_word_is_beside_the_computed_one() {
+fn live_check_reports_libvirts_answer_beside_the_computed_one() {
     let libvirtd = Libvirtd::start().unwrap();
     let uri = libvirtd.uri();
     let ask = |arguments: &[&str]| {
@@ -203,7 +203,7 @@ fn the_hypervisors_own_word_is_beside_the_computed_one() {
     assert_eq!(answer["findings"][0]["words"], words);
     assert_eq!(answer["confirmation"]["cpu"]["words"], words);
 
-    // Only libvirt knows that it does not know the model.
+    // Only libvirt can tell that it does not know the model.
     let file = libvirtd.directory().join("strange.xml");
     fs::write(
         &file,
@@ -227,7 +227,7 @@ fn the_hypervisors_own_word_is_beside_the_computed_one() {
         "{answer}"
     );
     assert_eq!(answer["agrees"], true);
-    // Nothing was defined or started by asking.
+    // The check neither defines nor starts a domain.
     assert_eq!(
         libvirtd.virsh(&["list", "--all", "--name"]).unwrap(),
         before

@@ -1,7 +1,7 @@
-//! Every refusal that a user may meet on x86, provoked for real and foretold with its remedy. It
-//! reads like a list of libvirt's and QEMU's messages, since that is what it is.
+//! Provokes each x86 error message of libvirt and QEMU that a user may meet, and checks that
+//! `virtnode check` predicts it with a remedy.
 //!
-//! Two of QEMU's are not here, for no kernel since 4.7 provokes them: "current -smp configuration
+//! Two of QEMU's messages are missing, because no kernel since 4.7 provokes them: "current -smp configuration
 //! requires kernel irqchip and X2APIC API support." and "eim=on requires support on the KVM side".
 
 use std::process::{Command, Stdio};
@@ -14,19 +14,19 @@ use crate::support::libvirtd::Libvirtd;
 
 const DEBIAN_13: &str = "tests/fixtures/debian13-libvirt-11.3.0-qemu-10.0";
 
-/// How a message comes about.
+/// The way to provoke a message.
 enum Provoked<'a> {
-    /// libvirt refuses the definition.
+    /// libvirt rejects the definition.
     Define,
-    /// libvirt refuses to start it, or QEMU gives up.
+    /// libvirt rejects the start, or QEMU exits.
     Start,
-    /// libvirt lets no definition come so far, or this one does not know the element: QEMU itself
-    /// is given these arguments. With `-accel kvm` only where /dev/kvm can be used.
+    /// QEMU itself is started with these arguments, because libvirt rejects the definition earlier
+    /// or lacks the element. `-accel kvm` needs a usable /dev/kvm.
     Qemu(&'a [&'a str]),
 }
 use Provoked::{Define, Qemu, Start};
 
-/// Parts of a domain, message, how it comes about, a word of the remedy.
+/// Domain, message, way to provoke it, part of the remedy.
 type Row<'a> = (Domain, &'a str, Provoked<'a>, &'a str);
 
 #[derive(Default, Clone, Copy)]
@@ -37,7 +37,7 @@ struct Domain {
     features: &'static str,
     cpu: &'static str,
     devices: &'static str,
-    /// Of the node: libvirt's version, how EIM comes about.
+    /// Properties of the node.
     libvirt: Option<Version>,
     eim: Option<Eim>,
 }
@@ -150,7 +150,7 @@ fn rows() -> Vec<Row<'static>> {
     ]
 }
 
-/// What libvirt's documents say of a node with KVM, or with the libvirt that a row names.
+/// Returns the facts of Debian 13's documents, with the libvirt version of the row.
 fn facts_of_files(domain: &Domain) -> NodeFacts {
     let read = |name: &str| std::fs::read(format!("{DEBIAN_13}/{name}")).unwrap();
     let capabilities = Capabilities::parse("capabilities", &read("capabilities.xml"));
@@ -168,64 +168,68 @@ fn facts_of_files(domain: &Domain) -> NodeFacts {
 }
 
 #[test]
-fn every_refusal_is_foretold_with_its_remedy() {
+fn every_error_message_is_predicted_with_a_remedy() {
     let libvirtd = Libvirtd::start().unwrap();
-    let mut untried = Vec::new();
+    let mut not_provoked = Vec::new();
     for (domain, words, provoked, remedy) in rows() {
         let xml = domain.xml();
-        let said = match provoked {
+        let actual = match provoked {
             Define => libvirtd.define(&xml).expect_err(words),
             Start => libvirtd.start_and_end(&xml).expect_err(words),
             Qemu(arguments) if arguments.contains(&"kvm") && !can_use_kvm() => {
-                untried.push(words);
+                not_provoked.push(words);
                 words.to_owned()
             }
             Qemu(arguments) => qemu(arguments),
         };
-        // KVM's own number may be another one here.
+        // KVM's limit may differ on this machine.
         let constant = words
             .split_once(" (1024)")
             .map_or(words, |(before, _)| before);
         assert!(
-            said.contains(constant),
-            "{xml}\nexpected: {words}\nsaid: {said}"
+            actual.contains(constant),
+            "{xml}\nexpected: {words}\nactual: {actual}"
         );
 
         let mut facts = facts_of_files(&domain);
         let requirement = Requirement::parse("row", xml.as_bytes()).unwrap();
         let mut offer =
             Offer::from_facts(&facts, Some("x86_64"), domain.virt_type.or(Some("qemu")));
-        // Features are those of an emulated CPU without AVX-512.
+        // The features of an emulated CPU without AVX-512.
         offer.cpu_features = Some(["sse2".to_owned()].into());
         facts.eim = domain.eim;
-        let fit = assess(&requirement, &offer);
-        assert_eq!(fit.answer, Feasibility::Infeasible, "{xml}\n{fit:#?}");
-        let is_it = |finding: &&RuleFinding| {
+        let assessment = assess(&requirement, &offer);
+        assert_eq!(
+            assessment.answer,
+            Feasibility::Infeasible,
+            "{xml}\n{assessment:#?}"
+        );
+        let predicts = |finding: &&RuleFinding| {
             let has = finding
                 .words
                 .as_deref()
                 .is_some_and(|own| own.contains(words));
-            // What libvirt says first stands for what QEMU would say.
-            let instead = words.starts_with("eim=on") || words.starts_with("Invalid SMP");
-            (has || instead)
+            // libvirt's message precedes QEMU's.
+            let is_preceded = words.starts_with("eim=on") || words.starts_with("Invalid SMP");
+            (has || is_preceded)
                 && finding
                     .remedy
                     .as_deref()
                     .is_some_and(|r| r.contains(remedy))
         };
         assert!(
-            fit.blocking().any(|finding| is_it(&finding)),
-            "{words}\n{xml}\n{fit:#?}"
+            assessment.blocking().any(|finding| predicts(&finding)),
+            "{words}\n{xml}\n{assessment:#?}"
         );
     }
-    if !untried.is_empty() {
-        println!("foretold, and not provoked for want of a usable /dev/kvm: {untried:#?}");
+    if !not_provoked.is_empty() {
+        println!("predicted, but not provoked without a usable /dev/kvm: {not_provoked:#?}");
     }
 }
 
-/// libvirt refuses none of them without KVM, of which its own list has none.
+/// libvirt's list for software emulation has none of them, but it rejects none either.
 #[test]
-fn enlightenments_are_no_hindrance_in_software_emulation() {
+fn enlightenments_with_software_emulation_are_feasible() {
     let libvirtd = Libvirtd::start().unwrap();
     let domain = Domain {
         features: "<hyperv mode='custom'><relaxed state='on'/><vpindex state='on'/>\
@@ -236,22 +240,22 @@ fn enlightenments_are_no_hindrance_in_software_emulation() {
     libvirtd.start_and_end(&xml).unwrap();
     let offer = Offer::from_facts(&facts_of_files(&domain), Some("x86_64"), Some("qemu"));
     assert_eq!(offer.enlightens("synic"), Some(false));
-    let fit = assess(&Requirement::parse("d", xml.as_bytes()).unwrap(), &offer);
-    assert_eq!(fit.answer, Feasibility::Feasible, "{fit:#?}");
-    let mut findings = fit.findings.iter();
+    let assessment = assess(&Requirement::parse("d", xml.as_bytes()).unwrap(), &offer);
+    assert_eq!(assessment.answer, Feasibility::Feasible, "{assessment:#?}");
+    let mut findings = assessment.findings.iter();
     let warning = findings.find(|finding| finding.code == RuleCode::Enlightenment);
     assert!(
         warning
             .unwrap()
             .message
-            .ends_with("see them: vpindex, synic"),
+            .ends_with("does not see vpindex, synic"),
         "{warning:?}"
     );
 }
 
-/// Whether libvirt before 10.10 is told apart, which this machine does not have.
+/// Versions that this machine does not have.
 #[test]
-fn an_older_libvirt_adds_nothing_by_itself() {
+fn libvirt_before_10_10_does_not_add_an_iommu() {
     let domain = Domain {
         virt_type: Some("kvm"),
         vcpu: "<vcpu current='4'>256</vcpu>",
@@ -309,7 +313,7 @@ fn can_use_kvm() -> bool {
         .is_ok()
 }
 
-/// What QEMU says when it gives up.
+/// Returns QEMU's messages on exit.
 fn qemu(arguments: &[&str]) -> String {
     let mut child = Command::new("qemu-system-x86_64")
         .args(arguments)

@@ -1,6 +1,9 @@
 //! The integration tests, in one binary: tests across modules, and with real libvirt, QEMU and API servers.
 
-#![allow(clippy::unwrap_used, reason = "a test that cannot continue should panic")]
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test that cannot continue should panic"
+)]
 
 mod agreement;
 mod api;
@@ -39,7 +42,7 @@ mod service;
 mod support;
 mod targets;
 mod targets_live;
-mod targets_told;
+mod targets_objects;
 mod truth_table;
 mod virtualization;
 mod virtualization_cluster;

@@ -1,4 +1,4 @@
-//! `virtnode targets` on nodes of three generations: the real scheduler agrees with every answer.
+//! `virtnode targets` on three kinds of nodes: a real scheduler agrees with every result.
 
 use std::time::Duration;
 
@@ -15,7 +15,7 @@ const OLD: &str = "tests/fixtures/debian12-libvirt-9.0.0-qemu-7.2";
 const NEW: &str = "tests/fixtures/debian13-libvirt-11.3.0-qemu-10.0";
 const NODES: [&str; 3] = ["new", "old", "soft"];
 
-/// Exit code, standard output, standard error.
+/// Returns exit code, standard output and standard error.
 pub(crate) fn virtnode(arguments: &[&str], input: &str) -> (i32, String, String) {
     let output = Command::new(env!("CARGO_BIN_EXE_virtnode"))
         .current_dir(env!("CARGO_MANIFEST_DIR"))
@@ -31,7 +31,7 @@ pub(crate) fn virtnode(arguments: &[&str], input: &str) -> (i32, String, String)
     )
 }
 
-/// The labels that the daemon would publish on a node with these documents.
+/// Returns the labels that the daemon would publish with the node's documents.
 pub(crate) fn labels(node: &str) -> Value {
     let (directory, document, versions) = match node {
         "old" => (OLD, "dc-x86_64-q35-kvm.xml", ["9.0.0", "7.2.0"]),
@@ -71,7 +71,7 @@ pub(crate) fn domain(virt_type: &str, machine: &str, vcpus: u32, cpu: &str) -> S
     )
 }
 
-/// Domains, and the nodes that can take them.
+/// Returns domains, and the nodes that can run them.
 fn cases() -> Vec<(String, &'static [&'static str])> {
     let require = |feature: &str| {
         format!(
@@ -102,8 +102,8 @@ fn cases() -> Vec<(String, &'static [&'static str])> {
     ]
 }
 
-/// Where the scheduler puts a pod that nothing but one node can take, if it does; the pod is gone
-/// afterwards.
+/// Creates a pod that only `node` can run, returns the node that the scheduler binds it to, and
+/// deletes the pod.
 pub(crate) async fn placed(
     pods: &Api<Pod>,
     name: &str,
@@ -123,13 +123,13 @@ pub(crate) async fn placed(
         let pod = pods.get(name).await?;
         let bound = pod.spec.and_then(|spec| spec.node_name);
         let conditions = pod.status.and_then(|status| status.conditions);
-        let refused = conditions
+        let is_unschedulable = conditions
             .iter()
             .flatten()
             .any(|condition| condition.type_ == "PodScheduled" && condition.status == "False");
         ensure!(
-            bound.is_some() || refused,
-            "the scheduler has not looked at {name}"
+            bound.is_some() || is_unschedulable,
+            "the scheduler has not handled {name}"
         );
         Ok(bound)
     })
@@ -139,7 +139,7 @@ pub(crate) async fn placed(
     Ok(bound)
 }
 
-/// `virtnode targets` on a cluster: exit code, answer, standard error.
+/// Runs `virtnode targets` on a cluster and returns exit code, answer and standard error.
 pub(crate) async fn ask(
     server: &KubeServer,
     arguments: &[&str],
@@ -159,7 +159,7 @@ pub(crate) async fn ask(
 }
 
 #[tokio::test]
-async fn the_scheduler_agrees_with_every_answer() -> anyhow::Result<()> {
+async fn scheduler_agrees_with_every_answer() -> anyhow::Result<()> {
     let mut server = KubeServer::start().await?;
     let nodes: Api<Node> = Api::all(server.client());
     for node in NODES {
@@ -181,14 +181,10 @@ async fn the_scheduler_agrees_with_every_answer() -> anyhow::Result<()> {
         fitting.sort_unstable();
         assert_eq!(fitting, expected, "{xml}\n{answer}\n{err}");
         assert_eq!(code, if expected.is_empty() { 4 } else { 0 }, "{xml}");
-        assert_eq!(
-            answer["named"],
-            json!([]),
-            "labels can say all of this: {xml}"
-        );
+        assert_eq!(answer["named"], json!([]), "labels suffice: {xml}");
         let affinity = &answer["affinity"];
         assert!(affinity.is_object(), "{xml}");
-        // One pod for each node, which nothing but that node can take.
+        // One pod for each node, which only that node can run.
         for node in NODES {
             let name = format!("vm-{at}-{node}");
             let bound = placed(&pods, &name, node, affinity).await?;

@@ -1,4 +1,4 @@
-//! `virtnode targets` of a running domain, and how the command ends.
+//! `virtnode targets` for a running domain, and the command's exit codes.
 
 use std::fs;
 
@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use crate::support::libvirtd::Libvirtd;
 use crate::targets::{domain, labels, virtnode};
 
-/// What `kubectl get nodes -o json` prints of nodes with these labels.
+/// Returns the output of `kubectl get nodes -o json` for nodes with these labels.
 fn list(nodes: &[(&str, &Value)]) -> String {
     let items: Vec<Value> = nodes
         .iter()
@@ -32,7 +32,7 @@ fn without(labels: &Value, keys: &[&str]) -> Value {
 }
 
 #[test]
-fn a_running_domain_is_held_against_all_nodes_as_it_runs() -> anyhow::Result<()> {
+fn running_domain_is_compared_by_its_live_xml() -> anyhow::Result<()> {
     let libvirtd = Libvirtd::start()?;
     let uri = libvirtd.uri();
     let (code, out, err) = virtnode(&["labels", "--connect", &uri, "--output", "json"], "");
@@ -43,7 +43,7 @@ fn a_running_domain_is_held_against_all_nodes_as_it_runs() -> anyhow::Result<()>
         Some("kvm") => "kvm",
         _ => "qemu",
     };
-    // libvirt writes down what these mean when it starts the domain.
+    // libvirt resolves alias and host-model when it starts the domain.
     let xml = format!(
         "<domain type='{kind}'><name>web</name><memory unit='MiB'>32</memory>\
          <vcpu current='1'>4</vcpu><os><type arch='x86_64' machine='q35'>hvm</type></os>\
@@ -125,7 +125,7 @@ fn a_running_domain_is_held_against_all_nodes_as_it_runs() -> anyhow::Result<()>
         (&json!([]), &json!(["without-anything"]))
     );
 
-    // A person reads the same, and the affinity stands alone.
+    // The table shows the same, and --affinity prints only the affinity.
     let (code, out, _) = virtnode(&of, &nodes);
     assert_eq!(code, 0);
     assert!(
@@ -141,7 +141,7 @@ fn a_running_domain_is_held_against_all_nodes_as_it_runs() -> anyhow::Result<()>
         json!({"affinity": {"nodeAffinity": answer["affinity"]}})
     );
 
-    // Where it fits nowhere, nothing is feasible: not even with an affinity for later nodes.
+    // Without a fitting node the exit code is 4, even though the affinity may match later nodes.
     let (code, out, err) = virtnode(
         &of,
         &list(&[("without-machine", &without(&own, &[&machine]))]),
@@ -165,7 +165,7 @@ fn a_running_domain_is_held_against_all_nodes_as_it_runs() -> anyhow::Result<()>
 }
 
 #[test]
-fn every_end_has_its_exit_code() {
+fn each_outcome_has_its_exit_code() {
     let new = labels("new");
     let nodes = list(&[("new", &new), ("old", &labels("old"))]);
     let directory = tempfile::tempdir().unwrap();
@@ -179,8 +179,8 @@ fn every_end_has_its_exit_code() {
         "unknown.json",
         &list(&[("new", &without(&new, &["virtnode.io/accelerator"]))]),
     );
-    let untold = write(
-        "untold.json",
+    let unlabeled = write(
+        "unlabeled.json",
         &list(&[("new", &json!({"kubernetes.io/arch": "amd64"}))]),
     );
     let fits = write("fits.xml", &domain("kvm", "pc-q35-10.0", 2, ""));
@@ -211,7 +211,7 @@ fn every_end_has_its_exit_code() {
         ),
         (
             1,
-            vec!["--domain-xml", &fits, "--nodes", &untold],
+            vec!["--domain-xml", &fits, "--nodes", &unlabeled],
             "No node has virtnode's labels",
         ),
         (
@@ -245,12 +245,12 @@ fn every_end_has_its_exit_code() {
             "{arguments:?}\n{out}{err}"
         );
         let repeated = err.matches("No such file or directory").count();
-        assert!(repeated < 2, "said {repeated} times: {err}");
+        assert!(repeated < 2, "repeated {repeated} times: {err}");
     }
 }
 
 #[test]
-fn bad_nodes_get_a_sentence() {
+fn bad_list_of_nodes_yields_one_error_line() {
     let directory = tempfile::tempdir().unwrap();
     let xml = directory.path().join("domain.xml");
     fs::write(&xml, domain("kvm", "q35", 2, "")).unwrap();

@@ -1,5 +1,5 @@
-//! `virtnode targets` on what labels cannot say: NodeVirtualizations, nodes that take no pods, and
-//! lists of more than a page, on a real API server.
+//! `virtnode targets` on a real API server: NodeVirtualizations, nodes that accept no pods, and
+//! lists of several pages.
 
 use std::path::Path;
 use std::time::Duration;
@@ -24,7 +24,7 @@ use crate::targets::{ask, domain, labels, placed, virtnode};
 const OBJECTS: &str = "/apis/virtnode.io/v1alpha1/nodevirtualizations";
 const MACHINE: &str = "pc-q35-10.0";
 
-/// What a daemon on Debian 13 with KVM says, read at some time.
+/// Returns the status that a daemon on Debian 13 with KVM writes.
 fn described(at: Timestamp, connection: Connection) -> NodeVirtualizationStatus {
     let directory = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("tests/fixtures/debian13-libvirt-11.3.0-qemu-10.0");
@@ -52,7 +52,7 @@ fn without_machine(mut status: NodeVirtualizationStatus) -> NodeVirtualizationSt
     status
 }
 
-async fn tell(
+async fn create_object(
     server: &KubeServer,
     name: &str,
     status: &impl serde::Serialize,
@@ -80,7 +80,7 @@ async fn labelled(server: &KubeServer, node: &str) -> anyhow::Result<()> {
     change(server, node, json!({"metadata": {"labels": labels("new")}})).await
 }
 
-/// Name, answer, marks.
+/// Returns name, answer and states of each node.
 fn rows(answer: &Value) -> Vec<(String, String, Value)> {
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
     let nodes = answer["nodes"].as_array().into_iter().flatten();
@@ -100,8 +100,7 @@ fn row(name: &str, answer: &str, states: &[&str]) -> (String, String, Value) {
 }
 
 #[tokio::test]
-async fn objects_take_back_and_settle_what_labels_say_and_the_scheduler_agrees()
--> anyhow::Result<()> {
+async fn objects_override_and_complete_labels_and_scheduler_agrees() -> anyhow::Result<()> {
     let mut server = KubeServer::start().await?;
     define(&server).await?;
     let now = Timestamp::now();
@@ -117,23 +116,23 @@ async fn objects_take_back_and_settle_what_labels_say_and_the_scheduler_agrees()
     ] {
         labelled(&server, node).await?;
     }
-    for node in ["told-only", "untold"] {
+    for node in ["object-only", "unlabeled"] {
         server.create_node(node).await?;
     }
     change(
         &server,
-        "told-only",
+        "object-only",
         json!({"metadata": {"labels": {"kubernetes.io/arch": "amd64"}}}),
     )
     .await?;
-    tell(&server, "confirmed", &described(now, up)).await?;
-    tell(&server, "told-only", &described(now, up)).await?;
-    tell(&server, "taken-back", &without_machine(described(now, up))).await?;
-    tell(&server, "cut-off", &described(now, Connection::Down)).await?;
-    // Nobody keeps it true: it takes nothing back.
-    tell(&server, "stale", &without_machine(described(long_ago, up))).await?;
-    tell(&server, "of-no-node", &described(now, up)).await?;
-    // As a definition of another version would let it in.
+    create_object(&server, "confirmed", &described(now, up)).await?;
+    create_object(&server, "object-only", &described(now, up)).await?;
+    create_object(&server, "taken-back", &without_machine(described(now, up))).await?;
+    create_object(&server, "cut-off", &described(now, Connection::Down)).await?;
+    // A stale object does not override the labels.
+    create_object(&server, "stale", &without_machine(described(long_ago, up))).await?;
+    create_object(&server, "of-no-node", &described(now, up)).await?;
+    // A lax schema, as another version's, lets an unreadable object in.
     let definition =
         "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/nodevirtualizations.virtnode.io";
     let lax = json!([{"op": "replace", "path": "/spec/versions/0/schema/openAPIV3Schema",
@@ -143,7 +142,7 @@ async fn objects_take_back_and_settle_what_labels_say_and_the_scheduler_agrees()
         .body(serde_json::to_vec(&lax)?)?;
     let _changed: Value = server.client().request(request).await?;
     eventually(Duration::from_secs(60), async || {
-        tell(
+        create_object(
             &server,
             "unreadable",
             &json!({"architecture": {"of": "another kind"}}),
@@ -161,19 +160,19 @@ async fn objects_take_back_and_settle_what_labels_say_and_the_scheduler_agrees()
     assert_eq!(err.lines().count(), 1, "{err}");
     let expected = [
         row("confirmed", "feasible", &[]),
+        row("object-only", "feasible", &[]),
         row("plain", "feasible", &[]),
         row("stale", "feasible", &["stale"]),
-        row("told-only", "feasible", &[]),
         row("unreadable", "feasible", &["unreadable"]),
         row("cut-off", "feasible", &["cut-off"]),
         row("taken-back", "infeasible", &[]),
     ];
     let mut rows = rows(&answer);
-    // Equally good ones are in the order of their room, which objects know better than labels.
+    // Nodes of equal rank are ordered by their maximum of vCPUs, which objects report more exactly.
     rows[..5].sort_by(|a, b| a.0.cmp(&b.0));
     assert_eq!(rows, expected, "{answer:#}");
-    assert_eq!(answer["named"], json!(["taken-back", "told-only"]));
-    assert_eq!(answer["untold"], json!(["untold"]));
+    assert_eq!(answer["named"], json!(["taken-back", "object-only"]));
+    assert_eq!(answer["untold"], json!(["unlabeled"]));
     let reasons = answer["nodes"][6]["findings"]
         .as_array()
         .context("findings")?;
@@ -191,12 +190,12 @@ async fn objects_take_back_and_settle_what_labels_say_and_the_scheduler_agrees()
     for node in [
         "confirmed",
         "taken-back",
-        "told-only",
-        "untold",
+        "object-only",
+        "unlabeled",
         "unreadable",
     ] {
         let bound = placed(&pods, &format!("vm-{node}"), node, &answer["affinity"]).await?;
-        let fits = ["confirmed", "told-only", "unreadable"].contains(&node);
+        let fits = ["confirmed", "object-only", "unreadable"].contains(&node);
         assert_eq!(
             bound.as_deref(),
             fits.then_some(node),
@@ -205,7 +204,7 @@ async fn objects_take_back_and_settle_what_labels_say_and_the_scheduler_agrees()
         );
     }
 
-    // What labels have no word for: another domain type than the best one.
+    // Labels do not describe another domain type than the best one.
     let soft = domain("qemu", MACHINE, 2, "");
     let (code, answer, _) = ask(&server, &["--domain-xml", "-"], &soft).await?;
     assert_eq!(code, 0, "{answer:#}");
@@ -220,7 +219,7 @@ async fn objects_take_back_and_settle_what_labels_say_and_the_scheduler_agrees()
 }
 
 #[tokio::test]
-async fn nodes_that_take_no_pods_come_last_and_say_so() -> anyhow::Result<()> {
+async fn nodes_that_accept_no_pods_come_last_with_their_state() -> anyhow::Result<()> {
     let server = KubeServer::start().await?;
     let nodes: Api<Node> = Api::all(server.client());
     for node in ["a-cordoned", "b-not-ready", "c-silent", "d-here", "e-free"] {
@@ -256,10 +255,10 @@ async fn nodes_that_take_no_pods_come_last_and_say_so() -> anyhow::Result<()> {
         row("b-not-ready", "feasible", &["not-ready"]),
     ];
     assert_eq!(rows(&answer), expected, "{answer:#}");
-    // The cluster has no such objects.
+    // The cluster has no NodeVirtualizations.
     assert!(err.contains("using labels alone"), "{err}");
 
-    // The same from a file, by way of the API server's own list.
+    // The same list from a file.
     let list = server.client();
     let list = list
         .request_text(http::Request::get("/api/v1/nodes").body(Vec::new())?)
@@ -276,7 +275,7 @@ async fn nodes_that_take_no_pods_come_last_and_say_so() -> anyhow::Result<()> {
 }
 
 #[tokio::test]
-async fn lists_of_more_than_a_page_are_read_to_their_end() -> anyhow::Result<()> {
+async fn lists_of_several_pages_are_read_completely() -> anyhow::Result<()> {
     const MANY: usize = 1001;
     let server = KubeServer::start().await?;
     define(&server).await?;
@@ -291,12 +290,12 @@ async fn lists_of_more_than_a_page_are_read_to_their_end() -> anyhow::Result<()>
         let name = format!("node-{number:04}");
         let node = serde_json::from_value(json!({"metadata": {"name": name, "labels": few}}))?;
         nodes.create(&PostParams::default(), &node).await?;
-        // The last ones of their pages, and one in the middle.
+        // The last nodes of each page, and one in the middle.
         if [499, 700, 999, 1000].contains(&number) {
             let status = without_machine(described(Timestamp::now(), Connection::Up(1)));
-            return tell(server, &name, &status).await;
+            return create_object(server, &name, &status).await;
         }
-        tell(server, &name, &json!({"architecture": "x86_64"})).await
+        create_object(server, &name, &json!({"architecture": "x86_64"})).await
     });
     let made: Vec<_> = futures::stream::iter(makes)
         .buffer_unordered(16)
@@ -322,7 +321,7 @@ async fn lists_of_more_than_a_page_are_read_to_their_end() -> anyhow::Result<()>
         assert_eq!(proceeds, [false, true, true], "{resource}");
     }
 
-    // A person sees the best, and the sum of the others.
+    // The table lists the best nodes and summarizes the others.
     let kubeconfig = server.kubeconfig().to_str().context("a path")?.to_owned();
     let (_, out, _) = tokio::task::spawn_blocking(move || {
         virtnode(
@@ -344,7 +343,7 @@ async fn lists_of_more_than_a_page_are_read_to_their_end() -> anyhow::Result<()>
 }
 
 #[tokio::test]
-async fn whoever_may_not_list_is_told_which_right_is_missing() -> anyhow::Result<()> {
+async fn missing_right_to_list_is_named_in_the_error() -> anyhow::Result<()> {
     let server = KubeServer::start().await?;
     define(&server).await?;
     labelled(&server, "a").await?;
@@ -377,7 +376,7 @@ roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: reader}
 subjects: [{kind: ServiceAccount, name: reader, namespace: default}]
 ";
     server.apply_manifest(grant).await?;
-    // The authorizer hears of it a moment later.
+    // The authorizer caches rights for a moment.
     let (out, err) = eventually(Duration::from_secs(60), async || {
         let (code, out, err) = asks().await?;
         anyhow::ensure!(code == 0, "{code}: {err}");
