@@ -1,8 +1,10 @@
-//! The journal: one file for each operation, so that none is lost whatever ends this program.
+//! The journal: one file per operation, so that no operation is lost when virtnode or the node
+//! stops.
 //!
-//! A file is written whole beside its place, synced, renamed into it, and the directory synced:
-//! what [`Journal::write`] returned for survives a power cut. What cannot be read is moved aside
-//! and said so, never deleted.
+//! The journal owns its directory. A file is written beside its final path, synced and renamed, and
+//! then the directory is synced: an entry survives a power failure once [`Journal::write`] returns.
+//! All functions block on the file system. If a write fails, the previous version of the entry
+//! stays. A file that cannot be read is moved aside and logged, never deleted.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -19,73 +21,53 @@ use crate::operation::{OperationId, Order, Record};
 
 mod v1;
 
-/// Where it is, below the state directory.
+/// Name of the directory below the state directory.
 pub const DIRECTORY: &str = "operations";
 
-/// How many operations are kept.
+/// Maximum number of entries.
 const MOST: usize = 1000;
 
-/// No file of ours is larger: a history has bounds, and this is far above them.
+/// Maximum size of an entry in bytes, far above what the bounds of a history allow.
 const LARGEST: u64 = 64 << 20;
 
-/// How much all files together may take before the oldest finished ones go.
+/// Maximum size of all entries in bytes. Above it the oldest finished entries are removed.
 const MOST_BYTES: u64 = 256 << 20;
 
 /// Version of the file format that is written. Version 1 is read as well.
 const VERSION: u32 = 2;
 
-/// What is kept of an operation.
+/// The persistent state of an operation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Entry {
-    /// What was asked for.
     pub order: Order,
-    /// How far it is, and what came of it.
     pub record: Record,
-    /// What was seen and done, from before the first call on, as long as it is of use.
+    /// The history from before the first call, as long as it is needed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub history: Option<History>,
 }
 
-/// What could not be done with the journal.
 #[derive(Debug, Error)]
 pub enum JournalError {
-    /// The file system said no.
     #[error("cannot {action} {path}: {source}")]
     Io {
-        /// What was tried.
         action: &'static str,
-        /// The file or directory.
         path: PathBuf,
-        /// Why not.
         source: io::Error,
     },
-    /// An entry is larger than one ever is.
     #[error("the entry of operation {id} takes {size} bytes, more than the {LARGEST} there may be")]
-    TooLarge {
-        /// Whose it is.
-        id: OperationId,
-        /// How large it would be.
-        size: u64,
-    },
-    /// An entry cannot be written as JSON.
+    TooLarge { id: OperationId, size: u64 },
     #[error("the entry of operation {id} cannot be written: {problem}")]
-    Unwritable {
-        /// Whose it is.
-        id: OperationId,
-        /// Why not.
-        problem: String,
-    },
+    Unwritable { id: OperationId, problem: String },
 }
 
-/// The journal in its directory.
 #[derive(Debug)]
 pub struct Journal {
     directory: PathBuf,
     sizes: Mutex<Sizes>,
 }
 
-/// What each file takes, and all of them together.
+/// The sizes of the files in bytes.
 #[derive(Debug, Default)]
 struct Sizes {
     each: std::collections::BTreeMap<OperationId, u64>,
@@ -115,11 +97,10 @@ struct Header {
 }
 
 impl Journal {
-    /// Opens the journal below the state directory, in `operations/`, and makes it if there is
-    /// none.
+    /// Opens the journal in `operations/` below the state directory, and creates that directory.
     ///
     /// # Errors
-    /// A directory that cannot be made or listed.
+    /// The directory cannot be created or listed.
     pub fn open(state_directory: &Path) -> Result<Self, JournalError> {
         let directory = state_directory.join(DIRECTORY);
         fs::create_dir_all(&directory).map_err(io_error("make", &directory))?;
@@ -131,11 +112,10 @@ impl Journal {
         Ok(journal)
     }
 
-    /// Every operation that there is a readable file of, the oldest first. What is no such file
-    /// is moved aside.
+    /// Returns the readable entries, the oldest first, and moves the other files aside.
     ///
     /// # Errors
-    /// A directory that cannot be listed.
+    /// The directory cannot be listed.
     pub fn entries(&self) -> Result<Vec<Entry>, JournalError> {
         let mut entries = Vec::new();
         for (path, id) in self.files()? {
@@ -150,10 +130,10 @@ impl Journal {
         Ok(entries)
     }
 
-    /// Writes an entry, so that it survives whatever happens from now on.
+    /// Writes an entry durably.
     ///
     /// # Errors
-    /// The file system said no; what was there before is there still.
+    /// The file system failed, or the entry is too large. The previous version of the entry stays.
     pub fn write(&self, entry: &Entry) -> Result<(), JournalError> {
         let id = &entry.record.id;
         let versioned = Versioned {
@@ -183,8 +163,8 @@ impl Journal {
         written
     }
 
-    /// Which of the operations that have their verdict, given the oldest first, must go so that
-    /// the journal keeps within its bounds.
+    /// Returns the finished operations to remove so that the journal stays within its limits.
+    /// `finished` starts with the oldest.
     pub fn surplus(&self, finished: impl IntoIterator<Item = OperationId>) -> Vec<OperationId> {
         let sizes = self.sizes();
         let (mut count, mut total) = (sizes.each.len(), sizes.total);
@@ -202,10 +182,10 @@ impl Journal {
         surplus
     }
 
-    /// Takes an operation out.
+    /// Removes an entry.
     ///
     /// # Errors
-    /// The file system said no.
+    /// The file system failed.
     pub fn remove(&self, id: &OperationId) -> Result<(), JournalError> {
         let path = self.path(id);
         match fs::remove_file(&path) {
@@ -227,7 +207,7 @@ impl Journal {
         self.directory.join(format!("{id}.json"))
     }
 
-    /// The files that are named like an operation's, the oldest operation first.
+    /// Returns the files that are named like an operation, the oldest first.
     fn files(&self) -> Result<Vec<(PathBuf, OperationId)>, JournalError> {
         let mut files = BTreeSet::new();
         for name in self.names()? {
@@ -253,7 +233,8 @@ impl Journal {
         list.map(name).collect()
     }
 
-    /// Whoever wrote them ended before they were whole: what they were to replace is there.
+    /// Removes drafts of writes that were interrupted. The entries that they were to replace still
+    /// exist.
     fn clear_drafts(&self) -> Result<(), JournalError> {
         for name in self.names()? {
             if name.starts_with('.') && name.ends_with(".draft") {

@@ -1,5 +1,5 @@
-//! An operation as it is asked for, recorded and told: what the executor, the journal, the local
-//! API and the command line have in common. Pure.
+//! Operations: the order, the record and the identifiers that the executor, the journal, the local
+//! API and the command line share. Pure.
 
 use std::fmt;
 use std::str::FromStr;
@@ -11,21 +11,21 @@ use crate::domain::{ConnectionId, DomainRef};
 use crate::hotplug::{Amount, Diagnosis, Evidence, HotplugRequest, Outcome, Require, Verdict};
 use crate::units::{ParseError, Timestamp};
 
-/// The longest name that is taken, in bytes. libvirt keeps a domain's files by its name, and a
-/// file's name has no more.
+/// Maximum length of a domain's name in bytes: libvirt names the domain's files after it, and file
+/// names are limited to 255 bytes.
 const LONGEST_NAME: usize = 255;
 
-/// How long an identifier is: 12 digits of time and 8 that are random, in base 16.
+/// Length of an identifier: 12 hexadecimal digits of time and 8 random ones.
 const ID_DIGITS: usize = 20;
 
-/// What names an operation: lower-case digits and letters only, so that it can stand in a path or
-/// an address as it is. Later operations have greater ones.
+/// Identifies an operation. Only lower-case digits and letters, so that it can be used in paths and
+/// URLs. Later operations have greater identifiers.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct OperationId(String);
 
 impl OperationId {
-    /// The identifier of an operation that was asked for at that millisecond since 1970.
+    /// Makes an identifier from the milliseconds since 1970 and a random number.
     pub fn new(millis: u64, random: u32) -> Self {
         Self(format!(
             "{:012x}{random:08x}",
@@ -33,7 +33,6 @@ impl OperationId {
         ))
     }
 
-    /// The text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -72,20 +71,19 @@ impl From<OperationId> for String {
     }
 }
 
-/// A domain as somebody calls it: by its name or its UUID. Any text that could be a name.
+/// A name or UUID that a client uses for a domain. Any text that libvirt accepts as a name.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct DomainName(String);
 
 impl DomainName {
-    /// The text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 }
 
 impl fmt::Display for DomainName {
-    /// With what is not to be printed escaped.
+    /// Writes the name with unprintable characters escaped.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:?}", self.0)
     }
@@ -119,39 +117,32 @@ impl From<DomainName> for String {
     }
 }
 
-/// What is asked for, and by whom.
+/// A request for an operation, and its origin.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Order {
-    /// The domain.
     pub domain: DomainName,
-    /// What it is to have.
     pub request: HotplugRequest,
-    /// What must be proven.
     pub require: Require,
-    /// How long after being asked for there must be a verdict.
+    /// Time from the request to the verdict.
     pub timeout: Duration,
-    /// Asking again with the same key is asking for the same operation. Each asker has keys of
-    /// their own.
+    /// Requests with the same key are the same operation. Each origin has keys of its own.
     pub idempotency_key: Option<String>,
-    /// Who asks.
     pub asked_by: AskedBy,
 }
 
-/// Who asked for an operation.
+/// The origin of an operation.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum AskedBy {
-    /// A process on this node.
     Local {
-        /// Its user's number.
         uid: u32,
     },
-    /// An object of the cluster.
+    /// An object in the cluster.
     Object {
-        /// Its namespace and name.
+        /// The object's namespace and name.
         object: String,
-        /// Who made or changed it, if that is known.
+        /// The user who created or changed the object, if known.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         user: Option<String>,
     },
@@ -170,20 +161,18 @@ impl fmt::Display for AskedBy {
     }
 }
 
-/// How far an operation is.
+/// The progress of an operation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
-    /// Others for the same domain come first, or the domain was not found yet.
+    /// The operation waits for others on the same domain, or the domain is not found yet.
     Queued,
-    /// It is being done, or waits for the guest.
     Running,
-    /// It has a verdict. Some verdicts may still become `Verified`.
+    /// The operation has a verdict. Some verdicts may still become `Verified`.
     Done,
 }
 
 impl State {
-    /// The word.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Queued => "queued",
@@ -227,75 +216,60 @@ impl From<&DomainRef> for TargetDomain {
     }
 }
 
-/// What is waited for.
+/// The awaited thing of an operation without a verdict.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Awaiting {
     /// In a few words, for people.
     pub what: String,
-    /// Since when.
     pub since: Timestamp,
 }
 
-/// An operation as it is told: `--output json`, the API's objects, the audit log. Its shape is a
-/// contract.
+/// The public state of an operation: `--output json`, the API's objects, the audit log. Its shape
+/// is a contract.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Record {
-    /// What names it.
     pub id: OperationId,
-    /// Which domain it is about.
     pub domain: TargetDomain,
-    /// What was asked for.
     pub request: HotplugRequest,
-    /// What must be proven.
     pub require: Require,
-    /// When there must be a verdict.
     pub deadline: Timestamp,
-    /// Who asked.
     pub asked_by: AskedBy,
-    /// How far it is.
     pub state: State,
-    /// When it was asked for.
     pub created: Timestamp,
-    /// When its turn came.
+    /// The time when the operation left the queue.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub started: Option<Timestamp>,
-    /// When it got its verdict.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub finished: Option<Timestamp>,
-    /// When the verdict was put right because the guest followed later.
+    /// The time when the verdict became `Verified` because the guest followed later.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub corrected: Option<Timestamp>,
-    /// What is waited for, until there is a verdict.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub awaiting: Option<Awaiting>,
-    /// The verdict.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub verdict: Option<Verdict>,
-    /// The verdict's reason, one sentence for people.
+    /// The reason of the verdict in one sentence for people.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub message: Option<String>,
-    /// What there was before, if the domain could be looked at.
+    /// The amount before the first call, if the domain was observed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub before: Option<Amount>,
-    /// What was asked for, in the same terms.
     pub requested: Amount,
-    /// What there was when the domain was last looked at.
+    /// The amount at the last observation.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub after: Option<Amount>,
-    /// What was seen, in order.
     #[serde(default)]
     pub evidence: Vec<Evidence>,
-    /// The hypervisor's own error, if it had one, whether or not it was the last word.
+    /// The hypervisor's own error, even if a later call succeeded.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hypervisor_error: Option<String>,
-    /// What is wrong with the guest, and what to do, if it is the guest.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub diagnosis: Option<Diagnosis>,
 }
 
 impl Record {
-    /// Of an operation that has just been asked for.
+    /// Makes the record of a new operation.
     pub fn new(id: OperationId, order: &Order, created: Timestamp) -> Self {
         Self {
             id,
@@ -325,7 +299,7 @@ impl Record {
         }
     }
 
-    /// Notes what is waited for, and since when if that is news. Says whether it is.
+    /// Updates the awaited thing. Returns true if it changed.
     pub fn awaits(&mut self, what: &str, now: Timestamp) -> bool {
         let news = self.awaiting.as_ref().is_none_or(|last| last.what != what);
         if news {
@@ -337,7 +311,7 @@ impl Record {
         news
     }
 
-    /// Notes a verdict for which the domain was not looked at, or not changed.
+    /// Sets a verdict for which the domain was not observed or not changed.
     pub fn end(&mut self, verdict: Verdict, message: impl Into<String>, now: Timestamp) {
         self.state = State::Done;
         self.finished = Some(now);
@@ -346,7 +320,7 @@ impl Record {
         self.message = Some(message.into());
     }
 
-    /// Notes the outcome. A second one puts the first right.
+    /// Sets the outcome. A second outcome corrects the first.
     pub fn conclude(&mut self, outcome: Outcome, now: Timestamp) {
         match self.finished {
             None => self.finished = Some(now),
@@ -364,7 +338,7 @@ impl Record {
         self.diagnosis = outcome.diagnosis;
     }
 
-    /// Whether there is a verdict.
+    /// True if there is a verdict.
     pub fn is_done(&self) -> bool {
         self.state == State::Done
     }

@@ -1,73 +1,68 @@
-//! What QEMU and libvirt tell by themselves while an operation runs.
+//! Events that QEMU and libvirt report during an operation.
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::units::Bytes;
 
-/// The longest details that are read; QEMU's are below 300 bytes.
+/// Maximum size of an event's details in bytes. QEMU's are below 300.
 const LONGEST: usize = 64 * 1024;
 
-/// Something that happened to a domain.
+/// An event of a domain.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum Event {
-    /// The guest answered to a plug or an unplug through ACPI.
+    /// The guest answered a plug or unplug request through ACPI.
     Ost(Ost),
-    /// A device, or a part of one, is gone from QEMU.
+    /// QEMU removed a device or a part of one.
     #[serde(rename_all = "camelCase")]
     DeviceDeleted {
-        /// The device's alias; QEMU leaves it out for parts, such as a vCPU's interrupt controller.
+        /// The device's alias. QEMU omits it for parts, such as a vCPU's interrupt controller.
         device: Option<String>,
-        /// The place in QEMU's tree, `/machine/peripheral/vcpu2/lapic`.
+        /// The path in QEMU's object tree: `/machine/peripheral/vcpu2/lapic`.
         path: String,
     },
-    /// The guest did not let a device go (QEMU's `DEVICE_UNPLUG_GUEST_ERROR`, `MEM_UNPLUG_ERROR`;
-    /// libvirt's device removal failed).
+    /// The guest did not release a device (QEMU's `DEVICE_UNPLUG_GUEST_ERROR` and
+    /// `MEM_UNPLUG_ERROR`, libvirt's failed device removal).
     UnplugFailed {
-        /// The device's alias.
         device: String,
     },
-    /// A virtio-mem device's guest took or gave memory; QEMU tells at most once a second.
+    /// The guest took or returned memory of a virtio-mem device. QEMU reports at most one per
+    /// second.
     MemorySize {
-        /// The device's alias.
         device: String,
-        /// What the guest has of it now.
+        /// The guest's share of the device after the change.
         size: Bytes,
     },
-    /// The guest was reset: what it had not yet done it will find at boot, and removals that
-    /// were pending are done (qapi/qdev.json).
+    /// The guest was reset. It finds plugged devices at boot, and QEMU completes pending removals
+    /// (qapi/qdev.json).
     Reset,
-    /// The domain ended or went to another node; libvirt's word why.
+    /// The domain ended or moved to another node, with libvirt's reason.
     Stopped(String),
-    /// The guest's processors are held.
     Paused,
-    /// The guest's processors run again.
     Resumed,
 }
 
-/// What a guest says through ACPI's `_OST`, as QEMU passes it on (qapi/acpi.json).
+/// A guest's answer through ACPI's `_OST`, as QEMU forwards it (qapi/acpi.json).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Ost {
-    /// The device's alias; none when it is gone already.
+    /// The device's alias; `None` once QEMU has removed the device.
     pub device: Option<String>,
-    /// The slot: a vCPU's number, a DIMM's slot.
+    /// A vCPU's number or a DIMM's slot.
     pub slot: u32,
-    /// What kind of slot it is.
     pub kind: SlotKind,
-    /// What the guest answers to: 1 to "look, a device", 3 and 0x103 to "please let it go".
+    /// The request that the guest answers: 1 for a device check, 3 or 0x103 for an eject.
     pub source: u32,
-    /// The answer.
     pub status: u32,
 }
 
 impl Ost {
-    /// From QEMU's answer to `query-acpi-ospm-status`, which has an entry for each slot: those
-    /// for which the guest never said anything (0, 0) are left out.
+    /// Parses QEMU's answer to `query-acpi-ospm-status`, which has an entry for each slot. Slots
+    /// about which the guest never reported anything (0, 0) are skipped.
     ///
     /// # Errors
-    /// It is not what QEMU answers, or QEMU's own error.
+    /// Another text than QEMU's answer, or QEMU's own error.
     pub fn from_query(answer: &str) -> Result<Vec<Self>, NotAnEvent> {
         const QUERY: &str = "query-acpi-ospm-status";
         let answer: QueryAnswer = read(QUERY, answer)?;
@@ -92,41 +87,37 @@ impl Ost {
             .collect())
     }
 
-    /// Whether the other is about the same slot.
+    /// True if both answers are about the same slot.
     pub(super) fn is_of_slot(&self, other: &Self) -> bool {
         (self.kind, self.slot) == (other.kind, other.slot)
     }
 }
 
-/// A kind of ACPI slot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum SlotKind {
-    /// A vCPU.
     Cpu,
-    /// A DIMM.
     Dimm,
 }
 
 /// The meaning of an [`Ost`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Answer {
-    /// The guest added the device. It need not use it, and a Linux that throws a CPU away because
-    /// of `nr_cpus` says so all the same (measured).
+    /// The guest added the device. It may still not use it: a Linux that drops a CPU because of
+    /// `nr_cpus` answers the same (measured).
     Added,
-    /// The guest did not add the device.
     NotAdded,
-    /// The guest is about to let the device go: no verdict.
+    /// The guest has started to release the device.
     Leaving,
-    /// The guest let the device go.
+    /// The guest released the device.
     Gone,
     /// The guest keeps the device.
     Kept,
 }
 
 impl Ost {
-    /// What it means (Linux: include/linux/acpi.h, `acpi_device_hotplug` in drivers/acpi/scan.c);
-    /// `None` for sources that no guest of ours uses.
+    /// Returns the meaning (Linux: include/linux/acpi.h, `acpi_device_hotplug` in
+    /// drivers/acpi/scan.c); `None` for sources that no supported guest uses.
     pub fn answer(&self) -> Option<Answer> {
         Some(match (self.source, self.status) {
             (0 | 1, 0) => Answer::Added,
@@ -138,7 +129,6 @@ impl Ost {
         })
     }
 
-    /// The status in words.
     pub fn status_text(&self) -> &'static str {
         match self.status {
             0 => "success",
@@ -154,7 +144,7 @@ impl Ost {
     }
 }
 
-/// An event whose details are not what QEMU sends.
+/// A monitor event whose details are not in QEMU's format.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[error("the details of {event} are not as QEMU writes them: {problem}")]
 pub struct NotAnEvent {
@@ -202,7 +192,7 @@ struct SizeDetails {
 }
 
 impl Event {
-    /// The monitor events of QEMU that [`Event::from_monitor`] reads, for who subscribes to them.
+    /// The QEMU monitor events that [`Event::from_monitor`] parses.
     pub const MONITOR: [&'static str; 8] = [
         "ACPI_DEVICE_OST",
         "DEVICE_DELETED",
@@ -214,11 +204,10 @@ impl Event {
         "RESUME",
     ];
 
-    /// From a QEMU monitor event by name, with its details in JSON. `None` for events of no
-    /// meaning here.
+    /// Parses a QEMU monitor event; `None` for events that do not matter here.
     ///
     /// # Errors
-    /// Details of a known event that cannot be read.
+    /// Details of a known event that cannot be parsed.
     pub fn from_monitor(name: &str, details: Option<&str>) -> Result<Option<Self>, NotAnEvent> {
         let details = details.unwrap_or("{}");
         Ok(match name {
@@ -297,7 +286,7 @@ mod tests {
         Event::from_monitor(name, Some(details)).unwrap()
     }
 
-    /// As QEMU 10.0.2 sent them.
+    /// Recorded from QEMU 10.0.2.
     #[test]
     fn qemus_own_words_are_read() {
         let added = monitor(
@@ -340,7 +329,7 @@ mod tests {
         );
     }
 
-    /// As QEMU 10.0.2 answered: a DIMM and a vCPU were plugged.
+    /// Recorded from QEMU 10.0.2 after a DIMM and a vCPU were plugged.
     #[test]
     fn what_qemu_remembers_is_read() {
         let answer = r#"{"return":[

@@ -1,4 +1,4 @@
-//! Evidence: what was seen, where, and when.
+//! Evidence: a fact, its source and its time.
 
 use std::fmt;
 
@@ -6,32 +6,29 @@ use serde::{Deserialize, Serialize};
 
 use crate::units::Timestamp;
 
-/// Where a piece of evidence comes from.
+/// The source of a piece of evidence.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Source {
-    /// What libvirt answered to the call.
+    /// libvirt's answer to a call.
     HypervisorCall,
-    /// The domain's live XML.
     LiveXml,
     /// The guest's answer through ACPI (`ACPI_DEVICE_OST`).
     AcpiOst,
-    /// QEMU's word that a device is gone or was not let go (`DEVICE_DELETED` and its like).
+    /// QEMU's report that a device was removed or kept (`DEVICE_DELETED` and similar).
     DeviceEvent,
-    /// The guest agent.
     GuestAgent,
-    /// How long a vCPU has run, in the bulk statistics.
+    /// A vCPU's run time in the bulk statistics.
     VcpuTime,
-    /// What the guest's virtio-mem driver took.
+    /// The amount that the guest's virtio-mem driver took.
     VirtioMem,
-    /// The guest's total, as its balloon driver tells.
+    /// The guest's total as its balloon driver reports it.
     BalloonStats,
-    /// The domain's life: it was reset, paused, ended.
+    /// A reset, pause, resume or end of the domain.
     Lifecycle,
 }
 
 impl Source {
-    /// The word.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::HypervisorCall => "hypervisor-call",
@@ -53,14 +50,11 @@ impl fmt::Display for Source {
     }
 }
 
-/// One piece of evidence.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Evidence {
-    /// Where it comes from.
     pub source: Source,
-    /// What was seen, in a few words.
+    /// The fact in a few words.
     pub detail: String,
-    /// When it was seen.
     pub time: Timestamp,
 }
 

@@ -1,5 +1,5 @@
-//! Everything that was seen and done in one operation, in order. It can be written to the journal
-//! and read again: what is judged is only this.
+//! The observations, events and calls of one operation, in order. The journal keeps the history,
+//! and the verdict depends on nothing else.
 
 use std::time::Duration;
 
@@ -9,24 +9,21 @@ use super::{Action, Event, HotplugRequest, Observation, Ost, Plan, Terms};
 use crate::domain::CallError;
 use crate::units::Timestamp;
 
-/// Bounds for what is kept; an operation that takes its time is looked at many times.
+/// Maximum numbers of entries, so that a long operation does not grow without bound.
 const MOST_OBSERVATIONS: usize = 96;
 const MOST_EVENTS: usize = 512;
 const MOST_CALLS: usize = 256;
 
-/// The history of one operation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct History {
-    /// What was asked for.
     pub request: HotplugRequest,
-    /// How much proof, and by when.
     pub terms: Terms,
-    /// What the preflight decided to call.
+    /// The calls that the preflight planned.
     pub plan: Plan,
-    /// What was seen before anything was called.
+    /// The last observation before the first call.
     pub before: Observation,
-    /// Whether QEMU's own events reach us; without them ACPI's answers do not.
+    /// True if QEMU's events are received. Without them there are no answers through ACPI.
     pub monitor_events: bool,
     observations: Vec<Observation>,
     events: Vec<(Timestamp, Event)>,
@@ -34,14 +31,13 @@ pub struct History {
     contact: Option<(Timestamp, Contact)>,
 }
 
-/// A call that was made.
+/// A call to the hypervisor.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Call {
-    /// What was called.
     pub action: Action,
-    /// When it was about to be called.
+    /// The time just before the call.
     pub started: Timestamp,
-    /// When and how it came back; `None` while it runs.
+    /// The time and the result; `None` while the call runs.
     pub returned: Option<(Timestamp, Return)>,
 }
 
@@ -78,20 +74,19 @@ impl Call {
     }
 }
 
-/// Why the domain could not be looked at.
+/// The reason why a domain could not be observed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum Contact {
-    /// The hypervisor knows no such domain (any more).
+    /// The domain does not exist, or no longer does.
     Absent,
-    /// The hypervisor could not be asked, and why.
+    /// The hypervisor did not answer, with the reason.
     Unreachable(String),
-    /// The hypervisor answers, but not about this domain: something is being done to it.
+    /// The hypervisor answers, but not about this domain: a job holds it.
     Held,
 }
 
 impl History {
-    /// An operation of which only the beginning is known.
     pub fn new(
         request: HotplugRequest,
         terms: Terms,
@@ -112,8 +107,7 @@ impl History {
         }
     }
 
-    /// Notes what was seen of the domain. Of very many observations only the first, the last and
-    /// some between them are kept.
+    /// Appends an observation. A long history keeps the first, the last, and some in between.
     pub fn observed(&mut self, observation: Observation) {
         self.contact = None;
         self.learn(&observation);
@@ -128,8 +122,8 @@ impl History {
         }
     }
 
-    /// What QEMU remembers of the guest's answers and nobody heard counts as heard when it was
-    /// looked at. After a reset it may be the answer of who was there before.
+    /// Adds the guest's answers that QEMU remembers and no event reported, as of the observation.
+    /// After a reset an answer may be that of the guest before it.
     fn learn(&mut self, observation: &Observation) {
         let (Some(before), Some(now)) = (&self.before.answers, &observation.answers) else {
             return;
@@ -151,19 +145,19 @@ impl History {
         }
     }
 
-    /// Notes that the domain could not be looked at.
+    /// Records that the domain could not be observed.
     pub fn out_of_contact(&mut self, at: Timestamp, contact: Contact) {
         self.contact = Some((at, contact));
     }
 
-    /// Notes an event of this domain.
+    /// Appends an event.
     pub fn happened(&mut self, at: Timestamp, event: Event) {
         if self.events.len() < MOST_EVENTS {
             self.events.push((at, event));
         }
     }
 
-    /// Notes that a call is about to be made. To be written to the journal before it is made.
+    /// Appends a call that is about to be made. Write the journal before making the call.
     pub fn called(&mut self, at: Timestamp, action: Action) {
         if self.calls.len() < MOST_CALLS {
             self.calls.push(Call {
@@ -174,15 +168,14 @@ impl History {
         }
     }
 
-    /// Notes how the last call came back. A call that was overdue may do so twice.
+    /// Records the result of the last call. An overdue call may return a second time.
     pub fn returned(&mut self, at: Timestamp, how: Return) {
         if let Some(call) = self.calls.last_mut() {
             call.returned = Some((at, how));
         }
     }
 
-    /// Notes that nobody will hear any more how the last call came back, if that is not known yet:
-    /// who made it has ended.
+    /// Records that the last call, if it still runs, will never return: virtnode was restarted.
     pub fn lost(&mut self, at: Timestamp) {
         if self.running_call().is_some() {
             let error = CallError::Lost("virtnode ended during the call".to_owned());
@@ -190,43 +183,40 @@ impl History {
         }
     }
 
-    /// Whether the last call's answer was lost and it is too early to tell what became of it: look
-    /// again.
+    /// True if the answer to the last call was lost and it is too early to know if the call was
+    /// carried out. Observe the domain again.
     pub fn is_unsettled(&self) -> bool {
         self.calls
             .last()
             .is_some_and(|call| super::lifecycle::is_unsettled(self, call))
     }
 
-    /// The calls made, in order.
     pub fn calls(&self) -> &[Call] {
         &self.calls
     }
 
-    /// Whether there is room for another call; no operation needs as many.
+    /// True if the history has room for another call. No operation needs that many.
     pub(super) fn may_call(&self) -> bool {
         self.calls.len() < MOST_CALLS
     }
 
-    /// How often the answer to such a call was lost.
+    /// Returns the number of times that the answer to this call was lost.
     pub(super) fn times_lost(&self, action: &Action) -> usize {
         let lost = |call: &&Call| call.action == *action && call.is_lost();
         self.calls.iter().filter(lost).count()
     }
 
-    /// How many looks were begun since that moment.
+    /// Returns the number of observations that were started since a time.
     pub(super) fn looks_since(&self, moment: Timestamp) -> usize {
         let since = self.observations.iter().rev();
         since.take_while(|seen| seen.at >= moment).count()
     }
 
-    /// The call that is running.
     pub(super) fn running_call(&self) -> Option<&Call> {
         self.calls.last().filter(|call| call.is_running())
     }
 
-    /// The first action of the plan that was never called. What became of one that was, is
-    /// observed.
+    /// Returns the first planned action that was never called.
     pub(super) fn next_planned(&self) -> Option<&Action> {
         self.plan
             .actions
@@ -234,7 +224,7 @@ impl History {
             .find(|action| self.calls.iter().all(|call| call.action != **action))
     }
 
-    /// From when on evidence counts: the first call; after a reset of the guest that.
+    /// Returns the time from which evidence counts: the first call, or a later reset of the guest.
     pub(super) fn epoch(&self) -> Timestamp {
         let start = self
             .calls
@@ -243,15 +233,15 @@ impl History {
         self.reset().map_or(start, |reset| reset.max(start))
     }
 
-    /// Until when a guest that could act since `since` is given time. While the domain was
-    /// paused it could not.
+    /// Returns the end of the guest's grace period, counted from `since` or from the last resume: a
+    /// paused guest cannot act.
     pub(super) fn patient_until(&self, since: Timestamp, patience: Duration) -> Timestamp {
         let resumed = self.events().filter(|(_, event)| **event == Event::Resumed);
         let resumed = resumed.map(|(at, _)| at).max();
         resumed.map_or(since, |at| at.max(since)).after(patience)
     }
 
-    /// When the guest was reset, if it was.
+    /// Returns the time of the guest's last reset.
     pub(super) fn reset(&self) -> Option<Timestamp> {
         self.events
             .iter()
@@ -259,18 +249,18 @@ impl History {
             .map(|(at, _)| *at)
     }
 
-    /// The last that was seen of the domain.
+    /// Returns the last observation.
     pub fn latest(&self) -> &Observation {
         self.observations.last().unwrap_or(&self.before)
     }
 
-    /// The last that was seen, if it was seen after the epoch began.
+    /// Returns the last observation if it was started after the epoch.
     pub(super) fn fresh(&self) -> Option<&Observation> {
         Some(self.latest()).filter(|latest| latest.at >= self.epoch())
     }
 
-    /// All that was seen since the epoch began, in order. What was seen before counts where
-    /// nothing was called.
+    /// Returns the observations since the epoch, in order. If nothing was called, this includes the
+    /// one before.
     pub(super) fn since_epoch(&self) -> impl Iterator<Item = &Observation> {
         let epoch = self.epoch();
         std::iter::once(&self.before)
@@ -278,18 +268,18 @@ impl History {
             .filter(move |observation| observation.at >= epoch)
     }
 
-    /// All that was seen, from before the first call on.
+    /// Returns all observations, including the one before the first call.
     pub(super) fn observations(&self) -> impl Iterator<Item = &Observation> {
         std::iter::once(&self.before).chain(&self.observations)
     }
 
-    /// The events since the epoch began.
+    /// Returns the events since the epoch.
     pub(super) fn events(&self) -> impl DoubleEndedIterator<Item = (Timestamp, &Event)> {
         let epoch = self.epoch();
         self.all_events().filter(move |(at, _)| *at >= epoch)
     }
 
-    /// All events since the operation began.
+    /// Returns the events since the operation started.
     pub(super) fn all_events(&self) -> impl DoubleEndedIterator<Item = (Timestamp, &Event)> {
         self.events
             .iter()
@@ -297,23 +287,23 @@ impl History {
             .map(|(at, event)| (*at, event))
     }
 
-    /// Why the domain cannot be looked at, if that is so now.
+    /// Returns the reason why the domain cannot be observed at present.
     pub(super) fn contact(&self) -> Option<&Contact> {
         self.contact.as_ref().map(|(_, contact)| contact)
     }
 
-    /// Whether something of the plan is not done: not called, or not come back.
+    /// True if part of the plan was not called or has not returned.
     pub(super) fn plan_is_running(&self) -> bool {
         self.next_planned().is_some() || self.running_call().is_some()
     }
 
-    /// The last error that libvirt gave, whether or not it was the last word.
+    /// Returns the last error text of the hypervisor, even if a later call succeeded.
     pub(super) fn last_error(&self) -> Option<String> {
         let mut texts = self.calls.iter().rev().filter_map(Call::error);
         texts.find_map(CallError::text).map(str::to_owned)
     }
 
-    /// Whether the time is over.
+    /// True if the deadline has passed.
     pub(super) fn is_over(&self, now: Timestamp) -> bool {
         now >= self.terms.deadline
     }

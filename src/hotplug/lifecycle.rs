@@ -1,5 +1,4 @@
-//! Ends that have nothing to do with the resource: the domain is gone, the call failed, nobody
-//! answers.
+//! Rules that are the same for every kind of resource: ended domains, failed calls, lost answers.
 
 use super::history::{Call, Contact, History, Return};
 use super::outcome::{Diagnosis, Finding, Ruling};
@@ -7,7 +6,7 @@ use super::{Action, Event, Verdict};
 use crate::domain::{CallError, DomainState, Job};
 use crate::units::Timestamp;
 
-/// Whether the domain's life ended the operation, or made it pointless.
+/// Returns a finding if the domain ended during the operation or no longer exists.
 pub(super) fn ended(history: &History) -> Option<Finding> {
     let stopped = |message: String| Some(Finding::new(Verdict::DomainNotRunning, message));
     if history.contact() == Some(&Contact::Absent) {
@@ -40,11 +39,11 @@ pub(super) fn ended(history: &History) -> Option<Finding> {
     }
 }
 
-/// What the last call leaves to be said before the guest is looked at; `None` to look at it.
-/// `done` says whether the live XML shows what was asked for.
+/// Returns the ruling that the last call requires before any evidence about the guest counts;
+/// `None` if it requires none. `done` is true if the live XML shows the requested state.
 pub(super) fn after_call(history: &History, now: Timestamp, done: bool) -> Option<Ruling> {
     let over = history.is_over(now);
-    // That an agent does not do as told is the guest's affair.
+    // A failed call to the agent is evidence about the guest, not an error of the hypervisor.
     let ours = |call: &&Call| !matches!(call.action, Action::OnlineVcpus { .. });
     let call = history.calls().last().filter(ours)?;
     let (at, error) = match &call.returned {
@@ -69,7 +68,7 @@ pub(super) fn after_call(history: &History, now: Timestamp, done: bool) -> Optio
         CallError::Overdue { .. } if over && !done => Some(still_running(history)),
         CallError::Overdue { .. } => None,
         CallError::Lost(_) | CallError::Unavailable(_) => lost(history, call, at, now),
-        // What was done before the error stays done: it is looked at first.
+        // Parts of the call may have been carried out before the error, so observe first.
         CallError::AgentSilent { text, .. }
         | CallError::Denied { text, .. }
         | CallError::Unsupported { text, .. }
@@ -77,22 +76,21 @@ pub(super) fn after_call(history: &History, now: Timestamp, done: bool) -> Optio
             if history.latest().at < at && !over {
                 return Some(Ruling::wait("a look at what the failed call left"));
             }
-            // It was made again although the lost one before it had been carried out.
+            // The call repeats a lost one that had been carried out.
             let was_done =
                 history.times_lost(&call.action) > 0 && call.action.is_shown(history.latest());
-            // What was asked for was asked of the guest before; what it did is looked at.
+            // The guest was asked before, and its reaction decides.
             let was_asked = repeated_unplug_error(history).is_some();
             (!was_done && !was_asked).then(|| Ruling::Found(error_finding(history, call, text)))
         }
     }
 }
 
-/// Returns the last call and libvirt's text if it repeated an unplug that had timed out, and failed
-/// otherwise.
+/// Returns the last call and libvirt's text if that call repeated an unplug that had timed out, and
+/// failed for another reason.
 ///
-/// libvirt 9.0 cannot be told that QEMU has dropped a vCPU: it asks QEMU to drop it, QEMU has no
-/// such device, and libvirt gives up with "An error occurred, but the cause is unknown" (measured;
-/// 11.3 takes it for done).
+/// libvirt 9.0 cannot be told that QEMU has removed a vCPU: it asks QEMU to remove it, QEMU has no
+/// such device, and libvirt fails without a cause (measured). libvirt 11.3 succeeds.
 pub(super) fn repeated_unplug_error(history: &History) -> Option<(&Call, &str)> {
     let (last, earlier) = history.calls().split_last()?;
     let text = match last.error()? {
@@ -107,10 +105,10 @@ pub(super) fn repeated_unplug_error(history: &History) -> Option<(&Call, &str)> 
     is_repeated.then_some((last, text.as_str()))
 }
 
-/// How often a call is made at most whose answer was lost each time.
+/// Maximum number of times that a call is made whose answer is lost every time.
 const MOST_LOST: usize = 3;
 
-/// Whether libvirt got the call is not known: the domain shows what became of it.
+/// Rules on a call that may or may not have reached libvirt: the domain shows what became of it.
 fn lost(history: &History, call: &Call, at: Timestamp, now: Timestamp) -> Option<Ruling> {
     let over = history.is_over(now);
     if let (Some(Contact::Unreachable(why)), true) = (history.contact(), over) {
@@ -131,7 +129,7 @@ fn lost(history: &History, call: &Call, at: Timestamp, now: Timestamp) -> Option
     if is_open && !over && history.times_lost(&call.action) < MOST_LOST && history.may_call() {
         return Some(Ruling::Call(call.action.clone()));
     }
-    // A guest may have been asked to let a vCPU go, which the live XML does not show.
+    // A pending unplug of a vCPU does not show in the live XML.
     let may_stand = is_open && matches!(call.action, Action::SetVcpus { .. });
     match may_stand && call.action.is_unplug(&history.before) {
         true => None,
@@ -152,12 +150,12 @@ fn lost(history: &History, call: &Call, at: Timestamp, now: Timestamp) -> Option
     }
 }
 
-/// Whether it is too early to tell what became of a call whose answer was lost.
+/// True if it is too early to know what became of a call whose answer was lost.
 ///
-/// libvirt reads its clients' requests in the order in which they came and takes them up in that
-/// order (rpc/virnetserver.c: one queue of jobs), and a client that is gone is still read to the
-/// end. So an answer to a look that was begun after the loss comes after the lost call was taken
-/// up, if it reached libvirt at all; a second one, a moment later, finds it carried out.
+/// libvirt reads and serves its clients' requests in the order of arrival (rpc/virnetserver.c: one
+/// queue of jobs), and reads a disconnected client to the end. So the answer to an observation that
+/// was started after the loss comes after libvirt has started the lost call, if that reached
+/// libvirt at all. A second observation, a moment later, finds the call carried out.
 pub(super) fn is_unsettled(history: &History, call: &Call) -> bool {
     let Some((at, _)) = call.returned.as_ref().filter(|_| call.is_lost()) else {
         return false;
@@ -192,13 +190,13 @@ fn still_running(history: &History) -> Ruling {
     })
 }
 
-/// What else is being done to the domain.
+/// Returns the name of the job that holds the domain.
 fn holder(history: &History) -> String {
     let job = history.latest().job;
     job.map_or("something else".to_owned(), |job| job.to_string())
 }
 
-/// Whether libvirt could not get hold of the domain before.
+/// True if an earlier call found the domain locked.
 fn was_locked(history: &History) -> bool {
     let is_busy = |call: &Call| matches!(call.error(), Some(CallError::Busy { .. }));
     history.calls().iter().any(is_busy)
@@ -211,7 +209,7 @@ fn unreachable(why: &str) -> Finding {
     )
 }
 
-/// What is to be said at the deadline before anything about the guest.
+/// Returns the finding at the deadline if the guest cannot be judged.
 pub(super) fn at_deadline(history: &History) -> Option<Finding> {
     match history.contact() {
         Some(Contact::Unreachable(why)) => Some(unreachable(why)),
@@ -230,7 +228,7 @@ pub(super) fn at_deadline(history: &History) -> Option<Finding> {
     }
 }
 
-/// libvirt's text, which may be none at all.
+/// Returns libvirt's text or, if that is empty, a substitute.
 fn said(message: &str) -> &str {
     match message.trim() {
         "" => "libvirt failed without saying why",
@@ -238,7 +236,7 @@ fn said(message: &str) -> &str {
     }
 }
 
-/// The hypervisor's own error, with an explanation if there is one.
+/// Returns a finding for the hypervisor's own error, with an explanation if one is known.
 pub(super) fn error_finding(history: &History, call: &Call, text: &str) -> Finding {
     let finding = Finding::new(Verdict::HypervisorError, said(text));
     let known = KNOWN.iter().find(|(known, ..)| text.contains(known));
@@ -267,13 +265,13 @@ fn is_miscounted_unplug(history: &History, call: &Call) -> bool {
         && (guest_has_fewer || repeated_unplug_error(history).is_some())
 }
 
-/// What makes libvirt count the vCPUs that QEMU has (measured: 9.0).
+/// The remedy that makes libvirt count the vCPUs that QEMU has (measured with 9.0).
 pub(super) const COUNT_ANEW: &str = "start libvirt's daemon anew (systemctl restart libvirtd, or virtqemud): domains run on, and it \
      then counts what QEMU has. Until then it plugs no vCPU that it believes to be there. A newer \
      libvirt (11.3 does) takes note by itself";
 
-/// Explanations of QEMU's and libvirt's English error texts that do not say what to do: text, code,
-/// meaning, remedy. They only explain: no verdict and no step depends on them.
+/// Explanations of English error texts of QEMU and libvirt: text, code, meaning, remedy. They only
+/// explain: no verdict and no step depends on them.
 const KNOWN: [(&str, &str, &str, &str); 6] = [
     (
         "with SMI wasn't enabled by firmware",

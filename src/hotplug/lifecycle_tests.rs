@@ -1,4 +1,4 @@
-//! The truth table of what comes between: ends, resets, errors, answers that never come.
+//! Truth table of interruptions: ended domains, resets, errors, lost answers.
 
 use super::simulation::{Change, Habits, World, failed, mib, ms, onlines, without_agent};
 use super::*;
@@ -48,7 +48,7 @@ fn what_holds_a_domain_says_whether_it_is_waited_for() {
             Some(PauseReason::IoError),
             "the domain is paused by an I/O error of",
         ),
-        // As a journal of an older version has it.
+        // From a journal of an older version.
         (
             DomainState::Paused,
             None,
@@ -59,7 +59,7 @@ fn what_holds_a_domain_says_whether_it_is_waited_for() {
             None,
             "the domain is shut off: start it",
         ),
-        // To start it here as well would be its end.
+        // Starting it here as well would destroy it.
         (
             DomainState::ShutOff,
             Some(PauseReason::Migrated),
@@ -133,7 +133,7 @@ fn a_reset_starts_the_evidence_anew() {
     assert!(world.really_uses(3));
     let mut world = World::new(1, without_agent(Habits::default())).at(ms(1000), Change::Reset);
     assert_eq!(world.vcpus(3).verdict(), Verdict::Verified);
-    // A firmware that keeps all vCPUs running for as long as it is at work is no guest.
+    // A firmware that keeps all vCPUs running is not a guest.
     let habits = Habits {
         nr_cpus: 1,
         ..without_agent(Habits::default())
@@ -144,7 +144,7 @@ fn a_reset_starts_the_evidence_anew() {
         world = world.at(ms(after), Change::Runs(1));
     }
     assert_ne!(world.vcpus(3).verdict(), Verdict::Verified);
-    // What ran before the reset does not run now.
+    // Run time before the reset does not count.
     let habits = Habits {
         nr_cpus: 1,
         ..without_agent(Habits::default())
@@ -186,7 +186,7 @@ fn an_error_of_libvirt_is_the_verdict_after_a_look() {
 
 #[test]
 fn a_call_without_an_answer_is_observed_and_not_repeated() {
-    // libvirt did it, and we lost sight of it.
+    // libvirt carried out the call, and the connection broke.
     let lost = World::new(1, onlines()).at(ms(20), Change::LosesLibvirt);
     let mut world = lost.at(ms(3000), Change::FindsLibvirt);
     assert_eq!(world.vcpus(3).verdict(), Verdict::Verified);
@@ -198,8 +198,8 @@ fn a_call_without_an_answer_is_observed_and_not_repeated() {
     assert_eq!(world.made.len(), 1);
 }
 
-/// An operation as the journal has it when this program was killed while the first call of it was
-/// being made, which libvirt never got.
+/// Returns the history of an operation that was killed in its first call, which libvirt never
+/// received.
 fn killed(world: &World, request: HotplugRequest) -> History {
     let terms = world.terms(Require::Online, 30);
     let before = world.observe();
@@ -232,7 +232,7 @@ fn a_call_that_never_got_there_is_made_again_when_that_is_seen() {
         assert!(world.really_uses(to));
     }
 
-    // One of two devices: what was done of the plan is not done again.
+    // Two devices: the part of the plan that was carried out is not repeated.
     let mut world = World::new(1, onlines());
     let mut other = world.domain.memory.devices[0].clone();
     other.alias = Some("ua-mem1".to_owned());
@@ -287,7 +287,7 @@ fn a_call_that_is_lost_again_and_again_is_given_up() {
     assert_eq!(calls, 3);
 }
 
-/// The agent may not have been told: what it is told is absolute too.
+/// The agent may not have received the request, and repeating it does no harm.
 #[test]
 fn an_agent_that_may_not_have_been_told_is_told_again() {
     let mut world = World::new(1, Habits::default());
@@ -307,7 +307,7 @@ fn an_agent_that_may_not_have_been_told_is_told_again() {
     assert_eq!(world.made[before..], [told]);
 }
 
-/// Too early to tell at the deadline is no error: libvirt may be about to do it.
+/// At the deadline libvirt may be about to carry out the lost call.
 #[test]
 fn a_lost_call_may_still_be_carried_out() {
     let mut world = World::new(1, onlines());
@@ -341,6 +341,6 @@ fn a_frozen_libvirt_leaves_the_request_pending() {
     world.call_takes = ms(100_000);
     world.domain.vcpus.each[1].enabled = false;
     let ended = world.vcpus(3);
-    // It is plugged by the XML's word, and the guest is silent.
+    // The live XML shows the vCPUs, and the guest does not react.
     assert_eq!(ended.verdict(), Verdict::GuestSilent);
 }

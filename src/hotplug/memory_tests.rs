@@ -1,4 +1,4 @@
-//! The truth table of memory, on the simulated guest.
+//! Truth table of memory on the simulated guest.
 
 use std::time::Duration;
 
@@ -55,12 +55,12 @@ fn blocks_that_stay_offline_are_found_out() {
     assert!(diagnosis.remedy.contains("auto_online_blocks"));
     assert!(ended.took(&world) < ms(15_000));
 
-    // Asking again changes nothing, and is no proof.
+    // A repeated request changes nothing and proves nothing.
     let calls = world.made.len();
     assert_eq!(world.memory(mib(1024)).verdict(), Verdict::GuestOffline);
     assert_eq!(world.made.len(), calls);
 
-    // Brought online later, the record is put right.
+    // Memory that comes online later corrects the record.
     let mut history = ended.into_history();
     world.total = world.total.saturating_add(mib(512));
     let outcome = world.look_again(&mut history, ms(60_000));
@@ -143,7 +143,7 @@ fn where_nothing_tells_the_total_the_drivers_word_counts() {
             .contains("by the word of the guest's driver")
     );
 
-    // A DIMM has no driver whose word could count.
+    // A DIMM has no driver that reports.
     let mut world = World::new(1, habits).with_dimms();
     let ended = world.memory(mib(1024));
     assert_eq!(
@@ -214,7 +214,7 @@ fn a_small_dimm_that_stays_offline_is_not_mistaken_for_what_a_kernel_takes() {
         Verdict::Verified,
         "asked again"
     );
-    // Nor when the guest's total was not known before.
+    // The same without an earlier total.
     let mut world = World::new(1, world.habits).with_dimms();
     let before = world.observe();
     let request = HotplugRequest::Memory { size: mib(640) };
@@ -338,7 +338,7 @@ fn what_cannot_be_is_refused_with_the_limit() {
     assert_eq!(infeasible(mib(1024), &s390).0, "no-dimms");
     let odd = Bytes::new((1024 << 20) + (1 << 19));
     assert_eq!(infeasible(odd, &dimms).0, "memory-block");
-    // QEMU would refuse it.
+    // QEMU would reject it.
     let (code, text) = infeasible(mib(613), &dimms);
     assert_eq!(code, "memory-block");
     assert!(text.ends_with("ask for 612MiB or 614MiB"), "{text}");

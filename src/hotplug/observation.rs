@@ -1,4 +1,4 @@
-//! What was seen of a domain at one time, from all sides.
+//! The state of a domain at one time, from all sources.
 
 use serde::{Deserialize, Serialize};
 
@@ -6,53 +6,50 @@ use super::Ost;
 use crate::domain::{Domain, DomainState, IdSet, Job, PauseReason, Stats};
 use crate::units::{Bytes, ParseError, Timestamp};
 
-/// A domain as seen at one time.
+/// The state of a domain at one time.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Observation {
-    /// When the looking *began*: whatever happened later may not be in it.
+    /// The *start* of the observation: later changes may be missing.
     pub at: Timestamp,
-    /// The live XML's facts and libvirt's state.
     pub domain: Domain,
-    /// Why it does not run, if it does not.
+    /// The reason why the domain is not running.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<PauseReason>,
-    /// Whether the domain has a definition that outlives it.
+    /// True if the domain has a definition that outlives it.
     pub persistent: bool,
-    /// The bulk statistics; `None` if they could not be had.
+    /// The bulk statistics; `None` if libvirt did not return them.
     pub stats: Option<Stats>,
-    /// What the guest agent said.
     pub agent: Agent,
-    /// What else is being done to the domain, such as a migration.
+    /// The job on the domain, such as a migration.
     pub job: Option<Job>,
-    /// The guest's last answers through ACPI as QEMU remembers them; `None` if it was not asked.
+    /// The guest's last answers through ACPI that QEMU remembers; `None` if QEMU was not asked.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub answers: Option<Vec<Ost>>,
 }
 
-/// What came of asking the guest agent for its vCPUs (`virDomainGetGuestVcpus`).
+/// The result of asking the guest agent for its CPUs (`virDomainGetGuestVcpus`).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum Agent {
-    /// It was not asked: there is no channel, or nobody at its end.
+    /// There is no channel, or no agent is connected to it.
     NotAsked,
-    /// It was asked and did not answer, with libvirt's words.
+    /// The agent did not answer, with libvirt's text.
     Silent(String),
-    /// It answered.
     Answered(GuestVcpus),
 }
 
-/// The guest's own view of its CPUs. The numbers are the guest's: they need not be libvirt's.
+/// The guest's own view of its CPUs, in the guest's numbering, which may differ from libvirt's.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GuestVcpus {
-    /// Those that it has.
+    /// CPUs that the guest has.
     pub vcpus: IdSet,
-    /// Those that it uses.
+    /// CPUs that the guest uses.
     pub online: IdSet,
 }
 
 impl GuestVcpus {
-    /// From the parameters `vcpus` and `online` of `virDomainGetGuestVcpus`.
+    /// Parses the parameters `vcpus` and `online` of `virDomainGetGuestVcpus`.
     ///
     /// # Errors
     /// A text that is not a list of CPUs.
@@ -63,14 +60,13 @@ impl GuestVcpus {
         })
     }
 
-    /// Those that it has and does not use.
+    /// Returns the CPUs that the guest has and does not use.
     pub fn offline(&self) -> IdSet {
         self.vcpus.without(&self.online)
     }
 }
 
 impl Observation {
-    /// The agent's answer, if there was one.
     pub fn guest(&self) -> Option<&GuestVcpus> {
         match &self.agent {
             Agent::Answered(guest) => Some(guest),
@@ -78,7 +74,7 @@ impl Observation {
         }
     }
 
-    /// The domain's state with the reason for it: "paused by a user".
+    /// Returns the domain's state and its reason: "paused by a user".
     pub(super) fn state(&self) -> String {
         let state = self.domain.state;
         match self.reason {
@@ -87,7 +83,7 @@ impl Observation {
         }
     }
 
-    /// What lets the guest run that does not.
+    /// Returns the remedy that makes a stopped domain run.
     pub(super) fn remedy(&self) -> &'static str {
         match (self.reason, self.domain.state) {
             (Some(reason), _) => reason.remedy(),
@@ -98,12 +94,12 @@ impl Observation {
         }
     }
 
-    /// What is awaited of a guest that is held for a while.
+    /// Describes the wait for a domain that is paused for a while.
     pub(super) fn awaiting(&self) -> String {
         format!("the domain, {}, to run again", self.state())
     }
 
-    /// What the guest sees of memory in all, if the balloon's driver ever told.
+    /// Returns the guest's own total memory if the balloon driver has ever reported it.
     pub fn guest_total(&self) -> Option<Bytes> {
         let balloon = self.stats.as_ref()?.balloon;
         balloon.updated.filter(|updated| *updated > 0)?;
@@ -111,9 +107,9 @@ impl Observation {
     }
 }
 
-/// What is known of the machine that the domain runs on.
+/// Facts about the node.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Host {
-    /// What can be given out: free, and used for caches only. `None` if it is not known.
+    /// Memory that is free or used for caches only; `None` if unknown.
     pub available: Option<Bytes>,
 }

@@ -1,59 +1,49 @@
-//! What comes out of an operation, and what is to be done until then.
+//! The steps and the result of an operation.
 
 use serde::{Deserialize, Serialize};
 
 use super::{Action, Amount, Evidence, Verdict};
 use crate::units::Timestamp;
 
-/// What is to be done next.
+/// The next step of an operation.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Step {
-    /// Note the call in the history, write the journal, and make it.
+    /// Append the call to the history, write the journal, and make the call.
     Call(Action),
-    /// Wait for an event or a call to come back, look at the domain again, and ask again; at the
-    /// latest at `until`, when the passing of time alone changes the answer.
+    /// Wait for an event or for the call to return, observe the domain, and judge again.
     Wait {
-        /// What is awaited, for people.
+        /// The awaited thing, for people.
         awaiting: String,
-        /// When to ask again in any case.
+        /// The latest time to judge again: the passing of time alone may change the answer.
         until: Timestamp,
     },
-    /// There is a verdict.
     Done(Box<Outcome>),
 }
 
-/// The result of an operation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Outcome {
-    /// The verdict.
     pub verdict: Verdict,
-    /// One sentence for people.
+    /// The reason in one sentence for people.
     pub message: String,
-    /// What there was before.
     pub before: Amount,
-    /// What was asked for.
     pub requested: Amount,
-    /// What there was when it was last looked at.
+    /// The amount at the last observation.
     pub after: Amount,
-    /// What was seen, in order.
     pub evidence: Vec<Evidence>,
-    /// The hypervisor's own error, if it had one, whether or not it was the last word.
+    /// The hypervisor's own error, even if a later call succeeded.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hypervisor_error: Option<String>,
-    /// What is wrong with the guest, and what to do, if it is the guest.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub diagnosis: Option<Diagnosis>,
 }
 
-/// What is wrong, and what to do.
+/// A cause and its remedy.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Diagnosis {
-    /// A short word for programs.
+    /// A fixed word for programs.
     pub code: String,
-    /// What was seen.
     pub seen: String,
-    /// What to do.
     pub remedy: String,
 }
 
@@ -67,7 +57,7 @@ impl Diagnosis {
     }
 }
 
-/// A verdict with its reasons, before the evidence is added.
+/// A verdict with its reason, without the evidence.
 #[derive(Debug)]
 pub(super) struct Finding {
     pub(super) verdict: Verdict,
@@ -92,7 +82,7 @@ impl Finding {
     }
 }
 
-/// What a judge of one resource says.
+/// The decision of the rules.
 #[derive(Debug)]
 pub(super) enum Ruling {
     Call(Action),
@@ -111,8 +101,8 @@ impl Ruling {
         }
     }
 
-    /// Waits until a guest was given time enough, and then for a look: what was seen before that
-    /// says nothing against it.
+    /// Waits until the end of a grace period and then for an observation: an earlier one does not
+    /// count against the guest.
     pub(super) fn wait_until_then_look(
         awaiting: impl Into<String>,
         until: Option<Timestamp>,

@@ -1,4 +1,4 @@
-//! What is to be called, as data.
+//! Calls to the hypervisor, as data.
 
 use serde::{Deserialize, Serialize};
 
@@ -6,43 +6,35 @@ use super::{Infeasible, Observation, Verdict};
 use crate::domain::{Domain, IdSet};
 use crate::units::{Bytes, KiB};
 
-/// One call to the hypervisor. Every one names what is wanted in the end, so that making it twice
-/// does no harm.
+/// A call to the hypervisor. Each names the final state, so repeating it does no harm.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum Action {
     /// `virDomainSetVcpusFlags`, live.
     SetVcpus {
-        /// How many there are to be.
         count: u32,
-        /// Whether the lasting definition is to say so too.
+        /// True if the persistent definition is changed as well.
         persist: bool,
     },
-    /// `virDomainSetGuestVcpus`: bring CPUs online through the agent.
+    /// `virDomainSetGuestVcpus`: brings CPUs online through the agent.
     OnlineVcpus {
-        /// Which, by the guest's numbers.
+        /// The guest's numbers of the CPUs.
         ids: IdSet,
     },
     /// `virDomainUpdateDeviceFlags` of a virtio-mem device, live, with another `<requested>`.
-    ResizeVirtioMem {
-        /// The device.
-        alias: String,
-        /// What the guest is to have of it.
-        requested: KiB,
-    },
+    ResizeVirtioMem { alias: String, requested: KiB },
     /// `virDomainAttachDeviceFlags` of a DIMM, live.
     AttachDimm {
-        /// The alias to give it, so that it is known again.
+        /// The alias of the new DIMM, by which it is found again.
         alias: String,
-        /// Its size.
         size: KiB,
-        /// The guest's NUMA cell that it belongs to; `None` in a guest without cells.
+        /// The NUMA cell of the DIMM; `None` in a guest without cells.
         node: Option<u32>,
     },
 }
 
 impl Action {
-    /// Whether the live XML shows it done.
+    /// True if the live XML shows the final state.
     pub(super) fn is_shown(&self, seen: &Observation) -> bool {
         let memory = &seen.domain.memory;
         match self {
@@ -51,13 +43,13 @@ impl Action {
                 .device(alias)
                 .is_some_and(|device| device.asked() == Bytes::from(*requested)),
             Self::AttachDimm { alias, .. } => memory.device(alias).is_some(),
-            // The guest's agent tells, and nothing else.
+            // Only the guest agent reports this.
             Self::OnlineVcpus { .. } => false,
         }
     }
 
-    /// Whether what it changes is as it was before, or on the way from there to what is asked for:
-    /// then making it again does nothing that was not asked for.
+    /// True if the affected resource is unchanged or on its way from `before` to the final state.
+    /// Then repeating the call causes nothing that was not requested.
     pub(super) fn is_open(&self, before: &Observation, seen: &Observation) -> bool {
         let (had, has) = (&before.domain, &seen.domain);
         match self {
@@ -76,7 +68,7 @@ impl Action {
         }
     }
 
-    /// Whether it asks the guest to give something back.
+    /// True if the call asks the guest to release something.
     pub(super) fn is_unplug(&self, before: &Observation) -> bool {
         match self {
             Self::SetVcpus { count, .. } => *count < before.domain.vcpus.plugged(),
@@ -89,38 +81,33 @@ impl Action {
     }
 }
 
-/// What is to be called for a request, in order; nothing if the target is met already.
+/// The calls for a request, in order. Empty if the hypervisor has what is requested.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Plan {
-    /// The calls.
     pub actions: Vec<Action>,
 }
 
-/// What comes of looking at a request before anything is changed.
+/// The result of checking a request before anything is changed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Preflight {
-    /// It can be done, by this plan.
     Ready(Plan),
-    /// It cannot be done as long as something else is being done to the domain: look again later,
-    /// and say `Busy` at the deadline. What is awaited, for people.
+    /// A job holds the domain: observe again later, and end with `Busy` at the deadline. Carries
+    /// the awaited thing, for people.
     Blocked(String),
-    /// It cannot be done. Nothing was changed.
     Rejected(Rejection),
 }
 
-/// Why a request cannot be done at all.
+/// The reason why a request is rejected. Nothing was changed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Rejection {
-    /// The domain does not run: its state with the reason, and what to do.
+    /// The domain is not running: its state and the remedy.
     #[error("the domain is {0}: {1}")]
     NotRunning(String, &'static str),
-    /// A limit.
     #[error(transparent)]
     Infeasible(#[from] Infeasible),
 }
 
 impl Rejection {
-    /// The verdict that it comes to.
     pub fn verdict(&self) -> Verdict {
         match self {
             Self::NotRunning(..) => Verdict::DomainNotRunning,

@@ -1,4 +1,4 @@
-//! Rules that hold whatever a domain is like, whatever a guest does, and whatever is seen.
+//! Properties that hold for every domain, guest and history.
 
 use std::time::Duration;
 
@@ -63,7 +63,6 @@ fn change() -> impl Strategy<Value = Change> {
     ]
 }
 
-/// A world, and what happens in it.
 fn world(vcpus: u32) -> impl Strategy<Value = World> {
     let flags = (any::<bool>(), any::<bool>(), any::<bool>());
     let changes = prop::collection::vec((0_u64..30_000, change()), 0..3);
@@ -75,7 +74,7 @@ fn world(vcpus: u32) -> impl Strategy<Value = World> {
     )
         .prop_map(
             move |(habits, (events, times, forgetful), changes, call_takes)| {
-                // A guest has booted with what it has room for.
+                // A guest has room for what it booted with.
                 let nr_cpus = habits.nr_cpus.max(vcpus);
                 let mut world = World::new(vcpus, Habits { nr_cpus, ..habits });
                 world.monitor_events = events;
@@ -96,8 +95,8 @@ fn require() -> impl Strategy<Value = Require> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(256))]
 
-    /// `Verified` at the highest level is what really is in the guest; and there is a verdict in
-    /// time, whatever happens.
+    /// `Verified` at the highest level means that the guest uses it, and there is a verdict in
+    /// time.
     #[test]
     fn verified_vcpus_are_really_there(
         mut world in (1_u32..5).prop_flat_map(world),
@@ -148,7 +147,7 @@ proptest! {
                 let memory = &world.domain.memory;
                 prop_assert_eq!(memory.plugged(), size);
                 let uses = world.total.saturating_add(kernel) >= memory.plugged();
-                // Without a total that tells, a virtio-mem driver's word is all there is.
+                // Without a total only the virtio-mem driver reports.
                 let by_word = !dimms && ended.outcome().message.contains("by the word");
                 let smaller = ended.outcome().message.contains("given back");
                 prop_assert!(uses || by_word || smaller, "{:?}: {:?}", world.habits, ended.outcome());
@@ -156,8 +155,7 @@ proptest! {
         }
     }
 
-    /// No plan asks for more than there can be, for other than was asked for, or for parts of
-    /// blocks.
+    /// No plan exceeds the maximum, differs from the request, or splits a block.
     #[test]
     fn no_plan_exceeds_the_maximum(
         devices in prop::collection::vec((1_u64..5, 0_u64..1100, any::<bool>(), 0_u64..3), 0..5),
@@ -223,7 +221,7 @@ proptest! {
     }
 }
 
-/// Something that comes into a history, from a real world or not.
+/// An input of a history, possible or not.
 #[derive(Debug, Clone)]
 enum Input {
     Seen {
@@ -321,9 +319,8 @@ fn input() -> impl Strategy<Value = Input> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(300))]
 
-    /// Whatever is seen, in whatever order: no panic, no wait beyond the deadline, a verdict at
-    /// the deadline, the same one again from the journal; and `Verified` only if the last look
-    /// shows it.
+    /// No history panics, waits beyond the deadline, or has no verdict at the deadline; the journal
+    /// gives the same verdict; and `Verified` needs the last observation to show it.
     #[test]
     fn no_history_misleads(
         inputs in prop::collection::vec((0_u64..3000, input()), 0..40),

@@ -1,4 +1,4 @@
-//! What can be asked for.
+//! Requests and their terms.
 
 use std::fmt;
 use std::str::FromStr;
@@ -10,23 +10,19 @@ use super::resource::{ResourceKind, Wanted, resource};
 use super::{Amount, Observation};
 use crate::units::{Bytes, ParseError, Timestamp};
 
-/// A target for one resource of one domain. Always absolute: asking twice is harmless.
+/// The target for one resource of one domain. Always a total, so repeating a request does no harm.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub enum HotplugRequest {
-    /// So many vCPUs in all.
+    /// A total number of vCPUs.
     Vcpus {
-        /// How many.
         count: u32,
-        /// Whether those that the guest leaves offline are brought online through its agent.
+        /// True if CPUs that the guest leaves offline are brought online through its agent.
         #[serde(default)]
         online: bool,
     },
-    /// So much memory in all: what the domain booted with and what is plugged.
-    Memory {
-        /// How much.
-        size: Bytes,
-    },
+    /// A total amount of memory: boot memory and memory devices.
+    Memory { size: Bytes },
 }
 
 impl HotplugRequest {
@@ -50,25 +46,25 @@ impl HotplugRequest {
     }
 }
 
-/// What must be proven for `Verified`. In rising order.
+/// The level of proof that `Verified` requires, in rising order.
 #[derive(
     Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
 )]
 pub enum Require {
-    /// The hypervisor did it.
+    /// The hypervisor did its part.
     Accepted,
     /// The guest's firmware interface or driver confirmed it.
     Acknowledged,
-    /// The guest uses it; for an unplug, it is gone everywhere.
+    /// The guest uses it; after an unplug, no source shows it.
     #[default]
     Online,
 }
 
 impl Require {
-    /// Every level, in rising order.
+    /// All levels, in rising order.
     pub const ALL: [Self; 3] = [Self::Accepted, Self::Acknowledged, Self::Online];
 
-    /// The word in the API's objects; the command line writes it in lower case.
+    /// Returns the word of the API's objects. The command line uses lower case.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Accepted => "Accepted",
@@ -87,7 +83,7 @@ impl fmt::Display for Require {
 impl FromStr for Require {
     type Err = ParseError;
 
-    /// `Online`, or `online`.
+    /// Parses `Online` or `online`.
     fn from_str(text: &str) -> Result<Self, ParseError> {
         Self::ALL
             .into_iter()
@@ -99,30 +95,27 @@ impl FromStr for Require {
     }
 }
 
-/// How much proof, by when, and how long to wait for a guest that is slow.
+/// The required proof, the deadline, and the grace periods for a slow guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Terms {
-    /// What must be proven.
     pub require: Require,
-    /// When there must be a verdict.
     pub deadline: Timestamp,
-    /// How long to wait before a sign against success counts.
     pub patience: Patience,
 }
 
-/// How long a guest may take before a state that could still change becomes the verdict. The
-/// deadline cuts all of them.
+/// Grace periods before a state that may still change becomes the verdict. The deadline limits all
+/// of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Patience {
-    /// For what is there to be brought online: by a udev rule, an agent of its own, a person.
+    /// Time for CPUs or memory to come online by a udev rule, an agent in the guest, or a person.
     pub offline: Duration,
-    /// For a CPU that the guest confirmed to appear. Linux answers after it has registered the
-    /// CPU, so this only covers the way through the agent.
+    /// Time for a confirmed CPU to appear in the agent's answer. Linux confirms after it has
+    /// registered the CPU, so this covers only the delay of the agent.
     pub appear: Duration,
-    /// For a virtio-mem device to move again. Linux tries again after 5 s, then ever more seldom
-    /// (`VIRTIO_MEM_RETRY_TIMER_MIN_MS`, drivers/virtio/virtio_mem.c).
+    /// Time for a virtio-mem device to move again. Linux retries after 5 s and then at growing
+    /// intervals (`VIRTIO_MEM_RETRY_TIMER_MIN_MS`, drivers/virtio/virtio_mem.c).
     pub stalled: Duration,
 }
 

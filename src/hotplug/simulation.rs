@@ -1,5 +1,5 @@
-//! A hypervisor and a guest for tests, in virtual time, which behave as the real ones were seen to
-//! in the lab; and a loop that keeps a history of them and does as [`judge`] says.
+//! A hypervisor and a guest in memory and virtual time, modeled on measurements, and a loop that
+//! keeps a history and follows [`judge`].
 
 mod behaviour;
 
@@ -13,7 +13,7 @@ use crate::domain::{
 };
 use crate::units::Bytes;
 
-/// How often a domain is looked at.
+/// Interval between observations.
 const LOOK: Duration = Duration::from_millis(200);
 
 pub(super) fn mib(mib: u64) -> Bytes {
@@ -24,32 +24,29 @@ pub(super) fn ms(millis: u64) -> Duration {
     Duration::from_millis(millis)
 }
 
-/// What a guest does.
+/// The behavior of a guest.
 #[derive(Debug, Clone)]
 pub(super) struct Habits {
-    /// After how long it brings CPUs online by itself, if it does.
+    /// Time after which the guest brings CPUs online by itself.
     pub(super) onlines_after: Option<Duration>,
-    /// It has room for so many CPUs and throws others away, with a smile.
+    /// Maximum number of CPUs. The guest confirms further ones and drops them.
     pub(super) nr_cpus: u32,
-    /// CPUs stay offline whatever it is told.
+    /// CPUs stay offline, whatever is requested.
     pub(super) stuck: bool,
-    /// It notices nothing: still in firmware, without ACPI, hung.
+    /// The guest notices nothing: it is in its firmware, has no ACPI, or hangs.
     pub(super) deaf: bool,
-    /// It refuses to add CPUs and DIMMs, with that status.
+    /// The guest rejects CPUs and DIMMs with this status.
     pub(super) refuses: Option<u32>,
-    /// It refuses to let that CPU go.
+    /// The guest does not release this CPU.
     pub(super) keeps: Option<u32>,
-    /// It has an agent.
     pub(super) agent: bool,
-    /// It has a driver for virtio-mem.
     pub(super) virtio_mem: bool,
-    /// It brings memory online.
     pub(super) blocks_online: bool,
-    /// So much of virtio-mem memory cannot be given back.
+    /// virtio-mem memory that cannot be returned.
     pub(super) pinned: Bytes,
-    /// It takes no more than so much of virtio-mem memory.
+    /// Maximum virtio-mem memory that the guest takes.
     pub(super) takes_at_most: Bytes,
-    /// Its balloon driver tells statistics.
+    /// The balloon driver reports statistics.
     pub(super) tells_total: bool,
 }
 
@@ -84,7 +81,7 @@ enum Effect {
     Tests(Change),
 }
 
-/// What a test has happen at a time.
+/// A change at a given time.
 #[derive(Debug, Clone)]
 pub(super) enum Change {
     Destroy,
@@ -96,31 +93,28 @@ pub(super) enum Change {
     FindsLibvirt,
     FreesMemory,
     Onlines(u32),
-    /// A vCPU runs for a while, the guest's system knowing it or not.
+    /// A vCPU runs for a moment, with or without the guest's system.
     Runs(u32),
 }
 
-/// A domain and its guest.
 #[derive(Debug, Clone)]
 pub(super) struct World {
     pub(super) now: Timestamp,
     pub(super) domain: Domain,
     pub(super) habits: Habits,
-    /// Why it is paused when it is.
     pub(super) paused_by: PauseReason,
     pub(super) persistent: bool,
     pub(super) monitor_events: bool,
     pub(super) counts_time: bool,
-    /// libvirt up to 12.3 does not notice that a vCPU went.
+    /// libvirt up to 12.3 does not notice that a vCPU was released.
     pub(super) forgetful: bool,
-    /// libvirt 9.0 cannot be told so either.
+    /// libvirt 9.0 does not notice even when the call is repeated.
     pub(super) unteachable: bool,
     pub(super) host: Host,
-    /// Every call that was made.
     pub(super) made: Vec<Action>,
-    /// How a call is to fail instead of being done.
+    /// The error of every call.
     pub(super) fails: Option<CallError>,
-    /// A call takes so long to come back.
+    /// Time until a call returns.
     pub(super) call_takes: Duration,
     qemu: BTreeSet<u32>,
     pub(super) has: BTreeSet<u32>,
@@ -136,7 +130,7 @@ pub(super) struct World {
 }
 
 impl World {
-    /// A guest of so many vCPUs of four, with 512 MiB and a virtio-mem device of 2 GiB.
+    /// A guest with `vcpus` of 4 vCPUs, 512 MiB, and a virtio-mem device of 2 GiB.
     pub(super) fn new(vcpus: u32, habits: Habits) -> Self {
         let device = MemoryDevice {
             model: MemoryModel::VirtioMem,
@@ -226,13 +220,13 @@ impl World {
         world
     }
 
-    /// The same with slots for DIMMs in place of the virtio-mem device.
+    /// Replaces the virtio-mem device by slots for DIMMs.
     pub(super) fn with_dimms(mut self) -> Self {
         self.domain.memory.devices.clear();
         self
     }
 
-    /// Has something happen later.
+    /// Schedules a change.
     pub(super) fn at(mut self, after: Duration, change: Change) -> Self {
         self.later(after, Effect::Tests(change));
         self
@@ -303,7 +297,7 @@ impl World {
         }
     }
 
-    /// Lets time pass up to that moment.
+    /// Advances time.
     fn pass(&mut self, until: Timestamp) {
         while self.now < until {
             let next = self.pending.iter().map(|(at, _)| *at).min();
@@ -330,7 +324,7 @@ impl World {
 
     fn report(&mut self, history: &mut History) {
         for (at, event) in std::mem::take(&mut self.happened) {
-            // The domain's own end is told by libvirt, the rest by QEMU.
+            // libvirt reports the end of a domain, QEMU everything else.
             if self.monitor_events || matches!(event, Event::Stopped(_)) {
                 history.happened(at, event);
             }
@@ -350,7 +344,7 @@ impl World {
         }
     }
 
-    /// Carries a request out, as an executor would.
+    /// Carries out a request like an executor.
     pub(super) fn carry_out(&mut self, request: HotplugRequest, terms: Terms) -> Ended {
         let before = self.observe();
         let plan = match preflight(&request, &before, &self.host) {
@@ -363,7 +357,7 @@ impl World {
         Ended::Judged(Box::new((outcome, history)))
     }
 
-    /// Waits as it is told until the next step is such a one.
+    /// Continues until the next step matches.
     pub(super) fn go_on_until(&mut self, history: &mut History, wanted: impl Fn(&Step) -> bool) {
         while !wanted(&judge(history, self.now)) {
             self.pass(self.now.after(LOOK));
@@ -371,7 +365,7 @@ impl World {
         }
     }
 
-    /// Goes on with an operation until there is a verdict.
+    /// Continues until there is a verdict.
     pub(super) fn go_on(&mut self, history: &mut History) -> Outcome {
         for _ in 0..10_000 {
             match judge(history, self.now) {
@@ -383,7 +377,7 @@ impl World {
                 Step::Wait { until, .. } => {
                     assert!(until > self.now, "asked to wait for the past");
                     assert!(until <= history.terms.deadline, "asked to wait too long");
-                    // A real event would end the wait; here all are looked at soon enough.
+                    // A real event would end the wait; frequent observations do here.
                     self.pass(until.min(self.now.after(LOOK)));
                     self.report(history);
                 }
@@ -392,13 +386,13 @@ impl World {
         panic!("no verdict: {history:?}");
     }
 
-    /// Somebody makes that call of those that were made once more.
+    /// Repeats an earlier call.
     pub(super) fn call_again(&mut self, number: usize) {
         let action = self.made[number].clone();
         self.call(&action);
     }
 
-    /// Lets time pass after a verdict, and judges again.
+    /// Advances time after a verdict and judges again.
     pub(super) fn look_again(&mut self, history: &mut History, after: Duration) -> Outcome {
         let until = self.now.after(after);
         while self.now < until {
@@ -435,7 +429,7 @@ impl World {
         }
     }
 
-    /// Whether the guest really uses so many vCPUs, and the hypervisor has as many.
+    /// True if the guest uses `count` vCPUs and the hypervisor has as many.
     pub(super) fn really_uses(&self, count: u32) -> bool {
         self.online.len() == count as usize && self.enabled().len() == count as usize
     }
@@ -445,7 +439,6 @@ fn seconds_of(moment: Timestamp) -> u64 {
     u64::try_from(moment.as_seconds()).unwrap()
 }
 
-/// How an operation ended.
 #[derive(Debug)]
 pub(super) enum Ended {
     Rejected(Rejection),
@@ -479,7 +472,6 @@ impl Ended {
         diagnosis.map_or("none", |diagnosis| &diagnosis.code)
     }
 
-    /// How long the operation took.
     pub(super) fn took(&self, world: &World) -> Duration {
         match self {
             Self::Rejected(_) => Duration::ZERO,
@@ -488,7 +480,7 @@ impl Ended {
     }
 }
 
-/// An error without a meaning of its own.
+/// An error that has no variant of its own.
 pub(super) fn failed(text: &str) -> CallError {
     CallError::Failed {
         call: "set-vcpus".into(),
@@ -497,7 +489,6 @@ pub(super) fn failed(text: &str) -> CallError {
     }
 }
 
-/// The vCPUs by number, for a test.
 pub(super) fn ids(text: &str) -> IdSet {
     text.parse().unwrap()
 }
@@ -510,7 +501,7 @@ pub(super) fn onlines() -> Habits {
     }
 }
 
-/// The same without an agent.
+/// The same guest without an agent.
 pub(super) fn without_agent(habits: Habits) -> Habits {
     Habits {
         agent: false,
@@ -518,7 +509,7 @@ pub(super) fn without_agent(habits: Habits) -> Habits {
     }
 }
 
-/// Where the evidence of an outcome comes from.
+/// Returns the sources of the evidence, each once.
 pub(super) fn sources(ended: &Ended) -> Vec<Source> {
     let evidence = &ended.outcome().evidence;
     let mut sources: Vec<Source> = evidence.iter().map(|piece| piece.source).collect();

@@ -1,19 +1,19 @@
-//! The evidence of an operation, put together for people: in order of time, and only news.
+//! The evidence of an operation for people: in order of time, without repetitions.
 
 use super::history::Return;
 use super::{Action, Answer, Event, Evidence, History, Ost, Source};
 use crate::units::Timestamp;
 
-/// More would be no help to a reader: the first and the last of them are kept.
+/// Maximum number of entries. The first and the last are kept.
 const MOST: usize = 64;
 
-/// Evidence as it is collected, in any order.
+/// Evidence in any order.
 #[derive(Debug, Default)]
 pub(super) struct Timeline(Vec<Evidence>);
 
 impl Timeline {
-    /// Begins with what is told alike for every resource: the calls, as `describe` puts them,
-    /// and what happened to the domain, with what `describe_event` knows of the resource.
+    /// Starts with the evidence that every kind of resource has: the calls, in the words of
+    /// `describe`, and the domain's events, with `describe_event` for those of the resource.
     pub(super) fn of(
         history: &History,
         describe: impl Fn(&Action) -> Option<String>,
@@ -47,7 +47,6 @@ impl Timeline {
         timeline
     }
 
-    /// Adds a piece.
     pub(super) fn add(&mut self, source: Source, time: Timestamp, detail: impl Into<String>) {
         self.0.push(Evidence {
             source,
@@ -56,7 +55,7 @@ impl Timeline {
         });
     }
 
-    /// All in order of time, without what a source has just said before.
+    /// Sorts the evidence by time and drops what repeats the same source's previous entry.
     pub(super) fn finish(mut self) -> Vec<Evidence> {
         self.0.sort_by_key(|piece| piece.time);
         let mut news: Vec<Evidence> = Vec::new();
@@ -85,7 +84,7 @@ fn lifecycle(event: &Event) -> Option<String> {
     })
 }
 
-/// An answer through ACPI about the device of that name.
+/// Describes an answer through ACPI about a named device.
 pub(super) fn ost_detail(ost: &Ost, name: &str) -> Option<(Source, String)> {
     let to = match ost.answer()? {
         Answer::Added | Answer::NotAdded => "plug",

@@ -1,4 +1,4 @@
-//! The truth table of vCPUs that are to go, on the simulated guest.
+//! Truth table of vCPUs that are unplugged, on the simulated guest.
 
 use super::simulation::{Habits, World, ms, onlines, sources};
 use super::*;
@@ -25,20 +25,20 @@ fn an_unplug_is_verified_although_libvirt_says_it_timed_out() {
     );
     assert!(sources(&ended).contains(&Source::DeviceEvent));
 
-    // Two at once: libvirt takes them one after the other.
+    // libvirt unplugs one after the other.
     let mut world = World::new(3, onlines());
     assert_eq!(world.vcpus(1).verdict(), Verdict::Verified);
     assert!(world.really_uses(1));
     assert_eq!(world.made.len(), 3);
 
-    // A libvirt that notices by itself is told once.
+    // A libvirt that notices by itself gets one call.
     let mut world = World::new(3, onlines());
     world.forgetful = false;
     assert_eq!(world.vcpus(1).verdict(), Verdict::Verified);
     assert_eq!(world.made.len(), 1);
 }
 
-/// As libvirt 9.0 is, with QEMU's software emulation.
+/// libvirt 9.0 behaves so with QEMU's software emulation.
 #[test]
 fn a_libvirt_that_cannot_be_told_is_to_be_started_anew() {
     let unteachable = |agent| {
@@ -60,7 +60,7 @@ fn a_libvirt_that_cannot_be_told_is_to_be_started_anew() {
     assert!(ended.took(&world) < ms(6000));
     assert_eq!((world.has.len(), world.online.len()), (2, 2));
     assert_eq!(world.made.len(), 2);
-    // Its daemon is started anew, and counts what QEMU has.
+    // The restarted daemon counts what QEMU has.
     let mut history = ended.into_history();
     world.look_again(&mut history, ms(1000));
     assert_eq!(settle(&history), None, "it does not listen");
@@ -68,14 +68,15 @@ fn a_libvirt_that_cannot_be_told_is_to_be_started_anew() {
     let outcome = world.look_again(&mut history, ms(1000));
     assert_eq!(outcome.verdict, Verdict::Verified);
 
-    // Of two, the second is not asked for: libvirt gets no further than the first.
+    // libvirt does not get beyond the first of two.
     let ended = unteachable(true).vcpus(1);
     assert_eq!(
         (ended.verdict(), ended.diagnosis()),
         (Verdict::PartiallyApplied, "libvirt-miscounts")
     );
 
-    // Who asks again learns the same, and who asks for what libvirt counts is not told it is there.
+    // A repeated request has the same result, and a request for what libvirt counts is not
+    // verified.
     let mut world = unteachable(true);
     world.vcpus(2);
     let ended = world.vcpus(2);
@@ -93,7 +94,7 @@ fn a_libvirt_that_cannot_be_told_is_to_be_started_anew() {
         "libvirt counts 3 vCPUs and the guest has 2"
     );
 
-    // The agent alone can tell, and where nobody can there is libvirt's own word.
+    // The agent alone is evidence; without any, libvirt's error is the verdict.
     for (agent, verdict) in [(true, Verdict::Pending), (false, Verdict::HypervisorError)] {
         let mut world = unteachable(agent);
         world.monitor_events = false;
@@ -146,7 +147,7 @@ fn a_guest_that_keeps_a_cpu_is_found_out_before_libvirt_gives_up() {
     assert!(ended.took(&world) <= ms(1000));
     assert_eq!(world.made.len(), 1);
 
-    // A later success puts the record right.
+    // A later success corrects the record.
     let mut history = ended.into_history();
     world.habits.keeps = None;
     world.forgetful = false;
@@ -191,7 +192,7 @@ fn an_unplug_that_nobody_answers_stands() {
     assert!(world.made.len() <= 2);
 }
 
-/// What went after the deadline: libvirt is told, if that is all that it takes.
+/// vCPUs that are released after the deadline need another call to libvirt.
 #[test]
 fn a_vcpu_that_goes_after_the_verdict_is_brought_to_libvirts_notice() {
     let habits = Habits {
@@ -205,7 +206,7 @@ fn a_vcpu_that_goes_after_the_verdict_is_brought_to_libvirts_notice() {
     world.look_again(&mut history, ms(1000));
     assert_eq!(settle(&history), None, "nothing went");
 
-    // It wakes up and does as it was told; somebody else has to ask, who is told of a timeout.
+    // The guest reacts late; another client repeats the call, which times out.
     world.habits.deaf = false;
     let made = world.made.len();
     world.call_again(made - 1);
@@ -219,7 +220,7 @@ fn a_vcpu_that_goes_after_the_verdict_is_brought_to_libvirts_notice() {
     assert_eq!(outcome.verdict, Verdict::Verified);
     assert_eq!(settle(&history), None, "libvirt agrees");
 
-    // Somebody plugged one.
+    // Another client plugs one.
     let mut seen = world.observe();
     for vcpu in &mut seen.domain.vcpus.each {
         vcpu.enabled = true;

@@ -1,4 +1,4 @@
-//! The truth table of vCPUs that are plugged, on the simulated guest.
+//! Truth table of vCPUs that are plugged, on the simulated guest.
 
 use std::time::Duration;
 
@@ -201,7 +201,7 @@ fn the_acknowledged_level_believes_acpi_until_the_agent_contradicts() {
         };
         let ended = world.carry_out(request.clone(), terms);
         assert_eq!(ended.verdict(), verdict, "{:?}", world.habits);
-        // The hypervisor's own word is enough for the lowest level.
+        // The lowest level needs only the hypervisor.
         let mut world = World::new(1, world.habits);
         let terms = world.terms(Require::Accepted, 30);
         assert_eq!(world.carry_out(request, terms).verdict(), Verdict::Verified);
@@ -237,7 +237,7 @@ fn a_guest_that_refuses_or_is_deaf() {
         assert!(ended.took(&world) >= ms(30_000));
     }
 
-    // Some QEMUs are at fault themselves, but only where they emulate.
+    // Some QEMU versions are the cause, but only with software emulation.
     for (virt_type, emulated) in [("qemu", true), ("kvm", false)] {
         let deaf = Habits {
             deaf: true,
@@ -260,7 +260,7 @@ fn without_any_source_it_is_unverifiable() {
         (ended.verdict(), ended.diagnosis()),
         (Verdict::Unverifiable, "no-source")
     );
-    // With ACPI's word alone, too, once there was time for more.
+    // The same with answers through ACPI, after the grace period.
     let mut world = World::new(1, without_agent(onlines()));
     world.counts_time = false;
     let ended = world.vcpus(3);
@@ -386,7 +386,7 @@ fn an_agent_that_dies_leaves_the_other_sources() {
 
 #[test]
 fn a_moment_in_the_firmware_is_no_proof() {
-    // A firmware with Secure Boot starts each new CPU once, whatever the guest does then.
+    // A firmware with Secure Boot starts each new CPU once.
     let world = World::new(1, without_agent(Habits::default()));
     let terms = world.terms(Require::Online, 3);
     let request = HotplugRequest::Vcpus {
@@ -433,7 +433,8 @@ fn the_lasting_definition_is_changed_where_there_is_one() {
     );
 }
 
-/// The guest brings its CPUs online while nobody can look: what was seen before is no verdict.
+/// The guest brings its CPUs online while the domain cannot be observed: earlier observations do
+/// not count.
 #[test]
 fn what_was_seen_before_a_guests_time_was_up_says_nothing_against_it() {
     for agent in [true, false] {

@@ -7,41 +7,39 @@ use serde::{Deserialize, Serialize};
 
 use crate::units::ParseError;
 
-/// How an operation ended. The words are a contract: they stand in the command line's output, the
-/// API, the objects' conditions and the metrics.
+/// The result of an operation. The words are a contract: the command line, the API, the objects'
+/// conditions and the metrics use them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Verdict {
-    /// Everything that was asked for is proven at the level that was asked for.
+    /// The request is proven at the required level.
     Verified,
-    /// The guest took some of it; the result says how much.
+    /// The guest took part of it.
     PartiallyApplied,
     /// The guest has it and does not use it.
     GuestOffline,
-    /// The guest said no, or provably threw it away.
+    /// The guest rejected it, or provably dropped it.
     GuestRefused,
-    /// The hypervisor did its part, and the guest gave no sign within the deadline.
+    /// The hypervisor did its part, and the guest did not react before the deadline.
     GuestSilent,
-    /// Accepted; the domain offers no source of evidence at the level that was asked for.
+    /// The hypervisor did its part, and the domain has no source of evidence at the required level.
     Unverifiable,
-    /// The deadline passed and the request is still outstanding in the hypervisor; a later
-    /// completion changes the record.
+    /// The request is still outstanding in the hypervisor at the deadline. A later completion
+    /// changes the record.
     Pending,
-    /// A limit that was known before: nothing was changed.
+    /// A limit ruled the request out. Nothing was changed.
     Infeasible,
-    /// Something else held the domain until the deadline.
+    /// Another job held the domain until the deadline.
     Busy,
-    /// There is no such domain.
     DomainNotFound,
-    /// The domain does not run, or stopped running in the middle.
+    /// The domain is not running, or stopped during the operation.
     DomainNotRunning,
-    /// The hypervisor's own error.
+    /// The hypervisor reported an error.
     HypervisorError,
-    /// There was no connection to the hypervisor.
     HypervisorUnavailable,
 }
 
 impl Verdict {
-    /// Every verdict there is, for metrics that begin at zero.
+    /// All verdicts. Their metrics start at zero.
     pub const ALL: [Self; 13] = [
         Self::Verified,
         Self::PartiallyApplied,
@@ -58,7 +56,6 @@ impl Verdict {
         Self::HypervisorUnavailable,
     ];
 
-    /// The word.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Verified => "Verified",
@@ -77,8 +74,8 @@ impl Verdict {
         }
     }
 
-    /// Whether the hypervisor has done its part, or may still do it, and the guest may follow: such
-    /// a record can become `Verified` later, when the guest is seen to have followed.
+    /// True if the guest may still follow. Such a record becomes `Verified` once the guest is
+    /// observed to have followed.
     pub fn may_change(self) -> bool {
         matches!(
             self,

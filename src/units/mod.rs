@@ -1,4 +1,4 @@
-//! Sizes of memory, as types: no size crosses a module's boundary as a bare number.
+//! Quantities as types. No size crosses a module boundary as a bare number.
 
 mod parse_error;
 mod timestamp;
@@ -15,7 +15,7 @@ pub use self::words::{counted, seconds, shortened};
 
 const KIB: u64 = 1024;
 
-/// The units that are read and written, the largest first. Powers of 1024.
+/// Units that are parsed and written, the largest first. All are powers of 1024.
 const UNITS: [(&str, u64); 7] = [
     ("EiB", 1 << 60),
     ("PiB", 1 << 50),
@@ -28,9 +28,9 @@ const UNITS: [(&str, u64); 7] = [
 
 /// A size in bytes.
 ///
-/// Read from a number with a binary unit, in the usual spelling (`1024MiB`, `1.5GiB`) or as a
-/// Kubernetes quantity (`2Gi`, `512Mi`). Shown, and serialized, with the largest unit that leaves
-/// no fraction: what is shown can be read again.
+/// Parsed from a number with a binary unit, in the usual spelling (`1024MiB`, `1.5GiB`) or as a
+/// Kubernetes quantity (`2Gi`, `512Mi`). Written and serialized with the largest unit that leaves
+/// no fraction, so that it can be parsed again.
 #[derive(
     Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
 )]
@@ -38,55 +38,52 @@ const UNITS: [(&str, u64); 7] = [
 pub struct Bytes(u64);
 
 impl Bytes {
-    /// No memory at all.
     pub const ZERO: Self = Self(0);
 
-    /// This many bytes.
     pub const fn new(bytes: u64) -> Self {
         Self(bytes)
     }
 
-    /// This many MiB; `None` above 16 EiB.
+    /// Returns `None` above 16 EiB.
     pub fn from_mib(mib: u64) -> Option<Self> {
         mib.checked_mul(KIB * KIB).map(Self)
     }
 
-    /// The number of bytes.
     pub const fn get(self) -> u64 {
         self.0
     }
 
-    /// The sum; `None` above 16 EiB.
+    /// Returns `None` above 16 EiB.
     pub fn checked_add(self, other: Self) -> Option<Self> {
         self.0.checked_add(other.0).map(Self)
     }
 
-    /// The sum, cut at 16 EiB: for comparisons, where "more than there can be" is enough.
+    /// Adds, with a maximum of 16 EiB, for comparisons.
     pub fn saturating_add(self, other: Self) -> Self {
         Self(self.0.saturating_add(other.0))
     }
 
-    /// What is left; `None` if `other` is larger.
+    /// Returns `None` if `other` is larger.
     pub fn checked_sub(self, other: Self) -> Option<Self> {
         self.0.checked_sub(other.0).map(Self)
     }
 
-    /// What is left; nothing if `other` is larger.
+    /// Returns zero if `other` is larger.
     pub fn saturating_sub(self, other: Self) -> Self {
         Self(self.0.saturating_sub(other.0))
     }
 
-    /// How far two sizes are apart.
     pub fn abs_diff(self, other: Self) -> Self {
         Self(self.0.abs_diff(other.0))
     }
 
-    /// Whether this is a whole number of `unit`s; never if that is zero.
+    /// Returns false if `unit` is zero.
     pub fn is_multiple_of(self, unit: Self) -> bool {
         unit.0 != 0 && self.0.is_multiple_of(unit.0)
     }
 
-    /// The largest multiple of `unit` that is not above this; itself if `unit` is zero.
+    /// Returns the largest multiple of `unit` that is not above this size; the size itself if
+    /// `unit` is zero.
     pub fn round_down(self, unit: Self) -> Self {
         match unit.0 {
             0 => self,
@@ -94,7 +91,7 @@ impl Bytes {
         }
     }
 
-    /// The smallest multiple of `unit` that is not below this; `None` above 16 EiB.
+    /// Returns the smallest multiple of `unit` that is not below this size; `None` above 16 EiB.
     pub fn round_up(self, unit: Self) -> Option<Self> {
         match self.is_multiple_of(unit) || unit.0 == 0 {
             true => Some(self),
@@ -102,12 +99,12 @@ impl Bytes {
         }
     }
 
-    /// As a Kubernetes quantity: `2Gi`, `938512Ki`.
+    /// Formats the size as a Kubernetes quantity: `2Gi`, `938512Ki`.
     pub fn quantity(self) -> String {
         self.to_string().trim_end_matches('B').to_owned()
     }
 
-    /// One `parts`-th of this, rounded down; nothing if `parts` is zero.
+    /// Divides and rounds down; zero if `parts` is zero.
     pub fn part(self, parts: u64) -> Self {
         Self(self.0.checked_div(parts).unwrap_or(0))
     }
@@ -184,12 +181,12 @@ impl FromStr for Bytes {
     }
 }
 
-/// `GiB`, or Kubernetes' `Gi`.
+/// True for `GiB` and for Kubernetes' `Gi`.
 fn is_unit(unit: &str, name: &str) -> bool {
     unit == name || (name != "B" && unit == name.trim_end_matches('B'))
 }
 
-/// `G`, `GB`, ` GB`, `gb`: `G` is 1000³ to Kubernetes and 1024³ to libvirt.
+/// True for `G`, `GB`, ` GB` and `gb`: `G` is 1000³ in Kubernetes and 1024³ in libvirt.
 fn is_decimal_unit(unit: &str) -> bool {
     let unit = unit.trim_start().to_ascii_lowercase();
     matches!(
@@ -198,7 +195,7 @@ fn is_decimal_unit(unit: &str) -> bool {
     )
 }
 
-/// `0.<fraction>` of `size`, if that is whole. Exact: a float would round.
+/// Returns `0.<fraction>` of `size` if that is a whole number. Exact, unlike a float.
 fn fraction_of(fraction: &str, size: u64) -> Option<u64> {
     let fraction = fraction.trim_end_matches('0');
     if fraction.is_empty() {
@@ -214,7 +211,7 @@ fn fraction_of(fraction: &str, size: u64) -> Option<u64> {
     }
 }
 
-/// A size in KiB, as libvirt counts memory in domain XML and in its calls. Serialized as [`Bytes`].
+/// A size in KiB, the unit of libvirt's domain XML and calls. Serialized as [`Bytes`].
 #[derive(
     Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
 )]
@@ -222,12 +219,11 @@ fn fraction_of(fraction: &str, size: u64) -> Option<u64> {
 pub struct KiB(u64);
 
 impl KiB {
-    /// This many KiB; `None` if its bytes would be more than 64 bits can count.
+    /// Returns `None` if the size in bytes exceeds 64 bits.
     pub fn new(kib: u64) -> Option<Self> {
         kib.checked_mul(KIB).map(|_| Self(kib))
     }
 
-    /// The number of KiB.
     pub const fn get(self) -> u64 {
         self.0
     }

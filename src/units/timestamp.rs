@@ -1,20 +1,20 @@
-//! Points in time, given from outside: nothing here looks at a clock.
+//! Points in time. They come from outside: nothing here reads a clock.
 
 use std::fmt;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-/// A point in time to the millisecond, shown and serialized as RFC 3339 in UTC.
+/// A point in time in milliseconds, written and serialized as RFC 3339 in UTC.
 ///
-/// Within one operation moments must not go backwards; whoever makes them adds what a monotonic
-/// clock says to where the wall clock stood once.
+/// Within one operation time never goes backwards: the executor adds a monotonic clock's time to
+/// one reading of the wall clock.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "jiff::Timestamp", into = "jiff::Timestamp")]
 pub struct Timestamp(i64);
 
 impl Timestamp {
-    /// From milliseconds since 1970; cut to what RFC 3339 can write.
+    /// Makes a timestamp from milliseconds since 1970, limited to the range of RFC 3339.
     pub fn from_millis(millis: i64) -> Self {
         // whole seconds, well inside
         let first = (jiff::Timestamp::MIN.as_second() + 1) * 1000;
@@ -22,23 +22,21 @@ impl Timestamp {
         Self(millis.clamp(first, last))
     }
 
-    /// Milliseconds since 1970.
     pub fn as_millis(self) -> i64 {
         self.0
     }
 
-    /// Whole seconds since 1970.
     pub fn as_seconds(self) -> i64 {
         self.0.div_euclid(1000)
     }
 
-    /// The moment that much later; the last there is if that is too far.
+    /// Adds a duration, limited to the last possible timestamp.
     pub fn after(self, span: Duration) -> Self {
         let millis = i64::try_from(span.as_millis()).unwrap_or(i64::MAX);
         Self::from_millis(self.0.saturating_add(millis))
     }
 
-    /// How long after `earlier` this is; nothing if it is not.
+    /// Returns the time since `earlier`; zero if `earlier` is later.
     pub fn since(self, earlier: Self) -> Duration {
         let millis = self.0.saturating_sub(earlier.0);
         Duration::from_millis(u64::try_from(millis).unwrap_or(0))
@@ -47,7 +45,7 @@ impl Timestamp {
 
 impl From<Timestamp> for jiff::Timestamp {
     fn from(moment: Timestamp) -> Self {
-        // cannot fail: every moment is within the range
+        // cannot fail: every timestamp is within the range
         Self::from_millisecond(moment.0).unwrap_or(Self::UNIX_EPOCH)
     }
 }

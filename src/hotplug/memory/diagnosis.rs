@@ -1,12 +1,12 @@
-//! What is wrong with a guest that does not follow, and what to do.
+//! Causes and remedies for guests that do not follow a change of memory.
 
 use crate::hotplug::outcome::Diagnosis;
 use crate::units::Bytes;
 
-/// Linux takes memory in blocks of at least this on x86 (`MIN_MEMORY_BLOCK_SIZE`).
+/// The minimum block of memory that Linux takes on x86 (`MIN_MEMORY_BLOCK_SIZE`).
 pub(super) const LINUX_BLOCK: Bytes = Bytes::new(128 << 20);
 
-/// virtio-mem: nothing was taken.
+/// virtio-mem: the guest took nothing.
 pub(super) fn no_driver() -> Diagnosis {
     Diagnosis::new(
         "no-virtio-mem-driver",
@@ -17,7 +17,7 @@ pub(super) fn no_driver() -> Diagnosis {
     )
 }
 
-/// virtio-mem: some was taken, and then no more.
+/// virtio-mem: the guest took a part and stopped.
 pub(super) fn stalled() -> Diagnosis {
     Diagnosis::new(
         "virtio-mem-stalled",
@@ -27,7 +27,7 @@ pub(super) fn stalled() -> Diagnosis {
     )
 }
 
-/// virtio-mem: some was given back, and then no more.
+/// virtio-mem: the guest returned a part and stopped.
 pub(super) fn unmovable(left: Bytes) -> Diagnosis {
     Diagnosis::new(
         "memory-in-use",
@@ -37,7 +37,7 @@ pub(super) fn unmovable(left: Bytes) -> Diagnosis {
     )
 }
 
-/// virtio-mem: nothing was given back.
+/// virtio-mem: the guest returned nothing.
 pub(super) fn nothing_given_back() -> Diagnosis {
     Diagnosis::new(
         "memory-in-use",
@@ -47,7 +47,7 @@ pub(super) fn nothing_given_back() -> Diagnosis {
     )
 }
 
-/// The memory is there, and the guest's total did not follow.
+/// The guest has the memory, and its total did not grow.
 pub(super) fn offline(short: Bytes) -> Diagnosis {
     Diagnosis::new(
         "memory-offline",
@@ -61,7 +61,7 @@ pub(super) fn offline(short: Bytes) -> Diagnosis {
     )
 }
 
-/// A DIMM is there, and the guest's total did not follow.
+/// The guest has the DIMM, and its total did not grow.
 pub(super) fn dimm_unused(alias: &str, size: Bytes, short: Bytes) -> Diagnosis {
     if !size.is_multiple_of(LINUX_BLOCK) {
         return Diagnosis::new(
@@ -90,7 +90,7 @@ pub(super) fn dimm_unused(alias: &str, size: Bytes, short: Bytes) -> Diagnosis {
     )
 }
 
-/// The memory is there, and the balloon has taken it away again.
+/// The guest has the memory, and the balloon has taken it away.
 pub(super) fn ballooned(held: Bytes) -> Diagnosis {
     Diagnosis::new(
         "balloon",
@@ -100,7 +100,7 @@ pub(super) fn ballooned(held: Bytes) -> Diagnosis {
     )
 }
 
-/// A DIMM was refused.
+/// The guest rejected a DIMM.
 pub(super) fn dimm_refused(status: &str) -> Diagnosis {
     Diagnosis::new(
         "dimm-refused",
@@ -110,7 +110,7 @@ pub(super) fn dimm_refused(status: &str) -> Diagnosis {
     )
 }
 
-/// A DIMM was plugged, and nothing came of it.
+/// The guest did not react to a DIMM.
 pub(super) fn dimm_ignored() -> Diagnosis {
     Diagnosis::new(
         "no-sign",
@@ -120,7 +120,7 @@ pub(super) fn dimm_ignored() -> Diagnosis {
     )
 }
 
-/// There is nothing that could prove it.
+/// The domain has no source of evidence.
 pub(super) fn no_source() -> Diagnosis {
     Diagnosis::new(
         "no-source",

@@ -1,4 +1,4 @@
-//! What a history shows about memory.
+//! Facts about memory in a history.
 
 use super::diagnosis::LINUX_BLOCK;
 use crate::domain::Memory;
@@ -6,35 +6,33 @@ use crate::hotplug::{Action, Answer, Event, History, Observation, Ost, SlotKind}
 use crate::units::Bytes;
 use crate::units::Timestamp;
 
-/// The signs of one operation, as they stand.
+/// The facts about memory in one history.
 pub(super) struct Signs<'h> {
-    /// The last that was seen of the domain since the first call.
+    /// The last observation since the first call.
     pub(super) latest: Option<&'h Observation>,
-    /// What the guest is asked to have, by the live XML.
+    /// The requested amount in the live XML.
     pub(super) asked: Bytes,
-    /// What it has, by the live XML: virtio-mem as taken, DIMMs in full.
+    /// The plugged amount in the live XML: what the guest took of virtio-mem, and all DIMMs.
     pub(super) plugged: Bytes,
-    /// When the plugged amount was last seen to change.
+    /// The time of the last observed change of the plugged amount.
     pub(super) moved: Option<Timestamp>,
-    /// From when on it has been what was asked for.
+    /// The time since which the plugged amount has been the requested one.
     pub(super) reached: Option<Timestamp>,
-    /// The guest's answer through ACPI for the DIMM that was attached.
+    /// The guest's answer through ACPI for the attached DIMM.
     pub(super) dimm: Option<(Timestamp, Answer, &'h Ost)>,
-    /// What the guest's own total says.
     pub(super) total: Total,
 }
 
-/// What the guest's own total says about memory that was plugged.
+/// The guest's own total compared to the plugged memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Total {
-    /// It tells nothing: there are no statistics, or what could be missing is less than what a
-    /// kernel takes for itself.
+    /// There are no statistics, or the missing part may be the kernel's own overhead.
     Unknown,
-    /// The statistics are older than what they should tell of.
+    /// The statistics are older than the change.
     Stale,
-    /// It shows that all of it is used.
+    /// The guest uses all of it.
     Fits,
-    /// It shows that not all of it is used; it grew by so much.
+    /// The guest does not use all of it. Carries the growth of the total.
     Short(Bytes),
 }
 
@@ -72,7 +70,7 @@ impl<'h> Signs<'h> {
     }
 }
 
-/// The alias and the size of the DIMM that the plan attaches.
+/// Returns the alias and the size of the DIMM in the plan.
 pub(super) fn planned_dimm(history: &History) -> Option<(&str, Bytes)> {
     history.plan.actions.iter().find_map(|action| match action {
         Action::AttachDimm { alias, size, .. } => Some((alias.as_str(), Bytes::from(*size))),
@@ -90,8 +88,8 @@ fn dimm_answer(history: &History) -> Option<(Timestamp, Answer, &Ost)> {
     })
 }
 
-/// A kernel spends up to 1/64 of new memory on describing it, where it takes that from the new
-/// memory itself; half as much again for other books.
+/// Maximum overhead as a fraction of new memory. A kernel spends up to 1/64 on describing it, if it
+/// takes that from the new memory, and half as much on other structures.
 const OVERHEAD: u64 = 40;
 
 fn total(history: &History, target: Bytes, reached: Option<Timestamp>) -> Total {
@@ -99,7 +97,7 @@ fn total(history: &History, target: Bytes, reached: Option<Timestamp>) -> Total 
     let period = seen.domain.balloon.stats_period;
     let told = seen.stats.as_ref().map(|stats| stats.balloon);
     let (Some(now), Some(balloon), Some(_)) = (seen.guest_total(), told, period) else {
-        // A guest that told before will do so again.
+        // A balloon driver that reported before will report again.
         return match history.before.guest_total().and(period) {
             Some(_) => Total::Stale,
             None => Total::Unknown,
@@ -108,16 +106,16 @@ fn total(history: &History, target: Bytes, reached: Option<Timestamp>) -> Total 
     let (before, memory) = (&history.before, &seen.domain.memory);
     let had = before.domain.memory.plugged();
     let added = target.saturating_sub(had);
-    // Without a total from before: the guest cannot have seen more than there was.
+    // Without an earlier total, the guest cannot have seen more than the plugged memory.
     let grew = now.saturating_sub(before.guest_total().unwrap_or(had));
-    // What the balloon holds is not missing.
+    // Memory in the balloon is not missing.
     let has = balloon
         .current
         .unwrap_or(memory.plugged())
         .min(memory.plugged());
     let missing = has.saturating_sub(now);
     if is_hidden(memory, missing) || before.guest_total().is_some() && grew < needed(added) {
-        // The statistics carry whole seconds: only those of a later second are surely newer.
+        // The statistics have whole seconds: only those of a later second are certainly newer.
         let updated = balloon
             .updated
             .and_then(|seconds| i64::try_from(seconds).ok());
@@ -143,8 +141,8 @@ fn needed(added: Bytes) -> Bytes {
     added.saturating_sub(added.part(OVERHEAD))
 }
 
-/// Whether more is missing than any kernel takes at boot: a quarter of the memory, in small guests
-/// half of it.
+/// True if more is missing than any kernel reserves at boot: a quarter of the memory, half of it in
+/// small guests.
 fn is_hidden(memory: &Memory, missing: Bytes) -> bool {
     let hot = memory.plugged().saturating_sub(memory.boot);
     let at_boot = memory
@@ -154,8 +152,8 @@ fn is_hidden(memory: &Memory, missing: Bytes) -> bool {
     hot > Bytes::ZERO && missing > at_boot.saturating_add(hot.part(OVERHEAD))
 }
 
-/// The least that can be plugged and not used. If less is missing, all is used. Without anything
-/// plugged there is nothing to miss.
+/// Returns the smallest unit that can be plugged and not used. If less is missing, the guest uses
+/// everything. Without plugged memory nothing can be missing.
 fn smallest_unit(memory: &Memory) -> Bytes {
     let dimms = memory.dimms().map(|dimm| dimm.size);
     let blocks = memory

@@ -1,13 +1,13 @@
-//! Which totals of memory can be had, and the calls for it.
+//! Limits on the amount of memory, and the calls.
 
 use crate::domain::{Domain, Memory, MemoryDevice, MemoryModel};
 use crate::hotplug::{Action, Host, Infeasible, Observation, Plan};
 use crate::units::{Bytes, KiB};
 
-/// What to call for `size` of memory in all; nothing if so much is asked of the guest already.
+/// Plans the calls for a total of `size`.
 ///
 /// # Errors
-/// The first limit in the way.
+/// The first limit that rules the request out.
 pub(super) fn preflight(size: Bytes, seen: &Observation, host: &Host) -> Result<Plan, Infeasible> {
     let memory = &seen.domain.memory;
     if size < memory.boot || size == Bytes::ZERO {
@@ -35,7 +35,7 @@ pub(super) fn preflight(size: Bytes, seen: &Observation, host: &Host) -> Result<
 fn check_node(size: Bytes, memory: &Memory, host: &Host) -> Result<(), Infeasible> {
     let more = size.saturating_sub(memory.plugged());
     match host.available {
-        // huge pages are set aside and not part of what is available
+        // Huge pages are reserved and not part of the available memory.
         Some(available) if more > available && !memory.huge_pages => {
             Err(Infeasible::NodeMemory { more, available })
         }
@@ -43,7 +43,7 @@ fn check_node(size: Bytes, memory: &Memory, host: &Host) -> Result<(), Infeasibl
     }
 }
 
-/// Spreads the difference over the virtio-mem devices: up from the first, down from the last.
+/// Spreads the difference over the virtio-mem devices: grows from the first, shrinks from the last.
 fn resize(size: Bytes, memory: &Memory) -> Result<Vec<Action>, Infeasible> {
     let fixed = memory
         .dimms()
@@ -118,7 +118,7 @@ fn resize(size: Bytes, memory: &Memory) -> Result<Vec<Action>, Infeasible> {
     Ok(actions)
 }
 
-/// libvirt always says the block; 2 MiB is the least there is (`virDomainMemoryDefValidate`).
+/// libvirt always reports the block; 2 MiB is the minimum (`virDomainMemoryDefValidate`).
 fn block(device: &MemoryDevice) -> Bytes {
     let least = Bytes::new(2 << 20);
     device
@@ -135,7 +135,7 @@ fn not_in_blocks(asked: Bytes, block: Bytes, below: Bytes, above: Bytes) -> Infe
     Infeasible::MemoryBlock { asked, block, near }
 }
 
-/// One more DIMM.
+/// Plans one more DIMM.
 fn attach(size: Bytes, domain: &Domain) -> Result<Action, Infeasible> {
     let memory = &domain.memory;
     let has = memory.asked();
@@ -193,13 +193,12 @@ fn attach(size: Bytes, domain: &Domain) -> Result<Action, Infeasible> {
     })
 }
 
-/// What a DIMM must be a multiple of: else QEMU refuses it ("backend memory size must be multiple
-/// of 0x200000", QEMU 10.0), or libvirt rounds it up, and there would be more than was asked for
+/// Returns the unit of a DIMM's size. QEMU rejects other sizes ("backend memory size must be
+/// multiple of 0x200000", QEMU 10.0), or libvirt rounds them up to more than was requested
 /// (`qemuDomainGetMemoryModuleSizeAlignment`, libvirt 11.3).
 ///
-/// What the guest's system can take is another matter, and its own: Linux on x86 takes whole
-/// multiples of 128 MiB or more, others may take less. A DIMM that it throws away comes to no
-/// `Verified`, and the diagnosis says why.
+/// The guest may need a larger unit: Linux on x86 takes only multiples of 128 MiB or more. A DIMM
+/// that the guest drops never becomes `Verified`, and the diagnosis explains it.
 fn dimm_unit(arch: &str) -> Bytes {
     Bytes::new(match arch {
         "ppc64" | "ppc64le" => 256 << 20,
@@ -223,7 +222,8 @@ fn check_machine(domain: &Domain) -> Result<(), Infeasible> {
     }
 }
 
-/// libvirt takes aliases that begin with `ua-` from users, and keeps them.
+/// Returns an unused alias. libvirt accepts aliases from users if they start with `ua-`, and keeps
+/// them.
 fn free_alias(domain: &Domain) -> String {
     let names: std::collections::BTreeSet<&str> = domain
         .memory

@@ -1,9 +1,8 @@
-//! The evidence about memory, for people.
+//! The evidence about memory for people.
 
 use crate::hotplug::timeline::{Timeline, ost_detail};
 use crate::hotplug::{Action, Event, Evidence, History, SlotKind, Source};
 
-/// The evidence, in order of time.
 pub(super) fn timeline(history: &History) -> Vec<Evidence> {
     let mut timeline = Timeline::of(history, describe, describe_event);
     for seen in history.observations() {

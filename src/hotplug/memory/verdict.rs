@@ -1,4 +1,4 @@
-//! What the signs prove about memory.
+//! Rules for memory: the next step and the verdict.
 
 use std::cmp::Ordering;
 use std::time::Duration;
@@ -11,7 +11,7 @@ use crate::units::Bytes;
 use crate::units::Timestamp;
 use crate::units::seconds;
 
-/// What to do next about a request for `size` of memory.
+/// Returns the next step of a request for `size` of memory.
 pub(super) fn judge(history: &History, size: Bytes, now: Timestamp) -> Ruling {
     let case = Case {
         history,
@@ -62,12 +62,12 @@ struct Case<'h> {
 }
 
 impl Case<'_> {
-    /// Which way the guest's memory is to go from what it was.
+    /// Compares the requested amount with the original one.
     fn direction(&self) -> Ordering {
         self.size.cmp(&self.before)
     }
 
-    /// Why everything that was asked for is proven, if it is.
+    /// Returns the reason why the request is proven.
     fn proof(&self) -> Option<String> {
         let signs = &self.signs;
         if signs.latest.is_none() || signs.asked != self.size {
@@ -83,7 +83,7 @@ impl Case<'_> {
         let online = taken
             && match (direction, signs.total) {
                 (Ordering::Less, _) | (_, Total::Fits) => true,
-                // Where nothing tells the total, the driver's word counts; a DIMM has none.
+                // Without a total, the driver's report counts; a DIMM has no driver.
                 (_, Total::Unknown) => !self.rests_on_dimms(),
                 (_, Total::Stale | Total::Short(_)) => false,
             };
@@ -115,8 +115,7 @@ impl Case<'_> {
         })
     }
 
-    /// Whether the target rests on DIMMs, of which libvirt shows the size and not whether the
-    /// guest took them.
+    /// True if the request depends on DIMMs: libvirt shows their size, not their use.
     fn rests_on_dimms(&self) -> bool {
         let has_dimms = self.history.latest().domain.memory.dimms().next().is_some();
         planned_dimm(self.history).is_some() || (self.history.plan.actions.is_empty() && has_dimms)
@@ -167,7 +166,7 @@ impl Case<'_> {
         })
     }
 
-    /// The guest has not given all of it back.
+    /// The guest has not returned all of it.
     fn shrink(&self) -> Ruling {
         let left = self.signs.plugged.saturating_sub(self.size);
         let wanted = self.size.abs_diff(self.before);
@@ -190,7 +189,7 @@ impl Case<'_> {
         })
     }
 
-    /// All is plugged, and it is not proven that the guest uses it.
+    /// All of it is plugged, and its use is not proven.
     fn unused(&self) -> Ruling {
         let signs = &self.signs;
         let offline = self.history.terms.patience.offline;
@@ -211,7 +210,7 @@ impl Case<'_> {
                 }
             });
         }
-        // Of the guest's word and of the amount: whichever came last.
+        // The later of the guest's confirmation and the plugged amount.
         let since = confirmed.max(signs.reached);
         match signs.total {
             Total::Unknown => Ruling::Found(
@@ -227,7 +226,7 @@ impl Case<'_> {
                 "the guest to bring the memory online",
                 || self.short(grew),
             ),
-            // Statistics come every few seconds; give them three turns.
+            // Statistics arrive every few seconds; wait for three of them.
             Total::Stale => {
                 let period = self
                     .history
@@ -254,7 +253,7 @@ impl Case<'_> {
         }
     }
 
-    /// The guest's total did not grow as it should.
+    /// Returns the finding for a total that did not grow as expected.
     fn short(&self, grew: Bytes) -> Finding {
         let wanted = self.size.saturating_sub(self.before);
         let missing = wanted.saturating_sub(grew);
@@ -294,7 +293,7 @@ impl Case<'_> {
         }
     }
 
-    /// That finding when nothing has moved for long, or at the deadline.
+    /// Returns the finding once nothing has moved for a while, or at the deadline.
     fn stalled(&self, awaiting: &str, finding: impl FnOnce() -> Finding) -> Ruling {
         self.after(
             self.signs.moved,
@@ -304,8 +303,8 @@ impl Case<'_> {
         )
     }
 
-    /// That finding if a look so long after a moment, or the deadline, leaves it standing; until
-    /// then waiting.
+    /// Returns the finding once an observation was started after the grace period, or at the
+    /// deadline, and waits before.
     fn after(
         &self,
         since: Option<Timestamp>,
@@ -322,7 +321,7 @@ impl Case<'_> {
         }
     }
 
-    /// At the deadline that finding, until then waiting.
+    /// Returns the finding at the deadline, and waits before.
     fn wait_or(&self, awaiting: &str, finding: impl FnOnce() -> Finding) -> Ruling {
         match self.over {
             true => Ruling::Found(finding()),

@@ -1,9 +1,8 @@
-//! What the simulated hypervisor does when it is called, and what its guest does then.
+//! The reactions of the simulated hypervisor and its guest.
 
 use super::*;
 
 impl World {
-    /// What the hypervisor does when it is called.
     pub(super) fn call(&mut self, action: &Action) {
         self.made.push(action.clone());
         if let Some(error) = self.fails.clone() {
@@ -30,7 +29,7 @@ impl World {
                         continue;
                     }
                     self.later(ms(20), Effect::GuestEjects(id));
-                    // libvirt waits for this one, and goes no further
+                    // libvirt waits for this vCPU and does not continue with the next.
                     let keeps = self.habits.deaf || self.habits.keeps == Some(id);
                     if self.forgetful || keeps {
                         let error = CallError::UnplugPending {
@@ -90,7 +89,7 @@ impl World {
                 }
                 self.later(ms(1000), Effect::TellsTotal);
             }
-            // What a paused guest was about to do it does later.
+            // A paused guest acts after it is resumed.
             effect if self.domain.state == DomainState::Paused => self.later(ms(50), effect),
             _ if !runs => {}
             Effect::GuestSeesCpu(id) => {
@@ -98,7 +97,7 @@ impl World {
                 if let Some(status) = self.habits.refuses {
                     return self.ost(name, id, SlotKind::Cpu, 1, status);
                 }
-                // Thrown away or not: it says it is well.
+                // The guest answers success even if it drops the CPU.
                 if self.has.len() < self.habits.nr_cpus as usize {
                     self.has.insert(id);
                     if let Some(after) = self.habits.onlines_after {
@@ -194,7 +193,7 @@ impl World {
             }
             Change::Reset => {
                 self.event(Event::Reset);
-                // It finds all CPUs that QEMU has, and boots them as far as it has room.
+                // The guest finds all CPUs that QEMU has, and boots as many as it has room for.
                 let room = self.habits.nr_cpus as usize;
                 self.has = self.qemu.iter().copied().take(room).collect();
                 self.online = self.has.clone();

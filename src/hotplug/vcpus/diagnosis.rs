@@ -1,4 +1,4 @@
-//! What is wrong with a guest that does not follow, and what to do.
+//! Causes and remedies for guests that do not follow a change of vCPUs.
 
 use crate::domain::IdSet;
 use crate::hotplug::lifecycle::COUNT_ANEW;
@@ -22,7 +22,7 @@ pub(super) fn thrown_away(has: u32, target: u32) -> Diagnosis {
     )
 }
 
-/// The guest said no to a plug.
+/// The guest rejected a plug.
 pub(super) fn not_added(ids: &IdSet, status: &str) -> Diagnosis {
     Diagnosis::new(
         "plug-refused",
@@ -32,7 +32,7 @@ pub(super) fn not_added(ids: &IdSet, status: &str) -> Diagnosis {
     )
 }
 
-/// The guest has the CPUs and does not use them; its agent says so.
+/// The guest has the CPUs and, as its agent reports, does not use them.
 pub(super) fn offline(offline: &IdSet) -> Diagnosis {
     Diagnosis::new(
         "cpus-offline",
@@ -42,7 +42,7 @@ pub(super) fn offline(offline: &IdSet) -> Diagnosis {
     )
 }
 
-/// The agent could not bring them online.
+/// The agent could not bring the CPUs online.
 pub(super) fn cannot_be_onlined(offline: &IdSet, error: Option<&str>) -> Diagnosis {
     let answer = error.map_or_else(String::new, |error| format!("; the agent said: {error}"));
     Diagnosis::new(
@@ -56,7 +56,7 @@ pub(super) fn cannot_be_onlined(offline: &IdSet, error: Option<&str>) -> Diagnos
     )
 }
 
-/// No agent; the guest confirmed the CPUs, and they never ran.
+/// There is no agent; the guest confirmed the CPUs, and they never ran.
 pub(super) fn never_ran(idle: &IdSet) -> Diagnosis {
     Diagnosis::new(
         "cpus-never-ran",
@@ -70,9 +70,9 @@ pub(super) fn never_ran(idle: &IdSet) -> Diagnosis {
     )
 }
 
-/// The guest gave no sign at all. `emulated` says whether it runs without an accelerator.
+/// The guest did not react. `emulated` is true without an accelerator.
 pub(super) fn silent_plug(tried: &str, emulated: bool) -> Diagnosis {
-    // tianocore/edk2 issue 9298; measured with 5.2, and 7.2.22, which has it mended.
+    // tianocore/edk2 issue 9298; measured with 5.2, and with 7.2.22, which has the fix.
     let broken = match emulated {
         true => {
             "; QEMU 5.1 to 7.1 tells no guest of new vCPUs in software emulation (domain type \
@@ -90,7 +90,7 @@ pub(super) fn silent_plug(tried: &str, emulated: bool) -> Diagnosis {
     )
 }
 
-/// The guest keeps a CPU that it was to give up.
+/// The guest keeps a CPU that it was asked to release.
 pub(super) fn kept(ids: &IdSet, status: &str) -> Diagnosis {
     Diagnosis::new(
         "cpu-in-use",
@@ -100,7 +100,7 @@ pub(super) fn kept(ids: &IdSet, status: &str) -> Diagnosis {
     )
 }
 
-/// libvirt counts vCPUs that QEMU has no more.
+/// libvirt counts vCPUs that QEMU no longer has.
 pub(super) fn miscounted(words: &str) -> Diagnosis {
     Diagnosis::new(
         "libvirt-miscounts",
@@ -112,7 +112,7 @@ pub(super) fn miscounted(words: &str) -> Diagnosis {
     )
 }
 
-/// The guest has fewer CPUs than were plugged already, and this operation did nothing.
+/// The guest has fewer CPUs than were plugged before, and this operation called nothing.
 pub(super) fn fewer_than_counted() -> Diagnosis {
     Diagnosis::new(
         "fewer-than-counted",
@@ -124,7 +124,7 @@ pub(super) fn fewer_than_counted() -> Diagnosis {
     )
 }
 
-/// There is nothing that could prove it.
+/// The domain has no source of evidence.
 pub(super) fn no_source(tried: &str) -> Diagnosis {
     Diagnosis::new(
         "no-source",

@@ -1,4 +1,4 @@
-//! What a history shows about vCPUs.
+//! Facts about vCPUs in a history.
 
 use std::collections::BTreeMap;
 
@@ -6,27 +6,27 @@ use crate::domain::{IdSet, VcpuStats};
 use crate::hotplug::{Answer, Event, GuestVcpus, History, Observation, Ost, SlotKind};
 use crate::units::Timestamp;
 
-/// The signs of one operation, as they stand.
+/// The facts about vCPUs in one history.
 pub(super) struct Signs<'h> {
-    /// The last that was seen of the domain since the first call.
+    /// The last observation since the first call.
     pub(super) latest: Option<&'h Observation>,
-    /// How many are plugged, by the live XML.
+    /// The number of plugged vCPUs in the live XML.
     pub(super) plugged: u32,
-    /// Which are plugged now and were not before.
+    /// vCPUs that are plugged now and were not before.
     pub(super) added: IdSet,
     /// The last answer through ACPI for each vCPU.
     pub(super) answers: BTreeMap<u32, (Timestamp, Answer, &'h Ost)>,
-    /// Those that QEMU or the guest said are gone, and when.
+    /// vCPUs that QEMU or the guest reported as released, and when.
     pub(super) gone: BTreeMap<u32, Timestamp>,
-    /// Those that the guest keeps.
+    /// vCPUs that the guest keeps.
     pub(super) kept: IdSet,
-    /// The agent's answer in the last look.
+    /// The agent's answer in the last observation.
     pub(super) guest: Option<&'h GuestVcpus>,
-    /// Those of the plugged that have been seen running.
+    /// Plugged vCPUs that were observed running.
     pub(super) running: IdSet,
-    /// Those that ran between the last two looks, which is not enough to tell.
+    /// vCPUs that ran between the last two observations, which proves nothing yet.
     pub(super) stirring: IdSet,
-    /// Whether the statistics count how long vCPUs run.
+    /// True if the statistics count the run time of vCPUs.
     pub(super) counts_time: bool,
 }
 
@@ -60,7 +60,7 @@ impl<'h> Signs<'h> {
     }
 
     fn read_events(&mut self, history: &'h History) {
-        // What became of each vCPU last: whether it is gone, or kept.
+        // The last fate of each vCPU: released or kept.
         let mut fate = BTreeMap::new();
         for (at, event) in history.events() {
             match event {
@@ -96,7 +96,7 @@ impl<'h> Signs<'h> {
         }
     }
 
-    /// Those of the added to which the guest answered so.
+    /// Returns the added vCPUs with this answer.
     pub(super) fn answered(&self, wanted: Answer) -> IdSet {
         let answer = |id: &u32| self.answers.get(id).map(|(_, answer, _)| *answer);
         self.added
@@ -105,46 +105,45 @@ impl<'h> Signs<'h> {
             .collect()
     }
 
-    /// When the guest last answered through ACPI.
+    /// Returns the time of the guest's last answer through ACPI.
     pub(super) fn last_answer(&self) -> Option<Timestamp> {
         self.answers.values().map(|(at, ..)| *at).max()
     }
 
-    /// Whether the guest answered for every vCPU that was added.
+    /// True if the guest answered for every added vCPU.
     pub(super) fn all_answered(&self) -> bool {
         self.added.iter().all(|id| self.answers.contains_key(&id))
     }
 
-    /// How many are gone.
     pub(super) fn gone_count(&self) -> u32 {
         u32::try_from(self.gone.len()).unwrap_or(u32::MAX)
     }
 
-    /// Whether every plugged vCPU has been seen running.
+    /// True if every plugged vCPU was observed running.
     pub(super) fn all_run(&self) -> bool {
         self.running.len() == self.plugged
     }
 }
 
-/// `vcpu2` is vCPU 2: so libvirt names them in QEMU.
+/// Parses libvirt's name of a vCPU in QEMU: `vcpu2`.
 pub(super) fn vcpu_of(device: &str) -> Option<u32> {
     device.strip_prefix("vcpu")?.parse().ok()
 }
 
-/// The device in `/machine/peripheral/vcpu2/lapic`. QEMU 10 tells only of this part of a vCPU
-/// that goes, not of the vCPU itself (measured).
+/// Returns the device in `/machine/peripheral/vcpu2/lapic`. QEMU 10 reports the removal of only
+/// this part of a vCPU (measured).
 pub(super) fn peripheral(path: &str) -> Option<&str> {
     path.strip_prefix("/machine/peripheral/")?.split('/').next()
 }
 
-/// Whether a vCPU has been seen running since the operation began.
+/// Returns the use of a vCPU since the operation started.
 ///
-/// Once is enough for one that was there. A new one may run for a moment without the guest's
-/// system knowing it: a firmware with Secure Boot starts each new CPU once to set it up, and then
-/// lets it wait. So a new one must have run at two different times.
+/// A vCPU that existed before is in use if it ran once. A new one may run for a moment without the
+/// guest's system: a firmware with Secure Boot starts each new CPU once to set it up. So a new vCPU
+/// must run at two different times.
 ///
-/// After a reset the firmware runs all of them, some firmwares for as long as they are at work:
-/// only what runs when there was time to boot counts.
+/// After a reset the firmware runs all vCPUs, some firmwares as long as they are active. So only
+/// run time after the guest had time to boot counts.
 fn use_of(history: &History, id: u32, new: bool) -> Use {
     let booted = history
         .reset()
@@ -172,14 +171,13 @@ fn use_of(history: &History, id: u32, new: bool) -> Use {
     }
 }
 
-/// What a vCPU's time says about its use.
+/// The use of a vCPU by its run time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Use {
-    /// It runs in the guest's system.
+    /// The guest's system runs it.
     Runs,
-    /// It has run since the look before the last: that may be more than a moment.
+    /// It ran since the last observation but one, which may be only a moment.
     Stirs,
-    /// It does nothing.
     None,
 }
 

@@ -1,12 +1,12 @@
-//! Which numbers of vCPUs can be had, and the call for it.
+//! Limits on the number of vCPUs, and the call.
 
 use crate::domain::Domain;
 use crate::hotplug::{Action, Infeasible, Observation, Plan};
 
-/// What to call for `count` vCPUs in all; nothing if so many are plugged.
+/// Plans the call for a total of `count` vCPUs.
 ///
 /// # Errors
-/// The first limit in the way.
+/// The first limit that rules the request out.
 pub(super) fn preflight(count: u32, seen: &Observation) -> Result<Plan, Infeasible> {
     let domain = &seen.domain;
     let vcpus = &domain.vcpus;
@@ -55,8 +55,9 @@ pub(super) fn preflight(count: u32, seen: &Observation) -> Result<Plan, Infeasib
     })
 }
 
-/// Which machine types plug vCPUs (`has_hotpluggable_cpus`, QEMU 10.0): pc, q35, pseries,
-/// loongarch's virt; s390 only adds. Those that do not are named here; of others libvirt knows.
+/// Rejects machine types that cannot plug vCPUs. Those that can are pc, q35, pseries and
+/// loongarch's virt; s390 only adds (`has_hotpluggable_cpus`, QEMU 10.0). Unknown machine types are
+/// left to libvirt.
 fn check_machine(domain: &Domain, unplug: bool) -> Result<(), Infeasible> {
     let machine = domain.machine.as_deref().unwrap_or_default();
     let arch = domain.arch.as_deref().unwrap_or_default();
@@ -76,7 +77,7 @@ fn check_machine(domain: &Domain, unplug: bool) -> Result<(), Infeasible> {
             machine: machine.to_owned(),
         });
     }
-    // With ACPI off QEMU plugs the CPU and has no one to tell.
+    // Without ACPI, QEMU plugs the CPU and cannot notify the guest.
     if !domain.acpi && matches!(arch, "x86_64" | "i686") {
         return Err(Infeasible::NoAcpi);
     }

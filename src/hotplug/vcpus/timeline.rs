@@ -1,4 +1,4 @@
-//! The evidence about vCPUs, for people.
+//! The evidence about vCPUs for people.
 
 use super::evidence::{peripheral, vcpu_of};
 use crate::domain::IdSet;
@@ -7,7 +7,6 @@ use crate::hotplug::{Action, Agent, Event, Evidence, History, SlotKind, Source};
 use crate::units::Timestamp;
 use crate::units::counted;
 
-/// The evidence, in order of time.
 pub(super) fn timeline(history: &History) -> Vec<Evidence> {
     let mut timeline = Timeline::of(history, describe, describe_event);
     for seen in history.observations() {
@@ -65,7 +64,7 @@ fn list(ids: &IdSet) -> String {
     }
 }
 
-/// How long the new vCPUs had run when they were first and last seen to run.
+/// Returns the run times of new vCPUs at their first and last observation.
 fn first_and_last_times(history: &History) -> Vec<(Timestamp, String)> {
     let before = history.before.domain.vcpus.plugged_ids();
     let mut told: Vec<(Timestamp, String)> = Vec::new();

@@ -1,4 +1,4 @@
-//! What the signs prove about vCPUs.
+//! Rules for vCPUs: the next step and the verdict.
 
 mod plug;
 mod unplug;
@@ -11,7 +11,7 @@ use crate::hotplug::{Action, Answer, History, Require, Verdict};
 use crate::units::Timestamp;
 use crate::units::{counted, seconds};
 
-/// What to do next about a request for `count` vCPUs.
+/// Returns the next step of a request for `count` vCPUs.
 pub(super) fn judge(history: &History, count: u32, online: bool, now: Timestamp) -> Ruling {
     let case = Case {
         history,
@@ -36,7 +36,7 @@ pub(super) fn judge(history: &History, count: u32, online: bool, now: Timestamp)
     }
 }
 
-/// What makes libvirt agree, after the verdict, with a guest that let vCPUs go.
+/// Returns the call that makes libvirt notice, after the verdict, that the guest released vCPUs.
 pub(super) fn settle(history: &History, count: u32) -> Option<Action> {
     let case = Case {
         history,
@@ -59,7 +59,7 @@ struct Case<'h> {
 }
 
 impl Case<'_> {
-    /// Why everything that was asked for is proven, if it is.
+    /// Returns the reason why the request is proven.
     fn proof(&self) -> Option<String> {
         let Self { signs, count, .. } = self;
         let require = self.history.terms.require;
@@ -85,7 +85,7 @@ impl Case<'_> {
         if !shown {
             return None;
         }
-        // An agent that sees less is believed before everything that says more.
+        // If the agent sees fewer CPUs, no other source counts.
         let seen_by_guest = signs.guest.is_none_or(|guest| guest.vcpus.len() >= *count);
         let what = match count - self.before {
             0 => format!("{} plugged already", counted(*count, "vCPU")),
@@ -121,14 +121,14 @@ impl Case<'_> {
         }
     }
 
-    /// Whether libvirt has taken the request for an unplug.
+    /// True if libvirt accepted the unplug request.
     fn submitted(&self) -> bool {
         self.history.calls().last().is_some_and(|call| {
             matches!(call.returned, Some((_, Return::Done))) || call.is_pending_unplug()
         })
     }
 
-    /// Whether the last look was begun after that moment.
+    /// True if the last observation was started after that time.
     fn looked_after(&self, moment: Option<Timestamp>) -> bool {
         match (moment, self.signs.latest) {
             (Some(moment), Some(latest)) => latest.at >= moment,
@@ -136,7 +136,7 @@ impl Case<'_> {
         }
     }
 
-    /// At the deadline that finding, until then waiting.
+    /// Returns the finding at the deadline, and waits before.
     fn wait_or(&self, finding: Finding, awaiting: &str) -> Ruling {
         match self.over {
             true => Ruling::Found(finding),

@@ -1,4 +1,4 @@
-//! What the signs prove when vCPUs were plugged, or are there already.
+//! Rules for vCPUs that were plugged, or were plugged before.
 
 use super::Case;
 use crate::domain::CallError;
@@ -10,7 +10,7 @@ use crate::hotplug::{Action, Agent, Answer, GuestVcpus, Observation, Verdict};
 use crate::units::Timestamp;
 use crate::units::counted;
 
-/// How often CPUs are told to come online; each time it is others.
+/// Maximum number of requests to the agent to bring CPUs online. Each is for other CPUs.
 const MOST_ONLINE_CALLS: usize = 16;
 
 impl Case<'_> {
@@ -39,7 +39,7 @@ impl Case<'_> {
         }
     }
 
-    /// The guest said no, or has thrown CPUs away.
+    /// Returns a finding if the guest rejected or dropped CPUs.
     fn refused(&self, latest: &Observation) -> Option<Finding> {
         let signs = &self.signs;
         let patience = self.history.terms.patience;
@@ -56,8 +56,8 @@ impl Case<'_> {
                     .because(diagnosis::not_added(&refused, status)),
             );
         }
-        // The guest confirmed more CPUs than it has. Only a look that was begun well after the
-        // last answer counts against it.
+        // The guest confirmed more CPUs than it has. Only an observation that was started well
+        // after the last answer counts against it.
         let guest = signs.guest?;
         let confirmed = self
             .history
@@ -66,7 +66,7 @@ impl Case<'_> {
         if has >= self.count || !signs.all_answered() || latest.at < confirmed {
             return None;
         }
-        // Those that it has may still come online.
+        // The CPUs that the guest has may still come online.
         let may_come = !guest.offline().is_empty() && latest.at < confirmed.after(patience.offline);
         if may_come && !self.over {
             return None;
@@ -81,7 +81,7 @@ impl Case<'_> {
         )
     }
 
-    /// The agent sees CPUs that the guest does not use.
+    /// The agent reports CPUs that the guest does not use.
     fn offline(&self, offline: &IdSet, online: bool) -> Ruling {
         let calls: Vec<&Call> = self
             .history
@@ -89,7 +89,7 @@ impl Case<'_> {
             .iter()
             .filter(|call| is_online(call))
             .collect();
-        // One whose answer was lost may not have reached the agent, and telling it twice is harmless.
+        // A lost request may not have reached the agent, and repeating it does no harm.
         let tried = |ids: &IdSet| {
             calls.iter().any(|call| {
                 !call.is_lost() && matches!(&call.action, Action::OnlineVcpus { ids: told } if ids.without(told).is_empty())
@@ -106,7 +106,7 @@ impl Case<'_> {
             });
         }
         let patience = self.history.terms.patience.offline;
-        // From when on nothing more is awaited but that the guest brings them online.
+        // The start of the guest's time to bring the CPUs online.
         let told = calls
             .iter()
             .filter_map(|call| call.returned.as_ref())
@@ -116,7 +116,7 @@ impl Case<'_> {
         let until = since.map(|since| self.history.patient_until(since, patience));
         let mut errors = calls.iter().rev().filter_map(|call| call.error());
         let error = errors.find_map(CallError::text);
-        // An agent that says it cannot will not do so later.
+        // An agent that failed will fail again.
         let hopeless = error.is_some() && self.looked_after(told);
         if self.over || hopeless || until.is_some_and(|until| self.looked_after(Some(until))) {
             let message = format!(
@@ -137,7 +137,7 @@ impl Case<'_> {
         Ruling::wait_until_then_look(awaiting, until, self.now)
     }
 
-    /// When the agent first told that the guest has all CPUs and does not use all.
+    /// Returns the time when the agent first reported all CPUs, and some of them offline.
     fn first_seen_offline(&self) -> Option<Timestamp> {
         self.history
             .since_epoch()
@@ -149,7 +149,7 @@ impl Case<'_> {
             .map(|seen| seen.at)
     }
 
-    /// The agent does not tell: ACPI's answers and the time that vCPUs ran are all there is.
+    /// There is no answer from the agent: only ACPI and the run times remain.
     fn unseen(&self) -> Ruling {
         let signs = &self.signs;
         let confirmed = signs.all_answered() && !signs.added.is_empty();
@@ -174,8 +174,8 @@ impl Case<'_> {
             );
         }
         let idle: IdSet = signs.added.without(&signs.running);
-        // A CPU that was there and has nothing to do is no sign against the new ones, only none
-        // for all: it is given until the deadline.
+        // An idle CPU that existed before does not count against the new ones, but proves nothing
+        // either: wait until the deadline.
         if idle.is_empty() && !self.over {
             return Ruling::wait("the other vCPUs to run in the guest");
         }
@@ -192,7 +192,7 @@ impl Case<'_> {
         ids.without(&self.signs.running)
     }
 
-    /// The deadline, and no sign against success nor for it.
+    /// Returns the finding at the deadline without evidence for or against success.
     fn silent(&self) -> Finding {
         let signs = &self.signs;
         let tried = self.tried();
@@ -245,7 +245,7 @@ impl Case<'_> {
             .because(diagnosis::silent_plug(&tried, emulated))
     }
 
-    /// Some of what was asked for is in use: then that is the verdict.
+    /// Returns PartiallyApplied if part of the request is in use, or else the given verdict.
     fn partly_or(&self, verdict: Verdict, message: String) -> Finding {
         let signs = &self.signs;
         let gained = match signs.guest {
@@ -265,7 +265,7 @@ impl Case<'_> {
         }
     }
 
-    /// The sources that were tried, for people.
+    /// Describes the sources that were tried.
     fn tried(&self) -> String {
         let signs = &self.signs;
         let latest = self.history.latest();

@@ -1,4 +1,4 @@
-//! What the signs prove when vCPUs are to go.
+//! Rules for vCPUs that are to be unplugged.
 
 use super::Case;
 use crate::hotplug::history::Call;
@@ -55,8 +55,8 @@ impl Case<'_> {
         )
     }
 
-    /// libvirt does not take note of what the guest and QEMU have done, and only a new start of
-    /// its daemon makes it.
+    /// Returns the finding for a libvirt that keeps counting a released vCPU until its daemon is
+    /// restarted.
     fn miscounted(&self, call: &Call, words: &str) -> Finding {
         let signs = &self.signs;
         let by_agent = signs
@@ -76,7 +76,7 @@ impl Case<'_> {
         Finding::new(verdict, message).because(diagnosis::miscounted(words))
     }
 
-    /// Whether nobody knows if libvirt got the last call.
+    /// True if libvirt may or may not have received the last call.
     fn is_lost(&self) -> bool {
         let last = self.history.calls().last();
         last.is_some_and(Call::is_lost)
@@ -93,10 +93,12 @@ impl Case<'_> {
         }
     }
 
-    /// libvirt up to 12.3 takes a finished unplug of a vCPU for one that timed out, and goes on
-    /// counting the vCPU; told again, it finds out that QEMU has it no more, and goes on to the
-    /// next (measured). So it is told again when something else said that a vCPU went since it
-    /// was last told; where nothing else can say so, once.
+    /// Returns a repeated call that makes libvirt notice a released vCPU.
+    ///
+    /// libvirt up to 12.3 takes a finished unplug of a vCPU for one that timed out, and keeps
+    /// counting the vCPU. A repeated call finds that QEMU no longer has it, and continues with the
+    /// next (measured). So the call is repeated if another source reported a released vCPU since
+    /// the last call, and once if there is no such source.
     fn nudge(&self) -> Option<Action> {
         let (signs, history) = (&self.signs, self.history);
         let last = history
@@ -123,8 +125,8 @@ impl Case<'_> {
         again.then(|| last.action.clone())
     }
 
-    /// The same after the verdict, when others may have changed the domain: only if every vCPU
-    /// that was to go is known to be gone, and libvirt still counts exactly those that there were.
+    /// Does the same after the verdict, when others may have changed the domain: only if every
+    /// requested vCPU is known to be released and libvirt still counts exactly the original ones.
     pub(super) fn settle(&self) -> Option<Action> {
         let (signs, history) = (&self.signs, self.history);
         let last = history.calls().last()?;
@@ -144,7 +146,7 @@ impl Case<'_> {
             .guest
             .is_some_and(|guest| guest.vcpus.len() == self.count)
             && self.looked_after(Some(*returned));
-        // Each that went is a reason to tell libvirt once more; it does not listen for ever.
+        // Each released vCPU is a reason to repeat the call once; this bounds the number of calls.
         let told = history.calls().len();
         let bound = usize::try_from(self.before).unwrap_or(usize::MAX);
         (by_event || by_agent && told <= bound).then(|| last.action.clone())
