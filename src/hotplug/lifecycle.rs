@@ -10,12 +10,13 @@ use crate::units::Timestamp;
 pub(super) fn ended(history: &History) -> Option<Finding> {
     let stopped = |message: String| Some(Finding::new(Verdict::DomainNotRunning, message));
     if history.contact() == Some(&Contact::Absent) {
-        return match history.calls().is_empty() {
-            true => Some(Finding::new(
+        return if history.calls().is_empty() {
+            Some(Finding::new(
                 Verdict::DomainNotFound,
                 "there is no such domain",
-            )),
-            false => stopped("the domain ended in the middle of the operation".to_owned()),
+            ))
+        } else {
+            stopped("the domain ended in the middle of the operation".to_owned())
         };
     }
     let end = history.all_events().find_map(|(_, event)| match event {
@@ -116,9 +117,10 @@ fn lost(history: &History, call: &Call, at: Timestamp, now: Timestamp) -> Option
     }
     if is_unsettled(history, call) {
         let moment = at.after(history.terms.patience.appear);
-        return Some(match now < moment {
-            true => Ruling::wait_until("a sign that libvirt got the request", moment),
-            false => Ruling::wait("a look at what became of the lost call"),
+        return Some(if now < moment {
+            Ruling::wait_until("a sign that libvirt got the request", moment)
+        } else {
+            Ruling::wait("a look at what became of the lost call")
         });
     }
     let latest = history.latest();
@@ -131,22 +133,20 @@ fn lost(history: &History, call: &Call, at: Timestamp, now: Timestamp) -> Option
     }
     // A pending unplug of a vCPU does not show in the live XML.
     let may_stand = is_open && matches!(call.action, Action::SetVcpus { .. });
-    match may_stand && call.action.is_unplug(&history.before) {
-        true => None,
-        false => Some(Ruling::Found(Finding::new(
+    if may_stand && call.action.is_unplug(&history.before) {
+        None
+    } else {
+        Some(Ruling::Found(Finding::new(
             Verdict::HypervisorError,
-            match is_open {
-                true => {
-                    "the connection or this program ended during the call, and the domain shows \
+            if is_open {
+                "the connection or this program ended during the call, and the domain shows \
                      nothing of it: ask again"
-                }
-                false => {
-                    "the connection or this program ended during the call, and the domain is \
+            } else {
+                "the connection or this program ended during the call, and the domain is \
                      neither as it was nor as it was to be: something else changed it; look at it \
                      and ask again"
-                }
             },
-        ))),
+        )))
     }
 }
 

@@ -182,10 +182,7 @@ proptest! {
         }
         world.domain.memory.maximum = Some(mib(maximum));
         world.domain.memory.slots = slots;
-        let size = match aligned {
-            true => Bytes::from(size).round_down(mib(2)),
-            false => size.into(),
-        };
+        let size = if aligned { Bytes::from(size).round_down(mib(2)) } else { size.into() };
         let seen = world.observe();
         let memory = &seen.domain.memory;
         let request = HotplugRequest::Memory { size };
@@ -367,13 +364,10 @@ proptest! {
                         .collect();
                     stats.balloon.total = Some(mib(total));
                     stats.balloon.updated = u64::try_from(now.as_seconds()).ok();
-                    seen.agent = match answers {
-                        true => Agent::Answered(GuestVcpus {
+                    seen.agent = if answers { Agent::Answered(GuestVcpus {
                             vcpus: (0..has).collect(),
                             online: (0..online).collect(),
-                        }),
-                        false => Agent::Silent("no".to_owned()),
-                    };
+                        }) } else { Agent::Silent("no".to_owned()) };
                     history.observed(seen);
                 }
                 Input::Happened(event) => history.happened(now, event),

@@ -180,9 +180,10 @@ impl World {
                 present: true,
                 stats_period: Some(1),
             },
-            agent: match habits.agent {
-                true => AgentChannel::Connected,
-                false => AgentChannel::Disconnected,
+            agent: if habits.agent {
+                AgentChannel::Connected
+            } else {
+                AgentChannel::Disconnected
             },
             devices: Vec::new(),
         };

@@ -93,9 +93,10 @@ impl Bytes {
 
     /// Returns the smallest multiple of `unit` that is not below this size; `None` above 16 EiB.
     pub fn round_up(self, unit: Self) -> Option<Self> {
-        match self.is_multiple_of(unit) || unit.0 == 0 {
-            true => Some(self),
-            false => self.round_down(unit).checked_add(unit),
+        if self.is_multiple_of(unit) || unit.0 == 0 {
+            Some(self)
+        } else {
+            self.round_down(unit).checked_add(unit)
         }
     }
 

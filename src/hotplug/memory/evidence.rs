@@ -49,9 +49,10 @@ impl<'h> Signs<'h> {
                 moved = Some(seen.at);
                 last = plugged;
             }
-            reached = match plugged == target {
-                true => reached.or(Some(seen.at)),
-                false => None,
+            reached = if plugged == target {
+                reached.or(Some(seen.at))
+            } else {
+                None
             };
         }
         let by_event = history.events().filter_map(|(at, event)| match event {
@@ -122,19 +123,17 @@ fn total(history: &History, target: Bytes, reached: Option<Timestamp>) -> Total 
         let newer = reached
             .zip(updated)
             .is_some_and(|(reached, updated)| updated > reached.as_seconds());
-        return match newer {
-            true => Total::Short(grew),
-            false => Total::Stale,
+        return if newer {
+            Total::Short(grew)
+        } else {
+            Total::Stale
         };
     }
     let shown = match added {
         Bytes::ZERO => missing < smallest_unit(memory),
         added => grew >= needed(added),
     };
-    match shown {
-        true => Total::Fits,
-        false => Total::Unknown,
-    }
+    if shown { Total::Fits } else { Total::Unknown }
 }
 
 fn needed(added: Bytes) -> Bytes {

@@ -66,9 +66,10 @@ fn resize(size: Bytes, memory: &Memory) -> Result<Vec<Action>, Infeasible> {
     }
     let has = memory.asked();
     let grow = size > has;
-    let devices: Vec<&MemoryDevice> = match grow {
-        true => memory.virtio_mem().collect(),
-        false => memory.virtio_mem().rev().collect(),
+    let devices: Vec<&MemoryDevice> = if grow {
+        memory.virtio_mem().collect()
+    } else {
+        memory.virtio_mem().rev().collect()
     };
     let mut rest = size.abs_diff(has);
     let mut actions = Vec::new();
@@ -76,14 +77,16 @@ fn resize(size: Bytes, memory: &Memory) -> Result<Vec<Action>, Infeasible> {
         let (Some(alias), requested) = (&device.alias, device.asked()) else {
             continue;
         };
-        let room = match grow {
-            true => device.size.saturating_sub(requested),
-            false => requested,
+        let room = if grow {
+            device.size.saturating_sub(requested)
+        } else {
+            requested
         };
         let share = rest.min(room).round_down(block(device));
-        let target = match grow {
-            true => requested.saturating_add(share),
-            false => requested.saturating_sub(share),
+        let target = if grow {
+            requested.saturating_add(share)
+        } else {
+            requested.saturating_sub(share)
         };
         let Ok(target) = KiB::try_from(target) else {
             continue;
@@ -98,15 +101,16 @@ fn resize(size: Bytes, memory: &Memory) -> Result<Vec<Action>, Infeasible> {
     }
     if rest > Bytes::ZERO {
         let block = memory.virtio_mem().map(block).min().unwrap_or_default();
-        let (below, above) = match grow {
-            true => (
+        let (below, above) = if grow {
+            (
                 size.saturating_sub(rest),
                 size.saturating_sub(rest).saturating_add(block),
-            ),
-            false => (
+            )
+        } else {
+            (
                 size.saturating_add(rest).saturating_sub(block),
                 size.saturating_add(rest),
-            ),
+            )
         };
         return Err(not_in_blocks(
             size,
@@ -128,9 +132,10 @@ fn block(device: &MemoryDevice) -> Bytes {
 }
 
 fn not_in_blocks(asked: Bytes, block: Bytes, below: Bytes, above: Bytes) -> Infeasible {
-    let near = match below == above {
-        true => below.to_string(),
-        false => format!("{below} or {above}"),
+    let near = if below == above {
+        below.to_string()
+    } else {
+        format!("{below} or {above}")
     };
     Infeasible::MemoryBlock { asked, block, near }
 }
@@ -216,9 +221,10 @@ fn check_machine(domain: &Domain) -> Result<(), Infeasible> {
         });
     }
     let arch = domain.arch.as_deref().unwrap_or_default();
-    match domain.acpi || !matches!(arch, "x86_64" | "i686" | "aarch64") {
-        true => Ok(()),
-        false => Err(Infeasible::NoAcpi),
+    if domain.acpi || !matches!(arch, "x86_64" | "i686" | "aarch64") {
+        Ok(())
+    } else {
+        Err(Infeasible::NoAcpi)
     }
 }
 

@@ -258,19 +258,21 @@ impl Case<'_> {
         let wanted = self.size.saturating_sub(self.before);
         let missing = wanted.saturating_sub(grew);
         let diagnosis = self.why_short(missing);
-        match wanted > Bytes::ZERO && grew >= wanted.part(8) {
-            true => Finding::new(
+        if wanted > Bytes::ZERO && grew >= wanted.part(8) {
+            Finding::new(
                 Verdict::PartiallyApplied,
                 format!("the guest has {wanted} more and uses {grew} of it"),
-            ),
-            false if wanted == Bytes::ZERO => Finding::new(
+            )
+        } else if wanted == Bytes::ZERO {
+            Finding::new(
                 Verdict::GuestOffline,
                 format!("the guest has {} and its own total is far less", self.size),
-            ),
-            false => Finding::new(
+            )
+        } else {
+            Finding::new(
                 Verdict::GuestOffline,
                 format!("the guest took {wanted} and does not use it"),
-            ),
+            )
         }
         .because(diagnosis)
     }
@@ -315,17 +317,19 @@ impl Case<'_> {
         let until = since.map(|since| self.history.patient_until(since, patience));
         let looked = until.zip(self.signs.latest);
         let looked = looked.is_some_and(|(until, latest)| latest.at >= until);
-        match self.over || looked {
-            true => Ruling::Found(finding()),
-            false => Ruling::wait_until_then_look(awaiting, until, self.now),
+        if self.over || looked {
+            Ruling::Found(finding())
+        } else {
+            Ruling::wait_until_then_look(awaiting, until, self.now)
         }
     }
 
     /// Returns the finding at the deadline, and waits before.
     fn wait_or(&self, awaiting: &str, finding: impl FnOnce() -> Finding) -> Ruling {
-        match self.over {
-            true => Ruling::Found(finding()),
-            false => Ruling::wait(awaiting),
+        if self.over {
+            Ruling::Found(finding())
+        } else {
+            Ruling::wait(awaiting)
         }
     }
 }

@@ -153,15 +153,16 @@ impl World {
             .unwrap();
         let (requested, current) = (device.asked(), device.plugged());
         let step = mib(128);
-        let next = match requested > current {
-            true => current
+        let next = if requested > current {
+            current
                 .saturating_add(step)
                 .min(requested)
-                .min(habits.takes_at_most),
-            false => current
+                .min(habits.takes_at_most)
+        } else {
+            current
                 .saturating_sub(step)
                 .max(requested)
-                .max(habits.pinned.min(current)),
+                .max(habits.pinned.min(current))
         };
         device.current = Some(next);
         if next == current {

@@ -73,12 +73,11 @@ pub(super) fn never_ran(idle: &IdSet) -> Diagnosis {
 /// The guest did not react. `emulated` is true without an accelerator.
 pub(super) fn silent_plug(tried: &str, emulated: bool) -> Diagnosis {
     // tianocore/edk2 issue 9298; measured with 5.2, and with 7.2.22, which has the fix.
-    let broken = match emulated {
-        true => {
-            "; QEMU 5.1 to 7.1 tells no guest of new vCPUs in software emulation (domain type \
+    let broken = if emulated {
+        "; QEMU 5.1 to 7.1 tells no guest of new vCPUs in software emulation (domain type \
              qemu): use a newer one"
-        }
-        false => "",
+    } else {
+        ""
     };
     Diagnosis::new(
         "no-sign",

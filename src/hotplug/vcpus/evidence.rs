@@ -89,9 +89,10 @@ impl<'h> Signs<'h> {
             }
         }
         for (id, (gone, at)) in fate {
-            match gone {
-                true => drop(self.gone.insert(id, at)),
-                false => self.kept.insert(id),
+            if gone {
+                drop(self.gone.insert(id, at))
+            } else {
+                self.kept.insert(id)
             }
         }
     }
@@ -164,10 +165,12 @@ fn use_of(history: &History, id: u32, new: bool) -> Use {
         grown += u32::from(stirs);
         last = Some(*now);
     }
-    match grown >= needed {
-        true => Use::Runs,
-        false if stirs => Use::Stirs,
-        false => Use::None,
+    if grown >= needed {
+        Use::Runs
+    } else if stirs {
+        Use::Stirs
+    } else {
+        Use::None
     }
 }
 

@@ -58,9 +58,10 @@ fn describe_event(event: &Event) -> Option<(Source, String)> {
 }
 
 fn list(ids: &IdSet) -> String {
-    match ids.is_empty() {
-        true => "none".to_owned(),
-        false => ids.to_string(),
+    if ids.is_empty() {
+        "none".to_owned()
+    } else {
+        ids.to_string()
     }
 }
 

@@ -30,9 +30,10 @@ pub(super) fn judge(history: &History, count: u32, online: bool, now: Timestamp)
     if !history.latest().domain.state.runs() {
         return Ruling::wait(history.latest().awaiting());
     }
-    match count < case.before {
-        true => case.unplug(),
-        false => case.plug(online),
+    if count < case.before {
+        case.unplug()
+    } else {
+        case.plug(online)
     }
 }
 
@@ -72,14 +73,18 @@ impl Case<'_> {
                 Require::Acknowledged => shown || let_go,
                 Require::Accepted => shown || self.submitted(),
             }
-            .then(|| match shown {
-                true => format!(
-                    "{} gone, {count} left{}",
-                    counted(needed, "vCPU"),
-                    self.took()
-                ),
-                false if let_go => format!("the guest let {} go", counted(needed, "vCPU")),
-                false => "libvirt has passed the request on to the guest".to_owned(),
+            .then(|| {
+                if shown {
+                    format!(
+                        "{} gone, {count} left{}",
+                        counted(needed, "vCPU"),
+                        self.took()
+                    )
+                } else if let_go {
+                    format!("the guest let {} go", counted(needed, "vCPU"))
+                } else {
+                    "libvirt has passed the request on to the guest".to_owned()
+                }
             });
         }
         if !shown {
@@ -138,9 +143,10 @@ impl Case<'_> {
 
     /// Returns the finding at the deadline, and waits before.
     fn wait_or(&self, finding: Finding, awaiting: &str) -> Ruling {
-        match self.over {
-            true => Ruling::Found(finding),
-            false => Ruling::wait(awaiting),
+        if self.over {
+            Ruling::Found(finding)
+        } else {
+            Ruling::wait(awaiting)
         }
     }
 }

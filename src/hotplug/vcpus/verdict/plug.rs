@@ -124,9 +124,10 @@ impl Case<'_> {
                 counted(self.count, "vCPU"),
                 offline
             );
-            let diagnosis = match calls.is_empty() {
-                true => diagnosis::offline(offline),
-                false => diagnosis::cannot_be_onlined(offline, error),
+            let diagnosis = if calls.is_empty() {
+                diagnosis::offline(offline)
+            } else {
+                diagnosis::cannot_be_onlined(offline, error)
             };
             return Ruling::Found(
                 self.partly_or(Verdict::GuestOffline, message)
@@ -280,9 +281,10 @@ impl Case<'_> {
             (true, None) => "no answer through ACPI",
             (true, Some(_)) => "answers through ACPI",
         };
-        let time = match signs.counts_time {
-            true => "time that vCPUs ran",
-            false => "no time of vCPUs in the statistics",
+        let time = if signs.counts_time {
+            "time that vCPUs ran"
+        } else {
+            "no time of vCPUs in the statistics"
         };
         format!("{agent}, {ost}, {time}")
     }

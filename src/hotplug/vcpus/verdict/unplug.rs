@@ -29,28 +29,30 @@ impl Case<'_> {
             return Ruling::Call(nudge);
         }
         let all_gone = signs.gone_count() >= needed;
-        let message = match all_gone {
-            true => format!(
+        let message = if all_gone {
+            format!(
                 "the guest let {} go, and libvirt still counts {}",
                 counted(needed, "vCPU"),
                 signs.plugged
-            ),
-            false if self.is_lost() => {
-                "the connection or this program ended during the call: whether the guest was asked \
+            )
+        } else if self.is_lost() {
+            "the connection or this program ended during the call: whether the guest was asked \
                  to let vCPUs go is not known"
-                    .to_owned()
-            }
-            false => "the guest has not answered the request to let vCPUs go; it stands".to_owned(),
+                .to_owned()
+        } else {
+            "the guest has not answered the request to let vCPUs go; it stands".to_owned()
         };
-        let finding = match all_gone {
-            true => Finding::new(Verdict::Pending, message),
-            false => self.partly_gone_or(Verdict::Pending, message),
+        let finding = if all_gone {
+            Finding::new(Verdict::Pending, message)
+        } else {
+            self.partly_gone_or(Verdict::Pending, message)
         };
         self.wait_or(
             finding,
-            match all_gone {
-                true => "libvirt to notice that the vCPUs are gone",
-                false => "the guest to let the vCPUs go",
+            if all_gone {
+                "libvirt to notice that the vCPUs are gone"
+            } else {
+                "the guest to let the vCPUs go"
             },
         )
     }
