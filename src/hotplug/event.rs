@@ -102,7 +102,7 @@ pub enum SlotKind {
 
 /// The meaning of an [`Ost`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Answer {
+pub enum AcpiAnswer {
     /// The guest added the device. It may still not use it: a Linux that drops a CPU because of
     /// `nr_cpus` answers the same (measured).
     Added,
@@ -118,13 +118,13 @@ pub enum Answer {
 impl Ost {
     /// Returns the meaning (Linux: include/linux/acpi.h, `acpi_device_hotplug` in
     /// drivers/acpi/scan.c); `None` for sources that no supported guest uses.
-    pub fn answer(&self) -> Option<Answer> {
+    pub fn answer(&self) -> Option<AcpiAnswer> {
         Some(match (self.source, self.status) {
-            (0 | 1, 0) => Answer::Added,
-            (0 | 1, _) => Answer::NotAdded,
-            (3 | 0x103, 0) => Answer::Gone,
-            (3 | 0x103, 0x84) => Answer::Leaving,
-            (3 | 0x103, _) => Answer::Kept,
+            (0 | 1, 0) => AcpiAnswer::Added,
+            (0 | 1, _) => AcpiAnswer::NotAdded,
+            (3 | 0x103, 0) => AcpiAnswer::Gone,
+            (3 | 0x103, 0x84) => AcpiAnswer::Leaving,
+            (3 | 0x103, _) => AcpiAnswer::Kept,
             _ => return None,
         })
     }
@@ -146,7 +146,7 @@ impl Ost {
 
 /// A monitor event whose details are not in QEMU's format.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
-#[error("the details of {event} are not as QEMU writes them: {problem}")]
+#[error("the details of {event} are not in QEMU's format: {problem}")]
 pub struct NotAnEvent {
     event: &'static str,
     problem: String,
@@ -247,7 +247,7 @@ fn ost(event: &'static str, info: OstInfo) -> Result<Option<Ost>, NotAnEvent> {
     };
     let slot = info.slot.parse().map_err(|_| NotAnEvent {
         event,
-        problem: "the slot is no number".to_owned(),
+        problem: "the slot is not a number".to_owned(),
     })?;
     Ok(Some(Ost {
         device: info.device,
@@ -288,7 +288,7 @@ mod tests {
 
     /// Recorded from QEMU 10.0.2.
     #[test]
-    fn qemus_own_words_are_read() {
+    fn qemu_monitor_events_are_parsed() {
         let added = monitor(
             "ACPI_DEVICE_OST",
             r#"{"info":{"device":"vcpu1","source":1,"status":0,"slot":"1","slot-type":"CPU"}}"#,
@@ -299,12 +299,14 @@ mod tests {
         assert_eq!((ost.device.as_deref(), ost.slot), (Some("vcpu1"), 1));
         assert_eq!(
             (ost.kind, ost.answer()),
-            (SlotKind::Cpu, Some(Answer::Added))
+            (SlotKind::Cpu, Some(AcpiAnswer::Added))
         );
 
         let gone = r#"{"info":{"source":3,"status":0,"slot":"2","slot-type":"CPU"}}"#;
         let gone = monitor("ACPI_DEVICE_OST", gone);
-        assert!(matches!(gone, Some(Event::Ost(ref ost)) if ost.answer() == Some(Answer::Gone)));
+        assert!(
+            matches!(gone, Some(Event::Ost(ref ost)) if ost.answer() == Some(AcpiAnswer::Gone))
+        );
 
         let part = r#"{"path":"/machine/peripheral/vcpu2/lapic"}"#;
         assert_eq!(
@@ -331,7 +333,7 @@ mod tests {
 
     /// Recorded from QEMU 10.0.2 after a DIMM and a vCPU were plugged.
     #[test]
-    fn what_qemu_remembers_is_read() {
+    fn qemu_ospm_status_is_parsed() {
         let answer = r#"{"return":[
             {"device":"ua-d128","source":1,"status":0,"slot":"0","slot-type":"DIMM"},
             {"source":0,"status":0,"slot":"1","slot-type":"DIMM"},
@@ -346,9 +348,9 @@ mod tests {
         assert_eq!(
             read,
             [
-                (SlotKind::Dimm, 0, Answer::Added),
-                (SlotKind::Cpu, 1, Answer::Added),
-                (SlotKind::Cpu, 2, Answer::Kept)
+                (SlotKind::Dimm, 0, AcpiAnswer::Added),
+                (SlotKind::Cpu, 1, AcpiAnswer::Added),
+                (SlotKind::Cpu, 2, AcpiAnswer::Kept)
             ]
         );
         let error = r#"{"id":"libvirt-3","error":{"class":"GenericError","desc":"no ACPI"}}"#;
@@ -360,7 +362,7 @@ mod tests {
     }
 
     #[test]
-    fn an_eject_is_only_done_when_the_guest_says_so() {
+    fn only_eject_success_means_released() {
         let answer = |source, status| {
             Ost {
                 device: None,
@@ -371,17 +373,17 @@ mod tests {
             }
             .answer()
         };
-        assert_eq!(answer(3, 132), Some(Answer::Leaving));
-        assert_eq!(answer(0x103, 0), Some(Answer::Gone));
+        assert_eq!(answer(3, 132), Some(AcpiAnswer::Leaving));
+        assert_eq!(answer(0x103, 0), Some(AcpiAnswer::Gone));
         for refused in [1, 0x80, 0x81, 0x82, 0x83] {
-            assert_eq!(answer(3, refused), Some(Answer::Kept));
+            assert_eq!(answer(3, refused), Some(AcpiAnswer::Kept));
         }
-        assert_eq!(answer(1, 0x82), Some(Answer::NotAdded));
+        assert_eq!(answer(1, 0x82), Some(AcpiAnswer::NotAdded));
         assert_eq!(answer(7, 0), None);
     }
 
     #[test]
-    fn an_unplug_that_failed_names_its_device() {
+    fn failed_unplug_names_device() {
         let failed = Some(Event::UnplugFailed {
             device: "dimm0".to_owned(),
         });

@@ -63,7 +63,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_source_has_one_word() {
+    fn source_has_one_word() {
         let json = serde_json::to_string(&Source::AcpiOst).unwrap();
         assert_eq!(json, format!("\"{}\"", Source::AcpiOst));
     }

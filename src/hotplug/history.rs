@@ -110,7 +110,7 @@ impl History {
     /// Appends an observation. A long history keeps the first, the last, and some in between.
     pub fn observed(&mut self, observation: Observation) {
         self.contact = None;
-        self.learn(&observation);
+        self.add_remembered_answers(&observation);
         self.observations.push(observation);
         if self.observations.len() > MOST_OBSERVATIONS {
             let recent = MOST_OBSERVATIONS / 2;
@@ -124,7 +124,7 @@ impl History {
 
     /// Adds the guest's answers that QEMU remembers and no event reported, as of the observation.
     /// After a reset an answer may be that of the guest before it.
-    fn learn(&mut self, observation: &Observation) {
+    fn add_remembered_answers(&mut self, observation: &Observation) {
         let (Some(before), Some(now)) = (&self.before.answers, &observation.answers) else {
             return;
         };
@@ -207,7 +207,7 @@ impl History {
     }
 
     /// Returns the number of observations that were started since a time.
-    pub(super) fn looks_since(&self, moment: Timestamp) -> usize {
+    pub(super) fn observations_since(&self, moment: Timestamp) -> usize {
         let since = self.observations.iter().rev();
         since.take_while(|seen| seen.at >= moment).count()
     }

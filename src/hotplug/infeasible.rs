@@ -61,7 +61,7 @@ pub enum Infeasible {
     },
     /// The guest would never be notified.
     #[error(
-        "the domain has no ACPI, by which its guest would learn of it: add <acpi/> to <features> \
+        "the domain has no ACPI, which notifies the guest: add <acpi/> to <features> \
          and start it again"
     )]
     NoAcpi,
@@ -112,7 +112,7 @@ pub enum Infeasible {
     )]
     NoDimms { machine: String },
     #[error(
-        "{asked} are less than the {least} that cannot be given back: only virtio-mem devices \
+        "{asked} are less than the {least} that cannot be returned: only virtio-mem devices \
          shrink, and DIMMs stay; detach a DIMM by its alias, or give the domain a virtio-mem \
          device"
     )]

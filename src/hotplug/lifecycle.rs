@@ -1,22 +1,22 @@
 //! Rules that are the same for every kind of resource: ended domains, failed calls, lost answers.
 
 use super::history::{Call, Contact, History, Return};
-use super::outcome::{Diagnosis, Finding, Ruling};
+use super::outcome::{Conclusion, Diagnosis, Ruling};
 use super::{Action, Event, Verdict};
 use crate::domain::{CallError, DomainState, Job};
 use crate::units::Timestamp;
 
 /// Returns a finding if the domain ended during the operation or no longer exists.
-pub(super) fn ended(history: &History) -> Option<Finding> {
-    let stopped = |message: String| Some(Finding::new(Verdict::DomainNotRunning, message));
+pub(super) fn ended(history: &History) -> Option<Conclusion> {
+    let stopped = |message: String| Some(Conclusion::new(Verdict::DomainNotRunning, message));
     if history.contact() == Some(&Contact::Absent) {
         return if history.calls().is_empty() {
-            Some(Finding::new(
+            Some(Conclusion::new(
                 Verdict::DomainNotFound,
                 "there is no such domain",
             ))
         } else {
-            stopped("the domain ended in the middle of the operation".to_owned())
+            stopped("the domain ended during the operation".to_owned())
         };
     }
     let end = history.all_events().find_map(|(_, event)| match event {
@@ -24,9 +24,7 @@ pub(super) fn ended(history: &History) -> Option<Finding> {
         _ => None,
     });
     if let Some(why) = end {
-        return stopped(format!(
-            "the domain ended in the middle of the operation: {why}"
-        ));
+        return stopped(format!("the domain ended during the operation: {why}"));
     }
     let (before, latest) = (&history.before.domain, &history.latest().domain);
     match latest.state {
@@ -34,7 +32,7 @@ pub(super) fn ended(history: &History) -> Option<Finding> {
             stopped(format!("the domain is {}", history.latest().state()))
         }
         _ if latest.id != before.id => {
-            stopped("the domain was started anew in the middle of the operation".to_owned())
+            stopped("the domain was restarted during the operation".to_owned())
         }
         _ => None,
     }
@@ -54,17 +52,17 @@ pub(super) fn after_call(history: &History, now: Timestamp, done: bool) -> Optio
     };
     match error {
         CallError::UnplugPending { .. } => None,
-        CallError::Busy { text, .. } if over => Some(Ruling::Found(Finding::new(
+        CallError::Busy { text, .. } if over => Some(Ruling::Conclude(Conclusion::new(
             Verdict::Busy,
             format!(
                 "{} held the domain until the deadline: {text}",
-                holder(history)
+                job_name(history)
             ),
         ))),
         CallError::Busy { .. } if history.may_call() => Some(Ruling::Call(call.action.clone())),
         CallError::Busy { .. } => None,
-        CallError::NotFound(text) | CallError::NotRunning(text) => Some(Ruling::Found(
-            Finding::new(Verdict::DomainNotRunning, said(text)),
+        CallError::NotFound(text) | CallError::NotRunning(text) => Some(Ruling::Conclude(
+            Conclusion::new(Verdict::DomainNotRunning, text_or_default(text)),
         )),
         CallError::Overdue { .. } if over && !done => Some(still_running(history)),
         CallError::Overdue { .. } => None,
@@ -75,14 +73,14 @@ pub(super) fn after_call(history: &History, now: Timestamp, done: bool) -> Optio
         | CallError::Unsupported { text, .. }
         | CallError::Failed { text, .. } => {
             if history.latest().at < at && !over {
-                return Some(Ruling::wait("a look at what the failed call left"));
+                return Some(Ruling::wait("an observation after the failed call"));
             }
             // The call repeats a lost one that had been carried out.
             let was_done =
                 history.times_lost(&call.action) > 0 && call.action.is_shown(history.latest());
             // The guest was asked before, and its reaction decides.
             let was_asked = repeated_unplug_error(history).is_some();
-            (!was_done && !was_asked).then(|| Ruling::Found(error_finding(history, call, text)))
+            (!was_done && !was_asked).then(|| Ruling::Conclude(error_finding(history, call, text)))
         }
     }
 }
@@ -113,14 +111,14 @@ const MOST_LOST: usize = 3;
 fn lost(history: &History, call: &Call, at: Timestamp, now: Timestamp) -> Option<Ruling> {
     let over = history.is_over(now);
     if let (Some(Contact::Unreachable(why)), true) = (history.contact(), over) {
-        return Some(Ruling::Found(unreachable(why)));
+        return Some(Ruling::Conclude(unreachable(why)));
     }
     if is_unsettled(history, call) {
         let moment = at.after(history.terms.patience.appear);
         return Some(if now < moment {
-            Ruling::wait_until("a sign that libvirt got the request", moment)
+            Ruling::wait_until("evidence that libvirt received the request", moment)
         } else {
-            Ruling::wait("a look at what became of the lost call")
+            Ruling::wait("an observation after the lost call")
         });
     }
     let latest = history.latest();
@@ -132,19 +130,18 @@ fn lost(history: &History, call: &Call, at: Timestamp, now: Timestamp) -> Option
         return Some(Ruling::Call(call.action.clone()));
     }
     // A pending unplug of a vCPU does not show in the live XML.
-    let may_stand = is_open && matches!(call.action, Action::SetVcpus { .. });
-    if may_stand && call.action.is_unplug(&history.before) {
+    let may_be_pending = is_open && matches!(call.action, Action::SetVcpus { .. });
+    if may_be_pending && call.action.is_unplug(&history.before) {
         None
     } else {
-        Some(Ruling::Found(Finding::new(
+        Some(Ruling::Conclude(Conclusion::new(
             Verdict::HypervisorError,
             if is_open {
-                "the connection or this program ended during the call, and the domain shows \
-                     nothing of it: ask again"
+                "the connection or virtnode ended during the call, and the domain is unchanged: \
+                 ask again"
             } else {
-                "the connection or this program ended during the call, and the domain is \
-                     neither as it was nor as it was to be: something else changed it; look at it \
-                     and ask again"
+                "the connection or virtnode ended during the call, and the domain is in neither \
+                 the old nor the requested state: something else changed it; check it and ask again"
             },
         )))
     }
@@ -163,27 +160,27 @@ pub(super) fn is_unsettled(history: &History, call: &Call) -> bool {
     let latest = history.latest();
     let shown = latest.at >= call.started && call.action.is_shown(latest);
     let settled = at.after(history.terms.patience.appear);
-    !shown && (latest.at < settled || history.looks_since(*at) < 2)
+    !shown && (latest.at < settled || history.observations_since(*at) < 2)
 }
 
 fn still_running(history: &History) -> Ruling {
-    Ruling::Found(match history.contact() {
+    Ruling::Conclude(match history.contact() {
         Some(Contact::Unreachable(why)) => unreachable(why),
-        _ if was_locked(history) => Finding::new(
+        _ if was_locked(history) => Conclusion::new(
             Verdict::Busy,
             format!(
                 "{} held the domain until the deadline; the last try is still outstanding",
-                holder(history)
+                job_name(history)
             ),
         ),
-        _ if history.latest().job.is_some_and(Job::holds_changes) => Finding::new(
+        _ if history.latest().job.is_some_and(Job::holds_changes) => Conclusion::new(
             Verdict::Busy,
             format!(
                 "{} held the domain until the deadline; libvirt may still carry the call out",
-                holder(history)
+                job_name(history)
             ),
         ),
-        _ => Finding::new(
+        _ => Conclusion::new(
             Verdict::Pending,
             "libvirt has not answered the call by the deadline: it may still carry it out",
         ),
@@ -191,7 +188,7 @@ fn still_running(history: &History) -> Ruling {
 }
 
 /// Returns the name of the job that holds the domain.
-fn holder(history: &History) -> String {
+fn job_name(history: &History) -> String {
     let job = history.latest().job;
     job.map_or("something else".to_owned(), |job| job.to_string())
 }
@@ -202,23 +199,23 @@ fn was_locked(history: &History) -> bool {
     history.calls().iter().any(is_busy)
 }
 
-fn unreachable(why: &str) -> Finding {
-    Finding::new(
+fn unreachable(why: &str) -> Conclusion {
+    Conclusion::new(
         Verdict::HypervisorUnavailable,
-        format!("the hypervisor could not be asked: {why}"),
+        format!("the hypervisor did not answer: {why}"),
     )
 }
 
 /// Returns the finding at the deadline if the guest cannot be judged.
-pub(super) fn at_deadline(history: &History) -> Option<Finding> {
+pub(super) fn at_deadline(history: &History) -> Option<Conclusion> {
     match history.contact() {
         Some(Contact::Unreachable(why)) => Some(unreachable(why)),
         _ if !history.latest().domain.state.runs() => {
             let latest = history.latest();
-            Some(Finding::new(
+            Some(Conclusion::new(
                 Verdict::DomainNotRunning,
                 format!(
-                    "the domain is {}, so its guest cannot take anything: {}",
+                    "the domain is {}, so its guest cannot react: {}",
                     latest.state(),
                     latest.remedy()
                 ),
@@ -229,16 +226,16 @@ pub(super) fn at_deadline(history: &History) -> Option<Finding> {
 }
 
 /// Returns libvirt's text or, if that is empty, a substitute.
-fn said(message: &str) -> &str {
+fn text_or_default(message: &str) -> &str {
     match message.trim() {
-        "" => "libvirt failed without saying why",
+        "" => "libvirt failed without a reason",
         message => message,
     }
 }
 
 /// Returns a finding for the hypervisor's own error, with an explanation if one is known.
-pub(super) fn error_finding(history: &History, call: &Call, text: &str) -> Finding {
-    let finding = Finding::new(Verdict::HypervisorError, said(text));
+pub(super) fn error_finding(history: &History, call: &Call, text: &str) -> Conclusion {
+    let finding = Conclusion::new(Verdict::HypervisorError, text_or_default(text));
     let known = KNOWN.iter().find(|(known, ..)| text.contains(known));
     match known {
         Some((_, code, seen, remedy)) => finding.because(Diagnosis::new(code, *seen, *remedy)),
@@ -246,7 +243,7 @@ pub(super) fn error_finding(history: &History, call: &Call, text: &str) -> Findi
             "libvirt-miscounts",
             "libvirt 9.0 fails like this when it unplugs a vCPU that QEMU no longer has: the guest \
              released it before, and libvirt did not notice",
-            COUNT_ANEW,
+            RECOUNT_REMEDY,
         )),
         None => finding,
     }
@@ -266,9 +263,9 @@ fn is_miscounted_unplug(history: &History, call: &Call) -> bool {
 }
 
 /// The remedy that makes libvirt count the vCPUs that QEMU has (measured with 9.0).
-pub(super) const COUNT_ANEW: &str = "start libvirt's daemon anew (systemctl restart libvirtd, or virtqemud): domains run on, and it \
-     then counts what QEMU has. Until then it plugs no vCPU that it believes to be there. A newer \
-     libvirt (11.3 does) takes note by itself";
+pub(super) const RECOUNT_REMEDY: &str = "restart libvirt's daemon (systemctl restart libvirtd, or virtqemud): domains keep running, and \
+     libvirt then counts the vCPUs that QEMU has. Until then it cannot plug the vCPU that it still \
+     counts. A newer libvirt (11.3 does) notices by itself";
 
 /// Explanations of English error texts of QEMU and libvirt: text, code, meaning, remedy. They only
 /// explain: no verdict and no step depends on them.
@@ -276,7 +273,7 @@ const KNOWN: [(&str, &str, &str, &str); 6] = [
     (
         "with SMI wasn't enabled by firmware",
         "firmware-smi",
-        "the guest was started by a firmware with Secure Boot that does not take part in CPU \
+        "the guest was started by a firmware with Secure Boot that does not negotiate CPU \
          hotplug",
         "use a machine type newer than pc-q35-5.1 and an OVMF that negotiates CPU hotplug, and \
          start the domain again",
@@ -284,7 +281,7 @@ const KNOWN: [(&str, &str, &str, &str); 6] = [
     (
         "unplug request for not supported device type",
         "guest-without-cpu-eject",
-        "the guest's operating system has not taken over ACPI's CPU hotplug: it is still in its \
+        "the guest's operating system does not handle ACPI's CPU hotplug: it is still in its \
          firmware, runs with acpi=off, or could not, as under the software emulation of QEMU 5.1 to \
          7.1",
         "wait until the guest has booted, boot it with ACPI, or use a newer QEMU",
@@ -292,13 +289,13 @@ const KNOWN: [(&str, &str, &str, &str); 6] = [
     (
         "Discarding RAM is disabled",
         "vfio-without-coordinated-discard",
-        "an assigned device pins all of the guest's memory, which virtio-mem cannot work with",
+        "an assigned device pins all of the guest's memory, which is incompatible with virtio-mem",
         "detach the device, or use a QEMU and a kernel with coordinated discarding of RAM",
     ),
     (
         "Incompatible with mlock",
         "memory-locked",
-        "the domain's memory is locked, which virtio-mem cannot work with",
+        "the domain's memory is locked, which is incompatible with virtio-mem",
         "remove <locked/> from <memoryBacking> and start the domain again",
     ),
     (
@@ -310,7 +307,7 @@ const KNOWN: [(&str, &str, &str, &str); 6] = [
     (
         "failed to find appropriate hotpluggable vcpus",
         "cold-plugged-vcpus",
-        "the vCPUs that would have to go were there when the domain was started",
+        "the vCPUs that would be unplugged were plugged at the domain's start",
         "start the domain with fewer vCPUs, or with hotpluggable='yes' in <vcpus>",
     ),
 ];

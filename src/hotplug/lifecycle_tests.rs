@@ -1,11 +1,13 @@
 //! Truth table of interruptions: ended domains, resets, errors, lost answers.
 
-use super::simulation::{Change, Habits, World, failed, mib, ms, onlines, without_agent};
+use super::simulation::{
+    GuestBehavior, World, WorldChange, failed, mib, ms, onlines, without_agent,
+};
 use super::*;
 use crate::domain::CallError;
 
 #[test]
-fn a_domain_that_does_not_run_is_not_touched() {
+fn stopped_domain_is_not_changed() {
     use crate::domain::DomainState;
     for state in [
         DomainState::Paused,
@@ -25,7 +27,7 @@ fn a_domain_that_does_not_run_is_not_touched() {
 }
 
 #[test]
-fn what_holds_a_domain_says_whether_it_is_waited_for() {
+fn pause_reason_decides_between_waiting_and_rejecting() {
     use crate::domain::{DomainState, PauseReason};
     let held = |state, reason| {
         let mut seen = World::new(1, onlines()).observe();
@@ -82,12 +84,12 @@ fn what_holds_a_domain_says_whether_it_is_waited_for() {
 }
 
 #[test]
-fn what_paused_it_in_the_middle_is_told_at_the_deadline() {
+fn pause_until_deadline_yields_domain_not_running_with_remedy() {
     use crate::domain::PauseReason;
     for (by, says) in [
         (
             PauseReason::User,
-            "paused by a user, so its guest cannot take anything: resume it first",
+            "paused by a user, so its guest cannot react: resume it first",
         ),
         (
             PauseReason::IoError,
@@ -95,7 +97,7 @@ fn what_paused_it_in_the_middle_is_told_at_the_deadline() {
         ),
         (PauseReason::Save, "wait until that is over"),
     ] {
-        let mut world = World::new(1, Habits::default()).at(ms(300), Change::Pause);
+        let mut world = World::new(1, GuestBehavior::default()).at(ms(300), WorldChange::Pause);
         world.paused_by = by;
         let ended = world.vcpus(3);
         assert_eq!(ended.verdict(), Verdict::DomainNotRunning);
@@ -105,56 +107,57 @@ fn what_paused_it_in_the_middle_is_told_at_the_deadline() {
 }
 
 #[test]
-fn whatever_ends_the_domain_ends_the_operation() {
-    let mut world = World::new(1, Habits::default()).at(ms(500), Change::Destroy);
+fn end_of_domain_ends_operation() {
+    let mut world = World::new(1, GuestBehavior::default()).at(ms(500), WorldChange::Destroy);
     let ended = world.vcpus(3);
     assert_eq!(ended.verdict(), Verdict::DomainNotRunning);
     assert!(ended.took(&world) < ms(1000));
 
-    let mut world = World::new(1, Habits::default()).at(ms(300), Change::Pause);
+    let mut world = World::new(1, GuestBehavior::default()).at(ms(300), WorldChange::Pause);
     let ended = world.vcpus(3);
     assert_eq!(ended.verdict(), Verdict::DomainNotRunning);
 
-    let paused_for_a_while = World::new(1, onlines()).at(ms(60), Change::Pause);
-    let mut world = paused_for_a_while.at(ms(8000), Change::Resume);
+    let paused_for_a_while = World::new(1, onlines()).at(ms(60), WorldChange::Pause);
+    let mut world = paused_for_a_while.at(ms(8000), WorldChange::Resume);
     assert_eq!(world.vcpus(3).verdict(), Verdict::Verified);
-    assert!(world.really_uses(3));
+    assert!(world.guest_uses(3));
 }
 
 #[test]
-fn a_reset_starts_the_evidence_anew() {
-    let mut world = World::new(1, Habits::default()).at(ms(1000), Change::Reset);
+fn reset_discards_earlier_evidence() {
+    let mut world = World::new(1, GuestBehavior::default()).at(ms(1000), WorldChange::Reset);
     let ended = world.vcpus(3);
     assert_eq!(
         ended.verdict(),
         Verdict::Verified,
         "a booting guest takes all that is there"
     );
-    assert!(world.really_uses(3));
-    let mut world = World::new(1, without_agent(Habits::default())).at(ms(1000), Change::Reset);
+    assert!(world.guest_uses(3));
+    let mut world =
+        World::new(1, without_agent(GuestBehavior::default())).at(ms(1000), WorldChange::Reset);
     assert_eq!(world.vcpus(3).verdict(), Verdict::Verified);
     // A firmware that keeps all vCPUs running is not a guest.
-    let habits = Habits {
+    let behavior = GuestBehavior {
         nr_cpus: 1,
-        ..without_agent(Habits::default())
+        ..without_agent(GuestBehavior::default())
     };
-    let mut world = World::new(1, habits).at(ms(1000), Change::Reset);
+    let mut world = World::new(1, behavior).at(ms(1000), WorldChange::Reset);
     for after in (1_100..9_000).step_by(100) {
-        world = world.at(ms(after), Change::Runs(2));
-        world = world.at(ms(after), Change::Runs(1));
+        world = world.at(ms(after), WorldChange::Runs(2));
+        world = world.at(ms(after), WorldChange::Runs(1));
     }
     assert_ne!(world.vcpus(3).verdict(), Verdict::Verified);
     // Run time before the reset does not count.
-    let habits = Habits {
+    let behavior = GuestBehavior {
         nr_cpus: 1,
-        ..without_agent(Habits::default())
+        ..without_agent(GuestBehavior::default())
     };
-    let mut world = World::new(1, habits).at(ms(1000), Change::Reset);
+    let mut world = World::new(1, behavior).at(ms(1000), WorldChange::Reset);
     assert_ne!(world.vcpus(3).verdict(), Verdict::Verified);
 }
 
 #[test]
-fn an_error_of_libvirt_is_the_verdict_after_a_look() {
+fn call_error_is_verdict_after_observation() {
     let mut world = World::new(1, onlines());
     let text = "internal error: unable to execute QEMU command 'device_add': cpu hotplug with SMI \
                 wasn't enabled by firmware";
@@ -185,14 +188,14 @@ fn an_error_of_libvirt_is_the_verdict_after_a_look() {
 }
 
 #[test]
-fn a_call_without_an_answer_is_observed_and_not_repeated() {
+fn lost_call_that_was_carried_out_is_not_repeated() {
     // libvirt carried out the call, and the connection broke.
-    let lost = World::new(1, onlines()).at(ms(20), Change::LosesLibvirt);
-    let mut world = lost.at(ms(3000), Change::FindsLibvirt);
+    let lost = World::new(1, onlines()).at(ms(20), WorldChange::LosesLibvirt);
+    let mut world = lost.at(ms(3000), WorldChange::FindsLibvirt);
     assert_eq!(world.vcpus(3).verdict(), Verdict::Verified);
     assert_eq!(world.made.len(), 1);
 
-    let mut world = World::new(1, onlines()).at(ms(20), Change::LosesLibvirt);
+    let mut world = World::new(1, onlines()).at(ms(20), WorldChange::LosesLibvirt);
     let ended = world.vcpus(3);
     assert_eq!(ended.verdict(), Verdict::HypervisorUnavailable);
     assert_eq!(world.made.len(), 1);
@@ -221,15 +224,15 @@ fn vcpus(count: u32) -> HotplugRequest {
 }
 
 #[test]
-fn a_call_that_never_got_there_is_made_again_when_that_is_seen() {
+fn lost_call_that_was_not_carried_out_is_repeated() {
     for (from, to) in [(1, 3), (3, 2)] {
         let mut world = World::new(from, onlines());
-        world.forgetful = false;
+        world.misses_removals = false;
         let mut history = killed(&world, vcpus(to));
-        let outcome = world.go_on(&mut history);
+        let outcome = world.run(&mut history);
         assert_eq!(outcome.verdict, Verdict::Verified, "{}", outcome.message);
         assert_eq!(world.made.len(), 1);
-        assert!(world.really_uses(to));
+        assert!(world.guest_uses(to));
     }
 
     // Two devices: the part of the plan that was carried out is not repeated.
@@ -243,7 +246,7 @@ fn a_call_that_never_got_there_is_made_again_when_that_is_seen() {
     let mut history = killed(&world, HotplugRequest::Memory { size });
     world.domain.memory.devices[0].requested = Some(mib(256));
     world.domain.memory.devices[0].current = Some(mib(256));
-    world.go_on(&mut history);
+    world.run(&mut history);
     let aliases = world.made.iter().map(|action| match action {
         Action::ResizeVirtioMem { alias, .. } => alias.as_str(),
         other => panic!("{other:?}"),
@@ -252,18 +255,18 @@ fn a_call_that_never_got_there_is_made_again_when_that_is_seen() {
 }
 
 #[test]
-fn a_lost_call_is_not_made_again_on_a_domain_that_somebody_else_changed() {
+fn lost_call_on_otherwise_changed_domain_is_not_repeated() {
     let mut world = World::new(2, onlines());
     let mut history = killed(&world, vcpus(3));
     world.domain.vcpus.each[1].enabled = false;
-    let outcome = world.go_on(&mut history);
+    let outcome = world.run(&mut history);
     assert_eq!(outcome.verdict, Verdict::HypervisorError);
     assert!(outcome.message.contains("something else changed it"));
     assert!(world.made.is_empty());
 }
 
 #[test]
-fn a_call_that_is_lost_again_and_again_is_given_up() {
+fn call_lost_three_times_is_given_up() {
     let world = World::new(1, onlines());
     let mut history = killed(&world, vcpus(3));
     let mut now = world.now;
@@ -289,27 +292,27 @@ fn a_call_that_is_lost_again_and_again_is_given_up() {
 
 /// The agent may not have received the request, and repeating it does no harm.
 #[test]
-fn an_agent_that_may_not_have_been_told_is_told_again() {
-    let mut world = World::new(1, Habits::default());
+fn lost_agent_call_is_repeated() {
+    let mut world = World::new(1, GuestBehavior::default());
     let (count, online) = (3, true);
     let mut history = killed(&world, HotplugRequest::Vcpus { count, online });
     world.made.push(history.calls()[0].action.clone());
-    world.call_again(0);
+    world.repeat_call(0);
     let before = world.made.len();
-    world.go_on_until(&mut history, |step| matches!(step, Step::Call(_)));
+    world.run_until(&mut history, |step| matches!(step, Step::Call(_)));
     let Step::Call(told) = judge(&history, world.now) else {
         panic!();
     };
     history.called(world.now, told.clone());
     history.lost(world.now);
-    let outcome = world.go_on(&mut history);
+    let outcome = world.run(&mut history);
     assert_eq!(outcome.verdict, Verdict::Verified, "{}", outcome.message);
     assert_eq!(world.made[before..], [told]);
 }
 
 /// At the deadline libvirt may be about to carry out the lost call.
 #[test]
-fn a_lost_call_may_still_be_carried_out() {
+fn unsettled_call_at_deadline_yields_pending() {
     let mut world = World::new(1, onlines());
     let mut history = killed(&world, vcpus(3));
     let late = history.terms.deadline.after(ms(1));
@@ -324,17 +327,17 @@ fn a_lost_call_may_still_be_carried_out() {
     assert_eq!(outcome.verdict, Verdict::Pending, "{}", outcome.message);
     assert!(outcome.verdict.may_change() && history.is_unsettled());
     world.now = late;
-    let outcome = world.look_again(&mut history, ms(3000));
+    let outcome = world.judge_later(&mut history, ms(3000));
     assert_eq!(outcome.verdict, Verdict::HypervisorError);
     assert!(!history.is_unsettled() && world.made.is_empty());
 }
 
 #[test]
-fn a_frozen_libvirt_leaves_the_request_pending() {
+fn frozen_libvirt_yields_guest_silent_for_plugged_vcpus() {
     let mut world = World::new(
         1,
-        Habits {
-            deaf: true,
+        GuestBehavior {
+            unresponsive: true,
             ..onlines()
         },
     );

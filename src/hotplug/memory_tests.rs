@@ -2,14 +2,14 @@
 
 use std::time::Duration;
 
-use super::simulation::{Change, Ended, Habits, World, mib, ms};
+use super::simulation::{Ended, GuestBehavior, World, WorldChange, mib, ms};
 use super::*;
 use crate::domain::{MemoryDevice, MemoryModel};
 use crate::units::{Bytes, KiB};
 
 #[test]
-fn virtio_mem_is_verified_both_ways() {
-    let mut world = World::new(1, Habits::default());
+fn virtio_mem_grows_and_shrinks_verified() {
+    let mut world = World::new(1, GuestBehavior::default());
     let ended = world.memory(mib(1024));
     assert_eq!(ended.verdict(), Verdict::Verified);
     assert_eq!(world.total, mib(916));
@@ -40,12 +40,12 @@ fn virtio_mem_is_verified_both_ways() {
 }
 
 #[test]
-fn blocks_that_stay_offline_are_found_out() {
-    let habits = Habits {
+fn offline_memory_blocks_yield_guest_offline() {
+    let behavior = GuestBehavior {
         blocks_online: false,
-        ..Habits::default()
+        ..GuestBehavior::default()
     };
-    let mut world = World::new(1, habits);
+    let mut world = World::new(1, behavior);
     let ended = world.memory(mib(1024));
     assert_eq!(
         (ended.verdict(), ended.diagnosis()),
@@ -63,17 +63,17 @@ fn blocks_that_stay_offline_are_found_out() {
     // Memory that comes online later corrects the record.
     let mut history = ended.into_history();
     world.total = world.total.saturating_add(mib(512));
-    let outcome = world.look_again(&mut history, ms(60_000));
+    let outcome = world.judge_later(&mut history, ms(60_000));
     assert_eq!(outcome.verdict, Verdict::Verified);
 }
 
 #[test]
-fn without_a_driver_the_guest_is_silent() {
-    let habits = Habits {
+fn missing_virtio_mem_driver_yields_guest_silent() {
+    let behavior = GuestBehavior {
         virtio_mem: false,
-        ..Habits::default()
+        ..GuestBehavior::default()
     };
-    let mut world = World::new(1, habits);
+    let mut world = World::new(1, behavior);
     let ended = world.memory(mib(1024));
     assert_eq!(ended.verdict(), Verdict::GuestSilent);
     assert_eq!(ended.diagnosis(), "no-virtio-mem-driver");
@@ -83,22 +83,22 @@ fn without_a_driver_the_guest_is_silent() {
 }
 
 #[test]
-fn what_is_taken_or_given_back_in_part_is_told_with_the_amount() {
-    let habits = Habits {
+fn partly_moved_memory_yields_partially_applied_with_amount() {
+    let behavior = GuestBehavior {
         takes_at_most: mib(200),
-        ..Habits::default()
+        ..GuestBehavior::default()
     };
-    let mut world = World::new(1, habits);
+    let mut world = World::new(1, behavior);
     let ended = world.memory(mib(1024));
     assert_eq!(ended.verdict(), Verdict::PartiallyApplied);
     assert_eq!(ended.outcome().message, "the guest took 200MiB of 512MiB");
     assert!(ended.took(&world) < ms(20_000));
 
-    let habits = Habits {
+    let behavior = GuestBehavior {
         pinned: mib(22),
-        ..Habits::default()
+        ..GuestBehavior::default()
     };
-    let mut world = World::new(1, habits);
+    let mut world = World::new(1, behavior);
     world.memory(mib(1024));
     let ended = world.memory(mib(512));
     assert_eq!(
@@ -107,58 +107,58 @@ fn what_is_taken_or_given_back_in_part_is_told_with_the_amount() {
     );
     assert_eq!(
         ended.outcome().message,
-        "the guest gave 490MiB of 512MiB back, 22MiB are left"
+        "the guest returned 490MiB of 512MiB, 22MiB remain"
     );
     let mut history = ended.into_history();
-    let mut world = world.at(ms(1000), Change::FreesMemory);
-    let outcome = world.look_again(&mut history, ms(60_000));
+    let mut world = world.at(ms(1000), WorldChange::FreesMemory);
+    let outcome = world.judge_later(&mut history, ms(60_000));
     assert_eq!(outcome.verdict, Verdict::Verified);
 }
 
 #[test]
-fn nothing_given_back_stands() {
-    let habits = Habits {
+fn nothing_returned_yields_pending() {
+    let behavior = GuestBehavior {
         pinned: mib(512),
-        ..Habits::default()
+        ..GuestBehavior::default()
     };
-    let mut world = World::new(1, habits);
+    let mut world = World::new(1, behavior);
     world.memory(mib(1024));
     let ended = world.memory(mib(512));
     assert_eq!(ended.verdict(), Verdict::Pending);
 }
 
 #[test]
-fn where_nothing_tells_the_total_the_drivers_word_counts() {
-    let habits = Habits {
-        tells_total: false,
-        ..Habits::default()
+fn driver_report_counts_without_guest_total() {
+    let behavior = GuestBehavior {
+        reports_total: false,
+        ..GuestBehavior::default()
     };
-    let mut world = World::new(1, habits.clone());
+    let mut world = World::new(1, behavior.clone());
     let ended = world.memory(mib(1024));
     assert_eq!(ended.verdict(), Verdict::Verified);
     assert!(
         ended
             .outcome()
             .message
-            .contains("by the word of the guest's driver")
+            .contains("as the guest's driver reports")
     );
 
     // A DIMM has no driver that reports.
-    let mut world = World::new(1, habits).with_dimms();
+    let mut world = World::new(1, behavior).with_dimms();
     let ended = world.memory(mib(1024));
     assert_eq!(
         (ended.verdict(), ended.diagnosis()),
         (Verdict::Unverifiable, "no-source")
     );
-    let mut world = World::new(1, world.habits).with_dimms();
+    let mut world = World::new(1, world.behavior).with_dimms();
     let terms = world.terms(Require::Acknowledged, 30);
     let ended = world.carry_out(HotplugRequest::Memory { size: mib(1024) }, terms);
     assert_eq!(ended.verdict(), Verdict::Verified);
 }
 
 #[test]
-fn a_dimm_is_verified_by_the_guests_total() {
-    let mut world = World::new(1, Habits::default()).with_dimms();
+fn dimm_in_guest_total_yields_verified() {
+    let mut world = World::new(1, GuestBehavior::default()).with_dimms();
     let ended = world.memory(mib(1024));
     assert_eq!(ended.verdict(), Verdict::Verified, "{:?}", ended.outcome());
     assert_eq!(world.total, mib(916));
@@ -169,45 +169,45 @@ fn a_dimm_is_verified_by_the_guests_total() {
     };
     assert_eq!(world.made, [dimm]);
 
-    for (habits, verdict, diagnosis) in [
+    for (behavior, verdict, diagnosis) in [
         (
-            Habits {
+            GuestBehavior {
                 blocks_online: false,
-                ..Habits::default()
+                ..GuestBehavior::default()
             },
             Verdict::GuestOffline,
             "memory-offline",
         ),
         (
-            Habits {
+            GuestBehavior {
                 refuses: Some(1),
-                ..Habits::default()
+                ..GuestBehavior::default()
             },
             Verdict::GuestRefused,
             "dimm-refused",
         ),
         (
-            Habits {
-                deaf: true,
-                ..Habits::default()
+            GuestBehavior {
+                unresponsive: true,
+                ..GuestBehavior::default()
             },
             Verdict::GuestSilent,
             "no-sign",
         ),
     ] {
-        let mut world = World::new(1, habits).with_dimms();
+        let mut world = World::new(1, behavior).with_dimms();
         let ended = world.memory(mib(1024));
         assert_eq!((ended.verdict(), ended.diagnosis()), (verdict, diagnosis));
     }
 }
 
 #[test]
-fn a_small_dimm_that_stays_offline_is_not_mistaken_for_what_a_kernel_takes() {
-    let habits = Habits {
+fn small_offline_dimm_is_not_mistaken_for_kernel_overhead() {
+    let behavior = GuestBehavior {
         blocks_online: false,
-        ..Habits::default()
+        ..GuestBehavior::default()
     };
-    let mut world = World::new(1, habits).with_dimms();
+    let mut world = World::new(1, behavior).with_dimms();
     assert_eq!(world.memory(mib(640)).verdict(), Verdict::GuestOffline);
     assert_ne!(
         world.memory(mib(640)).verdict(),
@@ -215,7 +215,7 @@ fn a_small_dimm_that_stays_offline_is_not_mistaken_for_what_a_kernel_takes() {
         "asked again"
     );
     // The same without an earlier total.
-    let mut world = World::new(1, world.habits).with_dimms();
+    let mut world = World::new(1, world.behavior).with_dimms();
     let before = world.observe();
     let request = HotplugRequest::Memory { size: mib(640) };
     let Preflight::Ready(plan) = preflight(&request, &before, &Host::default()) else {
@@ -225,17 +225,17 @@ fn a_small_dimm_that_stays_offline_is_not_mistaken_for_what_a_kernel_takes() {
     unknown.stats = None;
     let terms = world.terms(Require::Online, 60);
     let mut history = History::new(request, terms, plan, unknown, true);
-    let outcome = world.go_on(&mut history);
+    let outcome = world.run(&mut history);
     assert_eq!(outcome.verdict, Verdict::Unverifiable);
 }
 
 #[test]
-fn a_balloon_that_swallows_it_is_found_out() {
+fn ballooned_memory_yields_balloon_diagnosis() {
     let mut world = World::new(
         1,
-        Habits {
+        GuestBehavior {
             blocks_online: false,
-            ..Habits::default()
+            ..GuestBehavior::default()
         },
     );
     let request = HotplugRequest::Memory { size: mib(1024) };
@@ -254,8 +254,8 @@ fn a_balloon_that_swallows_it_is_found_out() {
 }
 
 #[test]
-fn a_target_that_is_met_needs_no_call() {
-    let mut world = World::new(1, Habits::default());
+fn reached_target_needs_no_call() {
+    let mut world = World::new(1, GuestBehavior::default());
     assert_eq!(world.memory(mib(512)).verdict(), Verdict::Verified);
     world.memory(mib(1024));
     let calls = world.made.len();
@@ -268,9 +268,9 @@ fn a_target_that_is_met_needs_no_call() {
 }
 
 #[test]
-fn what_cannot_be_is_refused_with_the_limit() {
+fn impossible_request_is_infeasible_with_limit() {
     let infeasible = |size: Bytes, change: &dyn Fn(&mut World)| {
-        let mut world = World::new(1, Habits::default());
+        let mut world = World::new(1, GuestBehavior::default());
         change(&mut world);
         match world.memory(size) {
             Ended::Rejected(Rejection::Infeasible(limit)) => {
@@ -367,16 +367,16 @@ fn what_cannot_be_is_refused_with_the_limit() {
 }
 
 #[test]
-fn huge_pages_are_not_counted_in_what_is_available() {
-    let mut world = World::new(1, Habits::default());
+fn huge_pages_do_not_count_as_available_memory() {
+    let mut world = World::new(1, GuestBehavior::default());
     world.host.available = Some(mib(100));
     world.domain.memory.huge_pages = true;
     assert_eq!(world.memory(mib(1024)).verdict(), Verdict::Verified);
 }
 
 #[test]
-fn two_devices_share_up_from_the_first_and_down_from_the_last() {
-    let mut world = World::new(1, Habits::default());
+fn two_devices_grow_from_first_and_shrink_from_last() {
+    let mut world = World::new(1, GuestBehavior::default());
     let mut second = world.domain.memory.devices[0].clone();
     second.alias = Some("ua-mem1".to_owned());
     world.domain.memory.devices.push(second);
@@ -414,12 +414,12 @@ fn two_devices_share_up_from_the_first_and_down_from_the_last() {
 }
 
 #[test]
-fn whatever_ends_the_domain_ends_the_operation() {
-    let habits = Habits {
+fn end_of_domain_ends_operation() {
+    let behavior = GuestBehavior {
         virtio_mem: false,
-        ..Habits::default()
+        ..GuestBehavior::default()
     };
-    let mut world = World::new(1, habits).at(ms(700), Change::Destroy);
+    let mut world = World::new(1, behavior).at(ms(700), WorldChange::Destroy);
     let ended = world.memory(mib(1024));
     assert_eq!(ended.verdict(), Verdict::DomainNotRunning);
     assert!(ended.took(&world) < ms(1000));

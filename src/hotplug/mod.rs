@@ -69,7 +69,7 @@ mod vcpus_tests;
 mod verdict;
 
 pub use amount::Amount;
-pub use event::{Answer, Event, NotAnEvent, Ost, SlotKind};
+pub use event::{AcpiAnswer, Event, NotAnEvent, Ost, SlotKind};
 pub use evidence::{Evidence, Source};
 pub use history::{Call, Contact, History, Return};
 pub use infeasible::Infeasible;
@@ -80,7 +80,7 @@ pub use request::{HotplugRequest, Patience, Require, Terms};
 pub use resource::{ResourceKind, Wanted};
 pub use verdict::Verdict;
 
-use outcome::{Finding, Ruling};
+use outcome::{Conclusion, Ruling};
 use resource::resource;
 
 use crate::domain::PauseReason;
@@ -120,13 +120,13 @@ pub fn preflight(request: &HotplugRequest, seen: &Observation, host: &Host) -> P
 pub fn judge(history: &History, now: Timestamp) -> Step {
     let finding = match rule(history, now) {
         Ruling::Call(action) => return Step::Call(action),
-        Ruling::Found(finding) => finding,
+        Ruling::Conclude(finding) => finding,
         Ruling::Wait { awaiting, until } if !history.is_over(now) => {
             let deadline = history.terms.deadline;
             let until = until.map_or(deadline, |until| until.min(deadline));
             return Step::Wait { awaiting, until };
         }
-        Ruling::Wait { awaiting, .. } => Finding::new(
+        Ruling::Wait { awaiting, .. } => Conclusion::new(
             Verdict::Pending,
             format!("the deadline passed while waiting for {awaiting}"),
         ),
@@ -152,7 +152,7 @@ pub fn settle(history: &History) -> Option<Action> {
 
 fn rule(history: &History, now: Timestamp) -> Ruling {
     if let Some(end) = lifecycle::ended(history) {
-        return Ruling::Found(end);
+        return Ruling::Conclude(end);
     }
     let resource = resource(&history.request);
     if let Some(ruling) = lifecycle::after_call(history, now, resource.is_reached(history)) {
@@ -172,5 +172,5 @@ fn rule(history: &History, now: Timestamp) -> Ruling {
     } else {
         "the deadline passed before the remaining calls to the hypervisor"
     };
-    Ruling::Found(Finding::new(Verdict::Busy, message))
+    Ruling::Conclude(Conclusion::new(Verdict::Busy, message))
 }

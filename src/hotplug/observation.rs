@@ -88,7 +88,7 @@ impl Observation {
         match (self.reason, self.domain.state) {
             (Some(reason), _) => reason.remedy(),
             (None, DomainState::ShutOff) => "start it",
-            (None, DomainState::Crashed) => "start it anew",
+            (None, DomainState::Crashed) => "start it again",
             (None, DomainState::Suspended) => "wake it up first (virsh dompmwakeup)",
             (None, _) => "resume it first",
         }

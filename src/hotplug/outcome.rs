@@ -59,13 +59,13 @@ impl Diagnosis {
 
 /// A verdict with its reason, without the evidence.
 #[derive(Debug)]
-pub(super) struct Finding {
+pub(super) struct Conclusion {
     pub(super) verdict: Verdict,
     pub(super) message: String,
     pub(super) diagnosis: Option<Diagnosis>,
 }
 
-impl Finding {
+impl Conclusion {
     pub(super) fn new(verdict: Verdict, message: impl Into<String>) -> Self {
         Self {
             verdict,
@@ -90,7 +90,7 @@ pub(super) enum Ruling {
         awaiting: String,
         until: Option<Timestamp>,
     },
-    Found(Finding),
+    Conclude(Conclusion),
 }
 
 impl Ruling {
@@ -103,7 +103,7 @@ impl Ruling {
 
     /// Waits until the end of a grace period and then for an observation: an earlier one does not
     /// count against the guest.
-    pub(super) fn wait_until_then_look(
+    pub(super) fn wait_until_observed_after(
         awaiting: impl Into<String>,
         until: Option<Timestamp>,
         now: Timestamp,

@@ -5,12 +5,12 @@ use std::time::Duration;
 use proptest::prelude::*;
 use proptest::sample::select;
 
-use super::simulation::{Change, Ended, Habits, World, mib, ms};
+use super::simulation::{Ended, GuestBehavior, World, WorldChange, mib, ms};
 use super::*;
 use crate::domain::{CallError, MemoryModel, VcpuStats};
 use crate::units::{Bytes, KiB};
 
-fn habits() -> impl Strategy<Value = Habits> {
+fn behavior() -> impl Strategy<Value = GuestBehavior> {
     (
         (
             proptest::option::of(0_u64..12_000),
@@ -30,13 +30,13 @@ fn habits() -> impl Strategy<Value = Habits> {
         ),
     )
         .prop_map(
-            |((onlines, nr_cpus, stuck, deaf, refuses, keeps, agent), memory)| {
-                let (virtio_mem, blocks_online, pinned, takes, tells_total) = memory;
-                Habits {
+            |((onlines, nr_cpus, stuck, unresponsive, refuses, keeps, agent), memory)| {
+                let (virtio_mem, blocks_online, pinned, takes, reports_total) = memory;
+                GuestBehavior {
                     onlines_after: onlines.map(ms),
                     nr_cpus,
                     stuck,
-                    deaf,
+                    unresponsive,
                     refuses,
                     keeps,
                     agent,
@@ -44,22 +44,22 @@ fn habits() -> impl Strategy<Value = Habits> {
                     blocks_online,
                     pinned: mib(pinned),
                     takes_at_most: mib(takes),
-                    tells_total,
+                    reports_total,
                 }
             },
         )
 }
 
-fn change() -> impl Strategy<Value = Change> {
+fn change() -> impl Strategy<Value = WorldChange> {
     prop_oneof![
-        Just(Change::Destroy),
-        Just(Change::Pause),
-        Just(Change::Resume),
-        Just(Change::Reset),
-        Just(Change::AgentDies),
-        Just(Change::LosesLibvirt),
-        Just(Change::FindsLibvirt),
-        (1_u32..4).prop_map(Change::Onlines),
+        Just(WorldChange::Destroy),
+        Just(WorldChange::Pause),
+        Just(WorldChange::Resume),
+        Just(WorldChange::Reset),
+        Just(WorldChange::AgentDies),
+        Just(WorldChange::LosesLibvirt),
+        Just(WorldChange::FindsLibvirt),
+        (1_u32..4).prop_map(WorldChange::Onlines),
     ]
 }
 
@@ -67,19 +67,25 @@ fn world(vcpus: u32) -> impl Strategy<Value = World> {
     let flags = (any::<bool>(), any::<bool>(), any::<bool>());
     let changes = prop::collection::vec((0_u64..30_000, change()), 0..3);
     (
-        habits(),
+        behavior(),
         flags,
         changes,
         select(&[20_u64, 400, 9_000, 40_000][..]),
     )
         .prop_map(
-            move |(habits, (events, times, forgetful), changes, call_takes)| {
+            move |(behavior, (events, times, misses_removals), changes, call_takes)| {
                 // A guest has room for what it booted with.
-                let nr_cpus = habits.nr_cpus.max(vcpus);
-                let mut world = World::new(vcpus, Habits { nr_cpus, ..habits });
+                let nr_cpus = behavior.nr_cpus.max(vcpus);
+                let mut world = World::new(
+                    vcpus,
+                    GuestBehavior {
+                        nr_cpus,
+                        ..behavior
+                    },
+                );
                 world.monitor_events = events;
                 world.counts_time = times;
-                world.forgetful = forgetful;
+                world.misses_removals = misses_removals;
                 world.call_takes = ms(call_takes);
                 changes
                     .into_iter()
@@ -112,11 +118,11 @@ proptest! {
             prop_assert!(made.is_empty());
         }
         if ended.verdict() == Verdict::Verified && require == Require::Online {
-            prop_assert!(world.really_uses(count), "{:?}: {:?}", world.habits, ended.outcome());
+            prop_assert!(world.guest_uses(count), "{:?}: {:?}", world.behavior, ended.outcome());
         }
         if ended.verdict() == Verdict::Verified && require == Require::Acknowledged {
             let has = u32::try_from(world.has.len()).unwrap();
-            prop_assert!(has == count || !world.habits.agent, "{:?}", ended.outcome());
+            prop_assert!(has == count || !world.behavior.agent, "{:?}", ended.outcome());
         }
         for action in &world.made {
             if let Action::SetVcpus { count: called, .. } = action {
@@ -148,9 +154,9 @@ proptest! {
                 prop_assert_eq!(memory.plugged(), size);
                 let uses = world.total.saturating_add(kernel) >= memory.plugged();
                 // Without a total only the virtio-mem driver reports.
-                let by_word = !dimms && ended.outcome().message.contains("by the word");
-                let smaller = ended.outcome().message.contains("given back");
-                prop_assert!(uses || by_word || smaller, "{:?}: {:?}", world.habits, ended.outcome());
+                let by_word = !dimms && ended.outcome().message.contains("as the guest's driver reports");
+                let smaller = ended.outcome().message.contains("returned");
+                prop_assert!(uses || by_word || smaller, "{:?}: {:?}", world.behavior, ended.outcome());
             }
         }
     }
@@ -166,7 +172,7 @@ proptest! {
         plugged in 0_u32..5,
         count in any::<u32>(),
     ) {
-        let mut world = World::new(plugged, Habits::default());
+        let mut world = World::new(plugged, GuestBehavior::default());
         let template = world.domain.memory.devices.pop().unwrap();
         for (index, (blocks, requested, dimm, block)) in devices.into_iter().enumerate() {
             let mut device = template.clone();
@@ -319,7 +325,7 @@ proptest! {
     /// No history panics, waits beyond the deadline, or has no verdict at the deadline; the journal
     /// gives the same verdict; and `Verified` needs the last observation to show it.
     #[test]
-    fn no_history_misleads(
+    fn any_history_has_true_verdict_by_deadline(
         inputs in prop::collection::vec((0_u64..3000, input()), 0..40),
         request in prop_oneof![
             (0_u32..6, any::<bool>()).prop_map(|(count, online)| HotplugRequest::Vcpus { count, online }),
@@ -329,7 +335,7 @@ proptest! {
         vcpus in 1_u32..5,
         monitor_events: bool,
     ) {
-        let world = World::new(vcpus, Habits::default());
+        let world = World::new(vcpus, GuestBehavior::default());
         let before = world.observe();
         let plan = match preflight(&request, &before, &Host::default()) {
             Preflight::Ready(plan) => plan,

@@ -134,7 +134,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_request_is_one_resource_with_a_total() {
+    fn request_is_one_resource_with_total() {
         let read = |text: &str| serde_json::from_str::<HotplugRequest>(text);
         assert_eq!(
             read(r#"{"vcpus": {"count": 4, "online": true}}"#).unwrap(),
@@ -163,7 +163,7 @@ mod tests {
     }
 
     #[test]
-    fn levels_have_the_words_of_the_command_line_and_of_the_objects() {
+    fn level_is_parsed_in_both_spellings() {
         assert_eq!("online".parse(), Ok(Require::Online));
         assert_eq!("Acknowledged".parse(), Ok(Require::Acknowledged));
         assert!("ONLINE".parse::<Require>().is_err());

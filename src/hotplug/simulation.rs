@@ -14,7 +14,7 @@ use crate::domain::{
 use crate::units::Bytes;
 
 /// Interval between observations.
-const LOOK: Duration = Duration::from_millis(200);
+const OBSERVATION_INTERVAL: Duration = Duration::from_millis(200);
 
 pub(super) fn mib(mib: u64) -> Bytes {
     Bytes::from_mib(mib).unwrap()
@@ -26,7 +26,7 @@ pub(super) fn ms(millis: u64) -> Duration {
 
 /// The behavior of a guest.
 #[derive(Debug, Clone)]
-pub(super) struct Habits {
+pub(super) struct GuestBehavior {
     /// Time after which the guest brings CPUs online by itself.
     pub(super) onlines_after: Option<Duration>,
     /// Maximum number of CPUs. The guest confirms further ones and drops them.
@@ -34,7 +34,7 @@ pub(super) struct Habits {
     /// CPUs stay offline, whatever is requested.
     pub(super) stuck: bool,
     /// The guest notices nothing: it is in its firmware, has no ACPI, or hangs.
-    pub(super) deaf: bool,
+    pub(super) unresponsive: bool,
     /// The guest rejects CPUs and DIMMs with this status.
     pub(super) refuses: Option<u32>,
     /// The guest does not release this CPU.
@@ -47,16 +47,16 @@ pub(super) struct Habits {
     /// Maximum virtio-mem memory that the guest takes.
     pub(super) takes_at_most: Bytes,
     /// The balloon driver reports statistics.
-    pub(super) tells_total: bool,
+    pub(super) reports_total: bool,
 }
 
-impl Default for Habits {
+impl Default for GuestBehavior {
     fn default() -> Self {
         Self {
             onlines_after: None,
             nr_cpus: 1000,
             stuck: false,
-            deaf: false,
+            unresponsive: false,
             refuses: None,
             keeps: None,
             agent: true,
@@ -64,7 +64,7 @@ impl Default for Habits {
             blocks_online: true,
             pinned: Bytes::ZERO,
             takes_at_most: mib(1 << 20),
-            tells_total: true,
+            reports_total: true,
         }
     }
 }
@@ -77,13 +77,13 @@ enum Effect {
     GuestEjects(u32),
     GuestResizes(String),
     GuestSeesDimm(String),
-    TellsTotal,
-    Tests(Change),
+    ReportsTotal,
+    Scheduled(WorldChange),
 }
 
 /// A change at a given time.
 #[derive(Debug, Clone)]
-pub(super) enum Change {
+pub(super) enum WorldChange {
     Destroy,
     Pause,
     Resume,
@@ -101,15 +101,15 @@ pub(super) enum Change {
 pub(super) struct World {
     pub(super) now: Timestamp,
     pub(super) domain: Domain,
-    pub(super) habits: Habits,
+    pub(super) behavior: GuestBehavior,
     pub(super) paused_by: PauseReason,
     pub(super) persistent: bool,
     pub(super) monitor_events: bool,
     pub(super) counts_time: bool,
     /// libvirt up to 12.3 does not notice that a vCPU was released.
-    pub(super) forgetful: bool,
+    pub(super) misses_removals: bool,
     /// libvirt 9.0 does not notice even when the call is repeated.
-    pub(super) unteachable: bool,
+    pub(super) rejects_repeats: bool,
     pub(super) host: Host,
     pub(super) made: Vec<Action>,
     /// The error of every call.
@@ -121,7 +121,7 @@ pub(super) struct World {
     pub(super) online: BTreeSet<u32>,
     times: BTreeMap<u32, u64>,
     pub(super) total: Bytes,
-    told: Option<(Bytes, u64)>,
+    reported: Option<(Bytes, u64)>,
     gone: bool,
     lost: bool,
     pending: Vec<(Timestamp, Effect)>,
@@ -131,7 +131,7 @@ pub(super) struct World {
 
 impl World {
     /// A guest with `vcpus` of 4 vCPUs, 512 MiB, and a virtio-mem device of 2 GiB.
-    pub(super) fn new(vcpus: u32, habits: Habits) -> Self {
+    pub(super) fn new(vcpus: u32, behavior: GuestBehavior) -> Self {
         let device = MemoryDevice {
             model: MemoryModel::VirtioMem,
             alias: Some("ua-mem0".to_owned()),
@@ -180,7 +180,7 @@ impl World {
                 present: true,
                 stats_period: Some(1),
             },
-            agent: if habits.agent {
+            agent: if behavior.agent {
                 AgentChannel::Connected
             } else {
                 AgentChannel::Disconnected
@@ -195,8 +195,8 @@ impl World {
             persistent: false,
             monitor_events: true,
             counts_time: true,
-            forgetful: true,
-            unteachable: false,
+            misses_removals: true,
+            rejects_repeats: false,
             host: Host::default(),
             made: Vec::new(),
             fails: None,
@@ -206,17 +206,17 @@ impl World {
             online: (0..vcpus).collect(),
             times: (0..vcpus).map(|id| (id, 3_000)).collect(),
             total: mib(404),
-            told: None,
+            reported: None,
             gone: false,
             lost: false,
             pending: Vec::new(),
             happened: Vec::new(),
             returned: Vec::new(),
-            habits,
+            behavior,
         };
-        if world.habits.tells_total {
-            world.told = Some((world.total, seconds_of(now)));
-            world.later(ms(1000), Effect::TellsTotal);
+        if world.behavior.reports_total {
+            world.reported = Some((world.total, seconds_of(now)));
+            world.later(ms(1000), Effect::ReportsTotal);
         }
         world
     }
@@ -228,8 +228,8 @@ impl World {
     }
 
     /// Schedules a change.
-    pub(super) fn at(mut self, after: Duration, change: Change) -> Self {
-        self.later(after, Effect::Tests(change));
+    pub(super) fn at(mut self, after: Duration, change: WorldChange) -> Self {
+        self.later(after, Effect::Scheduled(change));
         self
     }
 
@@ -261,8 +261,8 @@ impl World {
 
     pub(super) fn observe(&self) -> Observation {
         let agent = match (
-            self.habits.agent,
-            self.domain.state.runs() && !self.habits.deaf,
+            self.behavior.agent,
+            self.domain.state.runs() && !self.behavior.unresponsive,
         ) {
             (false, _) => Agent::NotAsked,
             (true, false) => Agent::Silent("Guest agent is not responding".to_owned()),
@@ -279,9 +279,9 @@ impl World {
         });
         let balloon = BalloonStats {
             current: Some(self.domain.memory.plugged()),
-            total: self.told.map(|(total, _)| total),
+            total: self.reported.map(|(total, _)| total),
             usable: None,
-            updated: Some(self.told.map_or(0, |(_, at)| at)),
+            updated: Some(self.reported.map_or(0, |(_, at)| at)),
         };
         Observation {
             at: self.now,
@@ -354,20 +354,20 @@ impl World {
             Preflight::Blocked(why) => panic!("blocked by {why}"),
         };
         let mut history = History::new(request, terms, plan, before, self.monitor_events);
-        let outcome = self.go_on(&mut history);
+        let outcome = self.run(&mut history);
         Ended::Judged(Box::new((outcome, history)))
     }
 
     /// Continues until the next step matches.
-    pub(super) fn go_on_until(&mut self, history: &mut History, wanted: impl Fn(&Step) -> bool) {
+    pub(super) fn run_until(&mut self, history: &mut History, wanted: impl Fn(&Step) -> bool) {
         while !wanted(&judge(history, self.now)) {
-            self.pass(self.now.after(LOOK));
+            self.pass(self.now.after(OBSERVATION_INTERVAL));
             self.report(history);
         }
     }
 
     /// Continues until there is a verdict.
-    pub(super) fn go_on(&mut self, history: &mut History) -> Outcome {
+    pub(super) fn run(&mut self, history: &mut History) -> Outcome {
         for _ in 0..10_000 {
             match judge(history, self.now) {
                 Step::Done(outcome) => return *outcome,
@@ -379,7 +379,7 @@ impl World {
                     assert!(until > self.now, "asked to wait for the past");
                     assert!(until <= history.terms.deadline, "asked to wait too long");
                     // A real event would end the wait; frequent observations do here.
-                    self.pass(until.min(self.now.after(LOOK)));
+                    self.pass(until.min(self.now.after(OBSERVATION_INTERVAL)));
                     self.report(history);
                 }
             }
@@ -388,16 +388,16 @@ impl World {
     }
 
     /// Repeats an earlier call.
-    pub(super) fn call_again(&mut self, number: usize) {
+    pub(super) fn repeat_call(&mut self, number: usize) {
         let action = self.made[number].clone();
         self.call(&action);
     }
 
     /// Advances time after a verdict and judges again.
-    pub(super) fn look_again(&mut self, history: &mut History, after: Duration) -> Outcome {
+    pub(super) fn judge_later(&mut self, history: &mut History, after: Duration) -> Outcome {
         let until = self.now.after(after);
         while self.now < until {
-            self.pass(self.now.after(LOOK));
+            self.pass(self.now.after(OBSERVATION_INTERVAL));
             self.report(history);
         }
         match judge(history, self.now) {
@@ -431,7 +431,7 @@ impl World {
     }
 
     /// True if the guest uses `count` vCPUs and the hypervisor has as many.
-    pub(super) fn really_uses(&self, count: u32) -> bool {
+    pub(super) fn guest_uses(&self, count: u32) -> bool {
         self.online.len() == count as usize && self.enabled().len() == count as usize
     }
 }
@@ -495,18 +495,18 @@ pub(super) fn ids(text: &str) -> IdSet {
 }
 
 /// A guest that brings CPUs online by itself.
-pub(super) fn onlines() -> Habits {
-    Habits {
+pub(super) fn onlines() -> GuestBehavior {
+    GuestBehavior {
         onlines_after: Some(ms(100)),
-        ..Habits::default()
+        ..GuestBehavior::default()
     }
 }
 
 /// The same guest without an agent.
-pub(super) fn without_agent(habits: Habits) -> Habits {
-    Habits {
+pub(super) fn without_agent(behavior: GuestBehavior) -> GuestBehavior {
+    GuestBehavior {
         agent: false,
-        ..habits
+        ..behavior
     }
 }
 

@@ -1,7 +1,7 @@
 //! The evidence of an operation for people: in order of time, without repetitions.
 
 use super::history::Return;
-use super::{Action, Answer, Event, Evidence, History, Ost, Source};
+use super::{AcpiAnswer, Action, Event, Evidence, History, Ost, Source};
 use crate::units::Timestamp;
 
 /// Maximum number of entries. The first and the last are kept.
@@ -87,8 +87,8 @@ fn lifecycle(event: &Event) -> Option<String> {
 /// Describes an answer through ACPI about a named device.
 pub(super) fn ost_detail(ost: &Ost, name: &str) -> Option<(Source, String)> {
     let to = match ost.answer()? {
-        Answer::Added | Answer::NotAdded => "plug",
-        Answer::Leaving | Answer::Gone | Answer::Kept => "eject",
+        AcpiAnswer::Added | AcpiAnswer::NotAdded => "plug",
+        AcpiAnswer::Leaving | AcpiAnswer::Gone | AcpiAnswer::Kept => "eject",
     };
     let (text, status) = (ost.status_text(), ost.status);
     Some((
@@ -102,7 +102,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_news_is_kept_and_not_without_end() {
+    fn timeline_drops_repetitions_and_is_bounded() {
         let mut timeline = Timeline::default();
         let at = Timestamp::from_millis;
         timeline.add(Source::LiveXml, at(1), "1 vCPU");

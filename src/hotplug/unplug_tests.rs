@@ -1,14 +1,14 @@
 //! Truth table of vCPUs that are unplugged, on the simulated guest.
 
-use super::simulation::{Habits, World, ms, onlines, sources};
+use super::simulation::{GuestBehavior, World, ms, onlines, sources};
 use super::*;
 
 #[test]
-fn an_unplug_is_verified_although_libvirt_says_it_timed_out() {
+fn timed_out_unplug_that_guest_did_is_verified() {
     let mut world = World::new(3, onlines());
     let ended = world.vcpus(2);
     assert_eq!(ended.verdict(), Verdict::Verified);
-    assert!(world.really_uses(2));
+    assert!(world.guest_uses(2));
     assert_eq!(
         world.made.len(),
         2,
@@ -28,25 +28,25 @@ fn an_unplug_is_verified_although_libvirt_says_it_timed_out() {
     // libvirt unplugs one after the other.
     let mut world = World::new(3, onlines());
     assert_eq!(world.vcpus(1).verdict(), Verdict::Verified);
-    assert!(world.really_uses(1));
+    assert!(world.guest_uses(1));
     assert_eq!(world.made.len(), 3);
 
     // A libvirt that notices by itself gets one call.
     let mut world = World::new(3, onlines());
-    world.forgetful = false;
+    world.misses_removals = false;
     assert_eq!(world.vcpus(1).verdict(), Verdict::Verified);
     assert_eq!(world.made.len(), 1);
 }
 
 /// libvirt 9.0 behaves so with QEMU's software emulation.
 #[test]
-fn a_libvirt_that_cannot_be_told_is_to_be_started_anew() {
-    let unteachable = |agent| {
-        let mut world = World::new(3, Habits { agent, ..onlines() });
-        world.unteachable = true;
+fn libvirt_that_rejects_repeats_yields_restart_remedy() {
+    let rejects_repeats = |agent| {
+        let mut world = World::new(3, GuestBehavior { agent, ..onlines() });
+        world.rejects_repeats = true;
         world
     };
-    let mut world = unteachable(true);
+    let mut world = rejects_repeats(true);
     let ended = world.vcpus(2);
     let outcome = ended.outcome();
     assert_eq!(
@@ -55,21 +55,21 @@ fn a_libvirt_that_cannot_be_told_is_to_be_started_anew() {
     );
     assert_eq!(
         outcome.message,
-        "the guest let 1 vCPU go, and libvirt still counts 3"
+        "the guest released 1 vCPU, and libvirt still counts 3"
     );
     assert!(ended.took(&world) < ms(6000));
     assert_eq!((world.has.len(), world.online.len()), (2, 2));
     assert_eq!(world.made.len(), 2);
     // The restarted daemon counts what QEMU has.
     let mut history = ended.into_history();
-    world.look_again(&mut history, ms(1000));
+    world.judge_later(&mut history, ms(1000));
     assert_eq!(settle(&history), None, "it does not listen");
     world.domain.vcpus.each[2].enabled = false;
-    let outcome = world.look_again(&mut history, ms(1000));
+    let outcome = world.judge_later(&mut history, ms(1000));
     assert_eq!(outcome.verdict, Verdict::Verified);
 
     // libvirt does not get beyond the first of two.
-    let ended = unteachable(true).vcpus(1);
+    let ended = rejects_repeats(true).vcpus(1);
     assert_eq!(
         (ended.verdict(), ended.diagnosis()),
         (Verdict::PartiallyApplied, "libvirt-miscounts")
@@ -77,7 +77,7 @@ fn a_libvirt_that_cannot_be_told_is_to_be_started_anew() {
 
     // A repeated request has the same result, and a request for what libvirt counts is not
     // verified.
-    let mut world = unteachable(true);
+    let mut world = rejects_repeats(true);
     world.vcpus(2);
     let ended = world.vcpus(2);
     assert_eq!(
@@ -96,7 +96,7 @@ fn a_libvirt_that_cannot_be_told_is_to_be_started_anew() {
 
     // The agent alone is evidence; without any, libvirt's error is the verdict.
     for (agent, verdict) in [(true, Verdict::Pending), (false, Verdict::HypervisorError)] {
-        let mut world = unteachable(agent);
+        let mut world = rejects_repeats(agent);
         world.monitor_events = false;
         let ended = world.vcpus(2);
         assert_eq!(
@@ -108,9 +108,9 @@ fn a_libvirt_that_cannot_be_told_is_to_be_started_anew() {
 }
 
 #[test]
-fn an_unplug_is_found_out_without_events_too() {
+fn unplug_without_events_is_verified() {
     for agent in [true, false] {
-        let mut world = World::new(3, Habits { agent, ..onlines() });
+        let mut world = World::new(3, GuestBehavior { agent, ..onlines() });
         world.monitor_events = false;
         assert_eq!(world.vcpus(2).verdict(), Verdict::Verified, "agent {agent}");
         assert_eq!(world.made.len(), 2);
@@ -118,7 +118,7 @@ fn an_unplug_is_found_out_without_events_too() {
 }
 
 #[test]
-fn an_acknowledged_unplug_does_not_wait_for_libvirt() {
+fn acknowledged_unplug_does_not_wait_for_libvirt() {
     let mut world = World::new(3, onlines());
     let terms = world.terms(Require::Acknowledged, 30);
     let ended = world.carry_out(
@@ -133,12 +133,12 @@ fn an_acknowledged_unplug_does_not_wait_for_libvirt() {
 }
 
 #[test]
-fn a_guest_that_keeps_a_cpu_is_found_out_before_libvirt_gives_up() {
-    let habits = Habits {
+fn kept_cpu_yields_guest_refused_before_libvirt_times_out() {
+    let behavior = GuestBehavior {
         keeps: Some(2),
         ..onlines()
     };
-    let mut world = World::new(3, habits);
+    let mut world = World::new(3, behavior);
     let ended = world.vcpus(2);
     assert_eq!(
         (ended.verdict(), ended.diagnosis()),
@@ -149,21 +149,21 @@ fn a_guest_that_keeps_a_cpu_is_found_out_before_libvirt_gives_up() {
 
     // A later success corrects the record.
     let mut history = ended.into_history();
-    world.habits.keeps = None;
-    world.forgetful = false;
-    world.look_again(&mut history, ms(6000));
+    world.behavior.keeps = None;
+    world.misses_removals = false;
+    world.judge_later(&mut history, ms(6000));
     world.vcpus(2);
-    let outcome = world.look_again(&mut history, ms(200));
+    let outcome = world.judge_later(&mut history, ms(200));
     assert_eq!(outcome.verdict, Verdict::Verified);
 }
 
 #[test]
-fn one_of_two_kept_is_a_part() {
-    let habits = Habits {
+fn one_of_two_kept_yields_partially_applied() {
+    let behavior = GuestBehavior {
         keeps: Some(1),
         ..onlines()
     };
-    let mut world = World::new(3, habits);
+    let mut world = World::new(3, behavior);
     let ended = world.vcpus(1);
     assert_eq!(
         ended.verdict(),
@@ -181,12 +181,12 @@ fn one_of_two_kept_is_a_part() {
 }
 
 #[test]
-fn an_unplug_that_nobody_answers_stands() {
-    let habits = Habits {
-        deaf: true,
-        ..Habits::default()
+fn unanswered_unplug_yields_pending() {
+    let behavior = GuestBehavior {
+        unresponsive: true,
+        ..GuestBehavior::default()
     };
-    let mut world = World::new(3, habits);
+    let mut world = World::new(3, behavior);
     let ended = world.vcpus(2);
     assert_eq!(ended.verdict(), Verdict::Pending);
     assert!(world.made.len() <= 2);
@@ -194,29 +194,29 @@ fn an_unplug_that_nobody_answers_stands() {
 
 /// vCPUs that are released after the deadline need another call to libvirt.
 #[test]
-fn a_vcpu_that_goes_after_the_verdict_is_brought_to_libvirts_notice() {
-    let habits = Habits {
-        deaf: true,
+fn vcpu_released_after_verdict_needs_another_call() {
+    let behavior = GuestBehavior {
+        unresponsive: true,
         ..onlines()
     };
-    let mut world = World::new(3, habits);
+    let mut world = World::new(3, behavior);
     let ended = world.vcpus(2);
     assert_eq!(ended.verdict(), Verdict::Pending);
     let mut history = ended.into_history();
-    world.look_again(&mut history, ms(1000));
+    world.judge_later(&mut history, ms(1000));
     assert_eq!(settle(&history), None, "nothing went");
 
     // The guest reacts late; another client repeats the call, which times out.
-    world.habits.deaf = false;
+    world.behavior.unresponsive = false;
     let made = world.made.len();
-    world.call_again(made - 1);
-    world.look_again(&mut history, ms(1000));
+    world.repeat_call(made - 1);
+    world.judge_later(&mut history, ms(1000));
     let action = settle(&history).unwrap();
     let mut meanwhile = history.clone();
     history.called(world.now, action);
     assert_eq!(settle(&history), None, "it is being told");
-    world.call_again(made - 1);
-    let outcome = world.look_again(&mut history, ms(6000));
+    world.repeat_call(made - 1);
+    let outcome = world.judge_later(&mut history, ms(6000));
     assert_eq!(outcome.verdict, Verdict::Verified);
     assert_eq!(settle(&history), None, "libvirt agrees");
 

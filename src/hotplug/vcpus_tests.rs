@@ -2,15 +2,17 @@
 
 use std::time::Duration;
 
-use super::simulation::{Change, Ended, Habits, World, ids, ms, onlines, sources, without_agent};
+use super::simulation::{
+    Ended, GuestBehavior, World, WorldChange, ids, ms, onlines, sources, without_agent,
+};
 use super::*;
 
 #[test]
-fn a_guest_that_onlines_by_itself_is_verified_by_its_agent() {
+fn agent_reporting_all_online_yields_verified() {
     let mut world = World::new(1, onlines());
     let ended = world.vcpus(3);
     assert_eq!(ended.verdict(), Verdict::Verified);
-    assert!(world.really_uses(3));
+    assert!(world.guest_uses(3));
     assert!(ended.took(&world) < ms(1000));
     let outcome = ended.outcome();
     assert_eq!(
@@ -50,7 +52,7 @@ fn a_guest_that_onlines_by_itself_is_verified_by_its_agent() {
 }
 
 #[test]
-fn without_an_agent_the_time_that_vcpus_ran_is_the_proof() {
+fn run_times_without_agent_yield_verified() {
     let mut world = World::new(1, without_agent(onlines()));
     let ended = world.vcpus(3);
     assert_eq!(ended.verdict(), Verdict::Verified);
@@ -59,8 +61,8 @@ fn without_an_agent_the_time_that_vcpus_ran_is_the_proof() {
 }
 
 #[test]
-fn a_guest_that_leaves_them_offline_is_told_so_or_told_to() {
-    let mut world = World::new(1, Habits::default());
+fn offline_vcpus_without_online_flag_yield_guest_offline() {
+    let mut world = World::new(1, GuestBehavior::default());
     let ended = world.vcpus(3);
     assert_eq!(
         (ended.verdict(), ended.diagnosis()),
@@ -77,7 +79,7 @@ fn a_guest_that_leaves_them_offline_is_told_so_or_told_to() {
     );
     assert_eq!(world.made.len(), 1);
 
-    let mut world = World::new(1, Habits::default());
+    let mut world = World::new(1, GuestBehavior::default());
     let terms = world.terms(Require::Online, 30);
     let ended = world.carry_out(
         HotplugRequest::Vcpus {
@@ -87,17 +89,17 @@ fn a_guest_that_leaves_them_offline_is_told_so_or_told_to() {
         terms,
     );
     assert_eq!(ended.verdict(), Verdict::Verified);
-    assert!(world.really_uses(3));
+    assert!(world.guest_uses(3));
     assert_eq!(world.made[1], Action::OnlineVcpus { ids: ids("1-2") });
 }
 
 #[test]
-fn cpus_that_cannot_be_brought_online_are_found_out() {
-    let habits = Habits {
+fn failed_online_request_yields_guest_offline() {
+    let behavior = GuestBehavior {
         stuck: true,
-        ..Habits::default()
+        ..GuestBehavior::default()
     };
-    let mut world = World::new(1, habits);
+    let mut world = World::new(1, behavior);
     let terms = world.terms(Require::Online, 30);
     let ended = world.carry_out(
         HotplugRequest::Vcpus {
@@ -116,8 +118,8 @@ fn cpus_that_cannot_be_brought_online_are_found_out() {
 }
 
 #[test]
-fn offline_without_an_agent_is_never_verified() {
-    let mut world = World::new(1, without_agent(Habits::default()));
+fn offline_vcpus_without_agent_yield_guest_offline() {
+    let mut world = World::new(1, without_agent(GuestBehavior::default()));
     let ended = world.vcpus(3);
     assert_eq!(
         (ended.verdict(), ended.diagnosis()),
@@ -126,12 +128,12 @@ fn offline_without_an_agent_is_never_verified() {
 }
 
 #[test]
-fn a_guest_without_room_is_found_out_by_its_agent_only() {
-    let habits = Habits {
+fn dropped_vcpus_yield_guest_refused_only_with_agent() {
+    let behavior = GuestBehavior {
         nr_cpus: 1,
         ..onlines()
     };
-    let mut world = World::new(1, habits.clone());
+    let mut world = World::new(1, behavior.clone());
     let ended = world.vcpus(3);
     assert_eq!(
         (ended.verdict(), ended.diagnosis()),
@@ -141,7 +143,7 @@ fn a_guest_without_room_is_found_out_by_its_agent_only() {
     assert!(diagnosis.remedy.contains("nr_cpus") && diagnosis.remedy.contains("NR_CPUS"));
     assert!(ended.took(&world) < ms(2000));
 
-    let mut world = World::new(1, without_agent(habits));
+    let mut world = World::new(1, without_agent(behavior));
     let ended = world.vcpus(3);
     assert_eq!(ended.verdict(), Verdict::GuestOffline);
     assert!(
@@ -156,12 +158,12 @@ fn a_guest_without_room_is_found_out_by_its_agent_only() {
 }
 
 #[test]
-fn a_guest_with_room_for_some_took_some() {
-    let habits = Habits {
+fn room_for_some_vcpus_yields_partially_applied() {
+    let behavior = GuestBehavior {
         nr_cpus: 2,
         ..onlines()
     };
-    let mut world = World::new(1, habits);
+    let mut world = World::new(1, behavior);
     let ended = world.vcpus(3);
     assert_eq!(
         (ended.verdict(), ended.diagnosis()),
@@ -174,45 +176,45 @@ fn a_guest_with_room_for_some_took_some() {
 }
 
 #[test]
-fn the_acknowledged_level_believes_acpi_until_the_agent_contradicts() {
-    for (habits, verdict) in [
-        (Habits::default(), Verdict::Verified),
-        (without_agent(Habits::default()), Verdict::Verified),
+fn acpi_confirmation_suffices_for_acknowledged_unless_agent_contradicts() {
+    for (behavior, verdict) in [
+        (GuestBehavior::default(), Verdict::Verified),
+        (without_agent(GuestBehavior::default()), Verdict::Verified),
         (
-            Habits {
+            GuestBehavior {
                 nr_cpus: 1,
-                ..Habits::default()
+                ..GuestBehavior::default()
             },
             Verdict::GuestRefused,
         ),
         (
-            Habits {
-                deaf: true,
-                ..Habits::default()
+            GuestBehavior {
+                unresponsive: true,
+                ..GuestBehavior::default()
             },
             Verdict::GuestSilent,
         ),
     ] {
-        let mut world = World::new(1, habits);
+        let mut world = World::new(1, behavior);
         let terms = world.terms(Require::Acknowledged, 30);
         let request = HotplugRequest::Vcpus {
             count: 3,
             online: false,
         };
         let ended = world.carry_out(request.clone(), terms);
-        assert_eq!(ended.verdict(), verdict, "{:?}", world.habits);
+        assert_eq!(ended.verdict(), verdict, "{:?}", world.behavior);
         // The lowest level needs only the hypervisor.
-        let mut world = World::new(1, world.habits);
+        let mut world = World::new(1, world.behavior);
         let terms = world.terms(Require::Accepted, 30);
         assert_eq!(world.carry_out(request, terms).verdict(), Verdict::Verified);
     }
 }
 
 #[test]
-fn a_guest_that_refuses_or_is_deaf() {
-    let refuses = Habits {
+fn refusing_or_unresponsive_guest_yields_refused_or_silent() {
+    let refuses = GuestBehavior {
         refuses: Some(0x82),
-        ..Habits::default()
+        ..GuestBehavior::default()
     };
     let mut world = World::new(1, refuses);
     let ended = world.vcpus(3);
@@ -223,12 +225,12 @@ fn a_guest_that_refuses_or_is_deaf() {
     assert!(ended.took(&world) < ms(1000));
 
     for agent in [true, false] {
-        let habits = Habits {
-            deaf: true,
+        let behavior = GuestBehavior {
+            unresponsive: true,
             agent,
-            ..Habits::default()
+            ..GuestBehavior::default()
         };
-        let mut world = World::new(1, habits);
+        let mut world = World::new(1, behavior);
         let ended = world.vcpus(2);
         assert_eq!(
             (ended.verdict(), ended.diagnosis()),
@@ -239,11 +241,11 @@ fn a_guest_that_refuses_or_is_deaf() {
 
     // Some QEMU versions are the cause, but only with software emulation.
     for (virt_type, emulated) in [("qemu", true), ("kvm", false)] {
-        let deaf = Habits {
-            deaf: true,
-            ..Habits::default()
+        let unresponsive = GuestBehavior {
+            unresponsive: true,
+            ..GuestBehavior::default()
         };
-        let mut world = World::new(1, deaf);
+        let mut world = World::new(1, unresponsive);
         world.domain.virt_type = virt_type.to_owned();
         let remedy = world.vcpus(2).outcome().diagnosis.clone().unwrap().remedy;
         assert_eq!(remedy.contains("QEMU 5.1 to 7.1"), emulated, "{remedy}");
@@ -251,7 +253,7 @@ fn a_guest_that_refuses_or_is_deaf() {
 }
 
 #[test]
-fn without_any_source_it_is_unverifiable() {
+fn no_source_of_evidence_yields_unverifiable() {
     let mut world = World::new(1, without_agent(onlines()));
     world.monitor_events = false;
     world.counts_time = false;
@@ -269,21 +271,21 @@ fn without_any_source_it_is_unverifiable() {
 }
 
 #[test]
-fn a_target_that_is_met_is_proven_without_a_call() {
-    let mut world = World::new(3, Habits::default());
+fn reached_target_is_verified_without_call() {
+    let mut world = World::new(3, GuestBehavior::default());
     let ended = world.vcpus(3);
     assert_eq!(ended.verdict(), Verdict::Verified);
     assert!(world.made.is_empty());
     assert_eq!(ended.took(&world), Duration::ZERO);
 
-    let mut world = World::new(3, without_agent(Habits::default()));
+    let mut world = World::new(3, without_agent(GuestBehavior::default()));
     assert_eq!(world.vcpus(3).verdict(), Verdict::Verified);
     assert!(world.made.is_empty());
 
-    let mut world = World::new(3, Habits::default());
+    let mut world = World::new(3, GuestBehavior::default());
     world.online.remove(&2);
     assert_eq!(world.vcpus(3).verdict(), Verdict::GuestOffline);
-    let mut world = World::new(3, without_agent(Habits::default()));
+    let mut world = World::new(3, without_agent(GuestBehavior::default()));
     world.online.remove(&2);
     let ended = world.vcpus(3);
     assert_eq!(
@@ -295,9 +297,9 @@ fn a_target_that_is_met_is_proven_without_a_call() {
 }
 
 #[test]
-fn what_cannot_be_is_refused_with_the_limit() {
+fn impossible_request_is_infeasible_with_limit() {
     let infeasible = |vcpus, count, change: &dyn Fn(&mut World)| {
-        let mut world = World::new(vcpus, Habits::default());
+        let mut world = World::new(vcpus, GuestBehavior::default());
         change(&mut world);
         match world.vcpus(count) {
             Ended::Rejected(Rejection::Infeasible(limit)) => {
@@ -359,35 +361,35 @@ fn what_cannot_be_is_refused_with_the_limit() {
 }
 
 #[test]
-fn a_guest_that_follows_late_puts_the_record_right() {
-    let mut world = World::new(1, Habits::default())
-        .at(ms(40_000), Change::Onlines(1))
-        .at(ms(40_000), Change::Onlines(2));
+fn late_guest_corrects_record() {
+    let mut world = World::new(1, GuestBehavior::default())
+        .at(ms(40_000), WorldChange::Onlines(1))
+        .at(ms(40_000), WorldChange::Onlines(2));
     let ended = world.vcpus(3);
     assert_eq!(ended.verdict(), Verdict::GuestOffline);
     assert!(ended.verdict().may_change());
     let mut history = ended.into_history();
-    let outcome = world.look_again(&mut history, ms(35_000));
+    let outcome = world.judge_later(&mut history, ms(35_000));
     assert_eq!(outcome.verdict, Verdict::Verified);
     assert!(outcome.diagnosis.is_none());
 }
 
 #[test]
-fn an_agent_that_dies_leaves_the_other_sources() {
-    let habits = Habits {
+fn lost_agent_leaves_other_sources() {
+    let behavior = GuestBehavior {
         onlines_after: Some(ms(900)),
-        ..Habits::default()
+        ..GuestBehavior::default()
     };
-    let mut world = World::new(1, habits).at(ms(500), Change::AgentDies);
+    let mut world = World::new(1, behavior).at(ms(500), WorldChange::AgentDies);
     let ended = world.vcpus(3);
     assert_eq!(ended.verdict(), Verdict::Verified);
     assert!(sources(&ended).contains(&Source::VcpuTime));
 }
 
 #[test]
-fn a_moment_in_the_firmware_is_no_proof() {
+fn brief_run_in_firmware_proves_nothing() {
     // A firmware with Secure Boot starts each new CPU once.
-    let world = World::new(1, without_agent(Habits::default()));
+    let world = World::new(1, without_agent(GuestBehavior::default()));
     let terms = world.terms(Require::Online, 3);
     let request = HotplugRequest::Vcpus {
         count: 2,
@@ -420,7 +422,7 @@ fn a_moment_in_the_firmware_is_no_proof() {
 }
 
 #[test]
-fn the_lasting_definition_is_changed_where_there_is_one() {
+fn persistent_definition_is_changed_if_it_exists() {
     let mut world = World::new(1, onlines());
     world.persistent = true;
     world.vcpus(2);
@@ -436,15 +438,15 @@ fn the_lasting_definition_is_changed_where_there_is_one() {
 /// The guest brings its CPUs online while the domain cannot be observed: earlier observations do
 /// not count.
 #[test]
-fn what_was_seen_before_a_guests_time_was_up_says_nothing_against_it() {
+fn observation_within_grace_period_does_not_count_against_guest() {
     for agent in [true, false] {
-        let habits = Habits {
+        let behavior = GuestBehavior {
             onlines_after: Some(ms(6_000)),
             agent,
-            ..Habits::default()
+            ..GuestBehavior::default()
         };
-        let blind = World::new(1, habits).at(ms(2_000), Change::LosesLibvirt);
-        let mut world = blind.at(ms(20_000), Change::FindsLibvirt);
+        let blind = World::new(1, behavior).at(ms(2_000), WorldChange::LosesLibvirt);
+        let mut world = blind.at(ms(20_000), WorldChange::FindsLibvirt);
         let ended = world.vcpus(3);
         assert_eq!(ended.verdict(), Verdict::Verified, "{:?}", ended.outcome());
     }

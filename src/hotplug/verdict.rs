@@ -113,7 +113,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_verdict_has_one_word_everywhere() {
+    fn verdict_has_one_word_everywhere() {
         for verdict in Verdict::ALL {
             let json = serde_json::to_string(&verdict).unwrap();
             assert_eq!(json, format!("\"{verdict}\""));

@@ -259,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn binary_units_and_quantities_are_read() {
+    fn binary_units_and_quantities_are_parsed() {
         for (text, bytes) in [
             ("2GiB", 2 << 30),
             ("2Gi", 2 << 30),
@@ -278,7 +278,7 @@ mod tests {
     }
 
     #[test]
-    fn everything_else_gets_a_sentence() {
+    fn other_sizes_are_rejected_with_remedy() {
         assert_eq!(
             error("1024"),
             "'1024' has no unit: write it like 2GiB, 512MiB or 2Gi"
@@ -301,7 +301,7 @@ mod tests {
     }
 
     #[test]
-    fn a_size_is_shown_with_the_largest_whole_unit() {
+    fn size_is_written_with_largest_whole_unit() {
         assert_eq!(Bytes(2 << 30).to_string(), "2GiB");
         assert_eq!(Bytes(1536 << 20).to_string(), "1536MiB");
         assert_eq!(Bytes(1025).to_string(), "1025B");
@@ -323,7 +323,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_shown_can_be_read(bytes: u64) {
+        fn written_size_is_parsed_again(bytes: u64) {
             prop_assert_eq!(Bytes(bytes).to_string().parse(), Ok(Bytes(bytes)));
         }
 
@@ -334,7 +334,7 @@ mod tests {
         }
 
         #[test]
-        fn any_mix_of_digits_and_units_is_read_or_refused(text in "-?[0-9]{0,22}(\\.[0-9]{0,22})?( )?[KMGTPEkmg]?i?B?") {
+        fn no_mix_of_digits_and_units_panics(text in "-?[0-9]{0,22}(\\.[0-9]{0,22})?( )?[KMGTPEkmg]?i?B?") {
             drop(text.parse::<Bytes>());
         }
     }

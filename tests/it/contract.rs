@@ -14,7 +14,7 @@ use tempfile::TempDir;
 use tokio::time::{Instant, timeout};
 use virtnode::domain::{DomainState, Job, PauseReason};
 use virtnode::executor::{AskedBy, Executor, OperationId, Options, Order, Record};
-use virtnode::hotplug::{Answer, Event, HotplugRequest, Require, SlotKind, Verdict};
+use virtnode::hotplug::{AcpiAnswer, Event, HotplugRequest, Require, SlotKind, Verdict};
 use virtnode::hypervisor::{CallError, Change, DomainBackend, Notice, Notices, Scope};
 use virtnode::journal::Journal;
 use virtnode::units::KiB;
@@ -184,7 +184,7 @@ async fn deep<B: Backend>() {
     let answers = control.acpi_answers(&id).await.unwrap();
     let mut added: Vec<_> = answers
         .iter()
-        .filter(|ost| ost.kind == SlotKind::Cpu && ost.answer() == Some(Answer::Added))
+        .filter(|ost| ost.kind == SlotKind::Cpu && ost.answer() == Some(AcpiAnswer::Added))
         .map(|ost| ost.slot)
         .collect();
     added.sort_unstable();
@@ -222,7 +222,7 @@ async fn calls<B: Backend>() {
     for slot in [1, 2] {
         hears(&mut notices, |event| {
             matches!(event, Event::Ost(ost) if ost.kind == SlotKind::Cpu && ost.slot == slot
-                && ost.answer() == Some(Answer::Added))
+                && ost.answer() == Some(AcpiAnswer::Added))
         })
         .await;
     }
@@ -243,7 +243,7 @@ async fn calls<B: Backend>() {
     // is asked again.
     let unplugged = control.set_vcpus(&id, 2, Scope::Live).await;
     hears(&mut notices, |event| {
-        matches!(event, Event::Ost(ost) if ost.slot == 2 && ost.answer() == Some(Answer::Gone))
+        matches!(event, Event::Ost(ost) if ost.slot == 2 && ost.answer() == Some(AcpiAnswer::Gone))
     })
     .await;
     if let Err(error) = unplugged {
@@ -283,7 +283,7 @@ async fn calls<B: Backend>() {
         .unwrap();
     hears(&mut notices, |event| {
         matches!(event, Event::Ost(ost) if ost.kind == SlotKind::Dimm
-            && ost.device.as_deref() == Some("ua-dimm") && ost.answer() == Some(Answer::Added))
+            && ost.device.as_deref() == Some("ua-dimm") && ost.answer() == Some(AcpiAnswer::Added))
     })
     .await;
     control

@@ -13,7 +13,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tokio::time::timeout;
 use virtnode::domain::{AgentChannel, Domain, DomainState, IdSet};
-use virtnode::hotplug::{Answer, Event, SlotKind};
+use virtnode::hotplug::{AcpiAnswer, Event, SlotKind};
 use virtnode::hypervisor::{
     CallError, Change, Connection, DomainBackend, DomainRef, Libvirt, LibvirtConfig, Notice,
     Notices, Scope,
@@ -68,7 +68,7 @@ async fn until_event(notices: &mut Notices, wanted: impl Fn(&Event) -> bool) {
     .await;
 }
 
-async fn until_ost(notices: &mut Notices, kind: SlotKind, slot: u32, answer: Answer) {
+async fn until_ost(notices: &mut Notices, kind: SlotKind, slot: u32, answer: AcpiAnswer) {
     until_event(notices, |event| {
         matches!(event, Event::Ost(ost)
             if ost.kind == kind && ost.slot == slot && ost.answer() == Some(answer))
@@ -207,8 +207,8 @@ async fn vcpus(control: &Libvirt, notices: &mut Notices, id: &DomainRef) {
     let (plugged, took) = timed(control.set_vcpus(id, 3, scope)).await;
     plugged.unwrap();
     println!("plugged two vCPUs within {took:?}");
-    until_ost(notices, SlotKind::Cpu, 1, Answer::Added).await;
-    until_ost(notices, SlotKind::Cpu, 2, Answer::Added).await;
+    until_ost(notices, SlotKind::Cpu, 1, AcpiAnswer::Added).await;
+    until_ost(notices, SlotKind::Cpu, 2, AcpiAnswer::Added).await;
     assert_eq!(read(control, id).await.vcpus.plugged_ids(), ids("0-2"));
     let said = control.guest_vcpus(id).await.unwrap();
     assert_eq!((said.vcpus, said.online), (ids("0-2"), ids("0")));
@@ -228,7 +228,7 @@ async fn vcpus(control: &Libvirt, notices: &mut Notices, id: &DomainRef) {
     // libvirt gives up waiting for what QEMU has done, and agrees when asked again.
     let unplug = async { timed(control.set_vcpus(id, 2, scope)).await };
     let meanwhile = async {
-        until_ost(notices, SlotKind::Cpu, 2, Answer::Gone).await;
+        until_ost(notices, SlotKind::Cpu, 2, AcpiAnswer::Gone).await;
         let reads = async {
             control.domain_stats(id).await.unwrap();
             control.all_domain_stats().await.unwrap();
@@ -293,7 +293,7 @@ async fn memory(control: &Libvirt, notices: &mut Notices, id: &DomainRef) {
     let dimm = "<memory model='dimm'><target><size unit='MiB'>128</size><node>0</node></target>\
                 <alias name='ua-dimm0'/></memory>";
     control.attach_device(id, dimm, Scope::Live).await.unwrap();
-    until_ost(notices, SlotKind::Dimm, 0, Answer::Added).await;
+    until_ost(notices, SlotKind::Dimm, 0, AcpiAnswer::Added).await;
     control
         .detach_device(id, "ua-dimm0", Scope::Live)
         .await

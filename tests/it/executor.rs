@@ -372,7 +372,7 @@ async fn a_domain_that_ends_or_is_reset_in_the_middle_ends_with_a_verdict() {
     assert_eq!(destroyed.verdict, Some(Verdict::DomainNotRunning));
     assert_eq!(
         destroyed.message.as_deref(),
-        Some("the domain ended in the middle of the operation: destroyed")
+        Some("the domain ended during the operation: destroyed")
     );
     let reset = node.ends(&reset).await;
     assert_eq!(reset.verdict, Some(Verdict::Verified), "{reset:#?}");

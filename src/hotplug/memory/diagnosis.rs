@@ -22,8 +22,8 @@ pub(super) fn stalled() -> Diagnosis {
     Diagnosis::new(
         "virtio-mem-stalled",
         "the guest took a part of what it was asked to take, and stopped",
-        "look at the guest's log for virtio_mem: memory that is left offline, or a lack of memory \
-         to describe the new one with, makes it stop; it goes on by itself when it can",
+        "check the guest's log for virtio_mem: the driver stops if memory stays offline or if it \
+         lacks memory to describe the new memory; it continues by itself when it can",
     )
 }
 
@@ -31,19 +31,19 @@ pub(super) fn stalled() -> Diagnosis {
 pub(super) fn unmovable(left: Bytes) -> Diagnosis {
     Diagnosis::new(
         "memory-in-use",
-        format!("{left} of what was to be given back hold something that the guest cannot move"),
-        "free memory in the guest, or reboot it; for memory that can always be given back set \
+        format!("{left} of the memory to return hold data that the guest cannot move"),
+        "free memory in the guest, or reboot it; for memory that can always be returned set \
          memhp_default_state=online_movable on its kernel's command line",
     )
 }
 
 /// virtio-mem: the guest returned nothing.
-pub(super) fn nothing_given_back() -> Diagnosis {
+pub(super) fn nothing_returned() -> Diagnosis {
     Diagnosis::new(
         "memory-in-use",
-        "the guest has given nothing back: all of it is in use or cannot be moved, or its driver \
-         does not run any more",
-        "free memory in the guest; the request stands, and the guest goes on when it can",
+        "the guest has returned nothing: all of it is in use or cannot be moved, or its driver \
+         no longer runs",
+        "free memory in the guest; the request stays pending, and the guest continues when it can",
     )
 }
 
@@ -52,7 +52,7 @@ pub(super) fn offline(short: Bytes) -> Diagnosis {
     Diagnosis::new(
         "memory-offline",
         format!(
-            "the guest has the memory, and its own total lacks {short} of it: the memory blocks \
+            "the guest has the memory, and {short} are missing from its own total: the memory blocks \
              were not brought online"
         ),
         "write 'online' to /sys/devices/system/memory/auto_online_blocks in the guest, or boot it \
@@ -67,21 +67,20 @@ pub(super) fn dimm_unused(alias: &str, size: Bytes, short: Bytes) -> Diagnosis {
         return Diagnosis::new(
             "dimm-not-in-blocks",
             format!(
-                "the guest said through ACPI that it took the DIMM, and its own total lacks {short}: \
-                 {size} are no multiple of {LINUX_BLOCK}, the least that Linux takes on x86, and it \
-                 throws such a DIMM away"
+                "the guest confirmed the DIMM through ACPI, and {short} are missing from its own total: \
+                 {size} are not a multiple of {LINUX_BLOCK}, the minimum that Linux takes on x86, and \
+                 it drops such a DIMM"
             ),
             format!(
-                "detach the DIMM (alias {alias}), so that those that come later lie where Linux \
-                 can take them, and ask for a multiple of {LINUX_BLOCK}"
+                "detach the DIMM (alias {alias}), so that later DIMMs are aligned for Linux, and ask for a multiple of {LINUX_BLOCK}"
             ),
         );
     }
     Diagnosis::new(
         "memory-offline",
         format!(
-            "the guest said through ACPI that it took the DIMM, and its own total lacks {short}: \
-             the memory blocks were not brought online, or its kernel threw the DIMM away"
+            "the guest confirmed the DIMM through ACPI, and {short} are missing from its own total: \
+             the memory blocks were not brought online, or its kernel dropped the DIMM"
         ),
         "write 'online' to /sys/devices/system/memory/auto_online_blocks in the guest, or boot it \
          with memhp_default_state=online; if there are no new /sys/devices/system/memory/memory*, \
@@ -114,9 +113,9 @@ pub(super) fn dimm_refused(status: &str) -> Diagnosis {
 pub(super) fn dimm_ignored() -> Diagnosis {
     Diagnosis::new(
         "no-sign",
-        "the DIMM is plugged, and the guest gave no sign of having noticed",
-        "look whether the guest has booted, runs with ACPI (no acpi=off) and has a kernel with \
-         CONFIG_ACPI_HOTPLUG_MEMORY; memory that it misses now it finds at its next boot",
+        "the DIMM is plugged, and the guest did not react",
+        "check that the guest has booted, runs with ACPI (no acpi=off) and has a kernel with \
+         CONFIG_ACPI_HOTPLUG_MEMORY; the guest finds the memory at its next boot",
     )
 }
 
@@ -124,7 +123,7 @@ pub(super) fn dimm_ignored() -> Diagnosis {
 pub(super) fn no_source() -> Diagnosis {
     Diagnosis::new(
         "no-source",
-        "nothing tells how much memory the guest sees: its balloon driver gives no statistics",
+        "no source shows how much memory the guest sees: its balloon driver reports no statistics",
         "give the domain a <memballoon> with <stats period='5'/> and load virtio_balloon in the \
          guest",
     )

@@ -2,12 +2,12 @@
 
 use super::diagnosis::LINUX_BLOCK;
 use crate::domain::Memory;
-use crate::hotplug::{Action, Answer, Event, History, Observation, Ost, SlotKind};
+use crate::hotplug::{AcpiAnswer, Action, Event, History, Observation, Ost, SlotKind};
 use crate::units::Bytes;
 use crate::units::Timestamp;
 
 /// The facts about memory in one history.
-pub(super) struct Signs<'h> {
+pub(super) struct MemoryFacts<'h> {
     /// The last observation since the first call.
     pub(super) latest: Option<&'h Observation>,
     /// The requested amount in the live XML.
@@ -19,13 +19,13 @@ pub(super) struct Signs<'h> {
     /// The time since which the plugged amount has been the requested one.
     pub(super) reached: Option<Timestamp>,
     /// The guest's answer through ACPI for the attached DIMM.
-    pub(super) dimm: Option<(Timestamp, Answer, &'h Ost)>,
-    pub(super) total: Total,
+    pub(super) dimm: Option<(Timestamp, AcpiAnswer, &'h Ost)>,
+    pub(super) total: GuestTotal,
 }
 
 /// The guest's own total compared to the plugged memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Total {
+pub(super) enum GuestTotal {
     /// There are no statistics, or the missing part may be the kernel's own overhead.
     Unknown,
     /// The statistics are older than the change.
@@ -36,7 +36,7 @@ pub(super) enum Total {
     Short(Bytes),
 }
 
-impl<'h> Signs<'h> {
+impl<'h> MemoryFacts<'h> {
     pub(super) fn read(history: &'h History, target: Bytes) -> Self {
         let latest = history.fresh();
         let seen = latest.unwrap_or(&history.before);
@@ -79,7 +79,7 @@ pub(super) fn planned_dimm(history: &History) -> Option<(&str, Bytes)> {
     })
 }
 
-fn dimm_answer(history: &History) -> Option<(Timestamp, Answer, &Ost)> {
+fn dimm_answer(history: &History) -> Option<(Timestamp, AcpiAnswer, &Ost)> {
     let (alias, _) = planned_dimm(history)?;
     history.events().rev().find_map(|(at, event)| match event {
         Event::Ost(ost) if ost.kind == SlotKind::Dimm && ost.device.as_deref() == Some(alias) => {
@@ -93,15 +93,15 @@ fn dimm_answer(history: &History) -> Option<(Timestamp, Answer, &Ost)> {
 /// takes that from the new memory, and half as much on other structures.
 const OVERHEAD: u64 = 40;
 
-fn total(history: &History, target: Bytes, reached: Option<Timestamp>) -> Total {
+fn total(history: &History, target: Bytes, reached: Option<Timestamp>) -> GuestTotal {
     let seen = history.latest();
     let period = seen.domain.balloon.stats_period;
     let told = seen.stats.as_ref().map(|stats| stats.balloon);
     let (Some(now), Some(balloon), Some(_)) = (seen.guest_total(), told, period) else {
         // A balloon driver that reported before will report again.
         return match history.before.guest_total().and(period) {
-            Some(_) => Total::Stale,
-            None => Total::Unknown,
+            Some(_) => GuestTotal::Stale,
+            None => GuestTotal::Unknown,
         };
     };
     let (before, memory) = (&history.before, &seen.domain.memory);
@@ -124,16 +124,20 @@ fn total(history: &History, target: Bytes, reached: Option<Timestamp>) -> Total 
             .zip(updated)
             .is_some_and(|(reached, updated)| updated > reached.as_seconds());
         return if newer {
-            Total::Short(grew)
+            GuestTotal::Short(grew)
         } else {
-            Total::Stale
+            GuestTotal::Stale
         };
     }
     let shown = match added {
         Bytes::ZERO => missing < smallest_unit(memory),
         added => grew >= needed(added),
     };
-    if shown { Total::Fits } else { Total::Unknown }
+    if shown {
+        GuestTotal::Fits
+    } else {
+        GuestTotal::Unknown
+    }
 }
 
 fn needed(added: Bytes) -> Bytes {

@@ -19,7 +19,7 @@ impl World {
                     self.later(ms(30), Effect::GuestSeesCpu(id));
                 }
                 for id in plugged.into_iter().filter(|id| id >= count).rev() {
-                    if !self.qemu.contains(&id) && self.unteachable {
+                    if !self.qemu.contains(&id) && self.rejects_repeats {
                         let text = "An error occurred, but the cause is unknown";
                         how.1 = Return::Failed(failed(text));
                         break;
@@ -30,8 +30,8 @@ impl World {
                     }
                     self.later(ms(20), Effect::GuestEjects(id));
                     // libvirt waits for this vCPU and does not continue with the next.
-                    let keeps = self.habits.deaf || self.habits.keeps == Some(id);
-                    if self.forgetful || keeps {
+                    let keeps = self.behavior.unresponsive || self.behavior.keeps == Some(id);
+                    if self.misses_removals || keeps {
                         let error = CallError::UnplugPending {
                             call: "set-vcpus".into(),
                             text: "vcpu unplug request timed out. Unplug result must be manually \
@@ -45,7 +45,7 @@ impl World {
                 }
             }
             Action::OnlineVcpus { ids } => {
-                if self.habits.stuck {
+                if self.behavior.stuck {
                     how.1 = Return::Failed(CallError::AgentSilent {
                         call: "set-guest-vcpus".into(),
                         text: "Input/output error".to_owned(),
@@ -79,42 +79,42 @@ impl World {
     }
 
     pub(super) fn apply(&mut self, effect: Effect) {
-        let runs = self.domain.state.runs() && !self.habits.deaf && !self.gone;
+        let runs = self.domain.state.runs() && !self.behavior.unresponsive && !self.gone;
         match effect {
             Effect::Return(how) => self.returned.push((self.now, how)),
-            Effect::Tests(change) => self.change(change),
-            Effect::TellsTotal => {
+            Effect::Scheduled(change) => self.change(change),
+            Effect::ReportsTotal => {
                 if runs {
-                    self.told = Some((self.total, seconds_of(self.now)));
+                    self.reported = Some((self.total, seconds_of(self.now)));
                 }
-                self.later(ms(1000), Effect::TellsTotal);
+                self.later(ms(1000), Effect::ReportsTotal);
             }
             // A paused guest acts after it is resumed.
             effect if self.domain.state == DomainState::Paused => self.later(ms(50), effect),
             _ if !runs => {}
             Effect::GuestSeesCpu(id) => {
                 let name = Some(format!("vcpu{id}"));
-                if let Some(status) = self.habits.refuses {
+                if let Some(status) = self.behavior.refuses {
                     return self.ost(name, id, SlotKind::Cpu, 1, status);
                 }
                 // The guest answers success even if it drops the CPU.
-                if self.has.len() < self.habits.nr_cpus as usize {
+                if self.has.len() < self.behavior.nr_cpus as usize {
                     self.has.insert(id);
-                    if let Some(after) = self.habits.onlines_after {
+                    if let Some(after) = self.behavior.onlines_after {
                         self.later(after, Effect::GuestOnlines(id));
                     }
                 }
                 self.ost(name, id, SlotKind::Cpu, 1, 0);
             }
             Effect::GuestOnlines(id) => {
-                if self.has.contains(&id) && !self.habits.stuck {
+                if self.has.contains(&id) && !self.behavior.stuck {
                     self.online.insert(id);
                 }
             }
             Effect::GuestEjects(id) => {
                 let name = format!("vcpu{id}");
                 self.ost(Some(name.clone()), id, SlotKind::Cpu, 3, 0x84);
-                if self.habits.keeps == Some(id) {
+                if self.behavior.keeps == Some(id) {
                     return self.ost(Some(name), id, SlotKind::Cpu, 3, 0x82);
                 }
                 self.has.remove(&id);
@@ -126,15 +126,15 @@ impl World {
                     path: format!("/machine/peripheral/{name}/lapic"),
                 });
                 self.ost(None, id, SlotKind::Cpu, 3, 0);
-                if !self.forgetful {
+                if !self.misses_removals {
                     self.set_enabled(id, false);
                 }
             }
             Effect::GuestResizes(alias) => self.resize(&alias),
             Effect::GuestSeesDimm(alias) => {
                 let size = self.domain.memory.device(&alias).unwrap().size;
-                let status = self.habits.refuses.unwrap_or(0);
-                if status == 0 && self.habits.blocks_online {
+                let status = self.behavior.refuses.unwrap_or(0);
+                if status == 0 && self.behavior.blocks_online {
                     self.total = self.total.saturating_add(size);
                 }
                 self.ost(Some(alias), 0, SlotKind::Dimm, 1, status);
@@ -143,10 +143,10 @@ impl World {
     }
 
     fn resize(&mut self, alias: &str) {
-        if !self.habits.virtio_mem {
+        if !self.behavior.virtio_mem {
             return;
         }
-        let habits = self.habits.clone();
+        let behavior = self.behavior.clone();
         let mut devices = self.domain.memory.devices.iter_mut();
         let device = devices
             .find(|device| device.alias.as_deref() == Some(alias))
@@ -157,18 +157,18 @@ impl World {
             current
                 .saturating_add(step)
                 .min(requested)
-                .min(habits.takes_at_most)
+                .min(behavior.takes_at_most)
         } else {
             current
                 .saturating_sub(step)
                 .max(requested)
-                .max(habits.pinned.min(current))
+                .max(behavior.pinned.min(current))
         };
         device.current = Some(next);
         if next == current {
             return;
         }
-        if habits.blocks_online {
+        if behavior.blocks_online {
             self.total = self.total.saturating_add(next).saturating_sub(current);
         }
         self.event(Event::MemorySize {
@@ -178,41 +178,41 @@ impl World {
         self.later(ms(150), Effect::GuestResizes(alias.to_owned()));
     }
 
-    fn change(&mut self, change: Change) {
+    fn change(&mut self, change: WorldChange) {
         match change {
-            Change::Destroy => {
+            WorldChange::Destroy => {
                 self.gone = true;
                 self.event(Event::Stopped("destroyed".to_owned()));
             }
-            Change::Pause => {
+            WorldChange::Pause => {
                 self.domain.state = DomainState::Paused;
                 self.event(Event::Paused);
             }
-            Change::Resume => {
+            WorldChange::Resume => {
                 self.domain.state = DomainState::Running;
                 self.event(Event::Resumed);
             }
-            Change::Reset => {
+            WorldChange::Reset => {
                 self.event(Event::Reset);
                 // The guest finds all CPUs that QEMU has, and boots as many as it has room for.
-                let room = self.habits.nr_cpus as usize;
+                let room = self.behavior.nr_cpus as usize;
                 self.has = self.qemu.iter().copied().take(room).collect();
                 self.online = self.has.clone();
-                self.told = None;
+                self.reported = None;
             }
-            Change::AgentDies => self.habits.agent = false,
-            Change::LosesLibvirt => {
+            WorldChange::AgentDies => self.behavior.agent = false,
+            WorldChange::LosesLibvirt => {
                 self.lost = true;
                 let error = CallError::Unavailable("Connection reset".to_owned());
                 self.returned.push((self.now, Return::Failed(error)));
             }
-            Change::FindsLibvirt => self.lost = false,
-            Change::FreesMemory => {
-                self.habits.pinned = Bytes::ZERO;
+            WorldChange::FindsLibvirt => self.lost = false,
+            WorldChange::FreesMemory => {
+                self.behavior.pinned = Bytes::ZERO;
                 self.later(ms(10), Effect::GuestResizes("ua-mem0".to_owned()));
             }
-            Change::Runs(id) => *self.times.entry(id).or_default() += 50,
-            Change::Onlines(id) => self.apply(Effect::GuestOnlines(id)),
+            WorldChange::Runs(id) => *self.times.entry(id).or_default() += 50,
+            WorldChange::Onlines(id) => self.apply(Effect::GuestOnlines(id)),
         }
     }
 }

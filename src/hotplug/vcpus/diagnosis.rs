@@ -1,16 +1,16 @@
 //! Causes and remedies for guests that do not follow a change of vCPUs.
 
 use crate::domain::IdSet;
-use crate::hotplug::lifecycle::COUNT_ANEW;
+use crate::hotplug::lifecycle::RECOUNT_REMEDY;
 use crate::hotplug::outcome::Diagnosis;
 use crate::units::counted;
 
 /// The guest confirmed CPUs that it does not have.
-pub(super) fn thrown_away(has: u32, target: u32) -> Diagnosis {
+pub(super) fn dropped(has: u32, target: u32) -> Diagnosis {
     Diagnosis::new(
         "nr-cpus",
         format!(
-            "the guest said through ACPI that it added the CPUs, but its agent sees {} of {target}: \
+            "the guest confirmed the CPUs through ACPI, but its agent sees {} of {target}: \
              its kernel has no room for more",
             counted(has, "CPU")
         ),
@@ -27,7 +27,7 @@ pub(super) fn not_added(ids: &IdSet, status: &str) -> Diagnosis {
     Diagnosis::new(
         "plug-refused",
         format!("the guest answered '{status}' through ACPI for vCPUs {ids}"),
-        "look at the guest's log for ACPI errors; on Linux, \
+        "check the guest's log for ACPI errors; on Linux, \
          /sys/firmware/acpi/hotplug/processor/enabled must be 1",
     )
 }
@@ -44,13 +44,15 @@ pub(super) fn offline(offline: &IdSet) -> Diagnosis {
 
 /// The agent could not bring the CPUs online.
 pub(super) fn cannot_be_onlined(offline: &IdSet, error: Option<&str>) -> Diagnosis {
-    let answer = error.map_or_else(String::new, |error| format!("; the agent said: {error}"));
+    let answer = error.map_or_else(String::new, |error| {
+        format!("; the agent reported: {error}")
+    });
     Diagnosis::new(
         "cpus-cannot-be-onlined",
         format!(
-            "the guest has CPUs {offline}, and they stayed offline when told to come online{answer}"
+            "the guest has CPUs {offline}, and they stayed offline when asked to come online{answer}"
         ),
-        "look at the guest's log; a guest that was ever live-migrated may need a reboot before \
+        "check the guest's log; a guest that was ever live-migrated may need a reboot before \
          it can use CPUs that were plugged, and one without the guest agent's right to write \
          /sys/devices/system/cpu cannot be helped from outside",
     )
@@ -62,11 +64,11 @@ pub(super) fn never_ran(idle: &IdSet) -> Diagnosis {
         "cpus-never-ran",
         format!(
             "the guest confirmed the CPUs through ACPI, but vCPUs {idle} have not been running: \
-             they are offline, or its kernel threw them away (nr_cpus); without its agent the \
-             two look alike"
+             they are offline, or its kernel dropped them (nr_cpus); only its agent can \
+             distinguish the two"
         ),
         "bring them online in the guest (a udev rule does it for all that come), check nr_cpus \
-         on its kernel's command line, and install the guest agent, which can tell",
+         on its kernel's command line, and install the guest agent, which reports it",
     )
 }
 
@@ -74,17 +76,17 @@ pub(super) fn never_ran(idle: &IdSet) -> Diagnosis {
 pub(super) fn silent_plug(tried: &str, emulated: bool) -> Diagnosis {
     // tianocore/edk2 issue 9298; measured with 5.2, and with 7.2.22, which has the fix.
     let broken = if emulated {
-        "; QEMU 5.1 to 7.1 tells no guest of new vCPUs in software emulation (domain type \
+        "; QEMU 5.1 to 7.1 notifies no guest of new vCPUs in software emulation (domain type \
              qemu): use a newer one"
     } else {
         ""
     };
     Diagnosis::new(
         "no-sign",
-        format!("the vCPUs are plugged, and the guest gave no sign of having noticed ({tried})"),
+        format!("the vCPUs are plugged, and the guest did not react ({tried})"),
         format!(
-            "look whether the guest has booted, runs with ACPI (no acpi=off) and has a kernel with \
-             CONFIG_ACPI_HOTPLUG_CPU; CPUs that it misses now it finds at its next boot{broken}"
+            "check that the guest has booted, runs with ACPI (no acpi=off) and has a kernel with \
+             CONFIG_ACPI_HOTPLUG_CPU; the guest finds the CPUs at its next boot{broken}"
         ),
     )
 }
@@ -93,7 +95,7 @@ pub(super) fn silent_plug(tried: &str, emulated: bool) -> Diagnosis {
 pub(super) fn kept(ids: &IdSet, status: &str) -> Diagnosis {
     Diagnosis::new(
         "cpu-in-use",
-        format!("the guest answered '{status}' when it was to let vCPUs {ids} go"),
+        format!("the guest answered '{status}' when asked to release vCPUs {ids}"),
         "something in the guest needs the CPU: deadline tasks that have reserved it, a task or \
          an interrupt that is bound to it, or a driver; its log says 'Offline failed'",
     )
@@ -104,10 +106,10 @@ pub(super) fn miscounted(words: &str) -> Diagnosis {
     Diagnosis::new(
         "libvirt-miscounts",
         format!(
-            "the guest and QEMU have let a vCPU go, and libvirt did not notice; told again, it \
-             said: {words}"
+            "the guest and QEMU have released a vCPU, and libvirt did not notice; the repeated \
+             call failed with: {words}"
         ),
-        COUNT_ANEW,
+        RECOUNT_REMEDY,
     )
 }
 
@@ -115,10 +117,10 @@ pub(super) fn miscounted(words: &str) -> Diagnosis {
 pub(super) fn fewer_than_counted() -> Diagnosis {
     Diagnosis::new(
         "fewer-than-counted",
-        "the vCPUs were plugged before, and the guest has fewer: it threw some away (nr_cpus), or \
-         has let some go and libvirt, as 9.0 does, goes on counting them",
-        "look at nr_cpus= and possible_cpus= on the guest's kernel command line; if they leave room, \
-         start libvirt's daemon anew (systemctl restart libvirtd, or virtqemud: domains run on), \
+        "the vCPUs were plugged before, and the guest has fewer: it dropped some (nr_cpus), or \
+         released some that libvirt, as 9.0 does, still counts",
+        "check nr_cpus= and possible_cpus= on the guest's kernel command line; if they leave room, \
+         restart libvirt's daemon (systemctl restart libvirtd, or virtqemud: domains keep running), \
          which then counts what QEMU has, and ask again",
     )
 }
@@ -127,7 +129,7 @@ pub(super) fn fewer_than_counted() -> Diagnosis {
 pub(super) fn no_source(tried: &str) -> Diagnosis {
     Diagnosis::new(
         "no-source",
-        format!("nothing tells whether the guest uses the CPUs ({tried})"),
+        format!("no source shows if the guest uses the CPUs ({tried})"),
         "give the domain a channel for the guest agent (org.qemu.guest_agent.0) and install \
          qemu-guest-agent in the guest",
     )

@@ -3,11 +3,11 @@
 use std::collections::BTreeMap;
 
 use crate::domain::{IdSet, VcpuStats};
-use crate::hotplug::{Answer, Event, GuestVcpus, History, Observation, Ost, SlotKind};
+use crate::hotplug::{AcpiAnswer, Event, GuestVcpus, History, Observation, Ost, SlotKind};
 use crate::units::Timestamp;
 
 /// The facts about vCPUs in one history.
-pub(super) struct Signs<'h> {
+pub(super) struct VcpuFacts<'h> {
     /// The last observation since the first call.
     pub(super) latest: Option<&'h Observation>,
     /// The number of plugged vCPUs in the live XML.
@@ -15,7 +15,7 @@ pub(super) struct Signs<'h> {
     /// vCPUs that are plugged now and were not before.
     pub(super) added: IdSet,
     /// The last answer through ACPI for each vCPU.
-    pub(super) answers: BTreeMap<u32, (Timestamp, Answer, &'h Ost)>,
+    pub(super) answers: BTreeMap<u32, (Timestamp, AcpiAnswer, &'h Ost)>,
     /// vCPUs that QEMU or the guest reported as released, and when.
     pub(super) gone: BTreeMap<u32, Timestamp>,
     /// vCPUs that the guest keeps.
@@ -25,12 +25,12 @@ pub(super) struct Signs<'h> {
     /// Plugged vCPUs that were observed running.
     pub(super) running: IdSet,
     /// vCPUs that ran between the last two observations, which proves nothing yet.
-    pub(super) stirring: IdSet,
+    pub(super) running_briefly: IdSet,
     /// True if the statistics count the run time of vCPUs.
     pub(super) counts_time: bool,
 }
 
-impl<'h> Signs<'h> {
+impl<'h> VcpuFacts<'h> {
     pub(super) fn read(history: &'h History) -> Self {
         let latest = history.fresh();
         let seen = latest.unwrap_or(&history.before);
@@ -38,15 +38,15 @@ impl<'h> Signs<'h> {
         let added = ids.without(&history.before.domain.vcpus.plugged_ids());
         let use_of = |id| use_of(history, id, added.contains(id));
         let with = |wanted| ids.iter().filter(|id| use_of(*id) == wanted).collect();
-        let mut signs = Self {
+        let mut facts = Self {
             latest,
             plugged: ids.len(),
             answers: BTreeMap::new(),
             gone: BTreeMap::new(),
             kept: IdSet::default(),
             guest: latest.and_then(Observation::guest),
-            running: with(Use::Runs),
-            stirring: with(Use::Stirs),
+            running: with(VcpuUse::Runs),
+            running_briefly: with(VcpuUse::RunsBriefly),
             counts_time: seen.stats.as_ref().is_some_and(|stats| {
                 stats
                     .vcpus
@@ -55,8 +55,8 @@ impl<'h> Signs<'h> {
             }),
             added,
         };
-        signs.read_events(history);
-        signs
+        facts.read_events(history);
+        facts
     }
 
     fn read_events(&mut self, history: &'h History) {
@@ -69,9 +69,11 @@ impl<'h> Signs<'h> {
                     let id = ost.device.as_deref().and_then(vcpu_of).unwrap_or(ost.slot);
                     self.answers.insert(id, (at, answer, ost));
                     match answer {
-                        Answer::Gone => fate.insert(id, (true, at)),
-                        Answer::Kept => fate.insert(id, (false, at)),
-                        Answer::Leaving | Answer::Added | Answer::NotAdded => fate.remove(&id),
+                        AcpiAnswer::Gone => fate.insert(id, (true, at)),
+                        AcpiAnswer::Kept => fate.insert(id, (false, at)),
+                        AcpiAnswer::Leaving | AcpiAnswer::Added | AcpiAnswer::NotAdded => {
+                            fate.remove(&id)
+                        }
                     };
                 }
                 Event::DeviceDeleted { device, path } => {
@@ -90,15 +92,15 @@ impl<'h> Signs<'h> {
         }
         for (id, (gone, at)) in fate {
             if gone {
-                drop(self.gone.insert(id, at))
+                self.gone.insert(id, at);
             } else {
-                self.kept.insert(id)
+                self.kept.insert(id);
             }
         }
     }
 
     /// Returns the added vCPUs with this answer.
-    pub(super) fn answered(&self, wanted: Answer) -> IdSet {
+    pub(super) fn answered(&self, wanted: AcpiAnswer) -> IdSet {
         let answer = |id: &u32| self.answers.get(id).map(|(_, answer, _)| *answer);
         self.added
             .iter()
@@ -116,7 +118,7 @@ impl<'h> Signs<'h> {
         self.added.iter().all(|id| self.answers.contains_key(&id))
     }
 
-    pub(super) fn gone_count(&self) -> u32 {
+    pub(super) fn released_count(&self) -> u32 {
         u32::try_from(self.gone.len()).unwrap_or(u32::MAX)
     }
 
@@ -145,7 +147,7 @@ pub(super) fn peripheral(path: &str) -> Option<&str> {
 ///
 /// After a reset the firmware runs all vCPUs, some firmwares as long as they are active. So only
 /// run time after the guest had time to boot counts.
-fn use_of(history: &History, id: u32, new: bool) -> Use {
+fn use_of(history: &History, id: u32, new: bool) -> VcpuUse {
     let booted = history
         .reset()
         .map(|reset| history.patient_until(reset, history.terms.patience.offline));
@@ -155,32 +157,32 @@ fn use_of(history: &History, id: u32, new: bool) -> Use {
         (None, true) => (Some(NEVER_RAN), 2),
         (None, false) => (before.and_then(|stats| stats.vcpus.get(&id)).copied(), 1),
     };
-    let (mut grown, mut stirs) = (0, false);
+    let (mut grown, mut runs_briefly) = (0, false);
     for seen in history.since_epoch() {
         let now = seen.stats.as_ref().and_then(|stats| stats.vcpus.get(&id));
         let Some(now) = now.filter(|_| booted.is_none_or(|booted| seen.at >= booted)) else {
             continue;
         };
-        stirs = last.is_some_and(|last| grew(last, *now));
-        grown += u32::from(stirs);
+        runs_briefly = last.is_some_and(|last| grew(last, *now));
+        grown += u32::from(runs_briefly);
         last = Some(*now);
     }
     if grown >= needed {
-        Use::Runs
-    } else if stirs {
-        Use::Stirs
+        VcpuUse::Runs
+    } else if runs_briefly {
+        VcpuUse::RunsBriefly
     } else {
-        Use::None
+        VcpuUse::None
     }
 }
 
 /// The use of a vCPU by its run time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Use {
+enum VcpuUse {
     /// The guest's system runs it.
     Runs,
     /// It ran since the last observation but one, which may be only a moment.
-    Stirs,
+    RunsBriefly,
     None,
 }
 

@@ -47,11 +47,11 @@ fn describe_event(event: &Event) -> Option<(Source, String)> {
         Event::DeviceDeleted { device, path } => {
             let name = device.as_deref().or_else(|| peripheral(path))?;
             vcpu_of(name)?;
-            Some((Source::DeviceEvent, format!("{name} is gone from QEMU")))
+            Some((Source::DeviceEvent, format!("{name} was removed from QEMU")))
         }
         Event::UnplugFailed { device } => {
             vcpu_of(device)?;
-            Some((Source::DeviceEvent, format!("{device} was not let go")))
+            Some((Source::DeviceEvent, format!("{device} was not released")))
         }
         _ => None,
     }

@@ -3,71 +3,71 @@
 mod plug;
 mod unplug;
 
-use super::evidence::Signs;
+use super::evidence::VcpuFacts;
 use crate::hotplug::history::Return;
 use crate::hotplug::lifecycle;
-use crate::hotplug::outcome::{Finding, Ruling};
-use crate::hotplug::{Action, Answer, History, Require, Verdict};
+use crate::hotplug::outcome::{Conclusion, Ruling};
+use crate::hotplug::{AcpiAnswer, Action, History, Require, Verdict};
 use crate::units::Timestamp;
 use crate::units::{counted, seconds};
 
 /// Returns the next step of a request for `count` vCPUs.
 pub(super) fn judge(history: &History, count: u32, online: bool, now: Timestamp) -> Ruling {
-    let case = Case {
+    let rules = VcpuRules {
         history,
-        signs: Signs::read(history),
+        facts: VcpuFacts::read(history),
         count,
         before: history.before.domain.vcpus.plugged(),
         now,
         over: history.is_over(now),
     };
-    if let Some(proof) = case.proof() {
-        return Ruling::Found(Finding::new(Verdict::Verified, proof));
+    if let Some(proof) = rules.proof() {
+        return Ruling::Conclude(Conclusion::new(Verdict::Verified, proof));
     }
-    if let Some(finding) = lifecycle::at_deadline(history).filter(|_| case.over) {
-        return Ruling::Found(finding);
+    if let Some(finding) = lifecycle::at_deadline(history).filter(|_| rules.over) {
+        return Ruling::Conclude(finding);
     }
     if !history.latest().domain.state.runs() {
         return Ruling::wait(history.latest().awaiting());
     }
-    if count < case.before {
-        case.unplug()
+    if count < rules.before {
+        rules.unplug()
     } else {
-        case.plug(online)
+        rules.plug(online)
     }
 }
 
 /// Returns the call that makes libvirt notice, after the verdict, that the guest released vCPUs.
 pub(super) fn settle(history: &History, count: u32) -> Option<Action> {
-    let case = Case {
+    let rules = VcpuRules {
         history,
-        signs: Signs::read(history),
+        facts: VcpuFacts::read(history),
         count,
         before: history.before.domain.vcpus.plugged(),
         now: history.latest().at,
         over: true,
     };
-    (count < case.before).then(|| case.settle()).flatten()
+    (count < rules.before).then(|| rules.settle()).flatten()
 }
 
-struct Case<'h> {
+struct VcpuRules<'h> {
     history: &'h History,
-    signs: Signs<'h>,
+    facts: VcpuFacts<'h>,
     count: u32,
     before: u32,
     now: Timestamp,
     over: bool,
 }
 
-impl Case<'_> {
+impl VcpuRules<'_> {
     /// Returns the reason why the request is proven.
     fn proof(&self) -> Option<String> {
-        let Self { signs, count, .. } = self;
+        let Self { facts, count, .. } = self;
         let require = self.history.terms.require;
-        let shown = signs.latest.is_some() && signs.plugged == *count;
+        let shown = facts.latest.is_some() && facts.plugged == *count;
         if *count < self.before {
             let needed = self.before - count;
-            let let_go = signs.gone_count() >= needed && signs.kept.is_empty();
+            let let_go = facts.released_count() >= needed && facts.kept.is_empty();
             return match require {
                 Require::Online => shown,
                 Require::Acknowledged => shown || let_go,
@@ -76,12 +76,12 @@ impl Case<'_> {
             .then(|| {
                 if shown {
                     format!(
-                        "{} gone, {count} left{}",
+                        "{} unplugged, {count} left{}",
                         counted(needed, "vCPU"),
-                        self.took()
+                        self.elapsed()
                     )
                 } else if let_go {
-                    format!("the guest let {} go", counted(needed, "vCPU"))
+                    format!("the guest released {}", counted(needed, "vCPU"))
                 } else {
                     "libvirt has passed the request on to the guest".to_owned()
                 }
@@ -91,34 +91,34 @@ impl Case<'_> {
             return None;
         }
         // If the agent sees fewer CPUs, no other source counts.
-        let seen_by_guest = signs.guest.is_none_or(|guest| guest.vcpus.len() >= *count);
+        let seen_by_guest = facts.guest.is_none_or(|guest| guest.vcpus.len() >= *count);
         let what = match count - self.before {
             0 => format!("{} plugged already", counted(*count, "vCPU")),
             added => format!("{} added", counted(added, "vCPU")),
         };
-        let used = match signs.guest {
+        let used = match facts.guest {
             Some(guest) => (guest.online.len() == *count && guest.vcpus.len() == *count)
-                .then(|| format!("{what}, all {count} online in the guest{}", self.took())),
-            None => (signs.counts_time && signs.all_run())
-                .then(|| format!("{what}, all {count} seen running{}", self.took())),
+                .then(|| format!("{what}, all {count} online in the guest{}", self.elapsed())),
+            None => (facts.counts_time && facts.all_run())
+                .then(|| format!("{what}, all {count} seen running{}", self.elapsed())),
         };
         match require {
             Require::Accepted => {
-                (!self.history.plan_is_running()).then(|| format!("{what}, by libvirt's word"))
+                (!self.history.plan_is_running()).then(|| format!("{what}, as libvirt reports"))
             }
             Require::Acknowledged => used.or_else(|| {
                 let answered =
-                    !signs.added.is_empty() && signs.answered(Answer::Added) == signs.added;
-                let has = signs.guest.is_some_and(|guest| guest.vcpus.len() >= *count);
+                    !facts.added.is_empty() && facts.answered(AcpiAnswer::Added) == facts.added;
+                let has = facts.guest.is_some_and(|guest| guest.vcpus.len() >= *count);
                 (seen_by_guest && (answered || has))
-                    .then(|| format!("{what}, confirmed by the guest{}", self.took()))
+                    .then(|| format!("{what}, confirmed by the guest{}", self.elapsed()))
             }),
             Require::Online => used,
         }
     }
 
-    fn took(&self) -> String {
-        match (self.history.calls().first(), self.signs.latest) {
+    fn elapsed(&self) -> String {
+        match (self.history.calls().first(), self.facts.latest) {
             (Some(call), Some(latest)) => {
                 format!(" after {}", seconds(latest.at.since(call.started)))
             }
@@ -134,17 +134,17 @@ impl Case<'_> {
     }
 
     /// True if the last observation was started after that time.
-    fn looked_after(&self, moment: Option<Timestamp>) -> bool {
-        match (moment, self.signs.latest) {
+    fn observed_since(&self, moment: Option<Timestamp>) -> bool {
+        match (moment, self.facts.latest) {
             (Some(moment), Some(latest)) => latest.at >= moment,
             _ => false,
         }
     }
 
     /// Returns the finding at the deadline, and waits before.
-    fn wait_or(&self, finding: Finding, awaiting: &str) -> Ruling {
+    fn wait_or(&self, finding: Conclusion, awaiting: &str) -> Ruling {
         if self.over {
-            Ruling::Found(finding)
+            Ruling::Conclude(finding)
         } else {
             Ruling::wait(awaiting)
         }

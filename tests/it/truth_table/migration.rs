@@ -41,10 +41,7 @@ async fn migrated_in_the_middle_and_before_its_turn() {
     let migration = node.libvirtd.migrate("guest", others, &["--persistent"]);
     let record = node.ends(&id).await;
     is(&record, Verdict::DomainNotRunning);
-    says(
-        &record,
-        "in the middle of the operation: migrated to another node",
-    );
+    says(&record, "during the operation: migrated to another node");
     assert!(record.finished < Some(record.deadline));
     migration.unwrap().ends().await.unwrap();
     // The journal says so too, and asking here again says what is so.

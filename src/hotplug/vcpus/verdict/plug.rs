@@ -1,69 +1,69 @@
 //! Rules for vCPUs that were plugged, or were plugged before.
 
-use super::Case;
+use super::VcpuRules;
 use crate::domain::CallError;
 use crate::domain::IdSet;
 use crate::hotplug::history::Call;
-use crate::hotplug::outcome::{Finding, Ruling};
+use crate::hotplug::outcome::{Conclusion, Ruling};
 use crate::hotplug::vcpus::diagnosis;
-use crate::hotplug::{Action, Agent, Answer, GuestVcpus, Observation, Verdict};
+use crate::hotplug::{AcpiAnswer, Action, Agent, GuestVcpus, Observation, Verdict};
 use crate::units::Timestamp;
 use crate::units::counted;
 
 /// Maximum number of requests to the agent to bring CPUs online. Each is for other CPUs.
 const MOST_ONLINE_CALLS: usize = 16;
 
-impl Case<'_> {
+impl VcpuRules<'_> {
     pub(super) fn plug(&self, online: bool) -> Ruling {
-        let Some(latest) = self.signs.latest else {
-            return Ruling::wait("a look at the domain");
+        let Some(latest) = self.facts.latest else {
+            return Ruling::wait("an observation of the domain");
         };
-        if self.signs.plugged != self.count {
-            let finding = Finding::new(
+        if self.facts.plugged != self.count {
+            let finding = Conclusion::new(
                 Verdict::HypervisorError,
                 format!(
                     "libvirt shows {} where {} were asked for",
-                    counted(self.signs.plugged, "vCPU"),
+                    counted(self.facts.plugged, "vCPU"),
                     self.count
                 ),
             );
             return self.wait_or(finding, "libvirt to plug the vCPUs");
         }
         if let Some(finding) = self.refused(latest) {
-            return Ruling::Found(finding);
+            return Ruling::Conclude(finding);
         }
-        match self.signs.guest {
+        match self.facts.guest {
             Some(guest) if !guest.offline().is_empty() => self.offline(&guest.offline(), online),
             Some(_) => self.wait_or(self.silent(), "the guest to take the vCPUs"),
-            None => self.unseen(),
+            None => self.without_agent(),
         }
     }
 
     /// Returns a finding if the guest rejected or dropped CPUs.
-    fn refused(&self, latest: &Observation) -> Option<Finding> {
-        let signs = &self.signs;
+    fn refused(&self, latest: &Observation) -> Option<Conclusion> {
+        let facts = &self.facts;
         let patience = self.history.terms.patience;
-        let refused = signs.answered(Answer::NotAdded);
-        if !refused.is_empty() && (signs.all_answered() || self.over) {
+        let refused = facts.answered(AcpiAnswer::NotAdded);
+        if !refused.is_empty() && (facts.all_answered() || self.over) {
             let status = refused
                 .iter()
                 .next()
-                .and_then(|id| signs.answers.get(&id))
+                .and_then(|id| facts.answers.get(&id))
                 .map_or("failure", |(.., ost)| ost.status_text());
             let message = format!("the guest refused vCPUs {refused}");
             return Some(
-                self.partly_or(Verdict::GuestRefused, message)
+                self.partial_or(Verdict::GuestRefused, message)
                     .because(diagnosis::not_added(&refused, status)),
             );
         }
         // The guest confirmed more CPUs than it has. Only an observation that was started well
         // after the last answer counts against it.
-        let guest = signs.guest?;
+        let guest = facts.guest?;
         let confirmed = self
             .history
-            .patient_until(signs.last_answer()?, patience.appear);
+            .patient_until(facts.last_answer()?, patience.appear);
         let has = guest.vcpus.len();
-        if has >= self.count || !signs.all_answered() || latest.at < confirmed {
+        if has >= self.count || !facts.all_answered() || latest.at < confirmed {
             return None;
         }
         // The CPUs that the guest has may still come online.
@@ -72,12 +72,12 @@ impl Case<'_> {
             return None;
         }
         let message = format!(
-            "the guest has {} of the {} that are plugged: it threw the others away",
+            "the guest has {} of the {} that are plugged: it dropped the others",
             has, self.count
         );
         Some(
-            self.partly_or(Verdict::GuestRefused, message)
-                .because(diagnosis::thrown_away(has, self.count)),
+            self.partial_or(Verdict::GuestRefused, message)
+                .because(diagnosis::dropped(has, self.count)),
         )
     }
 
@@ -117,8 +117,8 @@ impl Case<'_> {
         let mut errors = calls.iter().rev().filter_map(|call| call.error());
         let error = errors.find_map(CallError::text);
         // An agent that failed will fail again.
-        let hopeless = error.is_some() && self.looked_after(told);
-        if self.over || hopeless || until.is_some_and(|until| self.looked_after(Some(until))) {
+        let hopeless = error.is_some() && self.observed_since(told);
+        if self.over || hopeless || until.is_some_and(|until| self.observed_since(Some(until))) {
             let message = format!(
                 "the guest has {} and leaves {} offline",
                 counted(self.count, "vCPU"),
@@ -129,13 +129,13 @@ impl Case<'_> {
             } else {
                 diagnosis::cannot_be_onlined(offline, error)
             };
-            return Ruling::Found(
-                self.partly_or(Verdict::GuestOffline, message)
+            return Ruling::Conclude(
+                self.partial_or(Verdict::GuestOffline, message)
                     .because(diagnosis),
             );
         }
         let awaiting = format!("the guest to bring CPUs {offline} online");
-        Ruling::wait_until_then_look(awaiting, until, self.now)
+        Ruling::wait_until_observed_after(awaiting, until, self.now)
     }
 
     /// Returns the time when the agent first reported all CPUs, and some of them offline.
@@ -151,30 +151,33 @@ impl Case<'_> {
     }
 
     /// There is no answer from the agent: only ACPI and the run times remain.
-    fn unseen(&self) -> Ruling {
-        let signs = &self.signs;
-        let confirmed = signs.all_answered() && !signs.added.is_empty();
-        let Some(last) = signs.last_answer().filter(|_| confirmed) else {
-            return self.wait_or(self.silent(), "a sign of the guest");
+    fn without_agent(&self) -> Ruling {
+        let facts = &self.facts;
+        let confirmed = facts.all_answered() && !facts.added.is_empty();
+        let Some(last) = facts.last_answer().filter(|_| confirmed) else {
+            return self.wait_or(self.silent(), "a reaction of the guest");
         };
         let until = self
             .history
             .patient_until(last, self.history.terms.patience.offline);
         let awaiting = "the new vCPUs to run in the guest";
-        let stirs = signs.added.iter().any(|id| signs.stirring.contains(id));
-        if !self.over && (stirs || !self.looked_after(Some(until))) {
-            return Ruling::wait_until_then_look(awaiting, Some(until), self.now);
+        let runs_briefly = facts
+            .added
+            .iter()
+            .any(|id| facts.running_briefly.contains(id));
+        if !self.over && (runs_briefly || !self.observed_since(Some(until))) {
+            return Ruling::wait_until_observed_after(awaiting, Some(until), self.now);
         }
-        if !signs.counts_time {
-            return Ruling::Found(
-                Finding::new(
+        if !facts.counts_time {
+            return Ruling::Conclude(
+                Conclusion::new(
                     Verdict::Unverifiable,
-                    "the guest confirmed the vCPUs, and nothing tells whether it uses them",
+                    "the guest confirmed the vCPUs, and no source shows if it uses them",
                 )
                 .because(diagnosis::no_source(&self.tried())),
             );
         }
-        let idle: IdSet = signs.added.without(&signs.running);
+        let idle: IdSet = facts.added.without(&facts.running);
         // An idle CPU that existed before does not count against the new ones, but proves nothing
         // either: wait until the deadline.
         if idle.is_empty() && !self.over {
@@ -182,25 +185,25 @@ impl Case<'_> {
         }
         let idle = if idle.is_empty() { self.idle() } else { idle };
         let message = format!("the guest confirmed the vCPUs, and {idle} have not been running");
-        Ruling::Found(
-            self.partly_or(Verdict::GuestOffline, message)
+        Ruling::Conclude(
+            self.partial_or(Verdict::GuestOffline, message)
                 .because(diagnosis::never_ran(&idle)),
         )
     }
 
     fn idle(&self) -> IdSet {
         let ids = self.history.latest().domain.vcpus.plugged_ids();
-        ids.without(&self.signs.running)
+        ids.without(&self.facts.running)
     }
 
     /// Returns the finding at the deadline without evidence for or against success.
-    fn silent(&self) -> Finding {
-        let signs = &self.signs;
+    fn silent(&self) -> Conclusion {
+        let facts = &self.facts;
         let tried = self.tried();
         let contradicts =
             |guest: &&GuestVcpus| guest.vcpus.len() > self.count || guest.online.len() > self.count;
-        if let Some(guest) = signs.guest.filter(contradicts) {
-            return Finding::new(
+        if let Some(guest) = facts.guest.filter(contradicts) {
+            return Conclusion::new(
                 Verdict::Unverifiable,
                 format!(
                     "libvirt counts {} and the guest's agent {}: the two contradict each other",
@@ -209,25 +212,25 @@ impl Case<'_> {
                 ),
             );
         }
-        let sources = signs.guest.is_some() || signs.counts_time || self.history.monitor_events;
+        let sources = facts.guest.is_some() || facts.counts_time || self.history.monitor_events;
         if !sources {
-            return Finding::new(
+            return Conclusion::new(
                 Verdict::Unverifiable,
-                "libvirt plugged the vCPUs, and this domain has nothing that tells more",
+                "libvirt plugged the vCPUs, and this domain has no other source of evidence",
             )
             .because(diagnosis::no_source(&tried));
         }
-        if self.count == self.before && signs.guest.is_none() {
+        if self.count == self.before && facts.guest.is_none() {
             let idle = self.idle();
-            return Finding::new(
+            return Conclusion::new(
                 Verdict::GuestSilent,
                 format!("the vCPUs are plugged, and {idle} have not been running"),
             )
             .because(diagnosis::never_ran(&idle));
         }
         let nothing_called = self.count == self.before && self.history.calls().is_empty();
-        if let Some(guest) = signs.guest.filter(|_| nothing_called) {
-            return Finding::new(
+        if let Some(guest) = facts.guest.filter(|_| nothing_called) {
+            return Conclusion::new(
                 Verdict::GuestSilent,
                 format!(
                     "libvirt counts {} and the guest has {}",
@@ -237,29 +240,29 @@ impl Case<'_> {
             )
             .because(diagnosis::fewer_than_counted());
         }
-        let message = match (signs.all_answered() && !signs.added.is_empty(), signs.guest) {
+        let message = match (facts.all_answered() && !facts.added.is_empty(), facts.guest) {
             (true, Some(_)) => "the guest confirmed the vCPUs, and its agent does not see them yet",
-            _ => "libvirt plugged the vCPUs, and the guest gave no sign until the deadline",
+            _ => "libvirt plugged the vCPUs, and the guest did not react before the deadline",
         };
         let emulated = self.history.before.domain.virt_type == "qemu";
-        self.partly_or(Verdict::GuestSilent, message.to_owned())
+        self.partial_or(Verdict::GuestSilent, message.to_owned())
             .because(diagnosis::silent_plug(&tried, emulated))
     }
 
     /// Returns PartiallyApplied if part of the request is in use, or else the given verdict.
-    fn partly_or(&self, verdict: Verdict, message: String) -> Finding {
-        let signs = &self.signs;
-        let gained = match signs.guest {
+    fn partial_or(&self, verdict: Verdict, message: String) -> Conclusion {
+        let facts = &self.facts;
+        let gained = match facts.guest {
             Some(guest) => {
                 let before = self.history.before.guest();
                 let used = before.map_or(self.before, |guest| guest.online.len());
                 guest.online.len().saturating_sub(used)
             }
-            None => signs.added.len() - signs.added.without(&signs.running).len(),
+            None => facts.added.len() - facts.added.without(&facts.running).len(),
         };
         match gained {
-            0 => Finding::new(verdict, message),
-            gained => Finding::new(
+            0 => Conclusion::new(verdict, message),
+            gained => Conclusion::new(
                 Verdict::PartiallyApplied,
                 format!("{} more in use; {message}", counted(gained, "vCPU")),
             ),
@@ -268,7 +271,7 @@ impl Case<'_> {
 
     /// Describes the sources that were tried.
     fn tried(&self) -> String {
-        let signs = &self.signs;
+        let facts = &self.facts;
         let latest = self.history.latest();
         let agent = match (&latest.agent, latest.domain.agent.may_answer()) {
             (Agent::Answered(_), _) => "the guest agent answers",
@@ -276,12 +279,12 @@ impl Case<'_> {
             (_, true) => "the guest agent was not asked",
             (_, false) => "no guest agent",
         };
-        let ost = match (self.history.monitor_events, signs.last_answer()) {
+        let ost = match (self.history.monitor_events, facts.last_answer()) {
             (false, _) => "ACPI's answers cannot be had",
             (true, None) => "no answer through ACPI",
             (true, Some(_)) => "answers through ACPI",
         };
-        let time = if signs.counts_time {
+        let time = if facts.counts_time {
             "time that vCPUs ran"
         } else {
             "no time of vCPUs in the statistics"

@@ -1,81 +1,81 @@
 //! Rules for vCPUs that are to be unplugged.
 
-use super::Case;
+use super::VcpuRules;
 use crate::hotplug::history::Call;
 use crate::hotplug::lifecycle;
-use crate::hotplug::outcome::{Finding, Ruling};
+use crate::hotplug::outcome::{Conclusion, Ruling};
 use crate::hotplug::vcpus::diagnosis;
 use crate::hotplug::{Action, Verdict};
 use crate::units::counted;
 
-impl Case<'_> {
+impl VcpuRules<'_> {
     pub(super) fn unplug(&self) -> Ruling {
-        let signs = &self.signs;
+        let facts = &self.facts;
         let needed = self.before - self.count;
-        if !signs.kept.is_empty() {
-            let status = signs.kept.iter().find_map(|id| signs.answers.get(&id));
+        if !facts.kept.is_empty() {
+            let status = facts.kept.iter().find_map(|id| facts.answers.get(&id));
             let status = status.map_or("failure", |(.., ost)| ost.status_text());
-            let message = format!("the guest keeps vCPUs {} ({status})", signs.kept);
-            let diagnosis = diagnosis::kept(&signs.kept, status);
-            return Ruling::Found(
-                self.partly_gone_or(Verdict::GuestRefused, message)
+            let message = format!("the guest keeps vCPUs {} ({status})", facts.kept);
+            let diagnosis = diagnosis::kept(&facts.kept, status);
+            return Ruling::Conclude(
+                self.partial_unplug_or(Verdict::GuestRefused, message)
                     .because(diagnosis),
             );
         }
         if let Some((call, words)) = lifecycle::repeated_unplug_error(self.history) {
-            return Ruling::Found(self.miscounted(call, words));
+            return Ruling::Conclude(self.miscounted(call, words));
         }
-        if let Some(nudge) = self.nudge() {
-            return Ruling::Call(nudge);
+        if let Some(repeated_call) = self.repeated_call() {
+            return Ruling::Call(repeated_call);
         }
-        let all_gone = signs.gone_count() >= needed;
-        let message = if all_gone {
+        let all_released = facts.released_count() >= needed;
+        let message = if all_released {
             format!(
-                "the guest let {} go, and libvirt still counts {}",
+                "the guest released {}, and libvirt still counts {}",
                 counted(needed, "vCPU"),
-                signs.plugged
+                facts.plugged
             )
         } else if self.is_lost() {
-            "the connection or this program ended during the call: whether the guest was asked \
-                 to let vCPUs go is not known"
+            "the connection or virtnode ended during the call: whether the guest was asked \
+                 to release vCPUs is not known"
                 .to_owned()
         } else {
-            "the guest has not answered the request to let vCPUs go; it stands".to_owned()
+            "the guest has not answered the unplug request, which is still pending".to_owned()
         };
-        let finding = if all_gone {
-            Finding::new(Verdict::Pending, message)
+        let finding = if all_released {
+            Conclusion::new(Verdict::Pending, message)
         } else {
-            self.partly_gone_or(Verdict::Pending, message)
+            self.partial_unplug_or(Verdict::Pending, message)
         };
         self.wait_or(
             finding,
-            if all_gone {
-                "libvirt to notice that the vCPUs are gone"
+            if all_released {
+                "libvirt to notice that the vCPUs were released"
             } else {
-                "the guest to let the vCPUs go"
+                "the guest to release the vCPUs"
             },
         )
     }
 
     /// Returns the finding for a libvirt that keeps counting a released vCPU until its daemon is
     /// restarted.
-    fn miscounted(&self, call: &Call, words: &str) -> Finding {
-        let signs = &self.signs;
-        let by_agent = signs
+    fn miscounted(&self, call: &Call, words: &str) -> Conclusion {
+        let facts = &self.facts;
+        let by_agent = facts
             .guest
-            .map_or(0, |guest| signs.plugged.saturating_sub(guest.vcpus.len()));
-        let gone = signs.gone_count().max(by_agent);
+            .map_or(0, |guest| facts.plugged.saturating_sub(guest.vcpus.len()));
+        let gone = facts.released_count().max(by_agent);
         let verdict = match gone {
             0 => return lifecycle::error_finding(self.history, call, words),
             gone if gone < self.before - self.count => Verdict::PartiallyApplied,
             _ => Verdict::Pending,
         };
         let message = format!(
-            "the guest let {} go, and libvirt still counts {}",
+            "the guest released {}, and libvirt still counts {}",
             counted(gone, "vCPU"),
-            signs.plugged
+            facts.plugged
         );
-        Finding::new(verdict, message).because(diagnosis::miscounted(words))
+        Conclusion::new(verdict, message).because(diagnosis::miscounted(words))
     }
 
     /// True if libvirt may or may not have received the last call.
@@ -84,13 +84,13 @@ impl Case<'_> {
         last.is_some_and(Call::is_lost)
     }
 
-    fn partly_gone_or(&self, verdict: Verdict, message: String) -> Finding {
-        let by_libvirt = self.before.saturating_sub(self.signs.plugged);
-        match by_libvirt.max(self.signs.gone_count()) {
-            0 => Finding::new(verdict, message),
-            gone => Finding::new(
+    fn partial_unplug_or(&self, verdict: Verdict, message: String) -> Conclusion {
+        let by_libvirt = self.before.saturating_sub(self.facts.plugged);
+        match by_libvirt.max(self.facts.released_count()) {
+            0 => Conclusion::new(verdict, message),
+            gone => Conclusion::new(
                 Verdict::PartiallyApplied,
-                format!("{} gone; {message}", counted(gone, "vCPU")),
+                format!("{} unplugged; {message}", counted(gone, "vCPU")),
             ),
         }
     }
@@ -101,25 +101,25 @@ impl Case<'_> {
     /// counting the vCPU. A repeated call finds that QEMU no longer has it, and continues with the
     /// next (measured). So the call is repeated if another source reported a released vCPU since
     /// the last call, and once if there is no such source.
-    fn nudge(&self) -> Option<Action> {
-        let (signs, history) = (&self.signs, self.history);
+    fn repeated_call(&self) -> Option<Action> {
+        let (facts, history) = (&self.facts, self.history);
         let last = history
             .calls()
             .last()
             .filter(|call| call.is_pending_unplug())?;
-        if self.over || !history.may_call() || signs.plugged <= self.count {
+        if self.over || !history.may_call() || facts.plugged <= self.count {
             return None;
         }
         let plugged = history.latest().domain.vcpus.plugged_ids();
-        let gone_since = signs
+        let gone_since = facts
             .gone
             .iter()
             .any(|(id, at)| plugged.contains(*id) && *at >= last.started);
-        let fewer_by_agent = signs
+        let fewer_by_agent = facts
             .guest
-            .is_some_and(|guest| guest.vcpus.len() < signs.plugged)
-            && self.looked_after(Some(last.started));
-        let blind = !history.monitor_events && signs.guest.is_none();
+            .is_some_and(|guest| guest.vcpus.len() < facts.plugged)
+            && self.observed_since(Some(last.started));
+        let blind = !history.monitor_events && facts.guest.is_none();
         let tries = history.calls().len();
         let again = gone_since
             || (fewer_by_agent && tries <= usize::try_from(self.before).unwrap_or(usize::MAX))
@@ -130,24 +130,24 @@ impl Case<'_> {
     /// Does the same after the verdict, when others may have changed the domain: only if every
     /// requested vCPU is known to be released and libvirt still counts exactly the original ones.
     pub(super) fn settle(&self) -> Option<Action> {
-        let (signs, history) = (&self.signs, self.history);
+        let (facts, history) = (&self.facts, self.history);
         let last = history.calls().last()?;
         let (returned, _) = last.returned.as_ref()?;
         let had = history.before.domain.vcpus.plugged_ids();
-        let has = signs.latest?.domain.vcpus.plugged_ids();
+        let has = facts.latest?.domain.vcpus.plugged_ids();
         let useless = lifecycle::repeated_unplug_error(history).is_some();
         if history.running_call().is_some() || !history.may_call() || has != had || useless {
             return None;
         }
         let needed = usize::try_from(self.before - self.count).unwrap_or(usize::MAX);
-        let heard = signs.gone.iter().filter(|(id, _)| has.contains(**id));
+        let heard = facts.gone.iter().filter(|(id, _)| has.contains(**id));
         let by_event = heard.clone().count() >= needed
-            && signs.kept.is_empty()
+            && facts.kept.is_empty()
             && heard.clone().any(|(_, at)| *at >= last.started);
-        let by_agent = signs
+        let by_agent = facts
             .guest
             .is_some_and(|guest| guest.vcpus.len() == self.count)
-            && self.looked_after(Some(*returned));
+            && self.observed_since(Some(*returned));
         // Each released vCPU is a reason to repeat the call once; this bounds the number of calls.
         let told = history.calls().len();
         let bound = usize::try_from(self.before).unwrap_or(usize::MAX);
