@@ -48,10 +48,6 @@ pub use watch::NodeChange;
 /// The field manager of virtnode's server-side applies.
 pub const FIELD_MANAGER: &str = "virtnode";
 
-/// Log targets to silence: kube logs each failed call, however often it fails. [`ClusterError`]
-/// contains the same text.
-pub const NOISY_LOG_TARGETS: [&str; 2] = ["kube_client", "kube_runtime"];
-
 /// The metadata of the Node in one version.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct NodeState {

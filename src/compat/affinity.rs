@@ -6,14 +6,11 @@ use serde::Serialize;
 use serde::ser::{SerializeMap, Serializer};
 
 use super::Requirement;
-use super::offer::{ARCH_LABEL, go_arch};
+use super::offer::{ARCH_LABEL, NodeLabels, go_arch};
 use crate::capability::Accelerator;
 use crate::domain::{CpuCheck, CpuRequirement};
 use crate::label::prefix::{CPU_FEATURE, CPU_MODEL, HYPERV, MACHINE, MACHINE_ALIAS, NODE};
 use crate::label::{LabelKey, LabelValue};
-
-/// A node's labels.
-pub type NodeLabels = BTreeMap<String, String>;
 
 /// A required node affinity: a node must match one of the terms.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Serialize;
 
+pub use self::labels::NodeLabels;
 pub(crate) use self::labels::{ARCH_LABEL, family, go_arch};
 use crate::capability::{
     CpuDefinition, CpuModes, Eim, HostFacts, NodeFacts, Pages, PolicyFeature, Section, VcpuMax,

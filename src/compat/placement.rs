@@ -26,8 +26,8 @@ use std::collections::BTreeSet;
 
 use serde::Serialize;
 
-use super::affinity::{Affinity, Expression, NodeLabels, Operator, Term};
-use super::offer::family;
+use super::affinity::{Affinity, Expression, Operator, Term};
+use super::offer::{NodeLabels, family};
 use super::{Feasibility, Offer, Requirement, RuleFinding};
 use crate::label::prefix::{MACHINE, MACHINE_ALIAS, NODE};
 

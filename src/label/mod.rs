@@ -7,7 +7,7 @@
 //!                                                            ownership::decide: what to write
 //! ```
 
-mod derive;
+mod derivation;
 mod family;
 mod key;
 mod kubevirt;
@@ -19,7 +19,7 @@ mod reference;
 
 use std::collections::BTreeMap;
 
-pub use derive::{Derivation, Policy, RejectedLabel, Schema, derive};
+pub use derivation::{Derivation, Policy, RejectedLabel, Schema};
 pub use family::{
     FAMILIES, FactSource, KUBEVIRT_KEYS, KUBEVIRT_PREFIXES, family, is_ours, sources,
 };
@@ -30,5 +30,22 @@ pub use published::{
 };
 pub use reference::{LabelEntry, REFERENCE};
 
+use crate::capability::NodeFacts;
+
 /// Labels by key.
 pub type LabelSet = BTreeMap<LabelKey, LabelValue>;
+
+pub fn derive(facts: &NodeFacts, policy: &Policy) -> Derivation {
+    let mut derivation = Derivation::default();
+    if policy.schema != Schema::Kubevirt {
+        native::derive(facts, policy, &mut derivation);
+    }
+    if policy.schema != Schema::Native {
+        kubevirt::derive(facts, policy, &mut derivation);
+    }
+    derivation
+        .rejected
+        .sort_by(|a, b| (&a.key, &a.value).cmp(&(&b.key, &b.value)));
+    derivation.rejected.dedup();
+    derivation
+}

@@ -11,9 +11,12 @@ use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 use tracing_subscriber::{Layer as _, fmt, registry};
 
-use crate::cluster::NOISY_LOG_TARGETS;
 use crate::config::LogFormat;
 use crate::domain::is_plain;
+
+/// Log targets to silence: kube logs each failed call, however often it fails. The cluster's
+/// errors contain the same text.
+const NOISY_LOG_TARGETS: [&str; 2] = ["kube_client", "kube_runtime"];
 
 /// Starts logging to standard error.
 ///

@@ -6,10 +6,13 @@ use super::{Offer, OfferedMachine, listed_or_unknown};
 use crate::capability::{
     Accelerator, CpuModel, CpuModes, Eim, HostModel, PlainMode, Usable, VcpuMax, Version, is_q35,
 };
-use crate::compat::{NodeLabels, Requirement};
+use crate::compat::Requirement;
 use crate::label::prefix::{
     CPU_FEATURE, CPU_MODEL, HYPERV, MACHINE, MACHINE_ALIAS, MACHINE_DEPRECATED, NODE,
 };
+
+/// A node's labels.
+pub type NodeLabels = BTreeMap<String, String>;
 
 /// The kubelet's label with the architecture by Go's name.
 pub(crate) const ARCH_LABEL: &str = "kubernetes.io/arch";

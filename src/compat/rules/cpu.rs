@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use super::features::{
     check_features, check_features_beyond, check_forbidden_in_host_model, check_policies,
-    missing_words, stage_of,
+    missing_words, or_any, stage_of,
 };
 use super::vcpus::effective_check;
 use super::{RuleInput, named, unsupported};
@@ -105,10 +105,6 @@ fn check_full(input: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
              XML",
         ),
     );
-}
-
-pub(super) fn or_any<'i>(input: &'i RuleInput<'_>) -> &'i str {
-    input.virt_type().unwrap_or("any")
 }
 
 fn check_mode(input: &RuleInput<'_>, mode: &str, supported: bool, findings: &mut Vec<RuleFinding>) {

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeSet;
 
-use super::cpu::or_any;
 use super::vcpus::effective_check;
 use super::{RuleInput, named, unsupported};
 use crate::capability::CpuModes;
@@ -279,4 +278,8 @@ pub(super) fn check_policies(input: &RuleInput<'_>, findings: &mut Vec<RuleFindi
             );
         }
     }
+}
+
+pub(super) fn or_any<'i>(input: &'i RuleInput<'_>) -> &'i str {
+    input.virt_type().unwrap_or("any")
 }

@@ -4,8 +4,8 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize, Serializer};
 
-use super::{InvalidLabel, LabelKey, LabelSet, LabelValue, kubevirt, native};
-use crate::capability::NodeFacts;
+use super::LabelSet;
+use super::key::{InvalidLabel, LabelKey, LabelValue};
 
 /// The set of keys to write.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -103,19 +103,4 @@ impl Derivation {
             self.add(prefix, name, "true");
         }
     }
-}
-
-pub fn derive(facts: &NodeFacts, policy: &Policy) -> Derivation {
-    let mut derivation = Derivation::default();
-    if policy.schema != Schema::Kubevirt {
-        native::derive(facts, policy, &mut derivation);
-    }
-    if policy.schema != Schema::Native {
-        kubevirt::derive(facts, policy, &mut derivation);
-    }
-    derivation
-        .rejected
-        .sort_by(|a, b| (&a.key, &a.value).cmp(&(&b.key, &b.value)));
-    derivation.rejected.dedup();
-    derivation
 }
