@@ -105,7 +105,7 @@ impl Objects {
         progress(&format!(
             "{OBJECTS} objects that end {verdict}, one after another"
         ));
-        let events_before = self.node.metrics.cluster.events.get();
+        let events_before = self.node.metrics.events.written.get();
         let name = |number: usize| format!("{verdict}-{number}").to_lowercase();
         let mut times = Vec::new();
         for number in 0..OBJECTS {
@@ -149,7 +149,7 @@ impl Objects {
         eventually(PATIENCE, async || {
             let left = self.api.list(&Default::default()).await?.items.len();
             ensure!(left == 0, "{left} objects are left");
-            let events = self.node.metrics.cluster.events.get() - events_before;
+            let events = self.node.metrics.events.written.get() - events_before;
             let all = events_per_object * OBJECTS as u64;
             ensure!(events >= all, "{events} of {all} events are written");
             Ok(())

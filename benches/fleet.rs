@@ -36,6 +36,7 @@ use tokio_util::sync::CancellationToken;
 use virtnode::capability::{Capabilities, DomainCapabilities, NodeFacts, Version};
 use virtnode::cluster::objects::NodeVirtualization;
 use virtnode::cluster::{Cluster, ClusterConfig, HotplugObjects};
+use virtnode::daemon::Metrics;
 use virtnode::hypervisor::Connection;
 use virtnode::label::{LabelSet, Policy, derive};
 use virtnode::probe::Reading;
@@ -44,7 +45,6 @@ use virtnode::publish::node::{NodePublisher, NodePublisherOptions, SyncState};
 use virtnode::publish::virtualization::{
     Snapshot, VirtualizationPublisher, VirtualizationPublisherOptions,
 };
-use virtnode::telemetry::Metrics;
 
 use parts::{Memory, print, progress, report};
 use support::kube::{AuditEvent, KubeServer};
@@ -217,7 +217,7 @@ fn start(
     let mut facts = facts.clone();
     facts.kvm_max_vcpus = Some(100 + n);
     let labels: LabelSet = derive(&facts, &Policy::default()).labels;
-    let (events, writer) = EventRecorder::new(cluster.clone(), Arc::clone(metrics));
+    let (events, writer) = EventRecorder::new(cluster.clone(), Arc::clone(&metrics.events));
     tokio::spawn(writer.run(token.clone()));
 
     let defaults = NodePublisherOptions::default();
@@ -226,7 +226,7 @@ fn start(
         fallback: defaults.fallback / speed,
         ..defaults
     };
-    let publisher = NodePublisher::new(cluster.clone(), events, Arc::clone(metrics), options);
+    let publisher = NodePublisher::new(cluster.clone(), events, Arc::clone(&metrics.sync), options);
     let state = publisher.state();
     let (desired, to_publish) = watch::channel(Some(Arc::new(labels)));
     tokio::spawn(publisher.run(to_publish, LabelSet::new(), token.clone()));
@@ -237,7 +237,11 @@ fn start(
         refresh: defaults.refresh / speed,
         ..defaults
     };
-    let publisher = VirtualizationPublisher::new(cluster.clone(), Arc::clone(metrics), options);
+    let publisher = VirtualizationPublisher::new(
+        cluster.clone(),
+        Arc::clone(&metrics.virtualization),
+        options,
+    );
     let (snapshots, to_describe) = watch::channel(None);
     let (connection, connected) = watch::channel(Connection::Up(1));
     tokio::spawn(publisher.run(to_describe, connected, token.clone()));

@@ -29,12 +29,12 @@ use anyhow::{Context as _, ensure};
 use serde_json::Value;
 use tempfile::TempDir;
 use tokio::time::{sleep, timeout};
+use virtnode::daemon::Metrics;
 use virtnode::executor::{AskedBy, Executor, Listener, Options, Order, Record};
 use virtnode::hotplug::{HotplugRequest, Require, Verdict};
 use virtnode::hypervisor::{Connection, DomainBackend as _, Libvirt, LibvirtConfig};
 use virtnode::journal::Journal;
 use virtnode::monitor::Monitor;
-use virtnode::telemetry::Metrics;
 use virtnode::units::Bytes;
 
 use parts::{KillOnDrop, Memory, curl, free_port, median, ms, progress, report, scrape_time};
@@ -390,8 +390,11 @@ async fn growth(libvirtd: &Libvirtd) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn connect(libvirtd: &Libvirtd, metrics: &Arc<Metrics>) -> anyhow::Result<Libvirt> {
-    let control = Libvirt::start(LibvirtConfig::new(libvirtd.uri()), Arc::clone(metrics));
+async fn connect(libvirtd: &Libvirtd, metrics: &Metrics) -> anyhow::Result<Libvirt> {
+    let control = Libvirt::start(
+        LibvirtConfig::new(libvirtd.uri()),
+        Arc::clone(&metrics.hypervisor),
+    );
     let mut listening = control.listening();
     let up = listening.wait_for(|state| matches!(state, Connection::Up(_)));
     timeout(PATIENCE, up).await??;

@@ -11,10 +11,10 @@ use std::hint::black_box;
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main};
 use virtnode::capability::{Capabilities, DomainCapabilities, NodeFacts, Version};
+use virtnode::daemon::Metrics;
 use virtnode::label::{
     CapabilitiesInUse, Derivation, Policy, ProbeResult, PublishedLabels, Schema, derive,
 };
-use virtnode::telemetry::Metrics;
 
 /// Guests to keep of the capabilities, for about 17 KB.
 const GUESTS: [&str; 4] = ["x86_64", "i686", "ppc64", "riscv64"];
@@ -151,9 +151,9 @@ fn idle(criterion: &mut Criterion) {
         });
     });
     let metrics = Metrics::new();
-    let bytes = metrics.encode().expect("it encodes").len();
+    let bytes = metrics.registry.encode().expect("it encodes").len();
     group.bench_function(format!("metrics as text, {bytes} B"), |bencher| {
-        bencher.iter(|| metrics.encode());
+        bencher.iter(|| metrics.registry.encode());
     });
     group.finish();
 }

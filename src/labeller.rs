@@ -22,6 +22,9 @@
 //! [`RETRY_AFTER_FAILURE`]. A failure to write the file is reported in [`LabellerProgress`] and
 //! retried with the next probe. An empty set is never published.
 
+mod metrics;
+
+pub use self::metrics::LabellerMetrics;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -43,8 +46,7 @@ use crate::label::{
 use crate::probe::{Prober, Reading, SourceFailure};
 use crate::publish::file::{FilePublisher, LabelReport};
 use crate::publish::virtualization::Snapshot;
-use crate::telemetry::Metrics;
-use crate::telemetry::metrics::now_seconds;
+use crate::telemetry::now_seconds;
 
 /// Interval between fingerprints of the files that capabilities depend on.
 const FINGERPRINT_INTERVAL: Duration = Duration::from_secs(5);
@@ -94,7 +96,7 @@ pub struct Labeller<S> {
     interval: Duration,
     root: PathBuf,
     outputs: Outputs,
-    metrics: Arc<Metrics>,
+    metrics: Arc<LabellerMetrics>,
     progress: watch::Sender<LabellerProgress>,
     latest: watch::Sender<Option<Arc<LatestProbe>>>,
 
@@ -113,7 +115,7 @@ impl<S: NodeSource> Labeller<S> {
         interval: Duration,
         root: PathBuf,
         outputs: Outputs,
-        metrics: Arc<Metrics>,
+        metrics: Arc<LabellerMetrics>,
     ) -> Self {
         let loaded = outputs.file.as_ref().map(FilePublisher::load);
         let loaded = loaded.transpose().unwrap_or_else(|error| {
@@ -126,7 +128,7 @@ impl<S: NodeSource> Labeller<S> {
         };
         Self {
             connection: node_source.connection(),
-            prober: Prober::new(node_source, Arc::clone(&metrics), root.clone()),
+            prober: Prober::new(node_source, Arc::clone(&metrics.probe), root.clone()),
             policy,
             interval,
             root,
@@ -267,7 +269,7 @@ impl<S: NodeSource> Labeller<S> {
         if self.published.labels().is_empty() {
             return;
         }
-        self.metrics.sync_attempts.inc();
+        self.metrics.sync.attempts.inc();
         let report = LabelReport {
             labels: self.published.labels(),
             rejected: &self.rejected,
@@ -275,7 +277,7 @@ impl<S: NodeSource> Labeller<S> {
         };
         let problem = match file.publish(&report) {
             Ok(written) => {
-                self.metrics.sync_last_success.set(now_seconds());
+                self.metrics.sync.last_success.set(now_seconds());
                 if written {
                     info!(path = %file.path().display(), labels = report.labels.len(), "labels written");
                 }
@@ -283,7 +285,8 @@ impl<S: NodeSource> Labeller<S> {
             }
             Err(error) => {
                 self.metrics
-                    .sync_failures
+                    .sync
+                    .failures
                     .with_label_values(&[error.code()])
                     .inc();
                 Some(error.to_string())
@@ -307,7 +310,8 @@ impl<S: NodeSource> Labeller<S> {
         if self.outputs.node.is_none() {
             for change in changes {
                 self.metrics
-                    .label_changes
+                    .sync
+                    .changes
                     .with_label_values(&[change.action()])
                     .inc();
             }
@@ -371,11 +375,11 @@ impl<S: NodeSource> Labeller<S> {
         }
         for reason in InvalidLabel::ALL {
             let count = self.rejected.iter().filter(|r| r.reason == reason).count();
-            set(&self.metrics.labels_rejected, reason.code(), count);
+            set(&self.metrics.rejected, reason.code(), count);
         }
         for reason in RetentionReason::ALL {
             let count = retained.iter().filter(|r| r.reason == reason).count();
-            set(&self.metrics.labels_retained, reason.code(), count);
+            set(&self.metrics.retained, reason.code(), count);
         }
         let facts = &reading.facts;
         if let (Some(_), Some(arch)) = (&facts.capabilities, facts.native_arch()) {

@@ -2,6 +2,9 @@
 //! something happens, and a closer look at those domains that something happened to. What it sees
 //! it also hands on, to be diagnosed.
 
+mod inventory;
+
+pub use self::inventory::{DomainFigures, Inventory, MemoryFigures, VcpuFigures, now};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,7 +18,6 @@ use tracing::{debug, warn};
 use crate::doctor::checks::observed::{AgentAnswer, DomainDetails, ObservedDomain};
 use crate::domain::Domain;
 use crate::hypervisor::{CallError, DomainBackend, DomainRef, DomainStats, Notice, Notices};
-use crate::telemetry::{DomainFigures, Inventory, now};
 
 /// Between two readings of the bulk statistics when nothing happens.
 const PERIOD: Duration = Duration::from_secs(15);
@@ -178,6 +180,7 @@ impl<C: DomainBackend> Monitor<C> {
             let look = &known.look;
             let figures = DomainFigures::of(&look.domain, look.online(), total, at);
             Some(DomainFigures {
+                connection: stats.id.connection.clone(),
                 state: stats.state,
                 ..figures
             })

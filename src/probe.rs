@@ -18,6 +18,9 @@
 //! recorded in [`Reading::failures`], and its facts stay unknown. The prober does not retry: its
 //! caller decides when to probe again.
 
+mod metrics;
+
+pub use self::metrics::ProbeMetrics;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -31,8 +34,7 @@ use crate::domain::NodeRequirements;
 use crate::host;
 use crate::hypervisor::{CallError, DomainCapabilitiesQuery, NodeSource, Versions};
 use crate::label::{CapabilitiesInUse, FactSource};
-use crate::telemetry::Metrics;
-use crate::telemetry::metrics::now_seconds;
+use crate::telemetry::now_seconds;
 use crate::xml::DocumentError;
 
 /// First libvirt whose domain capabilities can list features that the hypervisor supports and does
@@ -91,7 +93,7 @@ pub struct DomainUsage {
 
 pub struct Prober<S> {
     node_source: Arc<S>,
-    metrics: Arc<Metrics>,
+    metrics: Arc<ProbeMetrics>,
     /// Root of the host's file system.
     root: PathBuf,
     /// Result of the dry run with these versions.
@@ -99,7 +101,7 @@ pub struct Prober<S> {
 }
 
 impl<S: NodeSource> Prober<S> {
-    pub fn new(node_source: Arc<S>, metrics: Arc<Metrics>, root: PathBuf) -> Self {
+    pub fn new(node_source: Arc<S>, metrics: Arc<ProbeMetrics>, root: PathBuf) -> Self {
         Self {
             node_source,
             metrics,
@@ -324,21 +326,18 @@ impl<S: NodeSource> Prober<S> {
 
     fn succeeded(&self, source: FactSource) {
         let labels = &[source.as_str()];
-        self.metrics.probe_attempts.with_label_values(labels).inc();
+        self.metrics.attempts.with_label_values(labels).inc();
         self.metrics
-            .probe_last_success
+            .last_success
             .with_label_values(labels)
             .set(now_seconds());
     }
 
     fn failed(&self, reading: &mut Reading, failure: SourceFailure) {
         let source = failure.source.as_str();
+        self.metrics.attempts.with_label_values(&[source]).inc();
         self.metrics
-            .probe_attempts
-            .with_label_values(&[source])
-            .inc();
-        self.metrics
-            .probe_failures
+            .failures
             .with_label_values(&[source, failure.code])
             .inc();
         reading.failures.push(failure);

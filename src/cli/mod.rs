@@ -36,10 +36,10 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 pub use exit::{Exit, Failure};
 
 use crate::config::{Config, Settings, heading};
+use crate::daemon::Metrics;
 use crate::daemon::one_shot_libvirt_config;
 use crate::hypervisor::Libvirt;
 use crate::probe::{Prober, Reading};
-use crate::telemetry::Metrics;
 
 /// Publish what a libvirt node can run as labels, and hotplug its domains with proof
 #[derive(Debug, Parser)]
@@ -181,10 +181,14 @@ fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
 /// Probes this machine once, and returns the connection for further questions. Must be called
 /// within a runtime.
 async fn probe(config: &Config) -> (Reading, Arc<Libvirt>) {
-    let metrics = Arc::new(Metrics::new());
-    let libvirt = Libvirt::start(one_shot_libvirt_config(config), Arc::clone(&metrics));
+    let metrics = Metrics::new();
+    let libvirt = Libvirt::start(one_shot_libvirt_config(config), metrics.hypervisor);
     let libvirt = Arc::new(libvirt);
-    let mut prober = Prober::new(Arc::clone(&libvirt), metrics, Path::new("/").to_owned());
+    let mut prober = Prober::new(
+        Arc::clone(&libvirt),
+        Arc::clone(&metrics.labeller.probe),
+        Path::new("/").to_owned(),
+    );
     (prober.read().await, libvirt)
 }
 

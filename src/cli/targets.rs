@@ -18,11 +18,11 @@ use crate::compat::{
     find_targets,
 };
 use crate::config::{Config, heading};
+use crate::daemon::Metrics;
 use crate::daemon::{cluster_config, one_shot_libvirt_config};
 use crate::domain::plain;
 use crate::hypervisor::Libvirt;
 use crate::targets::candidates;
-use crate::telemetry::Metrics;
 
 /// Maximum size of a list of nodes: four times that of 5,000 Nodes.
 const LIST_MAX_BYTES: u64 = 1024 * 1024 * 1024;
@@ -129,7 +129,7 @@ impl TargetsCommand {
         }
         let name = self.domain.as_deref().unwrap_or_default();
         runtime()?.block_on(async {
-            let metrics = Metrics::new().into();
+            let metrics = Metrics::new().hypervisor;
             let libvirt = Libvirt::start(one_shot_libvirt_config(config), metrics);
             Ok(running(name, &libvirt).await?.requirement)
         })

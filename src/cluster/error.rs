@@ -115,7 +115,7 @@ pub enum ClusterError {
 pub type ApplyConflicts = BTreeMap<String, FieldManager>;
 
 impl ClusterError {
-    /// Returns the fixed metrics label, one of [`crate::telemetry::metrics::SYNC_FAILURES`].
+    /// Returns the fixed metrics label, one of [`crate::publish::metrics::SYNC_FAILURES`].
     pub fn code(&self) -> &'static str {
         match self {
             Self::Configuration(_) | Self::Unreachable { .. } => "api-unreachable",

@@ -1,5 +1,5 @@
 use super::*;
-use crate::telemetry::metrics::SYNC_FAILURES;
+use crate::publish::metrics::SYNC_FAILURES;
 
 fn error_of(status: serde_json::Value) -> ClusterError {
     let status = serde_json::from_value(status).unwrap();

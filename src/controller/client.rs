@@ -10,9 +10,9 @@ use std::time::Duration;
 use tokio::sync::{Notify, Semaphore};
 use tokio::time::Instant;
 
+use super::ObjectMetrics;
 use crate::cluster::{ClusterError, EventKind, HotplugObjects, ObjectEvent, ObjectId, Retry};
 use crate::publish::events::EventRecorder;
-use crate::telemetry::Metrics;
 use crate::units::Timestamp;
 
 /// Maximum concurrent calls, so that a restart with many objects does not flood the API server.
@@ -24,7 +24,7 @@ const NODE_UID_TTL: Duration = Duration::from_secs(60);
 pub(super) struct ObjectClient {
     pub(super) objects: HotplugObjects,
     pub(super) retry: Retry,
-    pub(super) metrics: Arc<Metrics>,
+    pub(super) metrics: Arc<ObjectMetrics>,
     /// Notified by the first successful call after a failure.
     pub(super) recovered: Notify,
     events: EventRecorder,
@@ -39,7 +39,7 @@ impl ObjectClient {
         objects: HotplugObjects,
         retry: Retry,
         events: EventRecorder,
-        metrics: Arc<Metrics>,
+        metrics: Arc<ObjectMetrics>,
     ) -> Self {
         Self {
             objects,
@@ -62,7 +62,7 @@ impl ObjectClient {
     ) -> Result<T, ClusterError> {
         // The semaphore is never closed.
         let _permit = self.calls.acquire().await;
-        self.metrics.hotplug.object_call(call);
+        self.metrics.calls.with_label_values(&[call]).inc();
         let answer = answer.await;
         match &answer {
             Ok(_) => self.succeeded(),
@@ -106,7 +106,7 @@ impl ObjectClient {
 
     fn failed(&self, call: &'static str, error: &ClusterError) {
         let code = error.code();
-        self.metrics.hotplug.object_call_failed(call, code);
+        self.metrics.failed(call, code);
         if call == "own" {
             // Nothing depends on the owner of an object.
             if !self.logged_owner_failure.swap(true, Ordering::Relaxed) {

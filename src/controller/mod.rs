@@ -26,11 +26,13 @@
 //!   operation in the journal is not executed again, and an outdated status is replaced.
 
 mod client;
+mod metrics;
 mod reconcile;
 mod request;
 mod status;
 mod watch;
 
+pub use self::metrics::ObjectMetrics;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::pin::pin;
 use std::sync::Arc;
@@ -53,7 +55,6 @@ use crate::executor::{Executor, SubmitError};
 use crate::hypervisor::DomainBackend;
 use crate::operation::Record;
 use crate::publish::events::EventRecorder;
-use crate::telemetry::Metrics;
 use crate::units::Timestamp;
 
 #[derive(Debug, Clone)]
@@ -109,7 +110,7 @@ impl<C: DomainBackend> Controller<C> {
         objects: HotplugObjects,
         executor: Arc<Executor<C>>,
         events: EventRecorder,
-        metrics: Arc<Metrics>,
+        metrics: Arc<ObjectMetrics>,
         options: ControllerOptions,
     ) -> Self {
         let client = Arc::new(ObjectClient::new(objects, options.retry, events, metrics));
@@ -134,7 +135,7 @@ impl<C: DomainBackend> Controller<C> {
     /// Runs until `stop` is cancelled. Operations continue afterwards.
     pub async fn run(mut self, stop: CancellationToken) {
         stop.run_until_cancelled_owned(self.run_loop()).await;
-        self.client.metrics.hotplug.objects_watched(false);
+        self.client.metrics.watched.set(0);
     }
 
     async fn run_loop(&mut self) {

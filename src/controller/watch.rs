@@ -103,7 +103,7 @@ impl ObjectWatch {
     fn recovered(&mut self) {
         self.errors = 0;
         self.working_at = None;
-        self.client.metrics.hotplug.objects_watched(true);
+        self.client.metrics.watched.set(1);
         self.set_condition(
             true,
             "Watched",
@@ -121,10 +121,7 @@ impl ObjectWatch {
         let code = error.code();
         self.errors += 1;
         self.working_at = Some(Instant::now() + QUIET);
-        self.client
-            .metrics
-            .hotplug
-            .object_call_failed("watch", code);
+        self.client.metrics.failed("watch", code);
         let blocker = WatchBlocker::of(error);
         if blocker.is_some() {
             let delay = self.retry.delay(self.errors, error);
@@ -135,7 +132,7 @@ impl ObjectWatch {
             return;
         }
         if self.logged.replace(code) != Some(code) {
-            self.client.metrics.hotplug.objects_watched(false);
+            self.client.metrics.watched.set(0);
             log_failure(self.client.objects.node(), error, blocker);
         }
         // An API server that has just started denies everything for a moment.

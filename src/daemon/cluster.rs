@@ -12,6 +12,7 @@ use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
+use super::Metrics;
 use super::tasks::Tasks;
 use crate::cluster::objects::Condition;
 use crate::cluster::objects::node_virtualization::HOTPLUG_OBJECTS_WATCHED;
@@ -24,10 +25,10 @@ use crate::label::{LabelKey, LabelSet, LabelValue};
 use crate::labeller::Outputs;
 use crate::publish::events::EventRecorder;
 use crate::publish::file::{self, LabelReport, NODE_LABELS_FILE};
+use crate::publish::metrics::SyncMetrics;
 use crate::publish::node::{NodePublisher, NodePublisherOptions, SyncState};
 use crate::publish::node_events::report_hypervisor;
 use crate::publish::virtualization::{VirtualizationPublisher, VirtualizationPublisherOptions};
-use crate::telemetry::Metrics;
 
 /// Mean interval between attempts to read the Node at the start.
 const RETRY_INTERVAL: Duration = Duration::from_secs(2);
@@ -48,7 +49,7 @@ impl ClusterTasks {
         metrics: &Arc<Metrics>,
         tasks: &mut Tasks,
     ) -> Self {
-        let (events, writer) = EventRecorder::new(cluster.clone(), Arc::clone(metrics));
+        let (events, writer) = EventRecorder::new(cluster.clone(), Arc::clone(&metrics.events));
         tasks.start("the event writer", |stop| writer.run(stop));
         Self {
             cluster,
@@ -74,7 +75,7 @@ impl ClusterTasks {
             HotplugObjects::new(&self.cluster),
             executor,
             self.events.clone(),
-            Arc::clone(&self.metrics),
+            Arc::clone(&self.metrics.objects),
             ControllerOptions {
                 start_jitter: self.start_jitter,
                 ..ControllerOptions::default()
@@ -107,7 +108,10 @@ impl ClusterTasks {
             start_jitter: self.start_jitter,
             ..VirtualizationPublisherOptions::default()
         };
-        let (cluster, metrics) = (self.cluster.clone(), Arc::clone(&self.metrics));
+        let (cluster, metrics) = (
+            self.cluster.clone(),
+            Arc::clone(&self.metrics.virtualization),
+        );
         let publisher = VirtualizationPublisher::new(cluster, metrics, options);
         let publisher = publisher.with_hotplug(hotplug_watched);
         let connection = hypervisor.connection();
@@ -134,7 +138,8 @@ impl ClusterTasks {
             start_jitter,
             ..NodePublisherOptions::default()
         };
-        let publisher = NodePublisher::new(cluster.clone(), events, Arc::clone(&metrics), options);
+        let publisher =
+            NodePublisher::new(cluster.clone(), events, Arc::clone(&metrics.sync), options);
         let state = publisher.state();
         let (desired, to_publish) = watch::channel(None);
         let (to_labeller, existing_labels) = oneshot::channel();
@@ -145,7 +150,7 @@ impl ClusterTasks {
         let storing = store_published(state.clone(), path.clone());
         tasks.start_endless("the store of the Node's labels", storing);
         tasks.start("the Node publisher", |stop: CancellationToken| async move {
-            let reading = read_existing(&cluster, &metrics);
+            let reading = read_existing(&cluster, &metrics.sync);
             let Some(existing) = stop.run_until_cancelled(reading).await else {
                 return;
             };
@@ -189,7 +194,7 @@ async fn store_published(mut state: watch::Receiver<SyncState>, path: PathBuf) {
 
 /// Returns the labels on the Node that belong to virtnode's field manager. Retries until the API
 /// server answers.
-async fn read_existing(cluster: &Cluster, metrics: &Metrics) -> LabelSet {
+async fn read_existing(cluster: &Cluster, metrics: &SyncMetrics) -> LabelSet {
     let mut reported = None;
     loop {
         match cluster.observe().await {
@@ -203,11 +208,8 @@ async fn read_existing(cluster: &Cluster, metrics: &Metrics) -> LabelSet {
                 return owned.collect();
             }
             Err(error) => {
-                metrics.sync_attempts.inc();
-                metrics
-                    .sync_failures
-                    .with_label_values(&[error.code()])
-                    .inc();
+                metrics.attempts.inc();
+                metrics.failures.with_label_values(&[error.code()]).inc();
                 if reported != Some(error.code()) {
                     warn!(node = cluster.node(), %error, "cannot read the Node, retrying");
                     reported = Some(error.code());

@@ -11,8 +11,8 @@ use tokio::sync::watch;
 use tokio::time::{Duration, Instant};
 
 use crate::labeller::LabellerProgress;
+use crate::monitor::Inventory;
 use crate::publish::node::SyncState;
-use crate::telemetry::Inventory;
 
 /// Maximum time between ticks of the event loop. The loop ticks once a second, so something blocks
 /// it after this.

@@ -10,6 +10,7 @@ use tokio::sync::watch;
 
 use super::api::OperationService;
 use crate::config::Config;
+use crate::executor::HotplugMetrics;
 use crate::executor::{Executor, Listener, Options, SubmitError};
 use crate::host;
 use crate::hypervisor::DomainBackend;
@@ -17,7 +18,6 @@ use crate::journal::Journal;
 use crate::operation::{OperationId, Order, Record};
 use crate::publish::events::EventRecorder;
 use crate::publish::node_events;
-use crate::telemetry::Metrics;
 
 /// Interval between updates of the journal's metrics. Dashboards do not need its size to the
 /// second.
@@ -31,7 +31,7 @@ const COUNT_INTERVAL: Duration = Duration::from_secs(15);
 pub fn start_executor<C: DomainBackend>(
     config: &Config,
     domains: Arc<C>,
-    metrics: &Arc<Metrics>,
+    metrics: &Arc<HotplugMetrics>,
     on_node: Option<(EventRecorder, ObjectReference)>,
 ) -> anyhow::Result<Arc<Executor<C>>> {
     let journal = Journal::open(&config.state_directory).context("cannot open the journal")?;
@@ -48,14 +48,15 @@ pub fn start_executor<C: DomainBackend>(
 }
 
 /// Keeps the journal's metrics up to date, forever.
-pub(super) async fn count_operations<C: DomainBackend>(executor: &Executor<C>, metrics: &Metrics) {
+pub(super) async fn count_operations<C: DomainBackend>(
+    executor: &Executor<C>,
+    metrics: &HotplugMetrics,
+) {
     let mut tick = tokio::time::interval(COUNT_INTERVAL);
     loop {
         tick.tick().await;
         let records = executor.operations();
-        metrics
-            .hotplug
-            .journal_holds(records.iter().map(|record| record.state));
+        metrics.set_journal(records.iter().map(|record| record.state));
     }
 }
 
@@ -79,13 +80,13 @@ impl<C: DomainBackend> OperationService for Executor<C> {
 
 /// Reports every operation to the metrics, and those that did not succeed as events on the Node.
 struct OperationReporter {
-    metrics: Arc<Metrics>,
+    metrics: Arc<HotplugMetrics>,
     on_node: Option<(EventRecorder, ObjectReference)>,
 }
 
 impl Listener for OperationReporter {
     fn changed(&self, record: &Record) {
-        self.metrics.hotplug.changed(record);
+        self.metrics.changed(record);
         if let Some((events, node)) = &self.on_node
             && let Some(event) = node_events::of_operation(node, record)
         {
@@ -96,6 +97,6 @@ impl Listener for OperationReporter {
     fn concluded_after(&self, _: Duration) {}
 
     fn journal_failed(&self) {
-        self.metrics.hotplug.journal_failed();
+        self.metrics.journal_failed();
     }
 }

@@ -16,7 +16,7 @@ use tower_http::limit::RequestBodyLimitLayer;
 use tower_http::timeout::TimeoutLayer;
 
 use super::Health;
-use crate::telemetry::Metrics;
+use crate::telemetry::MetricRegistry;
 
 /// Maximum number of concurrent requests.
 const CONCURRENT: usize = 16;
@@ -27,12 +27,12 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 
 #[derive(Clone)]
 struct HttpState {
-    metrics: Arc<Metrics>,
+    metrics: MetricRegistry,
     health: Arc<Health>,
 }
 
 /// Returns the routes, with their limits.
-pub(super) fn router(metrics: Arc<Metrics>, health: Arc<Health>) -> Router {
+pub(super) fn router(metrics: MetricRegistry, health: Arc<Health>) -> Router {
     Router::new()
         .route("/metrics", get(serve_metrics))
         .route("/healthz", get(healthz))

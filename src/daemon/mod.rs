@@ -38,6 +38,7 @@ mod health;
 pub mod hotplug;
 mod http;
 mod listener;
+mod metrics;
 mod options;
 mod socket;
 mod tasks;
@@ -57,6 +58,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info};
 
 use self::cluster::ClusterTasks;
+pub use self::metrics::Metrics;
 use self::tasks::Tasks;
 use crate::cluster::Cluster;
 use crate::config::{Config, ConfigError, PublishTarget};
@@ -67,7 +69,6 @@ use crate::labeller::{Labeller, Outputs};
 use crate::monitor::Monitor;
 use crate::publish::events::EventRecorder;
 use crate::publish::file::FilePublisher;
-use crate::telemetry::Metrics;
 use api::Access;
 pub use health::Health;
 pub(crate) use options::{cluster_config, libvirt_config, one_shot_libvirt_config};
@@ -122,7 +123,7 @@ fn notify(state: NotifyState<'_>) {
 
 async fn start(config: &Config, listener: TcpListener, tasks: &mut Tasks) -> anyhow::Result<()> {
     let metrics = Arc::new(Metrics::new());
-    let libvirt = Libvirt::start(libvirt_config(config), Arc::clone(&metrics));
+    let libvirt = Libvirt::start(libvirt_config(config), Arc::clone(&metrics.hypervisor));
     let libvirt = Arc::new(libvirt);
     let cluster_tasks = if config.publishes_to(PublishTarget::Node) {
         let cluster = Cluster::connect(cluster_config(config)?).await?;
@@ -168,7 +169,7 @@ async fn start(config: &Config, listener: TcpListener, tasks: &mut Tasks) -> any
         config.probe_interval,
         root.clone(),
         outputs,
-        Arc::clone(&metrics),
+        Arc::clone(&metrics.labeller),
     );
     let monitor = Monitor::new(libvirt, Arc::clone(&metrics.inventory));
     let scope = DoctorScope {
@@ -181,7 +182,7 @@ async fn start(config: &Config, listener: TcpListener, tasks: &mut Tasks) -> any
         config.probe_interval,
         labeller.latest(),
         monitor.sight(),
-        Arc::clone(&metrics),
+        Arc::clone(&metrics.doctor),
     );
     let health = Health::new(labeller.progress(), sync_state);
     let health = Arc::new(health.with_domains(Arc::clone(&metrics.inventory)));
@@ -189,7 +190,7 @@ async fn start(config: &Config, listener: TcpListener, tasks: &mut Tasks) -> any
     tasks.start("the monitor of running domains", |stop| monitor.run(stop));
     tasks.start("the doctor", |stop| doctor.run(stop));
     tasks.start_endless("the watchdog", heartbeat(Arc::clone(&health)));
-    let router = http::router(metrics, health);
+    let router = http::router(metrics.registry.clone(), health);
     let limits = listener::ConnectionLimits::default();
     tasks.start_endless("the HTTP server", listener::serve(listener, router, limits));
     Ok(())
@@ -210,11 +211,12 @@ fn start_hotplug(
     let socket = api::bind(&config.socket, gid)
         .with_context(|| format!("cannot serve the local API at {}", config.socket.display()))?;
     let executor = if config.hotplug {
-        let executor = hotplug::start_executor(config, Arc::clone(libvirt), metrics, events)
-            .context("cannot start hotplug (hotplug.enabled: false disables it)")?;
+        let executor =
+            hotplug::start_executor(config, Arc::clone(libvirt), &metrics.hotplug, events)
+                .context("cannot start hotplug (hotplug.enabled: false disables it)")?;
         let (metrics, running) = (Arc::clone(metrics), Arc::clone(&executor));
         tasks.start("the executor", |stop: CancellationToken| async move {
-            let counting = hotplug::count_operations(&running, &metrics);
+            let counting = hotplug::count_operations(&running, &metrics.hotplug);
             stop.run_until_cancelled(counting).await;
             running.stop().await;
         });
@@ -223,7 +225,7 @@ fn start_hotplug(
         None
     };
     let access = Access::new(config.allowed_uids.clone(), config.allowed_gids.clone());
-    let router = api::router(executor.clone(), Arc::clone(metrics), access);
+    let router = api::router(executor.clone(), Arc::clone(&metrics.inventory), access);
     tasks.start_endless("the local API", api::serve(socket, router));
     info!(socket = %config.socket.display(), hotplug = config.hotplug, "serving the local API");
     Ok(executor)

@@ -6,7 +6,9 @@
 //! only the host's files. Neither fails: an observation that could not be made is reported as such.
 
 pub mod checks;
+mod metrics;
 
+pub use self::metrics::DoctorMetrics;
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -29,9 +31,8 @@ use crate::hypervisor::{DomainBackend, DomainRef, NodeSource};
 use crate::label::{FactSource, Policy, derive};
 use crate::labeller::LatestProbe;
 use crate::monitor::{Patience, Sight, look};
-use crate::probe::{Prober, SourceFailure};
-use crate::telemetry::Metrics;
-use crate::telemetry::metrics::now_seconds;
+use crate::probe::{ProbeMetrics, Prober, SourceFailure};
+use crate::telemetry::{MetricRegistry, now_seconds};
 use crate::units::Bytes;
 
 /// Timeouts for one domain. libvirt itself gives a guest agent 5 s.
@@ -87,7 +88,7 @@ pub async fn observe_node<H: NodeSource, C: DomainBackend>(
         observed.domains = Err("libvirt does not answer".to_owned());
         return observed;
     }
-    let metrics = Arc::new(Metrics::new());
+    let metrics = Arc::new(ProbeMetrics::register(&MetricRegistry::new()));
     let mut prober = Prober::new(hypervisor, metrics, scope.root.clone());
     let (reading, domains) = tokio::join!(
         timeout(FACTS_TIMEOUT, prober.read()),
@@ -225,7 +226,7 @@ pub struct DoctorTask {
     interval: Duration,
     latest: watch::Receiver<Option<Arc<LatestProbe>>>,
     sight: watch::Receiver<Sight>,
-    metrics: Arc<Metrics>,
+    metrics: Arc<DoctorMetrics>,
     /// Plugged virtio-mem sizes of guests that lack memory, by UUID, with the time of the last change.
     memory: HashMap<String, (Instant, BTreeMap<String, Bytes>)>,
     /// Errors already logged.
@@ -239,7 +240,7 @@ impl DoctorTask {
         interval: Duration,
         latest: watch::Receiver<Option<Arc<LatestProbe>>>,
         sight: watch::Receiver<Sight>,
-        metrics: Arc<Metrics>,
+        metrics: Arc<DoctorMetrics>,
     ) -> Self {
         Self {
             scope,
@@ -288,7 +289,7 @@ impl DoctorTask {
             facts: Arc::clone(&latest.facts),
             rejected: latest.rejected.clone(),
             domains,
-            daemon: match self.metrics.encode() {
+            daemon: match self.metrics.registry.encode() {
                 Ok(metrics) => Daemon::Runs {
                     metrics,
                     now: now_seconds(),
@@ -326,7 +327,7 @@ impl DoctorTask {
             for severity in Severity::ALL {
                 let count = diagnosis.count(*check, severity);
                 self.metrics
-                    .doctor_findings
+                    .findings
                     .with_label_values(&[check.name(), severity.name()])
                     .set(i64::try_from(count).unwrap_or(i64::MAX));
             }

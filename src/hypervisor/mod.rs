@@ -8,6 +8,7 @@
 
 mod control;
 mod libvirt;
+mod metrics;
 
 use std::future::Future;
 
@@ -15,6 +16,7 @@ use tokio::sync::watch;
 
 pub use self::control::{Change, DomainBackend, DomainStats, LiveDomain, Notice, Notices, Scope};
 pub use self::libvirt::{Keepalive, Libvirt, LibvirtConfig, Workers};
+pub use self::metrics::{CALLS, DOMAIN_CALLS, HypervisorMetrics};
 use crate::capability::Version;
 use crate::compat::CpuComparison;
 pub use crate::domain::{CallError, DomainRef};

@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::wait_until;
 use crate::cluster::{Cluster, ClusterError, EventKind, ObjectEvent, Retry, WrittenEvent};
-use crate::telemetry::metrics::Metrics;
+use crate::publish::metrics::EventMetrics;
 
 /// Capacity of the queue: a hundred simultaneous verdicts yield two events each.
 const QUEUE: usize = 256;
@@ -39,12 +39,12 @@ const AGE_MAX: Duration = Duration::from_secs(600);
 #[derive(Clone)]
 pub struct EventRecorder {
     queue: mpsc::Sender<(ObjectEvent, Timestamp)>,
-    metrics: Arc<Metrics>,
+    metrics: Arc<EventMetrics>,
 }
 
 impl EventRecorder {
     /// Returns the recorder and its writer, which must be run.
-    pub fn new(cluster: Cluster, metrics: Arc<Metrics>) -> (Self, EventWriter) {
+    pub fn new(cluster: Cluster, metrics: Arc<EventMetrics>) -> (Self, EventWriter) {
         let (sender, receiver) = mpsc::channel(QUEUE);
         let recorder = Self {
             queue: sender,
@@ -68,12 +68,8 @@ impl EventRecorder {
     }
 }
 
-fn count_dropped(metrics: &Metrics, reason: &str) {
-    metrics
-        .cluster
-        .events_dropped
-        .with_label_values(&[reason])
-        .inc();
+fn count_dropped(metrics: &EventMetrics, reason: &str) {
+    metrics.dropped.with_label_values(&[reason]).inc();
 }
 
 /// Events with equal keys form a series.
@@ -114,7 +110,7 @@ pub struct EventWriter {
     queue: mpsc::Receiver<(ObjectEvent, Timestamp)>,
     series: HashMap<EventKey, EventSeries>,
     retry: Retry,
-    metrics: Arc<Metrics>,
+    metrics: Arc<EventMetrics>,
 }
 
 impl EventWriter {
@@ -180,7 +176,7 @@ impl EventWriter {
         loop {
             let error = match self.cluster.create_event(event, at).await {
                 Ok(written) => {
-                    self.metrics.cluster.events.inc();
+                    self.metrics.written.inc();
                     return Some(written);
                 }
                 Err(error) => error,
@@ -220,7 +216,7 @@ impl EventWriter {
             series.last_written = Instant::now();
             match result {
                 Ok(()) => {
-                    self.metrics.cluster.events.inc();
+                    self.metrics.written.inc();
                     series.due = None;
                 }
                 Err(error) if is_final(&error) || series.last_recorded.elapsed() > AGE_MAX => {

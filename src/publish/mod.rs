@@ -2,6 +2,7 @@
 
 pub mod events;
 pub mod file;
+pub mod metrics;
 pub mod node;
 pub mod node_events;
 pub mod virtualization;

@@ -37,7 +37,8 @@ use crate::label::LabelSet;
 use crate::label::ownership::{
     Decision, DecisionInput, LabelWrite, ObservedLabels, OwnershipHistory, decide,
 };
-use crate::telemetry::metrics::{Metrics, now_seconds};
+use crate::publish::metrics::SyncMetrics;
+use crate::telemetry::now_seconds;
 
 pub use self::report::{SyncProblem, SyncState};
 pub use crate::cluster::Retry;
@@ -73,7 +74,7 @@ impl Default for NodePublisherOptions {
 pub struct NodePublisher {
     cluster: Cluster,
     events: EventRecorder,
-    metrics: Arc<Metrics>,
+    metrics: Arc<SyncMetrics>,
     options: NodePublisherOptions,
     state: watch::Sender<SyncState>,
 
@@ -127,7 +128,7 @@ impl NodePublisher {
     pub fn new(
         cluster: Cluster,
         events: EventRecorder,
-        metrics: Arc<Metrics>,
+        metrics: Arc<SyncMetrics>,
         options: NodePublisherOptions,
     ) -> Self {
         let started = Instant::now();
@@ -211,7 +212,7 @@ impl NodePublisher {
         let age = self.cluster.node_watch_age()?;
         let wait = self.options.fallback.checked_sub(age)?;
         if self.state.borrow().synced {
-            self.metrics.sync_last_success.set(now_seconds());
+            self.metrics.last_success.set(now_seconds());
         }
         // The next bookmark may be a minute away.
         Some(wait.max(self.options.fallback / 2))
@@ -258,7 +259,7 @@ impl NodePublisher {
                 .decide(&desired, &node.shown, &ApplyConflicts::new())
                 .is_noop();
         if !differs && self.state.borrow().synced {
-            self.metrics.sync_last_success.set(now_seconds());
+            self.metrics.last_success.set(now_seconds());
         }
         differs
     }
@@ -289,10 +290,10 @@ impl NodePublisher {
         let Some(desired) = self.to_publish() else {
             return self.until_fallback();
         };
-        self.metrics.sync_attempts.inc();
+        self.metrics.attempts.inc();
         match self.apply(&desired).await {
             Ok(SyncOutcome::InSync) => {
-                self.metrics.sync_last_success.set(now_seconds());
+                self.metrics.last_success.set(now_seconds());
                 self.succeeded();
                 self.until_fallback()
             }

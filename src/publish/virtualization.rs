@@ -31,7 +31,7 @@ use crate::cluster::objects::node_virtualization::HOTPLUG_OBJECTS_WATCHED;
 use crate::cluster::objects::{Condition, NodeVirtualization, NodeVirtualizationStatus};
 use crate::cluster::{Cluster, ClusterError, Retry};
 use crate::hypervisor::Connection;
-use crate::telemetry::Metrics;
+use crate::publish::metrics::VirtualizationMetrics;
 use crate::units::Timestamp;
 
 #[derive(Debug, Clone)]
@@ -63,7 +63,7 @@ impl Default for VirtualizationPublisherOptions {
 /// Keeps the object of one Node equal to the newest snapshot.
 pub struct VirtualizationPublisher {
     cluster: Cluster,
-    metrics: Arc<Metrics>,
+    metrics: Arc<VirtualizationMetrics>,
     options: VirtualizationPublisherOptions,
 
     /// `None` if the object must be read.
@@ -92,7 +92,7 @@ impl VirtualizationPublisher {
     /// Sends nothing before [`Self::run`]. Must be called within the runtime.
     pub fn new(
         cluster: Cluster,
-        metrics: Arc<Metrics>,
+        metrics: Arc<VirtualizationMetrics>,
         options: VirtualizationPublisherOptions,
     ) -> Self {
         let write_from = Instant::now() + options.start_jitter.mul_f64(fastrand::f64());
@@ -220,7 +220,7 @@ impl VirtualizationPublisher {
     }
 
     async fn sync(&mut self, snapshot: &Snapshot, connection: Connection) {
-        self.metrics.cluster.virtualization_attempts.inc();
+        self.metrics.attempts.inc();
         match self.write(snapshot, connection).await {
             Ok(()) => {
                 self.failures = 0;
@@ -275,11 +275,7 @@ impl VirtualizationPublisher {
 
     fn failed(&mut self, error: &ClusterError) {
         let code = error.code();
-        self.metrics
-            .cluster
-            .virtualization_failures
-            .with_label_values(&[code])
-            .inc();
+        self.metrics.failures.with_label_values(&[code]).inc();
         if self.logged.replace(code) != Some(code) {
             tracing::warn!(
                 node = self.cluster.node(), code, %error,

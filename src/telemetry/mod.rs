@@ -1,10 +1,6 @@
-//! Logs and metrics.
+//! The log and the registry of metrics. Components define their metrics themselves.
 
-pub mod cluster;
-pub mod hotplug;
-mod inventory;
 pub mod log;
-pub mod metrics;
+mod registry;
 
-pub use inventory::{DomainFigures, Inventory, MemoryFigures, VcpuFigures, now};
-pub use metrics::Metrics;
+pub use registry::{MetricRegistry, now_seconds};

@@ -12,9 +12,9 @@ use virtnode::compat::{
     Assessment, Confirmation, DryRun, Feasibility, Offer, Requirement, RuleCode, RuleFinding,
     RuleSeverity, Stage, assess, confirm, dry_run_xml,
 };
+use virtnode::daemon::Metrics;
 use virtnode::hypervisor::{CallError, Libvirt, LibvirtConfig, NodeSource};
 use virtnode::probe::Prober;
-use virtnode::telemetry::Metrics;
 
 use crate::support::domains::generate;
 use crate::support::libvirtd::Libvirtd;
@@ -44,10 +44,14 @@ struct LibvirtNode {
 impl LibvirtNode {
     async fn start() -> Self {
         let libvirtd = Libvirtd::start().unwrap();
-        let metrics = Arc::new(Metrics::new());
+        let metrics = Metrics::new();
         let config = LibvirtConfig::new(libvirtd.uri());
-        let libvirt = Arc::new(Libvirt::start(config, Arc::clone(&metrics)));
-        let mut prober = Prober::new(Arc::clone(&libvirt), metrics, Path::new("/").to_owned());
+        let libvirt = Arc::new(Libvirt::start(config, metrics.hypervisor));
+        let mut prober = Prober::new(
+            Arc::clone(&libvirt),
+            metrics.labeller.probe.clone(),
+            Path::new("/").to_owned(),
+        );
         let reading = prober.read().await;
         assert!(reading.failures.is_empty(), "{:?}", reading.failures);
         Self {

@@ -11,11 +11,12 @@ use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::task::JoinHandle;
+use virtnode::daemon::Metrics;
 use virtnode::daemon::api::{self, Access, OPENAPI, ROUTES};
 use virtnode::domain::DomainState;
 use virtnode::hotplug::{HotplugRequest, Require, Verdict};
+use virtnode::monitor::{DomainFigures, MemoryFigures, VcpuFigures};
 use virtnode::operation::{AskedBy, Order};
-use virtnode::telemetry::{DomainFigures, MemoryFigures, Metrics, VcpuFigures};
 use virtnode::units::Bytes;
 
 use crate::support::operations::{InMemory, now};
@@ -57,7 +58,7 @@ impl Served {
         let operations = Arc::new(InMemory::default());
         let metrics = Arc::new(Metrics::new());
         let operations_enabled = hotplug.then(|| Arc::clone(&operations));
-        let router = api::router(operations_enabled, Arc::clone(&metrics), access);
+        let router = api::router(operations_enabled, Arc::clone(&metrics.inventory), access);
         let socket = api::bind(&directory.path().join("api.sock"), None).unwrap();
         let served = api::serve(socket, router);
         Self {
@@ -125,6 +126,7 @@ async fn read(mut stream: UnixStream) -> Answer {
 
 fn figures(name: &str) -> DomainFigures {
     DomainFigures {
+        connection: virtnode::domain::ConnectionId::Host,
         name: name.to_owned(),
         uuid: None,
         state: DomainState::Running,

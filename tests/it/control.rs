@@ -12,13 +12,13 @@ use anyhow::{Context as _, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tokio::time::timeout;
+use virtnode::daemon::Metrics;
 use virtnode::domain::{AgentChannel, Domain, DomainState, IdSet};
 use virtnode::hotplug::{AcpiAnswer, Event, SlotKind};
 use virtnode::hypervisor::{
     CallError, Change, Connection, DomainBackend, DomainRef, Libvirt, LibvirtConfig, Notice,
     Notices, Scope,
 };
-use virtnode::telemetry::Metrics;
 use virtnode::units::{Bytes, KiB};
 
 use crate::support::eventually;
@@ -31,7 +31,7 @@ const LONG: Duration = Duration::from_secs(60);
 fn start(libvirtd: &Libvirtd, change: impl FnOnce(&mut LibvirtConfig)) -> Libvirt {
     let mut config = LibvirtConfig::new(libvirtd.uri());
     change(&mut config);
-    Libvirt::start(config, Arc::new(Metrics::new()))
+    Libvirt::start(config, Metrics::new().hypervisor)
 }
 
 /// Waits until events are told, and subscribes.
@@ -450,7 +450,7 @@ impl Drop for Held {
 async fn stuck_domain_delays_only_its_own_calls() {
     const DEADLINE: Duration = Duration::from_secs(5);
     let libvirtd = Libvirtd::start().unwrap();
-    let metrics = Arc::new(Metrics::new());
+    let metrics = Metrics::new().hypervisor;
     let config = LibvirtConfig {
         change_deadline: DEADLINE,
         statistics_deadline: DEADLINE,
@@ -554,7 +554,7 @@ async fn statistics_leave_no_memory_behind() {
 }
 
 async fn measure_statistics(uri: &str) {
-    let control = Libvirt::start(LibvirtConfig::new(uri), Arc::new(Metrics::new()));
+    let control = Libvirt::start(LibvirtConfig::new(uri), Metrics::new().hypervisor);
     let id = control.find_domain("a").await.unwrap();
     let ask = async |times: u32| {
         for call in 0..times {

@@ -10,8 +10,8 @@ use kube::Api;
 use kube::api::ListParams;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use virtnode::cluster::{Cluster, ClusterConfig, EventKind, ObjectEvent};
+use virtnode::daemon::Metrics;
 use virtnode::publish::events::EventRecorder;
-use virtnode::telemetry::Metrics;
 
 use crate::support::eventually;
 use crate::support::kube::{KubeServer, RIGHTS};
@@ -35,7 +35,7 @@ impl Told {
         };
         let cluster = Cluster::connect(config).await?;
         let metrics = Arc::new(Metrics::new());
-        let (events, writer) = EventRecorder::new(cluster.clone(), Arc::clone(&metrics));
+        let (events, writer) = EventRecorder::new(cluster.clone(), Arc::clone(&metrics.events));
         let stop = CancellationToken::new();
         tokio::spawn(writer.run(stop.clone()));
         Ok(Self {
@@ -57,7 +57,7 @@ impl Told {
     }
 
     fn dropped(&self, reason: &str) -> u64 {
-        let dropped = &self.metrics.cluster.events_dropped;
+        let dropped = &self.metrics.events.dropped;
         dropped.with_label_values(&[reason]).get()
     }
 }

@@ -226,9 +226,9 @@ async fn daemon_changes_vcpus_of_a_real_guest() -> anyhow::Result<()> {
 
     eventually(Duration::from_secs(60), async || {
         for (series, wanted) in [
-            ("virtnode_domain_vcpus{domain=\"vm1\",state=\"maximum\"}", 4.0),
-            ("virtnode_domain_vcpus{domain=\"vm1\",state=\"plugged\"}", 3.0),
-            ("virtnode_domain_vcpus{domain=\"vm1\",state=\"online\"}", 3.0),
+            ("virtnode_domain_vcpus{connection=\"host\",domain=\"vm1\",state=\"maximum\"}", 4.0),
+            ("virtnode_domain_vcpus{connection=\"host\",domain=\"vm1\",state=\"plugged\"}", 3.0),
+            ("virtnode_domain_vcpus{connection=\"host\",domain=\"vm1\",state=\"online\"}", 3.0),
             ("virtnode_domains{state=\"running\"}", 1.0),
             ("virtnode_hotplug_results_total{action=\"plug\",resource=\"vcpus\",verdict=\"Verified\"}", 1.0),
         ] {

@@ -7,10 +7,10 @@ use std::time::Duration;
 use tempfile::TempDir;
 use tokio::sync::{oneshot, watch};
 use tokio_util::sync::CancellationToken;
+use virtnode::daemon::Metrics;
 use virtnode::hypervisor::{CallError, RunningDomain};
 use virtnode::label::{LabelSet, Policy, Schema};
 use virtnode::labeller::{Labeller, Outputs};
-use virtnode::telemetry::Metrics;
 
 use crate::support::hypervisor::InMemory;
 
@@ -47,7 +47,7 @@ impl RunningLabeller {
             INTERVAL,
             PathBuf::from(root.path()),
             outputs,
-            Arc::clone(&metrics),
+            Arc::clone(&metrics.labeller),
         );
         let stop = CancellationToken::new();
         tokio::spawn(service.run(stop.clone()));
@@ -62,7 +62,9 @@ impl RunningLabeller {
 
     fn attempts(&self) -> u64 {
         self.metrics
-            .probe_attempts
+            .labeller
+            .probe
+            .attempts
             .with_label_values(&["domain-capabilities"])
             .get()
     }
@@ -84,7 +86,8 @@ impl RunningLabeller {
 
     fn retained(&self, reason: &str) -> i64 {
         self.metrics
-            .labels_retained
+            .labeller
+            .retained
             .with_label_values(&[reason])
             .get()
     }
@@ -166,7 +169,9 @@ async fn failed_or_malformed_documents_change_no_label() {
     assert_eq!(*labeller.node.borrow(), before);
     let malformed = labeller
         .metrics
-        .probe_failures
+        .labeller
+        .probe
+        .failures
         .with_label_values(&["domain-capabilities", "malformed"]);
     assert!(malformed.get() >= 9);
 }

@@ -9,10 +9,11 @@ use anyhow::ensure;
 use tokio::sync::watch;
 use tokio::time::{interval, timeout};
 use virtnode::capability::eim;
+use virtnode::daemon::Metrics;
+use virtnode::hypervisor::HypervisorMetrics;
 use virtnode::hypervisor::{
     CallError, Connection, DomainCapabilitiesQuery, Keepalive, Libvirt, LibvirtConfig, NodeSource,
 };
-use virtnode::telemetry::Metrics;
 
 use crate::support::eventually;
 use crate::support::libvirtd::Libvirtd;
@@ -22,10 +23,10 @@ const LONG: Duration = Duration::from_secs(30);
 /// Shorter than any deadline that would have to pass first.
 const AT_ONCE: Duration = Duration::from_secs(10);
 
-fn start(uri: &str, change: impl FnOnce(&mut LibvirtConfig)) -> (Libvirt, Arc<Metrics>) {
+fn start(uri: &str, change: impl FnOnce(&mut LibvirtConfig)) -> (Libvirt, Arc<HypervisorMetrics>) {
     let mut config = LibvirtConfig::new(uri);
     change(&mut config);
-    let metrics = Arc::new(Metrics::new());
+    let metrics = Metrics::new().hypervisor;
     (Libvirt::start(config, Arc::clone(&metrics)), metrics)
 }
 
@@ -113,8 +114,8 @@ async fn every_question_is_answered_as_virsh_does() {
     assert_eq!(added, expected == eim::Eim::Auto);
 
     assert_eq!(libvirt.running_domains().await.unwrap(), []);
-    assert_eq!(metrics.hypervisor_connected.get(), 1);
-    assert_eq!(metrics.hypervisor_reconnects.get(), 0);
+    assert_eq!(metrics.connected.get(), 1);
+    assert_eq!(metrics.reconnects.get(), 0);
     let answered = metrics
         .call_duration
         .with_label_values(&["domain-capabilities"]);
@@ -226,15 +227,15 @@ async fn libvirt_may_come_later() {
     assert!(matches!(error, CallError::Unavailable(_)), "{error:?}");
     assert!(error.to_string().contains("libvirt-sock"), "{error}");
     assert!(took < AT_ONCE, "{took:?}");
-    assert_eq!(metrics.hypervisor_connected.get(), 0);
+    assert_eq!(metrics.connected.get(), 0);
 
     libvirtd.restart().unwrap();
     let mut connection = libvirt.connection();
     until(&mut connection, LONG, true).await;
     assert!(libvirt.versions().await.is_ok());
     // The first connection is no reconnect.
-    assert_eq!(metrics.hypervisor_reconnects.get(), 0);
-    assert_eq!(metrics.hypervisor_connected.get(), 1);
+    assert_eq!(metrics.reconnects.get(), 0);
+    assert_eq!(metrics.connected.get(), 1);
 }
 
 #[tokio::test]
@@ -247,7 +248,7 @@ async fn a_killed_libvirtd_is_noticed_and_found_again() {
     for round in 1..=2 {
         libvirtd.kill().unwrap();
         until(&mut connection, LONG, false).await;
-        assert_eq!(metrics.hypervisor_connected.get(), 0);
+        assert_eq!(metrics.connected.get(), 0);
         let (answer, took) = timed(libvirt.versions()).await;
         let error = answer.unwrap_err();
         assert!(matches!(error, CallError::Unavailable(_)), "{error:?}");
@@ -257,7 +258,7 @@ async fn a_killed_libvirtd_is_noticed_and_found_again() {
         let (again, took) = timed(until(&mut connection, LONG, true)).await;
         println!("connected again {took:?} after libvirtd answered");
         assert_ne!(again, first);
-        assert_eq!(metrics.hypervisor_reconnects.get(), round);
+        assert_eq!(metrics.reconnects.get(), round);
         assert!(libvirt.capabilities().await.is_ok());
     }
 }
@@ -339,7 +340,7 @@ async fn a_frozen_libvirtd_holds_up_nobody() {
     eventually(LONG, async || Ok(libvirt.capabilities().await?))
         .await
         .unwrap();
-    assert_eq!(metrics.hypervisor_connected.get(), 1);
+    assert_eq!(metrics.connected.get(), 1);
 }
 
 #[tokio::test]

@@ -25,7 +25,11 @@ async fn domains_come_and_change_and_go_in_the_metrics_whatever_they_are_called(
          <features><acpi/><apic/></features></domain>",
     )?;
     let (name, escaped) = (r#"a "b" \n 'c'"#, r#"a \"b\" \\n 'c'"#);
-    let vcpus = |state| format!("virtnode_domain_vcpus{{domain=\"{escaped}\",state=\"{state}\"}}");
+    let vcpus = |state| {
+        format!(
+            "virtnode_domain_vcpus{{connection=\"host\",domain=\"{escaped}\",state=\"{state}\"}}"
+        )
+    };
     let shows = async |wanted: &[(String, f64)]| {
         eventually(LONG, async || {
             for (series, value) in wanted {

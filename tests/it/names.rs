@@ -63,7 +63,7 @@ fn percent_encoded(name: &str) -> String {
 fn domains_in(metrics: &str, metric: &str) -> anyhow::Result<Vec<String>> {
     let mut found = Vec::new();
     for line in metrics.split('\n').filter(|line| line.starts_with(metric)) {
-        let rest = line[metric.len()..].strip_prefix("{domain=\"");
+        let rest = line[metric.len()..].strip_prefix("{connection=\"host\",domain=\"");
         let mut characters = rest
             .with_context(|| format!("no domain in {line}"))?
             .chars();

@@ -250,7 +250,7 @@ async fn owner_added_between_read_and_apply_is_a_conflict() -> anyhow::Result<()
     assert_eq!(state.conflicts.len(), 1);
     it.shows(&[(X, Some("mine")), (Y, Some("1"))]).await?;
     assert_eq!(
-        (it.metrics.sync_attempts.get(), it.failures("api-conflict")),
+        (it.metrics.sync.attempts.get(), it.failures("api-conflict")),
         (1, 0)
     );
     Ok(())

@@ -10,9 +10,10 @@ use virtnode::capability::{
     Capabilities, CpuDefinition, DomainCapabilities, HostFacts, IommuKind, KvmHyperv, NodeFacts,
     Version,
 };
+use virtnode::daemon::Metrics;
 use virtnode::domain::DomainState;
 use virtnode::label::{LabelKey, LabelSet, Policy, REFERENCE, Schema, derive, family, sources};
-use virtnode::telemetry::{DomainFigures, MemoryFigures, Metrics, VcpuFigures};
+use virtnode::monitor::{DomainFigures, MemoryFigures, VcpuFigures};
 use virtnode::units::Bytes;
 use virtnode::units::Timestamp;
 
@@ -178,6 +179,7 @@ fn metric_reference_matches_served_metrics() {
     let metrics = Metrics::new();
     let size = Bytes::new(1 << 30);
     metrics.inventory.replace(vec![DomainFigures {
+        connection: virtnode::domain::ConnectionId::Host,
         name: "vm".to_owned(),
         uuid: None,
         state: DomainState::Running,
@@ -194,7 +196,7 @@ fn metric_reference_matches_served_metrics() {
         },
         as_of: Timestamp::from_millis(0),
     }]);
-    let served = metrics.encode().unwrap();
+    let served = metrics.registry.encode().unwrap();
     let (mut helps, mut types) = (BTreeMap::new(), BTreeMap::new());
     for line in served.lines() {
         if let Some((name, help)) = line

@@ -13,13 +13,13 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use virtnode::cluster::objects::node_virtualization::{HYPERVISOR_CONNECTED, PROBED};
 use virtnode::cluster::objects::{Condition, NodeVirtualization, NodeVirtualizationStatus};
 use virtnode::cluster::{Cluster, ClusterConfig, Retry};
+use virtnode::daemon::Metrics;
 use virtnode::hypervisor::Connection;
 use virtnode::label::FactSource;
 use virtnode::probe::SourceFailure;
 use virtnode::publish::virtualization::{
     Snapshot, VirtualizationPublisher, VirtualizationPublisherOptions,
 };
-use virtnode::telemetry::Metrics;
 
 use crate::support::eventually;
 use crate::support::kube::{KubeServer, RIGHTS};
@@ -48,7 +48,8 @@ impl Writer {
         };
         let cluster = Cluster::connect(config).await?;
         let metrics = Arc::new(Metrics::new());
-        let publisher = VirtualizationPublisher::new(cluster, Arc::clone(&metrics), options);
+        let publisher =
+            VirtualizationPublisher::new(cluster, Arc::clone(&metrics.virtualization), options);
         let (pictures, seen) = watch::channel(None);
         let (connection, connected) = watch::channel(Connection::Up(1));
         let stop = CancellationToken::new();
@@ -76,7 +77,7 @@ impl Writer {
     }
 
     fn attempts(&self) -> u64 {
-        self.metrics.cluster.virtualization_attempts.get()
+        self.metrics.virtualization.attempts.get()
     }
 }
 
@@ -129,7 +130,7 @@ async fn node_virtualization_is_written_only_after_changes() -> anyhow::Result<(
     let writer = Writer::start(&server, "n1", options()).await?;
     writer.probe(288, Vec::new());
     let missing = || {
-        let failures = &writer.metrics.cluster.virtualization_failures;
+        let failures = &writer.metrics.virtualization.failures;
         failures.with_label_values(&["api-not-found"]).get()
     };
     eventually(SOON, async || {

@@ -22,13 +22,13 @@ use super::api_client::{ApiClient, DaemonLookup};
 use super::output::{OutputOption, StatusLine};
 use super::{Exit, runtime};
 use crate::config::Config;
+use crate::daemon::Metrics;
 use crate::daemon::one_shot_libvirt_config;
 use crate::doctor::checks::observed::Daemon;
 use crate::doctor::checks::{Severity, diagnose};
 use crate::doctor::{DoctorScope, observe_node};
 use crate::hypervisor::{Libvirt, LibvirtConfig};
-use crate::telemetry::Metrics;
-use crate::telemetry::metrics::now_seconds;
+use crate::telemetry::now_seconds;
 
 /// Maximum timeout of a libvirt call, whatever the daemon's is: a person waits for the command.
 const LIBVIRT_TIMEOUT: Duration = Duration::from_secs(20);
@@ -65,7 +65,7 @@ impl DoctorCommand {
                 uri: config.connect.clone(),
                 policy: config.policy.clone(),
             };
-            let metrics = Arc::new(Metrics::new());
+            let metrics = Metrics::new().hypervisor;
             let libvirt = LibvirtConfig {
                 call_deadline: config.call_deadline.min(LIBVIRT_TIMEOUT),
                 ..one_shot_libvirt_config(config)

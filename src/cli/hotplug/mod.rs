@@ -28,12 +28,13 @@ use super::api_client::{ApiClient, DaemonLookup};
 use super::output::{OutputOption, StatusLine};
 use super::{Exit, runtime};
 use crate::config::Config;
+use crate::daemon::Metrics;
 use crate::daemon::api::states;
 use crate::daemon::{hotplug, libvirt_config};
 use crate::hotplug::{HotplugRequest, Require};
 use crate::hypervisor::Libvirt;
+use crate::monitor::now;
 use crate::operation::{AskedBy, DomainName, Order, Record};
-use crate::telemetry::{Metrics, now};
 
 /// Time for the executor of --direct to stop, after the verdict.
 const GRACE: Duration = Duration::from_secs(2);
@@ -127,9 +128,9 @@ impl Submission {
                 config.socket.display()
             );
         }
-        let metrics = Arc::new(Metrics::new());
-        let libvirt = Libvirt::start(libvirt_config(config), Arc::clone(&metrics));
-        let executor = hotplug::start_executor(config, Arc::new(libvirt), &metrics, None)?;
+        let metrics = Metrics::new();
+        let libvirt = Libvirt::start(libvirt_config(config), Arc::clone(&metrics.hypervisor));
+        let executor = hotplug::start_executor(config, Arc::new(libvirt), &metrics.hotplug, None)?;
         let order = Order {
             domain: self.domain.clone(),
             request: self.request.clone(),

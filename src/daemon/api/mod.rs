@@ -40,8 +40,8 @@ use self::vcpus::VcpusBody;
 use super::listener::{self, ConnectionLimits};
 use super::socket::{LocalSocket, Peer};
 use crate::hotplug::Verdict;
+use crate::monitor::{DomainFigures, Inventory};
 use crate::operation::{AskedBy, OperationId, Record};
-use crate::telemetry::{DomainFigures, Metrics};
 
 /// The description of the API, which it serves itself.
 pub const OPENAPI: &str = include_str!("../../../docs/openapi.json");
@@ -88,7 +88,7 @@ pub struct OperationList {
 struct ApiState<O> {
     /// `None` if the configuration disables hotplug.
     operations: Option<Arc<O>>,
-    metrics: Arc<Metrics>,
+    inventory: Arc<Inventory>,
     access: Access,
 }
 
@@ -106,12 +106,12 @@ type Api<O> = State<Arc<ApiState<O>>>;
 /// Returns the routes, with their limits. Every request must carry its [`Peer`] as an extension.
 pub fn router<O: OperationService>(
     operations: Option<Arc<O>>,
-    metrics: Arc<Metrics>,
+    inventory: Arc<Inventory>,
     access: Access,
 ) -> Router {
     let shared = Arc::new(ApiState {
         operations,
-        metrics,
+        inventory,
         access,
     });
     Router::new()
@@ -207,7 +207,7 @@ async fn first_observation<O: OperationService>(
 }
 
 async fn domains<O: OperationService>(State(shared): Api<O>) -> Json<DomainList> {
-    let domains = shared.metrics.inventory.domains().to_vec();
+    let domains = shared.inventory.domains().to_vec();
     Json(DomainList { domains })
 }
 
@@ -217,7 +217,7 @@ async fn domain<O: OperationService>(
 ) -> Result<Json<DomainFigures>, ApiError> {
     let Path(name) = name?;
     let name = body::domain_name(name)?;
-    let domains = shared.metrics.inventory.domains();
+    let domains = shared.inventory.domains();
     let found = domains.iter().find(|domain| domain.name == name.as_str());
     let found =
         found.ok_or_else(|| ApiError::not_found("domain-not-found", not_running(name.as_str())))?;

@@ -24,8 +24,8 @@ use super::limits::{CALLS_PER_HANDLE, Class, HANDLE_IDLE, LATE_CALLS};
 use super::reconnect;
 use super::session::{Definitions, Session};
 use super::workers::{Permits, Workers};
+use crate::hypervisor::HypervisorMetrics;
 use crate::hypervisor::{CallError, Connection as Health};
-use crate::telemetry::Metrics;
 
 /// A connection that is opened again whenever it is lost, until this is dropped. Dropping waits
 /// for nothing: handles are closed by workers.
@@ -37,7 +37,7 @@ pub(super) struct Connection {
 /// The state of a connection, shared with its calls and with the task that reopens it.
 pub(super) struct Shared {
     pub(super) config: LibvirtConfig,
-    pub(super) metrics: Arc<Metrics>,
+    pub(super) metrics: Arc<HypervisorMetrics>,
     pub(super) workers: Workers,
     pub(super) publisher: Publisher,
     pub(super) health: watch::Sender<Health>,
@@ -101,8 +101,12 @@ pub(super) struct Call {
 
 impl Connection {
     /// Begins to connect and returns at once.
-    pub(super) fn start(config: LibvirtConfig, workers: Workers, metrics: Arc<Metrics>) -> Self {
-        metrics.hypervisor_connected.set(0);
+    pub(super) fn start(
+        config: LibvirtConfig,
+        workers: Workers,
+        metrics: Arc<HypervisorMetrics>,
+    ) -> Self {
+        metrics.connected.set(0);
         let (lost, losses) = mpsc::unbounded_channel();
         let limit = |class: Class| (class, Arc::new(Semaphore::new(class.limit())));
         let shared = Arc::new(Shared {

@@ -45,7 +45,7 @@ use std::time::Duration;
 
 use self::connection::Connection;
 pub use self::workers::Workers;
-use crate::telemetry::Metrics;
+use crate::hypervisor::HypervisorMetrics;
 
 /// Address of a libvirtd and timeouts of calls to it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -118,12 +118,16 @@ impl Libvirt {
     ///
     /// Dropping this closes the connection in the background. Workers that are inside libvirt end
     /// when libvirt returns.
-    pub fn start(config: LibvirtConfig, metrics: Arc<Metrics>) -> Self {
+    pub fn start(config: LibvirtConfig, metrics: Arc<HypervisorMetrics>) -> Self {
         Self::start_on(Workers::new(), config, metrics)
     }
 
     /// Does the same with workers that other connections use too.
-    pub fn start_on(workers: Workers, config: LibvirtConfig, metrics: Arc<Metrics>) -> Self {
+    pub fn start_on(
+        workers: Workers,
+        config: LibvirtConfig,
+        metrics: Arc<HypervisorMetrics>,
+    ) -> Self {
         Self {
             connection: Connection::start(config, workers, metrics),
         }

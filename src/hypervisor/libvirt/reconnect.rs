@@ -160,7 +160,7 @@ impl Reopening {
         shared.set_primary(generation, session);
         let uri = &shared.config.uri;
         if self.was_up {
-            shared.metrics.hypervisor_reconnects.inc();
+            shared.metrics.reconnects.inc();
             info!(uri, away = ?self.since.elapsed(), "reconnected to libvirt");
         } else {
             info!(uri, "connected to libvirt");
@@ -168,7 +168,7 @@ impl Reopening {
         (self.was_up, self.logged, self.since) = (true, false, Instant::now());
         // Events between two connections are lost.
         shared.publisher.gap();
-        shared.metrics.hypervisor_connected.set(1);
+        shared.metrics.connected.set(1);
         shared.primary.send_replace(Primary::Up(generation));
         shared.health.send_replace(Health::Up(generation));
     }
@@ -178,7 +178,7 @@ impl Reopening {
         let uri = &shared.config.uri;
         warn!(uri, reason, "connection to libvirt lost; reconnecting");
         (self.logged, self.since) = (true, Instant::now());
-        shared.metrics.hypervisor_connected.set(0);
+        shared.metrics.connected.set(0);
         shared.primary.send_replace(Primary::Opening);
         shared.health.send_replace(Health::Down);
         shared.close_handles();

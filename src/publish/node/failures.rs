@@ -51,7 +51,7 @@ impl NodePublisher {
     /// Returns the delay of the retry.
     pub(super) fn failed(&mut self, error: &ClusterError) -> Duration {
         let code = error.code();
-        self.metrics.sync_failures.with_label_values(&[code]).inc();
+        self.metrics.failures.with_label_values(&[code]).inc();
         let failures = self.failures.get_or_insert_with(|| PublishFailures {
             code: "",
             since: Instant::now(),

@@ -78,7 +78,7 @@ impl NodePublisher {
         ];
         for (action, count) in changes {
             self.metrics
-                .label_changes
+                .changes
                 .with_label_values(&[action])
                 .inc_by(count as u64);
         }
@@ -88,7 +88,7 @@ impl NodePublisher {
         ];
         for (action, count) in conflicts {
             self.metrics
-                .label_conflicts
+                .conflicts
                 .with_label_values(&[action])
                 .inc_by(count as u64);
         }

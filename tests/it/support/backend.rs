@@ -10,9 +10,9 @@ use anyhow::{Context as _, ensure};
 use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
 use tokio::time::timeout;
+use virtnode::daemon::Metrics;
 use virtnode::domain::{Job, PauseReason};
 use virtnode::hypervisor::{Connection, DomainBackend, Libvirt, LibvirtConfig};
-use virtnode::telemetry::Metrics;
 use virtnode::units::{Bytes, KiB};
 
 use super::eventually;
@@ -167,7 +167,7 @@ impl Backend for Real {
     async fn start() -> Self {
         let libvirtd = Libvirtd::start().unwrap();
         let config = LibvirtConfig::new(libvirtd.uri());
-        let control = Arc::new(Libvirt::start(config, Arc::new(Metrics::new())));
+        let control = Arc::new(Libvirt::start(config, Metrics::new().hypervisor));
         let mut listening = control.listening();
         let up = listening.wait_for(|state| matches!(state, Connection::Up(_)));
         timeout(LONG, up).await.unwrap().unwrap();

@@ -13,12 +13,12 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use virtnode::cluster::objects::Condition;
 use virtnode::cluster::{Cluster, HotplugObjects, Retry};
 use virtnode::controller::{Controller, ControllerOptions};
+use virtnode::daemon::Metrics;
 use virtnode::executor::{Executor, Listener, Options as ExecutorOptions};
 use virtnode::journal::Journal;
 use virtnode::operation::Record;
 use virtnode::publish::events::EventRecorder;
 use virtnode::publish::node_events;
-use virtnode::telemetry::Metrics;
 
 use super::eventually;
 use super::fake_domains::FakeControl;
@@ -79,7 +79,7 @@ impl HotplugNode {
         let state = TempDir::new().unwrap();
         let control = FakeControl::new();
         let metrics = Arc::new(Metrics::new());
-        let (events, writer) = EventRecorder::new(cluster.clone(), Arc::clone(&metrics));
+        let (events, writer) = EventRecorder::new(cluster.clone(), Arc::clone(&metrics.events));
         let writing = CancellationToken::new();
         tokio::spawn(writer.run(writing.clone()));
         let listener = NodeEventListener(events.clone(), cluster.clone());
@@ -107,7 +107,7 @@ impl HotplugNode {
             HotplugObjects::new(&self.cluster),
             Arc::clone(&self.executor),
             self.events.clone(),
-            Arc::clone(&self.metrics),
+            Arc::clone(&self.metrics.objects),
             options(),
         );
         self.watched = controller.condition();
@@ -148,7 +148,7 @@ impl HotplugNode {
 
     /// Returns the value of a series, named as in the exposition format.
     pub(crate) fn metric(&self, series: &str) -> f64 {
-        let text = self.metrics.encode().unwrap();
+        let text = self.metrics.registry.encode().unwrap();
         let value = text
             .lines()
             .find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));

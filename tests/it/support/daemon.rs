@@ -16,8 +16,8 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use super::eventually;
+use virtnode::hypervisor::CALLS;
 use virtnode::operation::OperationId;
-use virtnode::telemetry::metrics::CALLS;
 
 /// Timeout that only a failing test reaches.
 const LONG: Duration = Duration::from_secs(60);

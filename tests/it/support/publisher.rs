@@ -8,10 +8,10 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use virtnode::cluster::Cluster;
+use virtnode::daemon::Metrics;
 use virtnode::label::LabelSet;
 use virtnode::publish::events::EventRecorder;
 use virtnode::publish::node::{NodePublisher, NodePublisherOptions, SyncState};
-use virtnode::telemetry::metrics::Metrics;
 
 use super::eventually;
 
@@ -52,9 +52,9 @@ impl Publisher {
     ) -> Self {
         let metrics = Arc::new(Metrics::new());
         let token = CancellationToken::new();
-        let (events, writer) = EventRecorder::new(cluster.clone(), metrics.clone());
+        let (events, writer) = EventRecorder::new(cluster.clone(), metrics.events.clone());
         tokio::spawn(writer.run(token.clone()));
-        let publisher = NodePublisher::new(cluster, events, metrics.clone(), options);
+        let publisher = NodePublisher::new(cluster, events, metrics.sync.clone(), options);
         let desired = watch::Sender::new(Some(Arc::new(desired)));
         let state = publisher.state();
         let run = publisher.run(desired.subscribe(), already_published, token.clone());
@@ -87,22 +87,21 @@ impl Publisher {
     }
 
     pub(crate) fn changes(&self, action: &str) -> u64 {
-        self.metrics
-            .label_changes
-            .with_label_values(&[action])
-            .get()
+        self.metrics.sync.changes.with_label_values(&[action]).get()
     }
 
     pub(crate) fn conflicts(&self, action: &str) -> u64 {
         self.metrics
-            .label_conflicts
+            .sync
+            .conflicts
             .with_label_values(&[action])
             .get()
     }
 
     pub(crate) fn failures(&self, reason: &str) -> u64 {
         self.metrics
-            .sync_failures
+            .sync
+            .failures
             .with_label_values(&[reason])
             .get()
     }

@@ -17,11 +17,11 @@ use std::time::Duration;
 
 use tempfile::TempDir;
 use tokio::time::timeout;
+use virtnode::daemon::Metrics;
 use virtnode::executor::{AskedBy, Executor, OperationId, Options, Order, Record};
 use virtnode::hotplug::{Amount, Evidence, HotplugRequest, Require, Verdict};
 use virtnode::hypervisor::{Connection, DomainBackend, Libvirt, LibvirtConfig};
 use virtnode::journal::Journal;
-use virtnode::telemetry::Metrics;
 use virtnode::units::Bytes;
 
 use crate::support::guest::{Guest, GuestConfig, MorePossible};
@@ -118,7 +118,7 @@ impl Node {
 
 async fn start(libvirtd: &Libvirtd, state: &Path) -> Arc<Executor<Libvirt>> {
     let config = LibvirtConfig::new(libvirtd.uri());
-    let control = Arc::new(Libvirt::start(config, Arc::new(Metrics::new())));
+    let control = Arc::new(Libvirt::start(config, Metrics::new().hypervisor));
     let mut listening = control.listening();
     let up = listening.wait_for(|state| matches!(state, Connection::Up(_)));
     timeout(LONG, up).await.unwrap().unwrap();

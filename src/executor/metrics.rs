@@ -1,4 +1,4 @@
-//! The metrics of verified hotplug and its journal.
+//! Metrics of operations and of the journal.
 
 use std::cmp::Ordering;
 use std::collections::HashMap;
@@ -6,35 +6,18 @@ use std::sync::{Mutex, PoisonError};
 
 use prometheus::{Gauge, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec};
 
-use super::metrics::Registrar;
 use crate::hotplug::{Amount, Evidence, ResourceKind, Source, Verdict};
 use crate::operation::{OperationId, Record, State};
+use crate::telemetry::MetricRegistry;
 use crate::units::Timestamp;
 
-/// What is done to it, as in the label `action`: more, less, as much as before, and not known
-/// since the domain could not be looked at.
-pub const ACTIONS: [&str; 4] = ["plug", "unplug", "keep", "unknown"];
+/// Values of the label `action`. The action is unknown if the domain was never observed.
+const ACTIONS: [&str; 4] = ["plug", "unplug", "keep", "unknown"];
 
-/// The parts of an operation's time: until the hypervisor had done its part, and from then until
-/// the verdict.
-pub const PHASES: [&str; 2] = ["execute", "verify"];
+/// Phases of an operation: until the hypervisor has done its part, and from then to the verdict.
+const PHASES: [&str; 2] = ["execute", "verify"];
 
-/// The calls to the API server about DomainHotplug objects, as in the label `call`.
-pub const OBJECT_CALLS: [&str; 4] = ["watch", "status", "own", "delete"];
-
-/// Why they fail, as in the label `reason`.
-pub const OBJECT_FAILURES: [&str; 7] = [
-    "api-unreachable",
-    "api-timeout",
-    "api-forbidden",
-    "api-not-found",
-    "api-node-not-found",
-    "api-rejected",
-    "api-conflict",
-];
-
-/// What is done by going from what there was to what is asked for.
-pub fn action(before: Option<Amount>, requested: Amount) -> &'static str {
+fn action(before: Option<Amount>, requested: Amount) -> &'static str {
     match before.and_then(|before| requested.compare(before)) {
         None => "unknown",
         Some(Ordering::Greater) => "plug",
@@ -43,7 +26,6 @@ pub fn action(before: Option<Amount>, requested: Amount) -> &'static str {
     }
 }
 
-/// The metrics of verified hotplug.
 pub struct HotplugMetrics {
     requests: IntCounterVec,
     results: IntCounterVec,
@@ -53,77 +35,57 @@ pub struct HotplugMetrics {
     deadline: Gauge,
     journal: IntGaugeVec,
     journal_failures: IntCounter,
-    objects_watched: IntGauge,
-    object_calls: IntCounterVec,
-    object_failures: IntCounterVec,
     open: Mutex<HashMap<OperationId, Open>>,
 }
 
 /// An operation without a verdict.
 struct Open {
     asked: Timestamp,
-    /// By when it is to have one.
     deadline: Timestamp,
-    /// Whether it is among the requests: what it does is known only after a look at the domain.
+    /// Counted as a request, which is possible once the domain was observed.
     counted: bool,
 }
 
 impl HotplugMetrics {
-    pub(super) fn register(new: &Registrar<'_>) -> Result<Self, prometheus::Error> {
+    pub fn register(registry: &MetricRegistry) -> Self {
         let metrics = Self {
-            requests: new.counters(
+            requests: registry.counters(
                 "virtnode_hotplug_requests_total",
-                "Operations that were asked for, counted as soon as it is known what they do.",
+                "Operations submitted, counted once their action is known.",
                 &["resource", "action"],
-            )?,
-            results: new.counters(
+            ),
+            results: registry.counters(
                 "virtnode_hotplug_results_total",
-                "Operations that ended, by verdict. A verdict that changes later is counted once, \
-                 as it was first.",
+                "Operations that ended, by their first verdict: a correction is not counted.",
                 &["resource", "action", "verdict"],
-            )?,
-            duration: new.histograms(
+            ),
+            duration: registry.histograms(
                 "virtnode_hotplug_duration_seconds",
-                "Time until the hypervisor had done its part (execute), and from then until the \
+                "Time until the hypervisor has done its part (execute), and from then until the \
                  verdict (verify).",
                 &["resource", "action", "phase"],
-            )?,
-            in_progress: new.gauge(
+            ),
+            in_progress: registry.gauge(
                 "virtnode_hotplug_in_progress",
-                "Operations without a verdict, those that wait for another included.",
-            )?,
-            oldest: new.float_gauge(
+                "Operations without a verdict, including those that wait for another operation.",
+            ),
+            oldest: registry.float_gauge(
                 "virtnode_hotplug_oldest_in_progress_timestamp_seconds",
-                "When the oldest operation without a verdict was asked for; 0 if there is none.",
-            )?,
-            deadline: new.float_gauge(
+                "When the oldest operation without a verdict was submitted; 0 if there is none.",
+            ),
+            deadline: registry.float_gauge(
                 "virtnode_hotplug_earliest_deadline_timestamp_seconds",
                 "The earliest deadline of the operations without a verdict; 0 if there is none.",
-            )?,
-            journal: new.gauges(
+            ),
+            journal: registry.gauges(
                 "virtnode_journal_records",
-                "Records in the journal, by how far the operation is.",
+                "Records in the journal, by state of the operation.",
                 &["state"],
-            )?,
-            journal_failures: new.counter(
+            ),
+            journal_failures: registry.counter(
                 "virtnode_journal_write_failures_total",
-                "Times that the journal could not be written.",
-            )?,
-            objects_watched: new.gauge(
-                "virtnode_hotplug_objects_watched",
-                "1 while the DomainHotplug objects of this node are watched.",
-            )?,
-            object_calls: new.counters(
-                "virtnode_hotplug_object_calls_total",
-                "Calls to the API server to say something of a DomainHotplug object, to own it or to \
-                 delete it.",
-                &["call"],
-            )?,
-            object_failures: new.counters(
-                "virtnode_hotplug_object_call_failures_total",
-                "Calls about DomainHotplug objects that failed, and failures of their watch.",
-                &["call", "reason"],
-            )?,
+                "Failed writes to the journal.",
+            ),
             open: Mutex::default(),
         };
         for resource in ResourceKind::ALL.map(ResourceKind::as_str) {
@@ -144,18 +106,10 @@ impl HotplugMetrics {
         for state in STATES.map(State::as_str) {
             metrics.journal.with_label_values(&[state]);
         }
-        for call in OBJECT_CALLS {
-            if call != "watch" {
-                metrics.object_calls.with_label_values(&[call]);
-            }
-            for reason in OBJECT_FAILURES {
-                metrics.object_failures.with_label_values(&[call, reason]);
-            }
-        }
-        Ok(metrics)
+        metrics
     }
 
-    /// An operation was asked for, began, got its verdict, or had it put right.
+    /// Counts a change of an operation.
     pub fn changed(&self, record: &Record) {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         match record.state {
@@ -217,32 +171,14 @@ impl HotplugMetrics {
         }
     }
 
-    /// The journal could not be written.
     pub fn journal_failed(&self) {
         self.journal_failures.inc();
     }
 
-    /// Whether the DomainHotplug objects of this node are watched.
-    pub fn objects_watched(&self, watched: bool) {
-        self.objects_watched.set(watched.into());
-    }
-
-    /// A call about a DomainHotplug object is made: one of [`OBJECT_CALLS`].
-    pub fn object_call(&self, call: &'static str) {
-        self.object_calls.with_label_values(&[call]).inc();
-    }
-
-    /// A call about DomainHotplug objects failed, for one of [`OBJECT_FAILURES`].
-    pub fn object_call_failed(&self, call: &'static str, reason: &'static str) {
-        self.object_failures
-            .with_label_values(&[call, reason])
-            .inc();
-    }
-
-    /// What the journal holds: how far each record's operation is.
-    pub fn journal_holds(&self, records: impl IntoIterator<Item = State>) {
+    /// Sets the number of journal records by state.
+    pub fn set_journal(&self, states: impl IntoIterator<Item = State>) {
         let mut counts = STATES.map(|_| 0);
-        for state in records {
+        for state in states {
             for (count, each) in counts.iter_mut().zip(STATES) {
                 *count += i64::from(each == state);
             }
@@ -253,15 +189,14 @@ impl HotplugMetrics {
     }
 }
 
-/// Every state of a record.
 const STATES: [State; 3] = [State::Queued, State::Running, State::Done];
 
 #[expect(
     clippy::cast_precision_loss,
     reason = "milliseconds since 1970 are exact in a float"
 )]
-fn seconds(moment: Timestamp) -> f64 {
-    moment.as_millis() as f64 / 1000.0
+fn seconds(timestamp: Timestamp) -> f64 {
+    timestamp.as_millis() as f64 / 1000.0
 }
 
 #[cfg(test)]
@@ -271,7 +206,6 @@ mod tests {
     use super::*;
     use crate::hotplug::{HotplugRequest, Require};
     use crate::operation::{AskedBy, Order};
-    use crate::telemetry::Metrics;
     use crate::units::Bytes;
 
     fn vcpus(vcpus: u32) -> Amount {
@@ -282,8 +216,10 @@ mod tests {
     }
 
     #[test]
-    fn every_series_is_there_from_the_start() {
-        let text = Metrics::new().encode().unwrap();
+    fn every_series_starts_at_zero() {
+        let registry = MetricRegistry::new();
+        HotplugMetrics::register(&registry);
+        let text = registry.encode().unwrap();
         for line in [
             "virtnode_hotplug_requests_total{action=\"plug\",resource=\"vcpus\"} 0",
             "virtnode_hotplug_results_total{action=\"unplug\",resource=\"memory\",verdict=\"GuestRefused\"} 0",
@@ -297,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_done_follows_from_what_there_was() {
+    fn action_is_derived_from_the_amount_before() {
         assert_eq!(action(Some(vcpus(1)), vcpus(3)), "plug");
         assert_eq!(action(Some(vcpus(3)), vcpus(1)), "unplug");
         assert_eq!(action(Some(vcpus(3)), vcpus(3)), "keep");
@@ -327,22 +263,23 @@ mod tests {
     }
 
     #[test]
-    fn an_operation_is_counted_once_as_what_it_does() {
-        let metrics = Metrics::new();
+    fn operation_is_counted_once_under_its_action() {
+        let registry = MetricRegistry::new();
+        let metrics = HotplugMetrics::register(&registry);
         let holds = |line: &str| {
-            let text = metrics.encode().unwrap();
+            let text = registry.encode().unwrap();
             assert!(text.lines().any(|have| have == line), "{line} in\n{text}");
         };
         let (mut first, second) = (record(2500), record(3000));
-        metrics.hotplug.changed(&first);
-        metrics.hotplug.changed(&second);
+        metrics.changed(&first);
+        metrics.changed(&second);
         holds("virtnode_hotplug_in_progress 2");
         holds("virtnode_hotplug_oldest_in_progress_timestamp_seconds 2.5");
         holds("virtnode_hotplug_earliest_deadline_timestamp_seconds 62.5");
         first.state = State::Running;
-        metrics.hotplug.changed(&first);
+        metrics.changed(&first);
         first.before = Some(vcpus(1));
-        metrics.hotplug.changed(&first);
+        metrics.changed(&first);
         first.evidence.push(Evidence {
             source: Source::HypervisorCall,
             detail: "returned".into(),
@@ -353,13 +290,13 @@ mod tests {
             "nothing",
             Timestamp::from_millis(4600),
         );
-        metrics.hotplug.changed(&first);
+        metrics.changed(&first);
         holds("virtnode_hotplug_in_progress 1");
         holds("virtnode_hotplug_oldest_in_progress_timestamp_seconds 3");
         holds("virtnode_hotplug_earliest_deadline_timestamp_seconds 63");
         first.verdict = Some(Verdict::Verified);
         first.corrected = Some(Timestamp::from_millis(9000));
-        metrics.hotplug.changed(&first);
+        metrics.changed(&first);
         holds("virtnode_hotplug_requests_total{action=\"plug\",resource=\"vcpus\"} 1");
         holds(
             "virtnode_hotplug_results_total{action=\"plug\",resource=\"vcpus\",verdict=\"GuestSilent\"} 1",
@@ -373,7 +310,7 @@ mod tests {
         holds(
             "virtnode_hotplug_duration_seconds_sum{action=\"plug\",phase=\"verify\",resource=\"vcpus\"} 2",
         );
-        metrics.hotplug.journal_holds([State::Done, State::Queued]);
+        metrics.set_journal([State::Done, State::Queued]);
         holds("virtnode_journal_records{state=\"done\"} 1");
     }
 }

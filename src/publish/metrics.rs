@@ -1,0 +1,134 @@
+//! Metrics of publishing: labels, the NodeVirtualization and events.
+
+use prometheus::{Gauge, IntCounter, IntCounterVec};
+
+use crate::telemetry::MetricRegistry;
+
+/// Reasons for which labels were not published.
+pub const SYNC_FAILURES: [&str; 8] = [
+    "file",
+    "too-large",
+    "api-unreachable",
+    "api-timeout",
+    "api-forbidden",
+    "api-node-not-found",
+    "api-rejected",
+    "api-conflict",
+];
+
+const EVENT_DROPS: [&str; 3] = ["queue-full", "api-unreachable", "rejected"];
+
+const VIRTUALIZATION_FAILURES: [&str; 7] = [
+    "api-unreachable",
+    "api-timeout",
+    "api-forbidden",
+    "api-node-not-found",
+    "api-not-found",
+    "api-rejected",
+    "api-conflict",
+];
+
+/// Metrics of publishing labels, to a file or on the Node.
+pub struct SyncMetrics {
+    pub attempts: IntCounter,
+    pub failures: IntCounterVec,
+    pub last_success: Gauge,
+    pub changes: IntCounterVec,
+    pub conflicts: IntCounterVec,
+}
+
+impl SyncMetrics {
+    pub fn register(registry: &MetricRegistry) -> Self {
+        let metrics = Self {
+            attempts: registry.counter(
+                "virtnode_label_sync_attempts_total",
+                "Attempts to bring the published labels up to date.",
+            ),
+            failures: registry.counters(
+                "virtnode_label_sync_failures_total",
+                "Attempts to bring the published labels up to date that failed.",
+                &["reason"],
+            ),
+            last_success: registry.float_gauge(
+                "virtnode_label_sync_last_success_timestamp_seconds",
+                "When the published labels were last known to be up to date; 0 before the first \
+                 time.",
+            ),
+            changes: registry.counters(
+                "virtnode_label_changes_total",
+                "Published labels that were added, changed, removed, or restored after another \
+                 client changed them.",
+                &["action"],
+            ),
+            conflicts: registry.counters(
+                "virtnode_label_conflicts_total",
+                "Labels that another field manager owns with a different value: dropped, or taken \
+                 over if the configuration says so.",
+                &["action"],
+            ),
+        };
+        for reason in SYNC_FAILURES {
+            metrics.failures.with_label_values(&[reason]);
+        }
+        for action in ["added", "changed", "removed", "repaired"] {
+            metrics.changes.with_label_values(&[action]);
+        }
+        for action in ["dropped", "forced"] {
+            metrics.conflicts.with_label_values(&[action]);
+        }
+        metrics
+    }
+}
+
+/// Metrics of publishing the NodeVirtualization.
+pub struct VirtualizationMetrics {
+    pub attempts: IntCounter,
+    pub failures: IntCounterVec,
+}
+
+impl VirtualizationMetrics {
+    pub fn register(registry: &MetricRegistry) -> Self {
+        let metrics = Self {
+            attempts: registry.counter(
+                "virtnode_virtualization_sync_attempts_total",
+                "Attempts to bring the NodeVirtualization up to date.",
+            ),
+            failures: registry.counters(
+                "virtnode_virtualization_sync_failures_total",
+                "Attempts to bring the NodeVirtualization up to date that failed.",
+                &["reason"],
+            ),
+        };
+        for reason in VIRTUALIZATION_FAILURES {
+            metrics.failures.with_label_values(&[reason]);
+        }
+        metrics
+    }
+}
+
+/// Metrics of Kubernetes events.
+pub struct EventMetrics {
+    pub written: IntCounter,
+    pub dropped: IntCounterVec,
+}
+
+impl EventMetrics {
+    pub fn register(registry: &MetricRegistry) -> Self {
+        let metrics = Self {
+            written: registry.counter(
+                "virtnode_events_total",
+                "Kubernetes events written, including repeats of one event.",
+            ),
+            dropped: registry.counters(
+                "virtnode_events_dropped_total",
+                "Kubernetes events dropped because the queue was full, the API server was \
+                 unreachable for too long, or it rejected them.",
+                &["reason"],
+            ),
+        };
+        for reason in EVENT_DROPS {
+            metrics.dropped.with_label_values(&[reason]);
+        }
+        metrics
+    }
+}
