@@ -3,7 +3,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::ResourceKind;
+use super::kind::ResourceKind;
 use crate::units::Bytes;
 
 /// An amount of a resource that a domain has, or that is requested.

@@ -45,6 +45,7 @@ mod event;
 mod evidence;
 mod history;
 mod infeasible;
+mod kind;
 mod lifecycle;
 #[cfg(test)]
 mod lifecycle_tests;
@@ -73,18 +74,49 @@ pub use event::{AcpiAnswer, Event, NotAnEvent, Ost, SlotKind};
 pub use evidence::{Evidence, Source};
 pub use history::{Call, Contact, History, Return};
 pub use infeasible::Infeasible;
+pub use kind::{ResourceKind, Wanted};
 pub use observation::{Agent, GuestVcpus, Host, Observation};
 pub use outcome::{Diagnosis, Outcome, Step};
 pub use plan::{Action, Plan, Preflight, Rejection};
 pub use request::{HotplugRequest, Patience, Require, Terms};
-pub use resource::{ResourceKind, Wanted};
 pub use verdict::Verdict;
 
+use memory::MemoryResource;
 use outcome::{Conclusion, Ruling};
-use resource::resource;
+use resource::Resource;
+use vcpus::VcpuResource;
 
 use crate::domain::PauseReason;
 use crate::units::Timestamp;
+
+/// Returns the resource of a request: the only match on its kind.
+fn resource_of(request: &HotplugRequest) -> Box<dyn Resource> {
+    match *request {
+        HotplugRequest::Vcpus { count, online } => Box::new(VcpuResource { count, online }),
+        HotplugRequest::Memory { size } => Box::new(MemoryResource { size }),
+    }
+}
+
+impl HotplugRequest {
+    pub fn kind(&self) -> ResourceKind {
+        resource_of(self).kind()
+    }
+
+    /// Returns the requested amount.
+    pub fn amount(&self) -> Amount {
+        resource_of(self).requested()
+    }
+
+    /// Returns the amount of the requested resource that the domain has.
+    pub fn amount_of(&self, seen: &Observation) -> Amount {
+        resource_of(self).amount(seen)
+    }
+
+    /// Returns the evidence that costs calls of its own.
+    pub fn wanted(&self) -> Wanted {
+        resource_of(self).wanted()
+    }
+}
 
 /// Plans a request for the domain as it is observed.
 ///
@@ -96,7 +128,7 @@ pub fn preflight(request: &HotplugRequest, seen: &Observation, host: &Host) -> P
     if !state.is_active() {
         return not_running();
     }
-    let plan = match resource(request).preflight(seen, host) {
+    let plan = match resource_of(request).preflight(seen, host) {
         Ok(plan) => plan,
         Err(limit) => return Preflight::Rejected(limit.into()),
     };
@@ -131,7 +163,7 @@ pub fn judge(history: &History, now: Timestamp) -> Step {
             format!("the deadline passed while waiting for {awaiting}"),
         ),
     };
-    let resource = resource(&history.request);
+    let resource = resource_of(&history.request);
     Step::Done(Box::new(Outcome {
         verdict: finding.verdict,
         message: finding.message,
@@ -147,14 +179,14 @@ pub fn judge(history: &History, now: Timestamp) -> Step {
 /// Returns the call to make after the verdict of an operation that is still followed: only one
 /// that makes libvirt agree with what the guest and QEMU are known to have done.
 pub fn settle(history: &History) -> Option<Action> {
-    resource(&history.request).settle(history)
+    resource_of(&history.request).settle(history)
 }
 
 fn rule(history: &History, now: Timestamp) -> Ruling {
     if let Some(end) = lifecycle::ended(history) {
         return Ruling::Conclude(end);
     }
-    let resource = resource(&history.request);
+    let resource = resource_of(&history.request);
     if let Some(ruling) = lifecycle::after_call(history, now, resource.is_reached(history)) {
         return ruling;
     }

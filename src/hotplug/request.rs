@@ -6,8 +6,6 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::resource::{ResourceKind, Wanted, resource};
-use super::{Amount, Observation};
 use crate::units::{Bytes, ParseError, Timestamp};
 
 /// The target for one resource of one domain. Always a total, so repeating a request does no harm.
@@ -23,27 +21,6 @@ pub enum HotplugRequest {
     },
     /// A total amount of memory: boot memory and memory devices.
     Memory { size: Bytes },
-}
-
-impl HotplugRequest {
-    pub fn kind(&self) -> ResourceKind {
-        resource(self).kind()
-    }
-
-    /// Returns the requested amount.
-    pub fn amount(&self) -> Amount {
-        resource(self).requested()
-    }
-
-    /// Returns the amount of the requested resource that the domain has.
-    pub fn amount_of(&self, seen: &Observation) -> Amount {
-        resource(self).amount(seen)
-    }
-
-    /// Returns the evidence that costs calls of its own.
-    pub fn wanted(&self) -> Wanted {
-        resource(self).wanted()
-    }
 }
 
 /// The level of proof that `Verified` requires, in rising order.

@@ -6,8 +6,9 @@ mod preflight;
 mod timeline;
 mod verdict;
 
+use super::kind::{ResourceKind, Wanted};
 use super::outcome::Ruling;
-use super::resource::{Resource, ResourceKind, Wanted};
+use super::resource::Resource;
 use super::{Action, Amount, Evidence, History, Host, Infeasible, Observation, Plan};
 use crate::units::Timestamp;
 
