@@ -131,26 +131,40 @@ fn domain(reference: DomainReference) -> Result<DomainName, ObjectError> {
         .map_err(|error| invalid(format!("spec.domain.{field}: {error}")))
 }
 
+/// Returns the only requested change. Each kind of resource is one field of the spec and one entry.
 fn request(
     vcpus: Option<VcpusTarget>,
     memory: Option<MemoryTarget>,
 ) -> Result<HotplugRequest, ObjectError> {
-    match (vcpus, memory) {
-        (Some(VcpusTarget { count: 0, .. }), None) => Err(invalid(
-            "spec.vcpus.count is 0: a domain has at least one vCPU",
+    let requests = [vcpus.map(vcpus_request), memory.map(memory_request)];
+    let mut requests = requests.into_iter().flatten();
+    match (requests.next(), requests.next()) {
+        (Some(request), None) => request,
+        (None, _) => Err(invalid(
+            "spec has no resource: exactly one of vcpus and memory must be given",
         )),
-        (Some(VcpusTarget { count, online }), None) => Ok(HotplugRequest::Vcpus { count, online }),
-        (None, Some(MemoryTarget { size })) => match size.parse::<Bytes>() {
-            Ok(Bytes::ZERO) => Err(invalid("spec.memory.size is 0: a domain has some memory")),
-            Ok(size) => Ok(HotplugRequest::Memory { size }),
-            Err(error) => Err(invalid(format!("spec.memory.size: {error}"))),
-        },
         (Some(_), Some(_)) => Err(invalid(
-            "spec has both vcpus and memory: exactly one must be given, one object for each",
+            "spec has several resources: exactly one of vcpus and memory must be given, one object for \
+             each",
         )),
-        (None, None) => Err(invalid(
-            "spec has neither vcpus nor memory: exactly one must be given",
-        )),
+    }
+}
+
+fn vcpus_request(target: VcpusTarget) -> Result<HotplugRequest, ObjectError> {
+    let VcpusTarget { count, online } = target;
+    if count == 0 {
+        return Err(invalid(
+            "spec.vcpus.count is 0: a domain has at least one vCPU",
+        ));
+    }
+    Ok(HotplugRequest::Vcpus { count, online })
+}
+
+fn memory_request(target: MemoryTarget) -> Result<HotplugRequest, ObjectError> {
+    match target.size.parse() {
+        Ok(Bytes::ZERO) => Err(invalid("spec.memory.size is 0: a domain has some memory")),
+        Ok(size) => Ok(HotplugRequest::Memory { size }),
+        Err(error) => Err(invalid(format!("spec.memory.size: {error}"))),
     }
 }
 
@@ -215,8 +229,8 @@ mod tests {
     }
 
     #[rstest]
-    #[case::none(|spec: &mut Value| spec["vcpus"] = Value::Null, "neither vcpus nor memory")]
-    #[case::two(|spec: &mut Value| spec["memory"] = json!({"size": "2Gi"}), "both vcpus and memory")]
+    #[case::none(|spec: &mut Value| spec["vcpus"] = Value::Null, "no resource: exactly one of vcpus and memory")]
+    #[case::two(|spec: &mut Value| spec["memory"] = json!({"size": "2Gi"}), "several resources: exactly one of vcpus and memory")]
     #[case::zero(|spec: &mut Value| spec["vcpus"]["count"] = 0.into(), "count is 0")]
     #[case::negative(|spec: &mut Value| spec["vcpus"]["count"] = (-1).into(), "-1")]
     #[case::huge(|spec: &mut Value| spec["vcpus"]["count"] = 5_000_000_000_u64.into(), "5000000000")]

@@ -239,8 +239,8 @@ async fn hanging_queued_and_partial_operations_yield_their_verdicts() -> anyhow:
 }
 
 #[rstest]
-#[case::two(|spec: &mut Value| spec["memory"] = json!({"size": "2Gi"}), "both vcpus and memory")]
-#[case::none(|spec: &mut Value| spec["vcpus"] = Value::Null, "neither vcpus nor memory")]
+#[case::two(|spec: &mut Value| spec["memory"] = json!({"size": "2Gi"}), "several resources: exactly one of vcpus and memory")]
+#[case::none(|spec: &mut Value| spec["vcpus"] = Value::Null, "no resource: exactly one of vcpus and memory")]
 #[case::zero(|spec: &mut Value| spec["vcpus"]["count"] = 0.into(), "count is 0")]
 #[case::newer(|spec: &mut Value| spec["attach"] = json!({"disk": {}}), "unknown field `attach`")]
 #[case::nothing(|spec: &mut Value| *spec = Value::Null, "cannot parse the spec")]
