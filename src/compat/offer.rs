@@ -98,9 +98,10 @@ impl Offer {
         offer
     }
 
-    /// True if the hypervisor supports a CPU feature; `None` if that is unknown. Without a complete
-    /// list, the documents still tell about some: a feature that the host model adds is supported,
-    /// and a feature that blocks a named model is not.
+    /// True if the hypervisor supports a CPU feature; `None` if that is unknown.
+    ///
+    /// Without a complete list, the documents still imply some features: one that the host model
+    /// adds is supported, and one that blocks a named model is not.
     pub fn gives(&self, feature: &str) -> Option<bool> {
         if let Some(all) = &self.cpu_features {
             return Some(all.contains(feature));

@@ -1,6 +1,6 @@
 //! The one reader of domain XML, and the model that it fills.
 //!
-//! [`DomainDefinition`] holds every element that some part of the program needs. Nobody works on it
+//! [`DomainDefinition`] holds every element that some part of the program needs. No part uses it
 //! directly; each consumer takes a view of it:
 //!
 //! ```text

@@ -219,7 +219,7 @@ impl DeviceDefinitions {
         Ok(())
     }
 
-    /// Records what the device's start tag tells.
+    /// Records the properties in the device's start tag.
     fn count(&mut self, element: &Element<'_>) -> Result<(), ElementError> {
         let model = element.attribute("model")?;
         let is_none = model.as_deref() == Some("none");
