@@ -30,7 +30,7 @@ pub(super) struct OfflineDocuments {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     kvm_max_vcpus: Option<u32>,
 
-    /// How domains get extended interrupt mode: auto, explicit or none
+    /// Extended interrupt mode (EIM) of domains: auto, explicit or none
     #[arg(long, value_name = "MODE", value_parser = Eim::from_str)]
     eim: Option<Eim>,
 

@@ -34,10 +34,10 @@ impl fmt::Display for CloseReason {
     }
 }
 
-/// What is called when a connection ends.
+/// Callback for the end of a connection.
 type OnClose = Box<dyn Fn(CloseReason) + Send + Sync>;
 
-/// A connection whose end is told: libvirt's close callback, registered for as long as this lives.
+/// A connection with libvirt's close callback, registered until this is dropped.
 ///
 /// libvirt keeps a reference to a connection that has a callback, so the callback is taken off
 /// before the connection is closed. Both may ask libvirtd and so may block.
@@ -75,7 +75,7 @@ impl Watched {
         Err((connect, error))
     }
 
-    /// A connection whose end cannot be told, for drivers that know none.
+    /// A connection without a close callback, for drivers that do not support one.
     pub fn unwatched(connect: Connect) -> Self {
         Self(connect)
     }
@@ -158,7 +158,7 @@ pub fn baseline_hypervisor_cpu(
     let copy = unsafe { std::ffi::CStr::from_ptr(answer) }
         .to_string_lossy()
         .into_owned();
-    // SAFETY: it was allocated by malloc, and nothing refers to it any more.
+    // SAFETY: it was allocated by malloc, and nothing refers to it from here on.
     unsafe { libc::free(answer.cast()) };
     Ok(copy)
 }

@@ -40,7 +40,7 @@ pub enum Value {
     Flag(bool),
     /// A text.
     Text(String),
-    /// Of a kind newer than this list.
+    /// A type newer than this list.
     Unknown,
 }
 

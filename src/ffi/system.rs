@@ -1,4 +1,4 @@
-//! What is asked of the kernel and of the C library: nothing of libvirt's.
+//! Calls to the kernel and the C library, independent of libvirt.
 
 use std::ffi::c_int;
 use std::io::{self, Write, stdout};
@@ -62,8 +62,8 @@ pub fn peer_groups(socket: BorrowedFd<'_>) -> io::Result<Vec<u32>> {
     let mut groups: Vec<libc::gid_t> = vec![0; 32];
     loop {
         let mut bytes = libc::socklen_t::try_from(size_of_val(&groups[..])).unwrap_or(0);
-        // SAFETY: the socket is open; the kernel writes at most as many bytes as it is told that
-        // there are, and says how many there were.
+        // SAFETY: the socket is open; the kernel writes at most `bytes` bytes and returns
+        // their number.
         let result = unsafe {
             libc::getsockopt(
                 socket.as_raw_fd(),
@@ -87,7 +87,7 @@ pub fn peer_groups(socket: BorrowedFd<'_>) -> io::Result<Vec<u32>> {
     }
 }
 
-/// Has the allocator keep little, for a process that lives long and is mostly at rest.
+/// Tunes malloc for a long-lived, mostly idle process.
 ///
 /// One arena for all threads: those of libvirt's calls wait far more than they allocate, and an
 /// arena each is memory that only they can use again. And what a probe needed for a moment goes
@@ -113,7 +113,7 @@ pub fn keep_little_memory() {
 pub fn leave(status: u8) -> ! {
     // A closed pipe is the reader's wish.
     let _closed = stdout().flush();
-    // SAFETY: it does not return, and runs nothing of this process any more.
+    // SAFETY: it does not return and runs no destructor.
     unsafe { libc::_exit(status.into()) }
 }
 

@@ -88,7 +88,7 @@ pub(super) fn after_call(history: &History, now: Timestamp, done: bool) -> Optio
 /// Returns the last call and libvirt's text if that call repeated an unplug that had timed out, and
 /// failed for another reason.
 ///
-/// libvirt 9.0 cannot be told that QEMU has removed a vCPU: it asks QEMU to remove it, QEMU has no
+/// libvirt 9.0 cannot be informed that QEMU has removed a vCPU: it asks QEMU to remove it, QEMU has no
 /// such device, and libvirt fails without a cause (measured). libvirt 11.3 succeeds.
 pub(super) fn repeated_unplug_error(history: &History) -> Option<(&Call, &str)> {
     let (last, earlier) = history.calls().split_last()?;

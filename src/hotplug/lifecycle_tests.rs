@@ -300,14 +300,14 @@ fn lost_agent_call_is_repeated() {
     world.repeat_call(0);
     let before = world.made.len();
     world.run_until(&mut history, |step| matches!(step, Step::Call(_)));
-    let Step::Call(told) = judge(&history, world.now) else {
+    let Step::Call(call) = judge(&history, world.now) else {
         panic!();
     };
-    history.called(world.now, told.clone());
+    history.called(world.now, call.clone());
     history.lost(world.now);
     let outcome = world.run(&mut history);
     assert_eq!(outcome.verdict, Verdict::Verified, "{}", outcome.message);
-    assert_eq!(world.made[before..], [told]);
+    assert_eq!(world.made[before..], [call]);
 }
 
 /// At the deadline libvirt may be about to carry out the lost call.

@@ -39,8 +39,8 @@ impl Timeline {
             timeline.add(Source::HypervisorCall, at, format!("{what}: {how}"));
         }
         for (at, event) in history.all_events() {
-            let told = lifecycle(event).map(|detail| (Source::Lifecycle, detail));
-            if let Some((source, detail)) = told.or_else(|| describe_event(event)) {
+            let entry = lifecycle(event).map(|detail| (Source::Lifecycle, detail));
+            if let Some((source, detail)) = entry.or_else(|| describe_event(event)) {
                 timeline.add(source, at, detail);
             }
         }

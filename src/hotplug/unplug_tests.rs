@@ -12,7 +12,7 @@ fn timed_out_unplug_that_guest_did_is_verified() {
     assert_eq!(
         world.made.len(),
         2,
-        "libvirt is told again: {:?}",
+        "the call to libvirt is repeated: {:?}",
         world.made
     );
     assert!(
@@ -214,7 +214,7 @@ fn vcpu_released_after_verdict_needs_another_call() {
     let action = settle(&history).unwrap();
     let mut meanwhile = history.clone();
     history.called(world.now, action);
-    assert_eq!(settle(&history), None, "it is being told");
+    assert_eq!(settle(&history), None, "the call is in progress");
     world.repeat_call(made - 1);
     let outcome = world.judge_later(&mut history, ms(6000));
     assert_eq!(outcome.verdict, Verdict::Verified);

@@ -120,9 +120,10 @@ async fn a_name_is_only_a_name_wherever_it_is_read() -> anyhow::Result<()> {
     for name in &names {
         let path = format!("/v1/domains/{}", percent_encoded(name));
         // A line break is in no name that is asked for: such a domain has its UUID.
-        match name.contains(BREAKS) {
-            true => assert!(daemon.api("GET", &path, "").is_err()),
-            false => assert_eq!(daemon.api("GET", &path, "")?["name"], *name),
+        if name.contains(BREAKS) {
+            assert!(daemon.api("GET", &path, "").is_err())
+        } else {
+            assert_eq!(daemon.api("GET", &path, "")?["name"], *name)
         }
     }
 

@@ -96,8 +96,8 @@ const OVERHEAD: u64 = 40;
 fn total(history: &History, target: Bytes, reached: Option<Timestamp>) -> GuestTotal {
     let seen = history.latest();
     let period = seen.domain.balloon.stats_period;
-    let told = seen.stats.as_ref().map(|stats| stats.balloon);
-    let (Some(now), Some(balloon), Some(_)) = (seen.guest_total(), told, period) else {
+    let reported = seen.stats.as_ref().map(|stats| stats.balloon);
+    let (Some(now), Some(balloon), Some(_)) = (seen.guest_total(), reported, period) else {
         // A balloon driver that reported before will report again.
         return match history.before.guest_total().and(period) {
             Some(_) => GuestTotal::Stale,

@@ -68,7 +68,7 @@ fn list(ids: &IdSet) -> String {
 /// Returns the run times of new vCPUs at their first and last observation.
 fn first_and_last_times(history: &History) -> Vec<(Timestamp, String)> {
     let before = history.before.domain.vcpus.plugged_ids();
-    let mut told: Vec<(Timestamp, String)> = Vec::new();
+    let mut entries: Vec<(Timestamp, String)> = Vec::new();
     for seen in history.since_epoch() {
         let added = seen.domain.vcpus.plugged_ids().without(&before);
         let Some(stats) = seen.stats.as_ref().filter(|_| !added.is_empty()) else {
@@ -80,14 +80,14 @@ fn first_and_last_times(history: &History) -> Vec<(Timestamp, String)> {
             .map(|(id, time)| format!("vcpu{id} ran {} ms", time / 1_000_000))
             .collect();
         if !times.is_empty() {
-            told.push((seen.at, times.join(", ")));
+            entries.push((seen.at, times.join(", ")));
         }
     }
-    match told.len() {
-        0..=2 => told,
+    match entries.len() {
+        0..=2 => entries,
         _ => {
-            let last = told.pop();
-            told.drain(..1).chain(last).collect()
+            let last = entries.pop();
+            entries.drain(..1).chain(last).collect()
         }
     }
 }

@@ -55,9 +55,10 @@ pub(crate) fn generate(seed: u64) -> String {
         3..7 => rng.u32(1..=maximum.min(4)),
         _ => maximum + rng.u32(0..2),
     };
-    let (memory, devices) = match bare {
-        true => ("<memory unit='MiB'>64</memory>".to_owned(), String::new()),
-        false => memory(rng),
+    let (memory, devices) = if bare {
+        ("<memory unit='MiB'>64</memory>".to_owned(), String::new())
+    } else {
+        memory(rng)
     };
     let mut features = String::new();
     if rng.u8(..3) > 0 {
@@ -73,9 +74,10 @@ pub(crate) fn generate(seed: u64) -> String {
             "<ioapic driver='kvm'/>",
         ],
     ));
-    let declined = match bare && rng.u8(..4) > 0 {
-        true => "<controller type='usb' model='none'/><memballoon model='none'/>",
-        false => "",
+    let declined = if bare && rng.u8(..4) > 0 {
+        "<controller type='usb' model='none'/><memballoon model='none'/>"
+    } else {
+        ""
     };
     format!(
         "<domain type='qemu'><name>generated-{seed}</name>{memory}\
@@ -214,14 +216,15 @@ fn memory(rng: &mut Rng) -> (String, String) {
                 0 => 3,
                 _ => 0,
             };
-            let (size, device) = match rng.bool() {
-                true => (
+            let (size, device) = if rng.bool() {
+                (
                     64,
                     format!(
                         "<memory model='dimm'><target><size unit='MiB'>64</size><node>{node}</node></target></memory>"
                     ),
-                ),
-                false => (128, virtio_mem(rng, node)),
+                )
+            } else {
+                (128, virtio_mem(rng, node))
             };
             total += size;
             devices.push_str(&device);

@@ -198,14 +198,11 @@ impl<'l> Guest<'l> {
         let definition = guest.console.with_extension("xml");
         fs::write(&definition, config.xml(&files))?;
         let definition = definition.to_string_lossy();
-        match config.persistent {
-            true => {
-                libvirtd.virsh(&["define", &definition])?;
-                libvirtd.virsh(&["start", config.name])?;
-            }
-            false => {
-                libvirtd.virsh(&["create", &definition])?;
-            }
+        if config.persistent {
+            libvirtd.virsh(&["define", &definition])?;
+            libvirtd.virsh(&["start", config.name])?;
+        } else {
+            libvirtd.virsh(&["create", &definition])?;
         }
         Ok(guest)
     }

@@ -45,9 +45,10 @@ impl OperationService for InMemory {
         });
         if let Some((known, record)) = known {
             let id = record.borrow().id.clone();
-            return match known.request == order.request && known.domain == order.domain {
-                true => Ok(id),
-                false => Err(SubmitError::KeyReused(id)),
+            return if known.request == order.request && known.domain == order.domain {
+                Ok(id)
+            } else {
+                Err(SubmitError::KeyReused(id))
             };
         }
         let id = OperationId::new(u64::try_from(all.len()).unwrap_or(0), 7);

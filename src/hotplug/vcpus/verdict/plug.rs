@@ -92,7 +92,7 @@ impl VcpuRules<'_> {
         // A lost request may not have reached the agent, and repeating it does no harm.
         let tried = |ids: &IdSet| {
             calls.iter().any(|call| {
-                !call.is_lost() && matches!(&call.action, Action::OnlineVcpus { ids: told } if ids.without(told).is_empty())
+                !call.is_lost() && matches!(&call.action, Action::OnlineVcpus { ids: called } if ids.without(called).is_empty())
             })
         };
         if online
@@ -107,17 +107,17 @@ impl VcpuRules<'_> {
         }
         let patience = self.history.terms.patience.offline;
         // The start of the guest's time to bring the CPUs online.
-        let told = calls
+        let called_at = calls
             .iter()
             .filter_map(|call| call.returned.as_ref())
             .map(|(at, _)| *at)
             .max();
-        let since = told.or_else(|| self.first_seen_offline());
+        let since = called_at.or_else(|| self.first_seen_offline());
         let until = since.map(|since| self.history.patient_until(since, patience));
         let mut errors = calls.iter().rev().filter_map(|call| call.error());
         let error = errors.find_map(CallError::text);
         // An agent that failed will fail again.
-        let hopeless = error.is_some() && self.observed_since(told);
+        let hopeless = error.is_some() && self.observed_since(called_at);
         if self.over || hopeless || until.is_some_and(|until| self.observed_since(Some(until))) {
             let message = format!(
                 "the guest has {} and leaves {} offline",

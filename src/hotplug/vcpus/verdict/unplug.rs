@@ -149,8 +149,8 @@ impl VcpuRules<'_> {
             .is_some_and(|guest| guest.vcpus.len() == self.count)
             && self.observed_since(Some(*returned));
         // Each released vCPU is a reason to repeat the call once; this bounds the number of calls.
-        let told = history.calls().len();
+        let calls = history.calls().len();
         let bound = usize::try_from(self.before).unwrap_or(usize::MAX);
-        (by_event || by_agent && told <= bound).then(|| last.action.clone())
+        (by_event || by_agent && calls <= bound).then(|| last.action.clone())
     }
 }
