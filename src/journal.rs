@@ -25,13 +25,13 @@ mod v1;
 pub const DIRECTORY: &str = "operations";
 
 /// Maximum number of entries.
-const MOST: usize = 1000;
+const MAX_ENTRIES: usize = 1000;
 
 /// Maximum size of an entry in bytes, far above what the bounds of a history allow.
-const LARGEST: u64 = 64 << 20;
+const MAX_ENTRY_BYTES: u64 = 64 << 20;
 
 /// Maximum size of all entries in bytes. Above it the oldest finished entries are removed.
-const MOST_BYTES: u64 = 256 << 20;
+const MAX_TOTAL_BYTES: u64 = 256 << 20;
 
 /// Version of the file format that is written. Version 1 is read as well.
 const VERSION: u32 = 2;
@@ -55,7 +55,9 @@ pub enum JournalError {
         path: PathBuf,
         source: io::Error,
     },
-    #[error("the entry of operation {id} takes {size} bytes, more than the {LARGEST} there may be")]
+    #[error(
+        "the entry of operation {id} takes {size} bytes, more than the maximum of {MAX_ENTRY_BYTES}"
+    )]
     TooLarge { id: OperationId, size: u64 },
     #[error("the entry of operation {id} cannot be written: {problem}")]
     Unwritable { id: OperationId, problem: String },
@@ -103,7 +105,7 @@ impl Journal {
     /// The directory cannot be created or listed.
     pub fn open(state_directory: &Path) -> Result<Self, JournalError> {
         let directory = state_directory.join(DIRECTORY);
-        fs::create_dir_all(&directory).map_err(io_error("make", &directory))?;
+        fs::create_dir_all(&directory).map_err(io_error("create", &directory))?;
         let journal = Self {
             directory,
             sizes: Mutex::default(),
@@ -145,7 +147,7 @@ impl Journal {
             problem: error.to_string(),
         })?;
         let size = text.len() as u64;
-        if size > LARGEST {
+        if size > MAX_ENTRY_BYTES {
             return Err(JournalError::TooLarge {
                 id: id.clone(),
                 size,
@@ -170,7 +172,7 @@ impl Journal {
         let (mut count, mut total) = (sizes.each.len(), sizes.total);
         let mut surplus = Vec::new();
         for id in finished {
-            if count <= MOST && total <= MOST_BYTES {
+            if count <= MAX_ENTRIES && total <= MAX_TOTAL_BYTES {
                 break;
             }
             if let Some(size) = sizes.each.get(&id) {
@@ -217,7 +219,7 @@ impl Journal {
             match id {
                 Some(id) => drop(files.insert((id, name))),
                 None if name.starts_with("unreadable-") => {}
-                None => warn!(name, "the journal's directory holds what is not ours"),
+                None => warn!(name, "unexpected file in the journal directory"),
             }
         }
         let with_path = |(id, name): (OperationId, String)| (self.directory.join(name), id);
@@ -256,11 +258,11 @@ impl Journal {
         match fs::rename(path, &aside) {
             Ok(()) => error!(
                 file = %path.display(), aside = %aside.display(), problem,
-                "a file of the journal cannot be read and was moved aside"
+                "unreadable journal file moved aside"
             ),
             Err(why) => error!(
                 file = %path.display(), problem, %why,
-                "a file of the journal cannot be read, nor moved aside"
+                "unreadable journal file cannot be moved aside"
             ),
         }
     }
@@ -282,16 +284,16 @@ fn write_synced(path: &Path, text: &[u8]) -> Result<(), JournalError> {
 fn read(path: &Path, id: &OperationId) -> Result<(Entry, u64), String> {
     let file = File::open(path).map_err(|error| error.to_string())?;
     let mut text = Vec::new();
-    file.take(LARGEST + 1)
+    file.take(MAX_ENTRY_BYTES + 1)
         .read_to_end(&mut text)
         .map_err(|error| error.to_string())?;
     let size = text.len() as u64;
-    if size > LARGEST {
-        return Err("it is too large".to_owned());
+    if size > MAX_ENTRY_BYTES {
+        return Err("the file is too large".to_owned());
     }
     let entry = parse(&text)?;
     if entry.record.id != *id {
-        return Err(format!("it is about operation {}", entry.record.id));
+        return Err(format!("the file is about operation {}", entry.record.id));
     }
     Ok((entry, size))
 }
@@ -301,7 +303,7 @@ fn parse(text: &[u8]) -> Result<Entry, String> {
     match header.version {
         1 => v1::parse(text),
         VERSION => serde_json::from_slice(text).map(|file: Versioned<Entry>| file.entry),
-        version => return Err(format!("its version {version} is unknown")),
+        version => return Err(format!("unknown version {version}")),
     }
     .map_err(|error| error.to_string())
 }

@@ -13,7 +13,7 @@ use crate::units::{ParseError, Timestamp};
 
 /// Maximum length of a domain's name in bytes: libvirt names the domain's files after it, and file
 /// names are limited to 255 bytes.
-const LONGEST_NAME: usize = 255;
+const MAX_NAME: usize = 255;
 
 /// Length of an identifier: 12 hexadecimal digits of time and 8 random ones.
 const ID_DIGITS: usize = 20;
@@ -101,7 +101,7 @@ impl TryFrom<String> for DomainName {
     type Error = ParseError;
 
     fn try_from(text: String) -> Result<Self, ParseError> {
-        let fits = (1..=LONGEST_NAME).contains(&text.len());
+        let fits = (1..=MAX_NAME).contains(&text.len());
         if !fits || text.contains(['\n', '\r', '\0']) {
             let what =
                 "is not a domain's name: use 1 to 255 bytes without line breaks and zero bytes";

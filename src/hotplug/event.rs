@@ -6,7 +6,7 @@ use thiserror::Error;
 use crate::units::Bytes;
 
 /// Maximum size of an event's details in bytes. QEMU's are below 300.
-const LONGEST: usize = 64 * 1024;
+const MAX_DETAILS: usize = 64 * 1024;
 
 /// An event of a domain.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -270,7 +270,7 @@ fn unplug_failed(event: &'static str, details: &str) -> Result<Option<Event>, No
 
 fn read<'d, T: Deserialize<'d>>(event: &'static str, details: &'d str) -> Result<T, NotAnEvent> {
     let wrong = |problem: String| NotAnEvent { event, problem };
-    if details.len() > LONGEST {
+    if details.len() > MAX_DETAILS {
         return Err(wrong("they are too long".to_owned()));
     }
     serde_json::from_str(details).map_err(|error| wrong(error.to_string()))

@@ -10,9 +10,9 @@ use crate::domain::CallError;
 use crate::units::Timestamp;
 
 /// Maximum numbers of entries, so that a long operation does not grow without bound.
-const MOST_OBSERVATIONS: usize = 96;
-const MOST_EVENTS: usize = 512;
-const MOST_CALLS: usize = 256;
+const MAX_OBSERVATIONS: usize = 96;
+const MAX_EVENTS: usize = 512;
+const MAX_CALLS: usize = 256;
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -112,8 +112,8 @@ impl History {
         self.contact = None;
         self.add_remembered_answers(&observation);
         self.observations.push(observation);
-        if self.observations.len() > MOST_OBSERVATIONS {
-            let recent = MOST_OBSERVATIONS / 2;
+        if self.observations.len() > MAX_OBSERVATIONS {
+            let recent = MAX_OBSERVATIONS / 2;
             let mut index = 0;
             self.observations.retain(|_| {
                 index += 1;
@@ -152,14 +152,14 @@ impl History {
 
     /// Appends an event.
     pub fn happened(&mut self, at: Timestamp, event: Event) {
-        if self.events.len() < MOST_EVENTS {
+        if self.events.len() < MAX_EVENTS {
             self.events.push((at, event));
         }
     }
 
     /// Appends a call that is about to be made. Write the journal before making the call.
     pub fn called(&mut self, at: Timestamp, action: Action) {
-        if self.calls.len() < MOST_CALLS {
+        if self.calls.len() < MAX_CALLS {
             self.calls.push(Call {
                 action,
                 started: at,
@@ -197,7 +197,7 @@ impl History {
 
     /// True if the history has room for another call. No operation needs that many.
     pub(super) fn may_call(&self) -> bool {
-        self.calls.len() < MOST_CALLS
+        self.calls.len() < MAX_CALLS
     }
 
     /// Returns the number of times that the answer to this call was lost.

@@ -105,7 +105,7 @@ pub(super) fn repeated_unplug_error(history: &History) -> Option<(&Call, &str)> 
 }
 
 /// Maximum number of times that a call is made whose answer is lost every time.
-const MOST_LOST: usize = 3;
+const MAX_LOST_CALLS: usize = 3;
 
 /// Rules on a call that may or may not have reached libvirt: the domain shows what became of it.
 fn lost(history: &History, call: &Call, at: Timestamp, now: Timestamp) -> Option<Ruling> {
@@ -126,7 +126,7 @@ fn lost(history: &History, call: &Call, at: Timestamp, now: Timestamp) -> Option
         return None;
     }
     let is_open = call.action.is_open(&history.before, latest);
-    if is_open && !over && history.times_lost(&call.action) < MOST_LOST && history.may_call() {
+    if is_open && !over && history.times_lost(&call.action) < MAX_LOST_CALLS && history.may_call() {
         return Some(Ruling::Call(call.action.clone()));
     }
     // A pending unplug of a vCPU does not show in the live XML.

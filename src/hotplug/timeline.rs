@@ -5,7 +5,7 @@ use super::{AcpiAnswer, Action, Event, Evidence, History, Ost, Source};
 use crate::units::Timestamp;
 
 /// Maximum number of entries. The first and the last are kept.
-const MOST: usize = 64;
+const MAX_ENTRIES: usize = 64;
 
 /// Evidence in any order.
 #[derive(Debug, Default)]
@@ -65,9 +65,9 @@ impl Timeline {
                 news.push(piece);
             }
         }
-        if news.len() > MOST {
-            let tail = news.split_off(news.len() - MOST / 2);
-            news.truncate(MOST / 2);
+        if news.len() > MAX_ENTRIES {
+            let tail = news.split_off(news.len() - MAX_ENTRIES / 2);
+            news.truncate(MAX_ENTRIES / 2);
             news.extend(tail);
         }
         news
@@ -117,8 +117,8 @@ mod tests {
             timeline.add(Source::VcpuTime, at(n), format!("{n}"));
         }
         let evidence = timeline.finish();
-        assert_eq!(evidence.len(), MOST);
+        assert_eq!(evidence.len(), MAX_ENTRIES);
         assert_eq!(evidence[0].detail, "0");
-        assert_eq!(evidence[MOST - 1].detail, "999");
+        assert_eq!(evidence[MAX_ENTRIES - 1].detail, "999");
     }
 }

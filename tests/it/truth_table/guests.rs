@@ -247,7 +247,7 @@ fn left(record: &Record) -> u64 {
         left > Bytes::ZERO && memory < MORE.parse().unwrap(),
         "{record:#?}"
     );
-    says(record, &format!("{left} are left"));
+    says(record, &format!("{left} remain"));
     left.get() >> 20
 }
 

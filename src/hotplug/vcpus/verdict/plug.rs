@@ -11,7 +11,7 @@ use crate::units::Timestamp;
 use crate::units::counted;
 
 /// Maximum number of requests to the agent to bring CPUs online. Each is for other CPUs.
-const MOST_ONLINE_CALLS: usize = 16;
+const MAX_ONLINE_CALLS: usize = 16;
 
 impl VcpuRules<'_> {
     pub(super) fn plug(&self, online: bool) -> Ruling {
@@ -99,7 +99,7 @@ impl VcpuRules<'_> {
             && !self.over
             && self.history.running_call().is_none()
             && !tried(offline)
-            && calls.len() < MOST_ONLINE_CALLS
+            && calls.len() < MAX_ONLINE_CALLS
         {
             return Ruling::Call(Action::OnlineVcpus {
                 ids: offline.clone(),
