@@ -285,8 +285,11 @@ async fn a_paused_domain_is_waited_for_if_it_runs_on_by_itself() {
     for (by, says) in [
         (PauseReason::User, "paused by a user: resume it first"),
         (PauseReason::IoError, "virsh domblkerror"),
-        (PauseReason::FromSnapshot, "went back to a snapshot"),
-        (PauseReason::Unknown, "libvirt does not tell"),
+        (PauseReason::FromSnapshot, "revert to a snapshot"),
+        (
+            PauseReason::Unknown,
+            "for a reason that libvirt does not report",
+        ),
     ] {
         let name = format!("{by:?}");
         node.control.add(&name, FakeGuest::default());
