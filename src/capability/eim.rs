@@ -11,6 +11,7 @@ use quick_xml::escape::escape;
 use serde::{Serialize, Serializer};
 
 use super::Version;
+use crate::units::ParseError;
 
 /// First libvirt that adds an IOMMU with EIM and the split I/O APIC to a q35 domain that needs them
 /// and has no `<iommu>` ("qemu: Automatically add IOMMU when needed", NEWS of 10.10.0).
@@ -57,13 +58,13 @@ impl Eim {
 }
 
 impl FromStr for Eim {
-    type Err = String;
+    type Err = ParseError;
 
-    fn from_str(text: &str) -> Result<Self, String> {
+    fn from_str(text: &str) -> Result<Self, ParseError> {
         [Self::Auto, Self::Explicit, Self::None]
             .into_iter()
             .find(|eim| eim.as_str() == text)
-            .ok_or_else(|| format!("'{text}' is not one of auto, explicit, none"))
+            .ok_or_else(|| ParseError::new(text, "is not one of auto, explicit, none"))
     }
 }
 

@@ -28,4 +28,4 @@ pub use host::{
 };
 pub use node::{HostFacts, IommuKind, KvmHyperv};
 pub use vcpus::{UNLIMITED, VcpuMax};
-pub use version::{NotAVersion, Version};
+pub use version::Version;

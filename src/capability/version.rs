@@ -2,7 +2,8 @@ use std::fmt;
 use std::str::FromStr;
 
 use serde::Serialize;
-use thiserror::Error;
+
+use crate::units::ParseError;
 
 /// A version of libvirt or of a hypervisor: `11.3.0`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -12,10 +13,6 @@ pub struct Version {
     /// libvirt calls it "release" or "micro".
     pub micro: u32,
 }
-
-#[derive(Debug, Clone, PartialEq, Eq, Error)]
-#[error("'{0}' is not a valid version, expected a format like 11.3.0")]
-pub struct NotAVersion(String);
 
 impl Version {
     pub const fn new(major: u32, minor: u32, micro: u32) -> Self {
@@ -42,12 +39,17 @@ impl Version {
 }
 
 impl FromStr for Version {
-    type Err = NotAVersion;
+    type Err = ParseError;
 
     /// Parses two or three numbers separated by dots. A distribution's suffix, after `-`, `+` or
     /// `~`, is ignored.
-    fn from_str(text: &str) -> Result<Self, NotAVersion> {
-        let bad = || NotAVersion(text.to_owned());
+    fn from_str(text: &str) -> Result<Self, ParseError> {
+        let bad = || {
+            ParseError::new(
+                text,
+                "is not a valid version, expected a format like 11.3.0",
+            )
+        };
         let core = text.split(['-', '+', '~']).next().unwrap_or_default();
         let parts = core
             .split('.')

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize, Serializer};
 
 use super::LabelSet;
 use super::key::{InvalidLabel, LabelKey, LabelValue};
+use crate::units::ParseError;
 
 /// The set of keys to write.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -20,15 +21,16 @@ pub enum Schema {
 }
 
 impl FromStr for Schema {
-    type Err = String;
+    type Err = ParseError;
 
-    fn from_str(text: &str) -> Result<Self, String> {
+    fn from_str(text: &str) -> Result<Self, ParseError> {
         match text {
             "native" => Ok(Self::Native),
             "kubevirt" => Ok(Self::Kubevirt),
             "both" => Ok(Self::Both),
-            other => Err(format!(
-                "'{other}' is not a valid schema, expected native, kubevirt or both"
+            _ => Err(ParseError::new(
+                text,
+                "is not a valid schema, expected native, kubevirt or both",
             )),
         }
     }
