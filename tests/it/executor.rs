@@ -1,4 +1,4 @@
-//! The executor and its journal, on a hypervisor in memory and in time that passes at once.
+//! The executor and its journal on an in-memory backend, in simulated time.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -38,7 +38,7 @@ impl Node {
         }
     }
 
-    /// Ends the executor as it is and starts another.
+    /// Drops the executor and starts another on the same journal.
     async fn restart(&mut self) {
         self.executor.stop().await;
         self.executor = start(&self.control, self.state.path(), Options::default());
@@ -49,7 +49,7 @@ impl Node {
         self.ends(&id).await
     }
 
-    /// The record when there is a verdict.
+    /// Waits for the verdict and returns the record.
     async fn ends(&self, id: &OperationId) -> Record {
         self.becomes(id, Record::is_done).await
     }
@@ -99,7 +99,7 @@ fn guest(cpus: Cpus, agent: bool) -> FakeGuest {
 }
 
 #[tokio::test(start_paused = true)]
-async fn each_guest_gets_the_verdict_that_is_true() {
+async fn guest_behavior_determines_the_verdict() {
     let node = Node::new();
     for (cpus, agent, verdict) in [
         (Cpus::Onlines, true, Verdict::Verified),
@@ -134,7 +134,7 @@ async fn each_guest_gets_the_verdict_that_is_true() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn cpus_come_online_where_that_is_asked_for() {
+async fn online_request_brings_vcpus_online() {
     let node = Node::new();
     node.control.add("vm", guest(Cpus::LeavesOffline, true));
     let (count, online) = (3, true);
@@ -149,7 +149,7 @@ async fn cpus_come_online_where_that_is_asked_for() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn memory_comes_and_goes() {
+async fn memory_plug_and_unplug_are_verified() {
     let node = Node::new();
     node.control.add("vm", FakeGuest::default());
     node.control.add(
@@ -173,7 +173,7 @@ async fn memory_comes_and_goes() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_unplug_that_libvirt_does_not_notice_is_brought_to_its_notice() {
+async fn unplug_unnoticed_by_libvirt_is_settled_by_another_call() {
     let node = Node::new();
     let three = FakeGuest {
         vcpus: 3,
@@ -190,7 +190,7 @@ async fn an_unplug_that_libvirt_does_not_notice_is_brought_to_its_notice() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn who_comes_first_is_served_first() {
+async fn operations_on_one_domain_run_in_order_of_submission() {
     let node = Node::new();
     node.control.add("vm", FakeGuest::default());
     let mut ids = Vec::new();
@@ -222,7 +222,7 @@ async fn who_comes_first_is_served_first() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_stuck_domain_holds_up_nobody_else() {
+async fn stuck_domain_does_not_delay_other_domains() {
     let node = Node::new();
     let stuck = FakeGuest {
         calls: Calls::Hang,
@@ -256,7 +256,7 @@ async fn a_stuck_domain_holds_up_nobody_else() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_cannot_be_is_told_without_a_call() {
+async fn infeasible_request_ends_without_a_call() {
     let node = Node::new();
     node.control.add("vm", FakeGuest::default());
     node.control.add("held", FakeGuest::default());
@@ -277,10 +277,9 @@ async fn what_cannot_be_is_told_without_a_call() {
     assert!(node.control.calls().is_empty());
 }
 
-/// What is being done to a domain holds it for a while; a person or a disk does so until somebody
-/// does something about it.
+/// A job pauses a domain for a while; a user or a failed disk pauses it until someone intervenes.
 #[tokio::test(start_paused = true)]
-async fn a_paused_domain_is_waited_for_if_it_runs_on_by_itself() {
+async fn paused_domain_is_awaited_only_if_it_resumes_by_itself() {
     let node = Node::new();
     for (by, says) in [
         (PauseReason::User, "paused by a user: resume it first"),
@@ -331,9 +330,9 @@ async fn a_paused_domain_is_waited_for_if_it_runs_on_by_itself() {
     assert_eq!(node.control.calls().len(), 3);
 }
 
-/// It was there when it was asked for: that it is not there any more is not all there is to say.
+/// The domain existed at submission, so the verdict names why it ended.
 #[tokio::test(start_paused = true)]
-async fn a_domain_that_goes_to_another_node_before_its_turn_is_told_as_such() {
+async fn domain_migrated_before_its_turn_yields_the_stop_reason() {
     let node = Node::new();
     node.control.add("vm", FakeGuest::default());
     node.control.does("vm", Some(Job::MigrationOut));
@@ -354,7 +353,7 @@ async fn a_domain_that_goes_to_another_node_before_its_turn_is_told_as_such() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_domain_that_ends_or_is_reset_in_the_middle_ends_with_a_verdict() {
+async fn domain_stopped_or_reset_during_an_operation_yields_a_verdict() {
     let node = Node::new();
     for name in ["destroyed", "reset"] {
         node.control.add(name, guest(Cpus::LeavesOffline, true));
@@ -383,7 +382,7 @@ async fn a_domain_that_ends_or_is_reset_in_the_middle_ends_with_a_verdict() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_hypervisor_that_is_gone_is_waited_for_no_longer_than_it_takes_to_restart_one() {
+async fn unavailable_hypervisor_is_awaited_for_one_restart() {
     let node = Node::new();
     node.control.add("vm", FakeGuest::default());
     node.control.connect(false);
@@ -404,11 +403,11 @@ async fn a_hypervisor_that_is_gone_is_waited_for_no_longer_than_it_takes_to_rest
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_job_that_comes_after_the_call_was_made_is_named_too() {
+async fn job_started_after_the_call_is_named() {
     let node = Node::new();
     node.control.add("vm", FakeGuest::default());
     node.control.does("vm", Some(Job::Backup));
-    // libvirt lets changes in during a backup.
+    // libvirt allows changes during a backup.
     let record = node.ask(vcpus("vm", 2)).await;
     assert_eq!(record.verdict, Some(Verdict::Verified), "{record:#?}");
     let id = node.executor.submit(vcpus("vm", 3)).await.unwrap();
@@ -423,9 +422,9 @@ async fn a_job_that_comes_after_the_call_was_made_is_named_too() {
     );
 }
 
-/// QEMU's events do not come, nor is there an agent: who asks QEMU learns it all the same.
+/// Without QEMU's events and without an agent, only deep_verify finds the guest's answers.
 #[tokio::test(start_paused = true)]
-async fn what_qemu_remembers_stands_in_for_events_that_were_missed() {
+async fn acpi_answers_from_qemu_replace_missed_events() {
     for (deep_verify, verdict) in [(false, Verdict::GuestSilent), (true, Verdict::Verified)] {
         let options = Options {
             deep_verify,
@@ -445,7 +444,7 @@ async fn what_qemu_remembers_stands_in_for_events_that_were_missed() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_error_of_libvirt_is_told_in_its_words() {
+async fn libvirt_error_is_reported_verbatim() {
     let node = Node::new();
     let error = CallError::Failed {
         call: "set-vcpus".into(),
@@ -467,7 +466,7 @@ async fn an_error_of_libvirt_is_told_in_its_words() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_call_whose_answer_is_lost_is_made_again_only_if_it_was_not_carried_out() {
+async fn call_with_lost_answer_is_repeated_only_if_it_had_no_effect() {
     let node = Node::new();
     for (name, done, verdict, calls) in [
         ("done", true, Verdict::Verified, 1),
@@ -486,7 +485,7 @@ async fn a_call_whose_answer_is_lost_is_made_again_only_if_it_was_not_carried_ou
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_connection_that_breaks_with_a_call_and_stays_away_is_told_as_such() {
+async fn connection_lost_during_a_call_is_reported() {
     let node = Node::new();
     let breaks = FakeGuest {
         calls: Calls::Break { done: true },
@@ -504,7 +503,7 @@ async fn a_connection_that_breaks_with_a_call_and_stays_away_is_told_as_such() {
         Some(Verdict::HypervisorUnavailable),
         "{record:#?}"
     );
-    // It had been carried out, as is seen later.
+    // The call had taken effect, which a later observation shows.
     node.control.connect(true);
     let verified = |record: &Record| record.verdict == Some(Verdict::Verified);
     let record = node.becomes(&id, verified).await;
@@ -512,9 +511,9 @@ async fn a_connection_that_breaks_with_a_call_and_stays_away_is_told_as_such() {
     assert_eq!(node.control.calls().len(), 1);
 }
 
-/// The executor ends without a word after each of many spans, and another takes up its journal.
+/// The executor is dropped after various times, and another resumes from its journal.
 #[tokio::test(start_paused = true)]
-async fn nothing_is_done_twice_however_often_it_starts_anew() {
+async fn restart_at_any_time_repeats_no_call() {
     for millis in (0..200).step_by(4) {
         let mut node = Node::new();
         node.control.add("vm", FakeGuest::default());
@@ -528,7 +527,7 @@ async fn nothing_is_done_twice_however_often_it_starts_anew() {
             "after {millis} ms: {record:#?}"
         );
         assert_eq!(node.control.online("vm"), 3);
-        // Also if it ended between the journal's word and the call, which then is made later.
+        // This includes a stop between the journal write and the call, which is then made later.
         assert_eq!(
             node.control.calls(),
             ["set-vcpus vm 3"],
@@ -540,7 +539,7 @@ async fn nothing_is_done_twice_however_often_it_starts_anew() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_unfinished_operation_is_looked_at_even_after_its_deadline() {
+async fn unfinished_operation_is_observed_after_its_deadline() {
     let mut node = Node::new();
     node.control.add("vm", guest(Cpus::LeavesOffline, true));
     let id = node.executor.submit(vcpus("vm", 3)).await.unwrap();
@@ -555,7 +554,7 @@ async fn an_unfinished_operation_is_looked_at_even_after_its_deadline() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_operation_with_a_verdict_is_watched_on_by_the_next_life() {
+async fn restart_resumes_following_an_operation_with_a_verdict() {
     let mut node = Node::new();
     for name in ["vm", "changed", "old"] {
         node.control.add(name, guest(Cpus::LeavesOffline, true));
@@ -577,12 +576,12 @@ async fn an_operation_with_a_verdict_is_watched_on_by_the_next_life() {
         let record = node.becomes(id, verified).await;
         assert!(record.corrected.is_some(), "{record:#?}");
     }
-    // The first on "vm" was not its last; nothing else was called.
+    // The first operation on "vm" was not its last; no other call was made.
     let first = node.executor.operation(&ids[0]).unwrap();
     assert_eq!(first.verdict, Some(Verdict::GuestOffline));
     assert_eq!(node.control.calls().len(), 4);
 
-    // For a while, not for ever: the time goes on where it was.
+    // A restart does not extend the time for following.
     tokio::time::sleep(Options::default().follow).await;
     node.control.brings_online("old");
     tokio::time::sleep(Duration::from_secs(60)).await;
@@ -591,13 +590,13 @@ async fn an_operation_with_a_verdict_is_watched_on_by_the_next_life() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_operation_whose_deadline_passed_while_nobody_was_there_is_not_begun() {
+async fn operation_overdue_at_restart_is_not_started() {
     let mut node = Node::new();
     node.control.add("vm", FakeGuest::default());
     node.control.connect(false);
     let id = node.executor.submit(vcpus("vm", 3)).await.unwrap();
     node.executor.stop().await;
-    // Its clock is the wall's, which does not pass here: the deadline is put back instead.
+    // The wall clock does not advance here, so the test moves the deadline into the past.
     let file = node.state.path().join(format!("operations/{id}.json"));
     let text = std::fs::read_to_string(&file).unwrap();
     let mut entry: serde_json::Value = serde_json::from_str(&text).unwrap();
@@ -612,7 +611,7 @@ async fn an_operation_whose_deadline_passed_while_nobody_was_there_is_not_begun(
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_same_key_is_the_same_operation() {
+async fn equal_idempotency_key_returns_the_same_operation() {
     let mut node = Node::new();
     node.control.add("vm", FakeGuest::default());
     let keyed = |count| Order {
@@ -634,7 +633,7 @@ async fn the_same_key_is_the_same_operation() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn there_are_bounds() {
+async fn orders_above_the_limit_are_rejected() {
     let options = Options {
         max_open: 3,
         ..Options::default()
@@ -656,7 +655,7 @@ async fn there_are_bounds() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_is_no_record_is_moved_aside_and_the_oldest_go() {
+async fn unreadable_records_are_moved_aside_and_the_oldest_removed() {
     let mut node = Node::new();
     node.executor.stop().await;
     let operations = node.state.path().join("operations");
@@ -686,7 +685,7 @@ async fn what_is_no_record_is_moved_aside_and_the_oldest_go() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_record_says_what_is_awaited_and_reads_as_promised() {
+async fn record_names_what_it_awaits_and_keeps_its_format() {
     let node = Node::new();
     node.control.add("vm", guest(Cpus::LeavesOffline, true));
     let id = node.executor.submit(vcpus("vm", 3)).await.unwrap();

@@ -1,6 +1,6 @@
 //! The daemon killed with `kill -9` at each step of an operation, on a real libvirtd with real
-//! guests. Afterwards the record is complete and true, and libvirt was asked for nothing twice: a
-//! relay between the two counts what it is asked for, and holds the step at which it is killed.
+//! guests. Afterward the record is complete and true, and no call was repeated: a relay between the
+//! daemon and libvirtd counts the calls and holds the one at which the daemon is killed.
 
 use std::time::Duration;
 
@@ -18,13 +18,13 @@ use crate::support::relay::{
     ATTACH_DEVICE, GUEST_VCPUS, Hold, LOOKUP_BY_NAME, Relay, SET_VCPUS, UPDATE_DEVICE,
 };
 
-/// For what has no deadline of its own; only a failing test waits so long.
+/// Timeout that only a failing test reaches.
 const LONG: Duration = Duration::from_secs(120);
 
 /// A daemon and what it is on.
 struct Node {
     relay: Relay,
-    /// `None` only while it is killed.
+    /// `None` only between a kill and the next start.
     daemon: Option<Daemon>,
 }
 
@@ -43,7 +43,7 @@ impl Node {
         self.daemon.as_ref().unwrap()
     }
 
-    /// Kills it; what the relay holds is passed on or thrown away before the next one starts.
+    /// Kills the daemon; the relay forwards or drops the held message before the next one starts.
     async fn kill(&mut self, pass_on: bool) {
         let directory = self.daemon.take().unwrap().kill().unwrap();
         self.relay.release(pass_on);
@@ -80,7 +80,7 @@ impl Node {
         record
     }
 
-    /// How many calls the journal knows of, and whether the last came back.
+    /// Returns the number of calls in the journal, and true if the last one returned.
     fn calls(&self, id: &OperationId) -> (usize, bool) {
         let entry = self.daemon().journal(id).unwrap();
         let calls = entry["entry"]["history"]["calls"].as_array();
@@ -90,14 +90,14 @@ impl Node {
     }
 }
 
-/// How many vCPUs libvirt counts.
+/// Returns libvirt's number of vCPUs.
 fn counted(libvirtd: &Libvirtd, domain: &str) -> u32 {
     let count = libvirtd.virsh(&["vcpucount", domain, "--live"]);
     count.unwrap().trim().parse().unwrap()
 }
 
 #[tokio::test]
-async fn while_vcpus_are_plugged() {
+async fn daemon_killed_during_a_vcpu_plug_resumes_it() {
     let libvirtd = Libvirtd::start().unwrap();
     let config = GuestConfig {
         words: "lab.cpus=online",
@@ -106,7 +106,7 @@ async fn while_vcpus_are_plugged() {
     };
     let guest = Guest::start(&libvirtd, &config).await.unwrap();
     let mut node = Node::start(&libvirtd).await;
-    // What is held when it is killed, what becomes of that, and what the journal knows by then.
+    // The message held at the kill, its fate, and the calls in the journal by then.
     let steps = [
         (
             "asked for",
@@ -166,7 +166,7 @@ async fn while_vcpus_are_plugged() {
     guest.sees(|guest| guest.online == "0-5").await.unwrap();
     assert_eq!(node.relay.passed(SET_VCPUS) - before, 1);
 
-    // There is a verdict.
+    // After the verdict.
     node.kill(false).await;
     let again = node.becomes(&id, Record::is_done).await;
     assert_eq!(again, record);
@@ -192,7 +192,7 @@ async fn while_vcpus_are_plugged() {
 }
 
 #[tokio::test]
-async fn while_a_vcpu_is_unplugged() {
+async fn daemon_killed_during_a_vcpu_unplug_resumes_it() {
     let libvirtd = Libvirtd::start().unwrap();
     let config = GuestConfig {
         words: "lab.cpus=online",
@@ -205,7 +205,7 @@ async fn while_a_vcpu_is_unplugged() {
     guest.sees(|guest| guest.online == "0-2").await.unwrap();
     let mut node = Node::start(&libvirtd).await;
 
-    // libvirt never got the call.
+    // libvirt did not receive the call.
     node.relay.hold(Hold::Request(SET_VCPUS));
     let id = node.ask("guest", "vcpus", &json!({"count": 2}));
     node.relay.holds().unwrap();
@@ -217,7 +217,7 @@ async fn while_a_vcpu_is_unplugged() {
     let calls = node.relay.passed(SET_VCPUS);
     assert!((1..=2).contains(&calls), "{calls}");
 
-    // The guest has let it go, and libvirt has not said so yet.
+    // The guest released the vCPU, and libvirt has not reported it yet.
     let id = node.ask("guest", "vcpus", &json!({"count": 1}));
     guest.sees(|guest| guest.online == "0").await.unwrap();
     node.kill(false).await;
@@ -229,7 +229,7 @@ async fn while_a_vcpu_is_unplugged() {
 }
 
 #[tokio::test]
-async fn while_memory_is_plugged() {
+async fn daemon_killed_during_a_memory_plug_resumes_it() {
     let libvirtd = Libvirtd::start().unwrap();
     let resized = GuestConfig {
         name: "resized",
@@ -297,9 +297,9 @@ async fn while_memory_is_plugged() {
     assert_eq!(xml.matches("<memory model='dimm'").count(), 2, "{xml}");
 }
 
-/// Killed between any two messages to libvirt.
+/// Kills the daemon between any two messages to libvirt.
 #[tokio::test]
-async fn at_any_other_time() {
+async fn daemon_killed_between_any_two_messages_resumes() {
     let libvirtd = Libvirtd::start().unwrap();
     libvirtd.start_firmware("guest", 32).unwrap();
     let mut node = Node::start(&libvirtd).await;
@@ -329,10 +329,10 @@ async fn at_any_other_time() {
     }
 }
 
-/// libvirt carries out after the deadline what it was asked for before: the record is put right,
-/// also by a daemon that was killed and started again meanwhile.
+/// libvirt completes a call after the deadline: the verdict is corrected, even by a daemon that was
+/// killed and restarted meanwhile.
 #[tokio::test]
-async fn while_it_waits_for_a_late_completion() {
+async fn daemon_killed_while_following_corrects_the_verdict() {
     let libvirtd = Libvirtd::start().unwrap();
     libvirtd.start_firmware("guest", 8).unwrap();
     let mut node = Node::start(&libvirtd).await;
@@ -360,10 +360,9 @@ async fn while_it_waits_for_a_late_completion() {
     }
 }
 
-/// The same for the other side: libvirtd killed with a call that it had not begun, and with one
-/// whose answer it owed.
+/// libvirtd killed before it starts a call, and before it answers one.
 #[tokio::test]
-async fn libvirtd_in_the_middle_of_a_call() {
+async fn libvirtd_killed_during_a_call_is_observed() {
     let mut libvirtd = Libvirtd::start().unwrap();
     libvirtd.start_firmware("guest", 8).unwrap();
     let node = Node::start(&libvirtd).await;

@@ -1,5 +1,5 @@
-//! Domains whose names bite, from a real libvirt through the daemon to all who read of them: logs,
-//! metrics, the local API, the journal, the command line.
+//! Hostile domain names, from a real libvirt through the daemon to logs, metrics, the local API,
+//! the journal and the command line.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -14,17 +14,17 @@ use crate::support::daemon::{Daemon, run};
 use crate::support::eventually;
 use crate::support::libvirtd::Libvirtd;
 
-/// For what takes a moment; only a failing test waits so long.
+/// Timeout that only a failing test reaches.
 const LONG: Duration = Duration::from_secs(60);
 
 const BREAKS: [char; 2] = ['\n', '\r'];
 
-/// What libvirt takes as names: anything but a slash, as long as the domain is not to outlive its
-/// run (measured: 11.3; `define` refuses line feeds). XML has no NUL and no escape.
+/// Names that libvirt accepts for a transient domain: anything but a slash (measured: 11.3; `define`
+/// rejects line feeds). XML has no NUL and no escape.
 fn names() -> Vec<String> {
     let mut names: Vec<String> = [
         r#"a "b" \n 'c' <&> ${HOME} `d`; % {} {0}"#,
-        // Each in the language of who reads it.
+        // Each in the syntax of one reader.
         r#"vm" verdict="Forged" forged="yes"#,
         r#"vm","verdict":"Forged","forged":"yes"#,
         r#"vm"} 1 virtnode_forged{x=""#,
@@ -38,7 +38,7 @@ fn names() -> Vec<String> {
     ]
     .map(str::to_owned)
     .into();
-    // libvirt's files are called so, with an ending.
+    // libvirt's files have this name with a suffix.
     names.push("ü".repeat(120));
     names
 }
@@ -59,7 +59,7 @@ fn percent_encoded(name: &str) -> String {
     })
 }
 
-/// The value of `domain` in each series of a metric. A line that is none fails.
+/// Returns the value of `domain` in each series of a metric; an invalid line is an error.
 fn domains_in(metrics: &str, metric: &str) -> anyhow::Result<Vec<String>> {
     let mut found = Vec::new();
     for line in metrics.split('\n').filter(|line| line.starts_with(metric)) {
@@ -91,7 +91,7 @@ fn domains_in(metrics: &str, metric: &str) -> anyhow::Result<Vec<String>> {
 }
 
 #[tokio::test]
-async fn a_name_is_only_a_name_wherever_it_is_read() -> anyhow::Result<()> {
+async fn hostile_domain_name_stays_data_everywhere() -> anyhow::Result<()> {
     let libvirtd = Libvirtd::start()?;
     let daemon = Daemon::start(&libvirtd.uri(), &["--log", "debug"]).await?;
     daemon.ready().await?;
@@ -103,7 +103,7 @@ async fn a_name_is_only_a_name_wherever_it_is_read() -> anyhow::Result<()> {
     }
     libvirtd.create(&definition("a/b")).unwrap_err();
 
-    // The local API has them all, as they are.
+    // The local API returns every name unchanged.
     let listed = eventually(LONG, async || {
         let listed = daemon.api("GET", "/v1/domains", "")?;
         let domains = listed["domains"].as_array().context("a list")?;
@@ -119,7 +119,7 @@ async fn a_name_is_only_a_name_wherever_it_is_read() -> anyhow::Result<()> {
     assert!(listed.keys().eq(&names), "{listed:?}");
     for name in &names {
         let path = format!("/v1/domains/{}", percent_encoded(name));
-        // A line break is in no name that is asked for: such a domain has its UUID.
+        // A request with a line break in the name is rejected: use the UUID of such a domain.
         if name.contains(BREAKS) {
             assert!(daemon.api("GET", &path, "").is_err())
         } else {
@@ -127,7 +127,7 @@ async fn a_name_is_only_a_name_wherever_it_is_read() -> anyhow::Result<()> {
         }
     }
 
-    // Each is changed, and the report is a report.
+    // Each domain is changed, and the report is well-formed.
     for (name, uuid) in &listed {
         let hotplug = ["hotplug", "vcpus", "--require", "accepted", "--"];
         if name.contains(BREAKS) {
@@ -170,7 +170,7 @@ async fn a_name_is_only_a_name_wherever_it_is_read() -> anyhow::Result<()> {
         .filter_map(|it| text(&it["domain"]["name"]));
     assert_eq!(sorted(done.collect()), names);
 
-    // The metrics: a series for each, and none that is not ours.
+    // Metrics: one series for each domain, and none that is forged.
     eventually(LONG, async || {
         let metrics = daemon.get("/metrics")?.text();
         let forged = metrics
@@ -183,7 +183,7 @@ async fn a_name_is_only_a_name_wherever_it_is_read() -> anyhow::Result<()> {
     })
     .await?;
 
-    // The log: a record a line, and each verdict is of who had it.
+    // Log: one record per line, and each verdict names its domain.
     let log = daemon.log();
     let verdicts = log.iter().filter(|line| !line["verdict"].is_null());
     let verdicts = verdicts.filter_map(|line| {
