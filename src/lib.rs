@@ -1,4 +1,4 @@
-//! virtnode publishes what a libvirt node can run as labels, and verifies hotplug in the guest.
+//! virtnode publishes the capabilities of a libvirt node as labels, and verifies hotplug in its guests.
 //!
 //! ```text
 //! main → cli → daemon                                   wiring, supervision, exit codes

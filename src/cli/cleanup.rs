@@ -7,7 +7,7 @@ use crate::config::{Config, PublishTarget};
 use crate::daemon::cluster_config;
 use crate::publish::file::{self, FilePublisher, NODE_LABELS_FILE};
 
-/// Removes what virtnode published, from the destinations that the configuration names.
+/// Removes the labels of virtnode from the destinations in the configuration.
 pub(super) fn run(config: &Config) -> anyhow::Result<Exit> {
     let mut report = String::new();
     if config.publishes_to(PublishTarget::Node) {

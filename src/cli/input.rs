@@ -8,13 +8,13 @@ use anyhow::{Context, bail};
 
 use super::{Exit, Failure};
 
-/// An input: its bytes, and its name for error messages.
-pub(super) struct Input {
+/// The bytes of a document, and its name for error messages.
+pub(super) struct DocumentInput {
     pub(super) name: String,
     pub(super) bytes: Vec<u8>,
 }
 
-impl Input {
+impl DocumentInput {
     /// Reads a file, or standard input if the path is `-`, of at most `limit` bytes.
     pub(super) fn read(path: &Path, limit: u64) -> anyhow::Result<Self> {
         if is_stdin(path) {

@@ -41,7 +41,7 @@ use crate::daemon::one_shot_libvirt_config;
 use crate::hypervisor::Libvirt;
 use crate::probe::{Prober, Reading};
 
-/// Publish what a libvirt node can run as labels, and hotplug its domains with proof
+/// Publish the capabilities of a libvirt node as labels, and verify hotplug in its guests
 #[derive(Debug, Parser)]
 #[command(
     name = "virtnode",
@@ -149,7 +149,9 @@ impl Cli {
         match chosen {
             // These need no configuration, so an invalid one does not stop them.
             CliCommand::Crd => crd::run(),
-            CliCommand::Completions(arguments) => arguments.run(command()),
+            CliCommand::Completions(arguments) => {
+                arguments.run(options::remove_without_effect(Cli::command()))
+            }
             CliCommand::Man(arguments) => arguments.run(command()),
             CliCommand::Run => run::run(config()?, || load().map(drop)),
             CliCommand::Labels(arguments) => arguments.run(&config()?),

@@ -6,7 +6,7 @@ use std::str::FromStr;
 use clap::Args;
 
 use super::Failure;
-use super::input::{Input, ensure_one_stdin};
+use super::input::{DocumentInput, ensure_one_stdin};
 use crate::capability::{Capabilities, CpuDefinition, DomainCapabilities, Eim, NodeFacts, Version};
 use crate::xml::MAX_BYTES;
 
@@ -98,6 +98,6 @@ fn read<T>(
     path: &Path,
     parse: impl Fn(&str, &[u8]) -> Result<T, crate::xml::DocumentError>,
 ) -> anyhow::Result<T> {
-    let Input { name, bytes } = Input::read(path, MAX_BYTES as u64)?;
+    let DocumentInput { name, bytes } = DocumentInput::read(path, MAX_BYTES as u64)?;
     Ok(parse(&name, &bytes)?)
 }

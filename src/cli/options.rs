@@ -83,28 +83,49 @@ fn effective(command: &str) -> &'static [&'static str] {
 /// Hides from the help of each command the global options that do not affect it. They stay
 /// accepted.
 pub(super) fn hide_without_effect(root: Command) -> Command {
-    let globals: Vec<Arg> = root
-        .get_arguments()
-        .filter(|argument| argument.is_global_set())
-        .cloned()
-        .collect();
-    let root = root.mut_subcommands(|command| {
-        let shown = effective(command.get_name());
-        with_globals(command, &globals, shown)
-    });
-    globals.iter().fold(root, |root, global| {
-        let hidden = !effective("virtnode").contains(&global.get_id().as_str());
-        root.mut_arg(global.get_id(), |argument| argument.hide(hidden))
+    let globals = globals(&root);
+    let hide = |argument: Arg, is_effective: bool| Some(argument.hide(!is_effective));
+    let root = add_globals(root, &globals, &hide);
+    root.mut_args(|argument| {
+        let hidden = !effective("virtnode").contains(&argument.get_id().as_str());
+        argument.hide(hidden)
     })
 }
 
-/// Adds the global options before clap would, which does not replace an option that exists.
-fn with_globals(command: Command, globals: &[Arg], shown: &[&str]) -> Command {
-    let copies = globals.iter().map(|global| {
-        let hidden = !shown.contains(&global.get_id().as_str());
-        global.clone().hide(hidden)
-    });
+/// Removes from each command the global options that do not affect it. For completion scripts:
+/// that of bash offers hidden options as well.
+pub(super) fn remove_without_effect(root: Command) -> Command {
+    let globals = globals(&root);
+    let keep = |argument: Arg, is_effective: bool| is_effective.then(|| argument.global(false));
+    let root = add_globals(root, &globals, &keep);
+    root.mut_args(|argument| argument.global(false))
+}
+
+fn globals(root: &Command) -> Vec<Arg> {
+    let arguments = root.get_arguments();
+    arguments.filter(|a| a.is_global_set()).cloned().collect()
+}
+
+/// Adds the global options to every command, each as `adapt` returns it. clap does not replace an
+/// option that exists by the global one.
+fn add_globals(
+    root: Command,
+    globals: &[Arg],
+    adapt: &dyn Fn(Arg, bool) -> Option<Arg>,
+) -> Command {
+    root.mut_subcommands(|command| {
+        let shown = effective(command.get_name());
+        let options = globals.iter().filter_map(|global| {
+            let is_effective = shown.contains(&global.get_id().as_str());
+            adapt(global.clone(), is_effective)
+        });
+        let options: Vec<Arg> = options.collect();
+        with_options(command, &options)
+    })
+}
+
+fn with_options(command: Command, options: &[Arg]) -> Command {
     command
-        .args(copies)
-        .mut_subcommands(|command| with_globals(command, globals, shown))
+        .args(options)
+        .mut_subcommands(|command| with_options(command, options))
 }

@@ -9,7 +9,7 @@ use k8s_openapi::jiff::Timestamp;
 use serde::Serialize;
 
 use super::check::{CheckedDomain, running};
-use super::input::{Input, ensure_one_stdin};
+use super::input::{DocumentInput, ensure_one_stdin};
 use super::output::{OutputOption, complain, table};
 use super::{Exit, Failure, runtime};
 use crate::cluster::{Cluster, ClusterError, NodeInventory, Virtualizations};
@@ -137,7 +137,7 @@ impl TargetsCommand {
 }
 
 fn read_nodes(path: &Path) -> anyhow::Result<NodeInventory> {
-    let Input { name, bytes } = Input::read(path, LIST_MAX_BYTES)?;
+    let DocumentInput { name, bytes } = DocumentInput::read(path, LIST_MAX_BYTES)?;
     let inventory = NodeInventory::parse(&bytes)
         .with_context(|| format!("{name}: is not the output of `kubectl get nodes -o json`"))?;
     if inventory.nodes.is_empty() {

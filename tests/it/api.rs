@@ -344,7 +344,7 @@ async fn invalid_input_is_rejected_with_message() {
         ("vcpus", "{\"count\": 2}\u{0}", "trailing"),
         ("memory", r#"{"size": "2 GB"}"#, "binary unit"),
         ("memory", r#"{"size": "-1"}"#, "negative"),
-        ("memory", r#"{"size": "1e9Gi"}"#, "no size"),
+        ("memory", r#"{"size": "1e9Gi"}"#, "not a size"),
         ("memory", r#"{"size": 2147483648}"#, "string"),
         ("memory", r#"{"size": "2Gi", "count": 1}"#, "count"),
     ] {

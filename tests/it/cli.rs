@@ -1,5 +1,6 @@
 //! The command line: output, help, invalid input, exit codes.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 
@@ -379,6 +380,222 @@ fn cleanup_removes_only_files_of_virtnode() {
     let (code, out, _) = run(&arguments);
     assert_eq!(code, 0);
     assert!(out.contains("labels.json: does not exist."), "{out}");
+}
+
+/// The names of all options in a help text, without those of clap itself.
+fn options(help: &str) -> BTreeSet<&str> {
+    let lines = help.lines().map(str::trim_start);
+    let words = lines
+        .filter(|line| line.starts_with('-'))
+        .flat_map(|line| line.split_whitespace().take(2));
+    let names = words.filter_map(|word| word.strip_prefix("--"));
+    names
+        .filter(|name| !["help", "version"].contains(name))
+        .collect()
+}
+
+const CONNECTION: &str = "config connect call-deadline";
+const KUBERNETES: &str = "node-name kubeconfig context";
+const DOCUMENTS: &str = "capabilities domain-capabilities supported-features kvm-max-vcpus eim \
+                         libvirt-version qemu-version";
+const DOMAIN: &str = "domain-xml domain machine arch domain-type vcpus current-vcpus sockets dies \
+                      cores threads memory cpu-model cpu-mode cpu-feature";
+const HOTPLUG: &str = "socket state-directory";
+
+/// Every command with the options in its help.
+const COMMANDS: [(&str, &[&str]); 15] = [
+    ("", &["config"]),
+    (
+        "run",
+        &[
+            CONNECTION,
+            KUBERNETES,
+            "socket publish schema force-conflicts state-directory features-directory \
+             probe-interval start-jitter listen log-format log",
+        ],
+    ),
+    (
+        "labels",
+        &[CONNECTION, DOCUMENTS, "output schema state-directory"],
+    ),
+    ("capabilities", &[CONNECTION, DOCUMENTS, "output"]),
+    ("check", &[CONNECTION, DOCUMENTS, DOMAIN, "output"]),
+    ("hotplug", &[CONNECTION, HOTPLUG]),
+    (
+        "hotplug vcpus",
+        &[CONNECTION, HOTPLUG, "online require timeout direct output"],
+    ),
+    (
+        "hotplug memory",
+        &[CONNECTION, HOTPLUG, "require timeout direct output"],
+    ),
+    ("operations", &["config output socket state-directory"]),
+    (
+        "doctor",
+        &[
+            CONNECTION,
+            "output root socket schema probe-interval listen",
+        ],
+    ),
+    (
+        "targets",
+        &[CONNECTION, KUBERNETES, "domain-xml nodes affinity output"],
+    ),
+    (
+        "cleanup",
+        &[
+            KUBERNETES,
+            "config publish state-directory features-directory",
+        ],
+    ),
+    ("crd", &[]),
+    ("completions", &[]),
+    ("man", &["directory"]),
+];
+
+#[test]
+fn help_lists_only_options_that_affect_the_command() {
+    for (command, expected) in COMMANDS {
+        let groups = expected.iter().flat_map(|group| group.split_whitespace());
+        let expected: BTreeSet<&str> = groups.collect();
+        for help in ["-h", "--help"] {
+            let mut arguments: Vec<&str> = command.split_whitespace().collect();
+            arguments.push(help);
+            let (code, text, err) = run(&arguments);
+            assert_eq!((code, err.as_str()), (0, ""), "{command}");
+            assert_eq!(options(&text), expected, "virtnode {command} {help}");
+            let first = text.lines().next().unwrap_or_default();
+            assert!(first.len() > 20 && !first.ends_with('.'), "{first}");
+        }
+    }
+    let (_, text, _) = run(&["hotplug", "vcpus", "--help"]);
+    for heading in ["Connection:", "Output:", "Files:"] {
+        assert!(
+            text.lines().any(|line| line == heading),
+            "{heading} in {text}"
+        );
+    }
+}
+
+#[test]
+fn hidden_options_are_accepted_before_and_after_every_command() {
+    let global = [
+        "--connect=x",
+        "--uri=x",
+        "-cx",
+        "--call-deadline=1",
+        "--socket=/x",
+        "--node-name=x",
+        "--kubeconfig=/x",
+        "--context=x",
+        "--publish=file",
+        "--schema=both",
+        "--force-conflicts=true",
+        "--state-directory=/x",
+        "--features-directory=/x",
+        "--probe-interval=1",
+        "--start-jitter=1",
+        "--listen=:1",
+        "--log-format=json",
+        "--log=debug",
+        "--config=/nonexistent",
+    ];
+    for option in global {
+        for (command, _) in COMMANDS {
+            // With --help the command itself does not run.
+            let words: Vec<&str> = command.split_whitespace().collect();
+            for at in 0..=words.len() {
+                let mut arguments = words.clone();
+                arguments.insert(at, option);
+                arguments.push("--help");
+                let (code, _, err) = run(&arguments);
+                assert_eq!((code, err.as_str()), (0, ""), "{arguments:?}");
+            }
+        }
+    }
+    // The value given before the command reaches it.
+    let socket = "/nonexistent/virtnode.sock";
+    for arguments in [
+        ["--socket", socket, "hotplug", "vcpus", "vm", "2"],
+        ["hotplug", "--socket", socket, "vcpus", "vm", "2"],
+        ["hotplug", "vcpus", "vm", "2", "--socket", socket],
+    ] {
+        let (code, _, err) = run(&arguments);
+        assert_eq!(code, 1, "{err}");
+        assert!(err.contains(socket), "{err}");
+    }
+}
+
+#[test]
+fn documents_are_read_from_standard_input_once() {
+    let with_input = |arguments: &[&str], file: &str| {
+        let input = fs::read(file).unwrap();
+        let output = virtnode(arguments).write_stdin(input).output().unwrap();
+        let err = String::from_utf8(output.stderr).unwrap();
+        (output.status.code().unwrap(), output.stdout, err)
+    };
+    for (command, option, name) in [
+        ("labels", "--capabilities", "capabilities.xml"),
+        ("labels", "--domain-capabilities", "dc-x86_64-q35-kvm.xml"),
+        ("capabilities", "--capabilities", "capabilities.xml"),
+    ] {
+        let file = document(name);
+        let (_, expected, _) = run(&[command, option, &file]);
+        let (code, out, err) = with_input(&[command, option, "-"], &file);
+        assert_eq!((code, err.as_str()), (0, ""), "{command} {option}");
+        assert_eq!(String::from_utf8(out).unwrap(), expected);
+    }
+    let (code, _, err) = with_input(&["labels", "--capabilities", "-"], "Cargo.toml");
+    assert_eq!(code, 1);
+    assert!(err.contains("standard input: "), "{err}");
+    for arguments in [
+        &[
+            "labels",
+            "--capabilities",
+            "-",
+            "--domain-capabilities",
+            "-",
+        ][..],
+        &[
+            "labels",
+            "--domain-capabilities",
+            "-",
+            "--domain-capabilities",
+            "-",
+        ],
+        &[
+            "capabilities",
+            "--capabilities",
+            "-",
+            "--supported-features",
+            "-",
+        ],
+        &["check", "--capabilities", "-", "--domain-xml", "-"],
+        &["targets", "--nodes", "-", "--domain-xml", "-"],
+    ] {
+        let (code, out, err) = run(arguments);
+        assert_eq!((code, out.as_str()), (2, ""), "{arguments:?}: {err}");
+        assert!(
+            err.contains("only one option can read standard input"),
+            "{err}"
+        );
+    }
+}
+
+#[test]
+fn completions_offer_only_options_that_affect_the_command() {
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+        let (code, script, err) = run(&["completions", shell]);
+        assert_eq!((code, err.as_str()), (0, ""), "{shell}");
+        assert!(script.contains("call-deadline"), "{shell}");
+        // Before the command, and for `run` alone.
+        let jitter = script.matches("start-jitter").count();
+        let config = script.matches("config").count();
+        assert!(
+            jitter > 0 && jitter * 3 < config,
+            "{shell}: {jitter} of {config}"
+        );
+    }
 }
 
 #[test]

@@ -97,7 +97,7 @@ fn invalid_arguments_are_exit_code_2() -> anyhow::Result<()> {
     for (arguments, says) in [
         (vec!["memory", "vm", "2 GB"], "binary unit"),
         (vec!["memory", "vm", "-1"], "negative"),
-        (vec!["memory", "vm", "1e9Gi"], "no size"),
+        (vec!["memory", "vm", "1e9Gi"], "not a size"),
         (vec!["memory", "vm", "1024"], "no unit"),
         (vec!["vcpus", "vm", "-1"], "-1"),
         (vec!["vcpus", "vm", "two"], "two"),

@@ -162,7 +162,7 @@ fn show_confirmation(text: &mut String, report: &CheckReport) {
         None => "no answer",
     };
     let words = match dry_run {
-        DryRun::Accepted if emulator_refuses(report) => {
+        DryRun::Accepted if is_blocked_by_emulator(report) => {
             format!("dry run: libvirt accepts it ({agrees}); a dry run does not start QEMU")
         }
         DryRun::Accepted => format!("dry run: libvirt accepts it ({agrees})"),
@@ -179,7 +179,7 @@ fn show_confirmation(text: &mut String, report: &CheckReport) {
             "CPU: the hypervisor provides all of it, and more".to_owned()
         }
         // The dry run already quotes the message.
-        Some(CpuComparison::Incompatible { words }) if is_refused_with(dry_run, words) => {
+        Some(CpuComparison::Incompatible { words }) if is_quoted_by(dry_run, words) => {
             "CPU: the hypervisor does not provide all of it, with the same message".to_owned()
         }
         Some(CpuComparison::Incompatible { words }) => {
@@ -195,12 +195,12 @@ fn show_confirmation(text: &mut String, report: &CheckReport) {
     wrap(text, "  ", "    ", &words);
 }
 
-fn emulator_refuses(report: &CheckReport) -> bool {
+fn is_blocked_by_emulator(report: &CheckReport) -> bool {
     let mut blocking = report.fit.blocking();
     blocking.any(|finding| finding.stage == Some(Stage::Emulator))
 }
 
-fn is_refused_with(dry_run: &DryRun, words: &str) -> bool {
+fn is_quoted_by(dry_run: &DryRun, words: &str) -> bool {
     matches!(dry_run, DryRun::Refused { words: refusal } if refusal == words)
 }
 

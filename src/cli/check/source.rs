@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 
 use crate::capability::is_x86;
-use crate::cli::input::Input;
+use crate::cli::input::DocumentInput;
 use crate::cli::{Exit, Failure};
 use crate::compat::{MinimalDefinition, Requirement};
 use crate::domain::VcpuTopology;
@@ -105,7 +105,7 @@ impl CheckedDomain {
 
     /// Reads a definition from a file or standard input.
     pub(in crate::cli) fn read(path: &Path) -> anyhow::Result<Self> {
-        let (name, xml) = Input::read(path, MAX_BYTES as u64)?.into_text()?;
+        let (name, xml) = DocumentInput::read(path, MAX_BYTES as u64)?.into_text()?;
         Self::parse(&name, xml)
     }
 }
