@@ -37,7 +37,7 @@ use virtnode::capability::{Capabilities, DomainCapabilities, NodeFacts, Version}
 use virtnode::cluster::objects::NodeVirtualization;
 use virtnode::cluster::{Cluster, ClusterConfig, HotplugObjects};
 use virtnode::daemon::Metrics;
-use virtnode::hypervisor::Connection;
+use virtnode::hypervisor::ConnectionState;
 use virtnode::label::{LabelSet, Policy, derive};
 use virtnode::probe::Reading;
 use virtnode::publish::events::EventRecorder;
@@ -243,7 +243,7 @@ fn start(
         options,
     );
     let (snapshots, to_describe) = watch::channel(None);
-    let (connection, connected) = watch::channel(Connection::Up(1));
+    let (connection, connected) = watch::channel(ConnectionState::Up(1));
     tokio::spawn(publisher.run(to_describe, connected, token.clone()));
 
     let mut hotplugs = HotplugObjects::new(&cluster).watch().boxed();

@@ -32,7 +32,7 @@ use tokio::time::{sleep, timeout};
 use virtnode::daemon::Metrics;
 use virtnode::executor::{AskedBy, Executor, Listener, Options, Order, Record};
 use virtnode::hotplug::{HotplugRequest, Require, Verdict};
-use virtnode::hypervisor::{Connection, DomainBackend as _, Libvirt, LibvirtConfig};
+use virtnode::hypervisor::{ConnectionState, DomainBackend as _, Libvirt, LibvirtConfig};
 use virtnode::journal::Journal;
 use virtnode::monitor::Monitor;
 use virtnode::units::Bytes;
@@ -395,8 +395,8 @@ async fn connect(libvirtd: &Libvirtd, metrics: &Metrics) -> anyhow::Result<Libvi
         LibvirtConfig::new(libvirtd.uri()),
         Arc::clone(&metrics.hypervisor),
     );
-    let mut listening = control.listening();
-    let up = listening.wait_for(|state| matches!(state, Connection::Up(_)));
+    let mut listening = control.health();
+    let up = listening.wait_for(|state| matches!(state, ConnectionState::Up(_)));
     timeout(PATIENCE, up).await??;
     Ok(control)
 }

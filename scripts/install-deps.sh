@@ -75,7 +75,7 @@ packages_for() { # purpose, release, yes if libvirt and QEMU come from backports
     emulator_package "$2" "$3"
     system_package "$2" "$3"
     ;;&
-  test) printf '%s\n' openssl systemd ;;
+  test) printf '%s\n' openssl systemd libvirt-l10n ;;
   image) printf '%s\n' buildah debootstrap ;;
   esac
 }

@@ -38,7 +38,7 @@ use tracing::{error, info, warn};
 
 use crate::capability::{CanonicalMachine, NodeFacts};
 use crate::host;
-use crate::hypervisor::{Connection, NodeSource};
+use crate::hypervisor::{ConnectionState, NodeSource};
 use crate::label::{
     FAMILIES, FactSource, InvalidLabel, LabelChange, LabelSet, Policy, ProbeResult,
     PublishedLabels, RejectedLabel, RetentionReason, derive, family,
@@ -91,7 +91,7 @@ pub struct LatestProbe {
 
 pub struct Labeller<S> {
     prober: Prober<S>,
-    connection: watch::Receiver<Connection>,
+    connection: watch::Receiver<ConnectionState>,
     policy: Policy,
     interval: Duration,
     root: PathBuf,
@@ -172,7 +172,7 @@ impl<S: NodeSource> Labeller<S> {
                     if changed.is_err() {
                         return;
                     }
-                    if *self.connection.borrow_and_update() == Connection::Down {
+                    if *self.connection.borrow_and_update() == ConnectionState::Down {
                         continue;
                     }
                     self.prober.invalidate();
@@ -195,7 +195,7 @@ impl<S: NodeSource> Labeller<S> {
             if self.connection.has_changed().unwrap_or(false) {
                 self.prober.invalidate();
             }
-            let was_down = *self.connection.borrow_and_update() == Connection::Down;
+            let was_down = *self.connection.borrow_and_update() == ConnectionState::Down;
             let reading = self.prober.read().await;
             if was_down && reading.failures.is_empty() {
                 // The probe waited for the connection and used it.

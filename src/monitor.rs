@@ -1,6 +1,18 @@
-//! Keeps the inventory of running domains up to date: bulk statistics on a timer and when
-//! something happens, and a closer look at those domains that something happened to. What it sees
-//! it also hands on, to be diagnosed.
+//! The monitor of running domains.
+//!
+//! ```text
+//! every 15 s, or 100 ms after the first of some notifications
+//!        │
+//!        ▼
+//! bulk statistics ──▶ which domains are stale? ──▶ observe those, four at a time
+//!        │ new, changed, notified, incomplete, or not observed for 60 s
+//!        ▼
+//! inventory (metrics) and observed domains (doctor)
+//! ```
+//!
+//! Nothing blocks for longer than [`TIMEOUTS`] per domain. If the hypervisor cannot be reached the
+//! inventory keeps its last entries, each with its time, and the monitor tries again at the next
+//! tick. Domains are keyed by [`DomainRef`]: two connections may have the same UUID.
 
 mod inventory;
 
@@ -16,79 +28,77 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
 use crate::doctor::checks::observed::{AgentAnswer, DomainDetails, ObservedDomain};
-use crate::domain::Domain;
-use crate::hypervisor::{CallError, DomainBackend, DomainRef, DomainStats, Notice, Notices};
+use crate::hypervisor::{
+    CallError, DomainBackend, DomainRef, DomainStats, Notice, Notices, ObservationQuery,
+};
 
-/// Between two readings of the bulk statistics when nothing happens.
+/// Interval between readings of the bulk statistics without notifications: a usual scrape interval.
 const PERIOD: Duration = Duration::from_secs(15);
-/// A domain is looked at this often even if nothing is heard of it.
-const LOOK_AGAIN: Duration = Duration::from_secs(60);
-/// What happens within this time of the first is looked at together.
+/// Maximum age of an observation: some changes, such as of the balloon, have no notification.
+const MAX_AGE: Duration = Duration::from_secs(60);
+/// Time from the first notification until the observation: a plug of several vCPUs sends many.
 const GATHER: Duration = Duration::from_millis(100);
-/// Domains looked at at a time.
+/// Maximum number of domains observed at a time: as many as calls of one class.
 const AT_A_TIME: usize = 4;
-/// How long it waits: the other domains wait for that.
-const PATIENCE: Patience = Patience {
+/// Short, since the other domains wait.
+const TIMEOUTS: ObserveTimeouts = ObserveTimeouts {
     libvirt: Duration::from_secs(2),
     agent: Duration::from_secs(3),
 };
 
-/// How long a look at one domain may take.
+/// Timeouts for the observation of one domain.
 #[derive(Debug, Clone, Copy)]
-pub struct Patience {
-    /// For libvirt to tell of it.
+pub struct ObserveTimeouts {
     pub libvirt: Duration,
-    /// For its guest agent to tell.
     pub agent: Duration,
 }
 
-/// The running domains as last seen, or why they cannot be; `None` before the first time.
-pub type Sight = Option<Result<Arc<[ObservedDomain]>, String>>;
+/// The running domains, or the error of listing them; `None` before the first reading.
+pub type ObservedDomains = Option<Result<Arc<[ObservedDomain]>, String>>;
 
 /// Keeps the inventory up to date.
 pub struct Monitor<C> {
-    control: Arc<C>,
+    backend: Arc<C>,
     inventory: Arc<Inventory>,
-    known: HashMap<String, Known>,
-    /// Why a domain could not be looked at when that was last tried.
-    unlooked: HashMap<String, String>,
-    sight: watch::Sender<Sight>,
+    known: HashMap<DomainRef, KnownDomain>,
+    /// Errors of the last observations that failed.
+    errors: HashMap<DomainRef, String>,
+    observed: watch::Sender<ObservedDomains>,
     failed: Option<&'static str>,
 }
 
-/// A domain as last looked at.
-struct Known {
-    look: Arc<DomainDetails>,
-    looked: Instant,
-    /// Something happened to it since.
+/// A domain's last observation.
+struct KnownDomain {
+    details: Arc<DomainDetails>,
+    at: Instant,
+    /// True after a notification.
     stale: bool,
 }
 
 impl<C: DomainBackend> Monitor<C> {
-    /// Of this hypervisor's domains. Nothing is asked before [`Self::run`].
-    pub fn new(control: Arc<C>, inventory: Arc<Inventory>) -> Self {
+    /// Returns a monitor that does nothing before [`Self::run`].
+    pub fn new(backend: Arc<C>, inventory: Arc<Inventory>) -> Self {
         Self {
-            control,
+            backend,
             inventory,
             known: HashMap::new(),
-            unlooked: HashMap::new(),
-            sight: watch::Sender::new(None),
+            errors: HashMap::new(),
+            observed: watch::Sender::new(None),
             failed: None,
         }
     }
 
-    /// The running domains as it sees them from now on.
-    pub fn sight(&self) -> watch::Receiver<Sight> {
-        self.sight.subscribe()
+    pub fn observed(&self) -> watch::Receiver<ObservedDomains> {
+        self.observed.subscribe()
     }
 
-    /// Works until told to stop.
+    /// Runs until stopped.
     pub async fn run(mut self, stop: CancellationToken) {
         stop.run_until_cancelled(self.keep()).await;
     }
 
     async fn keep(&mut self) {
-        let mut notices = self.control.notices();
+        let mut notices = self.backend.events();
         let mut tick = interval(PERIOD);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut is_over = false;
@@ -105,14 +115,14 @@ impl<C: DomainBackend> Monitor<C> {
                 // A driver without statistics has no domains of interest here.
                 Err(error @ CallError::Unsupported { .. }) => {
                     self.inventory.replace(Vec::new());
-                    self.failed(&error);
+                    self.report_failure(&error);
                 }
-                Err(error) => self.failed(&error),
+                Err(error) => self.report_failure(&error),
             }
         }
     }
 
-    /// Notes which domains are to be looked at again: those that something happened to.
+    /// Marks the domains that notifications of the next moment are about.
     async fn gather(&mut self, first: Option<Notice>, notices: &mut Notices) {
         let until = Instant::now() + GATHER;
         let mut next = first;
@@ -120,7 +130,7 @@ impl<C: DomainBackend> Monitor<C> {
             match notice {
                 Notice::Gap => self.known.values_mut().for_each(|known| known.stale = true),
                 Notice::Change { domain, .. } => {
-                    if let Some(known) = self.known.get_mut(&domain.uuid) {
+                    if let Some(known) = self.known.get_mut(&domain) {
                         known.stale = true;
                     }
                 }
@@ -130,55 +140,58 @@ impl<C: DomainBackend> Monitor<C> {
         }
     }
 
-    /// One reading: of the statistics, and of the domains that something happened to.
+    /// Reads the statistics once and observes the stale domains.
     ///
     /// # Errors
     /// The hypervisor's; the inventory stays as it was.
     pub async fn refresh(&mut self) -> Result<(), CallError> {
-        let running = self.control.all_domain_stats().await?;
-        let there: HashSet<&str> = running.iter().map(|stats| stats.id.uuid.as_str()).collect();
-        self.known.retain(|uuid, _| there.contains(uuid.as_str()));
-        self.unlooked
-            .retain(|uuid, _| there.contains(uuid.as_str()));
+        let running = self.backend.statistics().await?;
+        let ids: HashSet<&DomainRef> = running.iter().map(|stats| &stats.id).collect();
+        self.known.retain(|id, _| ids.contains(id));
+        self.errors.retain(|id, _| ids.contains(id));
         let stale: Vec<DomainRef> = running
             .iter()
             .filter(|stats| self.is_stale(stats))
             .map(|stats| stats.id.clone())
             .collect();
-        let control = &self.control;
-        let looks: Vec<_> = stream::iter(stale)
+        let backend = &self.backend;
+        let observations: Vec<_> = stream::iter(stale)
             .map(|id| async {
-                let seen = look(&**control, &id, PATIENCE).await;
-                (id, seen)
+                let details = observe_details(&**backend, &id, TIMEOUTS).await;
+                (id, details)
             })
             .buffer_unordered(AT_A_TIME)
             .collect()
             .await;
-        for (id, seen) in looks {
-            match seen {
-                Ok(look) => {
-                    let known = Known {
-                        look: Arc::new(look),
-                        looked: Instant::now(),
+        for (id, details) in observations {
+            match details {
+                Ok(details) => {
+                    self.errors.remove(&id);
+                    let known = KnownDomain {
+                        details: Arc::new(details),
+                        at: Instant::now(),
                         stale: false,
                     };
-                    self.unlooked.remove(&id.uuid);
-                    self.known.insert(id.uuid, known);
+                    self.known.insert(id, known);
                 }
-                Err(why) => {
-                    debug!(domain = id.name, why, "a domain cannot be looked at");
-                    self.unlooked.insert(id.uuid, why);
+                Err(error) => {
+                    debug!(domain = id.name, error, "cannot observe a domain");
+                    self.errors.insert(id, error);
                 }
             }
         }
         let at = now();
         let figures = running.iter().filter_map(|stats| {
-            let known = self.known.get(&stats.id.uuid)?;
+            let details = &self.known.get(&stats.id)?.details;
             let balloon = stats.stats.balloon;
-            let told = balloon.updated.is_some_and(|updated| updated > 0);
-            let total = balloon.total.filter(|_| told);
-            let look = &known.look;
-            let figures = DomainFigures::of(&look.domain, look.online(), total, at);
+            let is_reported = balloon.updated.is_some_and(|updated| updated > 0);
+            let total = balloon.total.filter(|_| is_reported);
+            let figures = DomainFigures::of(
+                &details.domain,
+                details.online(),
+                total,
+                at,
+            );
             Some(DomainFigures {
                 connection: stats.id.connection.clone(),
                 state: stats.state,
@@ -186,89 +199,80 @@ impl<C: DomainBackend> Monitor<C> {
             })
         });
         self.inventory.replace(figures.collect());
-        let seen = running.into_iter().map(|stats| self.seen(stats));
-        let seen: Arc<[ObservedDomain]> = seen.collect();
-        self.sight.send_replace(Some(Ok(seen)));
+        let observed = running.into_iter().map(|stats| self.observed_domain(stats));
+        let observed: Arc<[ObservedDomain]> = observed.collect();
+        self.observed.send_replace(Some(Ok(observed)));
         Ok(())
     }
 
-    fn seen(&self, stats: DomainStats) -> ObservedDomain {
-        let uuid = &stats.id.uuid;
-        let look = match (self.unlooked.get(uuid), self.known.get(uuid)) {
-            (None, Some(known)) => Ok(Arc::clone(&known.look)),
-            (Some(why), _) => Err(why.clone()),
-            (None, None) => Err("not looked at yet".to_owned()),
+    fn observed_domain(&self, stats: DomainStats) -> ObservedDomain {
+        let details = match (self.errors.get(&stats.id), self.known.get(&stats.id)) {
+            (None, Some(known)) => Ok(Arc::clone(&known.details)),
+            (Some(error), _) => Err(error.clone()),
+            (None, None) => Err("not observed yet".to_owned()),
         };
         ObservedDomain {
             name: stats.id.name,
             uuid: stats.id.uuid,
             state: stats.state,
             stats: stats.stats,
-            details: look,
+            details,
             earlier: BTreeMap::new(),
         }
     }
 
     fn is_stale(&self, stats: &DomainStats) -> bool {
-        self.known.get(&stats.id.uuid).is_none_or(|known| {
-            let seen = u32::try_from(stats.stats.vcpus.len()).unwrap_or(u32::MAX);
-            // Nothing tells when a guest brings a vCPU online.
-            let plugged = known.look.domain.vcpus.plugged();
-            let lags = known.look.online().is_some_and(|online| online < plugged);
-            known.stale || lags || known.looked.elapsed() >= LOOK_AGAIN || plugged != seen
+        self.known.get(&stats.id).is_none_or(|known| {
+            let counted = u32::try_from(stats.stats.vcpus.len()).unwrap_or(u32::MAX);
+            // A guest that brings a vCPU online causes no notification.
+            let plugged = known.details.domain.vcpus.plugged();
+            let online = known.details.online();
+            let lags = online.is_some_and(|online| online < plugged);
+            known.stale || lags || known.at.elapsed() >= MAX_AGE || plugged != counted
         })
     }
 
-    /// Says so once, and keeps what was seen last: each entry has its time.
-    fn failed(&mut self, error: &CallError) {
-        self.sight.send_replace(Some(Err(error.to_string())));
+    /// Publishes a failure, and logs the first of several with the same code.
+    fn report_failure(&mut self, error: &CallError) {
+        self.observed.send_replace(Some(Err(error.to_string())));
         if self.failed.replace(error.code()) != Some(error.code()) {
-            warn!(%error, "the running domains cannot be read; trying on");
+            warn!(%error, "cannot read the running domains; retrying");
         }
     }
 }
 
-/// Looks at one domain.
+/// Observes one domain.
 ///
 /// # Errors
-/// Why it cannot be looked at, as a sentence; it may have just ended.
-pub async fn look<C: DomainBackend>(
-    control: &C,
+/// A sentence with the reason; the domain may have ended.
+pub async fn observe_details<C: DomainBackend>(
+    backend: &C,
     id: &DomainRef,
-    patience: Patience,
+    timeouts: ObserveTimeouts,
 ) -> Result<DomainDetails, String> {
-    // While something is being done to a domain this would wait for that.
-    let live = match timeout(patience.libvirt, control.domain(id)).await {
-        Ok(Ok(live)) => live,
-        Ok(Err(error)) => return Err(error.to_string()),
-        Err(_) => {
-            let waited = patience.libvirt;
-            return Err(format!(
-                "no answer within {waited:?}; something is being done to it"
-            ));
-        }
+    let query = ObservationQuery {
+        timeout: timeouts.libvirt,
+        statistics: false,
+        agent: Some(timeouts.agent),
+        answers: false,
     };
-    let domain = match Domain::parse(&live.id.name, live.xml.as_bytes(), live.state) {
-        // Reading the XML takes away what is white around the name.
-        Ok(domain) => Domain {
-            name: live.id.name,
-            ..domain
-        },
-        Err(error) => {
-            warn!(domain = id.name, %error, "a domain's XML cannot be read");
-            return Err(error.to_string());
+    let seen = backend.observe(id, query).await;
+    let live = seen.live.map_err(|error| match error {
+        CallError::Overdue { after, .. } => {
+            format!("no answer within {after:?}; something is being done to it")
         }
-    };
-    let agent = match domain.agent.may_answer() && domain.state.runs() {
-        true => match timeout(patience.agent, control.guest_vcpus(id)).await {
-            Ok(Ok(vcpus)) => AgentAnswer::Answered(vcpus),
-            Ok(Err(error)) => AgentAnswer::Silent(error.to_string()),
-            Err(_) => AgentAnswer::Silent(format!("no answer within {:?}", patience.agent)),
-        },
-        false => AgentAnswer::NotAsked,
+        error => error.to_string(),
+    })?;
+    let agent = match seen.agent {
+        Some(Ok(vcpus)) => AgentAnswer::Answered(vcpus),
+        Some(Err(CallError::Overdue { after, .. })) => {
+            AgentAnswer::Silent(format!("no answer within {after:?}"))
+        }
+        Some(Err(error)) => AgentAnswer::Silent(error.to_string()),
+        None => AgentAnswer::NotAsked,
     };
     Ok(DomainDetails {
-        domain,
+        domain: live.domain,
         persistent: live.persistent,
         agent,
     })

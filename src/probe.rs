@@ -30,9 +30,10 @@ use crate::capability::eim::{dry_run_domain, from_native_arguments};
 use crate::capability::{
     Capabilities, CpuDefinition, DomainCapabilities, Eim, NodeFacts, Version, is_q35, is_x86,
 };
-use crate::domain::NodeRequirements;
 use crate::host;
-use crate::hypervisor::{CallError, DomainCapabilitiesQuery, NodeSource, Versions};
+use crate::hypervisor::{
+    CallError, DomainCapabilitiesQuery, NodeSource, UnreadableDomain, Versions,
+};
 use crate::label::{CapabilitiesInUse, FactSource};
 use crate::telemetry::now_seconds;
 use crate::xml::DocumentError;
@@ -275,8 +276,7 @@ impl<S: NodeSource> Prober<S> {
         self.succeeded(FactSource::Domains);
         reading.running_domains = Some(domains.len());
         for domain in domains {
-            let name = format!("domain {}", domain.uuid);
-            match NodeRequirements::parse(&name, domain.xml.as_bytes()) {
+            match domain.requirements {
                 Ok(requirements) => {
                     let in_use = CapabilitiesInUse {
                         machines: requirements.machine.into_iter().collect(),
@@ -285,13 +285,21 @@ impl<S: NodeSource> Prober<S> {
                     };
                     reading.in_use.extend(&in_use);
                     reading.domains.push(DomainUsage {
-                        name: domain.name,
-                        uuid: domain.uuid,
+                        name: domain.id.name,
+                        uuid: domain.id.uuid,
                         in_use,
                     });
                 }
-                Err(error) => {
-                    let failure = SourceFailure::malformed(FactSource::Domains, &error);
+                Err(UnreadableDomain::Malformed(message)) => {
+                    let failure = SourceFailure {
+                        source: FactSource::Domains,
+                        code: "malformed",
+                        message,
+                    };
+                    self.failed(reading, failure);
+                }
+                Err(UnreadableDomain::Call(error)) => {
+                    let failure = SourceFailure::of_call(FactSource::Domains, &error);
                     self.failed(reading, failure);
                 }
             }

@@ -181,7 +181,7 @@ async fn start(config: &Config, listener: TcpListener, tasks: &mut Tasks) -> any
         scope,
         config.probe_interval,
         labeller.latest(),
-        monitor.sight(),
+        monitor.observed(),
         Arc::clone(&metrics.doctor),
     );
     let health = Health::new(labeller.progress(), sync_state);

@@ -30,13 +30,13 @@ use crate::host;
 use crate::hypervisor::{DomainBackend, DomainRef, NodeSource};
 use crate::label::{FactSource, Policy, derive};
 use crate::labeller::LatestProbe;
-use crate::monitor::{Patience, Sight, look};
+use crate::monitor::{ObserveTimeouts, ObservedDomains, observe_details};
 use crate::probe::{ProbeMetrics, Prober, SourceFailure};
 use crate::telemetry::{MetricRegistry, now_seconds};
 use crate::units::Bytes;
 
 /// Timeouts for one domain. libvirt itself gives a guest agent 5 s.
-const DOMAIN_TIMEOUTS: Patience = Patience {
+const DOMAIN_TIMEOUTS: ObserveTimeouts = ObserveTimeouts {
     libvirt: Duration::from_secs(5),
     agent: Duration::from_secs(7),
 };
@@ -150,7 +150,7 @@ fn socket_of(uri: &str) -> Option<&Path> {
 /// Observes the running domains, and once more those whose guests lack memory that they may just be
 /// plugging.
 async fn observe_domains<C: DomainBackend>(control: &C) -> Result<Vec<ObservedDomain>, String> {
-    let running = control.all_domain_stats().await;
+    let running = control.statistics().await;
     let running = running.map_err(|error| error.to_string())?;
     let mut seen: Vec<ObservedDomain> = running
         .into_iter()
@@ -190,7 +190,7 @@ async fn query_details<C: DomainBackend>(
         (at, id)
     });
     let queries = stream::iter(ids.collect::<Vec<_>>())
-        .map(|(at, id)| async move { (at, look(control, &id, DOMAIN_TIMEOUTS).await) })
+        .map(|(at, id)| async move { (at, observe_details(control, &id, DOMAIN_TIMEOUTS).await) })
         .buffer_unordered(CONCURRENT_DOMAINS)
         .take_until(sleep(ALL_DOMAINS_TIMEOUT));
     let mut queries = std::pin::pin!(queries);
@@ -225,7 +225,7 @@ pub struct DoctorTask {
     scope: DoctorScope,
     interval: Duration,
     latest: watch::Receiver<Option<Arc<LatestProbe>>>,
-    sight: watch::Receiver<Sight>,
+    sight: watch::Receiver<ObservedDomains>,
     metrics: Arc<DoctorMetrics>,
     /// Plugged virtio-mem sizes of guests that lack memory, by UUID, with the time of the last change.
     memory: HashMap<String, (Instant, BTreeMap<String, Bytes>)>,
@@ -239,7 +239,7 @@ impl DoctorTask {
         scope: DoctorScope,
         interval: Duration,
         latest: watch::Receiver<Option<Arc<LatestProbe>>>,
-        sight: watch::Receiver<Sight>,
+        sight: watch::Receiver<ObservedDomains>,
         metrics: Arc<DoctorMetrics>,
     ) -> Self {
         Self {

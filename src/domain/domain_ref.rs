@@ -31,6 +31,15 @@ impl ConnectionId {
     pub fn is_host(&self) -> bool {
         *self == Self::Host
     }
+
+    /// Returns the kind of connection: the metrics label.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Host => "host",
+            Self::Launcher { .. } => "launcher",
+            Self::Qmp { .. } => "qmp",
+        }
+    }
 }
 
 impl fmt::Display for ConnectionId {

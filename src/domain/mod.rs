@@ -3,7 +3,6 @@
 mod call_error;
 mod cpu;
 mod definition;
-pub mod device_xml;
 mod devices;
 mod domain_ref;
 mod facts;

@@ -71,7 +71,7 @@ use super::Executor;
 use super::clock::Clock;
 use super::observer::{Backoff, Observer};
 use crate::hotplug::{Contact, History, Observation, Return, Verdict};
-use crate::hypervisor::{Connection, DomainBackend, DomainRef, Notices};
+use crate::hypervisor::{ConnectionState, DomainBackend, DomainRef, Notices};
 use crate::journal::Entry;
 use crate::operation::Record;
 use crate::units::Timestamp;
@@ -180,7 +180,7 @@ impl<C: DomainBackend, S> Driver<C, S> {
     }
 
     fn has_events(&self) -> bool {
-        *self.executor.backend.listening().borrow() != Connection::Down
+        *self.executor.backend.health().borrow() != ConnectionState::Down
     }
 
     /// Records and publishes what the operation waits for.

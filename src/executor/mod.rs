@@ -18,7 +18,6 @@
 //! a verdict, whatever ends the process. An order that cannot be written is rejected.
 //! [`Executor::stop`] ends every driver at its next await and loses nothing.
 
-mod call;
 mod clock;
 mod driver;
 mod followers;

@@ -4,13 +4,12 @@ use std::sync::Arc;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use tokio::time::{Instant, timeout};
+use tokio::time::Instant;
 
 use super::clock::Clock;
 use super::options::Options;
-use crate::domain::Domain;
-use crate::hotplug::{Agent, Contact, Observation, Ost};
-use crate::hypervisor::{CallError, DomainBackend, DomainRef, LiveDomain};
+use crate::hotplug::{Agent, Contact, GuestVcpus, Observation};
+use crate::hypervisor::{CallError, DomainBackend, DomainRef, ObservationQuery};
 
 /// Pause after an unanswered question to the guest agent: each one occupies a worker until its
 /// own deadline, and other domains need workers too.
@@ -58,64 +57,57 @@ impl<C: DomainBackend> Observer<C> {
 
     pub(super) async fn observe(&self) -> Result<Observation, Contact> {
         let at = self.clock.now();
-        // A job on the domain blocks the first query and not the second: if only the statistics
-        // arrive, the domain is held and libvirt is reachable.
-        let live = timeout(self.timeout, self.backend.domain(&self.domain));
-        let stats = timeout(self.timeout, self.backend.domain_stats(&self.domain));
-        let (live, stats) = tokio::join!(live, stats);
-        let stats = stats.ok().and_then(Result::ok);
-        let live = match live {
-            Ok(Ok(live)) => live,
-            Ok(Err(CallError::Busy { .. })) | Err(_) if stats.is_some() => {
+        let pause = self.silent_agent().clone();
+        let pause = pause.filter(|last| last.until > Instant::now());
+        let query = ObservationQuery {
+            timeout: self.timeout,
+            statistics: true,
+            agent: Some(self.agent_timeout).filter(|_| self.asks_agent && pause.is_none()),
+            answers: self.asks_qemu,
+        };
+        let seen = self.backend.observe(&self.domain, query).await;
+        // A job on the domain blocks its description and not its statistics: if only the
+        // statistics arrive, the domain is held and libvirt is reachable.
+        let live = match seen.live {
+            Ok(live) => live,
+            Err(CallError::Busy { .. } | CallError::Overdue { .. })
+                if seen.statistics.is_some() =>
+            {
                 return Err(Contact::Held);
             }
-            Ok(Err(CallError::NotFound(_))) => return Err(Contact::Absent),
-            Ok(Err(error)) => return Err(Contact::Unreachable(error.to_string())),
-            Err(_) => {
-                let waited = self.timeout;
-                let why = format!("no description of the domain within {waited:?}");
+            Err(CallError::NotFound(_)) => return Err(Contact::Absent),
+            Err(CallError::Overdue { after, .. }) => {
+                let why = format!("no description of the domain within {after:?}");
                 return Err(Contact::Unreachable(why));
             }
+            Err(error) => return Err(Contact::Unreachable(error.to_string())),
         };
-        let domain = parse(&live)?;
-        let agent = if self.asks_agent && domain.agent.may_answer() && live.state.runs() {
-            self.ask_agent().await
-        } else {
-            Agent::NotAsked
+        let may_answer = live.domain.agent.may_answer() && live.domain.state.runs();
+        let agent = match (seen.agent, pause) {
+            (Some(answer), _) => self.agent_answer(answer),
+            (None, Some(silent)) if self.asks_agent && may_answer => Agent::Silent(silent.error),
+            (None, _) => Agent::NotAsked,
         };
         Ok(Observation {
             at,
-            domain,
+            domain: live.domain,
             reason: live.reason,
             persistent: live.persistent,
-            stats: stats.map(|stats| stats.stats),
+            stats: seen.statistics.map(|statistics| statistics.stats),
             agent,
             job: live.job,
-            answers: self.ask_qemu().await,
+            answers: seen.answers,
         })
     }
 
-    async fn ask_qemu(&self) -> Option<Vec<Ost>> {
-        if !self.asks_qemu {
-            return None;
-        }
-        let answers = timeout(self.timeout, self.backend.acpi_answers(&self.domain));
-        answers.await.ok()?.ok()
-    }
-
-    async fn ask_agent(&self) -> Agent {
-        let last = self.silent_agent().clone();
-        if let Some(silent) = last.filter(|last| last.until > Instant::now()) {
-            return Agent::Silent(silent.error);
-        }
-        let answer = timeout(self.agent_timeout, self.backend.guest_vcpus(&self.domain)).await;
+    fn agent_answer(&self, answer: Result<GuestVcpus, CallError>) -> Agent {
         let error = match answer {
-            Ok(Ok(guest)) => {
+            Ok(guest) => {
                 *self.silent_agent() = None;
                 return Agent::Answered(guest);
             }
-            Ok(Err(error)) => error.to_string(),
-            Err(_) => format!("no answer within {:?}", self.agent_timeout),
+            Err(CallError::Overdue { after, .. }) => format!("no answer within {after:?}"),
+            Err(error) => error.to_string(),
         };
         *self.silent_agent() = Some(SilentAgent {
             error: error.clone(),
@@ -128,11 +120,6 @@ impl<C: DomainBackend> Observer<C> {
         let silent = self.silent_agent.lock();
         silent.unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-fn parse(live: &LiveDomain) -> Result<Domain, Contact> {
-    Domain::parse(&live.id.name, live.xml.as_bytes(), live.state)
-        .map_err(|error| Contact::Unreachable(format!("cannot read the domain XML: {error}")))
 }
 
 /// Exponentially growing pauses between attempts.

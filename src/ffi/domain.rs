@@ -198,27 +198,6 @@ pub fn job(domain: &Domain) -> Result<Option<u64>, Error> {
     Ok(Some(number.unwrap_or(0)))
 }
 
-/// `virDomainAgentSetResponseTimeout`: how long libvirt waits for the guest agent, in seconds;
-/// negative numbers are `VIR_DOMAIN_AGENT_RESPONSE_TIMEOUT_*`. It holds until the domain ends,
-/// for every client.
-///
-/// # Errors
-/// libvirt's own.
-pub fn set_agent_response_timeout(domain: &Domain, seconds: i32) -> Result<(), Error> {
-    // SAFETY: the domain is alive.
-    done(unsafe { sys::virDomainAgentSetResponseTimeout(domain.as_ptr(), seconds, 0) })
-}
-
-/// `virDomainDetachDeviceAlias`: asks the guest to let a device go and does not wait for it.
-///
-/// # Errors
-/// libvirt's own; `VIR_ERR_DEVICE_MISSING` if there is no such device.
-pub fn detach_device_alias(domain: &Domain, alias: &str, flags: u32) -> Result<(), Error> {
-    let alias = CString::new(alias)?;
-    // SAFETY: the domain is alive, and so is the text, which ends with a NUL.
-    done(unsafe { sys::virDomainDetachDeviceAlias(domain.as_ptr(), alias.as_ptr(), flags) })
-}
-
 fn done(result: c_int) -> Result<(), Error> {
     match result {
         0.. => Ok(()),

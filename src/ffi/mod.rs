@@ -18,8 +18,7 @@ mod system;
 
 pub use self::connection::{CloseReason, Watched, baseline_hypervisor_cpu, compare_hypervisor_cpu};
 pub use self::domain::{
-    DomainRecord, all_domain_stats, detach_device_alias, domain_stats, guest_vcpus, job,
-    set_agent_response_timeout, set_guest_vcpus, state,
+    DomainRecord, all_domain_stats, domain_stats, guest_vcpus, job, set_guest_vcpus, state,
 };
 pub use self::events::{Happening, Subscription, Told};
 pub use self::parameters::{Parameter, Value};

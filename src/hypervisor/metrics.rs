@@ -20,20 +20,17 @@ pub const CALLS: [&str; 8] = [
 ];
 
 /// Calls about domains: values of the label `call`.
-pub const DOMAIN_CALLS: [&str; 13] = [
+pub const DOMAIN_CALLS: [&str; 10] = [
     "find-domain",
     "domain",
     "all-domain-stats",
     "domain-stats",
-    "memory-stats",
     "guest-vcpus",
     "acpi-answers",
     "set-guest-vcpus",
-    "agent-timeout",
     "set-vcpus",
     "update-device",
     "attach-device",
-    "detach-device",
 ];
 
 /// Metrics of one hypervisor's connection and calls.

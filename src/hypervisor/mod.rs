@@ -1,24 +1,29 @@
-//! The hypervisor as the services see it: its traits, their errors, and its adapters.
+//! The hypervisor as the services see it: two traits, and their adapters.
 //!
-//! * [`NodeSource`]: what the node can run;
-//! * [`DomainBackend`]: its domains, what happens to them, and changing them.
+//! * [`NodeSource`]: the documents that describe what the node can run. Documents are text; their
+//!   parsers are in [`crate::capability`].
+//! * [`DomainBackend`]: the node's domains, typed both ways.
 //!
-//! Documents come as text; reading them is [`crate::capability`]'s. Every call has a deadline of
-//! its own and ends with an answer or a [`CallError`], whatever the daemon behind it does.
+//! Every call has a deadline of its own and ends with a result or a [`CallError`], whatever the
+//! daemon behind the adapter does.
 
-mod control;
+mod backend;
 mod libvirt;
 mod metrics;
 
 use std::future::Future;
 
+use thiserror::Error;
 use tokio::sync::watch;
 
-pub use self::control::{Change, DomainBackend, DomainStats, LiveDomain, Notice, Notices, Scope};
+pub use self::backend::{
+    Change, DomainBackend, DomainStats, LiveDomain, Notice, Notices, ObservationQuery, Seen,
+};
 pub use self::libvirt::{Keepalive, Libvirt, LibvirtConfig, Workers};
 pub use self::metrics::{CALLS, DOMAIN_CALLS, HypervisorMetrics};
 use crate::capability::Version;
 use crate::compat::CpuComparison;
+use crate::domain::NodeRequirements;
 pub use crate::domain::{CallError, DomainRef};
 
 /// The versions behind a connection.
@@ -27,11 +32,11 @@ pub struct Versions {
     /// The daemon's libvirt (`virConnectGetLibVersion`).
     pub libvirt: Version,
     /// The driver's hypervisor, QEMU's version for the QEMU driver (`virConnectGetVersion`);
-    /// `None` where the driver does not say.
+    /// `None` if the driver has no version.
     pub hypervisor: Option<Version>,
 }
 
-/// Which domain capabilities are asked for. What is `None` libvirt chooses itself.
+/// A query for domain capabilities. libvirt chooses what is `None`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
 pub struct DomainCapabilitiesQuery {
     /// The guest architecture, `x86_64`.
@@ -40,77 +45,83 @@ pub struct DomainCapabilitiesQuery {
     pub machine: Option<String>,
     /// The domain type: `kvm`, `qemu`, …
     pub virt_type: Option<String>,
-    /// Ask for all CPU features of the host model, not only those beside the model
+    /// True for all CPU features of the host model, including those of its model
     /// (`VIR_CONNECT_GET_DOMAIN_CAPABILITIES_EXPAND_CPU_FEATURES`, libvirt 12.2).
     pub expand_features: bool,
-    /// Ask also for features that are supported and not on by default
+    /// True for features that are supported and not on by default
     /// (`VIR_CONNECT_GET_DOMAIN_CAPABILITIES_SUPPORTED_CPU_FEATURES`, libvirt 12.5).
     pub supported_features: bool,
 }
 
-/// A running domain's live definition.
+/// A running domain and the properties of the node that it depends on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RunningDomain {
-    /// The domain's name: tenants' text.
-    pub name: String,
-    /// The domain's UUID in its usual spelling.
-    pub uuid: String,
-    /// The live XML, without secrets.
-    pub xml: String,
+    pub id: DomainRef,
+    /// An unreadable domain may depend on anything.
+    pub requirements: Result<NodeRequirements, UnreadableDomain>,
 }
 
-/// Whether there is a connection.
+/// Reason for a domain's definition being unknown.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum UnreadableDomain {
+    #[error(transparent)]
+    Call(#[from] CallError),
+    /// The definition was read and cannot be parsed.
+    #[error("{0}")]
+    Malformed(String),
+}
+
+/// The state of the connection to a hypervisor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Connection {
-    /// There is none at present; the adapter tries again by itself.
+pub enum ConnectionState {
+    /// The adapter reconnects by itself.
     Down,
-    /// There is one. The number grows with each new connection, so that a reconnect is a change
-    /// even for one who missed the time without.
+    /// The number grows with each new connection, so that a reconnect is a change even for an
+    /// observer that missed the time between.
     Up(u64),
 }
 
-/// A hypervisor that can be asked.
+/// A source of the documents that describe a node.
 pub trait NodeSource: Send + Sync + 'static {
-    /// The versions of libvirt and its hypervisor.
     fn versions(&self) -> impl Future<Output = Result<Versions, CallError>> + Send;
 
-    /// `virConnectGetCapabilities`: the `<capabilities>` document.
+    /// Returns the `<capabilities>` document (`virConnectGetCapabilities`).
     fn capabilities(&self) -> impl Future<Output = Result<String, CallError>> + Send;
 
-    /// `virConnectGetDomainCapabilities`: one `<domainCapabilities>` document. Flags that this
-    /// libvirt does not know are left out.
+    /// Returns a `<domainCapabilities>` document (`virConnectGetDomainCapabilities`). Flags that
+    /// this libvirt does not have are left out.
     fn domain_capabilities(
         &self,
         query: DomainCapabilitiesQuery,
     ) -> impl Future<Output = Result<String, CallError>> + Send;
 
-    /// `virConnectBaselineHypervisorCPU` with `EXPAND_FEATURES` for one CPU definition: the
-    /// `<cpu>` with every feature that this hypervisor can give.
+    /// Returns the `<cpu>` with every feature that this hypervisor can provide of a CPU definition
+    /// (`virConnectBaselineHypervisorCPU` with `EXPAND_FEATURES`).
     fn baseline_cpu(
         &self,
         query: DomainCapabilitiesQuery,
         cpu: String,
     ) -> impl Future<Output = Result<String, CallError>> + Send;
 
-    /// `virConnectCompareHypervisorCPU`: whether this hypervisor can give the CPU of a `<cpu>`.
+    /// Compares a `<cpu>` with what this hypervisor can provide
+    /// (`virConnectCompareHypervisorCPU`).
     fn compare_cpu(
         &self,
         query: DomainCapabilitiesQuery,
         cpu: String,
     ) -> impl Future<Output = Result<CpuComparison, CallError>> + Send;
 
-    /// `virConnectDomainXMLToNative("qemu-argv")`: the arguments that libvirt would start this
-    /// domain with, after its own additions and checks. Nothing is defined or started.
+    /// Returns the arguments that libvirt would start a domain with, after its own additions and
+    /// checks (`virConnectDomainXMLToNative("qemu-argv")`). Nothing is defined or started.
     fn native_arguments(
         &self,
         domain: String,
     ) -> impl Future<Output = Result<String, CallError>> + Send;
 
-    /// Every running domain with its live definition. A domain that ends while they are being
-    /// read is left out.
+    /// Returns every running domain. A domain that ends meanwhile is left out.
     fn running_domains(&self)
     -> impl Future<Output = Result<Vec<RunningDomain>, CallError>> + Send;
 
-    /// The state of the connection, and its changes.
-    fn connection(&self) -> watch::Receiver<Connection>;
+    /// Returns the state of the connection, with its changes.
+    fn connection(&self) -> watch::Receiver<ConnectionState>;
 }

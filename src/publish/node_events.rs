@@ -12,7 +12,7 @@ use super::events::EventRecorder;
 use super::wait_until;
 use crate::cluster::{EventKind, ObjectEvent};
 use crate::hotplug::Verdict;
-use crate::hypervisor::Connection;
+use crate::hypervisor::ConnectionState;
 use crate::operation::Record;
 
 /// Minimum duration of an outage that is reported: a restart of libvirt takes less.
@@ -23,7 +23,7 @@ const OUTAGE_MIN: Duration = Duration::from_secs(10);
 pub async fn report_hypervisor(
     events: EventRecorder,
     node: ObjectReference,
-    connection: watch::Receiver<Connection>,
+    connection: watch::Receiver<ConnectionState>,
     token: CancellationToken,
 ) {
     let report = |lost| events.record(hypervisor_event(&node, lost));
@@ -31,11 +31,11 @@ pub async fn report_hypervisor(
 }
 
 /// Calls `report` with `true` at the start of an outage, and with `false` at its end.
-async fn follow(mut connection: watch::Receiver<Connection>, report: impl Fn(bool)) {
+async fn follow(mut connection: watch::Receiver<ConnectionState>, report: impl Fn(bool)) {
     let mut lost = false;
     let mut down_since = Instant::now();
     loop {
-        let is_down = *connection.borrow_and_update() == Connection::Down;
+        let is_down = *connection.borrow_and_update() == ConnectionState::Down;
         if lost && !is_down {
             lost = false;
             report(false);
@@ -108,16 +108,16 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn only_outages_of_ten_seconds_are_reported() {
-        let (sender, receiver) = watch::channel(Connection::Up(1));
+        let (sender, receiver) = watch::channel(ConnectionState::Up(1));
         let reports = Mutex::new(Vec::new());
         let follow = follow(receiver, |lost| reports.lock().unwrap().push(lost));
         let connections = async {
             let steps = [
-                (Connection::Down, OUTAGE_MIN / 2, vec![]),
-                (Connection::Up(2), OUTAGE_MIN * 2, vec![]),
-                (Connection::Down, OUTAGE_MIN * 2, vec![true]),
-                (Connection::Up(3), OUTAGE_MIN * 2, vec![true, false]),
-                (Connection::Up(4), OUTAGE_MIN * 2, vec![true, false]),
+                (ConnectionState::Down, OUTAGE_MIN / 2, vec![]),
+                (ConnectionState::Up(2), OUTAGE_MIN * 2, vec![]),
+                (ConnectionState::Down, OUTAGE_MIN * 2, vec![true]),
+                (ConnectionState::Up(3), OUTAGE_MIN * 2, vec![true, false]),
+                (ConnectionState::Up(4), OUTAGE_MIN * 2, vec![true, false]),
             ];
             for (state, wait, expected) in steps {
                 sender.send_replace(state);
@@ -131,7 +131,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn hypervisor_that_never_connects_is_reported() {
-        let (sender, receiver) = watch::channel(Connection::Down);
+        let (sender, receiver) = watch::channel(ConnectionState::Down);
         let reports = Mutex::new(Vec::new());
         let follow = follow(receiver, |lost| reports.lock().unwrap().push(lost));
         let connections = async {

@@ -30,7 +30,7 @@ use super::wait_until;
 use crate::cluster::objects::node_virtualization::HOTPLUG_OBJECTS_WATCHED;
 use crate::cluster::objects::{Condition, NodeVirtualization, NodeVirtualizationStatus};
 use crate::cluster::{Cluster, ClusterError, Retry};
-use crate::hypervisor::Connection;
+use crate::hypervisor::ConnectionState;
 use crate::publish::metrics::VirtualizationMetrics;
 use crate::units::Timestamp;
 
@@ -124,7 +124,7 @@ impl VirtualizationPublisher {
     pub async fn run(
         mut self,
         snapshots: watch::Receiver<Option<Arc<Snapshot>>>,
-        connection: watch::Receiver<Connection>,
+        connection: watch::Receiver<ConnectionState>,
         token: CancellationToken,
     ) {
         token
@@ -135,7 +135,7 @@ impl VirtualizationPublisher {
     async fn keep_in_sync(
         &mut self,
         mut snapshots: watch::Receiver<Option<Arc<Snapshot>>>,
-        mut connection: watch::Receiver<Connection>,
+        mut connection: watch::Receiver<ConnectionState>,
     ) {
         snapshots.mark_changed();
         loop {
@@ -181,7 +181,7 @@ impl VirtualizationPublisher {
     }
 
     /// True if a sync would write this snapshot, or the published object is unknown.
-    fn differs(&self, snapshot: &Snapshot, connection: Connection) -> bool {
+    fn differs(&self, snapshot: &Snapshot, connection: ConnectionState) -> bool {
         match &self.published {
             None => true,
             Some(published) => {
@@ -196,7 +196,7 @@ impl VirtualizationPublisher {
         &self,
         snapshot: &Snapshot,
         before: &NodeVirtualizationStatus,
-        connection: Connection,
+        connection: ConnectionState,
     ) -> NodeVirtualizationStatus {
         let mut status = snapshot.status(before, connection, jiff::Timestamp::now());
         let hotplug = self.hotplug.as_ref().and_then(|it| it.borrow().clone());
@@ -219,7 +219,7 @@ impl VirtualizationPublisher {
         }
     }
 
-    async fn sync(&mut self, snapshot: &Snapshot, connection: Connection) {
+    async fn sync(&mut self, snapshot: &Snapshot, connection: ConnectionState) {
         self.metrics.attempts.inc();
         match self.write(snapshot, connection).await {
             Ok(()) => {
@@ -242,7 +242,7 @@ impl VirtualizationPublisher {
     async fn write(
         &mut self,
         snapshot: &Snapshot,
-        connection: Connection,
+        connection: ConnectionState,
     ) -> Result<(), ClusterError> {
         let published = match self.published.take() {
             Some(published) => published,

@@ -14,12 +14,14 @@ use tempfile::TempDir;
 use tokio::time::{Instant, timeout};
 use virtnode::domain::{DomainState, Job, PauseReason};
 use virtnode::executor::{AskedBy, Executor, OperationId, Options, Order, Record};
-use virtnode::hotplug::{AcpiAnswer, Event, HotplugRequest, Require, SlotKind, Verdict};
-use virtnode::hypervisor::{CallError, Change, DomainBackend, Notice, Notices, Scope};
+use virtnode::hotplug::{Action, AcpiAnswer, Event, HotplugRequest, Require, SlotKind, Verdict};
+use virtnode::hypervisor::{
+    CallError, Change, DomainBackend, DomainRef, LiveDomain, Notice, Notices, ObservationQuery,
+};
 use virtnode::journal::Journal;
 use virtnode::units::KiB;
 
-use crate::support::backend::{Backend, InMemory, NAME, Real, Witness};
+use crate::support::backend::{Backend, EVERYTHING, InMemory, NAME, PLAIN, Real, Witness};
 use crate::support::fake_domains::{Blocks, Cpus, FakeGuest};
 
 /// For what has no deadline of its own; only a failing test waits so long.
@@ -115,11 +117,11 @@ async fn job<B: Backend>() {
     let node = Node::new(&backend, Options::default());
     let guest = backend.guest(&guest(Cpus::Onlines, Blocks::Onlines)).await;
     let control = backend.control();
-    let id = control.find_domain(NAME).await.unwrap();
-    assert_eq!(control.domain(&id).await.unwrap().job, None);
+    let id = control.find(NAME).await.unwrap();
+    assert_eq!(live(control, &id).await.unwrap().job, None);
 
     backend.begins_job().await;
-    let held = control.domain(&id).await.unwrap();
+    let held = live(control, &id).await.unwrap();
     assert_eq!(
         (held.job, held.reason),
         (Some(Job::Save), Some(PauseReason::Save))
@@ -180,8 +182,8 @@ async fn deep<B: Backend>() {
     acknowledged(options, 3).await;
     assert!(guest.is_tainted());
     let control = backend.control();
-    let id = control.find_domain(NAME).await.unwrap();
-    let answers = control.acpi_answers(&id).await.unwrap();
+    let id = control.find(NAME).await.unwrap();
+    let answers = control.observe(&id, EVERYTHING).await.answers.unwrap();
     let mut added: Vec<_> = answers
         .iter()
         .filter(|ost| ost.kind == SlotKind::Cpu && ost.answer() == Some(AcpiAnswer::Added))
@@ -208,17 +210,17 @@ async fn calls<B: Backend>() {
         "a '/..\" <&>",
         "00000000-0000-4000-8000-00000000ffff",
     ] {
-        let error = control.find_domain(nobody).await.unwrap_err();
+        let error = control.find(nobody).await.unwrap_err();
         assert_eq!(error.code(), "domain-not-found", "{error}");
     }
     let like = guest(Cpus::LeavesOffline, Blocks::Onlines);
     let guest = backend.guest(&like).await;
-    let id = control.find_domain(NAME).await.unwrap();
-    assert_eq!(control.find_domain(&id.uuid).await.unwrap(), id);
-    let mut notices = control.notices();
+    let id = control.find(NAME).await.unwrap();
+    assert_eq!(control.find(&id.uuid).await.unwrap(), id);
+    let mut notices = control.events();
 
     // vCPUs up: the call comes back, and the guest answers.
-    control.set_vcpus(&id, 3, Scope::Live).await.unwrap();
+    control.apply(&id, &set_vcpus(3)).await.unwrap();
     for slot in [1, 2] {
         hears(&mut notices, |event| {
             matches!(event, Event::Ost(ost) if ost.kind == SlotKind::Cpu && ost.slot == slot
@@ -226,14 +228,19 @@ async fn calls<B: Backend>() {
         })
         .await;
     }
-    let said = control.guest_vcpus(&id).await.unwrap();
-    assert_eq!((said.vcpus.len(), said.online.len()), (3, 1));
+    let query = ObservationQuery {
+        agent: Some(LONG),
+        ..PLAIN
+    };
+    let agent = control.observe(&id, query).await.agent.unwrap().unwrap();
+    assert_eq!((agent.vcpus.len(), agent.online.len()), (3, 1));
+    let ids = "1-2".parse().unwrap();
     control
-        .set_guest_vcpus(&id, &"1-2".parse().unwrap(), true)
+        .apply(&id, &Action::OnlineVcpus { ids })
         .await
         .unwrap();
     guest.uses("0-2").await;
-    let error = control.set_vcpus(&id, 5, Scope::Live).await.unwrap_err();
+    let error = control.apply(&id, &set_vcpus(5)).await.unwrap_err();
     assert!(
         matches!(&error, CallError::Failed { code, .. } if code == "8"),
         "{error:?}"
@@ -241,82 +248,78 @@ async fn calls<B: Backend>() {
 
     // Down: QEMU lets it go, libvirt does not notice in software emulation, and agrees when it
     // is asked again.
-    let unplugged = control.set_vcpus(&id, 2, Scope::Live).await;
+    let unplugged = control.apply(&id, &set_vcpus(2)).await;
     hears(&mut notices, |event| {
         matches!(event, Event::Ost(ost) if ost.slot == 2 && ost.answer() == Some(AcpiAnswer::Gone))
     })
     .await;
     if let Err(error) = unplugged {
         assert_eq!(error.code(), "unplug-pending", "{error}");
-        control.set_vcpus(&id, 2, Scope::Live).await.unwrap();
+        control.apply(&id, &set_vcpus(2)).await.unwrap();
     }
-    assert_eq!(
-        control.domain_stats(&id).await.unwrap().stats.vcpus.len(),
-        2
-    );
+    let query = ObservationQuery {
+        statistics: true,
+        ..PLAIN
+    };
+    let statistics = control.observe(&id, query).await.statistics.unwrap();
+    assert_eq!(statistics.stats.vcpus.len(), 2);
+    assert_eq!(control.statistics().await.unwrap().len(), 1);
 
     // Memory: the driver takes it.
     let half = KiB::new(512 * 1024).unwrap();
-    control
-        .resize_virtio_mem(&id, "ua-mem0", half)
-        .await
-        .unwrap();
+    let resize = Action::ResizeVirtioMem {
+        alias: "ua-mem0".to_owned(),
+        requested: half,
+    };
+    control.apply(&id, &resize).await.unwrap();
     hears(&mut notices, |event| {
         matches!(event, Event::MemorySize { device, size } if device == "ua-mem0" && *size == half.into())
     })
     .await;
-    // A DIMM in and out.
-    let dimm = |kib: u64| {
-        format!(
-            "<memory model='dimm'><target><size unit='KiB'>{kib}</size><node>0</node></target>\
-             <alias name='ua-dimm'/></memory>"
-        )
+    // A DIMM.
+    let dimm = |mib: u64| Action::AttachDimm {
+        alias: "ua-dimm".to_owned(),
+        size: KiB::new(mib * 1024).unwrap(),
+        node: Some(0),
     };
-    let error = control
-        .attach_device(&id, &dimm(129 * 1024), Scope::Live)
-        .await
-        .unwrap_err();
+    let error = control.apply(&id, &dimm(129)).await.unwrap_err();
     assert!(error.to_string().contains("0x200000"), "{error}");
-    control
-        .attach_device(&id, &dimm(128 * 1024), Scope::Live)
-        .await
-        .unwrap();
+    control.apply(&id, &dimm(128)).await.unwrap();
     hears(&mut notices, |event| {
         matches!(event, Event::Ost(ost) if ost.kind == SlotKind::Dimm
             && ost.device.as_deref() == Some("ua-dimm") && ost.answer() == Some(AcpiAnswer::Added))
     })
     .await;
-    control
-        .detach_device(&id, "ua-dimm", Scope::Live)
-        .await
-        .unwrap();
-    hears(&mut notices, |event| {
-        matches!(event, Event::DeviceDeleted { device: Some(device), .. } if device == "ua-dimm")
-    })
-    .await;
-    let error = control
-        .detach_device(&id, "ua-none", Scope::Live)
-        .await
-        .unwrap_err();
-    assert!(matches!(error, CallError::Failed { .. }), "{error:?}");
 
     // Held, and the end.
     guest.pause(true);
-    let held = control.domain(&id).await.unwrap();
+    let held = live(&control, &id).await.unwrap();
     assert_eq!(
-        (held.state, held.reason),
+        (held.domain.state, held.reason),
         (DomainState::Paused, Some(PauseReason::User))
     );
     guest.pause(false);
-    let held = control.domain(&id).await.unwrap();
-    assert_eq!((held.state, held.reason), (DomainState::Running, None));
+    let held = live(&control, &id).await.unwrap();
+    assert_eq!(
+        (held.domain.state, held.reason),
+        (DomainState::Running, None)
+    );
     guest.destroy();
     hears(&mut notices, |event| {
         *event == Event::Stopped("destroyed".to_owned())
     })
     .await;
-    let error = control.domain(&id).await.unwrap_err();
+    let error = live(&control, &id).await.unwrap_err();
     assert_eq!(error.code(), "domain-not-found", "{error}");
+}
+
+fn set_vcpus(count: u32) -> Action {
+    let persist = false;
+    Action::SetVcpus { count, persist }
+}
+
+async fn live<C: DomainBackend>(control: &Arc<C>, id: &DomainRef) -> Result<LiveDomain, CallError> {
+    control.observe(id, PLAIN).await.live
 }
 
 /// Waits for an event that is as wanted.

@@ -4,26 +4,31 @@
 
 use std::fs;
 use std::future::Future;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use tempfile::TempDir;
 use tokio::time::timeout;
 use virtnode::daemon::Metrics;
 use virtnode::domain::{AgentChannel, Domain, DomainState, IdSet};
-use virtnode::hotplug::{AcpiAnswer, Event, SlotKind};
+use virtnode::executor::{AskedBy, Executor, Options, Order};
+use virtnode::hotplug::{Action, AcpiAnswer, Event, GuestVcpus, HotplugRequest, Require, SlotKind};
 use virtnode::hypervisor::{
-    CallError, Change, Connection, DomainBackend, DomainRef, Libvirt, LibvirtConfig, Notice,
-    Notices, Scope,
+    CallError, Change, ConnectionState, DomainBackend, DomainRef, DomainStats, Libvirt,
+    LibvirtConfig, LiveDomain, Notice, Notices, ObservationQuery,
 };
+use virtnode::journal::Journal;
 use virtnode::units::{Bytes, KiB};
 
+use crate::support::backend::PLAIN;
 use crate::support::eventually;
 use crate::support::guest::{Guest, GuestConfig};
 use crate::support::libvirtd::Libvirtd;
+use crate::support::relay::{Hold, Relay, SET_VCPUS};
 
 /// For what has no deadline of its own; only a failing test waits so long.
 const LONG: Duration = Duration::from_secs(60);
@@ -36,10 +41,10 @@ fn start(libvirtd: &Libvirtd, change: impl FnOnce(&mut LibvirtConfig)) -> Libvir
 
 /// Waits until events are told, and subscribes.
 async fn listen(control: &Libvirt) -> Notices {
-    let mut listening = control.listening();
-    let up = listening.wait_for(|state| matches!(state, Connection::Up(_)));
+    let mut listening = control.health();
+    let up = listening.wait_for(|state| matches!(state, ConnectionState::Up(_)));
     timeout(LONG, up).await.unwrap().unwrap();
-    control.notices()
+    control.events()
 }
 
 /// Waits for a change of a domain that is as wanted.
@@ -89,10 +94,53 @@ fn mib(mib: u64) -> Bytes {
     Bytes::from_mib(mib).unwrap()
 }
 
-/// The live XML of a domain, read.
+async fn live(control: &Libvirt, domain: &DomainRef) -> Result<LiveDomain, CallError> {
+    control.observe(domain, PLAIN).await.live
+}
+
 async fn read(control: &Libvirt, domain: &DomainRef) -> Domain {
-    let live = control.domain(domain).await.unwrap();
-    Domain::parse("live", live.xml.as_bytes(), live.state).unwrap()
+    live(control, domain).await.unwrap().domain
+}
+
+async fn statistics(control: &Libvirt, domain: &DomainRef) -> Option<DomainStats> {
+    let query = ObservationQuery {
+        statistics: true,
+        ..PLAIN
+    };
+    control.observe(domain, query).await.statistics
+}
+
+/// Asks the agent, if there is one.
+async fn agent(control: &Libvirt, domain: &DomainRef) -> Option<Result<GuestVcpus, CallError>> {
+    let query = ObservationQuery {
+        agent: Some(LONG),
+        ..PLAIN
+    };
+    control.observe(domain, query).await.agent
+}
+
+fn set_vcpus(count: u32, persist: bool) -> Action {
+    Action::SetVcpus { count, persist }
+}
+
+fn resize(alias: &str, mib: u64) -> Action {
+    Action::ResizeVirtioMem {
+        alias: alias.to_owned(),
+        requested: KiB::new(mib * 1024).unwrap(),
+    }
+}
+
+fn dimm(alias: &str) -> Action {
+    Action::AttachDimm {
+        alias: alias.to_owned(),
+        size: KiB::new(128 * 1024).unwrap(),
+        node: Some(0),
+    }
+}
+
+fn online(ids: &str) -> Action {
+    let ids = ids.parse().unwrap();
+    Action::OnlineVcpus { ids }
 }
 
 #[tokio::test]
@@ -121,30 +169,32 @@ async fn a_guest_is_watched_and_changed() {
     let before = tainted();
 
     // What it is.
-    let id = control.find_domain(config.name).await.unwrap();
+    let id = control.find(config.name).await.unwrap();
     assert_eq!(id.name, config.name);
-    assert_eq!(control.find_domain(&id.uuid).await.unwrap(), id);
-    let live = control.domain(&id).await.unwrap();
-    assert_eq!(live.id, id);
-    assert_eq!((live.state, live.persistent), (DomainState::Running, true));
-    let domain = read(&control, &id).await;
+    assert_eq!(control.find(&id.uuid).await.unwrap(), id);
+    let found = live(&control, &id).await.unwrap();
+    assert_eq!((&found.id, found.persistent), (&id, true));
+    let domain = found.domain;
+    assert_eq!(
+        (domain.state, domain.name.as_str()),
+        (DomainState::Running, config.name)
+    );
     assert_eq!(domain.vcpus.plugged(), 1);
     assert_eq!(domain.agent, AgentChannel::Connected);
 
     // Its statistics: all ways tell the same.
-    let stats = control.domain_stats(&id).await.unwrap();
+    let stats = statistics(&control, &id).await.unwrap();
     assert_eq!((&stats.id, stats.state), (&id, DomainState::Running));
     assert!(stats.stats.vcpus[&0].time > Some(0), "{stats:?}");
-    let all = control.all_domain_stats().await.unwrap();
+    let all = control.statistics().await.unwrap();
     assert_eq!(all.len(), 1);
     assert_eq!(all[0].id, id);
     let total = Bytes::from(KiB::new(guest.witness().unwrap().total_kib).unwrap());
     eventually(LONG, async || {
-        let balloon = control.memory_stats(&id).await?;
+        let statistics = statistics(&control, &id).await.context("no statistics")?;
+        let balloon = statistics.stats.balloon;
         ensure!(balloon.total == Some(total), "{balloon:?}, not {total}");
         ensure!(balloon.updated > Some(0), "{balloon:?}");
-        let bulk = control.domain_stats(&id).await?.stats.balloon;
-        ensure!(bulk.total == Some(total), "{bulk:?}, not {total}");
         Ok(())
     })
     .await
@@ -166,10 +216,7 @@ async fn a_guest_is_watched_and_changed() {
     // Its life.
     libvirtd.virsh(&["suspend", config.name]).unwrap();
     until_event(&mut notices, |event| *event == Event::Paused).await;
-    assert_eq!(
-        control.domain(&id).await.unwrap().state,
-        DomainState::Paused
-    );
+    assert_eq!(read(&control, &id).await.state, DomainState::Paused);
     libvirtd.virsh(&["resume", config.name]).unwrap();
     until_event(&mut notices, |event| *event == Event::Resumed).await;
     libvirtd.virsh(&["reset", config.name]).unwrap();
@@ -179,143 +226,85 @@ async fn a_guest_is_watched_and_changed() {
         *event == Event::Stopped("destroyed".to_owned())
     })
     .await;
-    assert_eq!(
-        control.domain(&id).await.unwrap().state,
-        DomainState::ShutOff
-    );
-    for outcome in [
-        control.set_vcpus(&id, 2, Scope::Live).await,
-        control.memory_stats(&id).await.map(drop),
-        control.guest_vcpus(&id).await.map(drop),
-    ] {
-        let error = outcome.unwrap_err();
+    assert_eq!(read(&control, &id).await.state, DomainState::ShutOff);
+    for action in [set_vcpus(2, false), online("0")] {
+        let error = control.apply(&id, &action).await.unwrap_err();
         assert!(matches!(error, CallError::NotRunning(_)), "{error:?}");
     }
     drop(guest);
     until(&mut notices, |_, change| *change == Change::Defined).await;
-    let error = control.domain(&id).await.unwrap_err();
+    let error = live(&control, &id).await.unwrap_err();
     assert!(matches!(error, CallError::NotFound(_)), "{error:?}");
 }
 
 /// vCPUs up, online, and down.
 async fn vcpus(control: &Libvirt, notices: &mut Notices, id: &DomainRef) {
-    control
-        .set_agent_timeout(id, Duration::from_millis(4500))
-        .await
-        .unwrap();
-    let scope = Scope::of(true);
-    let (plugged, took) = timed(control.set_vcpus(id, 3, scope)).await;
+    let (plugged, took) = timed(control.apply(id, &set_vcpus(3, true))).await;
     plugged.unwrap();
     println!("plugged two vCPUs within {took:?}");
     until_ost(notices, SlotKind::Cpu, 1, AcpiAnswer::Added).await;
     until_ost(notices, SlotKind::Cpu, 2, AcpiAnswer::Added).await;
     assert_eq!(read(control, id).await.vcpus.plugged_ids(), ids("0-2"));
-    let said = control.guest_vcpus(id).await.unwrap();
-    assert_eq!((said.vcpus, said.online), (ids("0-2"), ids("0")));
-    control
-        .set_guest_vcpus(id, &ids("1-2"), true)
-        .await
-        .unwrap();
-    assert_eq!(control.guest_vcpus(id).await.unwrap().online, ids("0-2"));
+    let guest = agent(control, id).await.unwrap().unwrap();
+    assert_eq!((guest.vcpus, guest.online), (ids("0-2"), ids("0")));
+    control.apply(id, &online("1-2")).await.unwrap();
+    let guest = agent(control, id).await.unwrap().unwrap();
+    assert_eq!(guest.online, ids("0-2"));
 
-    let error = control.set_vcpus(id, 5, scope).await.unwrap_err();
+    let error = control.apply(id, &set_vcpus(5, true)).await.unwrap_err();
     assert!(
         matches!(&error, CallError::Failed { code, .. } if code == "8"),
         "{error:?}"
     );
 
-    // What the change holds up is its own domain's changes, nothing else. In software emulation
-    // libvirt gives up waiting for what QEMU has done, and agrees when asked again.
-    let unplug = async { timed(control.set_vcpus(id, 2, scope)).await };
+    // The change delays its own domain's changes, nothing else. In software emulation libvirt
+    // times out although QEMU has done it, and agrees at the second call.
+    let two = set_vcpus(2, true);
+    let unplug = async { timed(control.apply(id, &two)).await };
     let meanwhile = async {
         until_ost(notices, SlotKind::Cpu, 2, AcpiAnswer::Gone).await;
-        let reads = async {
-            control.domain_stats(id).await.unwrap();
-            control.all_domain_stats().await.unwrap();
-            control.guest_vcpus(id).await.unwrap().online
-        };
-        timed(reads).await
+        timed(control.statistics()).await
     };
-    let ((unplugged, held), (online, took)) = tokio::join!(unplug, meanwhile);
-    println!("unplug {unplugged:?} after {held:?}; reads meanwhile took {took:?}");
-    assert_eq!(online, ids("0-1"));
+    let ((unplugged, held), (statistics, took)) = tokio::join!(unplug, meanwhile);
+    println!("unplug {unplugged:?} after {held:?}; statistics meanwhile took {took:?}");
+    assert_eq!(statistics.unwrap().len(), 1);
     if let Err(error) = unplugged {
         assert!(
             matches!(error, CallError::UnplugPending { .. }),
             "{error:?}"
         );
         assert!(took < held, "{took:?} of {held:?}");
-        control.set_vcpus(id, 2, scope).await.unwrap();
+        control.apply(id, &two).await.unwrap();
     }
     assert_eq!(read(control, id).await.vcpus.plugged_ids(), ids("0-1"));
 }
 
-/// A virtio-mem device larger, and a DIMM in and out.
+/// A virtio-mem device up and down, and a DIMM.
 async fn memory(control: &Libvirt, notices: &mut Notices, id: &DomainRef) {
-    let requested = |mib: u64| KiB::new(mib * 1024).unwrap();
-    control
-        .resize_virtio_mem(id, "ua-mem0", requested(256))
-        .await
-        .unwrap();
-    until_event(notices, |event| {
-        matches!(event, Event::MemorySize { device, size } if device == "ua-mem0" && *size == mib(256))
-    })
-    .await;
-    let device = read(control, id).await.memory.devices[0].clone();
-    assert_eq!(device.current, Some(mib(256)));
-    let error = control
-        .resize_virtio_mem(id, "ua-mem0", requested(3))
-        .await
-        .unwrap_err();
+    for size in [256, 0] {
+        control.apply(id, &resize("ua-mem0", size)).await.unwrap();
+        until_event(notices, |event| {
+            matches!(event, Event::MemorySize { device, size: of } if device == "ua-mem0" && *of == mib(size))
+        })
+        .await;
+        let device = read(control, id).await.memory.devices[0].clone();
+        assert_eq!(device.current, Some(mib(size)));
+    }
+    let error = control.apply(id, &resize("ua-mem0", 3)).await.unwrap_err();
     assert!(matches!(error, CallError::Failed { .. }), "{error:?}");
-    let error = control
-        .resize_virtio_mem(id, "ua-none", requested(2))
-        .await
-        .unwrap_err();
+    let error = control.apply(id, &resize("ua-none", 2)).await.unwrap_err();
     assert!(
         matches!(&error, CallError::Failed { code, .. } if code == "99"),
         "{error:?}"
     );
-    // The same by hand, for what has no call of its own.
-    let xml = control.domain(id).await.unwrap().xml;
-    let device = &xml[xml.find("<memory model='virtio-mem'").unwrap()..];
-    let device = device.split_inclusive("</memory>").next().unwrap();
-    let device = device.replace(">262144</requested>", ">0</requested>");
-    control
-        .update_device(id, &device, Scope::Live)
-        .await
-        .unwrap();
-    until_event(notices, |event| {
-        matches!(event, Event::MemorySize { device, size } if device == "ua-mem0" && *size == Bytes::ZERO)
-    })
-    .await;
-
-    let dimm = "<memory model='dimm'><target><size unit='MiB'>128</size><node>0</node></target>\
-                <alias name='ua-dimm0'/></memory>";
-    control.attach_device(id, dimm, Scope::Live).await.unwrap();
+    control.apply(id, &dimm("ua-dimm0")).await.unwrap();
     until_ost(notices, SlotKind::Dimm, 0, AcpiAnswer::Added).await;
-    control
-        .detach_device(id, "ua-dimm0", Scope::Live)
-        .await
-        .unwrap();
-    until_event(notices, |event| {
-        matches!(event, Event::DeviceDeleted { device: Some(device), .. } if device == "ua-dimm0")
-    })
-    .await;
-    eventually(LONG, async || {
-        let xml = control.domain(id).await?.xml;
-        ensure!(!xml.contains("ua-dimm0"), "{xml}");
-        Ok(())
-    })
-    .await
-    .unwrap();
-    let error = control
-        .detach_device(id, "ua-dimm0", Scope::Live)
-        .await
-        .unwrap_err();
+    let devices = read(control, id).await.memory.devices;
     assert!(
-        matches!(&error, CallError::Failed { code, .. } if code == "1" || code == "99"),
-        "{error:?}"
+        devices
+            .iter()
+            .any(|device| device.alias.as_deref() == Some("ua-dimm0")),
+        "{devices:?}"
     );
 }
 
@@ -335,7 +324,7 @@ async fn names_and_domains_that_are_not_there_do_no_harm() {
         "6f9f6bcb-5d8e-4a5a-9b0e-0d9a0e4e1c11",
         &"x".repeat(100_000),
     ] {
-        let error = control.find_domain(name).await.unwrap_err();
+        let error = control.find(name).await.unwrap_err();
         assert!(
             matches!(error, CallError::NotFound(_)),
             "{name:?}: {error:?}"
@@ -343,30 +332,23 @@ async fn names_and_domains_that_are_not_there_do_no_harm() {
     }
     for uuid in ["6f9f6bcb-5d8e-4a5a-9b0e-0d9a0e4e1c11", "no uuid", "\0"] {
         let id = DomainRef::on_host("bare", uuid);
-        assert!(control.domain(&id).await.is_err());
-        assert!(control.set_vcpus(&id, 1, Scope::Live).await.is_err());
+        assert!(live(&control, &id).await.is_err());
+        assert!(control.apply(&id, &set_vcpus(1, false)).await.is_err());
     }
-    let bare = control.find_domain("bare").await.unwrap();
-    for text in ["", "<memory", "\0", "<memory model='\n'/>"] {
-        let error = control
-            .attach_device(&bare, text, Scope::Live)
-            .await
-            .unwrap_err();
+    let bare = control.find("bare").await.unwrap();
+    for alias in ["", "'/><memory", "\0", "\n"] {
+        let error = control.apply(&bare, &dimm(alias)).await.unwrap_err();
         assert!(
             matches!(error, CallError::Failed { .. }),
-            "{text:?}: {error:?}"
+            "{alias:?}: {error:?}"
         );
-        assert!(
-            control
-                .detach_device(&bare, text, Scope::Live)
-                .await
-                .is_err()
-        );
+        assert!(control.apply(&bare, &resize(alias, 2)).await.is_err());
     }
 
     // No channel for an agent; and a channel with nobody at its end.
-    let error = control.guest_vcpus(&bare).await.unwrap_err();
+    let error = control.apply(&bare, &online("0")).await.unwrap_err();
     assert!(matches!(error, CallError::AgentSilent { .. }), "{error:?}");
+    assert!(agent(&control, &bare).await.is_none());
     let silent = libvirtd.directory().join("silent.xml");
     let xml = "<domain type='qemu'><name>silent</name><memory unit='MiB'>16</memory>\
                <vcpu>1</vcpu><os><type machine='q35'>hvm</type></os><devices><channel type='unix'>\
@@ -375,14 +357,9 @@ async fn names_and_domains_that_are_not_there_do_no_harm() {
     libvirtd
         .virsh(&["create", "--paused", &silent.to_string_lossy()])
         .unwrap();
-    let silent = control.find_domain("silent").await.unwrap();
-    for outcome in [
-        control.guest_vcpus(&silent).await.map(drop),
-        control.set_guest_vcpus(&silent, &ids("0"), true).await,
-    ] {
-        let error = outcome.unwrap_err();
-        assert!(matches!(error, CallError::AgentSilent { .. }), "{error:?}");
-    }
+    let silent = control.find("silent").await.unwrap();
+    let error = control.apply(&silent, &online("0")).await.unwrap_err();
+    assert!(matches!(error, CallError::AgentSilent { .. }), "{error:?}");
 }
 
 #[tokio::test]
@@ -391,20 +368,18 @@ async fn events_are_told_again_after_libvirtd_was_killed() {
     libvirtd.start_domain("d").unwrap();
     let control = start(&libvirtd, |_| {});
     let mut notices = listen(&control).await;
-    let id = control.find_domain("d").await.unwrap();
-    // So that each kind of lane has a connection that is lost.
-    control.memory_stats(&id).await.unwrap();
-    control.domain_stats(&id).await.unwrap();
-    control.all_domain_stats().await.unwrap();
+    let id = control.find("d").await.unwrap();
+    live(&control, &id).await.unwrap();
+    control.statistics().await.unwrap();
 
     for _ in 0..2 {
         libvirtd.kill().unwrap();
-        let mut listening = control.listening();
-        let down = listening.wait_for(|state| *state == Connection::Down);
+        let mut listening = control.health();
+        let down = listening.wait_for(|state| *state == ConnectionState::Down);
         timeout(LONG, down).await.unwrap().unwrap();
-        let error = control.domain(&id).await.unwrap_err();
+        let error = live(&control, &id).await.unwrap_err();
         assert!(matches!(error, CallError::Unavailable(_)), "{error:?}");
-        let (answer, took) = timed(control.memory_stats(&id)).await;
+        let (answer, took) = timed(control.apply(&id, &set_vcpus(1, false))).await;
         let error = answer.unwrap_err();
         assert!(matches!(error, CallError::Unavailable(_)), "{error:?}");
         assert!(took < LONG / 3, "{took:?}");
@@ -412,9 +387,9 @@ async fn events_are_told_again_after_libvirtd_was_killed() {
         libvirtd.restart().unwrap();
         let gap = async { while notices.next().await != Some(Notice::Gap) {} };
         timeout(LONG, gap).await.unwrap();
-        assert_eq!(control.domain(&id).await.unwrap().id, id);
-        assert!(control.memory_stats(&id).await.is_ok());
-        assert_eq!(control.all_domain_stats().await.unwrap().len(), 1);
+        assert_eq!(live(&control, &id).await.unwrap().id, id);
+        assert!(control.apply(&id, &set_vcpus(1, false)).await.is_ok());
+        assert_eq!(control.statistics().await.unwrap().len(), 1);
         libvirtd.virsh(&["resume", "d"]).unwrap();
         until_event(&mut notices, |event| *event == Event::Resumed).await;
         libvirtd.virsh(&["suspend", "d"]).unwrap();
@@ -457,25 +432,25 @@ async fn stuck_domain_delays_only_its_own_calls() {
         ..LibvirtConfig::new(libvirtd.uri())
     };
     let control = Libvirt::start(config, Arc::clone(&metrics));
-    for name in ["stuck", "a", "b", "c"] {
+    libvirtd.start_firmware("stuck", 4).unwrap();
+    for name in ["a", "b", "c"] {
         libvirtd.start_domain(name).unwrap();
     }
-    let stuck = control.find_domain("stuck").await.unwrap();
+    let stuck = control.find("stuck").await.unwrap();
     let held = Held::new(&libvirtd, "stuck").unwrap();
     let call = async {
-        let late = timed(control.memory_stats(&stuck)).await;
-        let next = timed(control.memory_stats(&stuck)).await;
+        let late = timed(control.apply(&stuck, &set_vcpus(2, false))).await;
+        let next = timed(control.apply(&stuck, &set_vcpus(2, false))).await;
         (late, next)
     };
     let others = async {
         let mut longest = Duration::ZERO;
         for name in ["a", "b", "c"].repeat(10) {
-            let id = control.find_domain(name).await.unwrap();
+            let id = control.find(name).await.unwrap();
             let work = async {
-                control.memory_stats(&id).await.unwrap();
-                control.set_vcpus(&id, 1, Scope::Live).await.unwrap();
-                control.domain_stats(&id).await.unwrap();
-                control.domain(&id).await.unwrap();
+                control.apply(&id, &set_vcpus(1, false)).await.unwrap();
+                statistics(&control, &id).await.unwrap();
+                live(&control, &id).await.unwrap();
             };
             longest = longest.max(timed(work).await.1);
         }
@@ -492,23 +467,112 @@ async fn stuck_domain_delays_only_its_own_calls() {
     assert_eq!(
         metrics
             .call_timeouts
-            .with_label_values(&["memory-stats"])
+            .with_label_values(&["set-vcpus"])
             .get(),
         1
     );
     let busy = metrics
         .call_failures
-        .with_label_values(&["memory-stats", "busy"]);
+        .with_label_values(&["set-vcpus", "busy"]);
     assert_eq!(busy.get(), 1);
     // What libvirt knows by itself it tells, and leaves the rest out.
-    let stats = control.domain_stats(&stuck).await.unwrap();
-    assert_eq!(stats.state, DomainState::Paused);
-    assert_eq!(control.all_domain_stats().await.unwrap().len(), 4);
+    let all = control.statistics().await.unwrap();
+    assert_eq!(all.len(), 4);
+    let stats = all.iter().find(|stats| stats.id == stuck).unwrap();
+    assert_eq!(stats.state, DomainState::Running);
 
     drop(held);
-    eventually(LONG, async || Ok(control.memory_stats(&stuck).await?))
-        .await
+    eventually(LONG, async || {
+        Ok(control.apply(&stuck, &set_vcpus(2, false)).await?)
+    })
+    .await
+    .unwrap();
+}
+
+#[tokio::test]
+async fn lock_held_by_another_client_is_busy_and_retried_when_libvirt_speaks_japanese() {
+    let libvirtd = Libvirtd::start_in_japanese().unwrap();
+    libvirtd.start_firmware("locked", 4).unwrap();
+    let relay = Relay::start(&libvirtd).unwrap();
+    let metrics = Metrics::new().hypervisor;
+    let config = LibvirtConfig::new(relay.uri());
+    let control = Arc::new(Libvirt::start(config, Arc::clone(&metrics)));
+    listen(&control).await;
+    let error = control.find("nobody").await.unwrap_err();
+    assert!(matches!(error, CallError::NotFound(_)), "{error:?}");
+    assert!(
+        error.to_string().contains("ドメイン"),
+        "not Japanese: {error}"
+    );
+
+    let state = TempDir::new().unwrap();
+    let journal = Journal::open(state.path()).unwrap();
+    let executor = Executor::start(control, journal, Options::default(), ()).unwrap();
+    relay.hold(Hold::Request(SET_VCPUS));
+    let order = Order {
+        domain: "locked".parse().unwrap(),
+        request: HotplugRequest::Vcpus {
+            count: 2,
+            online: false,
+        },
+        require: Require::Online,
+        timeout: 2 * LONG,
+        idempotency_key: None,
+        asked_by: AskedBy::Local { uid: 0 },
+    };
+    let id = executor.submit(order).await.unwrap();
+    eventually(LONG, async || {
+        ensure!(relay.is_holding(), "no call to change the vCPUs");
+        Ok(())
+    })
+    .await
+    .unwrap();
+
+    // Another client's call takes the domain's lock, and QEMU does not answer it.
+    let held = Held::new(&libvirtd, "locked").unwrap();
+    let mut other = Command::new("virsh")
+        .args([
+            "--quiet",
+            "--connect",
+            &libvirtd.uri(),
+            "dommemstat",
+            "locked",
+        ])
+        .stdout(Stdio::null())
+        .spawn()
         .unwrap();
+    eventually(LONG, async || {
+        let control = libvirtd.virsh(&["domcontrol", "locked"])?;
+        ensure!(control.contains("occupied"), "{control}");
+        Ok(())
+    })
+    .await
+    .unwrap();
+    relay.release(true);
+
+    let busy = metrics
+        .call_failures
+        .with_label_values(&["set-vcpus", "busy"]);
+    eventually(LONG, async || {
+        ensure!(busy.get() == 1, "the call has not returned");
+        Ok(())
+    })
+    .await
+    .unwrap();
+    let record = executor.operation(&id).unwrap();
+    assert!(!record.is_done(), "{record:#?}");
+
+    drop(held);
+    other.wait().unwrap();
+    eventually(LONG, async || {
+        let count = libvirtd.virsh(&["vcpucount", "locked", "--live"])?;
+        ensure!(count.trim() == "2", "{count}");
+        Ok(())
+    })
+    .await
+    .unwrap();
+    assert_eq!(relay.passed(SET_VCPUS), 2);
+    executor.stop().await;
 }
 
 /// The memory of this process that is in use, in KiB.
@@ -555,12 +619,12 @@ async fn statistics_leave_no_memory_behind() {
 
 async fn measure_statistics(uri: &str) {
     let control = Libvirt::start(LibvirtConfig::new(uri), Metrics::new().hypervisor);
-    let id = control.find_domain("a").await.unwrap();
+    let id = control.find("a").await.unwrap();
     let ask = async |times: u32| {
         for call in 0..times {
-            assert_eq!(control.all_domain_stats().await.unwrap().len(), 4);
+            assert_eq!(control.statistics().await.unwrap().len(), 4);
             if call % 4 == 0 {
-                control.domain_stats(&id).await.unwrap();
+                statistics(&control, &id).await.unwrap();
             }
         }
     };

@@ -8,7 +8,8 @@ use tempfile::TempDir;
 use tokio::sync::{oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use virtnode::daemon::Metrics;
-use virtnode::hypervisor::{CallError, RunningDomain};
+use virtnode::domain::NodeRequirements;
+use virtnode::hypervisor::{CallError, DomainRef, RunningDomain};
 use virtnode::label::{LabelSet, Policy, Schema};
 use virtnode::labeller::{Labeller, Outputs};
 
@@ -95,12 +96,12 @@ impl RunningLabeller {
 
 fn domain(machine: &str, model: &str) -> RunningDomain {
     RunningDomain {
-        name: "vm1".to_owned(),
-        uuid: "5fc6a4ac-447f-479c-95b8-97395d1c380b".to_owned(),
-        xml: format!(
-            "<domain><os><type machine='{machine}'>hvm</type></os>\
-             <cpu><model>{model}</model></cpu></domain>"
-        ),
+        id: DomainRef::on_host("vm1", "5fc6a4ac-447f-479c-95b8-97395d1c380b"),
+        requirements: Ok(NodeRequirements {
+            machine: Some(machine.to_owned()),
+            cpu_model: Some(model.to_owned()),
+            cpu_features: Vec::new(),
+        }),
     }
 }
 

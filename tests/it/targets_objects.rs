@@ -12,7 +12,7 @@ use kube::api::{Api, Patch, PatchParams, PostParams};
 use serde_json::{Value, json};
 use virtnode::capability::{Capabilities, DomainCapabilities, NodeFacts, Version};
 use virtnode::cluster::objects::NodeVirtualizationStatus;
-use virtnode::hypervisor::Connection;
+use virtnode::hypervisor::ConnectionState;
 use virtnode::probe::Reading;
 use virtnode::publish::virtualization::Snapshot;
 
@@ -25,7 +25,7 @@ const OBJECTS: &str = "/apis/virtnode.io/v1alpha1/nodevirtualizations";
 const MACHINE: &str = "pc-q35-10.0";
 
 /// Returns the status that a daemon on Debian 13 with KVM writes.
-fn described(at: Timestamp, connection: Connection) -> NodeVirtualizationStatus {
+fn described(at: Timestamp, connection: ConnectionState) -> NodeVirtualizationStatus {
     let directory = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("tests/fixtures/debian13-libvirt-11.3.0-qemu-10.0");
     let read = |file: &str| std::fs::read(directory.join(file)).unwrap();
@@ -104,7 +104,7 @@ async fn objects_override_and_complete_labels_and_scheduler_agrees() -> anyhow::
     let mut server = KubeServer::start().await?;
     define(&server).await?;
     let now = Timestamp::now();
-    let up = Connection::Up(1);
+    let up = ConnectionState::Up(1);
     let long_ago = now - SignedDuration::from_hours(4);
     for node in [
         "confirmed",
@@ -128,7 +128,7 @@ async fn objects_override_and_complete_labels_and_scheduler_agrees() -> anyhow::
     create_object(&server, "confirmed", &described(now, up)).await?;
     create_object(&server, "object-only", &described(now, up)).await?;
     create_object(&server, "taken-back", &without_machine(described(now, up))).await?;
-    create_object(&server, "cut-off", &described(now, Connection::Down)).await?;
+    create_object(&server, "cut-off", &described(now, ConnectionState::Down)).await?;
     // A stale object does not override the labels.
     create_object(&server, "stale", &without_machine(described(long_ago, up))).await?;
     create_object(&server, "of-no-node", &described(now, up)).await?;
@@ -292,7 +292,7 @@ async fn lists_of_several_pages_are_read_completely() -> anyhow::Result<()> {
         nodes.create(&PostParams::default(), &node).await?;
         // The last nodes of each page, and one in the middle.
         if [499, 700, 999, 1000].contains(&number) {
-            let status = without_machine(described(Timestamp::now(), Connection::Up(1)));
+            let status = without_machine(described(Timestamp::now(), ConnectionState::Up(1)));
             return create_object(server, &name, &status).await;
         }
         create_object(server, &name, &json!({"architecture": "x86_64"})).await

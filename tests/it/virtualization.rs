@@ -11,12 +11,12 @@ use virtnode::capability::{
 };
 use virtnode::cluster::objects::node_virtualization::{GuestStatus, HYPERVISOR_CONNECTED, PROBED};
 use virtnode::cluster::objects::{Condition, NodeVirtualization, NodeVirtualizationStatus};
-use virtnode::hypervisor::Connection;
+use virtnode::hypervisor::ConnectionState;
 use virtnode::label::{CapabilitiesInUse, FactSource, RetainedLabel, RetentionReason};
 use virtnode::probe::{DomainUsage, Reading, SourceFailure};
 use virtnode::publish::virtualization::Snapshot;
 
-const UP: Connection = Connection::Up(1);
+const UP: ConnectionState = ConnectionState::Up(1);
 
 fn at(second: i64) -> Timestamp {
     Timestamp::from_second(second).unwrap()
@@ -258,7 +258,7 @@ fn facts_of_failed_sources_are_kept() {
         ..Reading::default()
     };
     let snapshot = Snapshot::new(&lost, &[], &[], at(100));
-    let after = snapshot.status(&before, Connection::Down, at(100));
+    let after = snapshot.status(&before, ConnectionState::Down, at(100));
     assert_eq!(after.guests, before.guests);
     assert_eq!(after.cpu, before.cpu);
     assert_eq!(after.max_vcpus, before.max_vcpus);
@@ -289,7 +289,7 @@ fn facts_of_failed_sources_are_kept() {
     for failure in &mut again.failures {
         failure.message = "no connection after 8 s".to_owned();
     }
-    let again = Snapshot::new(&again, &[], &[], at(200)).status(&after, Connection::Down, at(200));
+    let again = Snapshot::new(&again, &[], &[], at(200)).status(&after, ConnectionState::Down, at(200));
     assert_eq!(again, after);
 
     // All sources recover.

@@ -14,7 +14,7 @@ use virtnode::cluster::objects::node_virtualization::{HYPERVISOR_CONNECTED, PROB
 use virtnode::cluster::objects::{Condition, NodeVirtualization, NodeVirtualizationStatus};
 use virtnode::cluster::{Cluster, ClusterConfig, Retry};
 use virtnode::daemon::Metrics;
-use virtnode::hypervisor::Connection;
+use virtnode::hypervisor::ConnectionState;
 use virtnode::label::FactSource;
 use virtnode::probe::SourceFailure;
 use virtnode::publish::virtualization::{
@@ -30,7 +30,7 @@ const CRDS: &str = include_str!("../../manifests/base/crds.yaml");
 /// A running publisher and its inputs.
 struct Writer {
     pictures: watch::Sender<Option<Arc<Snapshot>>>,
-    connection: watch::Sender<Connection>,
+    connection: watch::Sender<ConnectionState>,
     metrics: Arc<Metrics>,
     _stop: DropGuard,
 }
@@ -51,7 +51,7 @@ impl Writer {
         let publisher =
             VirtualizationPublisher::new(cluster, Arc::clone(&metrics.virtualization), options);
         let (pictures, seen) = watch::channel(None);
-        let (connection, connected) = watch::channel(Connection::Up(1));
+        let (connection, connected) = watch::channel(ConnectionState::Up(1));
         let stop = CancellationToken::new();
         tokio::spawn(publisher.run(seen, connected, stop.clone()));
         Ok(Self {
@@ -171,7 +171,7 @@ async fn node_virtualization_is_written_only_after_changes() -> anyhow::Result<(
         code: "unavailable",
         message: "no connection to libvirt".to_owned(),
     };
-    writer.connection.send_replace(Connection::Down);
+    writer.connection.send_replace(ConnectionState::Down);
     shown(&objects, |object| {
         condition(object, HYPERVISOR_CONNECTED) == Some(false)
     })
@@ -179,7 +179,7 @@ async fn node_virtualization_is_written_only_after_changes() -> anyhow::Result<(
     writer.probe(1, vec![lost]);
     let object = shown(&objects, |object| condition(object, PROBED) == Some(false)).await?;
     assert_eq!(object.spec.facts.max_vcpus, Some(710));
-    writer.connection.send_replace(Connection::Up(2));
+    writer.connection.send_replace(ConnectionState::Up(2));
     writer.probe(710, Vec::new());
     shown(&objects, |object| {
         condition(object, PROBED) == Some(true)

@@ -47,16 +47,13 @@ pub(in crate::cli) async fn running(
     name: &str,
     libvirt: &Libvirt,
 ) -> anyhow::Result<CheckedDomain> {
-    let domains = libvirt.running_domains().await.map_err(|error| {
-        let exit = match error {
-            CallError::Unavailable(_) | CallError::Overdue { .. } => Exit::Unreachable,
-            _ => Exit::Failed,
-        };
-        Failure::new(exit, error)
-    })?;
-    let is_named = |domain: &&RunningDomain| domain.name == name || domain.uuid == name;
+    let domains = libvirt.running_domains().await.map_err(no_answer)?;
+    let is_named = |domain: &&RunningDomain| domain.id.name == name || domain.id.uuid == name;
     let Some(domain) = domains.iter().find(is_named) else {
-        let mut names: Vec<&str> = domains.iter().map(|domain| domain.name.as_str()).collect();
+        let mut names: Vec<&str> = domains
+            .iter()
+            .map(|domain| domain.id.name.as_str())
+            .collect();
         names.sort_unstable();
         let running = if names.is_empty() {
             "no domain is running".to_owned()
@@ -73,7 +70,16 @@ pub(in crate::cli) async fn running(
         )
         .into());
     };
-    CheckedDomain::parse(&format!("domain {}", domain.uuid), domain.xml.clone())
+    let xml = libvirt.live_xml(&domain.id).await.map_err(no_answer)?;
+    CheckedDomain::parse(&format!("domain {}", domain.id.uuid), xml)
+}
+
+fn no_answer(error: CallError) -> Failure {
+    let exit = match error {
+        CallError::Unavailable(_) | CallError::Overdue { .. } => Exit::Unreachable,
+        _ => Exit::Failed,
+    };
+    Failure::new(exit, error)
 }
 
 /// Returns what the node offers to such a domain. The probe covers only the default machine type of

@@ -11,7 +11,6 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Attached, Driver, STOP_EVENT_TIMEOUT};
 use crate::domain::DomainRef;
-use crate::executor::call;
 use crate::executor::observer::Backoff;
 use crate::executor::queues::Ticket;
 use crate::hotplug::{
@@ -148,7 +147,12 @@ impl<C: DomainBackend> Driver<C, Attached<C>> {
         }
         let backend = Arc::clone(&self.executor.backend);
         let domain = self.stage.domain.clone();
-        let call = async move { call::make(backend.as_ref(), &domain, &action).await };
+        let call = async move {
+            match backend.apply(&domain, &action).await {
+                Ok(()) => Return::Done,
+                Err(error) => Return::Failed(error),
+            }
+        };
         self.stage.call = Some(call.boxed());
         self.observe_soon();
         Ok(())

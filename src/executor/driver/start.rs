@@ -68,7 +68,7 @@ impl<C: DomainBackend> Driver<C, Unstarted> {
             .add(&domain, &driver.entry.record.id)?;
         span.in_scope(|| info!("following resumed"));
         history.lost(driver.clock.now());
-        let notices = driver.executor.backend.notices();
+        let notices = driver.executor.backend.events();
         let observer = driver.observer(&domain);
         let stop = driver.executor.stop.clone();
         let driver = driver.attach(domain, observer, notices, history);
@@ -135,7 +135,7 @@ impl<C: DomainBackend> Driver<C, Unstarted> {
         let give_up_at = self.give_up_at();
         let mut last_error = None;
         loop {
-            let found = timeout_at(give_up_at, backend.find_domain(&text)).await;
+            let found = timeout_at(give_up_at, backend.find(&text)).await;
             let found = found.unwrap_or_else(|_| {
                 // An earlier error says more than a timeout that was cut short.
                 Err(last_error.take().unwrap_or(CallError::Overdue {
@@ -177,7 +177,7 @@ impl<C: DomainBackend> Driver<C, Unstarted> {
     ) -> Option<Driver<C, Attached<C>>> {
         self.executor.followers().cancel(&domain);
         // Subscribed before the first observation: no event between it and the call is missed.
-        let mut notices = self.executor.backend.notices();
+        let mut notices = self.executor.backend.events();
         self.stage.if_overdue = Verdict::HypervisorUnavailable;
         let record = &mut self.entry.record;
         record.state = State::Running;

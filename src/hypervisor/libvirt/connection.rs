@@ -22,14 +22,13 @@ use super::LibvirtConfig;
 use super::events::Publisher;
 use super::limits::{CALLS_PER_HANDLE, Class, HANDLE_IDLE, LATE_CALLS};
 use super::reconnect;
-use super::session::{Definitions, Session};
+use super::session::Session;
 use super::workers::{Permits, Workers};
-use crate::hypervisor::HypervisorMetrics;
-use crate::hypervisor::{CallError, Connection as Health};
+use crate::hypervisor::{CallError, ConnectionState, HypervisorMetrics};
 
 /// A connection that is opened again whenever it is lost, until this is dropped. Dropping waits
 /// for nothing: handles are closed by workers.
-pub(super) struct Connection {
+pub(super) struct LibvirtConnection {
     shared: Arc<Shared>,
     _reconnecting: DropGuard,
 }
@@ -40,7 +39,7 @@ pub(super) struct Shared {
     pub(super) metrics: Arc<HypervisorMetrics>,
     pub(super) workers: Workers,
     pub(super) publisher: Publisher,
-    pub(super) health: watch::Sender<Health>,
+    pub(super) health: watch::Sender<ConnectionState>,
     pub(super) primary: watch::Sender<Primary>,
     /// The first is the primary handle.
     handles: Mutex<Vec<Handle>>,
@@ -51,7 +50,6 @@ pub(super) struct Shared {
     /// Notified when a late call returns.
     pub(super) returned: Notify,
     lost: mpsc::UnboundedSender<Lost>,
-    pub(super) definitions: Definitions,
 }
 
 /// The state of the primary handle, which carries the events.
@@ -99,7 +97,7 @@ pub(super) struct Call {
     pub(super) deadline: Duration,
 }
 
-impl Connection {
+impl LibvirtConnection {
     /// Begins to connect and returns at once.
     pub(super) fn start(
         config: LibvirtConfig,
@@ -114,7 +112,7 @@ impl Connection {
             metrics,
             workers,
             publisher: Publisher::new(),
-            health: watch::Sender::new(Health::Down),
+            health: watch::Sender::new(ConnectionState::Down),
             primary: watch::Sender::new(Primary::Opening),
             handles: Mutex::default(),
             limits: Class::ALL.map(limit).into(),
@@ -122,7 +120,6 @@ impl Connection {
             late: AtomicUsize::new(0),
             returned: Notify::new(),
             lost,
-            definitions: Definitions::default(),
         });
         let stop = CancellationToken::new();
         let keep = reconnect::keep(Arc::clone(&shared), losses);
@@ -163,7 +160,7 @@ impl Connection {
     }
 }
 
-impl Drop for Connection {
+impl Drop for LibvirtConnection {
     fn drop(&mut self) {
         self.shared.close_handles();
     }

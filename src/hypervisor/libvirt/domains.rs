@@ -1,22 +1,23 @@
-//! The calls about domains, over one connection. Everything here blocks.
+//! The calls about domains, over one session. Everything here blocks.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use virt::domain::Domain;
+use tracing::warn;
+use virt::domain::Domain as VirtDomain;
 use virt::error::Error;
 use virt::sys;
 
-use super::device::with_requested;
-use super::failure;
 use super::session::{Session, no_nul};
-use crate::domain::{BalloonStats, DomainState, IdSet, Job, PauseReason, Stats, is_uuid};
+use super::{failure, xml};
+use crate::domain::{
+    Domain, DomainState, IdSet, Job, NodeRequirements, PauseReason, Stats, is_uuid,
+};
 use crate::ffi::{self, DomainRecord};
 use crate::hotplug::{GuestVcpus, Ost};
-use crate::hypervisor::{CallError, DomainRef, DomainStats, LiveDomain, Scope};
-use crate::units::{Bytes, KiB};
+use crate::hypervisor::{CallError, DomainRef, DomainStats, LiveDomain, UnreadableDomain};
+use crate::units::KiB;
 
-/// What is asked of the bulk statistics, and how: never waiting behind what is being done to a
-/// domain.
+/// The groups of the bulk statistics, and the flag not to wait for a job on a domain.
 const STATS: u32 =
     sys::VIR_DOMAIN_STATS_STATE | sys::VIR_DOMAIN_STATS_VCPU | sys::VIR_DOMAIN_STATS_BALLOON;
 const STATS_FLAGS: u32 = sys::VIR_CONNECT_GET_ALL_DOMAINS_STATS_NOWAIT;
@@ -25,7 +26,7 @@ impl Session {
     fn classify_domain(
         &self,
         call: &'static str,
-        domain: Option<&Domain>,
+        domain: Option<&VirtDomain>,
         error: &Error,
         began: Instant,
     ) -> CallError {
@@ -34,12 +35,12 @@ impl Session {
         })
     }
 
-    /// Does `work` with a domain.
+    /// Looks a domain up and does `work` with it.
     fn with<T>(
         &self,
         call: &'static str,
         domain: &DomainRef,
-        work: impl FnOnce(&Domain) -> Result<T, Error>,
+        work: impl FnOnce(&VirtDomain) -> Result<T, Error>,
     ) -> Result<T, CallError> {
         let began = Instant::now();
         let domain = self
@@ -52,7 +53,7 @@ impl Session {
     pub(super) fn find_domain(&self, name_or_uuid: &str) -> Result<DomainRef, CallError> {
         const CALL: &str = "find-domain";
         if no_nul(CALL, [Some(name_or_uuid)]).is_err() {
-            // libvirt could not be asked for it.
+            // Not a name that libvirt can be asked for.
             let message = format!("no domain has the name {name_or_uuid:?}");
             return Err(CallError::NotFound(message));
         }
@@ -71,15 +72,46 @@ impl Session {
         self.with("domain", domain, |domain| {
             let (state, reason) = ffi::state(domain)?;
             let state = DomainState::from_libvirt(state);
-            Ok(LiveDomain {
-                id: identity(domain)?,
+            let live = (
+                identity(domain)?,
                 state,
-                reason: PauseReason::from_libvirt(state, reason),
-                persistent: domain.is_persistent()?,
-                xml: domain.xml_desc(0)?,
-                job: job(domain),
+                PauseReason::from_libvirt(state, reason),
+                domain.is_persistent()?,
+                domain.xml_desc(0)?,
+            );
+            Ok((live, job(domain)))
+        })
+        .and_then(|((id, state, reason, persistent, xml), job)| {
+            let mut domain = Domain::parse(&id.name, xml.as_bytes(), state).map_err(|error| {
+                warn!(domain = id.name, %error, "cannot parse the XML of a domain");
+                malformed("domain", error.to_string())
+            })?;
+            // The reader of the XML trims white space around the name.
+            domain.name.clone_from(&id.name);
+            Ok(LiveDomain {
+                id,
+                domain,
+                reason,
+                persistent,
+                job,
             })
         })
+    }
+
+    /// Returns the live XML, without secrets.
+    pub(super) fn live_xml(&self, domain: &DomainRef) -> Result<String, CallError> {
+        self.with("domain", domain, |domain| domain.xml_desc(0))
+    }
+
+    /// Reads the properties of the node that a running domain depends on.
+    pub(super) fn requirements(
+        &self,
+        domain: &DomainRef,
+    ) -> Result<Result<NodeRequirements, UnreadableDomain>, CallError> {
+        let xml = self.live_xml(domain)?;
+        let name = format!("domain {}", domain.uuid);
+        Ok(NodeRequirements::parse(&name, xml.as_bytes())
+            .map_err(|error| UnreadableDomain::Malformed(error.to_string())))
     }
 
     pub(super) fn all_domain_stats(&self) -> Result<Vec<DomainStats>, CallError> {
@@ -94,33 +126,17 @@ impl Session {
         let record = self.with("domain-stats", id, |domain| {
             ffi::domain_stats(domain, STATS, STATS_FLAGS)
         })?;
-        // A domain that ended after it was looked up is left out.
+        // libvirt leaves out a domain that ended after the lookup.
         record
             .map(stats)
             .ok_or_else(|| CallError::NotFound(format!("{id} ended")))
     }
 
-    pub(super) fn memory_stats(&self, domain: &DomainRef) -> Result<BalloonStats, CallError> {
-        let told = self.with("memory-stats", domain, |domain| domain.memory_stats(0))?;
-        let mut stats = BalloonStats::default();
-        for stat in told {
-            let size = || KiB::new(stat.val).map(Bytes::from);
-            match stat.tag {
-                sys::VIR_DOMAIN_MEMORY_STAT_ACTUAL_BALLOON => stats.current = size(),
-                sys::VIR_DOMAIN_MEMORY_STAT_AVAILABLE => stats.total = size(),
-                sys::VIR_DOMAIN_MEMORY_STAT_USABLE => stats.usable = size(),
-                sys::VIR_DOMAIN_MEMORY_STAT_LAST_UPDATE => stats.updated = Some(stat.val),
-                _ => {}
-            }
-        }
-        Ok(stats)
-    }
-
     pub(super) fn guest_vcpus(&self, domain: &DomainRef) -> Result<GuestVcpus, CallError> {
         const CALL: &str = "guest-vcpus";
-        let told = self.with(CALL, domain, ffi::guest_vcpus)?;
+        let answer = self.with(CALL, domain, ffi::guest_vcpus)?;
         let text = |name| {
-            let parameter = told.iter().find(|parameter| parameter.name == name);
+            let parameter = answer.iter().find(|parameter| parameter.name == name);
             parameter
                 .and_then(|parameter| parameter.value.text())
                 .unwrap_or_default()
@@ -137,11 +153,7 @@ impl Session {
         const CALL: &str = "acpi-answers";
         const QUERY: &str = r#"{"execute":"query-acpi-ospm-status"}"#;
         let answer = self.with(CALL, domain, |domain| domain.qemu_monitor_command(QUERY, 0))?;
-        Ost::from_query(&answer).map_err(|error| CallError::Failed {
-            call: CALL.into(),
-            code: sys::VIR_ERR_INTERNAL_ERROR.to_string(),
-            text: error.to_string(),
-        })
+        Ost::from_query(&answer).map_err(|error| malformed(CALL, error.to_string()))
     }
 
     pub(super) fn set_guest_vcpus(
@@ -155,39 +167,20 @@ impl Session {
         })
     }
 
-    pub(super) fn set_agent_timeout(
-        &self,
-        domain: &DomainRef,
-        timeout: Duration,
-    ) -> Result<(), CallError> {
-        let seconds = timeout.as_secs() + u64::from(timeout.subsec_nanos() > 0);
-        // 0 would be not to wait at all.
-        let seconds = i32::try_from(seconds.max(1)).unwrap_or(i32::MAX);
-        self.with("agent-timeout", domain, |domain| {
-            ffi::set_agent_response_timeout(domain, seconds)
-        })
-    }
-
     pub(super) fn set_vcpus(
         &self,
         domain: &DomainRef,
         vcpus: u32,
-        scope: Scope,
+        persist: bool,
     ) -> Result<(), CallError> {
+        let config = if persist {
+            sys::VIR_DOMAIN_AFFECT_CONFIG
+        } else {
+            0
+        };
         self.with("set-vcpus", domain, |domain| {
             // The bits are those of all changes (`VIR_DOMAIN_VCPU_LIVE`, `_CONFIG`).
-            domain.set_vcpus_flags(vcpus, flags(scope))
-        })
-    }
-
-    pub(super) fn update_device(
-        &self,
-        domain: &DomainRef,
-        xml: &str,
-        scope: Scope,
-    ) -> Result<(), CallError> {
-        self.with("update-device", domain, |domain| {
-            domain.update_device_flags(xml, flags(scope))
+            domain.set_vcpus_flags(vcpus, sys::VIR_DOMAIN_AFFECT_LIVE | config)
         })
     }
 
@@ -198,59 +191,56 @@ impl Session {
         requested: KiB,
     ) -> Result<(), CallError> {
         const CALL: &str = "update-device";
-        let xml = self.with(CALL, domain, |domain| domain.xml_desc(0))?;
-        let device = with_requested(&xml, alias, requested);
+        let definition = self.with(CALL, domain, |domain| domain.xml_desc(0))?;
+        let device = xml::with_requested(&definition, alias, requested);
         let device = device.ok_or_else(|| CallError::Failed {
             call: CALL.into(),
             code: sys::VIR_ERR_DEVICE_MISSING.to_string(),
             text: format!("there is no virtio-mem device with the alias {alias:?}"),
         })?;
-        self.update_device(domain, &device, Scope::Live)
-    }
-
-    pub(super) fn attach_device(
-        &self,
-        domain: &DomainRef,
-        xml: &str,
-        scope: Scope,
-    ) -> Result<(), CallError> {
-        self.with("attach-device", domain, |domain| {
-            domain.attach_device_flags(xml, flags(scope))
+        self.with(CALL, domain, |domain| {
+            domain.update_device_flags(&device, sys::VIR_DOMAIN_AFFECT_LIVE)
         })
     }
 
-    pub(super) fn detach_device(
+    pub(super) fn attach_dimm(
         &self,
         domain: &DomainRef,
         alias: &str,
-        scope: Scope,
+        size: KiB,
+        node: Option<u32>,
     ) -> Result<(), CallError> {
-        self.with("detach-device", domain, |domain| {
-            ffi::detach_device_alias(domain, alias, flags(scope))
+        const CALL: &str = "attach-device";
+        no_nul(CALL, [Some(alias)])?;
+        let device = xml::dimm(alias, size, node);
+        self.with(CALL, domain, |domain| {
+            domain.attach_device_flags(&device, sys::VIR_DOMAIN_AFFECT_LIVE)
         })
     }
 }
 
-/// Its name and UUID, which libvirt told when it was looked up: nobody is asked.
-fn identity(domain: &Domain) -> Result<DomainRef, Error> {
+/// Returns an error for an answer of libvirt that cannot be parsed.
+fn malformed(call: &'static str, text: String) -> CallError {
+    CallError::Failed {
+        call: call.into(),
+        code: "malformed".to_owned(),
+        text,
+    }
+}
+
+/// Returns a domain's name and UUID, which the client library has since the lookup.
+fn identity(domain: &VirtDomain) -> Result<DomainRef, Error> {
     Ok(DomainRef::on_host(domain.name()?, domain.uuid_string()?))
 }
 
 /// Returns the background job on a domain. A driver that has no such call reports none.
-fn job(domain: &Domain) -> Option<Job> {
+fn job(domain: &VirtDomain) -> Option<Job> {
     match ffi::job(domain) {
         Ok(operation) => operation.map(Job::from_libvirt),
         Err(error) if failure::is_migration_in(&error) && domain.is_active().unwrap_or(false) => {
             Some(Job::MigrationIn)
         }
         Err(_) => None,
-    }
-}
-
-fn flags(scope: Scope) -> u32 {
-    match scope {
-        Scope::Live => sys::VIR_DOMAIN_AFFECT_LIVE,
-        Scope::LiveAndConfig => sys::VIR_DOMAIN_AFFECT_LIVE | sys::VIR_DOMAIN_AFFECT_CONFIG,
     }
 }
 
@@ -276,7 +266,7 @@ mod tests {
     use crate::ffi::{Parameter, Value};
 
     #[test]
-    fn a_uuid_is_told_from_a_name() {
+    fn only_uuids_have_the_form_of_a_uuid() {
         assert!(is_uuid("6f9f6bcb-5d8e-4a5a-9b0e-0d9a0e4e1c11"));
         for name in [
             "",
@@ -290,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_number_is_no_statistic() {
+    fn values_that_are_not_numbers_are_left_out() {
         let parameter = |name: &str, value| Parameter {
             name: name.to_owned(),
             value,

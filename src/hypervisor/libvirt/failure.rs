@@ -144,14 +144,6 @@ pub(super) fn may_be_about_flags(error: &Error) -> bool {
     )
 }
 
-/// True if the domain ended between two calls.
-pub(super) fn is_gone(error: &Error) -> bool {
-    matches!(
-        number(error),
-        sys::VIR_ERR_NO_DOMAIN | sys::VIR_ERR_OPERATION_INVALID
-    )
-}
-
 /// True if an error of `virDomainGetJobStats` on a domain that runs means that the domain is
 /// being migrated to this host: libvirt keeps the statistics of a migration on its source, and
 /// rejects the question on the destination (qemuDomainGetJobStatsInternal, qemu_driver.c) as
@@ -239,7 +231,6 @@ mod tests {
     #[test]
     fn invalid_argument_may_be_a_flag() {
         assert!(may_be_about_flags(&invalid_argument()));
-        assert!(!is_gone(&invalid_argument()));
         assert!(!is_migration_in(&invalid_argument()));
     }
 }

@@ -4,7 +4,7 @@
 //! probe, executor, monitor …  (async)
 //!        │ NodeSource (node.rs), DomainBackend (backend.rs)
 //!        ▼
-//!   Libvirt ── owns ──▶ Connection ◀── reopens ── reconnect.rs (one task)
+//!   Libvirt ── owns ──▶ LibvirtConnection ◀── reopens ── reconnect.rs (one task)
 //!                           │ queues, limits, virConnect handles (connection.rs)
 //!                           ▼
 //!                       Workers: at most 8 threads for all connections (workers.rs)
@@ -29,7 +29,6 @@
 
 mod backend;
 mod connection;
-mod device;
 mod domains;
 mod event_loop;
 mod events;
@@ -39,11 +38,13 @@ mod node;
 mod reconnect;
 mod session;
 mod workers;
+mod xml;
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use self::connection::Connection;
+use self::connection::LibvirtConnection;
+use self::node::Definitions;
 pub use self::workers::Workers;
 use crate::hypervisor::HypervisorMetrics;
 
@@ -109,7 +110,8 @@ impl LibvirtConfig {
 
 /// A libvirtd: its node's documents and its domains.
 pub struct Libvirt {
-    connection: Connection,
+    connection: LibvirtConnection,
+    definitions: Definitions,
 }
 
 impl Libvirt {
@@ -129,7 +131,8 @@ impl Libvirt {
         metrics: Arc<HypervisorMetrics>,
     ) -> Self {
         Self {
-            connection: Connection::start(config, workers, metrics),
+            connection: LibvirtConnection::start(config, workers, metrics),
+            definitions: Definitions::default(),
         }
     }
 }

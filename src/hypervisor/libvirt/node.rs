@@ -1,17 +1,25 @@
 //! [`NodeSource`] by way of libvirt.
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
 
+use futures::{StreamExt, stream};
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 use super::Libvirt;
 use super::connection::Call;
 use super::limits::Class;
 use super::session::Session;
 use crate::compat::CpuComparison;
+use crate::domain::NodeRequirements;
 use crate::hypervisor::{
-    CallError, Connection, DomainCapabilitiesQuery, NodeSource, RunningDomain, Versions,
+    CallError, ConnectionState, DomainCapabilitiesQuery, DomainRef, NodeSource, RunningDomain,
+    UnreadableDomain, Versions,
 };
+
+/// Maximum number of definitions read at a time: leaves room in the class for changes.
+const READ_AT_A_TIME: usize = 2;
 
 impl Libvirt {
     async fn document<T, W>(&self, name: &'static str, work: W) -> Result<T, CallError>
@@ -31,6 +39,32 @@ impl Libvirt {
             domain: None,
             deadline: class.deadline(&self.connection.shared().config),
         }
+    }
+
+    /// Reads a domain's requirements, at most until the deadline of the whole reading.
+    async fn requirements(
+        &self,
+        domain: &DomainRef,
+        until: Instant,
+    ) -> Result<Result<NodeRequirements, UnreadableDomain>, CallError> {
+        let call = Call {
+            domain: Some(domain.uuid.clone()),
+            deadline: until.saturating_duration_since(Instant::now()),
+            ..self.call("domain", Class::Change)
+        };
+        let domain = domain.clone();
+        self.connection
+            .call(call, move |session| session.requirements(&domain))
+            .await
+    }
+
+    /// Returns the live XML of a domain, without secrets: a document for dry runs.
+    ///
+    /// # Errors
+    /// As of every call about a domain.
+    pub async fn live_xml(&self, domain: &DomainRef) -> Result<String, CallError> {
+        self.about(Class::Change, "domain", domain, Session::live_xml)
+            .await
     }
 }
 
@@ -83,20 +117,71 @@ impl NodeSource for Libvirt {
     }
 
     async fn running_domains(&self) -> Result<Vec<RunningDomain>, CallError> {
-        // Reading a live definition waits for libvirt's lock on the domain.
-        let call = Call {
-            deadline: self.connection.shared().config.call_deadline,
-            ..self.call("running-domains", Class::Change)
-        };
-        let shared = Arc::clone(self.connection.shared());
-        self.connection
-            .call(call, move |session| {
-                session.running_domains(&shared.definitions)
+        let call = self.call("running-domains", Class::Control);
+        let until = Instant::now() + call.deadline;
+        let running = self.connection.call(call, Session::running).await?;
+        let known = self.definitions.of(running.generation);
+        let domains = stream::iter(running.domains)
+            .map(|(id, domain)| {
+                let known = known.get(&domain.uuid).filter(|(at, _)| *at == id);
+                let known = known.map(|(_, requirements)| requirements.clone());
+                async move {
+                    let read = match known {
+                        Some(known) => Ok(Ok(known)),
+                        None => self.requirements(&domain, until).await,
+                    };
+                    (id, domain, read)
+                }
             })
-            .await
+            .buffer_unordered(READ_AT_A_TIME);
+        let domains: Vec<_> = domains.collect().await;
+        let mut read = HashMap::new();
+        let mut answer = Vec::with_capacity(domains.len());
+        for (id, domain, requirements) in domains {
+            let requirements = match requirements {
+                Ok(requirements) => requirements,
+                // It ended meanwhile.
+                Err(CallError::NotFound(_) | CallError::NotRunning(_)) => continue,
+                Err(error @ CallError::Unavailable(_)) => return Err(error),
+                Err(error) => Err(error.into()),
+            };
+            if let Ok(requirements) = &requirements {
+                read.insert(domain.uuid.clone(), (id, requirements.clone()));
+            }
+            answer.push(RunningDomain {
+                id: domain,
+                requirements,
+            });
+        }
+        self.definitions.replace(running.generation, read);
+        Ok(answer)
     }
 
-    fn connection(&self) -> watch::Receiver<Connection> {
+    fn connection(&self) -> watch::Receiver<ConnectionState> {
         self.connection.shared().health.subscribe()
+    }
+}
+
+/// What running domains depend on, read once for each start of a domain: reading a definition waits
+/// for libvirt's lock on the domain.
+#[derive(Default)]
+pub(super) struct Definitions(Mutex<(u64, Requirements)>);
+
+/// By UUID, with the ID under which it was read.
+type Requirements = HashMap<String, (u32, NodeRequirements)>;
+
+impl Definitions {
+    /// Returns what was read over connections of this generation.
+    fn of(&self, generation: u64) -> Requirements {
+        let known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if known.0 == generation {
+            known.1.clone()
+        } else {
+            HashMap::new()
+        }
+    }
+
+    fn replace(&self, generation: u64, requirements: Requirements) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = (generation, requirements);
     }
 }

@@ -24,7 +24,7 @@ use tracing::{info, warn};
 use super::connection::{Lost, Occupied, Primary, Seat, Shared, worker_ended};
 use super::limits::{FIRST_RETRY, LATE_CALLS, MAX_RETRY};
 use super::session::Session;
-use crate::hypervisor::{CallError, Connection as Health};
+use crate::hypervisor::{CallError, ConnectionState};
 
 type Opened = (u64, Result<Session, CallError>);
 type Attempts = FuturesUnordered<future::BoxFuture<'static, Opened>>;
@@ -170,7 +170,7 @@ impl Reopening {
         shared.publisher.gap();
         shared.metrics.connected.set(1);
         shared.primary.send_replace(Primary::Up(generation));
-        shared.health.send_replace(Health::Up(generation));
+        shared.health.send_replace(ConnectionState::Up(generation));
     }
 
     fn set_lost(&mut self, reason: &str) {
@@ -180,7 +180,7 @@ impl Reopening {
         (self.logged, self.since) = (true, Instant::now());
         shared.metrics.connected.set(0);
         shared.primary.send_replace(Primary::Opening);
-        shared.health.send_replace(Health::Down);
+        shared.health.send_replace(ConnectionState::Down);
         shared.close_handles();
     }
 

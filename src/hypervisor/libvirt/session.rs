@@ -1,10 +1,6 @@
 //! An open virConnect and the calls about the node that are made over it. Everything here blocks.
 
-use std::collections::HashMap;
-use std::sync::{Mutex, PoisonError};
-
 use virt::connect::Connect;
-use virt::domain::Domain;
 use virt::error::Error;
 use virt::sys;
 
@@ -15,7 +11,7 @@ use crate::compat::CpuComparison;
 use crate::ffi::{
     CloseReason, Subscription, Watched, baseline_hypervisor_cpu, compare_hypervisor_cpu,
 };
-use crate::hypervisor::{CallError, DomainCapabilitiesQuery, RunningDomain, Versions};
+use crate::hypervisor::{CallError, DomainCapabilitiesQuery, DomainRef, Versions};
 
 /// The first libvirt with `EXPAND_CPU_FEATURES`, and with `SUPPORTED_CPU_FEATURES`.
 const KNOWS_EXPAND: Version = Version::new(12, 2, 0);
@@ -28,18 +24,6 @@ pub(super) struct Session {
     pub(super) connect: Watched,
     libvirt: Version,
     generation: u64,
-}
-
-/// Live definitions of running domains, each read once for each start of its domain.
-#[derive(Default)]
-pub(super) struct Definitions(Mutex<Known>);
-
-#[derive(Default)]
-struct Known {
-    /// A new connection reads them again: a restarted libvirtd may count domain IDs from 1.
-    generation: u64,
-    /// By UUID, with the ID under which it was read: a domain gets a new ID at each start.
-    domains: HashMap<String, (u32, RunningDomain)>,
 }
 
 impl Session {
@@ -187,81 +171,35 @@ impl Session {
         answer.map_err(|error| self.classify("native-arguments", &error))
     }
 
-    pub(super) fn running_domains(
-        &self,
-        definitions: &Definitions,
-    ) -> Result<Vec<RunningDomain>, CallError> {
+    /// Lists the running domains, each with its ID: a domain gets another one at each start.
+    pub(super) fn running(&self) -> Result<RunningIds, CallError> {
+        let classify = |error| self.classify("running-domains", &error);
         let active = self
             .connect
             .list_all_domains(sys::VIR_CONNECT_LIST_DOMAINS_ACTIVE)
-            .map_err(|error| self.classify("running-domains", &error))?;
-        let mut known = definitions.take(self.generation);
-        let mut read = HashMap::new();
-        let mut failed = None;
+            .map_err(classify)?;
+        let mut domains = Vec::with_capacity(active.len());
         for domain in active {
-            match read_domain(&domain, &mut known) {
-                Ok(Some((id, domain))) => {
-                    read.insert(domain.uuid.clone(), (id, domain));
-                }
-                Ok(None) => {}
-                Err(error) if failure::is_gone(&error) => {}
-                Err(error) => {
-                    failed = Some(self.classify("running-domains", &error));
-                    // Need not be read again: next time only a domain that is new can fail.
-                    read.extend(known);
-                    break;
-                }
-            }
+            // It ended meanwhile.
+            let Some(id) = domain.id() else { continue };
+            let domain = DomainRef::on_host(
+                domain.name().map_err(classify)?,
+                domain.uuid_string().map_err(classify)?,
+            );
+            domains.push((id, domain));
         }
-        let domains = read.values().map(|(_, domain)| domain.clone()).collect();
-        definitions.put(self.generation, read);
-        failed.map_or(Ok(domains), Err)
+        Ok(RunningIds {
+            generation: self.generation,
+            domains,
+        })
     }
 }
 
-impl Definitions {
-    /// Removes the definitions that were read over connections of this generation. Two calls at a
-    /// time read everything twice, which is harmless.
-    fn take(&self, generation: u64) -> HashMap<String, (u32, RunningDomain)> {
-        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let Known {
-            generation: of,
-            domains,
-        } = std::mem::take(&mut *known);
-        if of == generation {
-            domains
-        } else {
-            HashMap::new()
-        }
-    }
-
-    fn put(&self, generation: u64, domains: HashMap<String, (u32, RunningDomain)>) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Known {
-            generation,
-            domains,
-        };
-    }
-}
-
-/// Returns the domain as known under its present ID, else as read from libvirt; `None` if it
-/// ended. Without `VIR_DOMAIN_XML_SECURE`, so the XML contains no secrets.
-fn read_domain(
-    domain: &Domain,
-    known: &mut HashMap<String, (u32, RunningDomain)>,
-) -> Result<Option<(u32, RunningDomain)>, Error> {
-    let Some(id) = domain.id() else {
-        return Ok(None);
-    };
-    let uuid = domain.uuid_string()?;
-    if let Some(same) = known.remove(&uuid).filter(|(known_id, _)| *known_id == id) {
-        return Ok(Some(same));
-    }
-    let domain = RunningDomain {
-        name: domain.name()?,
-        xml: domain.xml_desc(0)?,
-        uuid,
-    };
-    Ok(Some((id, domain)))
+/// The running domains of one generation of the connection: a restarted libvirtd may count domain
+/// IDs from 1 again.
+pub(super) struct RunningIds {
+    pub(super) generation: u64,
+    pub(super) domains: Vec<(u32, DomainRef)>,
 }
 
 /// Returns the flags of a query that this libvirt has: it rejects unknown bits.

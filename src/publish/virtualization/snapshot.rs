@@ -4,7 +4,7 @@ use super::describe::{describe, label_holders};
 use super::truncate::{STATUS_MAX, truncate};
 use crate::cluster::objects::node_virtualization::{HYPERVISOR_CONNECTED, PROBED};
 use crate::cluster::objects::{Condition, NodeVirtualizationStatus};
-use crate::hypervisor::Connection;
+use crate::hypervisor::ConnectionState;
 use crate::label::{FactSource, RetainedLabel};
 use crate::probe::{Reading, SourceFailure};
 use crate::units::{Timestamp, shortened};
@@ -45,7 +45,7 @@ impl Snapshot {
     pub fn status(
         &self,
         before: &NodeVirtualizationStatus,
-        connection: Connection,
+        connection: ConnectionState,
         now: jiff::Timestamp,
     ) -> NodeVirtualizationStatus {
         let now = Timestamp::from(now);
@@ -99,10 +99,10 @@ impl Snapshot {
     }
 }
 
-fn connected(connection: Connection, now: Timestamp) -> Condition {
+fn connected(connection: ConnectionState, now: Timestamp) -> Condition {
     let (holds, reason, message) = match connection {
-        Connection::Up(_) => (true, "Connected", "libvirt is connected."),
-        Connection::Down => (
+        ConnectionState::Up(_) => (true, "Connected", "libvirt is connected."),
+        ConnectionState::Down => (
             false,
             "NotConnected",
             "libvirt is not connected; virtnode keeps reconnecting.",

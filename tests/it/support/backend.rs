@@ -12,7 +12,9 @@ use nix::unistd::mkfifo;
 use tokio::time::timeout;
 use virtnode::daemon::Metrics;
 use virtnode::domain::{Job, PauseReason};
-use virtnode::hypervisor::{Connection, DomainBackend, Libvirt, LibvirtConfig};
+use virtnode::hypervisor::{
+    ConnectionState, DomainBackend, Libvirt, LibvirtConfig, ObservationQuery,
+};
 use virtnode::units::{Bytes, KiB};
 
 use super::eventually;
@@ -22,6 +24,22 @@ use super::libvirtd::Libvirtd;
 
 /// The name of the one guest.
 pub(crate) const NAME: &str = "guest";
+
+/// Observes the live domain only.
+pub(crate) const PLAIN: ObservationQuery = ObservationQuery {
+    timeout: LONG,
+    statistics: false,
+    agent: None,
+    answers: false,
+};
+
+/// Observes everything. Taints the domain.
+pub(crate) const EVERYTHING: ObservationQuery = ObservationQuery {
+    timeout: LONG,
+    statistics: true,
+    agent: Some(LONG),
+    answers: true,
+};
 
 /// For what has no deadline of its own; only a failing test waits so long.
 const LONG: Duration = Duration::from_secs(120);
@@ -168,8 +186,8 @@ impl Backend for Real {
         let libvirtd = Libvirtd::start().unwrap();
         let config = LibvirtConfig::new(libvirtd.uri());
         let control = Arc::new(Libvirt::start(config, Metrics::new().hypervisor));
-        let mut listening = control.listening();
-        let up = listening.wait_for(|state| matches!(state, Connection::Up(_)));
+        let mut listening = control.health();
+        let up = listening.wait_for(|state| matches!(state, ConnectionState::Up(_)));
         timeout(LONG, up).await.unwrap().unwrap();
         Self {
             control,

@@ -14,7 +14,7 @@ use tokio::sync::{Notify, broadcast, watch};
 use tokio::time::{Instant, sleep};
 use virtnode::domain::{BalloonStats, DomainState, IdSet, Job, PauseReason, Stats, VcpuStats};
 use virtnode::hotplug::{Event, Ost, SlotKind};
-use virtnode::hypervisor::{CallError, Change, Connection, DomainRef, Notice};
+use virtnode::hypervisor::{CallError, Change, ConnectionState, DomainRef, Notice};
 use virtnode::units::Bytes;
 
 use super::guest::MorePossible;
@@ -138,7 +138,7 @@ struct FakeDomain {
 pub(crate) struct FakeControl {
     domains: Mutex<BTreeMap<String, FakeDomain>>,
     notices: broadcast::Sender<Notice>,
-    connection: watch::Sender<Connection>,
+    connection: watch::Sender<ConnectionState>,
     log: Mutex<Vec<(Instant, String)>>,
     /// Told when a call to change something begins.
     called: Notify,
@@ -153,7 +153,7 @@ impl FakeControl {
         Arc::new_cyclic(|me| Self {
             domains: Mutex::default(),
             notices: broadcast::Sender::new(1024),
-            connection: watch::Sender::new(Connection::Up(1)),
+            connection: watch::Sender::new(ConnectionState::Up(1)),
             log: Mutex::default(),
             called: Notify::new(),
             started: Instant::now(),
@@ -296,8 +296,8 @@ impl FakeControl {
     /// Breaks the connection, or makes it again.
     pub(crate) fn connect(&self, up: bool) {
         let connection = match up {
-            true => Connection::Up(2),
-            false => Connection::Down,
+            true => ConnectionState::Up(2),
+            false => ConnectionState::Down,
         };
         self.connection.send_replace(connection);
         // Nobody listens: nobody minds.
@@ -343,12 +343,12 @@ impl FakeControl {
     async fn question(&self) -> Result<(), CallError> {
         sleep(QUESTION).await;
         match *self.connection.borrow() {
-            Connection::Up(_) => Ok(()),
-            Connection::Down => Err(CallError::Unavailable("it is gone".to_owned())),
+            ConnectionState::Up(_) => Ok(()),
+            ConnectionState::Down => Err(CallError::Unavailable("it is gone".to_owned())),
         }
     }
 
-    fn find(&self, domain: &DomainRef) -> Result<(String, FakeDomain), CallError> {
+    fn find_ref(&self, domain: &DomainRef) -> Result<(String, FakeDomain), CallError> {
         let domains = self.domains();
         let found = domains.iter().find(|(_, have)| have.uuid == domain.uuid);
         found
@@ -369,7 +369,7 @@ impl FakeControl {
             .push((Instant::now(), call));
         self.called.notify_one();
         self.question().await?;
-        let (name, have) = self.find(domain)?;
+        let (name, have) = self.find_ref(domain)?;
         if have.job.is_some_and(Job::holds_changes) {
             self.lock(&name).await?;
         }

@@ -8,7 +8,7 @@ use tokio::sync::watch;
 use virtnode::capability::Version;
 use virtnode::compat::CpuComparison;
 use virtnode::hypervisor::{
-    CallError, Connection, DomainCapabilitiesQuery, NodeSource, RunningDomain, Versions,
+    CallError, ConnectionState, DomainCapabilitiesQuery, NodeSource, RunningDomain, Versions,
 };
 
 /// What it answers; a test changes it between probes.
@@ -21,7 +21,7 @@ pub(crate) struct Answers {
 /// A hypervisor in memory.
 pub(crate) struct InMemory {
     answers: Mutex<Answers>,
-    connection: watch::Sender<Connection>,
+    connection: watch::Sender<ConnectionState>,
 }
 
 impl InMemory {
@@ -36,7 +36,7 @@ impl InMemory {
                 domain_capabilities: read("dc-x86_64-q35-kvm.xml"),
                 domains: Vec::new(),
             }),
-            connection: watch::Sender::new(Connection::Up(1)),
+            connection: watch::Sender::new(ConnectionState::Up(1)),
         }
     }
 
@@ -104,7 +104,7 @@ impl NodeSource for InMemory {
         Ok(self.answers().domains.clone())
     }
 
-    fn connection(&self) -> watch::Receiver<Connection> {
+    fn connection(&self) -> watch::Receiver<ConnectionState> {
         self.connection.subscribe()
     }
 }

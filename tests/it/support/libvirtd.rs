@@ -39,6 +39,8 @@ pub(crate) struct Libvirtd {
     root: Option<PathBuf>,
     /// The program, within that root.
     daemon: PathBuf,
+    /// Additional environment of the daemon.
+    environment: Vec<(&'static str, &'static str)>,
     child: Option<Child>,
 }
 
@@ -50,6 +52,16 @@ impl Libvirtd {
         // The first question makes it ask the emulators: not within a test's deadlines.
         libvirtd.virsh(&["capabilities"])?;
         libvirtd.virsh(&["domcapabilities"])?;
+        Ok(libvirtd)
+    }
+
+    /// Starts one whose messages are Japanese (package libvirt-l10n). gettext ignores `LANGUAGE` in
+    /// the locale "C", and not in "C.UTF-8", which every glibc has.
+    pub(crate) fn start_in_japanese() -> anyhow::Result<Self> {
+        let mut libvirtd = Self::new()?;
+        libvirtd.environment = vec![("LC_ALL", "C.UTF-8"), ("LANGUAGE", "ja")];
+        libvirtd.restart()?;
+        libvirtd.virsh(&["capabilities"])?;
         Ok(libvirtd)
     }
 
@@ -69,6 +81,7 @@ impl Libvirtd {
             directory,
             root,
             daemon,
+            environment: Vec::new(),
             child: None,
         };
         for part in ["run", "config/libvirt", "cache", "home"] {
@@ -165,6 +178,7 @@ impl Libvirtd {
             .env("XDG_CONFIG_HOME", self.path("config"))
             .env("XDG_CACHE_HOME", self.path("cache"))
             .env("XDG_DATA_HOME", self.path("home/data"))
+            .envs(self.environment.iter().copied())
             .current_dir(self.directory.path())
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)

@@ -3,7 +3,6 @@
 
 use anyhow::ensure;
 use rstest::rstest;
-use virtnode::domain::Domain;
 use virtnode::hypervisor::DomainBackend;
 
 use Verdict::{
@@ -13,7 +12,7 @@ use Verdict::{
 
 use super::*;
 use crate::contract::{self, On, guest, without_agent};
-use crate::support::backend::{Backend, InMemory, NAME, Real, Witness};
+use crate::support::backend::{Backend, InMemory, NAME, PLAIN, Real, Witness};
 use crate::support::eventually;
 use crate::support::fake_domains::{Blocks, Cpus, FakeGuest};
 
@@ -231,10 +230,9 @@ async fn row<B: Backend>(like: FakeGuest, steps: Vec<Step>) {
 /// How many vCPUs the hypervisor counts.
 async fn counted<B: Backend>(backend: &B) -> u32 {
     let control = backend.control();
-    let id = control.find_domain(NAME).await.unwrap();
-    let live = control.domain(&id).await.unwrap();
-    let domain = Domain::parse(NAME, live.xml.as_bytes(), live.state).unwrap();
-    domain.vcpus.plugged()
+    let id = control.find(NAME).await.unwrap();
+    let seen = control.observe(&id, PLAIN).await;
+    seen.live.unwrap().domain.vcpus.plugged()
 }
 
 /// How much of what was to be given back the guest has by the record, in MiB: some, and not all.

@@ -20,7 +20,7 @@ use tokio::time::timeout;
 use virtnode::daemon::Metrics;
 use virtnode::executor::{AskedBy, Executor, OperationId, Options, Order, Record};
 use virtnode::hotplug::{Amount, Evidence, HotplugRequest, Require, Verdict};
-use virtnode::hypervisor::{Connection, DomainBackend, Libvirt, LibvirtConfig};
+use virtnode::hypervisor::{ConnectionState, DomainBackend, Libvirt, LibvirtConfig};
 use virtnode::journal::Journal;
 use virtnode::units::Bytes;
 
@@ -119,8 +119,8 @@ impl Node {
 async fn start(libvirtd: &Libvirtd, state: &Path) -> Arc<Executor<Libvirt>> {
     let config = LibvirtConfig::new(libvirtd.uri());
     let control = Arc::new(Libvirt::start(config, Metrics::new().hypervisor));
-    let mut listening = control.listening();
-    let up = listening.wait_for(|state| matches!(state, Connection::Up(_)));
+    let mut listening = control.health();
+    let up = listening.wait_for(|state| matches!(state, ConnectionState::Up(_)));
     timeout(LONG, up).await.unwrap().unwrap();
     let journal = Journal::open(state).unwrap();
     Executor::start(control, journal, Options::default(), ()).unwrap()

@@ -1,13 +1,12 @@
 //! The calls of the hypervisor in memory.
 
-use std::time::Duration;
-
 use tokio::sync::watch;
 use tokio::time::sleep;
-use virtnode::domain::{BalloonStats, IdSet};
-use virtnode::hotplug::{Event, GuestVcpus, Ost, SlotKind};
+use virtnode::domain::Domain;
+use virtnode::hotplug::{Action, Event, GuestVcpus, Ost, SlotKind};
 use virtnode::hypervisor::{
-    CallError, Connection, DomainBackend, DomainRef, DomainStats, LiveDomain, Notices, Scope,
+    CallError, ConnectionState, DomainBackend, DomainRef, DomainStats, LiveDomain, Notices,
+    ObservationQuery, Seen,
 };
 use virtnode::units::{Bytes, KiB};
 
@@ -22,7 +21,7 @@ fn failed(call: &'static str, number: u32, message: &str) -> CallError {
 }
 
 impl DomainBackend for FakeControl {
-    async fn find_domain(&self, name_or_uuid: &str) -> Result<DomainRef, CallError> {
+    async fn find(&self, name_or_uuid: &str) -> Result<DomainRef, CallError> {
         self.question().await?;
         let domains = self.domains();
         let found = domains
@@ -33,20 +32,18 @@ impl DomainBackend for FakeControl {
             .ok_or_else(|| CallError::NotFound(name_or_uuid.to_owned()))
     }
 
-    async fn domain(&self, domain: &DomainRef) -> Result<LiveDomain, CallError> {
-        self.question().await?;
-        let (name, have) = self.find(domain)?;
-        Ok(LiveDomain {
-            id: have.id(&name),
-            state: have.state,
-            reason: have.reason,
-            persistent: false,
-            xml: have.xml(&name),
-            job: have.job,
-        })
+    async fn observe(&self, domain: &DomainRef, query: ObservationQuery) -> Seen {
+        query
+            .observe(
+                self.live(domain),
+                self.domain_statistics(domain),
+                self.guest_vcpus(domain),
+                self.acpi_answers(domain),
+            )
+            .await
     }
 
-    async fn all_domain_stats(&self) -> Result<Vec<DomainStats>, CallError> {
+    async fn statistics(&self) -> Result<Vec<DomainStats>, CallError> {
         self.question().await?;
         let domains = self.domains();
         Ok(domains
@@ -59,9 +56,48 @@ impl DomainBackend for FakeControl {
             .collect())
     }
 
-    async fn domain_stats(&self, domain: &DomainRef) -> Result<DomainStats, CallError> {
+    async fn apply(&self, domain: &DomainRef, action: &Action) -> Result<(), CallError> {
+        match action {
+            Action::SetVcpus { count, .. } => self.set_vcpus(domain, *count).await,
+            Action::OnlineVcpus { ids } => {
+                let call = format!("set-guest-vcpus {} {ids}", domain.name);
+                let (name, error) = self.begin(call, domain).await?;
+                self.change(&name, FakeDomain::bring_online);
+                error.map_or(Ok(()), Err)
+            }
+            Action::ResizeVirtioMem { alias, requested } => {
+                self.resize_virtio_mem(domain, alias, *requested).await
+            }
+            Action::AttachDimm { alias, size, .. } => self.attach_dimm(domain, alias, *size).await,
+        }
+    }
+
+    fn events(&self) -> Notices {
+        Notices::new(self.notices.subscribe())
+    }
+
+    fn health(&self) -> watch::Receiver<ConnectionState> {
+        self.connection.subscribe()
+    }
+}
+
+impl FakeControl {
+    async fn live(&self, domain: &DomainRef) -> Result<LiveDomain, CallError> {
         self.question().await?;
-        let (name, have) = self.find(domain)?;
+        let (name, have) = self.find_ref(domain)?;
+        let xml = have.xml(&name);
+        Ok(LiveDomain {
+            id: have.id(&name),
+            domain: Domain::parse(&name, xml.as_bytes(), have.state).unwrap(),
+            reason: have.reason,
+            persistent: false,
+            job: have.job,
+        })
+    }
+
+    async fn domain_statistics(&self, domain: &DomainRef) -> Result<DomainStats, CallError> {
+        self.question().await?;
+        let (name, have) = self.find_ref(domain)?;
         Ok(DomainStats {
             id: have.id(&name),
             state: have.state,
@@ -69,13 +105,9 @@ impl DomainBackend for FakeControl {
         })
     }
 
-    async fn memory_stats(&self, domain: &DomainRef) -> Result<BalloonStats, CallError> {
-        Ok(self.domain_stats(domain).await?.stats.balloon)
-    }
-
     async fn guest_vcpus(&self, domain: &DomainRef) -> Result<GuestVcpus, CallError> {
         self.question().await?;
-        let (_, have) = self.find(domain)?;
+        let (_, have) = self.find_ref(domain)?;
         if have.guest.agent_hangs {
             std::future::pending::<()>().await;
         }
@@ -93,35 +125,18 @@ impl DomainBackend for FakeControl {
 
     async fn acpi_answers(&self, domain: &DomainRef) -> Result<Vec<Ost>, CallError> {
         self.question().await?;
-        let (name, have) = self.find(domain)?;
+        let (name, have) = self.find_ref(domain)?;
         self.change(&name, |domain| domain.tainted = true);
         Ok(have.answers)
     }
 
-    async fn set_guest_vcpus(
-        &self,
-        domain: &DomainRef,
-        vcpus: &IdSet,
-        online: bool,
-    ) -> Result<(), CallError> {
-        assert!(online, "nobody takes CPUs offline");
-        let call = format!("set-guest-vcpus {} {vcpus}", domain.name);
-        let (name, error) = self.begin(call, domain).await?;
-        self.change(&name, FakeDomain::bring_online);
-        error.map_or(Ok(()), Err)
-    }
-
-    async fn set_agent_timeout(&self, _: &DomainRef, _: Duration) -> Result<(), CallError> {
-        Ok(())
-    }
-
-    async fn set_vcpus(&self, domain: &DomainRef, vcpus: u32, _: Scope) -> Result<(), CallError> {
+    async fn set_vcpus(&self, domain: &DomainRef, vcpus: u32) -> Result<(), CallError> {
         let (me, domain) = (self.me.upgrade().unwrap(), domain.clone());
         // What has begun goes on when nobody waits for it any more.
         let work = tokio::spawn(async move {
             let call = format!("set-vcpus {} {vcpus}", domain.name);
             let (name, error) = me.begin(call, &domain).await?;
-            let (_, have) = me.find(&domain)?;
+            let (_, have) = me.find_ref(&domain)?;
             if vcpus > 4 {
                 return Err(failed(
                     "set-vcpus",
@@ -136,12 +151,6 @@ impl DomainBackend for FakeControl {
             error.map_or(Ok(()), Err)
         });
         work.await.unwrap()
-    }
-
-    async fn update_device(&self, domain: &DomainRef, _: &str, _: Scope) -> Result<(), CallError> {
-        let call = format!("update-device {}", domain.name);
-        self.begin(call, domain).await?;
-        Ok(())
     }
 
     async fn resize_virtio_mem(
@@ -180,20 +189,15 @@ impl DomainBackend for FakeControl {
         error.map_or(Ok(()), Err)
     }
 
-    async fn attach_device(
+    async fn attach_dimm(
         &self,
         domain: &DomainRef,
-        xml: &str,
-        _: Scope,
+        alias: &str,
+        size: KiB,
     ) -> Result<(), CallError> {
         let call = format!("attach-device {}", domain.name);
         let (name, error) = self.begin(call, domain).await?;
-        let between = |from: &str, to: &str| {
-            let begin = xml.find(from).unwrap() + from.len();
-            xml[begin..].split(to).next().unwrap().to_owned()
-        };
-        let alias = between("<alias name='", "'");
-        let size = between("<size unit='KiB'>", "<").parse::<u64>().unwrap() * 1024;
+        let (alias, size) = (alias.to_owned(), Bytes::from(size).get());
         if !size.is_multiple_of(DIMM) {
             let why = "backend memory size must be multiple of 0x200000";
             return Err(failed("attach-device", 1, why));
@@ -222,41 +226,5 @@ impl DomainBackend for FakeControl {
             self.answer(&name, &have, ost);
         }
         error.map_or(Ok(()), Err)
-    }
-
-    async fn detach_device(
-        &self,
-        domain: &DomainRef,
-        alias: &str,
-        _: Scope,
-    ) -> Result<(), CallError> {
-        let call = format!("detach-device {} {alias}", domain.name);
-        let (name, error) = self.begin(call, domain).await?;
-        let gone = self.change(&name, |domain| {
-            let found = domain.dimms.iter().find(|(_, (have, _))| have == alias);
-            let (slot, size) = found.map(|(slot, (_, size))| (*slot, *size))?;
-            domain.dimms.remove(&slot);
-            if domain.guest.blocks == Blocks::Onlines && size.is_multiple_of(LINUX_BLOCK) {
-                domain.total -= size;
-            }
-            Some(domain.clone())
-        });
-        let Some(have) = gone.flatten() else {
-            return Err(failed("detach-device", 99, "no device found with alias"));
-        };
-        let deleted = Event::DeviceDeleted {
-            device: Some(alias.to_owned()),
-            path: format!("/machine/peripheral/{alias}"),
-        };
-        self.tell(&name, &have, deleted);
-        error.map_or(Ok(()), Err)
-    }
-
-    fn notices(&self) -> Notices {
-        Notices::new(self.notices.subscribe())
-    }
-
-    fn listening(&self) -> watch::Receiver<Connection> {
-        self.connection.subscribe()
     }
 }

@@ -1,22 +1,34 @@
-//! A device of a live definition, as libvirt wants to see it again.
+//! The XML that libvirt is given: devices to attach, and devices with a change.
 
 use std::ops::Range;
 
+use quick_xml::escape::escape;
 use quick_xml::events::{BytesStart, Event};
 use quick_xml::{Reader, XmlVersion};
 
-use crate::units::KiB;
+use crate::units::{Bytes, KiB};
 
-/// The memory device of this alias with another requested size; `None` if the definition has no
-/// such device, or one that nothing can be requested of.
+/// Writes a DIMM to attach.
+pub(super) fn dimm(alias: &str, size: KiB, node: Option<u32>) -> String {
+    let node = node.map_or(String::new(), |node| format!("<node>{node}</node>"));
+    format!(
+        "<memory model='dimm'><target><size unit='KiB'>{}</size>{node}</target>\
+         <alias name='{}'/></memory>",
+        Bytes::from(size).get() / 1024,
+        escape(alias)
+    )
+}
+
+/// Returns the memory device with this alias, with another requested size; `None` if the definition
+/// has no such device or it has no requested size.
 ///
-/// libvirt finds a memory device by all that it is (virDomainMemoryFindByDef), and takes a change
-/// of anything but the requested size for an error (qemuDomainChangeMemoryLiveValidateChange,
+/// libvirt identifies a memory device by all its properties (virDomainMemoryFindByDef) and rejects
+/// a change of anything but the requested size (qemuDomainChangeMemoryLiveValidateChange,
 /// libvirt 11.3). So everything else stays as libvirt wrote it, byte for byte.
 pub(super) fn with_requested(domain: &str, alias: &str, requested: KiB) -> Option<String> {
     let mut reader = Reader::from_str(domain);
     let mut path: Vec<String> = Vec::new();
-    let mut device = Found::default();
+    let mut device = DevicePosition::default();
     loop {
         let start = position(&reader)?;
         match reader.read_event().ok()? {
@@ -34,7 +46,7 @@ pub(super) fn with_requested(domain: &str, alias: &str, requested: KiB) -> Optio
                 if is(&path, REQUESTED) {
                     device.requested.end = end;
                 }
-                if is(&path, DEVICE) && device.is_it && !device.requested.is_empty() {
+                if is(&path, DEVICE) && device.has_alias && !device.requested.is_empty() {
                     let before = domain.get(device.start..device.requested.start)?;
                     let after = domain.get(device.requested.end..end)?;
                     let requested = requested.get();
@@ -54,15 +66,15 @@ const DEVICE: &[&str] = &["domain", "devices", "memory"];
 const ALIAS: &[&str] = &["domain", "devices", "memory", "alias"];
 const REQUESTED: &[&str] = &["domain", "devices", "memory", "target", "requested"];
 
-/// What is known of the device that is being read.
+/// The part of the device that was read so far.
 #[derive(Default)]
-struct Found {
+struct DevicePosition {
     start: usize,
-    is_it: bool,
+    has_alias: bool,
     requested: Range<usize>,
 }
 
-impl Found {
+impl DevicePosition {
     fn enter(&mut self, path: &[String], start: usize, element: &BytesStart<'_>, alias: &str) {
         if is(path, DEVICE) {
             *self = Self {
@@ -72,7 +84,7 @@ impl Found {
         } else if is(path, REQUESTED) {
             self.requested.start = start;
         } else if is(path, ALIAS) {
-            self.is_it |= has_name(element, alias);
+            self.has_alias |= has_name(element, alias);
         }
     }
 }
@@ -106,7 +118,16 @@ mod tests {
         </target><alias name='ua-&apos;b'/><address type='pci'/></memory></devices></domain>";
 
     #[test]
-    fn only_the_requested_size_is_another() {
+    fn dimm_has_size_node_and_escaped_alias() {
+        assert_eq!(
+            dimm("ua-'<&", KiB::new(262_144).unwrap(), Some(0)),
+            "<memory model='dimm'><target><size unit='KiB'>262144</size><node>0</node></target>\
+             <alias name='ua-&apos;&lt;&amp;'/></memory>"
+        );
+    }
+
+    #[test]
+    fn only_the_requested_size_changes() {
         let requested = KiB::new(2048).unwrap();
         assert_eq!(
             with_requested(DOMAIN, "ua-a", requested).unwrap(),
@@ -121,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_requested_of_is_none() {
+    fn device_without_requested_size_is_none() {
         let requested = KiB::new(2048).unwrap();
         for (xml, alias) in [
             (DOMAIN, "ua-c"),

@@ -1,0 +1,195 @@
+//! [`DomainBackend`]: observing domains and changing them, typed both ways.
+
+use std::future::Future;
+use std::time::{Duration, Instant};
+
+use tokio::sync::{broadcast, watch};
+use tokio::time::timeout;
+
+use super::{CallError, ConnectionState};
+use crate::domain::{Domain, DomainRef, DomainState, Job, PauseReason, Stats};
+use crate::hotplug::{Action, Event, GuestVcpus, Ost};
+
+/// A domain as the hypervisor has it at present.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LiveDomain {
+    pub id: DomainRef,
+    /// The live definition; the persistent one if the domain does not run.
+    pub domain: Domain,
+    /// Reason for the pause of a paused domain.
+    pub reason: Option<PauseReason>,
+    /// True if the domain has a definition that outlives it.
+    pub persistent: bool,
+    /// A job on the domain, such as a migration.
+    pub job: Option<Job>,
+}
+
+/// The bulk statistics of a domain.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DomainStats {
+    pub id: DomainRef,
+    pub state: DomainState,
+    /// During a job libvirt leaves out what it would have to wait for: most of the balloon.
+    pub stats: Stats,
+}
+
+/// The parts of an observation. The live domain is always one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ObservationQuery {
+    /// Timeout for each part but the agent's.
+    pub timeout: Duration,
+    /// True for the domain's statistics. They do not wait for a job on the domain as the live domain
+    /// does, so they show that a domain which cannot be read is merely busy.
+    pub statistics: bool,
+    /// Timeout for the guest agent, if it is to be asked. A domain that is not running or has no
+    /// connected agent is not asked.
+    pub agent: Option<Duration>,
+    /// True for QEMU's record of the guest's ACPI answers. The query *taints* the domain until it
+    /// ends.
+    pub answers: bool,
+}
+
+/// An observation of a domain.
+#[derive(Debug, Clone)]
+pub struct Seen {
+    /// `Overdue` if a job on the domain, or a hang, exceeded the timeout.
+    pub live: Result<LiveDomain, CallError>,
+    pub statistics: Option<DomainStats>,
+    /// `None` if the agent was not asked.
+    pub agent: Option<Result<GuestVcpus, CallError>>,
+    pub answers: Option<Vec<Ost>>,
+}
+
+impl ObservationQuery {
+    /// Observes by up to four calls: live domain and statistics side by side, then, if the domain
+    /// can be read, agent and ACPI answers.
+    pub async fn observe(
+        self,
+        live: impl Future<Output = Result<LiveDomain, CallError>>,
+        statistics: impl Future<Output = Result<DomainStats, CallError>>,
+        agent: impl Future<Output = Result<GuestVcpus, CallError>>,
+        answers: impl Future<Output = Result<Vec<Ost>, CallError>>,
+    ) -> Seen {
+        let statistics = async {
+            if self.statistics {
+                within(self.timeout, "domain-stats", statistics).await.ok()
+            } else {
+                None
+            }
+        };
+        let live = within(self.timeout, "domain", live);
+        let (live, statistics) = tokio::join!(live, statistics);
+        let mut seen = Seen {
+            live,
+            statistics,
+            agent: None,
+            answers: None,
+        };
+        let Ok(live) = &seen.live else { return seen };
+        if let Some(timeout) = self.agent
+            && live.domain.agent.may_answer()
+            && live.domain.state.runs()
+        {
+            seen.agent = Some(within(timeout, "guest-vcpus", agent).await);
+        }
+        if self.answers {
+            seen.answers = within(self.timeout, "acpi-answers", answers).await.ok();
+        }
+        seen
+    }
+}
+
+async fn within<T>(
+    after: Duration,
+    call: &'static str,
+    work: impl Future<Output = Result<T, CallError>>,
+) -> Result<T, CallError> {
+    let overdue = || CallError::Overdue {
+        call: call.into(),
+        after,
+    };
+    timeout(after, work)
+        .await
+        .unwrap_or_else(|_| Err(overdue()))
+}
+
+/// An unsolicited notification from the hypervisor.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Notice {
+    /// Notifications may have been lost: the connection is new, or the subscriber was too slow.
+    /// Everything known must be observed again.
+    Gap,
+    /// A change of a domain.
+    Change {
+        domain: DomainRef,
+        /// Time of receipt.
+        at: Instant,
+        change: Change,
+    },
+}
+
+/// A change of a domain.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Change {
+    /// An event that hotplug depends on. Some arrive twice: from QEMU, and a moment later from
+    /// libvirt, which then has the change in its live XML. libvirt's `DeviceDeleted` has no path.
+    Event(Event),
+    /// The domain was started, or migrated here.
+    Started,
+    /// Its definition was created, changed or removed.
+    Defined,
+    /// The guest agent connected or disconnected.
+    Agent { connected: bool },
+}
+
+/// One subscriber's notifications, from the time of subscription.
+#[derive(Debug)]
+pub struct Notices(broadcast::Receiver<Notice>);
+
+impl Notices {
+    pub fn new(receiver: broadcast::Receiver<Notice>) -> Self {
+        Self(receiver)
+    }
+
+    /// Returns the next notification; `None` when the backend ended. Safe to cancel.
+    pub async fn next(&mut self) -> Option<Notice> {
+        match self.0.recv().await {
+            Ok(notice) => Some(notice),
+            Err(broadcast::error::RecvError::Lagged(_)) => Some(Notice::Gap),
+            Err(broadcast::error::RecvError::Closed) => None,
+        }
+    }
+}
+
+/// A hypervisor whose domains can be observed and changed.
+///
+/// Every call ends by its own deadline. Dropping its future stops the wait, not a call that has
+/// begun. No call taints a domain but an observation with [`ObservationQuery::answers`].
+pub trait DomainBackend: Send + Sync + 'static {
+    /// Finds a domain by UUID, or else by name.
+    fn find(&self, name_or_uuid: &str)
+    -> impl Future<Output = Result<DomainRef, CallError>> + Send;
+
+    /// Observes a domain. A part that fails does not fail the others.
+    fn observe(
+        &self,
+        domain: &DomainRef,
+        query: ObservationQuery,
+    ) -> impl Future<Output = Seen> + Send;
+
+    /// Returns the statistics of every running domain. Never waits for a job on a domain.
+    fn statistics(&self) -> impl Future<Output = Result<Vec<DomainStats>, CallError>> + Send;
+
+    /// Applies an action to a domain. After an error part of it may have been carried out.
+    fn apply(
+        &self,
+        domain: &DomainRef,
+        action: &Action,
+    ) -> impl Future<Output = Result<(), CallError>> + Send;
+
+    /// Subscribes to the notifications of all domains.
+    fn events(&self) -> Notices;
+
+    /// Returns the state of the connection, with its changes.
+    fn health(&self) -> watch::Receiver<ConnectionState>;
+}
