@@ -89,7 +89,7 @@ unsafe fn take_records(
         }
     });
     let copy = copy.collect();
-    // SAFETY: the list is ours, ends with a null pointer, and nothing refers to it any more. This
+    // SAFETY: the list is ours, ends with a null pointer, and nothing refers to it from here on. This
     // frees the records, their parameters and their references to domains.
     unsafe { sys::virDomainStatsRecordListFree(records) };
     Ok(copy)
@@ -183,17 +183,19 @@ pub fn job(domain: &Domain) -> Result<Option<u64>, Error> {
     };
     done(result)?;
     // SAFETY: libvirt filled in as many; they are ours, and freed after the copy.
-    let told = unsafe {
+    let parameters = unsafe {
         let copy = parameters::read(found, length);
         sys::virTypedParamsFree(found, length);
         copy
     };
-    // Those that are over are told of once more.
+    // libvirt also reports the completed job once.
     let runs = [sys::VIR_DOMAIN_JOB_BOUNDED, sys::VIR_DOMAIN_JOB_UNBOUNDED];
     if !u32::try_from(kind).is_ok_and(|kind| runs.contains(&kind)) {
         return Ok(None);
     }
-    let operation = told.iter().find(|parameter| parameter.name == "operation");
+    let operation = parameters
+        .iter()
+        .find(|parameter| parameter.name == "operation");
     let number = operation.and_then(|parameter| parameter.value.number());
     Ok(Some(number.unwrap_or(0)))
 }

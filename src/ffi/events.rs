@@ -16,7 +16,7 @@ use super::parameters::copied;
 
 /// Something that happened to a domain, in libvirt's own terms.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Happening {
+pub enum RawEventKind {
     /// A QEMU monitor event.
     Monitor {
         /// QEMU's name of it.
@@ -25,12 +25,7 @@ pub enum Happening {
         details: Option<String>,
     },
     /// `VIR_DOMAIN_EVENT_ID_LIFECYCLE`: `virDomainEventType` and the number of its detail.
-    Lifecycle {
-        /// What happened.
-        event: u32,
-        /// Why.
-        detail: u32,
-    },
+    Lifecycle { event: u32, detail: u32 },
     /// `VIR_DOMAIN_EVENT_ID_REBOOT`.
     Reboot,
     /// `VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED`, with the alias.
@@ -45,24 +40,22 @@ pub enum Happening {
     MemorySize {
         /// The device's alias.
         alias: String,
-        /// What the guest has of it, in KiB.
+        /// Size plugged in the guest, in KiB.
         kib: u64,
     },
 }
 
-/// A [`Happening`] and whom it happened to.
+/// An event of libvirt with the domain that it is about.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Told {
+pub struct RawEvent {
     /// The domain's name: tenants' text.
     pub name: String,
     /// The domain's UUID in its usual spelling.
     pub uuid: String,
-    /// What happened.
-    pub what: Happening,
+    pub what: RawEventKind,
 }
 
-/// What is called with each event.
-type Listener = Arc<dyn Fn(Told) + Send + Sync>;
+type Listener = Arc<dyn Fn(RawEvent) + Send + Sync>;
 
 /// The listeners of the subscriptions that are alive, by number.
 ///
@@ -87,18 +80,18 @@ pub struct Subscription {
 }
 
 impl Subscription {
-    /// Has `listener` called with the domain events of [`Happening`], and with the QEMU monitor
+    /// Has `listener` called with the domain events of [`RawEventKind`], and with the QEMU monitor
     /// events whose name matches `monitor`, a POSIX extended regular expression. It is called on
     /// the event loop's thread and must neither block nor call libvirt.
     ///
-    /// What this libvirt or its driver does not have is left out: see [`Subscription::refused`].
+    /// Events that this libvirt or its driver does not support are omitted: see [`Subscription::refused`].
     ///
     /// # Errors
     /// Only if the connection cannot be held, or for a text with a NUL.
     pub fn new(
         connect: &Connect,
         monitor: &str,
-        listener: impl Fn(Told) + Send + Sync + 'static,
+        listener: impl Fn(RawEvent) + Send + Sync + 'static,
     ) -> Result<Self, Error> {
         let monitor = CString::new(monitor)?;
         let mut all = listeners();
@@ -249,14 +242,14 @@ fn callbacks() -> [(&'static str, c_int, Callback); 7] {
     }
 }
 
-/// Tells the listener. A panic ends here: unwinding into C would abort the process.
+/// Calls the listener. A panic ends here: unwinding into C would abort the process.
 ///
 /// # Safety
 /// `domain` is alive for the time of the call.
 unsafe fn tell(
     domain: sys::virDomainPtr,
     opaque: *mut c_void,
-    what: impl FnOnce() -> Option<Happening>,
+    what: impl FnOnce() -> Option<RawEventKind>,
 ) {
     drop(catch_unwind(AssertUnwindSafe(|| {
         let listener = listeners().1.get(&opaque.addr()).map(Arc::clone);
@@ -265,7 +258,7 @@ unsafe fn tell(
         };
         // SAFETY: by this function's own condition.
         let (name, uuid) = unsafe { identity(domain) };
-        listener(Told { name, uuid, what });
+        listener(RawEvent { name, uuid, what });
     })));
 }
 
@@ -281,7 +274,7 @@ unsafe extern "C" fn on_lifecycle(
     // SAFETY: libvirt holds the domain for as long as it calls.
     unsafe {
         tell(domain, opaque, || {
-            Some(Happening::Lifecycle { event, detail })
+            Some(RawEventKind::Lifecycle { event, detail })
         })
     };
     0
@@ -293,7 +286,7 @@ unsafe extern "C" fn on_reboot(
     opaque: *mut c_void,
 ) {
     // SAFETY: libvirt holds the domain for as long as it calls.
-    unsafe { tell(domain, opaque, || Some(Happening::Reboot)) };
+    unsafe { tell(domain, opaque, || Some(RawEventKind::Reboot)) };
 }
 
 unsafe extern "C" fn on_removed(
@@ -305,7 +298,7 @@ unsafe extern "C" fn on_removed(
     // SAFETY: libvirt holds the domain and the text for as long as it calls.
     unsafe {
         tell(domain, opaque, || {
-            copied(alias).map(Happening::DeviceRemoved)
+            copied(alias).map(RawEventKind::DeviceRemoved)
         });
     }
 }
@@ -319,7 +312,7 @@ unsafe extern "C" fn on_removal_failed(
     // SAFETY: libvirt holds the domain and the text for as long as it calls.
     unsafe {
         tell(domain, opaque, || {
-            copied(alias).map(Happening::DeviceRemovalFailed)
+            copied(alias).map(RawEventKind::DeviceRemovalFailed)
         });
     }
 }
@@ -331,7 +324,7 @@ unsafe extern "C" fn on_vcpu_removed(
     opaque: *mut c_void,
 ) {
     // SAFETY: libvirt holds the domain for as long as it calls.
-    unsafe { tell(domain, opaque, || Some(Happening::VcpuRemoved(vcpu))) };
+    unsafe { tell(domain, opaque, || Some(RawEventKind::VcpuRemoved(vcpu))) };
 }
 
 unsafe extern "C" fn on_agent(
@@ -347,7 +340,7 @@ unsafe extern "C" fn on_agent(
         _ => None,
     };
     // SAFETY: libvirt holds the domain for as long as it calls.
-    unsafe { tell(domain, opaque, || connected.map(Happening::Agent)) };
+    unsafe { tell(domain, opaque, || connected.map(RawEventKind::Agent)) };
 }
 
 unsafe extern "C" fn on_memory_size(
@@ -360,7 +353,7 @@ unsafe extern "C" fn on_memory_size(
     // SAFETY: libvirt holds the domain and the text for as long as it calls.
     unsafe {
         tell(domain, opaque, || {
-            copied(alias).map(|alias| Happening::MemorySize { alias, kib })
+            copied(alias).map(|alias| RawEventKind::MemorySize { alias, kib })
         });
     }
 }
@@ -377,7 +370,7 @@ unsafe extern "C" fn on_monitor(
     // SAFETY: libvirt holds the domain and the texts for as long as it calls.
     unsafe {
         tell(domain, opaque, || {
-            Some(Happening::Monitor {
+            Some(RawEventKind::Monitor {
                 name: copied(event)?,
                 details: copied(details),
             })

@@ -20,6 +20,6 @@ pub use self::connection::{CloseReason, Watched, baseline_hypervisor_cpu, compar
 pub use self::domain::{
     DomainRecord, all_domain_stats, domain_stats, guest_vcpus, job, set_guest_vcpus, state,
 };
-pub use self::events::{Happening, Subscription, Told};
+pub use self::events::{RawEvent, RawEventKind, Subscription};
 pub use self::parameters::{Parameter, Value};
 pub use self::system::{keep_little_memory, kvm_extension, kvm_msr_indices, leave, peer_groups};

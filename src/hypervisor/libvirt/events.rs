@@ -9,7 +9,7 @@ use tokio::sync::broadcast;
 use tracing::{debug, warn};
 use virt::sys;
 
-use crate::ffi::{Happening, Told};
+use crate::ffi::{RawEvent, RawEventKind};
 use crate::hotplug::Event;
 use crate::hypervisor::{Change, DomainRef, Notice, Notices};
 use crate::units::{Bytes, KiB};
@@ -42,9 +42,9 @@ impl Publisher {
     }
 
     /// Publishes an event of libvirt, if it concerns hotplug.
-    pub(super) fn publish(&self, told: Told) {
+    pub(super) fn publish(&self, event: RawEvent) {
         let at = Instant::now();
-        let Told { name, uuid, what } = told;
+        let RawEvent { name, uuid, what } = event;
         let Some(change) = change(what, &name) else {
             return;
         };
@@ -69,9 +69,9 @@ impl Publisher {
     }
 }
 
-fn change(what: Happening, domain: &str) -> Option<Change> {
+fn change(what: RawEventKind, domain: &str) -> Option<Change> {
     Some(match what {
-        Happening::Monitor { name, details } => {
+        RawEventKind::Monitor { name, details } => {
             match Event::from_monitor(&name, details.as_deref()) {
                 Ok(event) => Change::Event(event?),
                 Err(error) => {
@@ -80,14 +80,14 @@ fn change(what: Happening, domain: &str) -> Option<Change> {
                 }
             }
         }
-        Happening::Lifecycle { event, detail } => return lifecycle(event, detail),
-        Happening::Reboot => Change::Event(Event::Reset),
-        Happening::DeviceRemoved(alias) => removed(alias),
+        RawEventKind::Lifecycle { event, detail } => return lifecycle(event, detail),
+        RawEventKind::Reboot => Change::Event(Event::Reset),
+        RawEventKind::DeviceRemoved(alias) => removed(alias),
         // libvirt names a vCPU's device so (qemuDomainVcpuPrivate, `vcpu%zu`)
-        Happening::VcpuRemoved(vcpu) => removed(format!("vcpu{vcpu}")),
-        Happening::DeviceRemovalFailed(device) => Change::Event(Event::UnplugFailed { device }),
-        Happening::Agent(connected) => Change::Agent { connected },
-        Happening::MemorySize { alias, kib } => Change::Event(Event::MemorySize {
+        RawEventKind::VcpuRemoved(vcpu) => removed(format!("vcpu{vcpu}")),
+        RawEventKind::DeviceRemovalFailed(device) => Change::Event(Event::UnplugFailed { device }),
+        RawEventKind::Agent(connected) => Change::Agent { connected },
+        RawEventKind::MemorySize { alias, kib } => Change::Event(Event::MemorySize {
             device: alias,
             size: KiB::new(kib).map(Bytes::from)?,
         }),
@@ -141,8 +141,8 @@ fn stopped(detail: u32) -> &'static str {
 mod tests {
     use super::*;
 
-    fn notification(what: Happening) -> Told {
-        Told {
+    fn notification(what: RawEventKind) -> RawEvent {
+        RawEvent {
             name: "d".to_owned(),
             uuid: "u".to_owned(),
             what,
@@ -154,7 +154,7 @@ mod tests {
         let publisher = Publisher::new();
         let mut notices = publisher.subscribe();
         for _ in 0..=BACKLOG {
-            publisher.publish(notification(Happening::Reboot));
+            publisher.publish(notification(RawEventKind::Reboot));
         }
         assert_eq!(notices.next().await, Some(Notice::Gap));
         let next = notices.next().await;
@@ -168,7 +168,7 @@ mod tests {
 
     #[test]
     fn libvirt_events_are_translated() {
-        let removed = change(Happening::VcpuRemoved(2), "d");
+        let removed = change(RawEventKind::VcpuRemoved(2), "d");
         let expected = Event::DeviceDeleted {
             device: Some("vcpu2".to_owned()),
             path: String::new(),
@@ -182,13 +182,13 @@ mod tests {
         assert_eq!(migrated, Some(Change::Event(expected)));
         assert_eq!(lifecycle(sys::VIR_DOMAIN_EVENT_SHUTDOWN, 0), None);
         assert_eq!(lifecycle(u32::MAX, u32::MAX), None);
-        let nonsense = Happening::Monitor {
+        let nonsense = RawEventKind::Monitor {
             name: "ACPI_DEVICE_OST".to_owned(),
             details: Some("{".to_owned()),
         };
         assert_eq!(change(nonsense, "d"), None);
         // Out of range.
-        let size = Happening::MemorySize {
+        let size = RawEventKind::MemorySize {
             alias: "ua-mem0".to_owned(),
             kib: u64::MAX,
         };

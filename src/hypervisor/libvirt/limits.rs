@@ -37,7 +37,7 @@ pub(super) const WORKER_IDLE: Duration = Duration::from_secs(10);
 pub(super) const FIRST_RETRY: Duration = Duration::from_millis(200);
 pub(super) const MAX_RETRY: Duration = Duration::from_secs(1);
 
-/// What a call may wait for inside libvirt, and therefore what it may delay.
+/// Resources that a call may wait for inside libvirt, and that it may therefore delay.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum Class {
     /// Waits for nothing but libvirtd and the emulators it starts to probe them. A late call of
