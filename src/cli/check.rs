@@ -88,7 +88,7 @@ impl CheckCommand {
         Ok(match report.fit.answer {
             Feasibility::Feasible => Exit::Done,
             Feasibility::Infeasible => Exit::Infeasible,
-            Feasibility::Unknown => Exit::Failed,
+            Feasibility::Unknown => Exit::Unknown,
         })
     }
 }

@@ -19,6 +19,8 @@ pub enum Exit {
     Infeasible,
     /// 5: the hypervisor cannot be reached.
     Unreachable,
+    /// 6: neither feasible nor infeasible, because a property is unknown (`check`).
+    Unknown,
 }
 
 impl Exit {
@@ -30,6 +32,7 @@ impl Exit {
             Self::NotTaken => 3,
             Self::Infeasible => 4,
             Self::Unreachable => 5,
+            Self::Unknown => 6,
         }
     }
 }

@@ -140,6 +140,24 @@ impl RuleFinding {
     }
 }
 
+/// A part of the definition or of the node that no rule and no answer of libvirt covers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct NotChecked {
+    /// The subject, a noun phrase.
+    pub what: String,
+    /// The reason, a clause without its period.
+    pub why: String,
+}
+
+impl NotChecked {
+    pub fn new(what: impl Into<String>, why: impl Into<String>) -> Self {
+        Self {
+            what: what.into(),
+            why: why.into(),
+        }
+    }
+}
+
 /// The identifier of a rule: a closed list for scripts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(rename_all = "kebab-case")]

@@ -30,7 +30,7 @@ pub use affinity::{Affinity, Expression, Operator, Term};
 pub use confirmation::{Confirmation, CpuComparison, DryRun, confirm};
 pub use definition::MinimalDefinition;
 pub use dry_run::dry_run_xml;
-pub use finding::{Feasibility, RuleCode, RuleFinding, RuleSeverity, Stage};
+pub use finding::{Feasibility, NotChecked, RuleCode, RuleFinding, RuleSeverity, Stage};
 pub use offer::{NodeLabels, Offer, OfferedMachine};
 pub use placement::{
     Candidate, CandidateState, NodeAssessment, Placement, ReportedOffer, find_targets,

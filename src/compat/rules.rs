@@ -16,6 +16,7 @@ mod iommu;
 mod machine;
 mod memory;
 mod node;
+mod not_checked;
 #[cfg(test)]
 mod rules_tests;
 mod vcpus;
@@ -23,7 +24,7 @@ mod vcpus;
 use serde::Serialize;
 
 pub use self::headroom::{Headroom, MemoryRoom, VcpuRoom};
-use super::{Feasibility, Offer, Requirement, RuleFinding, RuleSeverity};
+use super::{Feasibility, NotChecked, Offer, Requirement, RuleFinding, RuleSeverity};
 use crate::capability::{Version, is_q35, is_x86};
 
 /// The result of all rules for one domain on one node.
@@ -33,6 +34,8 @@ pub struct Assessment {
     pub answer: Feasibility,
     /// Ordered by severity, the worst first.
     pub findings: Vec<RuleFinding>,
+    /// Never empty: a start depends on more than a check covers.
+    pub not_checked: Vec<NotChecked>,
     /// `None` if the definition contradicts itself.
     pub headroom: Option<Headroom>,
 }
@@ -71,6 +74,7 @@ pub fn assess(domain: &Requirement, node: &Offer) -> Assessment {
     let assessment = Assessment {
         answer: Feasibility::Feasible,
         findings: Vec::new(),
+        not_checked: not_checked::list(&input),
         headroom: headroom::compute(&input),
     };
     assessment.with(findings)

@@ -5,7 +5,8 @@ use std::fmt::Write;
 use super::CheckReport;
 use crate::cli::output::wrap;
 use crate::compat::{
-    Confirmation, CpuComparison, DryRun, Feasibility, Headroom, RuleFinding, RuleSeverity, Stage,
+    Confirmation, CpuComparison, DryRun, Feasibility, Headroom, NotChecked, RuleFinding,
+    RuleSeverity, Stage,
 };
 use crate::domain::{AgentChannel, plain};
 use crate::units::Bytes;
@@ -34,6 +35,15 @@ pub(super) fn report(report: &CheckReport) -> String {
         show_headroom(&mut text, headroom);
     }
     show_confirmation(&mut text, report);
+    line(&mut text, "\nNot checked:");
+    for NotChecked { what, why } in &report.fit.not_checked {
+        wrap(
+            &mut text,
+            "  * ",
+            "    ",
+            &format!("{}: {}", plain(what), plain(why)),
+        );
+    }
     text
 }
 
