@@ -46,6 +46,9 @@ pub enum Stage {
     Define,
     /// libvirt accepts the definition and rejects the start. A dry run shows it.
     Start,
+    /// libvirt fails to prepare the host: cgroups, CPU affinity, huge pages, files, devices. No
+    /// dry run shows it.
+    Launch,
     /// libvirt starts the emulator, which exits. No dry run shows it.
     Emulator,
 }

@@ -89,7 +89,7 @@ fn show_finding(text: &mut String, finding: &RuleFinding) {
     if let Some(words) = &finding.words {
         let outcome = match finding.stage {
             Some(Stage::Define) => "libvirt rejects the definition",
-            Some(Stage::Start) => "libvirt fails to start the domain",
+            Some(Stage::Start | Stage::Launch) => "libvirt fails to start the domain",
             Some(Stage::Emulator) => "QEMU exits at startup",
             None => "libvirt reports",
         };

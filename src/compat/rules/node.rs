@@ -146,7 +146,7 @@ fn check_backing(input: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
             .map(|(_, count)| *count);
         let needed = wants.get().div_ceil(size.get().max(1));
         let finding = |severity, message: String| {
-            RuleFinding::new(severity, RuleCode::MemoryBacking, message).stage(Stage::Start)
+            RuleFinding::new(severity, RuleCode::MemoryBacking, message).stage(Stage::Launch)
         };
         match count {
             None => findings.push(
