@@ -186,12 +186,7 @@ impl<C: DomainBackend> Monitor<C> {
             let balloon = stats.stats.balloon;
             let is_reported = balloon.updated.is_some_and(|updated| updated > 0);
             let total = balloon.total.filter(|_| is_reported);
-            let figures = DomainFigures::of(
-                &details.domain,
-                details.online(),
-                total,
-                at,
-            );
+            let figures = DomainFigures::of(&details.domain, details.online(), total, at);
             Some(DomainFigures {
                 connection: stats.id.connection.clone(),
                 state: stats.state,

@@ -14,7 +14,7 @@ use tempfile::TempDir;
 use tokio::time::{Instant, timeout};
 use virtnode::domain::{DomainState, Job, PauseReason};
 use virtnode::executor::{AskedBy, Executor, OperationId, Options, Order, Record};
-use virtnode::hotplug::{Action, AcpiAnswer, Event, HotplugRequest, Require, SlotKind, Verdict};
+use virtnode::hotplug::{AcpiAnswer, Action, Event, HotplugRequest, Require, SlotKind, Verdict};
 use virtnode::hypervisor::{
     CallError, Change, DomainBackend, DomainRef, LiveDomain, Notice, Notices, ObservationQuery,
 };

@@ -16,7 +16,7 @@ use tokio::time::timeout;
 use virtnode::daemon::Metrics;
 use virtnode::domain::{AgentChannel, Domain, DomainState, IdSet};
 use virtnode::executor::{AskedBy, Executor, Options, Order};
-use virtnode::hotplug::{Action, AcpiAnswer, Event, GuestVcpus, HotplugRequest, Require, SlotKind};
+use virtnode::hotplug::{AcpiAnswer, Action, Event, GuestVcpus, HotplugRequest, Require, SlotKind};
 use virtnode::hypervisor::{
     CallError, Change, ConnectionState, DomainBackend, DomainRef, DomainStats, Libvirt,
     LibvirtConfig, LiveDomain, Notice, Notices, ObservationQuery,

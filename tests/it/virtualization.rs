@@ -289,7 +289,8 @@ fn facts_of_failed_sources_are_kept() {
     for failure in &mut again.failures {
         failure.message = "no connection after 8 s".to_owned();
     }
-    let again = Snapshot::new(&again, &[], &[], at(200)).status(&after, ConnectionState::Down, at(200));
+    let again =
+        Snapshot::new(&again, &[], &[], at(200)).status(&after, ConnectionState::Down, at(200));
     assert_eq!(again, after);
 
     // All sources recover.
