@@ -24,6 +24,7 @@ pub mod capability;
 pub mod cli;
 pub mod cluster;
 pub mod compat;
+pub mod connections;
 pub mod config;
 pub mod controller;
 pub mod daemon;
