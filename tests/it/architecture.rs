@@ -11,6 +11,7 @@ const LAYERS: &[&[&str]] = &[
     &["ffi"],
     &["telemetry", "config"],
     &["hypervisor", "host", "cluster", "journal", "publish/file"],
+    &["connections"],
     &[
         "probe",
         "labeller",
