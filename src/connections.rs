@@ -207,12 +207,16 @@ async fn summarize(
 ) {
     let mut generation = 0;
     loop {
-        let is_up = states
+        // Counted to the end: every state has to be marked as seen.
+        let connected = states
             .iter_mut()
-            .map(|state| *state.borrow_and_update() != ConnectionState::Down)
-            .fold(false, |any, up| any || up);
+            .filter_map(|state| {
+                let is_up = *state.borrow_and_update() != ConnectionState::Down;
+                is_up.then_some(())
+            })
+            .count();
         generation += 1;
-        to.send_replace(if is_up {
+        to.send_replace(if connected > 0 {
             ConnectionState::Up(generation)
         } else {
             ConnectionState::Down
