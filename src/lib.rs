@@ -25,6 +25,7 @@ pub mod cli;
 pub mod cluster;
 pub mod compat;
 pub mod config;
+pub mod connections;
 pub mod controller;
 pub mod daemon;
 pub mod doctor;

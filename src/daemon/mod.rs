@@ -62,7 +62,9 @@ pub use self::metrics::Metrics;
 use self::tasks::Tasks;
 use crate::cluster::Cluster;
 use crate::config::{Config, ConfigError, PublishTarget};
+use crate::connections::ConnectionSet;
 use crate::doctor::{DoctorScope, DoctorTask};
+use crate::domain::ConnectionId;
 use crate::executor::Executor;
 use crate::hypervisor::Libvirt;
 use crate::labeller::{Labeller, Outputs};
@@ -125,6 +127,8 @@ async fn start(config: &Config, listener: TcpListener, tasks: &mut Tasks) -> any
     let metrics = Arc::new(Metrics::new());
     let libvirt = Libvirt::start(libvirt_config(config), Arc::clone(&metrics.hypervisor));
     let libvirt = Arc::new(libvirt);
+    let host = (ConnectionId::Host, Arc::clone(&libvirt));
+    let connections = Arc::new(ConnectionSet::new(vec![host]));
     let cluster_tasks = if config.publishes_to(PublishTarget::Node) {
         let cluster = Cluster::connect(cluster_config(config)?).await?;
         Some(ClusterTasks::start(cluster, config, &metrics, tasks))
@@ -133,7 +137,7 @@ async fn start(config: &Config, listener: TcpListener, tasks: &mut Tasks) -> any
     };
 
     let events = cluster_tasks.as_ref().map(ClusterTasks::events);
-    let executor = start_hotplug(config, &libvirt, &metrics, events, tasks);
+    let executor = start_hotplug(config, &connections, &metrics, events, tasks);
     if let Err(error) = &executor {
         error!("hotplug is off until the next start: {error:#}");
     }
@@ -171,7 +175,7 @@ async fn start(config: &Config, listener: TcpListener, tasks: &mut Tasks) -> any
         outputs,
         Arc::clone(&metrics.labeller),
     );
-    let monitor = Monitor::new(libvirt, Arc::clone(&metrics.inventory));
+    let monitor = Monitor::new(connections, Arc::clone(&metrics.inventory));
     let scope = DoctorScope {
         root,
         uri: config.connect.clone(),
@@ -200,11 +204,11 @@ async fn start(config: &Config, listener: TcpListener, tasks: &mut Tasks) -> any
 /// disables hotplug.
 fn start_hotplug(
     config: &Config,
-    libvirt: &Arc<Libvirt>,
+    connections: &Arc<ConnectionSet<Libvirt>>,
     metrics: &Arc<Metrics>,
     events: Option<(EventRecorder, ObjectReference)>,
     tasks: &mut Tasks,
-) -> anyhow::Result<Option<Arc<Executor<Libvirt>>>> {
+) -> anyhow::Result<Option<Arc<Executor<ConnectionSet<Libvirt>>>>> {
     // Before the journal, because the socket excludes a second daemon, which would resume the same
     // operations.
     let gid = config.allowed_gids.first().copied();
@@ -212,7 +216,7 @@ fn start_hotplug(
         .with_context(|| format!("cannot serve the local API at {}", config.socket.display()))?;
     let executor = if config.hotplug {
         let executor =
-            hotplug::start_executor(config, Arc::clone(libvirt), &metrics.hotplug, events)
+            hotplug::start_executor(config, Arc::clone(connections), &metrics.hotplug, events)
                 .context("cannot start hotplug (hotplug.enabled: false disables it)")?;
         let (metrics, running) = (Arc::clone(metrics), Arc::clone(&executor));
         tasks.start("the executor", |stop: CancellationToken| async move {

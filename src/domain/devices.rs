@@ -125,7 +125,7 @@ pub struct PciControllers {
     pub root_ports: Vec<u32>,
     /// The buses that devices and other controllers occupy.
     pub used_buses: Vec<u32>,
-    /// Of the two PCI devices that libvirt adds by default, a USB controller and a balloon, the
+    /// Among the two PCI devices that libvirt adds by default, a USB controller and a balloon, the
     /// number suppressed by `model='none'`.
     pub suppressed_defaults: u32,
 }

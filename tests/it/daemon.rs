@@ -236,10 +236,7 @@ async fn without_libvirt_host_labels_are_published_until_it_starts() -> anyhow::
     daemon.ready().await?;
     assert!(daemon.labels()?.keys().any(machine));
     // The doctor's findings depend on the machine.
-    let is_doctors = |line: &serde_json::Value| {
-        let message = line["message"].as_str().unwrap_or_default();
-        message.contains("virtnode doctor says")
-    };
+    let is_doctors = |line: &serde_json::Value| line["check"].is_string();
     let warnings = daemon
         .log()
         .iter()

@@ -21,7 +21,6 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use super::LibvirtConfig;
 use super::events::Publisher;
 use super::limits::{CALLS_PER_HANDLE, Class, HANDLE_IDLE, LATE_CALLS};
-use super::reconnect;
 use super::session::Session;
 use super::workers::{Permits, Workers};
 use crate::hypervisor::{CallError, ConnectionState, HypervisorMetrics};
@@ -98,11 +97,12 @@ pub(super) struct Call {
 }
 
 impl LibvirtConnection {
-    /// Begins to connect and returns at once.
-    pub(super) fn start(
+    /// Starts the task `keep`, which opens and reopens the connection, and returns at once.
+    pub(super) fn start<K: Future<Output = ()> + Send + 'static>(
         config: LibvirtConfig,
         workers: Workers,
         metrics: Arc<HypervisorMetrics>,
+        keep: impl FnOnce(Arc<Shared>, mpsc::UnboundedReceiver<Lost>) -> K,
     ) -> Self {
         metrics.connected.set(0);
         let (lost, losses) = mpsc::unbounded_channel();
@@ -122,7 +122,7 @@ impl LibvirtConnection {
             lost,
         });
         let stop = CancellationToken::new();
-        let keep = reconnect::keep(Arc::clone(&shared), losses);
+        let keep = keep(Arc::clone(&shared), losses);
         tokio::spawn(stop.clone().run_until_cancelled_owned(keep));
         Self {
             shared,

@@ -58,9 +58,10 @@ impl Session {
             return Err(CallError::NotFound(message));
         }
         let began = Instant::now();
-        let by_uuid = match is_uuid(name_or_uuid) {
-            true => self.connect.lookup_domain_by_uuid_string(name_or_uuid).ok(),
-            false => None,
+        let by_uuid = if is_uuid(name_or_uuid) {
+            self.connect.lookup_domain_by_uuid_string(name_or_uuid).ok()
+        } else {
+            None
         };
         let found = by_uuid.map_or_else(|| self.connect.lookup_domain_by_name(name_or_uuid), Ok);
         found

@@ -119,7 +119,7 @@ fn domain_error(
 /// True if libvirt sent the unplug to QEMU and stopped waiting for the guest, rather than for its
 /// lock on the domain; both are `VIR_ERR_OPERATION_TIMEOUT`.
 ///
-/// Of the calls made here only a change of the vCPUs waits for a guest. Its timeout comes from the
+/// Among the calls made here only a change of the vCPUs waits for a guest. Its timeout comes from the
 /// QEMU driver (qemuDomainHotplugDelVcpu, qemu_hotplug.c), after 5 s, or 10 s on pseries. The
 /// lock's comes from no driver since libvirt 8.8 (virDomainObjBeginJobInternal, virdomainjob.c,
 /// `VIR_FROM_NONE`); before, it came from the QEMU driver too (qemu_domainjob.c), but never before

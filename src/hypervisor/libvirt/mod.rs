@@ -131,7 +131,7 @@ impl Libvirt {
         metrics: Arc<HypervisorMetrics>,
     ) -> Self {
         Self {
-            connection: LibvirtConnection::start(config, workers, metrics),
+            connection: LibvirtConnection::start(config, workers, metrics, reconnect::keep),
             definitions: Definitions::default(),
         }
     }

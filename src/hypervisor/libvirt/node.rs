@@ -162,7 +162,7 @@ impl NodeSource for Libvirt {
     }
 }
 
-/// What running domains depend on, read once for each start of a domain: reading a definition waits
+/// Requirements of running domains, read once for each start of a domain: reading a definition waits
 /// for libvirt's lock on the domain.
 #[derive(Default)]
 pub(super) struct Definitions(Mutex<(u64, Requirements)>);

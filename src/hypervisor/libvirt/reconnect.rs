@@ -80,9 +80,10 @@ impl Reopening {
     async fn open(&mut self) -> Opened {
         let deadline = self.shared.config.open_deadline;
         loop {
-            let seat = match self.shared.may_be_late() {
-                true => self.attempt().await,
-                false => None,
+            let seat = if self.shared.may_be_late() {
+                self.attempt().await
+            } else {
+                None
             };
             if seat.is_none() {
                 self.set_down(CallError::Unavailable(format!(
@@ -131,13 +132,13 @@ impl Reopening {
                 // The receiver ends with the connection.
                 drop(losses.send(Lost { generation, reason }));
             };
-            let opened =
-                Session::open(&shared.config, generation, on_close).and_then(
-                    |session| match shared.config.events {
-                        true => session.listen(&shared.publisher),
-                        false => Ok(session),
-                    },
-                );
+            let opened = Session::open(&shared.config, generation, on_close).and_then(|session| {
+                if shared.config.events {
+                    session.listen(&shared.publisher)
+                } else {
+                    Ok(session)
+                }
+            });
             if began.elapsed() < deadline {
                 shared.metrics.call_ended("open", began.elapsed(), &opened);
             }

@@ -160,9 +160,10 @@ impl Witness for &FakeControl {
     }
 
     fn pause(&self, on: bool) {
-        match on {
-            true => FakeControl::pause(self, NAME, PauseReason::User),
-            false => self.resume(NAME),
+        if on {
+            FakeControl::pause(self, NAME, PauseReason::User)
+        } else {
+            self.resume(NAME)
         }
     }
 

@@ -295,9 +295,10 @@ impl FakeControl {
 
     /// Breaks the connection, or makes it again.
     pub(crate) fn connect(&self, up: bool) {
-        let connection = match up {
-            true => ConnectionState::Up(2),
-            false => ConnectionState::Down,
+        let connection = if up {
+            ConnectionState::Up(2)
+        } else {
+            ConnectionState::Down
         };
         self.connection.send_replace(connection);
         // Nobody listens: nobody minds.
@@ -501,12 +502,11 @@ impl FakeDomain {
 
     /// The live XML, of what matters.
     fn xml(&self, name: &str) -> String {
-        let channel = match self.guest.agent {
-            true => {
-                "<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0' \
+        let channel = if self.guest.agent {
+            "<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0' \
                  state='connected'/></channel>"
-            }
-            false => "",
+        } else {
+            ""
         };
         let boot = BOOT / 1024;
         let virtio_mem = self.guest.memory == MorePossible::VirtioMem;
@@ -519,16 +519,17 @@ impl FakeDomain {
                 ),
             ),
         };
-        let mut devices = match virtio_mem {
-            true => format!(
+        let mut devices = if virtio_mem {
+            format!(
                 "<memory model='virtio-mem'><target><size unit='KiB'>2097152</size>\
                  <node>0</node><block unit='KiB'>2048</block>\
                  <requested unit='KiB'>{}</requested><current unit='KiB'>{}</current></target>\
                  <alias name='ua-mem0'/></memory>",
                 self.requested / 1024,
                 self.taken / 1024,
-            ),
-            false => String::new(),
+            )
+        } else {
+            String::new()
         };
         for (slot, (alias, size)) in &self.dimms {
             let size = size / 1024;

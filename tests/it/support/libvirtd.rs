@@ -273,9 +273,10 @@ impl Libvirtd {
         fs::write(file.path(), xml).unwrap();
         let path = file.path().to_string_lossy().into_owned();
         let output = self.try_virsh(&[command, &[&path]].concat()).unwrap();
-        match output.status.success() {
-            true => Ok(()),
-            false => Err(String::from_utf8_lossy(&output.stderr).into_owned()),
+        if output.status.success() {
+            Ok(())
+        } else {
+            Err(String::from_utf8_lossy(&output.stderr).into_owned())
         }
     }
 
@@ -340,9 +341,10 @@ impl Libvirtd {
 
     /// Its socket.
     pub(crate) fn socket(&self) -> PathBuf {
-        self.path(match self.daemon.ends_with("virtqemud") {
-            true => "run/libvirt/virtqemud-sock",
-            false => "run/libvirt/libvirt-sock",
+        self.path(if self.daemon.ends_with("virtqemud") {
+            "run/libvirt/virtqemud-sock"
+        } else {
+            "run/libvirt/libvirt-sock"
         })
     }
 

@@ -111,15 +111,16 @@ impl FakeControl {
         if have.guest.agent_hangs {
             std::future::pending::<()>().await;
         }
-        match have.guest.agent {
-            true => Ok(GuestVcpus {
+        if have.guest.agent {
+            Ok(GuestVcpus {
                 vcpus: have.present,
                 online: have.online,
-            }),
-            false => Err(CallError::AgentSilent {
+            })
+        } else {
+            Err(CallError::AgentSilent {
                 call: "guest-vcpus".into(),
                 text: "the agent is not connected".to_owned(),
-            }),
+            })
         }
     }
 
@@ -144,9 +145,10 @@ impl FakeControl {
                     "requested vcpus is greater than max",
                 ));
             }
-            match vcpus < have.by_libvirt {
-                true => me.unplug(&name, vcpus).await?,
-                false => me.plug(&name, vcpus).await,
+            if vcpus < have.by_libvirt {
+                me.unplug(&name, vcpus).await?
+            } else {
+                me.plug(&name, vcpus).await
             }
             error.map_or(Ok(()), Err)
         });
