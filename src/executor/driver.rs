@@ -43,7 +43,7 @@
 //! | done | done | order and record | not applicable |
 //!
 //! **Ownership.** A driver owns its entry of the journal and is the only writer of it. It holds a
-//! [`Ticket`] of the domain's queue from finding until no call of its operation is running, so two
+//! [`Ticket`](super::queues::Ticket) of the domain's queue from finding until no call of its operation is running, so two
 //! operations never change a domain at the same time. A follower holds no ticket: the next
 //! operation on the domain cancels it.
 //!

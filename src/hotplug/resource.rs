@@ -1,8 +1,8 @@
 //! The seam for kinds of resources.
 //!
 //! The engine, the executor, the metrics, the API and the command line reach a kind of resource
-//! only through [`Resource`], [`ResourceKind`] and [`Amount`](super::Amount). To add a kind, add a
-//! folder with the same five files as `vcpus` and `memory`, a variant to [`HotplugRequest`],
+//! only through [`Resource`], [`ResourceKind`] and [`Amount`]. To add a kind, add a
+//! folder with the same five files as `vcpus` and `memory`, a variant to [`HotplugRequest`](super::HotplugRequest),
 //! [`ResourceKind`] and `Amount`, and the arm in [`super::resource_of`].
 
 use super::kind::{ResourceKind, Wanted};
