@@ -8,7 +8,7 @@ use super::CallError;
 use crate::telemetry::MetricRegistry;
 
 /// Calls about the node: values of the label `call`.
-pub const CALLS: [&str; 8] = [
+pub const CALLS: [&str; 9] = [
     "open",
     "versions",
     "capabilities",
@@ -16,6 +16,7 @@ pub const CALLS: [&str; 8] = [
     "baseline-cpu",
     "compare-cpu",
     "native-arguments",
+    "try-start",
     "running-domains",
 ];
 

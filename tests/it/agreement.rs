@@ -9,8 +9,8 @@ use std::sync::Arc;
 
 use virtnode::capability::{NodeFacts, Version};
 use virtnode::compat::{
-    Assessment, Confirmation, DryRun, Feasibility, Offer, Requirement, RuleCode, RuleFinding,
-    RuleSeverity, Stage, assess, confirm, dry_run_xml,
+    Assessment, Confirmation, DefinitionCopy, DryRun, Feasibility, Offer, Requirement, RuleCode,
+    RuleFinding, RuleSeverity, Stage, assess, confirm, dry_run_copy,
 };
 use virtnode::daemon::Metrics;
 use virtnode::hypervisor::{CallError, Libvirt, LibvirtConfig, NodeSource};
@@ -69,13 +69,16 @@ impl LibvirtNode {
     }
 
     async fn dry_run(&self, xml: &str) -> DryRun {
-        let definition = dry_run_xml(xml).unwrap();
-        match self.libvirt.native_arguments(definition).await {
+        match self.libvirt.native_arguments(copy(xml).xml).await {
             Ok(_) => DryRun::Accepted,
             Err(CallError::Failed { text, .. }) => DryRun::Refused { words: text },
             Err(error) => panic!("{error}: {xml}"),
         }
     }
+}
+
+fn copy(xml: &str) -> DefinitionCopy {
+    dry_run_copy(xml, None).unwrap()
 }
 
 /// True if libvirt, not QEMU, reports this problem.
@@ -152,7 +155,10 @@ async fn libvirt_confirms_the_result_for_every_generated_domain() {
             &Confirmation {
                 dry_run: dry_run.clone(),
                 cpu: None,
+                trial: None,
             },
+            &copy(&xml),
+            None,
         );
         let open = confirmed.findings.iter().any(|f| unknown(&f));
         let unanswered = match dry_run {
@@ -201,7 +207,7 @@ fn start_some(node: &LibvirtNode, groups: BTreeMap<String, Vec<(String, Assessme
         domains.retain(|(xml, _)| current(xml) <= MAX_STARTED_VCPUS);
         domains.sort_by_key(|(xml, _)| current(xml));
         for (xml, fit) in domains.into_iter().take(STARTED) {
-            let message = node.libvirtd.start_and_end(&dry_run_xml(&xml).unwrap());
+            let message = node.libvirtd.start_and_end(&copy(&xml).xml);
             let expected = |message: &str| {
                 fit.findings.iter().any(|finding| {
                     finding.stage == Some(Stage::Emulator)

@@ -166,6 +166,26 @@ impl Session {
         }
     }
 
+    /// Starts a transient domain, paused, and destroys it.
+    pub(super) fn try_start(&self, domain: &str) -> Result<(), CallError> {
+        const CALL: &str = "try-start";
+        no_nul(CALL, [Some(domain)])?;
+        let flags = sys::VIR_DOMAIN_START_PAUSED | sys::VIR_DOMAIN_START_AUTODESTROY;
+        let created = self.connect.create_domain_xml(domain, flags);
+        let started = created.map_err(|error| self.classify(CALL, &error))?;
+        started.destroy().or_else(|error| {
+            let has_exited = matches!(
+                failure::number(&error),
+                sys::VIR_ERR_NO_DOMAIN | sys::VIR_ERR_OPERATION_INVALID
+            );
+            if has_exited {
+                Ok(())
+            } else {
+                Err(self.classify(CALL, &error))
+            }
+        })
+    }
+
     pub(super) fn native_arguments(&self, domain: &str) -> Result<String, CallError> {
         let answer = self.connect.domain_xml_to_native("qemu-argv", domain, 0);
         answer.map_err(|error| self.classify("native-arguments", &error))
