@@ -56,14 +56,6 @@ impl<B: DomainBackend> ConnectionSet<B> {
         }
     }
 
-    /// Returns the state of each connection.
-    pub fn health_by_connection(
-        &self,
-    ) -> impl Iterator<Item = (&ConnectionId, watch::Receiver<ConnectionState>)> {
-        let members = self.members.iter();
-        members.map(|(connection, backend)| (connection, backend.health()))
-    }
-
     fn backend(&self, domain: &DomainRef) -> Result<&B, CallError> {
         let member = self.members.iter().find(|(id, _)| *id == domain.connection);
         member.map(|(_, backend)| &**backend).ok_or_else(|| {

@@ -379,7 +379,7 @@ impl<S: NodeSource> Labeller<S> {
         }
         for reason in RetentionReason::ALL {
             let count = retained.iter().filter(|r| r.reason == reason).count();
-            set(&self.metrics.retained, reason.code(), count);
+            set(&self.metrics.retained, reason.as_str(), count);
         }
         let facts = &reading.facts;
         if let (Some(_), Some(arch)) = (&facts.capabilities, facts.native_arch()) {

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::domain::{ConnectionId, DomainRef};
 use crate::hotplug::{Amount, Diagnosis, Evidence, HotplugRequest, Outcome, Require, Verdict};
-use crate::units::{ParseError, Timestamp};
+use crate::units::{ParseError, Timestamp, string_conversions, words};
 
 /// Maximum length of a domain's name in bytes: libvirt names the domain's files after it, and file
 /// names are limited to 255 bytes.
@@ -57,19 +57,7 @@ impl FromStr for OperationId {
     }
 }
 
-impl TryFrom<String> for OperationId {
-    type Error = ParseError;
-
-    fn try_from(text: String) -> Result<Self, ParseError> {
-        text.parse()
-    }
-}
-
-impl From<OperationId> for String {
-    fn from(id: OperationId) -> Self {
-        id.0
-    }
-}
+string_conversions!(OperationId);
 
 /// A name or UUID that a client uses for a domain. Any text that libvirt accepts as a name.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -161,24 +149,16 @@ impl fmt::Display for AskedBy {
     }
 }
 
-/// The progress of an operation.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum State {
-    /// The operation waits for others on the same domain, or the domain is not found yet.
-    Queued,
-    Running,
-    /// The operation has a verdict. Some verdicts may still become `Verified`.
-    Done,
-}
-
-impl State {
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Queued => "queued",
-            Self::Running => "running",
-            Self::Done => "done",
-        }
+words! {
+    /// The progress of an operation.
+    #[derive(Hash, Deserialize)]
+    #[serde(rename_all = "lowercase")]
+    pub enum State {
+        /// The operation waits for others on the same domain, or the domain is not found yet.
+        Queued = "queued",
+        Running = "running",
+        /// The operation has a verdict. Some verdicts may still become `Verified`.
+        Done = "done",
     }
 }
 

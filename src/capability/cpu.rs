@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use quick_xml::escape::escape;
 use serde::Serialize;
 
+use crate::units::words;
 use crate::xml::{self, Cursor, DocumentError, Element, ElementError};
 
 /// `/domainCapabilities/cpu`. A mode that the document does not mention is `None`.
@@ -72,14 +73,15 @@ pub struct CpuModel {
     pub blockers: Vec<String>,
 }
 
-/// `usable` of a named model: whether the host supports all of its features.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Usable {
-    Yes,
-    No,
-    /// libvirt reports `unknown`, or a value that is newer than this program.
-    Unknown,
+words! {
+    /// `usable` of a named model: whether the host supports all of its features.
+    pub enum Usable {
+        Yes = "yes",
+        No = "no",
+        /// libvirt reports `unknown`, or a value that is newer than this program.
+        Unknown = "unknown",
+    }
+    else "is not one of yes, no, unknown"
 }
 
 /// A `<cpu>` definition, as hypervisor-cpu-baseline returns it.
@@ -228,13 +230,8 @@ fn read_model(
     cursor: &mut Cursor<'_>,
     element: &Element<'_>,
 ) -> Result<Option<CpuModel>, ElementError> {
-    let usable = element
-        .attribute("usable")?
-        .map(|usable| match usable.as_ref() {
-            "yes" => Usable::Yes,
-            "no" => Usable::No,
-            _ => Usable::Unknown,
-        });
+    let usable = element.attribute("usable")?;
+    let usable = usable.map(|usable| usable.parse().unwrap_or(Usable::Unknown));
     let vendor = element.text("vendor")?.filter(|vendor| vendor != "unknown");
     let canonical = element.non_empty("canonical")?;
     let deprecated = element.yes_no("deprecated")?.unwrap_or(false);

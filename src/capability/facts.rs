@@ -8,6 +8,7 @@ use serde::Serialize;
 use super::{
     Capabilities, CpuDefinition, DomainCapabilities, Eim, HostFacts, MachineType, VcpuMax, Version,
 };
+use crate::units::words;
 
 /// Maximum number of vCPUs on x86 without extended interrupt mode: APIC IDs have 8 bits
 /// (`QEMU_MAX_VCPUS_WITHOUT_EIM`, libvirt src/qemu/qemu_validate.h).
@@ -35,17 +36,18 @@ pub struct NodeFacts {
     pub host: Option<HostFacts>,
 }
 
-/// QEMU accelerators, best first.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Accelerator {
-    Kvm,
-    /// Hypervisor.framework of macOS
-    Hvf,
-    /// Microsoft's hypervisor with Linux as its root partition
-    Mshv,
-    /// No accelerator: QEMU translates every instruction.
-    Tcg,
+words! {
+    /// QEMU accelerators, best first: the label `virtnode.io/accelerator`.
+    #[derive(PartialOrd, Ord, Hash)]
+    pub enum Accelerator {
+        Kvm = "kvm",
+        /// Hypervisor.framework of macOS
+        Hvf = "hvf",
+        /// Microsoft's hypervisor with Linux as its root partition
+        Mshv = "mshv",
+        /// No accelerator: QEMU translates every instruction.
+        Tcg = "tcg",
+    }
 }
 
 impl Accelerator {
@@ -58,16 +60,6 @@ impl Accelerator {
             "mshv" | "hyperv" => Some(Self::Mshv),
             "qemu" => Some(Self::Tcg),
             _ => None,
-        }
-    }
-
-    /// Returns the value of the label `virtnode.io/accelerator`.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Kvm => "kvm",
-            Self::Hvf => "hvf",
-            Self::Mshv => "mshv",
-            Self::Tcg => "tcg",
         }
     }
 }

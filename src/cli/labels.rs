@@ -86,7 +86,7 @@ fn show(report: &LabelReport<'_>) -> String {
         let rows = report
             .retained
             .iter()
-            .map(|r| vec![r.key.to_string(), r.reason.code().to_owned()]);
+            .map(|r| vec![r.key.to_string(), r.reason.to_string()]);
         text.push_str(&table(&["LABEL", "REASON"], rows));
     }
     if !report.rejected.is_empty() {

@@ -149,14 +149,6 @@ impl Offer {
         self.aliases.get(machine).map_or(machine, String::as_str)
     }
 
-    /// Returns the aliases of a canonical name.
-    pub fn aliases_of<'o>(&'o self, canonical: &'o str) -> impl Iterator<Item = &'o str> {
-        self.aliases
-            .iter()
-            .filter(move |(_, name)| *name == canonical)
-            .map(|(alias, _)| alias.as_str())
-    }
-
     fn read_guests(&mut self, facts: &NodeFacts, arch: &str) {
         let Some(capabilities) = &facts.capabilities else {
             return;

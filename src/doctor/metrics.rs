@@ -20,7 +20,7 @@ impl DoctorMetrics {
         );
         for check in Check::ALL {
             for severity in Severity::ALL {
-                findings.with_label_values(&[check.name(), severity.name()]);
+                findings.with_label_values(&[check.name(), severity.as_str()]);
             }
         }
         Self {

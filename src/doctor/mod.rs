@@ -328,7 +328,7 @@ impl DoctorTask {
                 let count = diagnosis.count(*check, severity);
                 self.metrics
                     .findings
-                    .with_label_values(&[check.name(), severity.name()])
+                    .with_label_values(&[check.name(), severity.as_str()])
                     .set(i64::try_from(count).unwrap_or(i64::MAX));
             }
         }

@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::units::ParseError;
+use crate::units::{ParseError, string_conversions};
 
 /// Maximum CPU number, sixteen times that of the largest machine type (4096). It bounds the memory
 /// that a range can expand to.
@@ -104,19 +104,7 @@ impl fmt::Display for IdSet {
     }
 }
 
-impl From<IdSet> for String {
-    fn from(set: IdSet) -> Self {
-        set.to_string()
-    }
-}
-
-impl TryFrom<String> for IdSet {
-    type Error = ParseError;
-
-    fn try_from(text: String) -> Result<Self, ParseError> {
-        text.parse()
-    }
-}
+string_conversions!(IdSet);
 
 #[cfg(test)]
 mod tests {

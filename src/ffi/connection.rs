@@ -1,6 +1,6 @@
 //! The end of a connection, and a call that is about none of its domains.
 
-use std::ffi::{CString, c_int, c_void};
+use std::ffi::{CString, c_char, c_int, c_void};
 use std::ops::Deref;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::{fmt, ptr};
@@ -9,6 +9,8 @@ use nix::libc;
 use virt::connect::Connect;
 use virt::error::Error;
 use virt::sys;
+
+use super::parameters::copied;
 
 /// Why libvirt ended a connection (`virConnectCloseReason`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -118,85 +120,77 @@ unsafe extern "C" fn free_on_close(opaque: *mut c_void) {
     drop(catch_unwind(AssertUnwindSafe(|| drop(on_close))));
 }
 
+/// Architecture, machine type and domain type. What is `None` libvirt chooses itself.
+pub type CpuTarget<'t> = [Option<&'t str>; 3];
+
 /// `virConnectBaselineHypervisorCPU` for one CPU definition: what this hypervisor can give of it.
-/// `flags` are `VIR_CONNECT_BASELINE_CPU_*`; what is `None` libvirt chooses itself.
+/// `flags` are `VIR_CONNECT_BASELINE_CPU_*`.
 ///
 /// # Errors
 /// libvirt's own (`VIR_ERR_CONFIG_UNSUPPORTED` where the architecture has no such call), and
 /// `VIR_ERR_INVALID_ARG` for a text with a NUL.
 pub fn baseline_hypervisor_cpu(
     connect: &Connect,
-    arch: Option<&str>,
-    machine: Option<&str>,
-    virt_type: Option<&str>,
+    target: CpuTarget<'_>,
     cpu: &str,
     flags: u32,
 ) -> Result<String, Error> {
-    let text = |value: Option<&str>| value.map(CString::new).transpose();
-    let (arch, machine, virt_type) = (text(arch)?, text(machine)?, text(virt_type)?);
-    let cpu = CString::new(cpu)?;
-    let pointer = |value: &Option<CString>| value.as_ref().map_or(ptr::null(), |v| v.as_ptr());
-    let mut cpus = [cpu.as_ptr()];
     // SAFETY: the connection is alive; every text is NUL-terminated or a null pointer, which the
-    // call allows, and outlives it; `cpus` holds as many as said.
-    let answer = unsafe {
-        sys::virConnectBaselineHypervisorCPU(
-            connect.as_ptr(),
-            ptr::null(),
-            pointer(&arch),
-            pointer(&machine),
-            pointer(&virt_type),
-            cpus.as_mut_ptr(),
-            1,
-            flags,
-        )
-    };
-    if answer.is_null() {
-        return Err(Error::last_error());
-    }
-    // SAFETY: libvirt answers with a NUL-terminated text that is ours to free.
-    let copy = unsafe { std::ffi::CStr::from_ptr(answer) }
-        .to_string_lossy()
-        .into_owned();
-    // SAFETY: it was allocated by malloc, and nothing refers to it from here on.
-    unsafe { libc::free(answer.cast()) };
-    Ok(copy)
+    // call takes for the emulator, the architecture, the machine and the type; the list has one
+    // text. The answer is NUL-terminated, ours to free, and not used after that.
+    with_texts(target, cpu, |arch, machine, virt_type, cpu| unsafe {
+        let (connect, mut cpus, emulator) = (connect.as_ptr(), [cpu], ptr::null());
+        let cpus = cpus.as_mut_ptr();
+        let answer = sys::virConnectBaselineHypervisorCPU(
+            connect, emulator, arch, machine, virt_type, cpus, 1, flags,
+        );
+        let copy = copied(answer).ok_or_else(Error::last_error)?;
+        libc::free(answer.cast());
+        Ok(copy)
+    })
 }
 
 /// `virConnectCompareHypervisorCPU`: whether this hypervisor can give a CPU definition.
-/// `flags` are `VIR_CONNECT_COMPARE_CPU_*`; what is `None` libvirt chooses itself. The answer is
-/// one of `VIR_CPU_COMPARE_*`.
+/// `flags` are `VIR_CONNECT_COMPARE_CPU_*`. The answer is one of `VIR_CPU_COMPARE_*`.
 ///
 /// # Errors
 /// libvirt's own (`VIR_ERR_CPU_INCOMPATIBLE` with what is missing, if a flag asks for it), and
 /// `VIR_ERR_INVALID_ARG` for a text with a NUL.
 pub fn compare_hypervisor_cpu(
     connect: &Connect,
-    arch: Option<&str>,
-    machine: Option<&str>,
-    virt_type: Option<&str>,
+    target: CpuTarget<'_>,
     cpu: &str,
     flags: u32,
 ) -> Result<i32, Error> {
-    let text = |value: Option<&str>| value.map(CString::new).transpose();
-    let (arch, machine, virt_type) = (text(arch)?, text(machine)?, text(virt_type)?);
-    let cpu = CString::new(cpu)?;
-    let pointer = |value: &Option<CString>| value.as_ref().map_or(ptr::null(), |v| v.as_ptr());
-    // SAFETY: the connection is alive; every text is NUL-terminated or a null pointer, which the
-    // call allows for all but the CPU, and outlives it.
-    let answer = unsafe {
-        sys::virConnectCompareHypervisorCPU(
-            connect.as_ptr(),
-            ptr::null(),
-            pointer(&arch),
-            pointer(&machine),
-            pointer(&virt_type),
-            cpu.as_ptr(),
-            flags,
-        )
-    };
+    // SAFETY: as of the baseline.
+    let answer = with_texts(target, cpu, |arch, machine, virt_type, cpu| unsafe {
+        let (connect, emulator) = (connect.as_ptr(), ptr::null());
+        Ok(sys::virConnectCompareHypervisorCPU(
+            connect, emulator, arch, machine, virt_type, cpu, flags,
+        ))
+    })?;
     match answer {
         0.. => Ok(answer),
         _ => Err(Error::last_error()),
     }
+}
+
+type Text = *const c_char;
+
+/// Makes a call with texts of C, which live as long as the call.
+fn with_texts<T>(
+    target: CpuTarget<'_>,
+    cpu: &str,
+    call: impl FnOnce(Text, Text, Text, Text) -> Result<T, Error>,
+) -> Result<T, Error> {
+    let text = |value: Option<&str>| value.map(CString::new).transpose();
+    let (arch, machine, virt_type) = (text(target[0])?, text(target[1])?, text(target[2])?);
+    let pointer = |text: &Option<CString>| text.as_ref().map_or(ptr::null(), |text| text.as_ptr());
+    let cpu = CString::new(cpu)?;
+    call(
+        pointer(&arch),
+        pointer(&machine),
+        pointer(&virt_type),
+        cpu.as_ptr(),
+    )
 }

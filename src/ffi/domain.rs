@@ -137,16 +137,9 @@ pub fn guest_vcpus(domain: &Domain) -> Result<Vec<Parameter>, Error> {
     // SAFETY: the domain is alive; both places are for libvirt to fill in.
     let result =
         unsafe { sys::virDomainGetGuestVcpus(domain.as_ptr(), &raw mut found, &raw mut length, 0) };
-    if result < 0 {
-        return Err(Error::last_error());
-    }
-    let length = c_int::try_from(length).unwrap_or(0);
-    // SAFETY: libvirt filled in as many; they are ours, and freed after the copy.
-    unsafe {
-        let copy = parameters::read(found, length);
-        sys::virTypedParamsFree(found, length);
-        Ok(copy)
-    }
+    done(result)?;
+    // SAFETY: libvirt filled in as many, and they are ours.
+    Ok(unsafe { parameters::take(found, c_int::try_from(length).unwrap_or(0)) })
 }
 
 /// `virDomainSetGuestVcpus`: has the guest agent bring the CPUs of `cpus`, `0-2,5`, online or
@@ -182,12 +175,8 @@ pub fn job(domain: &Domain) -> Result<Option<u64>, Error> {
         )
     };
     done(result)?;
-    // SAFETY: libvirt filled in as many; they are ours, and freed after the copy.
-    let parameters = unsafe {
-        let copy = parameters::read(found, length);
-        sys::virTypedParamsFree(found, length);
-        copy
-    };
+    // SAFETY: libvirt filled in as many, and they are ours.
+    let parameters = unsafe { parameters::take(found, length) };
     // libvirt also reports the completed job once.
     let runs = [sys::VIR_DOMAIN_JOB_BOUNDED, sys::VIR_DOMAIN_JOB_UNBOUNDED];
     if !u32::try_from(kind).is_ok_and(|kind| runs.contains(&kind)) {

@@ -9,7 +9,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use virt::connect::Connect;
 use virt::error::Error;
-use virt::sys;
+use virt::sys::{
+    self, virConnectDomainEventAgentLifecycleCallback as AgentLifecycle,
+    virConnectDomainEventDeviceRemovalFailedCallback as RemovalFailed,
+    virConnectDomainEventDeviceRemovedCallback as Removed,
+    virConnectDomainEventMemoryDeviceSizeChangeCallback as MemorySize,
+    virConnectDomainEventVcpuRemovedCallback as VcpuRemoved,
+};
 
 use super::domain::identity;
 use super::parameters::copied;
@@ -123,6 +129,7 @@ impl Subscription {
 
     fn register_events(&mut self) {
         for (name, id, callback) in callbacks() {
+            let id = c_int::try_from(id).unwrap_or(c_int::MAX);
             // SAFETY: the connection is alive; without a domain it is for all of them; the
             // callback has the signature of its event and `opaque` is no pointer, so there is
             // nothing to free.
@@ -184,64 +191,6 @@ impl Drop for Subscription {
     }
 }
 
-type Callback = sys::virConnectDomainEventGenericCallback;
-
-/// Each domain event with its callback. Those that a libvirt is too old for it refuses.
-fn callbacks() -> [(&'static str, c_int, Callback); 7] {
-    let id = |id: sys::virDomainEventID| c_int::try_from(id).unwrap_or(c_int::MAX);
-    // SAFETY: libvirt takes every callback as this type and calls it as the type that belongs to
-    // the event (virConnectDomainEventRegisterAny, VIR_DOMAIN_EVENT_CALLBACK).
-    unsafe {
-        [
-            (
-                "lifecycle",
-                id(sys::VIR_DOMAIN_EVENT_ID_LIFECYCLE),
-                transmute::<sys::virConnectDomainEventCallback, Callback>(Some(on_lifecycle)),
-            ),
-            (
-                "reboot",
-                id(sys::VIR_DOMAIN_EVENT_ID_REBOOT),
-                Some(on_reboot),
-            ),
-            (
-                "device-removed",
-                id(sys::VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED),
-                transmute::<sys::virConnectDomainEventDeviceRemovedCallback, Callback>(Some(
-                    on_removed,
-                )),
-            ),
-            (
-                "device-removal-failed",
-                id(sys::VIR_DOMAIN_EVENT_ID_DEVICE_REMOVAL_FAILED),
-                transmute::<sys::virConnectDomainEventDeviceRemovalFailedCallback, Callback>(Some(
-                    on_removal_failed,
-                )),
-            ),
-            (
-                "vcpu-removed",
-                id(sys::VIR_DOMAIN_EVENT_ID_VCPU_REMOVED),
-                transmute::<sys::virConnectDomainEventVcpuRemovedCallback, Callback>(Some(
-                    on_vcpu_removed,
-                )),
-            ),
-            (
-                "agent-lifecycle",
-                id(sys::VIR_DOMAIN_EVENT_ID_AGENT_LIFECYCLE),
-                transmute::<sys::virConnectDomainEventAgentLifecycleCallback, Callback>(Some(
-                    on_agent,
-                )),
-            ),
-            (
-                "memory-device-size-change",
-                id(sys::VIR_DOMAIN_EVENT_ID_MEMORY_DEVICE_SIZE_CHANGE),
-                transmute::<sys::virConnectDomainEventMemoryDeviceSizeChangeCallback, Callback>(
-                    Some(on_memory_size),
-                ),
-            ),
-        ]
-    }
-}
-
 /// Calls the listener. A panic ends here: unwinding into C would abort the process.
 ///
 /// # Safety
@@ -262,118 +211,93 @@ unsafe fn tell(
     })));
 }
 
-unsafe extern "C" fn on_lifecycle(
-    _: sys::virConnectPtr,
-    domain: sys::virDomainPtr,
-    event: c_int,
-    detail: c_int,
-    opaque: *mut c_void,
-) -> c_int {
-    let number = |number| u32::try_from(number).unwrap_or(u32::MAX);
-    let (event, detail) = (number(event), number(detail));
-    // SAFETY: libvirt holds the domain for as long as it calls.
-    unsafe {
-        tell(domain, opaque, || {
-            Some(RawEventKind::Lifecycle { event, detail })
-        })
+/// Defines callbacks of libvirt: each tells the listener the event in its arguments, if any.
+macro_rules! callbacks {
+    ($(fn $name:ident($($argument:ident: $type:ty),*) $(-> $result:ty)? { $what:expr })+) => {
+        $(unsafe extern "C" fn $name(
+            _: sys::virConnectPtr,
+            domain: sys::virDomainPtr,
+            $($argument: $type,)*
+            opaque: *mut c_void,
+        ) $(-> $result)? {
+            // SAFETY: libvirt holds the domain and the texts for as long as it calls.
+            unsafe { tell(domain, opaque, || $what) };
+            Default::default()
+        })+
     };
-    0
 }
 
-unsafe extern "C" fn on_reboot(
-    _: sys::virConnectPtr,
-    domain: sys::virDomainPtr,
-    opaque: *mut c_void,
-) {
-    // SAFETY: libvirt holds the domain for as long as it calls.
-    unsafe { tell(domain, opaque, || Some(RawEventKind::Reboot)) };
-}
-
-unsafe extern "C" fn on_removed(
-    _: sys::virConnectPtr,
-    domain: sys::virDomainPtr,
-    alias: *const c_char,
-    opaque: *mut c_void,
-) {
-    // SAFETY: libvirt holds the domain and the text for as long as it calls.
-    unsafe {
-        tell(domain, opaque, || {
-            copied(alias).map(RawEventKind::DeviceRemoved)
-        });
+callbacks! {
+    fn on_lifecycle(event: c_int, detail: c_int) -> c_int {
+        Some(RawEventKind::Lifecycle { event: number(event), detail: number(detail) })
+    }
+    fn on_reboot() { Some(RawEventKind::Reboot) }
+    fn on_removed(alias: *const c_char) { copied(alias).map(RawEventKind::DeviceRemoved) }
+    fn on_removal_failed(alias: *const c_char) {
+        copied(alias).map(RawEventKind::DeviceRemovalFailed)
+    }
+    fn on_vcpu_removed(vcpu: c_uint) { Some(RawEventKind::VcpuRemoved(vcpu)) }
+    fn on_agent(state: c_int, _reason: c_int) { agent(state).map(RawEventKind::Agent) }
+    fn on_memory_size(alias: *const c_char, kib: c_ulonglong) {
+        copied(alias).map(|alias| RawEventKind::MemorySize { alias, kib })
+    }
+    fn on_monitor(event: *const c_char, _s: c_longlong, _us: c_uint, details: *const c_char) {
+        Some(RawEventKind::Monitor { name: copied(event)?, details: copied(details) })
     }
 }
 
-unsafe extern "C" fn on_removal_failed(
-    _: sys::virConnectPtr,
-    domain: sys::virDomainPtr,
-    alias: *const c_char,
-    opaque: *mut c_void,
-) {
-    // SAFETY: libvirt holds the domain and the text for as long as it calls.
-    unsafe {
-        tell(domain, opaque, || {
-            copied(alias).map(RawEventKind::DeviceRemovalFailed)
-        });
-    }
+fn number(number: c_int) -> u32 {
+    u32::try_from(number).unwrap_or(u32::MAX)
 }
 
-unsafe extern "C" fn on_vcpu_removed(
-    _: sys::virConnectPtr,
-    domain: sys::virDomainPtr,
-    vcpu: c_uint,
-    opaque: *mut c_void,
-) {
-    // SAFETY: libvirt holds the domain for as long as it calls.
-    unsafe { tell(domain, opaque, || Some(RawEventKind::VcpuRemoved(vcpu))) };
-}
-
-unsafe extern "C" fn on_agent(
-    _: sys::virConnectPtr,
-    domain: sys::virDomainPtr,
-    state: c_int,
-    _reason: c_int,
-    opaque: *mut c_void,
-) {
-    let connected = match u32::try_from(state) {
-        Ok(sys::VIR_CONNECT_DOMAIN_EVENT_AGENT_LIFECYCLE_STATE_CONNECTED) => Some(true),
-        Ok(sys::VIR_CONNECT_DOMAIN_EVENT_AGENT_LIFECYCLE_STATE_DISCONNECTED) => Some(false),
+/// Returns whether a state means that the agent is connected; `None` for an unknown one.
+fn agent(state: c_int) -> Option<bool> {
+    match number(state) {
+        sys::VIR_CONNECT_DOMAIN_EVENT_AGENT_LIFECYCLE_STATE_CONNECTED => Some(true),
+        sys::VIR_CONNECT_DOMAIN_EVENT_AGENT_LIFECYCLE_STATE_DISCONNECTED => Some(false),
         _ => None,
+    }
+}
+
+type Callback = sys::virConnectDomainEventGenericCallback;
+
+/// Each domain event with its callback. Those that a libvirt is too old for it refuses.
+fn callbacks() -> [(&'static str, sys::virDomainEventID, Callback); 7] {
+    // SAFETY: libvirt takes every callback as this type and calls it as the type that belongs to
+    // the event (virConnectDomainEventRegisterAny, VIR_DOMAIN_EVENT_CALLBACK).
+    let (lifecycle, removed, failed, vcpu, agent, size) = unsafe {
+        (
+            transmute::<sys::virConnectDomainEventCallback, Callback>(Some(on_lifecycle)),
+            transmute::<Removed, Callback>(Some(on_removed)),
+            transmute::<RemovalFailed, Callback>(Some(on_removal_failed)),
+            transmute::<VcpuRemoved, Callback>(Some(on_vcpu_removed)),
+            transmute::<AgentLifecycle, Callback>(Some(on_agent)),
+            transmute::<MemorySize, Callback>(Some(on_memory_size)),
+        )
     };
-    // SAFETY: libvirt holds the domain for as long as it calls.
-    unsafe { tell(domain, opaque, || connected.map(RawEventKind::Agent)) };
-}
-
-unsafe extern "C" fn on_memory_size(
-    _: sys::virConnectPtr,
-    domain: sys::virDomainPtr,
-    alias: *const c_char,
-    kib: c_ulonglong,
-    opaque: *mut c_void,
-) {
-    // SAFETY: libvirt holds the domain and the text for as long as it calls.
-    unsafe {
-        tell(domain, opaque, || {
-            copied(alias).map(|alias| RawEventKind::MemorySize { alias, kib })
-        });
-    }
-}
-
-unsafe extern "C" fn on_monitor(
-    _: sys::virConnectPtr,
-    domain: sys::virDomainPtr,
-    event: *const c_char,
-    _seconds: c_longlong,
-    _micros: c_uint,
-    details: *const c_char,
-    opaque: *mut c_void,
-) {
-    // SAFETY: libvirt holds the domain and the texts for as long as it calls.
-    unsafe {
-        tell(domain, opaque, || {
-            Some(RawEventKind::Monitor {
-                name: copied(event)?,
-                details: copied(details),
-            })
-        });
-    }
+    [
+        ("lifecycle", sys::VIR_DOMAIN_EVENT_ID_LIFECYCLE, lifecycle),
+        ("reboot", sys::VIR_DOMAIN_EVENT_ID_REBOOT, Some(on_reboot)),
+        (
+            "device-removed",
+            sys::VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED,
+            removed,
+        ),
+        (
+            "device-removal-failed",
+            sys::VIR_DOMAIN_EVENT_ID_DEVICE_REMOVAL_FAILED,
+            failed,
+        ),
+        ("vcpu-removed", sys::VIR_DOMAIN_EVENT_ID_VCPU_REMOVED, vcpu),
+        (
+            "agent-lifecycle",
+            sys::VIR_DOMAIN_EVENT_ID_AGENT_LIFECYCLE,
+            agent,
+        ),
+        (
+            "memory-device-size-change",
+            sys::VIR_DOMAIN_EVENT_ID_MEMORY_DEVICE_SIZE_CHANGE,
+            size,
+        ),
+    ]
 }

@@ -16,7 +16,9 @@ mod events;
 mod parameters;
 mod system;
 
-pub use self::connection::{CloseReason, Watched, baseline_hypervisor_cpu, compare_hypervisor_cpu};
+pub use self::connection::{
+    CloseReason, CpuTarget, Watched, baseline_hypervisor_cpu, compare_hypervisor_cpu,
+};
 pub use self::domain::{
     DomainRecord, all_domain_stats, domain_stats, guest_vcpus, job, set_guest_vcpus, state,
 };

@@ -87,6 +87,19 @@ pub(super) unsafe fn read(parameters: sys::virTypedParameterPtr, length: c_int) 
         .collect()
 }
 
+/// Copies libvirt's parameters and frees them.
+///
+/// # Safety
+/// As of [`read`]; they are given up.
+pub(super) unsafe fn take(parameters: sys::virTypedParameterPtr, length: c_int) -> Vec<Parameter> {
+    // SAFETY: by this function's own condition; nothing refers to them after the copy.
+    unsafe {
+        let copy = read(parameters, length);
+        sys::virTypedParamsFree(parameters, length);
+        copy
+    }
+}
+
 fn name(parameter: &sys::virTypedParameter) -> String {
     let bytes = parameter.field.map(c_char_to_byte);
     CStr::from_bytes_until_nul(&bytes)

@@ -15,7 +15,6 @@ mod native;
 pub mod ownership;
 pub mod prefix;
 mod published;
-mod reference;
 
 use std::collections::BTreeMap;
 
@@ -28,7 +27,6 @@ pub use kubevirt::DEFAULT_OBSOLETE_CPU_MODELS;
 pub use published::{
     CapabilitiesInUse, LabelChange, ProbeResult, PublishedLabels, RetainedLabel, RetentionReason,
 };
-pub use reference::{LabelEntry, REFERENCE};
 
 use crate::capability::NodeFacts;
 

@@ -18,9 +18,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use serde::{Serialize, Serializer};
+use serde::Serialize;
 
 use super::{FactSource, LabelKey, LabelSet, LabelValue, sources};
+use crate::units::words;
 
 /// Number of consecutive complete probes without a label that prove its absence. A single
 /// probe could hit a transient omission.
@@ -66,28 +67,12 @@ pub struct ProbeResult<'p> {
     pub in_use: &'p CapabilitiesInUse,
 }
 
-/// The reason to keep a label that the last probe did not yield.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum RetentionReason {
-    DomainUsesIt,
-    AwaitingSecondProbe,
-}
-
-impl RetentionReason {
-    pub const ALL: [Self; 2] = [Self::DomainUsesIt, Self::AwaitingSecondProbe];
-
-    /// Returns the label value in metrics, which JSON output also uses.
-    pub fn code(self) -> &'static str {
-        match self {
-            Self::DomainUsesIt => "domain-uses-it",
-            Self::AwaitingSecondProbe => "awaiting-second-probe",
-        }
-    }
-}
-
-impl Serialize for RetentionReason {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_str(self.code())
+words! {
+    /// The reason to keep a label that the last probe did not yield, as metrics and JSON name it.
+    #[derive(PartialOrd, Ord)]
+    pub enum RetentionReason {
+        DomainUsesIt = "domain-uses-it",
+        AwaitingSecondProbe = "awaiting-second-probe",
     }
 }
 

@@ -65,7 +65,7 @@ impl LabellerMetrics {
             metrics.rejected.with_label_values(&[reason.code()]);
         }
         for reason in RetentionReason::ALL {
-            metrics.retained.with_label_values(&[reason.code()]);
+            metrics.retained.with_label_values(&[reason.as_str()]);
         }
         metrics
     }

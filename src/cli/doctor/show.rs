@@ -104,7 +104,7 @@ fn write_problem(text: &mut String, alike: &[&Finding]) -> std::fmt::Result {
             format!(" {} domains ({list}):", names.len())
         }
     };
-    let severity = first.severity.name().to_uppercase();
+    let severity = first.severity.as_str().to_uppercase();
     let head = format!("{severity} {}:{who} {}", first.check, plain(&first.what));
     wrap(text, "", INDENT, &head);
     if let Some(why) = &first.why {

@@ -7,6 +7,7 @@ use std::fmt;
 use serde::{Serialize, Serializer};
 
 use super::observed::ObservedDomain;
+use crate::units::words;
 
 macro_rules! checks {
     ($($variant:ident, $name:literal, $looks_at:literal;)*) => {
@@ -64,25 +65,14 @@ impl Serialize for Check {
     }
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Severity {
-    Ok,
-    /// Works, but not as well as it could or not for much longer. A problem inside a guest is at
-    /// most a warning: the node itself is healthy.
-    Warning,
-    Error,
-}
-
-impl Severity {
-    pub const ALL: [Self; 3] = [Self::Ok, Self::Warning, Self::Error];
-
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Ok => "ok",
-            Self::Warning => "warning",
-            Self::Error => "error",
-        }
+words! {
+    #[derive(PartialOrd, Ord, Hash)]
+    pub enum Severity {
+        Ok = "ok",
+        /// Works, but not as well as it could or not for much longer. A problem inside a guest is at
+        /// most a warning: the node itself is healthy.
+        Warning = "warning",
+        Error = "error",
     }
 }
 

@@ -98,14 +98,6 @@ impl LibvirtConfig {
             events: true,
         }
     }
-
-    /// Returns a configuration for callers that do not watch domains.
-    pub fn without_events(uri: impl Into<String>) -> Self {
-        Self {
-            events: false,
-            ..Self::new(uri)
-        }
-    }
 }
 
 /// A libvirtd: its node's documents and its domains.

@@ -119,12 +119,7 @@ fn models(models: &[CpuModel]) -> Vec<CpuModelStatus> {
         let is_repetition = canonical.is_some_and(|it| it.blockers == model.blockers);
         CpuModelStatus {
             name: model.name.clone(),
-            usable: match model.usable {
-                Some(Usable::Yes) => "yes",
-                Some(Usable::No) => "no",
-                Some(Usable::Unknown) | None => "unknown",
-            }
-            .to_owned(),
+            usable: model.usable.unwrap_or(Usable::Unknown).to_string(),
             alias_of: model.canonical.clone(),
             deprecated: model.deprecated,
             blockers: if is_repetition {

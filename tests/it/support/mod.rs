@@ -10,6 +10,7 @@ pub(crate) mod guest;
 pub(crate) mod hypervisor;
 pub(crate) mod kube;
 pub(crate) mod kustomize;
+pub(crate) mod label_reference;
 pub(crate) mod libvirtd;
 pub(crate) mod nbd;
 pub(crate) mod operations;
