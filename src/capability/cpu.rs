@@ -115,8 +115,7 @@ impl CpuDefinition {
     /// Parses a `<cpu>` document; `document` names it in errors.
     pub fn parse(document: &str, bytes: &[u8]) -> Result<Self, DocumentError> {
         xml::read(document, bytes, &["cpu"], |cursor, _| {
-            let mut cpu = Self::default();
-            cursor.children(|cursor, child| {
+            cursor.fill(Self::default(), |cursor, child, cpu| {
                 match child.name() {
                     "model" => cpu.model = cursor.non_empty_text()?,
                     "vendor" => cpu.vendor = cursor.non_empty_text()?,
@@ -124,15 +123,13 @@ impl CpuDefinition {
                     _ => cursor.ignore_unknown(),
                 }
                 Ok(())
-            })?;
-            Ok(cpu)
+            })
         })
     }
 }
 
 pub(super) fn read_cpu_modes(cursor: &mut Cursor<'_>) -> Result<CpuModes, ElementError> {
-    let mut modes = CpuModes::default();
-    cursor.children(|cursor, mode| {
+    cursor.fill(CpuModes::default(), |cursor, mode, modes| {
         if mode.name() != "mode" {
             cursor.ignore_unknown();
             return Ok(());
@@ -151,8 +148,7 @@ pub(super) fn read_cpu_modes(cursor: &mut Cursor<'_>) -> Result<CpuModes, Elemen
             _ => cursor.ignore_unknown(),
         }
         Ok(())
-    })?;
-    Ok(modes)
+    })
 }
 
 fn read_plain_mode(cursor: &mut Cursor<'_>, supported: bool) -> Result<PlainMode, ElementError> {
@@ -173,11 +169,11 @@ fn read_plain_mode(cursor: &mut Cursor<'_>, supported: bool) -> Result<PlainMode
 }
 
 fn read_host_model(cursor: &mut Cursor<'_>, supported: bool) -> Result<HostModel, ElementError> {
-    let mut host_model = HostModel {
+    let host_model = HostModel {
         supported,
         ..HostModel::default()
     };
-    cursor.children(|cursor, child| {
+    cursor.fill(host_model, |cursor, child, host_model| {
         match child.name() {
             // The first of several models wins.
             "model" => host_model.model = host_model.model.take().or(cursor.non_empty_text()?),
@@ -189,8 +185,7 @@ fn read_host_model(cursor: &mut Cursor<'_>, supported: bool) -> Result<HostModel
             _ => cursor.ignore_unknown(),
         }
         Ok(())
-    })?;
-    Ok(host_model)
+    })
 }
 
 fn read_feature(element: &Element<'_>) -> Result<Option<PolicyFeature>, ElementError> {
@@ -246,13 +241,11 @@ fn read_model(
 }
 
 fn read_blockers(cursor: &mut Cursor<'_>) -> Result<Vec<String>, ElementError> {
-    let mut features = Vec::new();
-    cursor.children(|cursor, child| {
+    cursor.fill(Vec::new(), |cursor, child, features| {
         match child.name() {
             "feature" => features.extend(child.non_empty("name")?),
             _ => cursor.ignore_unknown(),
         }
         Ok(())
-    })?;
-    Ok(features)
+    })
 }

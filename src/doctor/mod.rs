@@ -325,10 +325,10 @@ impl DoctorTask {
     fn publish(&mut self, diagnosis: &DoctorReport) {
         for check in Check::ALL {
             for severity in Severity::ALL {
-                let count = diagnosis.count(*check, severity);
+                let count = diagnosis.count(check, severity);
                 self.metrics
                     .findings
-                    .with_label_values(&[check.name(), severity.as_str()])
+                    .with_label_values(&[check.as_str(), severity.as_str()])
                     .set(i64::try_from(count).unwrap_or(i64::MAX));
             }
         }
@@ -344,7 +344,7 @@ impl DoctorTask {
             let line = format!("{} {domain} {}", finding.check, finding.what);
             if !self.logged.contains(&line) {
                 warn!(
-                    check = finding.check.name(),
+                    check = finding.check.as_str(),
                     domain = finding.domain,
                     "{}; run virtnode doctor for the remedy",
                     finding.what

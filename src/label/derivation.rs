@@ -1,4 +1,5 @@
 use std::collections::BTreeSet;
+use std::fmt;
 
 use serde::{Deserialize, Serialize, Serializer};
 
@@ -64,6 +65,13 @@ impl Derivation {
                 value: value.to_owned(),
                 reason,
             }),
+        }
+    }
+
+    /// Adds `prefix/name=value` if there is a value.
+    pub(super) fn add_some(&mut self, prefix: &str, name: &str, value: Option<impl fmt::Display>) {
+        if let Some(value) = value {
+            self.add(prefix, name, &value.to_string());
         }
     }
 

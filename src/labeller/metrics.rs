@@ -27,23 +27,23 @@ impl LabellerMetrics {
         probe: Arc<ProbeMetrics>,
         sync: Arc<SyncMetrics>,
     ) -> Self {
-        let metrics = Self {
+        Self {
             probe,
             sync,
             labels: registry.gauges(
                 "virtnode_labels",
                 "Labels in the set, by family.",
-                &["family"],
+                &[("family", &FAMILIES)],
             ),
             rejected: registry.gauges(
                 "virtnode_labels_rejected",
                 "Labels left out because the API server would reject their name or value.",
-                &["reason"],
+                &[("reason", &InvalidLabel::ALL.map(InvalidLabel::code))],
             ),
             retained: registry.gauges(
                 "virtnode_labels_retained",
                 "Labels kept although the last probe does not show them.",
-                &["reason"],
+                &[("reason", &RetentionReason::ALL.map(RetentionReason::as_str))],
             ),
             machine_types: registry.gauge(
                 "virtnode_machine_types",
@@ -57,16 +57,6 @@ impl LabellerMetrics {
                 "virtnode_max_vcpus",
                 "Maximum number of vCPUs of a domain on this node; 0 while unknown.",
             ),
-        };
-        for family in FAMILIES {
-            metrics.labels.with_label_values(&[family]);
         }
-        for reason in InvalidLabel::ALL {
-            metrics.rejected.with_label_values(&[reason.code()]);
-        }
-        for reason in RetentionReason::ALL {
-            metrics.retained.with_label_values(&[reason.as_str()]);
-        }
-        metrics
     }
 }
