@@ -125,7 +125,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_groups_of_who_connects_are_the_kernels() {
+    fn peer_groups_are_those_of_the_process() {
         let (here, _there) = UnixStream::pair().unwrap();
         let own = nix::unistd::getgroups().unwrap();
         let mut own: Vec<u32> = own.into_iter().map(nix::unistd::Gid::as_raw).collect();
@@ -136,7 +136,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_local_socket_has_none() {
+    fn tcp_socket_has_no_peer_groups() {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let groups = peer_groups(listener.as_fd());
         assert!(groups.is_err() || groups.is_ok_and(|groups| groups.is_empty()));

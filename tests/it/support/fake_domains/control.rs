@@ -133,7 +133,7 @@ impl FakeControl {
 
     async fn set_vcpus(&self, domain: &DomainRef, vcpus: u32) -> Result<(), CallError> {
         let (me, domain) = (self.me.upgrade().unwrap(), domain.clone());
-        // What has begun goes on when nobody waits for it any more.
+        // A call continues if its caller stops waiting.
         let work = tokio::spawn(async move {
             let call = format!("set-vcpus {} {vcpus}", domain.name);
             let (name, error) = me.begin(call, &domain).await?;
@@ -208,7 +208,7 @@ impl FakeControl {
         let plugged = self.change(&name, |domain| {
             let slot = (0..4).find(|slot| !domain.dimms.contains_key(slot))?;
             domain.dimms.insert(slot, (alias.clone(), size));
-            // Linux says yes to every DIMM.
+            // Linux confirms every DIMM.
             if domain.guest.blocks == Blocks::Onlines && size.is_multiple_of(LINUX_BLOCK) {
                 domain.total += size;
             }
