@@ -1,4 +1,4 @@
-//! The end of a connection, and a call that is about none of its domains.
+//! Close callback of a connection, and its calls about CPU definitions.
 
 use std::ffi::{CString, c_char, c_int, c_void};
 use std::ops::Deref;
@@ -12,16 +12,16 @@ use virt::sys;
 
 use super::parameters::copied;
 
-/// Why libvirt ended a connection (`virConnectCloseReason`).
+/// Reason for the end of a connection (`virConnectCloseReason`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CloseReason {
     /// The socket failed.
     Error,
-    /// The other side closed it: libvirtd ended.
+    /// libvirtd ended.
     EndOfFile,
-    /// Keepalive messages stayed without an answer.
+    /// libvirtd did not answer keepalive messages.
     Keepalive,
-    /// We closed it ourselves, or a reason newer than this list.
+    /// This program closed the connection, or a reason newer than this list.
     Other,
 }
 
@@ -41,16 +41,16 @@ type OnClose = Box<dyn Fn(CloseReason) + Send + Sync>;
 
 /// A connection with libvirt's close callback, registered until this is dropped.
 ///
-/// libvirt keeps a reference to a connection that has a callback, so the callback is taken off
-/// before the connection is closed. Both may ask libvirtd and so may block.
+/// libvirt keeps a reference to a connection that has a callback, so the callback is removed before
+/// the connection is closed. Both may call libvirtd and block.
 pub struct Watched(Connect);
 
 impl Watched {
-    /// Has `on_close` called when the connection ends, at most once, on the event loop's thread
-    /// or on one that is just making a call: it must neither block nor call libvirt.
+    /// Registers `on_close`, which libvirt calls at most once when the connection ends, on the event
+    /// loop's thread or on one that is making a call. It must neither block nor call libvirt.
     ///
     /// # Errors
-    /// libvirt's own; `VIR_ERR_NO_SUPPORT` from drivers that live in this process.
+    /// libvirt's error; `VIR_ERR_NO_SUPPORT` from drivers within this process.
     pub fn new(
         connect: Connect,
         on_close: impl Fn(CloseReason) + Send + Sync + 'static,
@@ -58,7 +58,7 @@ impl Watched {
         let opaque = Box::into_raw(Box::new(Box::new(on_close) as OnClose)).cast::<c_void>();
         // SAFETY: the pointer is of a live connection that `connect` owns. `opaque` is an
         // `OnClose` on the heap that stays until libvirt calls `free_on_close` once: when the
-        // callback was called or taken off.
+        // callback was called or removed.
         let result = unsafe {
             sys::virConnectRegisterCloseCallback(
                 connect.as_ptr(),
@@ -72,7 +72,7 @@ impl Watched {
         }
         let error = Error::last_error();
         // SAFETY: libvirt did not take `opaque`: it stores the callback as its last step, after
-        // all that can fail (virConnectRegisterCloseCallback and remoteConnectRegisterCloseCallback).
+        // everything that can fail (virConnectRegisterCloseCallback and remoteConnectRegisterCloseCallback).
         unsafe { free_on_close(opaque) };
         Err((connect, error))
     }
@@ -93,13 +93,13 @@ impl Deref for Watched {
 
 impl Drop for Watched {
     fn drop(&mut self) {
-        // SAFETY: the connection is alive until the field is dropped after this. Taking off what
-        // was called already or never registered is an error without consequence.
+        // SAFETY: the connection is alive until the field is dropped after this. Removing a
+        // callback that was called already or never registered is an error without consequence.
         unsafe { sys::virConnectUnregisterCloseCallback(self.0.as_ptr(), Some(call_on_close)) };
     }
 }
 
-/// libvirt's side of [`OnClose`].
+/// Calls the [`OnClose`] for libvirt.
 unsafe extern "C" fn call_on_close(_: sys::virConnectPtr, reason: c_int, opaque: *mut c_void) {
     // SAFETY: `opaque` is the `OnClose` of `Watched::new`, which libvirt frees only after this.
     let on_close = unsafe { &*opaque.cast::<OnClose>() };
@@ -113,21 +113,22 @@ unsafe extern "C" fn call_on_close(_: sys::virConnectPtr, reason: c_int, opaque:
     drop(catch_unwind(AssertUnwindSafe(|| on_close(reason))));
 }
 
-/// Frees what [`Watched::new`] put on the heap.
+/// Frees the [`OnClose`] of [`Watched::new`].
 unsafe extern "C" fn free_on_close(opaque: *mut c_void) {
     // SAFETY: `opaque` came from `Box::into_raw` of a `Box<OnClose>` and is given up here, once.
     let on_close = unsafe { Box::from_raw(opaque.cast::<OnClose>()) };
     drop(catch_unwind(AssertUnwindSafe(|| drop(on_close))));
 }
 
-/// Architecture, machine type and domain type. What is `None` libvirt chooses itself.
+/// Architecture, machine type and domain type. libvirt chooses each that is `None`.
 pub type CpuTarget<'t> = [Option<&'t str>; 3];
 
-/// `virConnectBaselineHypervisorCPU` for one CPU definition: what this hypervisor can give of it.
+/// Returns the part of a CPU definition that this hypervisor can provide
+/// (`virConnectBaselineHypervisorCPU`).
 /// `flags` are `VIR_CONNECT_BASELINE_CPU_*`.
 ///
 /// # Errors
-/// libvirt's own (`VIR_ERR_CONFIG_UNSUPPORTED` where the architecture has no such call), and
+/// libvirt's error (`VIR_ERR_CONFIG_UNSUPPORTED` if the architecture does not have the call), and
 /// `VIR_ERR_INVALID_ARG` for a text with a NUL.
 pub fn baseline_hypervisor_cpu(
     connect: &Connect,
@@ -150,11 +151,12 @@ pub fn baseline_hypervisor_cpu(
     })
 }
 
-/// `virConnectCompareHypervisorCPU`: whether this hypervisor can give a CPU definition.
+/// Compares a CPU definition with what this hypervisor can provide
+/// (`virConnectCompareHypervisorCPU`).
 /// `flags` are `VIR_CONNECT_COMPARE_CPU_*`. The answer is one of `VIR_CPU_COMPARE_*`.
 ///
 /// # Errors
-/// libvirt's own (`VIR_ERR_CPU_INCOMPATIBLE` with what is missing, if a flag asks for it), and
+/// libvirt's error (`VIR_ERR_CPU_INCOMPATIBLE` with the difference, if a flag requests it), and
 /// `VIR_ERR_INVALID_ARG` for a text with a NUL.
 pub fn compare_hypervisor_cpu(
     connect: &Connect,
@@ -162,7 +164,7 @@ pub fn compare_hypervisor_cpu(
     cpu: &str,
     flags: u32,
 ) -> Result<i32, Error> {
-    // SAFETY: as of the baseline.
+    // SAFETY: as in the baseline.
     let answer = with_texts(target, cpu, |arch, machine, virt_type, cpu| unsafe {
         let (connect, emulator) = (connect.as_ptr(), ptr::null());
         Ok(sys::virConnectCompareHypervisorCPU(
@@ -177,7 +179,7 @@ pub fn compare_hypervisor_cpu(
 
 type Text = *const c_char;
 
-/// Makes a call with texts of C, which live as long as the call.
+/// Makes a call with C strings, which live as long as the call.
 fn with_texts<T>(
     target: CpuTarget<'_>,
     cpu: &str,

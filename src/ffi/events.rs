@@ -20,14 +20,14 @@ use virt::sys::{
 use super::domain::identity;
 use super::parameters::copied;
 
-/// Something that happened to a domain, in libvirt's own terms.
+/// A change of a domain, in libvirt's terms.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum RawEventKind {
     /// A QEMU monitor event.
     Monitor {
-        /// QEMU's name of it.
+        /// QEMU's name of the event.
         name: String,
-        /// Its data, JSON; `None` if it has none.
+        /// Its data in JSON, if any.
         details: Option<String>,
     },
     /// `VIR_DOMAIN_EVENT_ID_LIFECYCLE`: `virDomainEventType` and the number of its detail.
@@ -40,7 +40,7 @@ pub enum RawEventKind {
     DeviceRemovalFailed(String),
     /// `VIR_DOMAIN_EVENT_ID_VCPU_REMOVED` (libvirt 12.4), with the number.
     VcpuRemoved(u32),
-    /// `VIR_DOMAIN_EVENT_ID_AGENT_LIFECYCLE`: whether the guest agent is connected.
+    /// `VIR_DOMAIN_EVENT_ID_AGENT_LIFECYCLE`: true if the guest agent is connected.
     Agent(bool),
     /// `VIR_DOMAIN_EVENT_ID_MEMORY_DEVICE_SIZE_CHANGE` (libvirt 7.9).
     MemorySize {
@@ -51,10 +51,10 @@ pub enum RawEventKind {
     },
 }
 
-/// An event of libvirt with the domain that it is about.
+/// An event of libvirt with its domain.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RawEvent {
-    /// The domain's name: tenants' text.
+    /// The domain's name: untrusted text.
     pub name: String,
     /// The domain's UUID in its usual spelling.
     pub uuid: String,
@@ -63,20 +63,20 @@ pub struct RawEvent {
 
 type Listener = Arc<dyn Fn(RawEvent) + Send + Sync>;
 
-/// The listeners of the subscriptions that are alive, by number.
+/// The listeners of all subscriptions, by number.
 ///
-/// libvirt is given the number and never a pointer, as it may still deliver, or free, after a
-/// registration failed or was taken off, if it is just delivering (virObjectEventStateDeregisterID).
+/// libvirt receives the number and never a pointer: while it delivers an event, it may still call or
+/// free after a registration failed or was removed (virObjectEventStateDeregisterID).
 static LISTENERS: Mutex<(usize, BTreeMap<usize, Listener>)> = Mutex::new((0, BTreeMap::new()));
 
 fn listeners() -> MutexGuard<'static, (usize, BTreeMap<usize, Listener>)> {
     LISTENERS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The events of all domains of a connection, for as long as this lives.
+/// A subscription to the events of all domains of a connection, which ends when it is dropped.
 ///
-/// libvirt keeps a reference to a connection that has registrations, so this is to be dropped
-/// before the connection is closed. Making and dropping it ask libvirtd and so may block.
+/// libvirt keeps a reference to a connection that has registrations, so this must be dropped
+/// before the connection is closed. Creating and dropping it call libvirtd and may block.
 pub struct Subscription {
     connect: Connect,
     listener: usize,
@@ -86,14 +86,14 @@ pub struct Subscription {
 }
 
 impl Subscription {
-    /// Has `listener` called with the domain events of [`RawEventKind`], and with the QEMU monitor
-    /// events whose name matches `monitor`, a POSIX extended regular expression. It is called on
-    /// the event loop's thread and must neither block nor call libvirt.
+    /// Subscribes `listener` to the domain events of [`RawEventKind`], and to the QEMU monitor events
+    /// whose name matches `monitor`, a POSIX extended regular expression. The event loop's thread
+    /// calls it; it must neither block nor call libvirt.
     ///
     /// Events that this libvirt or its driver does not support are omitted: see [`Subscription::refused`].
     ///
     /// # Errors
-    /// Only if the connection cannot be held, or for a text with a NUL.
+    /// `VIR_ERR_INVALID_ARG` for a text with a NUL.
     pub fn new(
         connect: &Connect,
         monitor: &str,
@@ -117,12 +117,12 @@ impl Subscription {
         Ok(subscription)
     }
 
-    /// The events that libvirt does not tell here, and what it said.
+    /// Returns the events that this libvirt does not support, each with its error.
     pub fn refused(&self) -> &[(&'static str, Error)] {
         &self.refused
     }
 
-    /// Not a pointer to anything: the number of the listener.
+    /// Returns the number of the listener in the form of a pointer.
     fn opaque(&self) -> *mut c_void {
         ptr::without_provenance_mut(self.listener)
     }
@@ -131,8 +131,8 @@ impl Subscription {
         for (name, id, callback) in callbacks() {
             let id = c_int::try_from(id).unwrap_or(c_int::MAX);
             // SAFETY: the connection is alive; without a domain it is for all of them; the
-            // callback has the signature of its event and `opaque` is no pointer, so there is
-            // nothing to free.
+            // callback has the signature of its event and `opaque` is not a pointer, so there
+            // is nothing to free.
             let registration = unsafe {
                 sys::virConnectDomainEventRegisterAny(
                     self.connect.as_ptr(),
@@ -151,7 +151,7 @@ impl Subscription {
     }
 
     fn register_monitor(&mut self, names: &CString) {
-        // SAFETY: as of the other events; the text ends with a NUL and libvirt copies it.
+        // SAFETY: as for the other events; the text ends with a NUL and libvirt copies it.
         let registration = unsafe {
             sys::virConnectDomainQemuMonitorEventRegister(
                 self.connect.as_ptr(),
@@ -173,10 +173,10 @@ impl Subscription {
 impl Drop for Subscription {
     fn drop(&mut self) {
         let listener = listeners().1.remove(&self.listener);
-        // Not under the lock: it may do anything.
+        // Dropped outside the lock, because a listener's drop may run any code.
         drop(listener);
         // SAFETY: the connection is alive, and the numbers are of registrations that it has. On a
-        // dead connection libvirt takes off its own side all the same.
+        // dead connection libvirt still removes its own side.
         unsafe {
             if let Some(registration) = self.monitor {
                 sys::virConnectDomainQemuMonitorEventDeregister(
@@ -195,7 +195,7 @@ impl Drop for Subscription {
 ///
 /// # Safety
 /// `domain` is alive for the time of the call.
-unsafe fn tell(
+unsafe fn emit(
     domain: sys::virDomainPtr,
     opaque: *mut c_void,
     what: impl FnOnce() -> Option<RawEventKind>,
@@ -211,7 +211,7 @@ unsafe fn tell(
     })));
 }
 
-/// Defines callbacks of libvirt: each tells the listener the event in its arguments, if any.
+/// Defines callbacks for libvirt. Each passes the event in its arguments, if any, to the listener.
 macro_rules! callbacks {
     ($(fn $name:ident($($argument:ident: $type:ty),*) $(-> $result:ty)? { $what:expr })+) => {
         $(unsafe extern "C" fn $name(
@@ -221,7 +221,7 @@ macro_rules! callbacks {
             opaque: *mut c_void,
         ) $(-> $result)? {
             // SAFETY: libvirt holds the domain and the texts for as long as it calls.
-            unsafe { tell(domain, opaque, || $what) };
+            unsafe { emit(domain, opaque, || $what) };
             Default::default()
         })+
     };
@@ -261,7 +261,7 @@ fn agent(state: c_int) -> Option<bool> {
 
 type Callback = sys::virConnectDomainEventGenericCallback;
 
-/// Each domain event with its callback. Those that a libvirt is too old for it refuses.
+/// Returns each domain event with its callback. An old libvirt refuses those that it does not have.
 fn callbacks() -> [(&'static str, sys::virDomainEventID, Callback); 7] {
     // SAFETY: libvirt takes every callback as this type and calls it as the type that belongs to
     // the event (virConnectDomainEventRegisterAny, VIR_DOMAIN_EVENT_CALLBACK).

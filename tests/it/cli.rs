@@ -419,7 +419,7 @@ const COMMANDS: [(&str, &[&str]); 15] = [
         &[CONNECTION, DOCUMENTS, "output schema state-directory"],
     ),
     ("capabilities", &[CONNECTION, DOCUMENTS, "output"]),
-    ("check", &[CONNECTION, DOCUMENTS, DOMAIN, "output"]),
+    ("check", &[CONNECTION, DOCUMENTS, DOMAIN, "try output"]),
     ("hotplug", &[CONNECTION, HOTPLUG]),
     (
         "hotplug vcpus",

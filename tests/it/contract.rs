@@ -155,9 +155,7 @@ async fn job<B: Backend>() {
 
 #[rstest]
 #[tokio::test]
-async fn qemu_is_queried_directly_only_with_deep_verify(
-    #[values(On::Memory, On::Libvirt)] on: On,
-) {
+async fn qemu_is_queried_directly_only_with_deep_verify(#[values(On::Memory, On::Libvirt)] on: On) {
     match on {
         On::Memory => deep::<InMemory>().await,
         On::Libvirt => deep::<Real>().await,

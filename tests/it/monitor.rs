@@ -12,8 +12,7 @@ use crate::support::libvirtd::Libvirtd;
 const LONG: Duration = Duration::from_secs(60);
 
 #[tokio::test]
-async fn metrics_follow_domains_of_any_name()
--> anyhow::Result<()> {
+async fn metrics_follow_domains_of_any_name() -> anyhow::Result<()> {
     let libvirtd = Libvirtd::start()?;
     let daemon = Daemon::start(&libvirtd.uri(), &[]).await?;
     daemon.ready().await?;
