@@ -508,6 +508,7 @@ async fn verdicts(libvirtd: &Libvirtd) -> anyhow::Result<()> {
                 domain: config.name.parse()?,
                 request,
                 require: Require::Online,
+                persistent: false,
                 timeout: PATIENCE,
                 idempotency_key: None,
                 asked_by: AskedBy::Local { uid: 0 },

@@ -129,12 +129,7 @@ impl<B: DomainBackend> DomainBackend for ConnectionSet<B> {
         let backend = match self.backend(domain) {
             Ok(backend) => backend,
             Err(error) => {
-                return Seen {
-                    live: Err(error),
-                    statistics: None,
-                    agent: None,
-                    answers: None,
-                };
+                return Seen::failed(error);
             }
         };
         let mut seen = backend.observe(domain, query).await;
@@ -265,12 +260,7 @@ mod tests {
         }
 
         async fn observe(&self, domain: &DomainRef, _: ObservationQuery) -> Seen {
-            Seen {
-                live: Err(CallError::NotFound(domain.name.clone())),
-                statistics: None,
-                agent: None,
-                answers: None,
-            }
+            Seen::failed(CallError::NotFound(domain.name.clone()))
         }
 
         async fn statistics(&self) -> Result<Vec<DomainStats>, CallError> {

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use tracing::{error, warn};
 
-use crate::hotplug::History;
+use crate::hotplug::{History, VcpuLife};
 use crate::operation::{OperationId, Order, Record};
 
 mod v1;
@@ -45,6 +45,9 @@ pub struct Entry {
     /// The history from before the first call, as long as it is needed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub history: Option<History>,
+    /// The vCPUs that the domain had since its emulator started.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vcpu_life: Option<VcpuLife>,
 }
 
 #[derive(Debug, Error)]

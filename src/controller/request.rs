@@ -63,6 +63,7 @@ pub(super) fn order(object: &HotplugObject, node: &str) -> Result<Order, ObjectE
         domain: domain(spec.domain)?,
         request: request(spec.vcpus, spec.memory)?,
         require: spec.require.into(),
+        persistent: spec.persistent,
         timeout: Duration::from_secs(spec.deadline_seconds.into()),
         idempotency_key: Some(object.uid.clone()),
         asked_by: asker(&object.name),

@@ -22,7 +22,7 @@ use tracing::warn;
 
 use crate::capability::NodeFacts;
 use crate::doctor::checks::observed::{
-    Daemon, LibvirtFailure, LibvirtStatus, Observed, ObservedDomain,
+    AgentAnswer, Daemon, LibvirtFailure, LibvirtStatus, Observed, ObservedDomain,
 };
 use crate::doctor::checks::{Check, DoctorReport, Severity, diagnose};
 use crate::domain::MemoryDevice;
@@ -47,9 +47,9 @@ const CONCURRENT_DOMAINS: usize = 8;
 const ALL_DOMAINS_TIMEOUT: Duration = Duration::from_secs(60);
 /// Timeout for reading all facts about the node.
 const FACTS_TIMEOUT: Duration = Duration::from_secs(60);
-/// Time between the two readings of a guest that lacks memory: a guest that is still plugging
+/// Time between the two readings of a guest that lacks memory or CPUs: a guest that is still plugging
 /// virtio-mem blocks has more after this time.
-const MEMORY_RECHECK: Duration = Duration::from_secs(3);
+const RECHECK: Duration = Duration::from_secs(3);
 
 /// Settings shared by the command and the daemon's task.
 #[derive(Debug, Clone)]
@@ -147,8 +147,8 @@ fn socket_of(uri: &str) -> Option<&Path> {
     socket.map(Path::new)
 }
 
-/// Observes the running domains, and once more those whose guests lack memory that they may just be
-/// plugging.
+/// Observes the running domains, and once more those whose guests lack memory or CPUs that they may
+/// just be plugging, or another client unplugging.
 async fn observe_domains<C: DomainBackend>(control: &C) -> Result<Vec<ObservedDomain>, String> {
     let running = control.statistics().await;
     let running = running.map_err(|error| error.to_string())?;
@@ -167,10 +167,10 @@ async fn observe_domains<C: DomainBackend>(control: &C) -> Result<Vec<ObservedDo
     let all: Vec<usize> = (0..seen.len()).collect();
     query_details(control, &mut seen, all).await;
     let lacking: Vec<usize> = (0..seen.len())
-        .filter(|at| lacks_memory(&seen[*at]))
+        .filter(|at| lacks_memory(&seen[*at]) || lacks_vcpus(&seen[*at]))
         .collect();
     if !lacking.is_empty() {
-        sleep(MEMORY_RECHECK).await;
+        sleep(RECHECK).await;
         for at in &lacking {
             seen[*at].earlier = plugged_memory(&seen[*at]);
         }
@@ -211,6 +211,14 @@ fn virtio_mem(seen: &ObservedDomain) -> impl Iterator<Item = &MemoryDevice> {
 /// True if the guest has plugged less of a virtio-mem device than requested.
 fn lacks_memory(seen: &ObservedDomain) -> bool {
     virtio_mem(seen).any(|device| device.plugged() < device.asked())
+}
+
+/// True if the guest has fewer CPUs than libvirt counts: another client may be changing them.
+fn lacks_vcpus(seen: &ObservedDomain) -> bool {
+    seen.details.as_ref().is_ok_and(|details| {
+        let plugged = details.domain.vcpus.plugged();
+        matches!(&details.agent, AgentAnswer::Answered(guest) if guest.vcpus.len() < plugged)
+    })
 }
 
 /// Returns the plugged size of each virtio-mem device, by alias.
@@ -302,7 +310,7 @@ impl DoctorTask {
         observed
     }
 
-    /// Sets `earlier` of the guests whose plugged memory has not changed for [`MEMORY_RECHECK`].
+    /// Sets `earlier` of the guests whose plugged memory has not changed for [`RECHECK`].
     fn add_earlier_memory(&mut self, observed: &mut Observed) {
         let Ok(domains) = &mut observed.domains else {
             return;
@@ -314,7 +322,7 @@ impl DoctorTask {
                 Some((since, before)) if before == plugged => since,
                 _ => Instant::now(),
             };
-            if since.elapsed() >= MEMORY_RECHECK {
+            if since.elapsed() >= RECHECK {
                 seen.earlier.clone_from(&plugged);
             }
             memory.insert(seen.uuid.clone(), (since, plugged));

@@ -44,6 +44,12 @@ impl IdSet {
         self.0.iter().copied()
     }
 
+    /// Returns the numbers with the noun for them: `CPU 1`, `CPUs 1-2`.
+    pub fn named(&self, noun: &str) -> String {
+        let plural = if self.len() == 1 { "" } else { "s" };
+        format!("{noun}{plural} {self}")
+    }
+
     /// Returns the numbers that `other` lacks.
     pub fn without(&self, other: &Self) -> Self {
         Self(self.0.difference(&other.0).copied().collect())
@@ -122,6 +128,8 @@ mod tests {
             ("0,2,4", "0,2,4", 3),
         ] {
             let set: IdSet = text.parse().unwrap();
+            let plural = if len == 1 { "" } else { "s" };
+            assert_eq!(set.named("CPU"), format!("CPU{plural} {shown}"));
             assert_eq!((set.to_string().as_str(), set.len()), (shown, len));
         }
         for bad in [

@@ -170,6 +170,7 @@ impl<C: DomainBackend, S> Driver<C, S> {
             domain.clone(),
             self.clock,
             &self.executor.options,
+            Arc::clone(&self.executor.vcpu_lives),
             asks_agent,
         ))
     }
@@ -197,6 +198,8 @@ impl<C: DomainBackend, S> Driver<C, S> {
 
     /// Writes the entry to the journal.
     async fn save(&mut self) -> Result<(), String> {
+        let domain = self.entry.record.domain.identity();
+        self.entry.vcpu_life = domain.and_then(|domain| self.executor.vcpu_lives.get(&domain));
         self.executor.write(&self.entry).await
     }
 
@@ -227,7 +230,7 @@ pub(super) fn span(record: &Record) -> Span {
 
 fn latest_timestamp(entry: &Entry) -> Timestamp {
     let history = entry.history.as_ref();
-    let observed = history.map(|history| history.latest().at);
+    let observed = history.map(|history| history.latest().ended());
     let called = history.and_then(|history| {
         let call = history.calls().last()?;
         Some(call.returned.as_ref().map_or(call.started, |(at, _)| *at))

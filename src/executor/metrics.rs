@@ -238,6 +238,7 @@ mod tests {
                 online: false,
             },
             require: Require::Online,
+            persistent: false,
             timeout: Duration::from_secs(60),
             idempotency_key: None,
             asked_by: AskedBy::Local { uid: 0 },

@@ -21,6 +21,7 @@
 mod clock;
 mod driver;
 mod followers;
+mod lives;
 mod metrics;
 mod observer;
 mod options;
@@ -39,6 +40,7 @@ use tracing::{error, info};
 use self::clock::Clock;
 use self::driver::Driver;
 use self::followers::Followers;
+use self::lives::VcpuLives;
 pub use self::metrics::HotplugMetrics;
 pub use self::options::{AvailableMemory, Listener, Options};
 use self::queues::Queues;
@@ -93,6 +95,7 @@ pub struct Executor<C> {
     /// Queues by domain.
     domains: Arc<Queues<DomainRef>>,
     followers: Mutex<Followers>,
+    vcpu_lives: Arc<VcpuLives>,
     tasks: TaskTracker,
     stop: CancellationToken,
 }
@@ -120,6 +123,7 @@ impl<C: DomainBackend> Executor<C> {
             registry: Mutex::default(),
             names: Arc::default(),
             domains: Arc::default(),
+            vcpu_lives: Arc::default(),
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),
         });
@@ -128,6 +132,17 @@ impl<C: DomainBackend> Executor<C> {
             let restored = entries.iter().map(|entry| registry.restore(entry));
             restored.collect()
         };
+        for entry in &entries {
+            let domain = entry.record.domain.identity();
+            if let Some((domain, life)) = domain.zip(entry.vcpu_life.clone()) {
+                executor.vcpu_lives.restore(domain, life);
+            }
+        }
+        let (lives, events) = (Arc::clone(&executor.vcpu_lives), executor.backend.events());
+        let stop = executor.stop.clone();
+        executor.tasks.spawn(async move {
+            stop.run_until_cancelled(lives.follow(events)).await;
+        });
         // Followers first: an operation that starts cancels the follower of its domain. The
         // newest come first, because their number is limited.
         let last = last_of_each_domain(&entries);
@@ -177,6 +192,7 @@ impl<C: DomainBackend> Executor<C> {
             order,
             record,
             history: None,
+            vcpu_life: None,
         };
         let (written, is_written) = oneshot::channel();
         let executor = Arc::clone(self);

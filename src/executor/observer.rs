@@ -7,8 +7,9 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::clock::Clock;
+use super::lives::VcpuLives;
 use super::options::Options;
-use crate::hotplug::{Agent, Contact, GuestVcpus, Observation};
+use crate::hotplug::{Agent, AnswerTimes, Contact, GuestVcpus, Observation};
 use crate::hypervisor::{CallError, DomainBackend, DomainRef, ObservationQuery};
 
 /// Pause after an unanswered question to the guest agent: each one occupies a worker until its
@@ -23,6 +24,7 @@ pub(super) struct Observer<C> {
     clock: Clock,
     timeout: Duration,
     agent_timeout: Duration,
+    vcpu_lives: Arc<VcpuLives>,
     asks_agent: bool,
     asks_qemu: bool,
     silent_agent: Mutex<Option<SilentAgent>>,
@@ -41,6 +43,7 @@ impl<C: DomainBackend> Observer<C> {
         domain: DomainRef,
         clock: Clock,
         options: &Options,
+        vcpu_lives: Arc<VcpuLives>,
         asks_agent: bool,
     ) -> Self {
         Self {
@@ -49,6 +52,7 @@ impl<C: DomainBackend> Observer<C> {
             clock,
             timeout: options.observe_timeout,
             agent_timeout: options.agent_timeout,
+            vcpu_lives,
             asks_agent,
             asks_qemu: options.deep_verify,
             silent_agent: Mutex::default(),
@@ -88,8 +92,18 @@ impl<C: DomainBackend> Observer<C> {
             (None, Some(silent)) if self.asks_agent && may_answer => Agent::Silent(silent.error),
             (None, _) => Agent::NotAsked,
         };
-        Ok(Observation {
+        let received = |at| self.clock.received(at);
+        let answered = AnswerTimes {
+            live: Some(received(seen.times.live)),
+            statistics: seen
+                .statistics
+                .as_ref()
+                .map(|_| received(seen.times.statistics)),
+            agent: seen.times.agent.map(received),
+        };
+        let observation = Observation {
             at,
+            answered,
             domain: live.domain,
             reason: live.reason,
             persistent: live.persistent,
@@ -97,7 +111,9 @@ impl<C: DomainBackend> Observer<C> {
             agent,
             job: live.job,
             answers: seen.answers,
-        })
+        };
+        self.vcpu_lives.observe(&self.domain, &observation);
+        Ok(observation)
     }
 
     fn agent_answer(&self, answer: Result<GuestVcpus, CallError>) -> Agent {

@@ -141,7 +141,7 @@ impl History {
             .cloned()
             .collect();
         for answer in news {
-            self.happened(observation.at, Event::Ost(answer));
+            self.happened(observation.ended(), Event::Ost(answer));
         }
     }
 
@@ -210,6 +210,23 @@ impl History {
     pub(super) fn observations_since(&self, moment: Timestamp) -> usize {
         let since = self.observations.iter().rev();
         since.take_while(|seen| seen.at >= moment).count()
+    }
+
+    /// Returns the largest number of vCPUs that a call of this operation asked for.
+    pub(super) fn most_vcpus(&self) -> u32 {
+        let asked = self.calls.iter().filter_map(|call| match call.action {
+            Action::SetVcpus { count, .. } => Some(count),
+            _ => None,
+        });
+        asked.max().unwrap_or(0)
+    }
+
+    /// True if the hypervisor has carried out this call.
+    pub(super) fn is_done(&self, action: &Action) -> bool {
+        let done = |call: &Call| {
+            call.action == *action && matches!(call.returned, Some((_, Return::Done)))
+        };
+        self.calls.iter().any(done)
     }
 
     pub(super) fn running_call(&self) -> Option<&Call> {

@@ -225,6 +225,49 @@ pub(super) fn at_deadline(history: &History) -> Option<Conclusion> {
     }
 }
 
+/// Maximum number of times that a call is made which has to change the definition as well.
+const MAX_DEFINITION_CALLS: usize = 3;
+
+/// Adds to a proof what became of the domain's definition, and withholds the proof until a requested
+/// change of it was made: a call that libvirt gives up, as it does with a slow unplug, changes the
+/// running domain at most.
+pub(super) fn with_definition(history: &History, ruling: Ruling, now: Timestamp) -> Ruling {
+    let finding = match ruling {
+        Ruling::Conclude(finding) if finding.verdict == Verdict::Verified => finding,
+        other => return other,
+    };
+    let persistent = history.before.persistent && !history.plan.actions.is_empty();
+    let mut planned = history.plan.actions.iter();
+    let Some(action) = planned.find(|action| action.persists() && !history.is_done(action)) else {
+        let note = if history.plan.actions.iter().any(Action::persists) {
+            "; the definition was changed as well"
+        } else if persistent {
+            "; the definition is unchanged"
+        } else {
+            ""
+        };
+        return Ruling::Conclude(Conclusion::new(
+            Verdict::Verified,
+            format!("{}{note}", finding.message),
+        ));
+    };
+    if history.running_call().is_some() && !history.is_over(now) {
+        return Ruling::wait("libvirt to change the definition");
+    }
+    let calls = history.calls().iter();
+    let calls = calls.filter(|call| call.action == *action).count();
+    if calls < MAX_DEFINITION_CALLS && history.may_call() && !history.is_over(now) {
+        return Ruling::Call(action.clone());
+    }
+    Ruling::Conclude(Conclusion::new(
+        Verdict::PartiallyApplied,
+        format!(
+            "{}; libvirt did not confirm the change of the definition: see virsh dumpxml --inactive",
+            finding.message
+        ),
+    ))
+}
+
 /// Returns libvirt's text or, if that is empty, a substitute.
 fn text_or_default(message: &str) -> &str {
     match message.trim() {

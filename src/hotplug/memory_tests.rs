@@ -34,7 +34,8 @@ fn virtio_mem_grows_and_shrinks_verified() {
         world.made[1],
         Action::ResizeVirtioMem {
             alias: "ua-mem0".to_owned(),
-            requested: KiB::new(0).unwrap()
+            requested: KiB::new(0).unwrap(),
+            persist: false,
         }
     );
 }
@@ -166,6 +167,7 @@ fn dimm_in_guest_total_yields_verified() {
         alias: "ua-virtnode-dimm0".to_owned(),
         size: KiB::new(512 * 1024).unwrap(),
         node: Some(0),
+        persist: false,
     };
     assert_eq!(world.made, [dimm]);
 
@@ -218,7 +220,7 @@ fn small_offline_dimm_is_not_mistaken_for_kernel_overhead() {
     let mut world = World::new(1, world.behavior).with_dimms();
     let before = world.observe();
     let request = HotplugRequest::Memory { size: mib(640) };
-    let Preflight::Ready(plan) = preflight(&request, &before, &Host::default()) else {
+    let Preflight::Ready(plan) = preflight(&request, Scope::Live, &before, &Host::default()) else {
         panic!();
     };
     let mut unknown = before;
@@ -382,6 +384,7 @@ fn two_devices_grow_from_first_and_shrink_from_last() {
     world.domain.memory.devices.push(second);
     let plan = |world: &World, size| match preflight(
         &HotplugRequest::Memory { size },
+        Scope::Live,
         &world.observe(),
         &Host::default(),
     ) {
@@ -389,7 +392,9 @@ fn two_devices_grow_from_first_and_shrink_from_last() {
             .actions
             .iter()
             .map(|action| match action {
-                Action::ResizeVirtioMem { alias, requested } => format!("{alias} {requested}"),
+                Action::ResizeVirtioMem {
+                    alias, requested, ..
+                } => format!("{alias} {requested}"),
                 other => panic!("{other:?}"),
             })
             .collect::<Vec<_>>(),

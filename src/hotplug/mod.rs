@@ -63,6 +63,8 @@ mod resource;
 mod simulation;
 mod timeline;
 #[cfg(test)]
+mod truth_tests;
+#[cfg(test)]
 mod unplug_tests;
 mod vcpus;
 #[cfg(test)]
@@ -75,10 +77,11 @@ pub use evidence::{Evidence, Source};
 pub use history::{Call, Contact, History, Return};
 pub use infeasible::Infeasible;
 pub use kind::{ResourceKind, Wanted};
-pub use observation::{Agent, GuestVcpus, Host, Observation};
+pub use observation::{Agent, AnswerTimes, GuestVcpus, Host, Observation};
 pub use outcome::{Diagnosis, Outcome, Step};
-pub use plan::{Action, Plan, Preflight, Rejection};
+pub use plan::{Action, Plan, Preflight, Rejection, Scope};
 pub use request::{HotplugRequest, Patience, Require, Terms};
+pub use vcpus::VcpuLife;
 pub use verdict::Verdict;
 
 use memory::MemoryResource;
@@ -122,13 +125,21 @@ impl HotplugRequest {
 ///
 /// Limits come first: a request that can never be carried out is rejected even while a job holds
 /// the domain.
-pub fn preflight(request: &HotplugRequest, seen: &Observation, host: &Host) -> Preflight {
+pub fn preflight(
+    request: &HotplugRequest,
+    scope: Scope,
+    seen: &Observation,
+    host: &Host,
+) -> Preflight {
     let state = seen.domain.state;
     let not_running = || Preflight::Rejected(Rejection::NotRunning(seen.state(), seen.remedy()));
     if !state.is_active() {
         return not_running();
     }
-    let plan = match resource_of(request).preflight(seen, host) {
+    if scope.persists() && !seen.persistent {
+        return Preflight::Rejected(Infeasible::NoDefinition.into());
+    }
+    let plan = match resource_of(request).preflight(seen, host, scope) {
         Ok(plan) => plan,
         Err(limit) => return Preflight::Rejected(limit.into()),
     };
@@ -140,6 +151,9 @@ pub fn preflight(request: &HotplugRequest, seen: &Observation, host: &Host) -> P
         // Many jobs pause the domain, and end a moment before the domain resumes.
         _ if seen.reason.is_some_and(PauseReason::ends_by_itself) => {
             Preflight::Blocked(seen.awaiting())
+        }
+        _ if seen.is_unexplained() => {
+            Preflight::Unexplained(Rejection::NotRunning(seen.state(), seen.remedy()))
         }
         _ => not_running(),
     }
@@ -194,7 +208,7 @@ fn rule(history: &History, now: Timestamp) -> Ruling {
         .next_planned()
         .filter(|_| history.running_call().is_none())
     else {
-        return resource.judge(history, now);
+        return lifecycle::with_definition(history, resource.judge(history, now), now);
     };
     if !history.is_over(now) {
         return Ruling::Call(action.clone());

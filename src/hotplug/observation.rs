@@ -10,8 +10,12 @@ use crate::units::{Bytes, ParseError, Timestamp};
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Observation {
-    /// The *start* of the observation: later changes may be missing.
+    /// The *start* of the observation: later changes may be missing. It decides what the observation
+    /// proves.
     pub at: Timestamp,
+    /// The times of the answers, for the record.
+    #[serde(default)]
+    pub answered: AnswerTimes,
     pub domain: Domain,
     /// The reason why the domain is not running.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -26,6 +30,20 @@ pub struct Observation {
     /// The guest's last answers through ACPI that QEMU remembers; `None` if QEMU was not asked.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub answers: Option<Vec<Ost>>,
+}
+
+/// The times at which the parts of an observation were received; `None` for a part that was not,
+/// or in a journal of an older version.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct AnswerTimes {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub live: Option<Timestamp>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub statistics: Option<Timestamp>,
+    /// The answer of the guest agent, or the end of the wait for it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub agent: Option<Timestamp>,
 }
 
 /// The result of asking the guest agent for its CPUs (`virDomainGetGuestVcpus`).
@@ -67,6 +85,28 @@ impl GuestVcpus {
 }
 
 impl Observation {
+    /// Returns the time at which the live XML was received.
+    pub fn live_at(&self) -> Timestamp {
+        self.answered.live.unwrap_or(self.at)
+    }
+
+    /// Returns the time at which the statistics were received.
+    pub fn statistics_at(&self) -> Timestamp {
+        self.answered.statistics.unwrap_or_else(|| self.live_at())
+    }
+
+    /// Returns the time at which the guest agent answered.
+    pub fn agent_at(&self) -> Timestamp {
+        self.answered.agent.unwrap_or_else(|| self.live_at())
+    }
+
+    /// Returns the time of the last answer.
+    pub fn ended(&self) -> Timestamp {
+        self.live_at()
+            .max(self.statistics_at())
+            .max(self.agent_at())
+    }
+
     pub fn guest(&self) -> Option<&GuestVcpus> {
         match &self.agent {
             Agent::Answered(guest) => Some(guest),
@@ -94,6 +134,14 @@ impl Observation {
         }
     }
 
+    /// True if the domain is paused and libvirt reports no reason.
+    pub(super) fn is_unexplained(&self) -> bool {
+        self.domain.state == DomainState::Paused
+            && self
+                .reason
+                .is_none_or(|reason| reason == PauseReason::Unknown)
+    }
+
     /// Describes the wait for a domain that is paused for a while.
     pub(super) fn awaiting(&self) -> String {
         format!("the domain, {}, to run again", self.state())
@@ -107,9 +155,11 @@ impl Observation {
     }
 }
 
-/// Facts about the node.
+/// Facts that an observation of the domain does not show.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Host {
     /// Memory that is free or used for caches only; `None` if unknown.
     pub available: Option<Bytes>,
+    /// vCPUs that left the domain since its emulator started, as far as they were observed.
+    pub released_vcpus: u32,
 }

@@ -7,7 +7,7 @@
 
 use super::kind::{ResourceKind, Wanted};
 use super::outcome::Ruling;
-use super::{Action, Amount, Evidence, History, Host, Infeasible, Observation, Plan};
+use super::{Action, Amount, Evidence, History, Host, Infeasible, Observation, Plan, Scope};
 use crate::units::Timestamp;
 
 /// A request for one kind of resource: its limits, its evidence and the rules of its verdict.
@@ -26,7 +26,7 @@ pub(super) trait Resource {
     ///
     /// # Errors
     /// The first limit that rules the request out.
-    fn preflight(&self, seen: &Observation, host: &Host) -> Result<Plan, Infeasible>;
+    fn preflight(&self, seen: &Observation, host: &Host, scope: Scope) -> Result<Plan, Infeasible>;
 
     /// True if the live XML shows what is requested.
     fn is_reached(&self, history: &History) -> bool;

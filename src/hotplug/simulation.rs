@@ -95,6 +95,10 @@ pub(super) enum WorldChange {
     Onlines(u32),
     /// A vCPU runs for a moment, with or without the guest's system.
     Runs(u32),
+    /// Another client sets the number of vCPUs.
+    AnotherSets(u32),
+    /// The agent begins to claim CPUs up to this number.
+    Claims(u32),
 }
 
 #[derive(Debug, Clone)]
@@ -104,6 +108,8 @@ pub(super) struct World {
     pub(super) behavior: GuestBehavior,
     pub(super) paused_by: PauseReason,
     pub(super) persistent: bool,
+    /// Scope of the requests.
+    pub(super) scope: Scope,
     pub(super) monitor_events: bool,
     pub(super) counts_time: bool,
     /// libvirt up to 12.3 does not notice that a vCPU was released.
@@ -111,6 +117,8 @@ pub(super) struct World {
     /// libvirt 9.0 does not notice even when the call is repeated.
     pub(super) rejects_repeats: bool,
     pub(super) host: Host,
+    /// The agent claims CPUs up to this number.
+    pub(super) claims: Option<u32>,
     pub(super) made: Vec<Action>,
     /// The error of every call.
     pub(super) fails: Option<CallError>,
@@ -193,11 +201,13 @@ impl World {
             domain,
             paused_by: PauseReason::User,
             persistent: false,
+            scope: Scope::Live,
             monitor_events: true,
             counts_time: true,
             misses_removals: true,
             rejects_repeats: false,
             host: Host::default(),
+            claims: None,
             made: Vec::new(),
             fails: None,
             call_takes: ms(50),
@@ -266,6 +276,10 @@ impl World {
         ) {
             (false, _) => Agent::NotAsked,
             (true, false) => Agent::Silent("Guest agent is not responding".to_owned()),
+            (true, true) if self.claims.is_some() => Agent::Answered(GuestVcpus {
+                vcpus: (0..self.claims.unwrap_or(0)).collect(),
+                online: (0..self.claims.unwrap_or(0)).collect(),
+            }),
             (true, true) => Agent::Answered(GuestVcpus {
                 vcpus: self.has.iter().copied().collect(),
                 online: self.online.iter().copied().collect(),
@@ -285,6 +299,7 @@ impl World {
         };
         Observation {
             at: self.now,
+            answered: AnswerTimes::default(),
             domain: self.domain.clone(),
             reason: (self.domain.state == DomainState::Paused).then_some(self.paused_by),
             persistent: self.persistent,
@@ -348,9 +363,10 @@ impl World {
     /// Carries out a request like an executor.
     pub(super) fn carry_out(&mut self, request: HotplugRequest, terms: Terms) -> Ended {
         let before = self.observe();
-        let plan = match preflight(&request, &before, &self.host) {
+        let plan = match preflight(&request, self.scope, &before, &self.host) {
             Preflight::Ready(plan) => plan,
             Preflight::Rejected(rejection) => return Ended::Rejected(rejection),
+            Preflight::Unexplained(rejection) => return Ended::Rejected(rejection),
             Preflight::Blocked(why) => panic!("blocked by {why}"),
         };
         let mut history = History::new(request, terms, plan, before, self.monitor_events);

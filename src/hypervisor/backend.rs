@@ -58,6 +58,32 @@ pub struct Seen {
     /// `None` if the agent was not asked.
     pub agent: Option<Result<GuestVcpus, CallError>>,
     pub answers: Option<Vec<Ost>>,
+    pub times: SeenTimes,
+}
+
+/// The times at which the parts of an observation were received, or given up.
+#[derive(Debug, Clone, Copy)]
+pub struct SeenTimes {
+    pub live: Instant,
+    pub statistics: Instant,
+    pub agent: Option<Instant>,
+}
+
+impl Seen {
+    /// Returns the observation of a domain that could not be asked anything.
+    pub fn failed(error: CallError) -> Self {
+        Self {
+            live: Err(error),
+            statistics: None,
+            agent: None,
+            answers: None,
+            times: SeenTimes {
+                live: now(),
+                statistics: now(),
+                agent: None,
+            },
+        }
+    }
 }
 
 impl ObservationQuery {
@@ -71,19 +97,28 @@ impl ObservationQuery {
         answers: impl Future<Output = Result<Vec<Ost>, CallError>>,
     ) -> Seen {
         let statistics = async {
-            if self.statistics {
+            let answer = if self.statistics {
                 within(self.timeout, "domain-stats", statistics).await.ok()
             } else {
                 None
-            }
+            };
+            (answer, now())
         };
-        let live = within(self.timeout, "domain", live);
-        let (live, statistics) = tokio::join!(live, statistics);
+        let live = async {
+            let answer = within(self.timeout, "domain", live).await;
+            (answer, now())
+        };
+        let ((live, live_at), (statistics, statistics_at)) = tokio::join!(live, statistics);
         let mut seen = Seen {
             live,
             statistics,
             agent: None,
             answers: None,
+            times: SeenTimes {
+                live: live_at,
+                statistics: statistics_at,
+                agent: None,
+            },
         };
         let Ok(live) = &seen.live else { return seen };
         if let Some(timeout) = self.agent
@@ -91,12 +126,18 @@ impl ObservationQuery {
             && live.domain.state.runs()
         {
             seen.agent = Some(within(timeout, "guest-vcpus", agent).await);
+            seen.times.agent = Some(now());
         }
         if self.answers {
             seen.answers = within(self.timeout, "acpi-answers", answers).await.ok();
         }
         seen
     }
+}
+
+/// Returns the present time of tokio's clock, which tests can stop.
+fn now() -> Instant {
+    tokio::time::Instant::now().into_std()
 }
 
 async fn within<T>(

@@ -18,6 +18,7 @@ use tokio::sync::watch;
 
 pub use self::backend::{
     Change, DomainBackend, DomainStats, LiveDomain, Notice, Notices, ObservationQuery, Seen,
+    SeenTimes,
 };
 pub use self::libvirt::{Keepalive, Libvirt, LibvirtConfig, Workers};
 pub use self::metrics::{CALLS, HypervisorMetrics};

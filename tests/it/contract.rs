@@ -80,6 +80,7 @@ impl<C: DomainBackend> Node<C> {
             domain: NAME.parse().unwrap(),
             request,
             require,
+            persistent: false,
             timeout: Duration::from_secs(within),
             idempotency_key: None,
             asked_by: AskedBy::Local { uid: 0 },
@@ -268,6 +269,7 @@ async fn calls<B: Backend>() {
     let resize = Action::ResizeVirtioMem {
         alias: "ua-mem0".to_owned(),
         requested: half,
+        persist: false,
     };
     control.apply(&id, &resize).await.unwrap();
     hears(&mut notices, |event| {
@@ -279,6 +281,7 @@ async fn calls<B: Backend>() {
         alias: "ua-dimm".to_owned(),
         size: KiB::new(mib * 1024).unwrap(),
         node: Some(0),
+        persist: false,
     };
     let error = control.apply(&id, &dimm(129)).await.unwrap_err();
     assert!(error.to_string().contains("0x200000"), "{error}");

@@ -127,6 +127,7 @@ fn resize(alias: &str, mib: u64) -> Action {
     Action::ResizeVirtioMem {
         alias: alias.to_owned(),
         requested: KiB::new(mib * 1024).unwrap(),
+        persist: false,
     }
 }
 
@@ -135,6 +136,7 @@ fn dimm(alias: &str) -> Action {
         alias: alias.to_owned(),
         size: KiB::new(128 * 1024).unwrap(),
         node: Some(0),
+        persist: false,
     }
 }
 
@@ -516,6 +518,7 @@ async fn lock_held_by_another_client_is_busy_and_retried_when_libvirt_speaks_jap
             online: false,
         },
         require: Require::Online,
+        persistent: false,
         timeout: 2 * LONG,
         idempotency_key: None,
         asked_by: AskedBy::Local { uid: 0 },

@@ -98,6 +98,10 @@ pub struct DomainHotplugSpec {
     /// uses the resource (for an unplug: the resource is removed everywhere). Default: Online.
     #[serde(default)]
     pub require: RequireLevel,
+    /// If true, the domain's definition on its node is changed as well, for its next start. Default:
+    /// false. Only the running domain is changed, and the change ends with it.
+    #[serde(default)]
+    pub persistent: bool,
     /// Deadline of the verdict in seconds after the daemon accepted the object (status.startTime),
     /// including the wait for other operations on the same domain. From 1 to 3600. Default: 120.
     #[serde(default = "deadline_seconds")]

@@ -28,6 +28,7 @@ pub(super) trait HotplugBody: DeserializeOwned {
 /// into one that rejects unknown fields.
 pub(super) struct CommonFields {
     pub(super) require: Require,
+    pub(super) persistent: bool,
     pub(super) timeout_seconds: Option<u64>,
     pub(super) idempotency_key: Option<String>,
 }
@@ -59,6 +60,7 @@ pub(super) fn order<B: HotplugBody>(
         domain,
         request,
         require: common.require,
+        persistent: common.persistent,
         timeout: Duration::from_secs(seconds),
         asked_by,
         idempotency_key: key,

@@ -12,6 +12,8 @@ pub(super) struct MemoryBody {
     size: Bytes,
     #[serde(default, deserialize_with = "level")]
     require: Require,
+    #[serde(default)]
+    persistent: bool,
     timeout_seconds: Option<u64>,
     idempotency_key: Option<String>,
 }
@@ -22,6 +24,7 @@ impl HotplugBody for MemoryBody {
     fn into_parts(self) -> (HotplugRequest, CommonFields) {
         let common = CommonFields {
             require: self.require,
+            persistent: self.persistent,
             timeout_seconds: self.timeout_seconds,
             idempotency_key: self.idempotency_key,
         };

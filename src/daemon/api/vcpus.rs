@@ -13,6 +13,8 @@ pub(super) struct VcpusBody {
     online: bool,
     #[serde(default, deserialize_with = "level")]
     require: Require,
+    #[serde(default)]
+    persistent: bool,
     timeout_seconds: Option<u64>,
     idempotency_key: Option<String>,
 }
@@ -27,6 +29,7 @@ impl HotplugBody for VcpusBody {
         };
         let common = CommonFields {
             require: self.require,
+            persistent: self.persistent,
             timeout_seconds: self.timeout_seconds,
             idempotency_key: self.idempotency_key,
         };

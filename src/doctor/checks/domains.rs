@@ -184,7 +184,7 @@ fn check_vcpus(domains: &[ObservedDomain], report: &mut DoctorReport) {
         let (what, remedy) = match &details.agent {
             AgentAnswer::Answered(guest) if guest.vcpus.len() < count => (
                 format!(
-                    "{count} vCPUs are plugged, but its guest has {}",
+                    "libvirt counts {count} vCPUs, but its guest has {}",
                     guest.vcpus.len()
                 ),
                 Remedy::in_guest(
@@ -192,9 +192,11 @@ fn check_vcpus(domains: &[ObservedDomain], report: &mut DoctorReport) {
                         "cat /proc/cmdline /sys/devices/system/cpu/possible; dmesg | grep -i 'nr_cpus\\|possible_cpus\\|Unable to map'",
                     ],
                     format!(
-                        "Remove or raise nr_cpus= or possible_cpus= on the guest's kernel command \
-                         line, and reboot the guest. Until then, to remove the unused vCPUs, run on \
-                         the host: `virtnode hotplug vcpus {name} {}`",
+                        "If the kernel has no room for more, remove or raise nr_cpus= or \
+                         possible_cpus= on its command line, and reboot the guest. If it has, a client \
+                         had a vCPU unplugged, and libvirt still counts it, as it does before 12.4. In \
+                         both cases `virtnode hotplug vcpus {name} {}` on the host makes libvirt count \
+                         what the guest has",
                         guest.vcpus.len().max(details.domain.vcpus.fixed())
                     ),
                 ),
@@ -218,7 +220,12 @@ fn check_vcpus(domains: &[ObservedDomain], report: &mut DoctorReport) {
             AgentAnswer::Silent(_) | AgentAnswer::NotAsked => match never_ran(seen, &plugged) {
                 idle if idle.is_empty() || !seen.state.runs() => continue,
                 idle => (
-                    format!("vCPUs {idle} are plugged but have never run"),
+                    format!(
+                        "{} {} plugged but {} never run",
+                        idle.named("vCPU"),
+                        if idle.len() == 1 { "is" } else { "are" },
+                        if idle.len() == 1 { "has" } else { "have" },
+                    ),
                     Remedy::in_guest(
                         ["cat /sys/devices/system/cpu/present /sys/devices/system/cpu/online"],
                         "They are offline (`echo 1 >/sys/devices/system/cpu/cpuN/online`), or the \

@@ -9,7 +9,7 @@ mod verdict;
 use super::kind::{ResourceKind, Wanted};
 use super::outcome::Ruling;
 use super::resource::Resource;
-use super::{Amount, Evidence, History, Host, Infeasible, Observation, Plan};
+use super::{Amount, Evidence, History, Host, Infeasible, Observation, Plan, Scope};
 use crate::units::{Bytes, Timestamp};
 
 /// A request for a total amount of memory: boot memory and memory devices.
@@ -43,8 +43,8 @@ impl Resource for MemoryResource {
         }
     }
 
-    fn preflight(&self, seen: &Observation, host: &Host) -> Result<Plan, Infeasible> {
-        preflight::preflight(self.size, seen, host)
+    fn preflight(&self, seen: &Observation, host: &Host, scope: Scope) -> Result<Plan, Infeasible> {
+        preflight::preflight(self.size, seen, host, scope)
     }
 
     fn is_reached(&self, history: &History) -> bool {

@@ -1,14 +1,19 @@
 //! Limits on the amount of memory, and the calls.
 
 use crate::domain::{Domain, Memory, MemoryDevice, MemoryModel};
-use crate::hotplug::{Action, Host, Infeasible, Observation, Plan};
+use crate::hotplug::{Action, Host, Infeasible, Observation, Plan, Scope};
 use crate::units::{Bytes, KiB};
 
 /// Plans the calls for a total of `size`.
 ///
 /// # Errors
 /// The first limit that rules the request out.
-pub(super) fn preflight(size: Bytes, seen: &Observation, host: &Host) -> Result<Plan, Infeasible> {
+pub(super) fn preflight(
+    size: Bytes,
+    seen: &Observation,
+    host: &Host,
+    scope: Scope,
+) -> Result<Plan, Infeasible> {
     let memory = &seen.domain.memory;
     if size < memory.boot || size == Bytes::ZERO {
         return Err(Infeasible::BelowBootMemory {
@@ -17,7 +22,7 @@ pub(super) fn preflight(size: Bytes, seen: &Observation, host: &Host) -> Result<
         });
     }
     if size == memory.asked() {
-        return Ok(Plan::default());
+        return Ok(unchanged(memory, scope));
     }
     if memory.maximum.is_none() {
         return Err(Infeasible::NoMaxMemory {
@@ -29,7 +34,25 @@ pub(super) fn preflight(size: Bytes, seen: &Observation, host: &Host) -> Result<
         None => vec![attach(size, &seen.domain)?],
     };
     check_node(size, memory, host)?;
-    Ok(Plan { actions })
+    Ok(Plan { actions }.in_scope(scope))
+}
+
+/// Plans nothing for a domain that has what is requested, or the calls that change its definition
+/// alone. A DIMM cannot be attached a second time, so only virtio-mem devices follow.
+fn unchanged(memory: &Memory, scope: Scope) -> Plan {
+    if !scope.persists() {
+        return Plan::default();
+    }
+    let resize = |device: &MemoryDevice| {
+        Some(Action::ResizeVirtioMem {
+            alias: device.alias.clone()?,
+            requested: KiB::try_from(device.asked()).ok()?,
+            persist: true,
+        })
+    };
+    Plan {
+        actions: memory.virtio_mem().filter_map(resize).collect(),
+    }
 }
 
 fn check_node(size: Bytes, memory: &Memory, host: &Host) -> Result<(), Infeasible> {
@@ -96,6 +119,7 @@ fn resize(size: Bytes, memory: &Memory) -> Result<Vec<Action>, Infeasible> {
             actions.push(Action::ResizeVirtioMem {
                 alias: alias.clone(),
                 requested: target,
+                persist: false,
             });
         }
     }
@@ -195,6 +219,7 @@ fn attach(size: Bytes, domain: &Domain) -> Result<Action, Infeasible> {
         alias: free_alias(domain),
         size: dimm,
         node,
+        persist: false,
     })
 }
 

@@ -8,15 +8,15 @@ pub(super) fn timeline(history: &History) -> Vec<Evidence> {
     for seen in history.observations() {
         let memory = &seen.domain.memory;
         let asked = format!("{} asked for", memory.asked());
-        timeline.add(Source::LiveXml, seen.at, asked);
+        timeline.add(Source::LiveXml, seen.live_at(), asked);
         for device in memory.virtio_mem() {
             let alias = device.alias.as_deref().unwrap_or("a virtio-mem device");
             let detail = format!("the guest has {} of {alias}", device.plugged());
-            timeline.add(Source::VirtioMem, seen.at, detail);
+            timeline.add(Source::VirtioMem, seen.live_at(), detail);
         }
         if let Some(total) = seen.guest_total() {
             let detail = format!("the guest sees {total} in all");
-            timeline.add(Source::BalloonStats, seen.at, detail);
+            timeline.add(Source::BalloonStats, seen.statistics_at(), detail);
         }
     }
     timeline.finish()
@@ -24,9 +24,9 @@ pub(super) fn timeline(history: &History) -> Vec<Evidence> {
 
 fn describe(action: &Action) -> Option<String> {
     match action {
-        Action::ResizeVirtioMem { alias, requested } => {
-            Some(format!("ask the guest to have {requested} of {alias}"))
-        }
+        Action::ResizeVirtioMem {
+            alias, requested, ..
+        } => Some(format!("ask the guest to have {requested} of {alias}")),
         Action::AttachDimm { alias, size, .. } => Some(format!("attach {alias} of {size}")),
         Action::SetVcpus { .. } | Action::OnlineVcpus { .. } => None,
     }

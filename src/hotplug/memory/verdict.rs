@@ -127,7 +127,7 @@ impl MemoryRules<'_> {
     fn elapsed(&self) -> String {
         match (self.history.calls().first(), self.facts.latest) {
             (Some(call), Some(latest)) => {
-                format!(" after {}", seconds(latest.at.since(call.started)))
+                format!(" after {}", seconds(latest.ended().since(call.started)))
             }
             _ => String::new(),
         }

@@ -54,13 +54,17 @@ impl World {
                     self.online.extend(ids.iter());
                 }
             }
-            Action::ResizeVirtioMem { alias, requested } => {
+            Action::ResizeVirtioMem {
+                alias, requested, ..
+            } => {
                 let device = self.domain.memory.devices.iter_mut();
                 let mut device = device.filter(|device| device.alias.as_ref() == Some(alias));
                 device.next().unwrap().requested = Some((*requested).into());
                 self.later(ms(100), Effect::GuestResizes(alias.clone()));
             }
-            Action::AttachDimm { alias, size, node } => {
+            Action::AttachDimm {
+                alias, size, node, ..
+            } => {
                 let slot = u32::try_from(self.domain.memory.dimms().count()).unwrap();
                 self.domain.memory.devices.push(MemoryDevice {
                     model: MemoryModel::Dimm,
@@ -212,6 +216,21 @@ impl World {
                 self.later(ms(10), Effect::GuestResizes("ua-mem0".to_owned()));
             }
             WorldChange::Runs(id) => *self.times.entry(id).or_default() += 50,
+            WorldChange::Claims(count) => self.claims = Some(count),
+            WorldChange::AnotherSets(count) => {
+                let (made, pending) = (self.made.len(), self.pending.len());
+                self.call(&Action::SetVcpus {
+                    count,
+                    persist: false,
+                });
+                self.made.truncate(made);
+                // The other client gets the answer.
+                let mut index = 0;
+                self.pending.retain(|(_, effect)| {
+                    index += 1;
+                    index <= pending || !matches!(effect, Effect::Return(_))
+                });
+            }
             WorldChange::Onlines(id) => self.apply(Effect::GuestOnlines(id)),
         }
     }

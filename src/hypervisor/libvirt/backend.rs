@@ -70,12 +70,17 @@ impl DomainBackend for Libvirt {
         self.about(class, name, domain, move |session, domain| match action {
             Action::SetVcpus { count, persist } => session.set_vcpus(domain, count, persist),
             Action::OnlineVcpus { ids } => session.set_guest_vcpus(domain, &ids, true),
-            Action::ResizeVirtioMem { alias, requested } => {
-                session.resize_virtio_mem(domain, &alias, requested)
-            }
-            Action::AttachDimm { alias, size, node } => {
-                session.attach_dimm(domain, &alias, size, node)
-            }
+            Action::ResizeVirtioMem {
+                alias,
+                requested,
+                persist,
+            } => session.resize_virtio_mem(domain, &alias, requested, persist),
+            Action::AttachDimm {
+                alias,
+                size,
+                node,
+                persist,
+            } => session.attach_dimm(domain, &alias, size, node, persist),
         })
         .await
     }

@@ -174,14 +174,15 @@ impl Session {
         vcpus: u32,
         persist: bool,
     ) -> Result<(), CallError> {
-        let config = if persist {
-            sys::VIR_DOMAIN_AFFECT_CONFIG
+        // The bits are those of all changes (`VIR_DOMAIN_VCPU_LIVE`, `_CONFIG`). Without `HOTPLUGGABLE`
+        // the vCPUs that are added to the definition cannot be unplugged after the next start.
+        let flags = if persist {
+            affects(true) | sys::VIR_DOMAIN_VCPU_HOTPLUGGABLE
         } else {
-            0
+            affects(false)
         };
         self.with("set-vcpus", domain, |domain| {
-            // The bits are those of all changes (`VIR_DOMAIN_VCPU_LIVE`, `_CONFIG`).
-            domain.set_vcpus_flags(vcpus, sys::VIR_DOMAIN_AFFECT_LIVE | config)
+            domain.set_vcpus_flags(vcpus, flags)
         })
     }
 
@@ -190,9 +191,30 @@ impl Session {
         domain: &DomainRef,
         alias: &str,
         requested: KiB,
+        persist: bool,
+    ) -> Result<(), CallError> {
+        self.update_virtio_mem(domain, alias, requested, 0, sys::VIR_DOMAIN_AFFECT_LIVE)?;
+        if persist {
+            // In one call libvirt takes the live device's address for a change of the definition's,
+            // which has none ("cannot modify memory address", libvirt 11.3).
+            let inactive = sys::VIR_DOMAIN_XML_INACTIVE;
+            let config = sys::VIR_DOMAIN_AFFECT_CONFIG;
+            self.update_virtio_mem(domain, alias, requested, inactive, config)?;
+        }
+        Ok(())
+    }
+
+    /// Changes a device in the live or the inactive definition, as `xml` and `affects` select.
+    fn update_virtio_mem(
+        &self,
+        domain: &DomainRef,
+        alias: &str,
+        requested: KiB,
+        xml: u32,
+        affects: u32,
     ) -> Result<(), CallError> {
         const CALL: &str = "update-device";
-        let definition = self.with(CALL, domain, |domain| domain.xml_desc(0))?;
+        let definition = self.with(CALL, domain, |domain| domain.xml_desc(xml))?;
         let device = xml::with_requested(&definition, alias, requested);
         let device = device.ok_or_else(|| CallError::Failed {
             call: CALL.into(),
@@ -200,7 +222,7 @@ impl Session {
             text: format!("there is no virtio-mem device with the alias {alias:?}"),
         })?;
         self.with(CALL, domain, |domain| {
-            domain.update_device_flags(&device, sys::VIR_DOMAIN_AFFECT_LIVE)
+            domain.update_device_flags(&device, affects)
         })
     }
 
@@ -210,13 +232,23 @@ impl Session {
         alias: &str,
         size: KiB,
         node: Option<u32>,
+        persist: bool,
     ) -> Result<(), CallError> {
         const CALL: &str = "attach-device";
         no_nul(CALL, [Some(alias)])?;
         let device = xml::dimm(alias, size, node);
         self.with(CALL, domain, |domain| {
-            domain.attach_device_flags(&device, sys::VIR_DOMAIN_AFFECT_LIVE)
+            domain.attach_device_flags(&device, affects(persist))
         })
+    }
+}
+
+/// Returns the flags for a change of the running domain and, if it persists, of its definition.
+fn affects(persist: bool) -> u32 {
+    if persist {
+        sys::VIR_DOMAIN_AFFECT_LIVE | sys::VIR_DOMAIN_AFFECT_CONFIG
+    } else {
+        sys::VIR_DOMAIN_AFFECT_LIVE
     }
 }
 

@@ -131,6 +131,7 @@ fn order(domain: &str, request: HotplugRequest) -> Order {
         domain: domain.parse().unwrap(),
         request,
         require: Require::Online,
+        persistent: false,
         timeout: Duration::from_secs(30),
         idempotency_key: None,
         asked_by: AskedBy::Local { uid: 0 },

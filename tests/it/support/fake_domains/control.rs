@@ -65,9 +65,9 @@ impl DomainBackend for FakeControl {
                 self.change(&name, FakeDomain::bring_online);
                 error.map_or(Ok(()), Err)
             }
-            Action::ResizeVirtioMem { alias, requested } => {
-                self.resize_virtio_mem(domain, alias, *requested).await
-            }
+            Action::ResizeVirtioMem {
+                alias, requested, ..
+            } => self.resize_virtio_mem(domain, alias, *requested).await,
             Action::AttachDimm { alias, size, .. } => self.attach_dimm(domain, alias, *size).await,
         }
     }
