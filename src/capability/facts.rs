@@ -235,7 +235,10 @@ impl NodeFacts {
         }
         for document in self.documents(arch) {
             // The document's maximum already accounts for KVM's limit.
-            if let Some(name) = document.machine.as_deref() {
+            let machine = document.machine.as_deref();
+            // Machine types of Xen's paravirtualized guests.
+            let machine = machine.filter(|name| !matches!(*name, "xenpv" | "xenpvh"));
+            if let Some(name) = machine {
                 let (max, _) = canonical.entry(name).or_default();
                 *max = max.min(document.max_vcpus);
             }

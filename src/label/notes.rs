@@ -37,7 +37,8 @@ pub fn notes(facts: &NodeFacts, policy: &Policy, labels: &LabelSet) -> Vec<Strin
         }
     }
     let documents = facts.domain_capabilities.iter();
-    notes.extend(documents.filter_map(|document| unused(facts, policy, document)));
+    let is_empty = labels.is_empty();
+    notes.extend(documents.filter_map(|document| unused(facts, policy, document, is_empty)));
     if labels.is_empty() && notes.is_empty() {
         notes.push("the given facts yield no labels".to_owned());
     }
@@ -46,7 +47,12 @@ pub fn notes(facts: &NodeFacts, policy: &Policy, labels: &LabelSet) -> Vec<Strin
 }
 
 /// Returns the reason if a document of domain capabilities yields no labels.
-fn unused(facts: &NodeFacts, policy: &Policy, document: &DomainCapabilities) -> Option<String> {
+fn unused(
+    facts: &NodeFacts,
+    policy: &Policy,
+    document: &DomainCapabilities,
+    is_empty: bool,
+) -> Option<String> {
     let native = facts.native_arch()?;
     let arch = document.arch.as_deref().unwrap_or(native);
     let machine = document
@@ -74,9 +80,9 @@ fn unused(facts: &NodeFacts, policy: &Policy, document: &DomainCapabilities) -> 
         ));
     }
     let is_foreign = virt_type.is_some_and(|name| Accelerator::of_domain_type(name).is_none());
-    is_foreign.then(|| {
+    (is_foreign && is_empty).then(|| {
         format!(
-            "the domain capabilities are for domain type {}, which is not QEMU's: they yield few \
+            "the domain capabilities are for domain type {}, which is not QEMU's: they yield no \
              labels",
             virt_type.unwrap_or_default()
         )
