@@ -282,6 +282,7 @@ impl<S: NodeSource> Labeller<S> {
             labels: self.published.labels(),
             rejected: &self.rejected,
             retained: self.published.retained(),
+            notes: &[],
         };
         let problem = match file.publish(&report) {
             Ok(written) => {

@@ -70,6 +70,9 @@ pub struct LabelReport<'r> {
     pub rejected: &'r [RejectedLabel],
     /// Published labels that the last probe did not yield.
     pub retained: &'r [RetainedLabel],
+    /// Documents that yield no labels, and why; `virtnode labels` only.
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    pub notes: &'r [String],
 }
 
 impl<'r> LabelReport<'r> {
@@ -78,6 +81,7 @@ impl<'r> LabelReport<'r> {
             labels,
             rejected: &[],
             retained: &[],
+            notes: &[],
         }
     }
 }

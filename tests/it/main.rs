@@ -26,6 +26,7 @@ mod documents;
 mod events;
 mod executor;
 mod foretold;
+mod foretold_devices;
 mod hotplug_cli;
 mod hotplug_objects;
 mod killed;
