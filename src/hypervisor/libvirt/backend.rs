@@ -65,6 +65,7 @@ impl DomainBackend for Libvirt {
             Action::OnlineVcpus { .. } => (Class::Agent, "set-guest-vcpus"),
             Action::ResizeVirtioMem { .. } => (Class::Change, "update-device"),
             Action::AttachDimm { .. } => (Class::Change, "attach-device"),
+            Action::SetStatsPeriod { .. } => (Class::Change, "set-stats-period"),
         };
         let action = action.clone();
         self.about(class, name, domain, move |session, domain| match action {
@@ -81,6 +82,7 @@ impl DomainBackend for Libvirt {
                 node,
                 persist,
             } => session.attach_dimm(domain, &alias, size, node, persist),
+            Action::SetStatsPeriod { seconds, .. } => session.set_stats_period(domain, seconds),
         })
         .await
     }
