@@ -6,7 +6,8 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use super::{
-    Capabilities, CpuDefinition, DomainCapabilities, Eim, HostFacts, MachineType, VcpuMax, Version,
+    Capabilities, CpuDefinition, DomainCapabilities, Eim, GuestCapabilities, HostFacts,
+    MachineType, VcpuMax, Version,
 };
 use crate::units::words;
 
@@ -192,12 +193,14 @@ impl NodeFacts {
             .or_else(|| self.documents(arch).next())
     }
 
-    /// Returns the machine types and aliases of an architecture, without duplicates.
+    /// Returns the machine types and aliases of an architecture, without duplicates. Those of guests
+    /// that are not fully virtualized (`xen`, `xenpvh`) are none that a definition can name.
     pub fn machines(&self, arch: &str) -> Vec<MachineType> {
         let best = self.best_domain_type(arch);
         let mut machines: BTreeMap<&str, MachineType> = BTreeMap::new();
         let guests = self.capabilities.iter().flat_map(|c| &c.guests);
-        for guest in guests.filter(|guest| guest.arch == arch) {
+        let is_virtual = |guest: &&GuestCapabilities| guest.os_type == "hvm" && guest.arch == arch;
+        for guest in guests.filter(is_virtual) {
             let own = guest
                 .domains
                 .iter()
@@ -232,7 +235,10 @@ impl NodeFacts {
         }
         for document in self.documents(arch) {
             // The document's maximum already accounts for KVM's limit.
-            if let Some(name) = document.machine.as_deref() {
+            let machine = document.machine.as_deref();
+            // Machine types of Xen's paravirtualized guests.
+            let machine = machine.filter(|name| !matches!(*name, "xenpv" | "xenpvh"));
+            if let Some(name) = machine {
                 let (max, _) = canonical.entry(name).or_default();
                 *max = max.min(document.max_vcpus);
             }
@@ -247,6 +253,11 @@ impl NodeFacts {
                     max if is_x86(arch) => max.min(limit).min(self.apic_limit(name)),
                     max if is_virt(name) => max.min(limit).min(gic),
                     max => max.min(limit),
+                };
+                // No domain can have an unlimited number: the true maximum is unknown.
+                let effective_max = match effective_max {
+                    VcpuMax::Unlimited => VcpuMax::Unknown,
+                    max => max,
                 };
                 CanonicalMachine {
                     name,

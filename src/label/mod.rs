@@ -12,6 +12,7 @@ mod family;
 mod key;
 mod kubevirt;
 mod native;
+mod notes;
 pub mod ownership;
 pub mod prefix;
 mod published;
@@ -24,6 +25,7 @@ pub use family::{
 };
 pub use key::{InvalidLabel, LabelKey, LabelValue};
 pub use kubevirt::DEFAULT_OBSOLETE_CPU_MODELS;
+pub use notes::notes;
 pub use published::{
     CapabilitiesInUse, LabelChange, ProbeResult, PublishedLabels, RetainedLabel, RetentionReason,
 };

@@ -69,6 +69,9 @@ pub struct LabelReport<'r> {
     pub rejected: &'r [RejectedLabel],
     /// Published labels that the last probe did not yield.
     pub retained: &'r [RetainedLabel],
+    /// Documents that yield no labels, and why; `virtnode labels` only.
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    pub notes: &'r [String],
 }
 
 impl<'r> LabelReport<'r> {
@@ -77,6 +80,7 @@ impl<'r> LabelReport<'r> {
             labels,
             rejected: &[],
             retained: &[],
+            notes: &[],
         }
     }
 }
