@@ -370,7 +370,9 @@ fn parse(text: &str) -> Result<Settings, String> {
     {
         return Ok(Settings::default());
     }
-    serde_saphyr::from_str(text).map_err(|error| error.to_string())
+    // The library's own messages advise programmers.
+    serde_saphyr::from_str(text)
+        .map_err(|error| error.render_with_formatter(&serde_saphyr::UserMessageFormatter))
 }
 
 fn publish_targets(

@@ -64,7 +64,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum CliCommand {
     /// Run the daemon: publish labels, serve hotplug requests, metrics and health
-    Run,
+    Run(run::RunCommand),
     /// Print the labels this node would publish, and why any were rejected
     Labels(labels::LabelsCommand),
     /// Print the facts that labels are derived from: CPU, machine types, IOMMU, versions
@@ -146,7 +146,7 @@ impl Cli {
                 arguments.run(options::remove_without_effect(definition()))
             }
             CliCommand::Man(arguments) => arguments.run(command()),
-            CliCommand::Run => run::run(config()?, || load().map(drop)),
+            CliCommand::Run(arguments) => arguments.run(config()?, || load().map(drop)),
             CliCommand::Labels(arguments) => arguments.run(&config()?),
             CliCommand::Capabilities(arguments) => arguments.run(&config()?),
             CliCommand::Check(arguments) => arguments.run(&config()?),
