@@ -89,11 +89,7 @@ impl CheckCommand {
                     )
                     .into());
                 };
-                let (arch, virt_type) = (
-                    domain.requirement.arch.as_deref(),
-                    domain.requirement.virt_type.as_deref(),
-                );
-                let offer = Offer::from_facts(&facts, arch, virt_type);
+                let offer = Offer::for_domain(&facts, &domain.requirement);
                 let fit = assess(&domain.requirement, &offer);
                 CheckReport::new(domain.is_described, &domain.requirement, fit, &offer, None)
             }

@@ -200,6 +200,16 @@ pub enum RuleCode {
     MemoryBacking,
     Firmware,
     HostDevice,
+    /// A device, or a property of it, that the emulator or the machine type lacks.
+    Device,
+    /// Host CPUs that the domain is pinned to.
+    HostCpus,
+    /// Host NUMA nodes that hold the domain's memory.
+    HostNodes,
+    /// The guest's time stamp counter.
+    Tsc,
+    /// The width of physical addresses.
+    PhysicalAddress,
     /// Confidential guests.
     LaunchSecurity,
     /// QEMU arguments that libvirt does not interpret.

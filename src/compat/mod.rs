@@ -32,7 +32,7 @@ pub use confirmation::{Confirmation, CpuComparison, DryRun, Trial, confirm};
 pub use definition::MinimalDefinition;
 pub use dry_run::{DefinitionCopy, dry_run_copy, trial_copy};
 pub use finding::{Feasibility, NotChecked, RuleCode, RuleFinding, RuleSeverity, Stage};
-pub use offer::{NodeLabels, Offer, OfferedMachine};
+pub use offer::{NodeLabels, Offer, OfferedHostCpu, OfferedMachine, OfferedTsc};
 pub use placement::{
     Candidate, CandidateState, NodeAssessment, Placement, ReportedOffer, find_targets,
 };

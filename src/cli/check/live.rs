@@ -104,8 +104,8 @@ fn no_answer(error: CallError) -> Failure {
 /// Returns what the node offers to such a domain. The probe covers only the default machine type of
 /// the native architecture; for others, libvirt is asked here.
 async fn offer(domain: &Requirement, facts: &mut NodeFacts, libvirt: &Libvirt) -> Offer {
-    let plain = Offer::from_facts(facts, domain.arch.as_deref(), domain.virt_type.as_deref());
-    if plain.cpu.is_some() && plain.cpu_features.is_some() {
+    let plain = Offer::for_domain(facts, domain);
+    if plain.cpu.is_some() && plain.cpu_features.is_some() && plain.describes(domain) {
         return plain;
     }
     let query = query(domain, &plain);
@@ -119,7 +119,7 @@ async fn offer(domain: &Requirement, facts: &mut NodeFacts, libvirt: &Libvirt) -
     let host_model = document.cpu.host_model.as_ref();
     let cpu = host_model.and_then(|host_model| host_model.to_cpu_xml());
     facts.domain_capabilities.push(document);
-    let mut offer = Offer::from_facts(facts, domain.arch.as_deref(), domain.virt_type.as_deref());
+    let mut offer = Offer::for_domain(facts, domain);
     if let Some(cpu) = cpu
         && let Ok(text) = libvirt.baseline_cpu(query, cpu).await
         && let Ok(baseline) = CpuDefinition::parse("libvirt's CPU baseline", text.as_bytes())

@@ -50,7 +50,7 @@ pub(super) async fn start(
 /// come from a pool of their own, which QEMU cannot exceed.
 fn lacks_memory(domain: &CheckedDomain, available: Option<Bytes>) -> Option<String> {
     let requirement = &domain.requirement;
-    if requirement.huge_pages {
+    if requirement.backing.huge_pages {
         return None;
     }
     let wanted = requirement.domain.as_ref()?.memory.asked();
