@@ -197,23 +197,25 @@ fn identify(domain: &mut Tree, name: &str, list: &mut NotCheckedList) {
     domain.push_front(Tree::new("name").with_text(name));
 }
 
+fn neutralize_filesystem(filesystem: &mut Tree, list: &mut NotCheckedList) {
+    if filesystem.remove("binary") {
+        list.add(
+            "virtiofsd of a filesystem",
+            "libvirt would execute the file that the definition names",
+        );
+        filesystem.remove("idmap");
+        filesystem.remove("source");
+        filesystem.push(Tree::new("source").with("socket", NOTHING));
+    }
+}
+
 /// Replaces the parts of a device that make libvirt do something to the host.
 fn neutralize(device: &mut Tree, list: &mut NotCheckedList) {
     match device.name.as_str() {
         "disk" => neutralize_disk(device, list),
         "interface" => neutralize_interface(device, list),
         "tpm" => neutralize_tpm(device, list),
-        "filesystem" => {
-            if device.remove("binary") {
-                list.add(
-                    "virtiofsd of a filesystem",
-                    "libvirt would execute the file that the definition names",
-                );
-                device.remove("idmap");
-                device.remove("source");
-                device.push(Tree::new("source").with("socket", NOTHING));
-            }
-        }
+        "filesystem" => neutralize_filesystem(device, list),
         "graphics" => {
             let before = device.elements().count();
             device.retain(|child| !(child.name == "listen" && child.has("type", "network")));
@@ -349,10 +351,10 @@ fn at_start(domain: &Tree) -> Vec<NotChecked> {
     let mut list = NotCheckedList::default();
     let files = "libvirt and QEMU open them only at the start";
     domain.for_each(&mut |element| match element.name.as_str() {
-        "loader" | "nvram" | "kernel" | "initrd" | "dtb" | "table" | "path" => {
-            if element.text().starts_with('/') {
-                list.add(element.text(), files);
-            }
+        "loader" | "nvram" | "kernel" | "initrd" | "dtb" | "table" | "path"
+            if element.text().starts_with('/') =>
+        {
+            list.add(element.text(), files);
         }
         "source" => {
             for attribute in ["file", "dev", "dir", "path", "socket", "evdev"] {

@@ -40,10 +40,8 @@ impl Tree {
                     }
                     open.push(Self::read(&start)?);
                 }
-                Event::Empty(start) => {
-                    if skipped == 0 && !is_foreign(start.name().0) {
-                        open.last_mut()?.push(Self::read(&start)?);
-                    }
+                Event::Empty(start) if skipped == 0 && !is_foreign(start.name().0) => {
+                    open.last_mut()?.push(Self::read(&start)?);
                 }
                 Event::End(_) if skipped > 0 => skipped -= 1,
                 Event::End(_) => {

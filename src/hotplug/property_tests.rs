@@ -40,7 +40,6 @@ fn behavior() -> impl Strategy<Value = GuestBehavior> {
                     refuses,
                     keeps,
                     agent,
-                    agent_trouble: None,
                     virtio_mem,
                     blocks_online,
                     pinned: mib(pinned),

@@ -408,7 +408,7 @@ pub(super) fn explain(history: &History, size: Bytes, finding: Conclusion) -> Co
         return finding.because(diagnosis::ended_below_use(figures));
     }
     match silent_for(history) {
-        Some(age) if !has_ended && !(is_verified && !shrinks) => {
+        Some(age) if !has_ended && (!is_verified || shrinks) => {
             finding.because(diagnosis::not_reporting(age, figures))
         }
         _ => finding,

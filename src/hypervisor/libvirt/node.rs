@@ -57,8 +57,6 @@ impl Libvirt {
             class,
             domain: None,
             deadline: class.deadline(&self.connection.shared().config),
-            wait: None,
-            agent_place: None,
         }
     }
 

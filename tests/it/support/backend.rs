@@ -30,7 +30,6 @@ pub(crate) const PLAIN: ObservationQuery = ObservationQuery {
     timeout: LONG,
     statistics: false,
     agent: None,
-    background: false,
     answers: false,
 };
 
@@ -39,7 +38,6 @@ pub(crate) const EVERYTHING: ObservationQuery = ObservationQuery {
     timeout: LONG,
     statistics: true,
     agent: Some(LONG),
-    background: false,
     answers: true,
 };
 
