@@ -155,6 +155,17 @@ pub fn set_guest_vcpus(domain: &Domain, cpus: &str, online: bool) -> Result<(), 
     done(result)
 }
 
+/// `virDomainAgentSetResponseTimeout`: the number of seconds that libvirt waits for an answer of
+/// the guest agent to each command, from any client; `VIR_DOMAIN_AGENT_RESPONSE_TIMEOUT_BLOCK`,
+/// libvirt's default, means no timeout. libvirt does not report the present number.
+///
+/// # Errors
+/// libvirt's own.
+pub fn set_agent_timeout(domain: &Domain, seconds: c_int) -> Result<(), Error> {
+    // SAFETY: the domain is alive.
+    done(unsafe { sys::virDomainAgentSetResponseTimeout(domain.as_ptr(), seconds, 0) })
+}
+
 /// Returns the operation of the job on the domain (`virDomainJobOperation`, 0 if libvirt does not
 /// report it), from `virDomainGetJobStats`; `None` without a job.
 ///

@@ -20,7 +20,8 @@ pub use self::connection::{
     CloseReason, CpuTarget, Watched, baseline_hypervisor_cpu, compare_hypervisor_cpu,
 };
 pub use self::domain::{
-    DomainRecord, all_domain_stats, domain_stats, guest_vcpus, job, set_guest_vcpus, state,
+    DomainRecord, all_domain_stats, domain_stats, guest_vcpus, job, set_agent_timeout,
+    set_guest_vcpus, state,
 };
 pub use self::events::{RawEvent, RawEventKind, Subscription};
 pub use self::parameters::{Parameter, Value};

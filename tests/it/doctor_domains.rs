@@ -10,8 +10,9 @@ use std::time::Duration;
 use anyhow::{Context as _, ensure};
 use serde_json::Value;
 use tokio::time::Instant;
-use virtnode::doctor::checks::observed::{AgentAnswer, Daemon as Seen};
+use virtnode::doctor::checks::observed::Daemon as Seen;
 use virtnode::doctor::{DoctorScope, observe_node};
+use virtnode::hotplug::Agent;
 use virtnode::label::Policy;
 
 use crate::support::daemon::Daemon;
@@ -333,9 +334,9 @@ async fn stuck_agents_do_not_delay_other_domains() -> anyhow::Result<()> {
             .as_ref()
             .map_err(|why| anyhow::anyhow!("{why}"))?;
         match &look.agent {
-            AgentAnswer::Answered(_) => {}
-            AgentAnswer::Silent(_) => silent.push(seen.name.as_str()),
-            AgentAnswer::NotAsked => anyhow::bail!("{} was not asked", seen.name),
+            Agent::Answered(_) => {}
+            Agent::Silent(_) => silent.push(seen.name.as_str()),
+            other => anyhow::bail!("{}: {other:?}", seen.name),
         }
     }
     assert_eq!(domains.len(), 20);

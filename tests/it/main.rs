@@ -44,6 +44,7 @@ mod support;
 mod targets;
 mod targets_live;
 mod targets_objects;
+mod tenants;
 mod truth_table;
 mod virtualization;
 mod virtualization_cluster;
