@@ -173,7 +173,7 @@ async fn findings_about_real_guests_are_resolved_by_their_remedies() -> anyhow::
     };
 
     let found = doctor.finding("vcpus-online", "small")?;
-    assert_eq!(found["what"], "3 vCPUs are plugged, but its guest has 1");
+    assert_eq!(found["what"], "libvirt counts 3 vCPUs, but its guest has 1");
     assert_eq!(found["remedy"]["place"], "guest");
     let found = doctor.finding("virtio-mem", "small")?;
     let what = "ua-mem0: requested 512MiB, plugged 0B, no longer growing";
