@@ -22,24 +22,24 @@ use tracing::warn;
 
 use crate::capability::NodeFacts;
 use crate::doctor::checks::observed::{
-    AgentAnswer, Daemon, LibvirtFailure, LibvirtStatus, Observed, ObservedDomain,
+    Daemon, LibvirtFailure, LibvirtStatus, Observed, ObservedDomain, Undetailed,
 };
 use crate::doctor::checks::{Check, DoctorReport, Severity, diagnose};
 use crate::domain::MemoryDevice;
 use crate::host;
+use crate::hotplug::Agent;
 use crate::hypervisor::{DomainBackend, DomainRef, NodeSource};
 use crate::label::{FactSource, Policy, derive};
 use crate::labeller::LatestProbe;
-use crate::monitor::{ObserveTimeouts, ObservedDomains, observe_details};
+use crate::monitor::{ObservedDomains, observe_details};
 use crate::probe::{ProbeMetrics, Prober, SourceFailure};
 use crate::telemetry::{MetricRegistry, now_seconds};
 use crate::units::Bytes;
 
-/// Timeouts for one domain. libvirt itself gives a guest agent 5 s.
-const DOMAIN_TIMEOUTS: ObserveTimeouts = ObserveTimeouts {
-    libvirt: Duration::from_secs(5),
-    agent: Duration::from_secs(7),
-};
+/// Timeout for one domain.
+const DOMAIN_TIMEOUT: Duration = Duration::from_secs(5);
+/// Maximum wait until a guest agent can be asked: silent agents have few places.
+const AGENT_WAIT: Duration = Duration::from_secs(30);
 /// Maximum number of domains queried concurrently, so that a few unresponsive ones do not delay the
 /// others.
 const CONCURRENT_DOMAINS: usize = 8;
@@ -159,7 +159,9 @@ async fn observe_domains<C: DomainBackend>(control: &C) -> Result<Vec<ObservedDo
             uuid: stats.id.uuid,
             state: stats.state,
             stats: stats.stats,
-            details: Err(format!("not queried within {ALL_DOMAINS_TIMEOUT:?}")),
+            details: Err(Undetailed::Unanswered(format!(
+                "not queried within {ALL_DOMAINS_TIMEOUT:?}"
+            ))),
             earlier: BTreeMap::new(),
         })
         .collect();
@@ -190,7 +192,11 @@ async fn query_details<C: DomainBackend>(
         (at, id)
     });
     let queries = stream::iter(ids.collect::<Vec<_>>())
-        .map(|(at, id)| async move { (at, observe_details(control, &id, DOMAIN_TIMEOUTS).await) })
+        .map(|(at, id)| async move {
+            let wait = Some(AGENT_WAIT);
+            let details = observe_details(control, &id, DOMAIN_TIMEOUT, wait).await;
+            (at, details)
+        })
         .buffer_unordered(CONCURRENT_DOMAINS)
         .take_until(sleep(ALL_DOMAINS_TIMEOUT));
     let mut queries = std::pin::pin!(queries);
@@ -217,7 +223,7 @@ fn lacks_memory(seen: &ObservedDomain) -> bool {
 fn lacks_vcpus(seen: &ObservedDomain) -> bool {
     seen.details.as_ref().is_ok_and(|details| {
         let plugged = details.domain.vcpus.plugged();
-        matches!(&details.agent, AgentAnswer::Answered(guest) if guest.vcpus.len() < plugged)
+        matches!(&details.agent, Agent::Answered(guest) if guest.vcpus.len() < plugged)
     })
 }
 

@@ -12,9 +12,10 @@ use super::options::Options;
 use crate::hotplug::{Agent, AnswerTimes, Contact, GuestVcpus, Observation};
 use crate::hypervisor::{CallError, DomainBackend, DomainRef, ObservationQuery};
 
-/// Pause after an unanswered question to the guest agent: each one occupies a worker until its
-/// own deadline, and other domains need workers too.
-const AGENT_PAUSE: Duration = Duration::from_secs(2);
+/// Pauses after an unanswered question to the guest agent, each twice as long as the one before: a
+/// silent agent occupies a place that other domains need too.
+const MIN_AGENT_PAUSE: Duration = Duration::from_secs(2);
+const MAX_AGENT_PAUSE: Duration = Duration::from_secs(30);
 
 /// Source of observations of one domain. Every source has its own timeout, so that a guest agent
 /// or a job on the domain delays an observation but does not prevent it.
@@ -35,6 +36,7 @@ pub(super) struct Observer<C> {
 struct SilentAgent {
     error: String,
     until: Instant,
+    pause: Duration,
 }
 
 impl<C: DomainBackend> Observer<C> {
@@ -67,6 +69,7 @@ impl<C: DomainBackend> Observer<C> {
             timeout: self.timeout,
             statistics: true,
             agent: Some(self.agent_timeout).filter(|_| self.asks_agent && pause.is_none()),
+            background: false,
             answers: self.asks_qemu,
         };
         let seen = self.backend.observe(&self.domain, query).await;
@@ -117,19 +120,24 @@ impl<C: DomainBackend> Observer<C> {
     }
 
     fn agent_answer(&self, answer: Result<GuestVcpus, CallError>) -> Agent {
-        let error = match answer {
-            Ok(guest) => {
-                *self.silent_agent() = None;
-                return Agent::Answered(guest);
+        let agent = Agent::from_call(answer);
+        let mut silent = self.silent_agent();
+        match &agent {
+            Agent::Silent(error) => {
+                let pause = silent.as_ref().map_or(MIN_AGENT_PAUSE, |last| {
+                    (last.pause * 2).min(MAX_AGENT_PAUSE)
+                });
+                *silent = Some(SilentAgent {
+                    error: error.clone(),
+                    until: Instant::now() + pause,
+                    pause,
+                });
             }
-            Err(CallError::Overdue { after, .. }) => format!("no answer within {after:?}"),
-            Err(error) => error.to_string(),
-        };
-        *self.silent_agent() = Some(SilentAgent {
-            error: error.clone(),
-            until: Instant::now() + AGENT_PAUSE,
-        });
-        Agent::Silent(error)
+            // The next observation tries again.
+            Agent::NotQueried(_) => {}
+            Agent::NotAsked | Agent::Refused(_) | Agent::Answered(_) => *silent = None,
+        }
+        agent
     }
 
     fn silent_agent(&self) -> std::sync::MutexGuard<'_, Option<SilentAgent>> {

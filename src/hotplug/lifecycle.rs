@@ -69,6 +69,7 @@ pub(super) fn after_call(history: &History, now: Timestamp, done: bool) -> Optio
         CallError::Lost(_) | CallError::Unavailable(_) => lost(history, call, at, now),
         // Parts of the call may have been carried out before the error, so observe first.
         CallError::AgentSilent { text, .. }
+        | CallError::AgentRefused { text, .. }
         | CallError::Denied { text, .. }
         | CallError::Unsupported { text, .. }
         | CallError::Failed { text, .. } => {
@@ -94,6 +95,7 @@ pub(super) fn repeated_unplug_error(history: &History) -> Option<(&Call, &str)> 
     let (last, earlier) = history.calls().split_last()?;
     let text = match last.error()? {
         CallError::AgentSilent { text, .. }
+        | CallError::AgentRefused { text, .. }
         | CallError::Denied { text, .. }
         | CallError::Unsupported { text, .. }
         | CallError::Failed { text, .. } => text,

@@ -83,7 +83,7 @@ pub use history::{Call, Contact, Earlier, History, Return};
 pub use infeasible::Infeasible;
 pub use kind::{ResourceKind, Wanted};
 pub use observation::{Agent, AnswerTimes, GuestVcpus, Host, Observation};
-pub use outcome::{Diagnosis, Outcome, Step};
+pub use outcome::{AGENT_SETTINGS, Diagnosis, Outcome, Step};
 pub use plan::{Action, Plan, Preflight, Rejection, Scope};
 pub use request::{HotplugRequest, Patience, Require, Terms};
 pub use vcpus::VcpuLife;

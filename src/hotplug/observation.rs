@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::Ost;
-use crate::domain::{Domain, DomainState, IdSet, Job, PauseReason, Stats};
+use crate::domain::{CallError, Domain, DomainState, IdSet, Job, PauseReason, Stats};
 use crate::units::{Bytes, ParseError, Timestamp};
 
 /// The state of a domain at one time.
@@ -54,8 +54,13 @@ pub struct AnswerTimes {
 pub enum Agent {
     /// There is no channel, or no agent is connected to it.
     NotAsked,
+    /// The agent was to be asked and was not, with the reason: questions to other agents or of other
+    /// clients to this one took too long, or libvirt failed. Says nothing about the guest.
+    NotQueried(String),
     /// The agent did not answer, with libvirt's text.
     Silent(String),
+    /// The agent answered with an error, with libvirt's text: the command is blocked or unknown.
+    Refused(String),
     Answered(GuestVcpus),
 }
 
@@ -66,6 +71,27 @@ pub struct GuestVcpus {
     pub vcpus: IdSet,
     /// CPUs that the guest uses.
     pub online: IdSet,
+}
+
+impl Agent {
+    /// Takes the result of asking an agent.
+    pub fn from_call(result: Result<GuestVcpus, CallError>) -> Self {
+        let error = match result {
+            Ok(guest) => return Self::Answered(guest),
+            Err(error) => error,
+        };
+        match error {
+            CallError::AgentRefused { text, .. } => Self::Refused(text),
+            CallError::AgentSilent { text, .. } => Self::Silent(text),
+            // An agent that is asked answers, or is reported as silent, well before the deadline:
+            // libvirt was waiting for another client's question to it.
+            CallError::Overdue { after, .. } => {
+                Self::NotQueried(format!("libvirt did not get to it within {after:?}"))
+            }
+            CallError::Busy { text, .. } => Self::NotQueried(text),
+            error => Self::NotQueried(error.to_string()),
+        }
+    }
 }
 
 impl GuestVcpus {
@@ -112,7 +138,7 @@ impl Observation {
     pub fn guest(&self) -> Option<&GuestVcpus> {
         match &self.agent {
             Agent::Answered(guest) => Some(guest),
-            Agent::NotAsked | Agent::Silent(_) => None,
+            Agent::NotAsked | Agent::NotQueried(_) | Agent::Silent(_) | Agent::Refused(_) => None,
         }
     }
 

@@ -40,6 +40,7 @@ fn behavior() -> impl Strategy<Value = GuestBehavior> {
                     refuses,
                     keeps,
                     agent,
+                    agent_trouble: None,
                     virtio_mem,
                     blocks_online,
                     pinned: mib(pinned),

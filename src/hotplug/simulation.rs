@@ -40,6 +40,8 @@ pub(super) struct GuestBehavior {
     /// The guest does not release this CPU.
     pub(super) keeps: Option<u32>,
     pub(super) agent: bool,
+    /// The agent's answer in place of the guest's CPUs.
+    pub(super) agent_trouble: Option<Agent>,
     pub(super) virtio_mem: bool,
     pub(super) blocks_online: bool,
     /// virtio-mem memory that cannot be returned.
@@ -60,6 +62,7 @@ impl Default for GuestBehavior {
             refuses: None,
             keeps: None,
             agent: true,
+            agent_trouble: None,
             virtio_mem: true,
             blocks_online: true,
             pinned: Bytes::ZERO,
@@ -299,21 +302,24 @@ impl World {
     }
 
     pub(super) fn observe(&self) -> Observation {
-        let agent = match (
-            self.behavior.agent,
-            self.domain.state.runs() && !self.behavior.unresponsive,
-        ) {
-            (false, _) => Agent::NotAsked,
-            (true, false) => Agent::Silent("Guest agent is not responding".to_owned()),
-            (true, true) if self.claims.is_some() => Agent::Answered(GuestVcpus {
-                vcpus: (0..self.claims.unwrap_or(0)).collect(),
-                online: (0..self.claims.unwrap_or(0)).collect(),
-            }),
-            (true, true) => Agent::Answered(GuestVcpus {
-                vcpus: self.has.iter().copied().collect(),
-                online: self.online.iter().copied().collect(),
-            }),
-        };
+        let trouble = self.behavior.agent_trouble.clone();
+        let agent = trouble.unwrap_or_else(|| {
+            match (
+                self.behavior.agent,
+                self.domain.state.runs() && !self.behavior.unresponsive,
+            ) {
+                (false, _) => Agent::NotAsked,
+                (true, false) => Agent::Silent("Guest agent is not responding".to_owned()),
+                (true, true) if self.claims.is_some() => Agent::Answered(GuestVcpus {
+                    vcpus: (0..self.claims.unwrap_or(0)).collect(),
+                    online: (0..self.claims.unwrap_or(0)).collect(),
+                }),
+                (true, true) => Agent::Answered(GuestVcpus {
+                    vcpus: self.has.iter().copied().collect(),
+                    online: self.online.iter().copied().collect(),
+                }),
+            }
+        });
         let times = self.enabled().into_iter().map(|id| {
             let millis = self.times.get(&id).copied().unwrap_or(0);
             let ticks = millis / 10 * 10_000_000;

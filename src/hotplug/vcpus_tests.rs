@@ -271,6 +271,58 @@ fn no_source_of_evidence_yields_unverifiable() {
 }
 
 #[test]
+fn agent_that_was_not_queried_never_counts_as_silence() {
+    let unqueried = Agent::NotQueried("calls for other domains have not returned".to_owned());
+    // A guest that leaves its CPUs offline, one that notices nothing, and one that uses them.
+    for (unresponsive, onlines_after) in [(false, None), (true, None), (false, Some(ms(100)))] {
+        let behavior = GuestBehavior {
+            agent_trouble: Some(unqueried.clone()),
+            unresponsive,
+            onlines_after,
+            ..GuestBehavior::default()
+        };
+        let mut world = World::new(1, behavior);
+        let ended = world.vcpus(3);
+        let outcome = ended.outcome();
+        if onlines_after.is_some() {
+            // The run times prove it.
+            assert_eq!(ended.verdict(), Verdict::Verified);
+        } else {
+            assert_eq!(
+                (ended.verdict(), ended.diagnosis()),
+                (Verdict::Unverifiable, "agent-not-queried")
+            );
+            let remedy = &outcome.diagnosis.as_ref().unwrap().remedy;
+            assert!(!remedy.contains("install"), "{remedy}");
+        }
+        let details: Vec<_> = outcome.evidence.iter().map(|piece| &piece.detail).collect();
+        let expected = "agent not queried: calls for other domains have not returned";
+        assert!(details.contains(&&expected.to_owned()), "{details:?}");
+    }
+}
+
+#[test]
+fn agent_that_rejects_the_question_is_named_with_its_setting() {
+    let behavior = GuestBehavior {
+        agent_trouble: Some(Agent::Refused(
+            "Command guest-get-vcpus has been disabled".to_owned(),
+        )),
+        ..GuestBehavior::default()
+    };
+    let mut world = World::new(1, behavior);
+    let ended = world.vcpus(3);
+    assert_eq!(
+        (ended.verdict(), ended.diagnosis()),
+        (Verdict::GuestOffline, "cpus-never-ran")
+    );
+    let remedy = &ended.outcome().diagnosis.as_ref().unwrap().remedy;
+    assert!(
+        remedy.contains("block-rpcs") && !remedy.contains("install"),
+        "{remedy}"
+    );
+}
+
+#[test]
 fn reached_target_is_verified_without_call() {
     let mut world = World::new(3, GuestBehavior::default());
     let ended = world.vcpus(3);

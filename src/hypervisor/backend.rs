@@ -36,14 +36,17 @@ pub struct DomainStats {
 /// The parts of an observation. The live domain is always one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ObservationQuery {
-    /// Timeout for each part but the agent's.
+    /// Timeout for each part but the agent's, whose calls end by a deadline of their own.
     pub timeout: Duration,
     /// True for the domain's statistics. They do not wait for a job on the domain as the live domain
     /// does, so they show that a domain which cannot be read is merely busy.
     pub statistics: bool,
-    /// Timeout for the guest agent, if it is to be asked. A domain that is not running or has no
-    /// connected agent is not asked.
+    /// Maximum wait until the guest agent can be asked, if it is to be asked at all: questions to
+    /// agents have few places. It ends with [`CallError::Busy`]. A domain that is not running or
+    /// has no connected agent is not asked.
     pub agent: Option<Duration>,
+    /// True for an observation that must not keep the agents' places from operations.
+    pub background: bool,
     /// True for QEMU's record of the guest's ACPI answers. The query *taints* the domain until it
     /// ends.
     pub answers: bool,
@@ -121,11 +124,8 @@ impl ObservationQuery {
             },
         };
         let Ok(live) = &seen.live else { return seen };
-        if let Some(timeout) = self.agent
-            && live.domain.agent.may_answer()
-            && live.domain.state.runs()
-        {
-            seen.agent = Some(within(timeout, "guest-vcpus", agent).await);
+        if self.agent.is_some() && live.domain.agent.may_answer() && live.domain.state.runs() {
+            seen.agent = Some(agent.await);
             seen.times.agent = Some(now());
         }
         if self.answers {

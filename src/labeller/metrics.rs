@@ -16,6 +16,7 @@ pub struct LabellerMetrics {
     pub labels: IntGaugeVec,
     pub rejected: IntGaugeVec,
     pub retained: IntGaugeVec,
+    pub unreadable: IntGauge,
     pub machine_types: IntGauge,
     pub machine_types_deprecated: IntGauge,
     pub max_vcpus: IntGauge,
@@ -44,6 +45,10 @@ impl LabellerMetrics {
                 "virtnode_labels_retained",
                 "Labels kept although the last probe does not show them.",
                 &[("reason", &RetentionReason::ALL.map(RetentionReason::as_str))],
+            ),
+            unreadable: registry.gauge(
+                "virtnode_domains_unreadable",
+                "Running domains whose definition cannot be read, so that their use is unknown.",
             ),
             machine_types: registry.gauge(
                 "virtnode_machine_types",

@@ -47,6 +47,7 @@ mod support;
 mod targets;
 mod targets_live;
 mod targets_objects;
+mod tenants;
 mod truth_table;
 mod virtualization;
 mod virtualization_cluster;

@@ -1,12 +1,37 @@
 //! Causes and remedies for guests that do not follow a change of vCPUs.
 
 use crate::domain::IdSet;
+use crate::hotplug::Agent;
 use crate::hotplug::lifecycle::RECOUNT_REMEDY;
+use crate::hotplug::outcome::AGENT_SETTINGS;
 use crate::hotplug::outcome::Diagnosis;
 use crate::units::counted;
 
 fn them(ids: &IdSet) -> &'static str {
     if ids.len() == 1 { "it" } else { "them" }
+}
+
+/// The agent's command that reports the guest's CPUs.
+pub(super) const GET_VCPUS: &str = "guest-get-vcpus";
+
+/// Returns the remedy for an agent that does not report the guest's CPUs.
+fn agent_remedy(agent: &Agent) -> String {
+    match agent {
+        Agent::Refused(why) => format!(
+            "allow the guest agent the command {GET_VCPUS}, which it rejects ({why}): \
+             {AGENT_SETTINGS}, and restart it"
+        ),
+        _ => "install the guest agent, which reports it".to_owned(),
+    }
+}
+
+/// The agent could not be asked.
+pub(super) fn not_queried(why: &str) -> Diagnosis {
+    Diagnosis::new(
+        "agent-not-queried",
+        format!("the guest agent was not queried, so nothing is known about the guest: {why}"),
+        "repeat the request; virtnode doctor lists the agents that do not answer",
+    )
 }
 
 /// The guest confirmed CPUs that it does not have.
@@ -113,7 +138,7 @@ pub(super) fn cannot_be_onlined(offline: &IdSet, error: Option<&str>) -> Diagnos
 }
 
 /// There is no agent; the guest confirmed the CPUs, and they never ran.
-pub(super) fn never_ran(idle: &IdSet) -> Diagnosis {
+pub(super) fn never_ran(idle: &IdSet, agent: &Agent) -> Diagnosis {
     Diagnosis::new(
         "cpus-never-ran",
         format!(
@@ -121,8 +146,11 @@ pub(super) fn never_ran(idle: &IdSet) -> Diagnosis {
              dropped by its kernel (nr_cpus); only its agent can distinguish the two",
             idle.named("vCPU")
         ),
-        "bring them online in the guest (a udev rule does it for all that come), check nr_cpus \
-         on its kernel's command line, and install the guest agent, which reports it",
+        format!(
+            "bring them online in the guest (a udev rule does it for all that come), check \
+             nr_cpus on its kernel's command line, and {}",
+            agent_remedy(agent)
+        ),
     )
 }
 
@@ -183,11 +211,16 @@ pub(super) fn fewer_than_counted() -> Diagnosis {
 }
 
 /// The domain has no source of evidence.
-pub(super) fn no_source(tried: &str) -> Diagnosis {
+pub(super) fn no_source(tried: &str, agent: &Agent) -> Diagnosis {
+    let remedy = match agent {
+        Agent::Refused(_) => agent_remedy(agent),
+        _ => "give the domain a channel for the guest agent (org.qemu.guest_agent.0) and install \
+              qemu-guest-agent in the guest"
+            .to_owned(),
+    };
     Diagnosis::new(
         "no-source",
         format!("no source shows if the guest uses the CPUs ({tried})"),
-        "give the domain a channel for the guest agent (org.qemu.guest_agent.0) and install \
-         qemu-guest-agent in the guest",
+        remedy,
     )
 }

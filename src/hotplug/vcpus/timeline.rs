@@ -1,5 +1,6 @@
 //! The evidence about vCPUs for people.
 
+use super::diagnosis::GET_VCPUS;
 use super::evidence::{peripheral, vcpu_of};
 use crate::domain::IdSet;
 use crate::hotplug::timeline::{Timeline, ost_detail};
@@ -15,11 +16,25 @@ pub(super) fn timeline(history: &History) -> Vec<Evidence> {
         timeline.add(Source::LiveXml, seen.live_at(), detail);
         match &seen.agent {
             Agent::NotAsked => {}
+            Agent::NotQueried(why) => {
+                timeline.add(
+                    Source::GuestAgent,
+                    seen.at,
+                    format!("agent not queried: {why}"),
+                );
+            }
             Agent::Silent(why) => {
                 timeline.add(
                     Source::GuestAgent,
                     seen.agent_at(),
                     format!("no answer: {why}"),
+                );
+            }
+            Agent::Refused(why) => {
+                timeline.add(
+                    Source::GuestAgent,
+                    seen.at,
+                    format!("{GET_VCPUS} rejected: {why}"),
                 );
             }
             Agent::Answered(guest) => {

@@ -57,6 +57,8 @@ impl Libvirt {
             class,
             domain: None,
             deadline: class.deadline(&self.connection.shared().config),
+            wait: None,
+            agent_place: None,
         }
     }
 

@@ -22,7 +22,7 @@ pub(super) struct Session {
     /// Declared before the connection, since it must be dropped first.
     subscription: Option<Subscription>,
     pub(super) connect: Watched,
-    libvirt: Version,
+    pub(super) libvirt: Version,
     generation: u64,
 }
 

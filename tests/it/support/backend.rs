@@ -30,6 +30,7 @@ pub(crate) const PLAIN: ObservationQuery = ObservationQuery {
     timeout: LONG,
     statistics: false,
     agent: None,
+    background: false,
     answers: false,
 };
 
@@ -38,6 +39,7 @@ pub(crate) const EVERYTHING: ObservationQuery = ObservationQuery {
     timeout: LONG,
     statistics: true,
     agent: Some(LONG),
+    background: false,
     answers: true,
 };
 

@@ -26,6 +26,8 @@ const QUESTION: Duration = Duration::from_millis(2);
 const PLUG: Duration = Duration::from_millis(30);
 /// Time until a guest answers.
 const GUEST: Duration = Duration::from_millis(100);
+/// libvirt's timeout for an agent that does not answer.
+const AGENT_ANSWER: Duration = Duration::from_secs(3);
 /// libvirt's timeout for an unplug.
 const UNPLUG: Duration = Duration::from_secs(5);
 const MIB: u64 = 1 << 20;

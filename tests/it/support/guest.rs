@@ -197,7 +197,15 @@ impl<'l> Guest<'l> {
     ) -> anyhow::Result<Self> {
         let guest = Self::boot(libvirtd, config)?;
         guest.ready().await?;
-        if !config.words.contains("lab.agent=no") {
+        let words = config.words;
+        if words.contains("lab.agent=sync") || words.contains("lab.block") {
+            eventually(BOOT, async || {
+                let xml = libvirtd.virsh(&["dumpxml", config.name])?;
+                ensure!(xml.contains("state='connected'"), "no agent: {xml}");
+                Ok(())
+            })
+            .await?;
+        } else if !words.contains("lab.agent=no") {
             eventually(BOOT, async || {
                 libvirtd.virsh(&["guestvcpus", config.name]).map(drop)
             })

@@ -38,7 +38,10 @@ impl VcpuRules<'_> {
                 self.wait_or(self.silent(), "the new vCPUs to run in the guest")
             }
             Some(_) => self.wait_or(self.silent(), "the guest to take the vCPUs"),
-            None => self.without_agent(),
+            None => match self.unqueried() {
+                Some(finding) => self.wait_or(finding, "the guest agent to be queried"),
+                None => self.without_agent(),
+            },
         }
     }
 
@@ -191,7 +194,7 @@ impl VcpuRules<'_> {
                     Verdict::Unverifiable,
                     "the guest confirmed the vCPUs, and no source shows if it uses them",
                 )
-                .because(diagnosis::no_source(&self.tried())),
+                .because(diagnosis::no_source(&self.tried(), self.agent())),
             );
         }
         let idle: IdSet = facts.added.without(&facts.running);
@@ -204,7 +207,24 @@ impl VcpuRules<'_> {
         let message = format!("the guest confirmed the vCPUs, and {}", not_running(&idle));
         Ruling::Conclude(
             self.partial_or(Verdict::GuestOffline, message)
-                .because(diagnosis::never_ran(&idle)),
+                .because(diagnosis::never_ran(&idle, self.agent())),
+        )
+    }
+
+    fn agent(&self) -> &Agent {
+        &self.history.latest().agent
+    }
+
+    /// Returns the finding if the agent could not be asked: the other sources then do not count
+    /// against the guest.
+    fn unqueried(&self) -> Option<Conclusion> {
+        let Agent::NotQueried(why) = self.agent() else {
+            return None;
+        };
+        let message = "libvirt plugged the vCPUs, and the guest agent was not queried";
+        Some(
+            self.partial_or(Verdict::Unverifiable, message.to_owned())
+                .because(diagnosis::not_queried(why)),
         )
     }
 
@@ -247,7 +267,7 @@ impl VcpuRules<'_> {
                 Verdict::Unverifiable,
                 "libvirt plugged the vCPUs, and this domain has no other source of evidence",
             )
-            .because(diagnosis::no_source(&tried));
+            .because(diagnosis::no_source(&tried, self.agent()));
         }
         if self.count == self.before && facts.guest.is_none() {
             let idle = self.idle();
@@ -255,7 +275,7 @@ impl VcpuRules<'_> {
                 Verdict::GuestSilent,
                 format!("the vCPUs are plugged, and {}", not_running(&idle)),
             )
-            .because(diagnosis::never_ran(&idle));
+            .because(diagnosis::never_ran(&idle, self.agent()));
         }
         let nothing_called = self.count == self.before && self.history.calls().is_empty();
         if let Some(guest) = facts.guest.filter(|_| nothing_called) {
@@ -308,6 +328,8 @@ impl VcpuRules<'_> {
             }
             (Agent::Answered(_), _) => "the guest agent answers",
             (Agent::Silent(_), _) => "the guest agent does not answer",
+            (Agent::Refused(_), _) => "the guest agent rejects guest-get-vcpus",
+            (Agent::NotQueried(_), _) => "the guest agent was not queried",
             (_, true) => "the guest agent was not asked",
             (_, false) => "no guest agent",
         };

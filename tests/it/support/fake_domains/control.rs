@@ -10,7 +10,7 @@ use virtnode::hypervisor::{
 };
 use virtnode::units::{Bytes, KiB};
 
-use super::{Blocks, Cpus, DIMM, FakeControl, FakeDomain, LINUX_BLOCK, MIB, PLUG};
+use super::{AGENT_ANSWER, Blocks, Cpus, DIMM, FakeControl, FakeDomain, LINUX_BLOCK, MIB, PLUG};
 
 fn failed(call: &'static str, number: u32, message: &str) -> CallError {
     CallError::Failed {
@@ -115,7 +115,11 @@ impl FakeControl {
         self.question().await?;
         let (_, have) = self.find_ref(domain)?;
         if have.guest.agent_hangs {
-            std::future::pending::<()>().await;
+            sleep(AGENT_ANSWER).await;
+            return Err(CallError::AgentSilent {
+                call: "guest-vcpus".into(),
+                text: "guest agent command timed out".to_owned(),
+            });
         }
         if have.guest.agent {
             Ok(GuestVcpus {
