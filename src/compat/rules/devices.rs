@@ -100,7 +100,7 @@ fn has_ide(input: &RuleInput<'_>) -> Option<bool> {
     let x86 = ["pc-i440fx", "pc-0.", "pc-1.", "rhel"];
     input
         .is_x86()
-        .then(|| machine == "pc" || x86.iter().any(|prefix| named(prefix)))
+        .then(|| machine == "pc" || x86.iter().any(named))
 }
 
 fn no_ide(input: &RuleInput<'_>) -> RuleFinding {
