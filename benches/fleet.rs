@@ -246,7 +246,12 @@ fn start(
     let (connection, connected) = watch::channel(ConnectionState::Up(1));
     tokio::spawn(publisher.run(to_describe, connected, token.clone()));
 
-    let mut hotplugs = HotplugObjects::new(&cluster).watch().boxed();
+    let mut hotplugs = HotplugObjects::new(&cluster)
+        .watch(virtnode::cluster::ListOptions {
+            max: 512,
+            in_pages: false,
+        })
+        .boxed();
     let token = token.clone();
     tokio::spawn(async move {
         // The daemon probes once a minute.

@@ -11,8 +11,8 @@ use crate::domain::{ConnectionId, DomainRef};
 use crate::hotplug::{Amount, Diagnosis, Evidence, HotplugRequest, Outcome, Require, Verdict};
 use crate::units::{ParseError, Timestamp, bounded, string_conversions, words};
 
-/// Maximum length of a domain's name in bytes: libvirt names the domain's files after it, and file
-/// names are limited to 255 bytes.
+/// Maximum length of a domain's name in characters: libvirt names the domain's files after it, and
+/// file names are limited to 255 bytes.
 const MAX_NAME: usize = 255;
 
 /// Maximum size of a record's message, error, cause and remedy in bytes of JSON. They may contain
@@ -93,10 +93,9 @@ impl TryFrom<String> for DomainName {
     type Error = ParseError;
 
     fn try_from(text: String) -> Result<Self, ParseError> {
-        let fits = (1..=MAX_NAME).contains(&text.len());
+        let fits = (1..=MAX_NAME).contains(&text.chars().count());
         if !fits || text.contains(['\n', '\r', '\0']) {
-            let what =
-                "is not a domain's name: use 1 to 255 bytes without line breaks and zero bytes";
+            let what = "is not a domain's name: use 1 to 255 characters without line breaks and zero bytes";
             return Err(ParseError::new(&text, what));
         }
         Ok(Self(text))

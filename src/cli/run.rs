@@ -46,6 +46,7 @@ fn run(config: Config, check: impl Fn() -> Result<(), ConfigError>) -> anyhow::R
         ExitReason::Reload => {
             let mut arguments = std::env::args_os();
             let program = arguments.next().context("the process has no argv[0]")?;
+            daemon::block_hangup().context("cannot block SIGHUP")?;
             // Returns only on failure. The process keeps its PID, by which systemd supervises it.
             let error = std::process::Command::new(&program).args(arguments).exec();
             Err(anyhow!(error).context(format!("cannot execute {} again", program.display())))

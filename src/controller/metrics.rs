@@ -7,7 +7,7 @@ use crate::telemetry::MetricRegistry;
 
 /// Calls to the API server about DomainHotplug objects: values of the label `call`. A watch
 /// is no single call.
-const OBJECT_CALLS: [&str; 4] = ["watch", "status", "own", "delete"];
+const OBJECT_CALLS: [&str; 5] = ["watch", "get", "status", "own", "delete"];
 
 pub struct ObjectMetrics {
     pub(super) watched: IntGauge,
@@ -24,8 +24,8 @@ impl ObjectMetrics {
             ),
             calls: registry.counters(
                 "virtnode_hotplug_object_calls_total",
-                "Calls to the API server that write the status of a DomainHotplug object, set its \
-                 owner or delete it.",
+                "Calls to the API server that read a DomainHotplug object, write its status, set \
+                 its owner or delete it.",
                 &[("call", &OBJECT_CALLS[1..])],
             ),
             failures: registry.counters(

@@ -205,6 +205,11 @@ impl<C: DomainBackend, S> Driver<C, S> {
 
     /// Writes a verdict to the journal, then publishes, reports and logs it.
     async fn report_verdict(&mut self) {
+        let record = &mut self.entry.record;
+        // An earlier process had the verdict, but could not write it.
+        if let Some(first) = self.executor.journal.kept_verdict(&record.id) {
+            record.finished = record.finished.map(|finished| finished.min(first.at));
+        }
         // The executor logged the failure; the verdict is true without the journal.
         self.save().await.ok();
         self.publish();

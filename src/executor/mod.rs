@@ -112,7 +112,10 @@ impl<C: DomainBackend> Executor<C> {
         options: Options,
         listener: impl Listener,
     ) -> Result<Arc<Self>, JournalError> {
-        let entries = journal.entries()?;
+        let mut entries = journal.entries()?;
+        for entry in &mut entries {
+            restore_kept_verdict(&journal, entry);
+        }
         let executor = Arc::new(Self {
             backend,
             journal: Arc::new(journal),
@@ -237,11 +240,13 @@ impl<C: DomainBackend> Executor<C> {
         self.registry().watch(id)
     }
 
-    /// Stops every driver and waits for them. The next start resumes unfinished operations.
+    /// Stops every driver, waits for them, and releases the journal. The next start resumes
+    /// unfinished operations.
     pub async fn stop(&self) {
         self.stop.cancel();
         self.tasks.close();
         self.tasks.wait().await;
+        self.journal.release();
     }
 
     fn registry(&self) -> MutexGuard<'_, Registry> {
@@ -259,7 +264,10 @@ impl<C: DomainBackend> Executor<C> {
         let (journal, entry) = (Arc::clone(&self.journal), entry.clone());
         let finished = self.registry().finished();
         let work = move || {
-            journal.write(&entry).map_err(|error| error.to_string())?;
+            if let Err(error) = journal.write(&entry) {
+                journal.keep_verdict(&entry.record);
+                return Err(error.to_string());
+            }
             let surplus = journal.surplus(finished);
             for id in &surplus {
                 if let Err(error) = journal.remove(id) {
@@ -286,6 +294,24 @@ impl<C: DomainBackend> Executor<C> {
                 Err(error)
             }
         }
+    }
+}
+
+/// Ends an operation whose verdict could not be written, if it changed nothing. One with a history is
+/// judged again.
+fn restore_kept_verdict(journal: &Journal, entry: &mut Entry) {
+    let record = &mut entry.record;
+    if record.is_done() || entry.history.is_some() {
+        return;
+    }
+    let Some(kept) = journal.kept_verdict(&record.id) else {
+        return;
+    };
+    let message = "the journal could not be written at the time of the verdict, so its reason is \
+                   lost; nothing was changed";
+    record.end(kept.verdict, message, kept.at);
+    if let Err(error) = journal.write(entry) {
+        error!(%error, "cannot write the journal");
     }
 }
 

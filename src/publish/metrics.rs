@@ -36,6 +36,7 @@ pub struct SyncMetrics {
     pub last_success: Gauge,
     pub changes: IntCounterVec,
     pub conflicts: IntCounterVec,
+    pub watch_failures: IntCounterVec,
 }
 
 impl SyncMetrics {
@@ -66,6 +67,11 @@ impl SyncMetrics {
                 "Labels that another field manager owns with a different value: dropped, or taken \
                  over if the configuration says so.",
                 &[("action", &["dropped", "forced"])],
+            ),
+            watch_failures: registry.counters(
+                "virtnode_node_watch_failures_total",
+                "Failures of the watch of the Node. A watch that ends within a second is one.",
+                &[("reason", &SYNC_FAILURES[2..])],
             ),
         }
     }

@@ -1,5 +1,6 @@
 //! The executor and its journal on an in-memory backend, in simulated time.
 
+use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -533,6 +534,38 @@ async fn connection_lost_during_a_call_is_reported() {
 }
 
 /// The executor is dropped after various times, and another resumes from its journal.
+#[tokio::test(start_paused = true)]
+async fn verdict_that_cannot_be_written_is_kept_over_restarts() {
+    let mut node = Node::new();
+    node.control.add("vm", FakeGuest::default());
+    let id = node.executor.submit(vcpus("vm", 3)).await.unwrap();
+    // As on a full disk, the draft cannot be created.
+    let journal = node.state.path().join("operations");
+    let draft = journal.join(format!(".{id}.draft"));
+    fs::create_dir(&draft).unwrap();
+    let first = node.ends(&id).await;
+    assert_eq!(first.verdict, Some(Verdict::Infeasible));
+    for _ in 0..2 {
+        node.restart().await;
+        let again = node.executor.operation(&id).unwrap();
+        assert_eq!(
+            (again.verdict, again.finished),
+            (first.verdict, first.finished)
+        );
+        assert!(node.control.calls().is_empty(), "it is not executed later");
+    }
+    fs::remove_dir(&draft).unwrap();
+    node.restart().await;
+    node.restart().await;
+    let written = node.executor.operation(&id).unwrap();
+    assert_eq!(
+        (written.verdict, written.finished),
+        (first.verdict, first.finished)
+    );
+    let files: Vec<_> = fs::read_dir(&journal).unwrap().collect();
+    assert_eq!(files.len(), 1, "{files:?}");
+}
+
 #[tokio::test(start_paused = true)]
 async fn restart_at_any_time_repeats_no_call() {
     for millis in (0..200).step_by(4) {

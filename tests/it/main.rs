@@ -16,6 +16,7 @@ mod control;
 mod controller;
 mod daemon;
 mod daemon_on_a_node;
+mod daemon_trouble;
 mod dist;
 mod doctor;
 mod doctor_domains;

@@ -2,7 +2,7 @@
 
 use serde::Deserialize;
 
-use super::body::{CommonFields, HotplugBody, level};
+use super::body::{CommonFields, HotplugBody, level, not_null};
 use crate::hotplug::{HotplugRequest, Require};
 use crate::units::Bytes;
 
@@ -14,7 +14,9 @@ pub(super) struct MemoryBody {
     require: Require,
     #[serde(default)]
     persistent: bool,
+    #[serde(default, deserialize_with = "not_null")]
     timeout_seconds: Option<u64>,
+    #[serde(default, deserialize_with = "not_null")]
     idempotency_key: Option<String>,
 }
 

@@ -2,7 +2,7 @@
 
 use serde::Deserialize;
 
-use super::body::{CommonFields, HotplugBody, level};
+use super::body::{CommonFields, HotplugBody, level, not_null};
 use crate::hotplug::{HotplugRequest, Require};
 
 #[derive(Debug, Deserialize)]
@@ -15,7 +15,9 @@ pub(super) struct VcpusBody {
     require: Require,
     #[serde(default)]
     persistent: bool,
+    #[serde(default, deserialize_with = "not_null")]
     timeout_seconds: Option<u64>,
+    #[serde(default, deserialize_with = "not_null")]
     idempotency_key: Option<String>,
 }
 
