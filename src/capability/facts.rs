@@ -406,7 +406,7 @@ pub fn is_x86(arch: &str) -> bool {
 /// True for a machine type of the q35 family, from QEMU or a distribution
 /// (`qemuDomainMachineIsQ35`, libvirt src/qemu/qemu_domain.c).
 pub fn is_q35(machine: &str) -> bool {
-    machine == "q35" || machine.starts_with("pc-q35")
+    machine == "q35" || machine.starts_with("pc-q35-")
 }
 
 /// True for a machine type of Arm's `virt` family.

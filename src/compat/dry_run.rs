@@ -6,8 +6,8 @@
 //! them and names them:
 //!
 //! * `<emulator>` and a virtiofs `<binary>` are executed;
-//! * each `<interface>` of any type opens /dev/net/tun and creates a TAP device, and runs its
-//!   script;
+//! * each `<interface>` of any type opens /dev/net/tun and creates a TAP device, and its
+//!   `<script>` is executed, by a privileged libvirtd as root;
 //! * the `<device>` of a TPM is opened for reading and writing;
 //! * secrets, storage volumes and virtual networks are looked up in other drivers.
 //!

@@ -35,14 +35,14 @@ const USES_QEMU_LIST_SINCE: Version = Version::new(10, 6, 0);
 const LIBVIRT_LIST_MESSAGE: &str = "the CPU is incompatible with host CPU: ";
 
 /// A libvirt and the facts of its node.
-struct LibvirtNode {
+pub(crate) struct LibvirtNode {
     libvirtd: Libvirtd,
-    libvirt: Arc<Libvirt>,
-    facts: NodeFacts,
+    pub(crate) libvirt: Arc<Libvirt>,
+    pub(crate) facts: NodeFacts,
 }
 
 impl LibvirtNode {
-    async fn start() -> Self {
+    pub(crate) async fn start() -> Self {
         let libvirtd = Libvirtd::start().unwrap();
         let metrics = Metrics::new();
         let config = LibvirtConfig::new(libvirtd.uri());
@@ -68,7 +68,7 @@ impl LibvirtNode {
         assess(&domain, &offer)
     }
 
-    async fn dry_run(&self, xml: &str) -> DryRun {
+    pub(crate) async fn dry_run(&self, xml: &str) -> DryRun {
         match self.libvirt.native_arguments(copy(xml).xml).await {
             Ok(_) => DryRun::Accepted,
             Err(CallError::Failed { text, .. }) => DryRun::Refused { words: text },
@@ -77,7 +77,7 @@ impl LibvirtNode {
     }
 }
 
-fn copy(xml: &str) -> DefinitionCopy {
+pub(crate) fn copy(xml: &str) -> DefinitionCopy {
     dry_run_copy(xml, None).unwrap()
 }
 

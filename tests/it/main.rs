@@ -6,9 +6,11 @@
 )]
 
 mod agreement;
+mod agreement_devices;
 mod api;
 mod architecture;
 mod check;
+mod check_live;
 mod cli;
 mod cluster;
 mod contract;

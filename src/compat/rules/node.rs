@@ -94,6 +94,15 @@ fn check_host_devices(input: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
                      is not checked"
                 ),
             )),
+            // libvirt looks for mediated devices only when it starts the domain.
+            Some(false) if devices.pci == 0 => findings.push(
+                RuleFinding::blocking(
+                    RuleCode::HostDevice,
+                    format!("{count} mediated devices use VFIO, which the host lacks"),
+                )
+                .stage(Stage::Launch)
+                .remedy("load vfio-mdev and create the device, or choose a node that has it"),
+            ),
             Some(false) => findings.push(
                 RuleFinding::blocking(
                     RuleCode::HostDevice,

@@ -9,7 +9,7 @@
 //! the environment names: see "Another libvirt" in CONTRIBUTING.md.
 
 use std::fs;
-use std::os::unix::fs::chown;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use nix::sys::signal::{Signal, kill};
+use nix::sys::stat::{Mode, SFlag, mknod};
 use nix::unistd::{Pid, Uid};
 use tempfile::TempDir;
 
@@ -41,6 +42,8 @@ pub(crate) struct Libvirtd {
     daemon: PathBuf,
     /// Additional environment of the daemon.
     environment: Vec<(&'static str, &'static str)>,
+    /// True if it sees a /dev/kvm that it may open.
+    with_kvm: bool,
     child: Option<Child>,
 }
 
@@ -65,6 +68,32 @@ impl Libvirtd {
         Ok(libvirtd)
     }
 
+    /// Starts one that may use KVM: it sees another device node of /dev/kvm, in a mount namespace
+    /// of its own. `None` without KVM, or without the rights for that.
+    pub(crate) fn start_with_kvm() -> anyhow::Result<Option<Self>> {
+        let kvm = fs::File::options().read(true).write(true).open("/dev/kvm");
+        if kvm.is_err() || !Uid::effective().is_root() {
+            return Ok(None);
+        }
+        let mut libvirtd = Self::new()?;
+        if libvirtd.root.is_some() {
+            return Ok(None);
+        }
+        libvirtd.with_kvm = true;
+        let node = libvirtd.path("kvm");
+        let device = fs::metadata("/dev/kvm")?.rdev();
+        mknod(
+            &node,
+            SFlag::S_IFCHR,
+            Mode::from_bits_truncate(0o666),
+            device,
+        )?;
+        fs::set_permissions(&node, fs::Permissions::from_mode(0o666))?;
+        libvirtd.restart()?;
+        libvirtd.virsh(&["capabilities"])?;
+        Ok(Some(libvirtd))
+    }
+
     /// Returns a libvirtd that is not started yet and has no socket.
     pub(crate) fn new() -> anyhow::Result<Self> {
         let root = std::env::var_os(ROOT).map(PathBuf::from);
@@ -82,6 +111,7 @@ impl Libvirtd {
             root,
             daemon,
             environment: Vec::new(),
+            with_kvm: false,
             child: None,
         };
         for part in ["run", "config/libvirt", "cache", "home"] {
@@ -167,6 +197,17 @@ impl Libvirtd {
                 command.arg("--groups=").arg(root).arg(&self.daemon);
                 command
             }
+            None if self.with_kvm => {
+                let mut command = Command::new("unshare");
+                let mount = format!(
+                    "mount --bind {} /dev/kvm && exec setpriv --reuid={OTHER} --regid={OTHER} \
+                     --clear-groups {}",
+                    self.path("kvm").display(),
+                    self.daemon.display()
+                );
+                command.args(["--mount", "--propagation", "private", "sh", "-c", &mount]);
+                command
+            }
             None => Command::new(&self.daemon),
         };
         command
@@ -182,7 +223,7 @@ impl Libvirtd {
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log);
-        if self.root.is_none() && Uid::effective().is_root() {
+        if self.root.is_none() && !self.with_kvm && Uid::effective().is_root() {
             // The standard library also drops the supplementary groups.
             command.uid(OTHER).gid(OTHER);
         }
@@ -352,6 +393,7 @@ impl Libvirtd {
     fn seed(&self) -> PathBuf {
         let root = self.root.as_deref().map(Path::to_string_lossy);
         let of = root.unwrap_or_default().replace('/', "-");
+        let of = if self.with_kvm { "-kvm".into() } else { of };
         Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("libvirt-capabilities{of}"))
     }
 

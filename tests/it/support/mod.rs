@@ -3,6 +3,7 @@
 pub(crate) mod backend;
 pub(crate) mod controller;
 pub(crate) mod daemon;
+pub(crate) mod device_domains;
 pub(crate) mod domains;
 pub(crate) mod fake_api;
 pub(crate) mod fake_domains;
