@@ -502,7 +502,7 @@ async fn verdicts(libvirtd: &Libvirtd) -> anyhow::Result<()> {
                 count: 1 + more,
                 online: false,
             },
-            HotplugRequest::Memory { size },
+            HotplugRequest::Memory { size, force: false },
         ] {
             let order = Order {
                 domain: config.name.parse()?,

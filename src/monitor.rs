@@ -242,8 +242,8 @@ impl<C: DomainBackend> Monitor<C> {
         let figures = self.running.iter().filter_map(|stats| {
             let details = &self.known.get(&stats.id)?.details;
             let balloon = stats.stats.balloon;
-            let is_reported = balloon.updated.is_some_and(|updated| updated > 0);
-            let total = balloon.total.filter(|_| is_reported);
+            let is_current = balloon.is_current(at, details.domain.balloon.stats_period);
+            let total = balloon.total.filter(|_| is_current);
             let figures = DomainFigures::of(&details.domain, details.online(), total, at);
             Some(DomainFigures {
                 connection: stats.id.connection.clone(),

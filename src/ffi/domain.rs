@@ -166,6 +166,16 @@ pub fn set_agent_timeout(domain: &Domain, seconds: c_int) -> Result<(), Error> {
     done(unsafe { sys::virDomainAgentSetResponseTimeout(domain.as_ptr(), seconds, 0) })
 }
 
+/// `virDomainSetMemoryStatsPeriod`: how often the balloon's driver reports, in seconds; 0 ends it.
+///
+/// # Errors
+/// libvirt's own, also for a domain without a virtio balloon.
+pub fn set_stats_period(domain: &Domain, seconds: u32, flags: u32) -> Result<(), Error> {
+    let seconds = c_int::try_from(seconds).unwrap_or(c_int::MAX);
+    // SAFETY: the domain is alive.
+    done(unsafe { sys::virDomainSetMemoryStatsPeriod(domain.as_ptr(), seconds, flags) })
+}
+
 /// Returns the operation of the job on the domain (`virDomainJobOperation`, 0 if libvirt does not
 /// report it), from `virDomainGetJobStats`; `None` without a job.
 ///

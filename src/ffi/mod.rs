@@ -21,7 +21,7 @@ pub use self::connection::{
 };
 pub use self::domain::{
     DomainRecord, all_domain_stats, domain_stats, guest_vcpus, job, set_agent_timeout,
-    set_guest_vcpus, state,
+    set_guest_vcpus, set_stats_period, state,
 };
 pub use self::events::{RawEvent, RawEventKind, Subscription};
 pub use self::parameters::{Parameter, Value};

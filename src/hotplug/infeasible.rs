@@ -143,6 +143,21 @@ pub enum Infeasible {
         least: Bytes,
     },
     #[error(
+        "with {asked} the guest would have {left} of its total left, and it uses {used} of {total} \
+         (reported {age} s before): free memory in the guest, or ask for {least} or more; --force \
+         (force: true) takes it away all the same, and the guest may kill programs or crash"
+    )]
+    BelowUse {
+        asked: Bytes,
+        /// The guest's total afterwards.
+        left: Bytes,
+        used: Bytes,
+        total: Bytes,
+        /// The age of the figures in seconds.
+        age: u64,
+        least: Bytes,
+    },
+    #[error(
         "{more} more are asked for, and the node has {available} available: free memory on the \
          node, or move the domain to one that has it"
     )]
@@ -175,6 +190,7 @@ impl Infeasible {
             Self::NoNumaCell => "no-numa-cell",
             Self::NoDimms { .. } => "no-dimms",
             Self::CannotShrink { .. } => "cannot-shrink",
+            Self::BelowUse { .. } => "below-use",
             Self::NodeMemory { .. } => "node-memory",
         }
     }

@@ -44,7 +44,7 @@ pub(super) fn after_call(history: &History, now: Timestamp, done: bool) -> Optio
     let over = history.is_over(now);
     // A failed call to the agent is evidence about the guest, not an error of the hypervisor.
     let ours = |call: &&Call| !matches!(call.action, Action::OnlineVcpus { .. });
-    let call = history.calls().last().filter(ours)?;
+    let call = history.changes().next_back().filter(ours)?;
     let (at, error) = match &call.returned {
         None => return (over && !done).then(|| still_running(history)),
         Some((_, Return::Done)) => return None,

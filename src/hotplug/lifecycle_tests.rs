@@ -246,7 +246,7 @@ fn lost_call_that_was_not_carried_out_is_repeated() {
     world.domain.memory.devices[0].size = mib(256);
     world.domain.memory.maximum = Some(mib(8192));
     let size = mib(1024);
-    let mut history = killed(&world, HotplugRequest::Memory { size });
+    let mut history = killed(&world, HotplugRequest::Memory { size, force: false });
     world.domain.memory.devices[0].requested = Some(mib(256));
     world.domain.memory.devices[0].current = Some(mib(256));
     world.run(&mut history);

@@ -1,5 +1,7 @@
 //! The state of a domain at one time, from all sources.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 
 use super::Ost;
@@ -173,11 +175,45 @@ impl Observation {
         format!("the domain, {}, to run again", self.state())
     }
 
-    /// Returns the guest's own total memory if the balloon driver has ever reported it.
+    /// Returns the guest's own total memory if its balloon driver reports it at present.
     pub fn guest_total(&self) -> Option<Bytes> {
+        let report = self.memory_report()?;
+        report.is_current.then_some(report.total)
+    }
+
+    /// Returns the last report of the balloon driver. Without a statistics period it may be as old
+    /// as the guest: the driver reports once when it starts.
+    pub(super) fn memory_report(&self) -> Option<MemoryReport> {
         let balloon = self.stats.as_ref()?.balloon;
-        balloon.updated.filter(|updated| *updated > 0)?;
-        balloon.total
+        Some(MemoryReport {
+            age: balloon.age(self.at)?,
+            total: balloon.total?,
+            usable: balloon.usable,
+            updated: i64::try_from(balloon.updated?).ok()?,
+            is_current: balloon.is_current(self.at, self.domain.balloon.stats_period),
+        })
+    }
+}
+
+/// The guest's memory, as its balloon driver reported it last.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct MemoryReport {
+    /// The guest's total.
+    pub(super) total: Bytes,
+    /// The memory that the guest can use without swapping; not every guest reports it.
+    pub(super) usable: Option<Bytes>,
+    /// Seconds since 1970.
+    pub(super) updated: i64,
+    /// The age at the time of the observation.
+    pub(super) age: Duration,
+    /// False if the next report is overdue.
+    pub(super) is_current: bool,
+}
+
+impl MemoryReport {
+    /// Returns what the guest cannot do without.
+    pub(super) fn used(&self) -> Option<Bytes> {
+        Some(self.total.saturating_sub(self.usable?))
     }
 }
 

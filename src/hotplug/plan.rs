@@ -70,9 +70,35 @@ pub enum Action {
         #[serde(default)]
         persist: bool,
     },
+    /// `virDomainSetMemoryStatsPeriod`, live: how often the balloon driver reports the guest's
+    /// memory. Only prepares the evidence: it changes no amount, and is put back after the verdict.
+    SetStatsPeriod {
+        /// Seconds; 0 means never.
+        seconds: u32,
+        /// The period before.
+        was: u32,
+    },
 }
 
 impl Action {
+    /// True if the call changes what the guest has, and not only what is known about it.
+    pub(super) fn changes_guest(&self) -> bool {
+        !matches!(self, Self::SetStatsPeriod { .. })
+    }
+
+    /// Describes the call for people, if it only prepares evidence.
+    pub fn describe(&self) -> Option<String> {
+        match self {
+            Self::SetStatsPeriod { seconds: 0, .. } => {
+                Some("switch the balloon statistics off again".to_owned())
+            }
+            Self::SetStatsPeriod { seconds, .. } => Some(format!(
+                "set the period of the balloon statistics to {seconds} s"
+            )),
+            _ => None,
+        }
+    }
+
     /// True if the live XML shows the final state.
     pub(super) fn is_shown(&self, seen: &Observation) -> bool {
         let memory = &seen.domain.memory;
@@ -84,6 +110,9 @@ impl Action {
                 .device(alias)
                 .is_some_and(|device| device.asked() == Bytes::from(*requested)),
             Self::AttachDimm { alias, .. } => memory.device(alias).is_some(),
+            Self::SetStatsPeriod { seconds, .. } => {
+                seen.domain.balloon.stats_period.unwrap_or(0) == *seconds
+            }
             // Only the guest agent reports this.
             Self::OnlineVcpus { .. } => false,
         }
@@ -105,7 +134,7 @@ impl Action {
             Self::AttachDimm { alias, .. } => {
                 has.memory.device(alias).is_none() && has.memory.asked() == had.memory.asked()
             }
-            Self::OnlineVcpus { .. } => true,
+            Self::OnlineVcpus { .. } | Self::SetStatsPeriod { .. } => true,
         }
     }
 
@@ -115,7 +144,7 @@ impl Action {
             Self::SetVcpus { persist, .. }
             | Self::ResizeVirtioMem { persist, .. }
             | Self::AttachDimm { persist, .. } => *persist,
-            Self::OnlineVcpus { .. } => false,
+            Self::OnlineVcpus { .. } | Self::SetStatsPeriod { .. } => false,
         }
     }
 
@@ -129,7 +158,9 @@ impl Action {
                 let device = before.domain.memory.device(alias);
                 device.is_some_and(|device| Bytes::from(*requested) < device.asked())
             }
-            Self::OnlineVcpus { .. } | Self::AttachDimm { .. } => false,
+            Self::OnlineVcpus { .. } | Self::AttachDimm { .. } | Self::SetStatsPeriod { .. } => {
+                false
+            }
         }
     }
 }
@@ -148,7 +179,7 @@ impl Plan {
                 Action::SetVcpus { persist, .. }
                 | Action::ResizeVirtioMem { persist, .. }
                 | Action::AttachDimm { persist, .. } => *persist = scope.persists(),
-                Action::OnlineVcpus { .. } => {}
+                Action::OnlineVcpus { .. } | Action::SetStatsPeriod { .. } => {}
             }
         }
         self

@@ -148,7 +148,7 @@ proptest! {
         let kernel = mib(512).saturating_sub(world.total);
         for size in [mib(first & !1), mib(second & !1)] {
             let terms = world.terms(require, seconds);
-            let ended = world.carry_out(HotplugRequest::Memory { size }, terms);
+            let ended = world.carry_out(HotplugRequest::Memory { size, force: false }, terms);
             prop_assert!(world.now <= terms.deadline);
             if ended.verdict() == Verdict::Verified && require == Require::Online {
                 let memory = &world.domain.memory;
@@ -192,7 +192,7 @@ proptest! {
         let size = if aligned { Bytes::from(size).round_down(mib(2)) } else { size.into() };
         let seen = world.observe();
         let memory = &seen.domain.memory;
-        let request = HotplugRequest::Memory { size };
+        let request = HotplugRequest::Memory { size, force: false };
         if let Preflight::Ready(plan) = preflight(&request, Scope::Live, &seen, &Host::default()) {
             let mut total = memory.asked();
             for action in &plan.actions {
@@ -330,7 +330,7 @@ proptest! {
         inputs in prop::collection::vec((0_u64..3000, input()), 0..40),
         request in prop_oneof![
             (0_u32..6, any::<bool>()).prop_map(|(count, online)| HotplugRequest::Vcpus { count, online }),
-            (256_u64..2048).prop_map(|size| HotplugRequest::Memory { size: mib(size * 2) }),
+            (256_u64..2048).prop_map(|size| HotplugRequest::Memory { size: mib(size * 2), force: false }),
         ],
         require in require(),
         vcpus in 1_u32..5,
@@ -425,7 +425,7 @@ fn check(history: &History, now: Timestamp) -> Result<(), TestCaseError> {
                 prop_assert!(by_agent.is_none() || (0..count).all(|id| ran(&id)));
             }
         }
-        HotplugRequest::Memory { size } => {
+        HotplugRequest::Memory { size, .. } => {
             prop_assert_eq!(last.domain.memory.asked(), size);
             prop_assert_eq!(last.domain.memory.plugged(), size);
         }

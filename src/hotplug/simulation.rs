@@ -95,6 +95,10 @@ pub(super) enum WorldChange {
     LosesLibvirt,
     FindsLibvirt,
     FreesMemory,
+    /// The guest's kernel stops, and nobody notices.
+    Hangs,
+    /// The balloon takes memory from the guest.
+    Inflates(Bytes),
     Onlines(u32),
     /// A vCPU runs for a moment, with or without the guest's system.
     Runs(u32),
@@ -132,6 +136,10 @@ pub(super) struct World {
     pub(super) online: BTreeSet<u32>,
     times: BTreeMap<u32, u64>,
     pub(super) total: Bytes,
+    /// The memory that the guest cannot do without, if it reports that.
+    pub(super) used: Option<Bytes>,
+    /// The memory that the balloon holds.
+    held: Bytes,
     reported: Option<(Bytes, u64)>,
     gone: bool,
     lost: bool,
@@ -219,6 +227,8 @@ impl World {
             online: (0..vcpus).collect(),
             times: (0..vcpus).map(|id| (id, 3_000)).collect(),
             total: mib(404),
+            used: None,
+            held: Bytes::ZERO,
             reported: None,
             gone: false,
             lost: false,
@@ -237,6 +247,25 @@ impl World {
     /// Replaces the virtio-mem device by slots for DIMMs.
     pub(super) fn with_dimms(mut self) -> Self {
         self.domain.memory.devices.clear();
+        self
+    }
+
+    /// Changes what the guest's kernel leaves of the boot memory.
+    pub(super) fn with_total(mut self, total: Bytes) -> Self {
+        self.total = total;
+        self.reported = Some((total, seconds_of(self.now)));
+        self
+    }
+
+    /// Changes the period of the statistics. The last report is that of the driver's start.
+    pub(super) fn with_period(mut self, period: Option<u32>) -> Self {
+        self.domain.balloon.stats_period = period;
+        self.now = self.now.after(ms(60_000));
+        self.pending.clear();
+        if let Some(period) = period {
+            self.reported = Some((self.total, seconds_of(self.now)));
+            self.later(Duration::from_secs(period.into()), Effect::ReportsTotal);
+        }
         self
     }
 
@@ -298,9 +327,12 @@ impl World {
             (id, VcpuStats { time, exits: None })
         });
         let balloon = BalloonStats {
-            current: Some(self.domain.memory.plugged()),
+            current: Some(self.domain.memory.plugged().saturating_sub(self.held)),
             total: self.reported.map(|(total, _)| total),
-            usable: None,
+            usable: self
+                .reported
+                .zip(self.used)
+                .map(|((total, _), used)| total.saturating_sub(used)),
             updated: Some(self.reported.map_or(0, |(_, at)| at)),
         };
         Observation {
@@ -441,7 +473,7 @@ impl World {
 
     pub(super) fn memory(&mut self, size: Bytes) -> Ended {
         let terms = self.terms(Require::Online, 60);
-        self.carry_out(HotplugRequest::Memory { size }, terms)
+        self.carry_out(HotplugRequest::Memory { size, force: false }, terms)
     }
 
     pub(super) fn terms(&self, require: Require, seconds: u64) -> Terms {

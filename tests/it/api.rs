@@ -188,7 +188,7 @@ async fn submitted_fields_reach_the_executor() {
     assert_eq!(answer.status, 202, "{}", answer.body);
     let order = &served.operations.orders()[1];
     let size = Bytes::from_mib(1536).unwrap();
-    assert_eq!(order.request, HotplugRequest::Memory { size });
+    assert_eq!(order.request, HotplugRequest::Memory { size, force: false });
     assert_eq!(order.require, Require::Online);
     assert_eq!(order.timeout, Duration::from_secs(60));
 }

@@ -89,7 +89,7 @@ fn vcpus(domain: &str, count: u32) -> Order {
 
 fn memory(domain: &str, mib: u64) -> Order {
     let size = Bytes::from_mib(mib).unwrap();
-    order(domain, HotplugRequest::Memory { size })
+    order(domain, HotplugRequest::Memory { size, force: false })
 }
 
 fn guest(cpus: Cpus, agent: bool) -> FakeGuest {

@@ -105,7 +105,8 @@ pub(in crate::cli) fn request(request: &HotplugRequest) -> String {
             let online = if *online { ", online" } else { "" };
             format!("vcpus {count}{online}")
         }
-        HotplugRequest::Memory { size } => format!("memory {size}"),
+        HotplugRequest::Memory { size, force: true } => format!("memory {size} --force"),
+        HotplugRequest::Memory { size, .. } => format!("memory {size}"),
     }
 }
 
@@ -224,7 +225,7 @@ mod tests {
     #[test]
     fn verified_operation_shows_change_and_correction() {
         let size = Bytes::from_mib(1536).unwrap();
-        let mut record = record_of(HotplugRequest::Memory { size });
+        let mut record = record_of(HotplugRequest::Memory { size, force: false });
         let memory = |mib, total| Amount::Memory {
             memory: Bytes::from_mib(mib).unwrap(),
             guest_total: Bytes::from_mib(total),

@@ -162,6 +162,10 @@ pub struct MemoryTarget {
         regex(pattern = r"^[0-9]+([.][0-9]+)?(Ki|Mi|Gi|Ti|Pi|Ei)B?$")
     )]
     pub size: String,
+    /// If true, memory is taken away even if the guest uses more than is left to it, at the risk that
+    /// it kills programs or crashes. Default: false.
+    #[serde(default)]
+    pub force: bool,
 }
 
 /// A level of evidence.

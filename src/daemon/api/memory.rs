@@ -10,6 +10,8 @@ use crate::units::Bytes;
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub(super) struct MemoryBody {
     size: Bytes,
+    #[serde(default)]
+    force: bool,
     #[serde(default, deserialize_with = "level")]
     require: Require,
     #[serde(default)]
@@ -30,6 +32,7 @@ impl HotplugBody for MemoryBody {
             timeout_seconds: self.timeout_seconds,
             idempotency_key: self.idempotency_key,
         };
-        (HotplugRequest::Memory { size: self.size }, common)
+        let Self { size, force, .. } = self;
+        (HotplugRequest::Memory { size, force }, common)
     }
 }

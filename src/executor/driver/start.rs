@@ -243,8 +243,10 @@ impl<C: DomainBackend> Driver<C, Unstarted> {
                             // QEMU's memory of the guest's answers stands in for its events.
                             let has_events = self.has_events() || observation.answers.is_some();
                             let request = request.clone();
-                            let history =
+                            let mut history =
                                 History::new(request, terms, plan, observation, has_events);
+                            let record = &self.entry.record;
+                            history.earlier = self.executor.registry().earlier(record);
                             return Ok(Box::new(history));
                         }
                         Preflight::Unexplained(_)

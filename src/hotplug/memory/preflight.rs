@@ -1,15 +1,16 @@
 //! Limits on the amount of memory, and the calls.
 
+use super::MemoryResource;
 use crate::domain::{Domain, Memory, MemoryDevice, MemoryModel};
 use crate::hotplug::{Action, Host, Infeasible, Observation, Plan, Scope};
 use crate::units::{Bytes, KiB};
 
-/// Plans the calls for a total of `size`.
+/// Plans the calls for the requested total.
 ///
 /// # Errors
 /// The first limit that rules the request out.
 pub(super) fn preflight(
-    size: Bytes,
+    MemoryResource { size, force }: MemoryResource,
     seen: &Observation,
     host: &Host,
     scope: Scope,
@@ -34,6 +35,9 @@ pub(super) fn preflight(
         None => vec![attach(size, &seen.domain)?],
     };
     check_node(size, memory, host)?;
+    if !force {
+        check_use(size, seen)?;
+    }
     Ok(Plan { actions }.in_scope(scope))
 }
 
@@ -53,6 +57,36 @@ fn unchanged(memory: &Memory, scope: Scope) -> Plan {
     Plan {
         actions: memory.virtio_mem().filter_map(resize).collect(),
     }
+}
+
+/// Rejects a shrink that leaves the guest less than it uses, by its latest report. Without a report
+/// that is current nothing is known.
+///
+/// # Errors
+/// The figures, with the least that the guest can be left with.
+pub(super) fn check_use(size: Bytes, seen: &Observation) -> Result<(), Infeasible> {
+    let memory = &seen.domain.memory;
+    let Some(report) = seen.memory_report().filter(|report| report.is_current) else {
+        return Ok(());
+    };
+    let Some(used) = report.used() else {
+        return Ok(());
+    };
+    let taken = memory.plugged().saturating_sub(size);
+    let left = report.total.saturating_sub(taken);
+    if taken == Bytes::ZERO || left >= used {
+        return Ok(());
+    }
+    let block = memory.virtio_mem().map(block).max().unwrap_or_default();
+    let least = size.saturating_add(used.saturating_sub(left));
+    Err(Infeasible::BelowUse {
+        asked: size,
+        left,
+        used,
+        total: report.total,
+        age: report.age.as_secs(),
+        least: least.round_up(block).unwrap_or(least).min(memory.plugged()),
+    })
 }
 
 fn check_node(size: Bytes, memory: &Memory, host: &Host) -> Result<(), Infeasible> {

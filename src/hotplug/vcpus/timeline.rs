@@ -56,7 +56,9 @@ fn describe(action: &Action) -> Option<String> {
             "bring {} online through the agent",
             ids.named("CPU")
         )),
-        Action::ResizeVirtioMem { .. } | Action::AttachDimm { .. } => None,
+        Action::ResizeVirtioMem { .. }
+        | Action::AttachDimm { .. }
+        | Action::SetStatsPeriod { .. } => None,
     }
 }
 

@@ -75,6 +75,7 @@ impl DomainBackend for Libvirt {
             Action::OnlineVcpus { .. } => (Class::Agent, "set-guest-vcpus"),
             Action::ResizeVirtioMem { .. } => (Class::Change, "update-device"),
             Action::AttachDimm { .. } => (Class::Change, "attach-device"),
+            Action::SetStatsPeriod { .. } => (Class::Change, "set-stats-period"),
         };
         let (action, target) = (action.clone(), domain.clone());
         let call = self.call(name, class);
@@ -105,6 +106,7 @@ impl DomainBackend for Libvirt {
                 node,
                 persist,
             } => session.attach_dimm(domain, &alias, size, node, persist),
+            Action::SetStatsPeriod { seconds, .. } => session.set_stats_period(domain, seconds),
         };
         self.connection
             .call(call, move |session| work(session, &target))

@@ -257,6 +257,16 @@ impl Session {
             domain.attach_device_flags(&device, affects(persist))
         })
     }
+
+    pub(super) fn set_stats_period(
+        &self,
+        domain: &DomainRef,
+        seconds: u32,
+    ) -> Result<(), CallError> {
+        self.with("set-stats-period", domain, |domain| {
+            ffi::set_stats_period(domain, seconds, sys::VIR_DOMAIN_AFFECT_LIVE)
+        })
+    }
 }
 
 /// Returns the flags for a change of the running domain and, if it persists, of its definition.

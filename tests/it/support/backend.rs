@@ -226,6 +226,7 @@ impl Backend for Real {
             words: &words.join(" "),
             vcpus: like.vcpus,
             memory: like.memory,
+            statistics: like.statistics,
             ..GuestConfig::default()
         };
         let guest = match like.cpus {

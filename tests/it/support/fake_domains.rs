@@ -3,21 +3,22 @@
 //! Time is tokio's, so that a test can use virtual time.
 
 mod control;
+mod description;
 
 use std::collections::BTreeMap;
-use std::fmt::Write as _;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use tokio::sync::{Notify, broadcast, watch};
 use tokio::time::{Instant, sleep};
-use virtnode::domain::{BalloonStats, DomainState, IdSet, Job, PauseReason, Stats, VcpuStats};
+use virtnode::domain::{DomainState, IdSet, Job, PauseReason};
 use virtnode::hotplug::{Event, Ost, SlotKind};
 use virtnode::hypervisor::{CallError, Change, ConnectionState, DomainRef, Notice};
 use virtnode::units::Bytes;
 
-use super::guest::MorePossible;
+use self::description::Started;
+use super::guest::{MorePossible, Statistics};
 
 /// Duration of a query.
 const QUESTION: Duration = Duration::from_millis(2);
@@ -92,6 +93,7 @@ pub(crate) struct FakeGuest {
     pub(crate) agent_hangs: bool,
     pub(crate) vcpus: u32,
     pub(crate) memory: MorePossible,
+    pub(crate) statistics: Statistics,
 }
 
 impl Default for FakeGuest {
@@ -104,6 +106,7 @@ impl Default for FakeGuest {
             agent_hangs: false,
             vcpus: 1,
             memory: MorePossible::VirtioMem,
+            statistics: Statistics::Every(1),
         }
     }
 }
@@ -134,6 +137,10 @@ struct FakeDomain {
     /// The guest's last ACPI answers, as QEMU records them.
     answers: Vec<Ost>,
     tainted: bool,
+    /// The statistics period; 0 if there is none.
+    period: u32,
+    /// The total and the time of the last report, while there is no period.
+    report: (u64, u64),
 }
 
 /// The hypervisor.
@@ -144,7 +151,7 @@ pub(crate) struct FakeControl {
     log: Mutex<Vec<(Instant, String)>>,
     /// Notified when a call that changes a domain begins.
     called: Notify,
-    started: Instant,
+    started: Started,
     /// True if QEMU's events are not delivered.
     deaf: AtomicBool,
     me: Weak<Self>,
@@ -158,7 +165,7 @@ impl FakeControl {
             connection: watch::Sender::new(ConnectionState::Up(1)),
             log: Mutex::default(),
             called: Notify::new(),
-            started: Instant::now(),
+            started: Started::now(),
             deaf: AtomicBool::new(false),
             me: me.clone(),
         })
@@ -187,6 +194,12 @@ impl FakeControl {
             job: None,
             answers: Vec::new(),
             tainted: false,
+            period: match guest.statistics {
+                Statistics::Every(period) => period,
+                Statistics::Off | Statistics::NoBalloon => 0,
+            },
+            // The driver reports once when it starts.
+            report: (BOOT - 100 * MIB, self.started.wall_clock()),
             guest,
         };
         domains.insert(name.to_owned(), domain);
@@ -486,113 +499,5 @@ impl FakeControl {
         found
             .map(|domain| (name.to_owned(), domain))
             .ok_or_else(|| CallError::NotFound(name.to_owned()))
-    }
-}
-
-impl FakeDomain {
-    fn bring_online(&mut self) {
-        let now = Instant::now();
-        for id in self.present.iter() {
-            self.online_since.entry(id).or_insert(now);
-        }
-        self.online = self.present.clone();
-    }
-
-    fn id(&self, name: &str) -> DomainRef {
-        DomainRef::on_host(name, self.uuid.clone())
-    }
-
-    /// Returns the relevant parts of the live XML.
-    fn xml(&self, name: &str) -> String {
-        let channel = if self.guest.agent {
-            "<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0' \
-                 state='connected'/></channel>"
-        } else {
-            ""
-        };
-        let boot = BOOT / 1024;
-        let virtio_mem = self.guest.memory == MorePossible::VirtioMem;
-        let (maximum, cpu) = match self.guest.memory {
-            MorePossible::No => (String::new(), String::new()),
-            _ => (
-                "<maxMemory slots='4' unit='KiB'>4194304</maxMemory>".to_owned(),
-                format!(
-                    "<cpu><numa><cell id='0' cpus='0-3' memory='{boot}' unit='KiB'/></numa></cpu>"
-                ),
-            ),
-        };
-        let mut devices = if virtio_mem {
-            format!(
-                "<memory model='virtio-mem'><target><size unit='KiB'>2097152</size>\
-                 <node>0</node><block unit='KiB'>2048</block>\
-                 <requested unit='KiB'>{}</requested><current unit='KiB'>{}</current></target>\
-                 <alias name='ua-mem0'/></memory>",
-                self.requested / 1024,
-                self.taken / 1024,
-            )
-        } else {
-            String::new()
-        };
-        for (slot, (alias, size)) in &self.dimms {
-            let size = size / 1024;
-            write!(
-                devices,
-                "<memory model='dimm'><target><size unit='KiB'>{size}</size><node>0</node></target>\
-                 <alias name='{alias}'/><address type='dimm' slot='{slot}'/></memory>"
-            )
-            .unwrap();
-        }
-        let dimms: u64 = self.dimms.values().map(|(_, size)| size / 1024).sum();
-        let yes_no = |yes| if yes { "yes" } else { "no" };
-        let vcpu = |id: u32| {
-            let (enabled, hotpluggable) = (yes_no(id < self.by_libvirt), yes_no(id > 0));
-            format!("<vcpu id='{id}' enabled='{enabled}' hotpluggable='{hotpluggable}'/>")
-        };
-        let vcpus: String = (0..4).map(vcpu).collect();
-        format!(
-            "<domain type='qemu' id='{}'><name>{name}</name><uuid>{}</uuid>\
-             {maximum}<memory unit='KiB'>{}</memory><vcpu current='{}'>4</vcpu>\
-             <vcpus>{vcpus}</vcpus><os><type arch='x86_64' machine='pc-q35-10.0'>hvm</type></os>\
-             <features><acpi/></features>\
-             {cpu}<devices>{devices}{channel}\
-             <memballoon model='virtio'><stats period='1'/></memballoon></devices></domain>",
-            self.number,
-            self.uuid,
-            boot + dimms + if virtio_mem { 2_097_152 } else { 0 },
-            self.by_libvirt,
-        )
-    }
-
-    fn plugged_dimms(&self) -> u64 {
-        self.dimms.values().map(|(_, size)| size).sum()
-    }
-
-    fn stats(&self, started: Instant) -> Stats {
-        let now = Instant::now();
-        let ran = |id: u32| {
-            let since = self.online_since.get(&id);
-            let since = since.filter(|_| self.online.contains(id));
-            let ran = since.map_or(Duration::ZERO, |since| now - *since);
-            // in ticks of 10 ms, as libvirt counts
-            u64::try_from(ran.as_millis()).unwrap() / 10 * 10_000_000
-        };
-        let told = (now - started).as_secs() + 1_000_000_000_000;
-        Stats {
-            vcpus: (0..self.by_libvirt)
-                .map(|id| {
-                    let stats = VcpuStats {
-                        time: Some(ran(id)),
-                        exits: None,
-                    };
-                    (id, stats)
-                })
-                .collect(),
-            balloon: BalloonStats {
-                current: Some(Bytes::new(BOOT + self.taken + self.plugged_dimms())),
-                total: Some(Bytes::new(self.total)),
-                usable: None,
-                updated: Some(told),
-            },
-        }
     }
 }

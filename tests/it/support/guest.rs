@@ -41,6 +41,29 @@ pub(crate) enum MorePossible {
     No,
 }
 
+/// What the guest's memory balloon reports.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Statistics {
+    /// The guest's memory, each so many seconds.
+    Every(u32),
+    /// Nothing but once at the start: there is no statistics period.
+    Off,
+    /// There is no balloon.
+    NoBalloon,
+}
+
+impl Statistics {
+    pub(crate) fn xml(self) -> String {
+        match self {
+            Self::Every(period) => {
+                format!("<memballoon model='virtio'><stats period='{period}'/></memballoon>")
+            }
+            Self::Off => "<memballoon model='virtio'/>".to_owned(),
+            Self::NoBalloon => "<memballoon model='none'/>".to_owned(),
+        }
+    }
+}
+
 /// Configuration of a guest. The default has one vCPU of four, a virtio-mem device, an agent and
 /// balloon statistics each second, and leaves plugged resources offline.
 #[derive(Debug, Clone)]
@@ -55,6 +78,7 @@ pub(crate) struct GuestConfig<'c> {
     pub(crate) maximum: u32,
     /// The way to plug more memory.
     pub(crate) memory: MorePossible,
+    pub(crate) statistics: Statistics,
     /// True for a persistent domain.
     pub(crate) persistent: bool,
 }
@@ -67,6 +91,7 @@ impl Default for GuestConfig<'_> {
             vcpus: 1,
             maximum: 4,
             memory: MorePossible::VirtioMem,
+            statistics: Statistics::Every(1),
             persistent: false,
         }
     }
@@ -85,6 +110,7 @@ impl GuestConfig<'_> {
         let (kernel, initramfs) = (file("vmlinuz"), file("initramfs.gz"));
         let console = escape(self.console(files).to_string_lossy()).into_owned();
         let (name, words) = (escape(name), escape(words));
+        let balloon = self.statistics.xml();
         let last = maximum - 1;
         let (max_memory, numa) = match self.memory {
             MorePossible::No => (String::new(), String::new()),
@@ -128,7 +154,7 @@ impl GuestConfig<'_> {
              <devices>{device}<channel type='unix'>\
              <target type='virtio' name='org.qemu.guest_agent.0'/></channel>\
              <serial type='file'><source path='{console}'/></serial>\
-             <memballoon model='virtio'><stats period='1'/></memballoon>\
+             {balloon}\
              <controller type='usb' model='none'/></devices></domain>"
         )
     }

@@ -7,7 +7,7 @@ use virtnode::hypervisor::DomainBackend;
 
 use Verdict::{
     DomainNotRunning, GuestOffline, GuestRefused, GuestSilent, Infeasible, PartiallyApplied,
-    Verified,
+    Unverifiable, Verified,
 };
 
 use super::*;
@@ -15,6 +15,7 @@ use crate::contract::{self, On, guest, without_agent};
 use crate::support::backend::{Backend, InMemory, NAME, PLAIN, Real, Witness};
 use crate::support::eventually;
 use crate::support::fake_domains::{Blocks, Cpus, FakeGuest};
+use crate::support::guest::Statistics;
 
 #[rstest]
 #[case::onlines_by_itself_with_an_agent(guest(Cpus::Onlines, Blocks::Onlines), vec![
@@ -67,6 +68,23 @@ use crate::support::fake_domains::{Blocks, Cpus, FakeGuest};
 #[case::slots_for_dimms_that_are_left_offline(with_dimms(Blocks::LeavesOffline), vec![
     memory(1024, GuestOffline).says("auto_online_blocks").more(0),
 ])]
+#[case::without_a_statistics_period(with_statistics(Statistics::Off, Blocks::Onlines), vec![
+    memory(1024, Verified).by(&["balloon-stats", "virtio-mem"]).more(512),
+    memory(1024, Verified).by(&["balloon-stats"]),
+    memory(512, Verified).more(0),
+])]
+#[case::without_a_statistics_period_and_left_offline(with_statistics(Statistics::Off, Blocks::LeavesOffline), vec![
+    memory(1024, GuestOffline).says("echo online > $state").more(0),
+    memory(1024, GuestOffline).says("are missing").more(0),
+])]
+#[case::with_a_statistics_period_beyond_the_deadline(with_statistics(Statistics::Every(60), Blocks::Onlines), vec![
+    memory(1024, Verified).within(20).by(&["balloon-stats"]).more(512),
+])]
+#[case::without_a_balloon(with_statistics(Statistics::NoBalloon, Blocks::LeavesOffline), vec![
+    memory(1024, Unverifiable).says("<memballoon model='virtio'>").more(0),
+    memory(1024, Unverifiable).says("<memballoon model='virtio'>").more(0),
+    memory(512, Verified).more(0),
+])]
 #[tokio::test]
 async fn each_guest_behavior_yields_its_true_verdict(
     #[case] guest: FakeGuest,
@@ -76,6 +94,13 @@ async fn each_guest_behavior_yields_its_true_verdict(
     match on {
         On::Memory => row::<InMemory>(guest, steps).await,
         On::Libvirt => row::<Real>(guest, steps).await,
+    }
+}
+
+fn with_statistics(statistics: Statistics, blocks: Blocks) -> FakeGuest {
+    FakeGuest {
+        statistics,
+        ..guest(Cpus::Onlines, blocks)
     }
 }
 
@@ -166,7 +191,7 @@ fn onlined(count: u32, verdict: Verdict) -> Step {
 
 fn memory(mib: u64, verdict: Verdict) -> Step {
     let size = Bytes::from_mib(mib).unwrap();
-    step(HotplugRequest::Memory { size }, verdict)
+    step(HotplugRequest::Memory { size, force: false }, verdict)
 }
 
 async fn row<B: Backend>(like: FakeGuest, steps: Vec<Step>) {

@@ -8,6 +8,7 @@
 //! of a pseries guest.
 
 mod guests;
+mod memory;
 mod migration;
 mod trouble;
 
@@ -145,7 +146,7 @@ fn vcpus(count: u32) -> HotplugRequest {
 
 fn memory(size: &str) -> HotplugRequest {
     let size: Bytes = size.parse().unwrap();
-    HotplugRequest::Memory { size }
+    HotplugRequest::Memory { size, force: false }
 }
 
 fn words(words: &str) -> GuestConfig<'_> {

@@ -69,6 +69,12 @@ impl DomainBackend for FakeControl {
                 alias, requested, ..
             } => self.resize_virtio_mem(domain, alias, *requested).await,
             Action::AttachDimm { alias, size, .. } => self.attach_dimm(domain, alias, *size).await,
+            Action::SetStatsPeriod { seconds, .. } => {
+                let call = format!("set-stats-period {} {seconds}", domain.name);
+                let (name, error) = self.begin(call, domain).await?;
+                self.change(&name, |domain| domain.set_period(self.started, *seconds));
+                error.map_or(Ok(()), Err)
+            }
         }
     }
 
