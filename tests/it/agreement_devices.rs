@@ -1,8 +1,6 @@
 //! Compares `virtnode check` with a real libvirt for domains with devices and firmware: what libvirt
 //! does is the verdict, and the rules, as used offline, do not contradict it.
 
-#![expect(clippy::print_stdout, reason = "a summary of the domains")]
-
 use std::collections::BTreeMap;
 
 use virtnode::capability::DomainCapabilities;

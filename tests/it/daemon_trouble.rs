@@ -138,7 +138,7 @@ async fn second_daemon_on_a_state_directory_executes_nothing() -> anyhow::Result
     let libvirtd = Libvirtd::new()?;
     let first = Daemon::start(&libvirtd.uri(), &[]).await?;
     eventually(LONG, async || {
-        Ok(drop(first.api("GET", "/v1/operations", "")?))
+        first.api("GET", "/v1/operations", "").map(drop)
     })
     .await?;
     let state = first.labels_file().with_file_name("");
@@ -174,7 +174,7 @@ async fn second_daemon_on_a_state_directory_executes_nothing() -> anyhow::Result
 async fn removed_socket_is_bound_again() -> anyhow::Result<()> {
     let libvirtd = Libvirtd::new()?;
     let daemon = Daemon::start(&libvirtd.uri(), &[]).await?;
-    let answers = async || Ok(drop(daemon.api("GET", "/v1/operations", "")?));
+    let answers = async || daemon.api("GET", "/v1/operations", "").map(drop);
     eventually(LONG, answers).await?;
     fs::remove_file(daemon.socket())?;
     eventually(LONG, answers).await?;
