@@ -2,7 +2,7 @@
 //!
 //! All of [`crate::config::Settings`] is accepted before and after every command, because scripts
 //! and units set options without regard to the command that follows. Help, manual pages and
-//! completions show only those in [`effective`].
+//! completions show only those in the table below.
 
 use clap::{Arg, Command};
 
