@@ -60,8 +60,15 @@ impl DeviceSpec {
             }
             "driver" => self.driver = child.text("type")?,
             "backend" => {
+                let (kind, model) = (child.text("type")?, child.text("model")?);
+                // The type of a backend of `<rng>` is that of its character device.
+                let name = if self.kind == "rng" {
+                    model
+                } else {
+                    kind.or(model)
+                };
                 self.backend = Some(DeviceBackend {
-                    name: child.text("type")?.or(child.text("model")?),
+                    name,
                     version: child.text("version")?,
                 });
             }

@@ -31,7 +31,7 @@ impl LibvirtNode {
         let mut facts = self.facts.clone();
         facts.domain_capabilities = vec![document];
         let requirement = Requirement::parse("device", domain.xml.as_bytes()).unwrap();
-        let offer = Offer::from_facts(&facts, Some(domain.arch), Some("qemu"));
+        let offer = Offer::for_domain(&facts, &requirement);
         assess(&requirement, &offer)
     }
 

@@ -97,6 +97,7 @@ fn cases() -> Vec<(Case, Option<i32>)> {
         (Case { os: " firmware='efi'", loader: "<loader secure='yes'/>", features: "<acpi/><smm state='off'/>", ..of("secure-boot-without-smm") }, Some(4)),
         (Case { more: "<vcpu>1</vcpu><numatune><memory mode='strict' nodeset='63'/></numatune>", ..of("absent-numa-node") }, Some(4)),
         (Case { arch: "s390x", machine: "s390-ccw-virtio", devices: "<controller type='pci' index='1' model='pcie-root-port'/>", ..of("acpi-on-s390x") }, Some(4)),
+        (Case { more: "<vcpu>1</vcpu><memoryBacking><hugepages><page size='4' unit='KiB'/></hugepages></memoryBacking>", ..of("ordinary-page-as-huge-page") }, None),
         (cpu("tsc-without-scaling", "<vcpu>1</vcpu><clock offset='utc'><timer name='tsc' frequency='1000000000'/></clock>"), None),
         (cpu("model-that-kvm-lacks-in-part", "<vcpu>1</vcpu><cpu mode='custom' match='exact' check='partial'><model fallback='forbid'>Nehalem</model></cpu>"), None),
         (cpu("model-without-svm", "<vcpu>1</vcpu><cpu mode='custom' match='exact' check='partial'><model fallback='forbid'>EPYC</model><feature policy='disable' name='svm'/></cpu>"), None),

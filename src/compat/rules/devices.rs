@@ -240,7 +240,7 @@ fn check_pci(
         (_, true) => Some("pci-root"),
         _ => None,
     };
-    if device.index.as_deref() == Some("0")
+    if is_first_bus(input, device)
         && let Some(root) = root
         && !model.is_empty()
         && model != root
@@ -292,6 +292,17 @@ fn check_pci(
         words,
         remedy.to_owned(),
     ));
+}
+
+/// True if libvirt gives a PCI controller the index 0: the first without an index gets the lowest.
+fn is_first_bus(input: &RuleInput<'_>, device: &DeviceSpec) -> bool {
+    let is_pci =
+        |it: &&DeviceSpec| it.kind == "controller" && it.device_type.as_deref() == Some("pci");
+    let buses = || input.domain.devices.iter().filter(is_pci);
+    let first = buses()
+        .find(|it| it.index.as_deref() == Some("0"))
+        .or_else(|| buses().find(|it| it.index.is_none()));
+    first.is_some_and(|first| std::ptr::eq(first, device))
 }
 
 fn no_slot(model: &str) -> String {

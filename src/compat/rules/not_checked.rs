@@ -3,12 +3,13 @@
 use super::{RuleInput, devices};
 use crate::compat::NotChecked;
 use crate::compat::offer::family_of;
-use crate::domain::parse_set;
+use crate::domain::{DeviceSpec, parse_set};
 
 /// Returns the subjects that the computed answer does not cover.
 pub(super) fn list(input: &RuleInput<'_>) -> Vec<NotChecked> {
     let mut list = devices::not_checked(input);
     list.extend(other_machine(input));
+    list.extend(helpers(input));
     list.extend(host(input));
     list.extend([
         NotChecked::new(
@@ -20,6 +21,25 @@ pub(super) fn list(input: &RuleInput<'_>) -> Vec<NotChecked> {
             "only a start shows it",
         ),
     ]);
+    list
+}
+
+/// Returns the entries for programs and devices of the host that devices need.
+fn helpers(input: &RuleInput<'_>) -> Vec<NotChecked> {
+    let has = |is: fn(&DeviceSpec) -> bool| input.domain.devices.iter().any(is);
+    let mut list = Vec::new();
+    if has(|it| it.kind == "filesystem" && it.driver.as_deref() == Some("virtiofs")) {
+        list.push(NotChecked::new(
+            "virtiofsd of a filesystem",
+            "no document lists it",
+        ));
+    }
+    if has(|it| it.kind == "graphics" && it.device_type.as_deref() == Some("egl-headless")) {
+        list.push(NotChecked::new(
+            "render node of graphics",
+            "no document lists it",
+        ));
+    }
     list
 }
 
