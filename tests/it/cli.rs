@@ -453,7 +453,7 @@ const COMMANDS: [(&str, &[&str]); 15] = [
             CONNECTION,
             KUBERNETES,
             "socket publish schema force-conflicts state-directory features-directory \
-             probe-interval start-jitter listen log-format log",
+             probe-interval start-jitter listen log-format log check-config",
         ],
     ),
     (
@@ -465,11 +465,19 @@ const COMMANDS: [(&str, &[&str]); 15] = [
     ("hotplug", &[CONNECTION, HOTPLUG]),
     (
         "hotplug vcpus",
-        &[CONNECTION, HOTPLUG, "online require timeout direct output"],
+        &[
+            CONNECTION,
+            HOTPLUG,
+            "online require persistent timeout direct output",
+        ],
     ),
     (
         "hotplug memory",
-        &[CONNECTION, HOTPLUG, "require timeout direct output"],
+        &[
+            CONNECTION,
+            HOTPLUG,
+            "force require persistent timeout direct output",
+        ],
     ),
     ("operations", &["config output socket state-directory"]),
     (

@@ -40,8 +40,8 @@ checks! {
     Versions, "versions", "features missing from these versions of libvirt and QEMU: more than 255 vCPUs (EIM) without additional XML, virtio-mem";
     ProbeAge, "probe-age", "age of the daemon's last reading of each label source";
     Labels, "labels", "labels rejected as invalid, and labels left to another owner";
-    Domains, "domains", "libvirt answers queries about each running domain";
-    GuestAgent, "guest-agent", "the guest agent of each running domain answers";
+    Domains, "domains", "libvirt answers queries about each running domain, and its definition can be read";
+    GuestAgent, "guest-agent", "the guest agent of each running domain answers, and its configuration does not block `guest-get-vcpus`; an agent that could not be asked is listed as skipped";
     VcpusOnline, "vcpus-online", "each guest uses its plugged vCPUs (`nr_cpus`, offline CPUs)";
     VirtioMem, "virtio-mem", "each guest has taken the memory that its virtio-mem devices request";
     MachineTypes, "machine-types", "running domains whose machine type is deprecated, or no longer exists in this QEMU";
