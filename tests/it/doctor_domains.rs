@@ -214,8 +214,12 @@ async fn findings_about_real_guests_are_resolved_by_their_remedies() -> anyhow::
     assert_eq!(doctor.finding("vcpus-online", "idle")?, Value::Null);
     doctor.apply_remedy(&absent)?;
     let found = doctor.finding("guest-agent", mute)?;
-    let what = "the guest has not opened the guest agent's channel";
-    assert_eq!(found["what"], what);
+    // libvirt reports an agent that never connected and one that does not answer by one number.
+    let what = found["what"].as_str().unwrap_or_default();
+    assert!(
+        what.starts_with("its guest agent does not answer"),
+        "{what}"
+    );
     // A domain without a controller gets the channel at its next start.
     let absent = doctor.finding("guest-agent", "old")?;
     doctor.apply_remedy(&absent)?;

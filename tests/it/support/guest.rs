@@ -198,7 +198,7 @@ impl<'l> Guest<'l> {
         let guest = Self::boot(libvirtd, config)?;
         guest.ready().await?;
         let words = config.words;
-        if words.contains("lab.agent=sync") || words.contains("lab.block") {
+        if words.contains("lab.agent=sync") || words.contains("lab.block=") {
             eventually(BOOT, async || {
                 let xml = libvirtd.virsh(&["dumpxml", config.name])?;
                 ensure!(xml.contains("state='connected'"), "no agent: {xml}");
