@@ -502,13 +502,12 @@ async fn verdicts(libvirtd: &Libvirtd) -> anyhow::Result<()> {
                 count: 1 + more,
                 online: false,
             },
-            HotplugRequest::Memory { size, force: false },
+            HotplugRequest::Memory { size },
         ] {
             let order = Order {
                 domain: config.name.parse()?,
                 request,
                 require: Require::Online,
-                persistent: false,
                 timeout: PATIENCE,
                 idempotency_key: None,
                 asked_by: AskedBy::Local { uid: 0 },

@@ -56,6 +56,14 @@ impl<B: DomainBackend> ConnectionSet<B> {
         }
     }
 
+    /// Returns the state of each connection.
+    pub fn health_by_connection(
+        &self,
+    ) -> impl Iterator<Item = (&ConnectionId, watch::Receiver<ConnectionState>)> {
+        let members = self.members.iter();
+        members.map(|(connection, backend)| (connection, backend.health()))
+    }
+
     fn backend(&self, domain: &DomainRef) -> Result<&B, CallError> {
         let member = self.members.iter().find(|(id, _)| *id == domain.connection);
         member.map(|(_, backend)| &**backend).ok_or_else(|| {
@@ -129,7 +137,12 @@ impl<B: DomainBackend> DomainBackend for ConnectionSet<B> {
         let backend = match self.backend(domain) {
             Ok(backend) => backend,
             Err(error) => {
-                return Seen::failed(error);
+                return Seen {
+                    live: Err(error),
+                    statistics: None,
+                    agent: None,
+                    answers: None,
+                };
             }
         };
         let mut seen = backend.observe(domain, query).await;
@@ -260,7 +273,12 @@ mod tests {
         }
 
         async fn observe(&self, domain: &DomainRef, _: ObservationQuery) -> Seen {
-            Seen::failed(CallError::NotFound(domain.name.clone()))
+            Seen {
+                live: Err(CallError::NotFound(domain.name.clone())),
+                statistics: None,
+                agent: None,
+                answers: None,
+            }
         }
 
         async fn statistics(&self) -> Result<Vec<DomainStats>, CallError> {

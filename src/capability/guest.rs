@@ -60,19 +60,21 @@ impl MachineType {
 }
 
 pub(super) fn read_guest(cursor: &mut Cursor<'_>) -> Result<GuestCapabilities, ElementError> {
-    cursor.fill(GuestCapabilities::default(), |cursor, child, guest| {
+    let mut guest = GuestCapabilities::default();
+    cursor.children(|cursor, child| {
         match child.name() {
             "os_type" => guest.os_type = cursor.text()?,
             "arch" => {
                 guest.arch = child.text("name")?.unwrap_or_default();
-                read_arch(cursor, guest)?;
+                read_arch(cursor, &mut guest)?;
             }
             // pae, acpi, disksnapshot …: no label or check uses them.
             "features" => {}
             _ => cursor.ignore_unknown(),
         }
         Ok(())
-    })
+    })?;
+    Ok(guest)
 }
 
 fn read_arch(cursor: &mut Cursor<'_>, guest: &mut GuestCapabilities) -> Result<(), ElementError> {
@@ -94,11 +96,11 @@ fn read_domain(
     element: &Element<'_>,
 ) -> Result<GuestDomain, ElementError> {
     let virt_type = element.text("type")?.unwrap_or_default();
-    let domain = GuestDomain {
+    let mut domain = GuestDomain {
         virt_type,
         ..GuestDomain::default()
     };
-    cursor.fill(domain, |cursor, child, domain| {
+    cursor.children(|cursor, child| {
         match child.name() {
             "emulator" => domain.emulator = cursor.non_empty_text()?,
             "machine" => domain.machines.extend(read_machine(cursor, child)?),
@@ -106,7 +108,8 @@ fn read_domain(
             _ => cursor.ignore_unknown(),
         }
         Ok(())
-    })
+    })?;
+    Ok(domain)
 }
 
 fn read_machine(

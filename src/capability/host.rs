@@ -150,24 +150,27 @@ impl Capabilities {
 }
 
 fn read_host(cursor: &mut Cursor<'_>) -> Result<HostCapabilities, ElementError> {
-    cursor.fill(HostCapabilities::default(), |cursor, child, host| {
+    let mut host = HostCapabilities::default();
+    cursor.children(|cursor, child| {
         match child.name() {
             "uuid" => host.uuid = Some(cursor.text()?),
             "cpu" => host.cpu = Some(read_cpu(cursor)?),
             "iommu" => host.iommu = child.yes_no("support")?,
             "topology" => host.cells = read_topology(cursor)?,
-            "secmodel" => read_secmodel(cursor, host)?,
+            "secmodel" => read_secmodel(cursor, &mut host)?,
             "migration_features" => host.migration = Some(read_migration(cursor)?),
             // No label or check uses them.
             "power_management" | "netprefix" | "cache" | "memory_bandwidth" => {}
             _ => cursor.ignore_unknown(),
         }
         Ok(())
-    })
+    })?;
+    Ok(host)
 }
 
 fn read_cpu(cursor: &mut Cursor<'_>) -> Result<HostCpu, ElementError> {
-    cursor.fill(HostCpu::default(), |cursor, child, cpu| {
+    let mut cpu = HostCpu::default();
+    cursor.children(|cursor, child| {
         match child.name() {
             "arch" => cpu.arch = cursor.non_empty_text()?,
             "model" => cpu.model = cursor.non_empty_text()?,
@@ -189,7 +192,8 @@ fn read_cpu(cursor: &mut Cursor<'_>) -> Result<HostCpu, ElementError> {
             _ => cursor.ignore_unknown(),
         }
         Ok(())
-    })
+    })?;
+    Ok(cpu)
 }
 
 fn read_cpu_topology(element: &Element<'_>) -> Result<CpuTopology, ElementError> {
@@ -274,14 +278,16 @@ fn read_secmodel(cursor: &mut Cursor<'_>, host: &mut HostCapabilities) -> Result
 }
 
 fn read_migration(cursor: &mut Cursor<'_>) -> Result<Migration, ElementError> {
-    cursor.fill(Migration::default(), |cursor, child, migration| {
+    let mut migration = Migration::default();
+    cursor.children(|cursor, child| {
         match child.name() {
             "live" => migration.live = true,
             "uri_transports" => migration.transports = cursor.texts_of("uri_transport")?,
             _ => cursor.ignore_unknown(),
         }
         Ok(())
-    })
+    })?;
+    Ok(migration)
 }
 
 /// Reads `<pages unit='KiB' size='2048'>`. libvirt always writes KiB; an unknown unit yields `None`.

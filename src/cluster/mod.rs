@@ -5,11 +5,9 @@
 //! write. Each call is sent once and has a timeout; retries are the caller's. Nothing here blocks a
 //! thread.
 
-mod answer;
 mod config;
 mod error;
 mod events;
-mod fault;
 mod heartbeat;
 mod hotplugs;
 mod inventory;
@@ -26,6 +24,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
+use http_body_util::{Either, StreamBody};
 use k8s_openapi::api::core::v1::Node;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::Client;
@@ -34,7 +33,6 @@ use kube::core::{ObjectMeta, PartialObjectMeta, PartialObjectMetaExt};
 use tower::Layer;
 use tower::timeout::TimeoutLayer;
 
-use self::answer::AnswerBounds;
 use self::heartbeat::Heartbeat;
 use crate::label::LabelSet;
 use crate::label::ownership::ObservedLabels;
@@ -42,9 +40,7 @@ use crate::label::ownership::ObservedLabels;
 pub use config::ClusterConfig;
 pub use error::{ApiObject, ApplyConflicts, ClusterError};
 pub use events::{EventKind, ObjectEvent, WrittenEvent};
-pub use hotplugs::{
-    HotplugChange, HotplugObject, HotplugObjects, ListOptions, ObjectId, ObjectStub,
-};
+pub use hotplugs::{HotplugChange, HotplugObject, HotplugObjects, ObjectId};
 pub use inventory::{NodeInventory, NodeSummary, Virtualizations};
 pub use retry::Retry;
 pub use watch::NodeChange;
@@ -111,15 +107,20 @@ impl Cluster {
         if !config::is_node_name(&node) {
             return Err(ClusterError::NodeName(node));
         }
-        // The layer's timeout ends with the start of the response. The bounds limit the rest; the
-        // response of a watch has no deadline.
+        // The layer's timeout ends with the start of the response. `call_about` limits the rest; the
+        // response of a watch has no limit.
         let namespace = client.default_namespace().to_owned();
         let heartbeat = Heartbeat::default();
         let observed = heartbeat.clone();
         let send = tower::service_fn(move |request| {
-            let bounds = AnswerBounds::new(&request, &observed, deadline);
-            let client = client.clone();
-            async move { bounds.apply(client.send(request).await?) }
+            let (client, monitor) = (client.clone(), observed.monitor(&request));
+            async move {
+                let answer = client.send(request).await?;
+                Ok::<_, kube::Error>(answer.map(|body| match monitor {
+                    Some(monitor) => Either::Left(StreamBody::new(monitor.frames(body))),
+                    None => Either::Right(body),
+                }))
+            }
         });
         let client = Client::new(TimeoutLayer::new(deadline).layer(send), namespace);
         Ok(Self {

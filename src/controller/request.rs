@@ -63,7 +63,6 @@ pub(super) fn order(object: &HotplugObject, node: &str) -> Result<Order, ObjectE
         domain: domain(spec.domain)?,
         request: request(spec.vcpus, spec.memory)?,
         require: spec.require.into(),
-        persistent: spec.persistent,
         timeout: Duration::from_secs(spec.deadline_seconds.into()),
         idempotency_key: Some(object.uid.clone()),
         asked_by: asker(&object.name),
@@ -91,10 +90,7 @@ pub(super) fn in_words(request: &HotplugRequest) -> String {
             let online = if *online { ",online" } else { "" };
             format!("vcpus={count}{online}")
         }
-        HotplugRequest::Memory { size, force } => {
-            let force = if *force { ",force" } else { "" };
-            format!("memory={}{force}", size.quantity())
-        }
+        HotplugRequest::Memory { size } => format!("memory={}", size.quantity()),
     }
 }
 
@@ -167,10 +163,7 @@ fn vcpus_request(target: VcpusTarget) -> Result<HotplugRequest, ObjectError> {
 fn memory_request(target: MemoryTarget) -> Result<HotplugRequest, ObjectError> {
     match target.size.parse() {
         Ok(Bytes::ZERO) => Err(invalid("spec.memory.size is 0: a domain has some memory")),
-        Ok(size) => Ok(HotplugRequest::Memory {
-            size,
-            force: target.force,
-        }),
+        Ok(size) => Ok(HotplugRequest::Memory { size }),
         Err(error) => Err(invalid(format!("spec.memory.size: {error}"))),
     }
 }

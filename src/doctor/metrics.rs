@@ -16,11 +16,13 @@ impl DoctorMetrics {
         let findings = registry.gauges(
             "virtnode_doctor_findings",
             "Findings of virtnode doctor, by check and severity; all 0 for a check that cannot run.",
-            &[
-                ("check", &Check::ALL.map(Check::as_str)),
-                ("severity", &Severity::ALL.map(Severity::as_str)),
-            ],
+            &["check", "severity"],
         );
+        for check in Check::ALL {
+            for severity in Severity::ALL {
+                findings.with_label_values(&[check.name(), severity.name()]);
+            }
+        }
         Self {
             findings,
             registry: registry.clone(),

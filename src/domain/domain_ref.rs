@@ -11,7 +11,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::units::{ParseError, string_conversions};
+use crate::units::ParseError;
 
 /// One of the hypervisor connections of a node.
 #[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -70,7 +70,19 @@ impl FromStr for ConnectionId {
     }
 }
 
-string_conversions!(ConnectionId);
+impl TryFrom<String> for ConnectionId {
+    type Error = ParseError;
+
+    fn try_from(text: String) -> Result<Self, ParseError> {
+        text.parse()
+    }
+}
+
+impl From<ConnectionId> for String {
+    fn from(id: ConnectionId) -> Self {
+        id.to_string()
+    }
+}
 
 /// Identifies a domain. Equality, order and hash use [`DomainRef::key`]: the name may change.
 #[derive(Debug, Clone, Serialize, Deserialize)]

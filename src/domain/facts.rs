@@ -75,9 +75,7 @@ impl Domain {
                 topology: cpu.topology,
             },
             vcpus: definition.vcpus.resolve()?,
-            memory: definition
-                .memory
-                .resolve(devices.memory, definition.backing.huge_pages)?,
+            memory: definition.memory.resolve(devices.memory)?,
             balloon: devices.balloon,
             agent: devices.agent,
             devices: devices.aliased,

@@ -8,7 +8,7 @@ use super::CallError;
 use crate::telemetry::MetricRegistry;
 
 /// Calls about the node: values of the label `call`.
-pub const CALLS: [&str; 9] = [
+pub const CALLS: [&str; 8] = [
     "open",
     "versions",
     "capabilities",
@@ -16,12 +16,11 @@ pub const CALLS: [&str; 9] = [
     "baseline-cpu",
     "compare-cpu",
     "native-arguments",
-    "try-start",
     "running-domains",
 ];
 
 /// Calls about domains: values of the label `call`.
-const DOMAIN_CALLS: [&str; 10] = [
+pub const DOMAIN_CALLS: [&str; 10] = [
     "find-domain",
     "domain",
     "all-domain-stats",
@@ -47,9 +46,6 @@ pub struct HypervisorMetrics {
 
 impl HypervisorMetrics {
     pub fn register(registry: &MetricRegistry) -> Self {
-        let calls = [&CALLS[..], &DOMAIN_CALLS].concat();
-        let reasons = CallError::CODES.into_iter();
-        let reasons: Vec<&str> = reasons.filter(|reason| *reason != "timeout").collect();
         let metrics = Self {
             connected: registry.gauge(
                 "virtnode_hypervisor_connected",
@@ -62,19 +58,28 @@ impl HypervisorMetrics {
             call_duration: registry.histograms(
                 "virtnode_hypervisor_call_duration_seconds",
                 "Time until libvirt answered a call.",
-                &[("call", &calls)],
+                &["call"],
             ),
             call_failures: registry.counters(
                 "virtnode_hypervisor_call_failures_total",
                 "Calls that libvirt answered with an error.",
-                &[("call", &calls), ("reason", &reasons)],
+                &["call", "reason"],
             ),
             call_timeouts: registry.counters(
                 "virtnode_hypervisor_call_timeouts_total",
                 "Calls that libvirt did not answer before their deadline.",
-                &[("call", &calls)],
+                &["call"],
             ),
         };
+        for call in CALLS.into_iter().chain(DOMAIN_CALLS) {
+            metrics.call_duration.with_label_values(&[call]);
+            metrics.call_timeouts.with_label_values(&[call]);
+            for reason in CallError::CODES {
+                if reason != "timeout" {
+                    metrics.call_failures.with_label_values(&[call, reason]);
+                }
+            }
+        }
         for call in DOMAIN_CALLS {
             for reason in CallError::DOMAIN_CODES {
                 metrics.call_failures.with_label_values(&[call, reason]);

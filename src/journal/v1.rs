@@ -83,7 +83,6 @@ fn call_name(action: &Action) -> Cow<'static, str> {
         Action::OnlineVcpus { .. } => "set-guest-vcpus",
         Action::ResizeVirtioMem { .. } => "update-device",
         Action::AttachDimm { .. } => "attach-device",
-        Action::SetStatsPeriod { .. } => "set-stats-period",
     })
 }
 

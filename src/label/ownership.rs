@@ -125,9 +125,8 @@ impl OwnershipHistory {
     }
 }
 
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LabelWrite {
-    #[default]
     Nothing,
     /// Apply [`Decision::labels`].
     Apply {
@@ -138,7 +137,7 @@ pub enum LabelWrite {
 }
 
 /// The labels to write, with the reasons for logs, metrics and events.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Decision {
     pub action: LabelWrite,
     /// The desired labels without conflicts.
@@ -203,7 +202,18 @@ pub fn decide(situation: DecisionInput<'_>) -> Decision {
         memory,
         ..
     } = situation;
-    let mut decision = Decision::default();
+    let mut decision = Decision {
+        action: LabelWrite::Nothing,
+        labels: LabelSet::new(),
+        added: Vec::new(),
+        changed: Vec::new(),
+        removed: Vec::new(),
+        repaired: Vec::new(),
+        forced: Vec::new(),
+        conflicts: BTreeMap::new(),
+        new_conflicts: Vec::new(),
+        ended_conflicts: Vec::new(),
+    };
     let mut force = false;
     for (key, value) in desired {
         match situation.judge(key, value.as_str()) {

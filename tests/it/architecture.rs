@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 const LAYERS: &[&[&str]] = &[
     &CORE,
     &["ffi"],
-    &["telemetry", "config", "files"],
+    &["telemetry", "config"],
     &["hypervisor", "host", "cluster", "journal", "publish/file"],
     &["connections"],
     &[

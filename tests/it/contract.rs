@@ -1,10 +1,10 @@
-//! The contract of a hypervisor backend: calls, events and verdicts. Each test runs on the hypervisor
-//! in memory, and on a real libvirt with real QEMU and Linux guests. If the two differ, the one in
-//! memory is wrong.
+//! The contract: what a hypervisor and its guests do, and what comes of it. Each row is asked of
+//! the hypervisor in memory and of a real libvirt with real QEMU and Linux guests. Where the two
+//! differ, the one in memory is wrong.
 //!
-//! `truth_table/guests.rs` has the behaviors of guests, on both as well. The rest of the truth table
-//! has what only a real hypervisor can show, such as a freeze, a kill or a restart. `executor.rs` has
-//! what requires virtual time, such as waiting orders and crashes at any time.
+//! What a guest does with what it is given is in `truth_table/guests.rs`, asked of both as well;
+//! what only a real one can show (frozen, killed, restarted …) in the rest of the truth table; what
+//! needs time that passes at once (orders that wait, crashes at every moment) in `executor.rs`.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,7 +24,7 @@ use virtnode::units::KiB;
 use crate::support::backend::{Backend, EVERYTHING, InMemory, NAME, PLAIN, Real, Witness};
 use crate::support::fake_domains::{Blocks, Cpus, FakeGuest};
 
-/// Timeout that only a failing test reaches.
+/// For what has no deadline of its own; only a failing test waits so long.
 const LONG: Duration = Duration::from_secs(120);
 
 #[derive(Debug, Clone, Copy)]
@@ -80,7 +80,6 @@ impl<C: DomainBackend> Node<C> {
             domain: NAME.parse().unwrap(),
             request,
             require,
-            persistent: false,
             timeout: Duration::from_secs(within),
             idempotency_key: None,
             asked_by: AskedBy::Local { uid: 0 },
@@ -106,7 +105,7 @@ impl<C: DomainBackend> Node<C> {
 
 #[rstest]
 #[tokio::test]
-async fn job_delays_changes_and_is_named(#[values(On::Memory, On::Libvirt)] on: On) {
+async fn a_job_holds_changes_and_is_named(#[values(On::Memory, On::Libvirt)] on: On) {
     match on {
         On::Memory => job::<InMemory>().await,
         On::Libvirt => job::<Real>().await,
@@ -127,7 +126,7 @@ async fn job<B: Backend>() {
         (held.job, held.reason),
         (Some(Job::Save), Some(PauseReason::Save))
     );
-    // An infeasible request is rejected at once, job or not.
+    // What can never be done is said at once all the same.
     let limit = node.ask(vcpus(5), 60).await;
     assert_eq!(limit.verdict, Some(Verdict::Infeasible), "{limit:#?}");
     let began = Instant::now();
@@ -141,7 +140,7 @@ async fn job<B: Backend>() {
     );
     assert!(began.elapsed() >= Duration::from_secs(4));
 
-    // A waiting operation continues when the job ends.
+    // One that waits goes on when the job is over.
     let waits = node.submit(vcpus(2), 100, Require::Online).await;
     node.becomes(&waits, |record| {
         let awaiting = record.awaiting.as_ref();
@@ -156,7 +155,9 @@ async fn job<B: Backend>() {
 
 #[rstest]
 #[tokio::test]
-async fn qemu_is_queried_directly_only_with_deep_verify(#[values(On::Memory, On::Libvirt)] on: On) {
+async fn qemu_is_asked_past_libvirt_only_where_that_is_wanted(
+    #[values(On::Memory, On::Libvirt)] on: On,
+) {
     match on {
         On::Memory => deep::<InMemory>().await,
         On::Libvirt => deep::<Real>().await,
@@ -194,7 +195,7 @@ async fn deep<B: Backend>() {
 
 #[rstest]
 #[tokio::test]
-async fn calls_and_events_match_their_contract(#[values(On::Memory, On::Libvirt)] on: On) {
+async fn calls_and_events_are_what_they_are(#[values(On::Memory, On::Libvirt)] on: On) {
     match on {
         On::Memory => calls::<InMemory>().await,
         On::Libvirt => calls::<Real>().await,
@@ -218,7 +219,7 @@ async fn calls<B: Backend>() {
     assert_eq!(control.find(&id.uuid).await.unwrap(), id);
     let mut notices = control.events();
 
-    // A plug of vCPUs: the call returns, and the guest answers.
+    // vCPUs up: the call comes back, and the guest answers.
     control.apply(&id, &set_vcpus(3)).await.unwrap();
     for slot in [1, 2] {
         hears(&mut notices, |event| {
@@ -245,8 +246,8 @@ async fn calls<B: Backend>() {
         "{error:?}"
     );
 
-    // An unplug: QEMU releases the vCPU. In software emulation libvirt notices it only at the
-    // second call.
+    // Down: QEMU lets it go, libvirt does not notice in software emulation, and agrees when it
+    // is asked again.
     let unplugged = control.apply(&id, &set_vcpus(2)).await;
     hears(&mut notices, |event| {
         matches!(event, Event::Ost(ost) if ost.slot == 2 && ost.answer() == Some(AcpiAnswer::Gone))
@@ -264,12 +265,11 @@ async fn calls<B: Backend>() {
     assert_eq!(statistics.stats.vcpus.len(), 2);
     assert_eq!(control.statistics().await.unwrap().len(), 1);
 
-    // Memory: the guest's driver plugs it.
+    // Memory: the driver takes it.
     let half = KiB::new(512 * 1024).unwrap();
     let resize = Action::ResizeVirtioMem {
         alias: "ua-mem0".to_owned(),
         requested: half,
-        persist: false,
     };
     control.apply(&id, &resize).await.unwrap();
     hears(&mut notices, |event| {
@@ -281,7 +281,6 @@ async fn calls<B: Backend>() {
         alias: "ua-dimm".to_owned(),
         size: KiB::new(mib * 1024).unwrap(),
         node: Some(0),
-        persist: false,
     };
     let error = control.apply(&id, &dimm(129)).await.unwrap_err();
     assert!(error.to_string().contains("0x200000"), "{error}");
@@ -292,7 +291,7 @@ async fn calls<B: Backend>() {
     })
     .await;
 
-    // Pause, and the end of the domain.
+    // Held, and the end.
     guest.pause(true);
     let held = live(&control, &id).await.unwrap();
     assert_eq!(
@@ -323,7 +322,7 @@ async fn live<C: DomainBackend>(control: &Arc<C>, id: &DomainRef) -> Result<Live
     control.observe(id, PLAIN).await.live
 }
 
-/// Waits for a matching event.
+/// Waits for an event that is as wanted.
 async fn hears(notices: &mut Notices, wanted: impl Fn(&Event) -> bool) {
     let heard = timeout(LONG, async {
         loop {

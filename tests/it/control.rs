@@ -1,4 +1,4 @@
-//! The libvirt adapter on a private libvirtd: calls about domains, events, and stuck domains.
+//! Domains through libvirt, on a private libvirtd: every call, the events, and what is stuck.
 
 #![allow(clippy::print_stdout, reason = "what is measured is shown")]
 
@@ -30,7 +30,7 @@ use crate::support::guest::{Guest, GuestConfig};
 use crate::support::libvirtd::Libvirtd;
 use crate::support::relay::{Hold, Relay, SET_VCPUS};
 
-/// Timeout that only a failing test reaches.
+/// For what has no deadline of its own; only a failing test waits so long.
 const LONG: Duration = Duration::from_secs(60);
 
 fn start(libvirtd: &Libvirtd, change: impl FnOnce(&mut LibvirtConfig)) -> Libvirt {
@@ -39,7 +39,7 @@ fn start(libvirtd: &Libvirtd, change: impl FnOnce(&mut LibvirtConfig)) -> Libvir
     Libvirt::start(config, Metrics::new().hypervisor)
 }
 
-/// Subscribes, and waits until libvirt delivers events.
+/// Waits until events are told, and subscribes.
 async fn listen(control: &Libvirt) -> Notices {
     let mut listening = control.health();
     let up = listening.wait_for(|state| matches!(state, ConnectionState::Up(_)));
@@ -47,7 +47,7 @@ async fn listen(control: &Libvirt) -> Notices {
     control.events()
 }
 
-/// Waits for a matching change of a domain.
+/// Waits for a change of a domain that is as wanted.
 async fn until(notices: &mut Notices, wanted: impl Fn(&DomainRef, &Change) -> bool) {
     let mut seen = Vec::new();
     let found = timeout(LONG, async {
@@ -110,7 +110,7 @@ async fn statistics(control: &Libvirt, domain: &DomainRef) -> Option<DomainStats
     control.observe(domain, query).await.statistics
 }
 
-/// Queries the guest agent, if the domain has one.
+/// Asks the agent, if there is one.
 async fn agent(control: &Libvirt, domain: &DomainRef) -> Option<Result<GuestVcpus, CallError>> {
     let query = ObservationQuery {
         agent: Some(LONG),
@@ -127,7 +127,6 @@ fn resize(alias: &str, mib: u64) -> Action {
     Action::ResizeVirtioMem {
         alias: alias.to_owned(),
         requested: KiB::new(mib * 1024).unwrap(),
-        persist: false,
     }
 }
 
@@ -136,7 +135,6 @@ fn dimm(alias: &str) -> Action {
         alias: alias.to_owned(),
         size: KiB::new(128 * 1024).unwrap(),
         node: Some(0),
-        persist: false,
     }
 }
 
@@ -146,7 +144,7 @@ fn online(ids: &str) -> Action {
 }
 
 #[tokio::test]
-async fn events_and_observations_follow_each_change_of_a_guest() {
+async fn a_guest_is_watched_and_changed() {
     let libvirtd = Libvirtd::start().unwrap();
     let control = start(&libvirtd, |_| {});
     let mut notices = listen(&control).await;
@@ -170,7 +168,7 @@ async fn events_and_observations_follow_each_change_of_a_guest() {
     };
     let before = tainted();
 
-    // The definition.
+    // What it is.
     let id = control.find(config.name).await.unwrap();
     assert_eq!(id.name, config.name);
     assert_eq!(control.find(&id.uuid).await.unwrap(), id);
@@ -184,7 +182,7 @@ async fn events_and_observations_follow_each_change_of_a_guest() {
     assert_eq!(domain.vcpus.plugged(), 1);
     assert_eq!(domain.agent, AgentChannel::Connected);
 
-    // The statistics, which all calls report alike.
+    // Its statistics: all ways tell the same.
     let stats = statistics(&control, &id).await.unwrap();
     assert_eq!((&stats.id, stats.state), (&id, DomainState::Running));
     assert!(stats.stats.vcpus[&0].time > Some(0), "{stats:?}");
@@ -212,10 +210,10 @@ async fn events_and_observations_follow_each_change_of_a_guest() {
     );
     memory(&control, &mut notices, &id).await;
 
-    // No call has tainted the domain.
+    // Nothing of it has tainted the domain.
     assert_eq!(tainted(), before);
 
-    // Pause, resume, reset and end.
+    // Its life.
     libvirtd.virsh(&["suspend", config.name]).unwrap();
     until_event(&mut notices, |event| *event == Event::Paused).await;
     assert_eq!(read(&control, &id).await.state, DomainState::Paused);
@@ -239,7 +237,7 @@ async fn events_and_observations_follow_each_change_of_a_guest() {
     assert!(matches!(error, CallError::NotFound(_)), "{error:?}");
 }
 
-/// Plugs vCPUs, brings them online, and unplugs them.
+/// vCPUs up, online, and down.
 async fn vcpus(control: &Libvirt, notices: &mut Notices, id: &DomainRef) {
     let (plugged, took) = timed(control.apply(id, &set_vcpus(3, true))).await;
     plugged.unwrap();
@@ -259,8 +257,8 @@ async fn vcpus(control: &Libvirt, notices: &mut Notices, id: &DomainRef) {
         "{error:?}"
     );
 
-    // The call delays only changes of its own domain. In software emulation libvirt times out
-    // although QEMU has released the vCPU, and notices it at the second call.
+    // The change delays its own domain's changes, nothing else. In software emulation libvirt
+    // times out although QEMU has done it, and agrees at the second call.
     let two = set_vcpus(2, true);
     let unplug = async { timed(control.apply(id, &two)).await };
     let meanwhile = async {
@@ -281,7 +279,7 @@ async fn vcpus(control: &Libvirt, notices: &mut Notices, id: &DomainRef) {
     assert_eq!(read(control, id).await.vcpus.plugged_ids(), ids("0-1"));
 }
 
-/// Grows and shrinks a virtio-mem device, and plugs a DIMM.
+/// A virtio-mem device up and down, and a DIMM.
 async fn memory(control: &Libvirt, notices: &mut Notices, id: &DomainRef) {
     for size in [256, 0] {
         control.apply(id, &resize("ua-mem0", size)).await.unwrap();
@@ -311,7 +309,7 @@ async fn memory(control: &Libvirt, notices: &mut Notices, id: &DomainRef) {
 }
 
 #[tokio::test]
-async fn unknown_domains_and_hostile_names_yield_errors() {
+async fn names_and_domains_that_are_not_there_do_no_harm() {
     let libvirtd = Libvirtd::start().unwrap();
     let control = start(&libvirtd, |_| {});
     libvirtd.start_domain("bare").unwrap();
@@ -347,7 +345,7 @@ async fn unknown_domains_and_hostile_names_yield_errors() {
         assert!(control.apply(&bare, &resize(alias, 2)).await.is_err());
     }
 
-    // A domain without a channel for an agent, and one whose channel no agent has opened.
+    // No channel for an agent; and a channel with nobody at its end.
     let error = control.apply(&bare, &online("0")).await.unwrap_err();
     assert!(matches!(error, CallError::AgentSilent { .. }), "{error:?}");
     assert!(agent(&control, &bare).await.is_none());
@@ -365,7 +363,7 @@ async fn unknown_domains_and_hostile_names_yield_errors() {
 }
 
 #[tokio::test]
-async fn killed_libvirtd_delivers_events_again_after_restart() {
+async fn events_are_told_again_after_libvirtd_was_killed() {
     let mut libvirtd = Libvirtd::start().unwrap();
     libvirtd.start_domain("d").unwrap();
     let control = start(&libvirtd, |_| {});
@@ -402,7 +400,7 @@ async fn killed_libvirtd_delivers_events_again_after_restart() {
     timeout(LONG, ended).await.unwrap();
 }
 
-/// A domain's emulator, stopped with `SIGSTOP`: libvirt waits for its answers.
+/// A domain's emulator, held with `SIGSTOP`: libvirt waits for its answers.
 struct Held(Pid);
 
 impl Held {
@@ -463,7 +461,7 @@ async fn stuck_domain_delays_only_its_own_calls() {
     assert!(longest < DEADLINE, "{longest:?}");
     assert!(matches!(late.0, Err(CallError::Overdue { .. })), "{late:?}");
     assert!(late.1 < LONG, "{late:?}");
-    // The late call still occupies the domain's turn.
+    // The domain's turn is still taken.
     assert!(matches!(next.0, Err(CallError::Busy { .. })), "{next:?}");
     assert!(next.1 < LONG, "{next:?}");
     assert_eq!(
@@ -477,7 +475,7 @@ async fn stuck_domain_delays_only_its_own_calls() {
         .call_failures
         .with_label_values(&["set-vcpus", "busy"]);
     assert_eq!(busy.get(), 1);
-    // libvirt reports its own figures and omits those of QEMU.
+    // What libvirt knows by itself it tells, and leaves the rest out.
     let all = control.statistics().await.unwrap();
     assert_eq!(all.len(), 4);
     let stats = all.iter().find(|stats| stats.id == stuck).unwrap();
@@ -518,7 +516,6 @@ async fn lock_held_by_another_client_is_busy_and_retried_when_libvirt_speaks_jap
             online: false,
         },
         require: Require::Online,
-        persistent: false,
         timeout: 2 * LONG,
         idempotency_key: None,
         asked_by: AskedBy::Local { uid: 0 },
@@ -578,7 +575,7 @@ async fn lock_held_by_another_client_is_busy_and_retried_when_libvirt_speaks_jap
     executor.stop().await;
 }
 
-/// Returns the resident memory of this process in KiB.
+/// The memory of this process that is in use, in KiB.
 fn resident_kib() -> u64 {
     let status = fs::read_to_string("/proc/self/status").unwrap();
     let line = status
@@ -588,7 +585,7 @@ fn resident_kib() -> u64 {
     line.split_whitespace().nth(1).unwrap().parse().unwrap()
 }
 
-/// Environment variable with the URI of libvirtd, for this test alone in its own process.
+/// Says to this test that it is alone in its process, and where libvirtd is.
 const ALONE: &str = "VIRTNODE_TEST_URI";
 
 #[tokio::test]
@@ -600,7 +597,7 @@ async fn statistics_leave_no_memory_behind() {
     for name in ["a", "b", "c", "d"] {
         libvirtd.start_domain(name).unwrap();
     }
-    // In this process the measurement would include other tests.
+    // Other tests would be measured with it.
     let output = Command::new(std::env::current_exe().unwrap())
         .args([
             "--exact",

@@ -19,9 +19,9 @@ use virtnode::hypervisor::{
 use crate::support::eventually;
 use crate::support::libvirtd::Libvirtd;
 
-/// Timeout that only a failing test reaches.
+/// For what takes moments; only a failing test waits so long.
 const LONG: Duration = Duration::from_secs(30);
-/// Maximum duration of an answer that waits for no deadline.
+/// Shorter than any deadline that would have to pass first.
 const AT_ONCE: Duration = Duration::from_secs(10);
 
 fn start(uri: &str, change: impl FnOnce(&mut LibvirtConfig)) -> (Libvirt, Arc<HypervisorMetrics>) {
@@ -31,7 +31,7 @@ fn start(uri: &str, change: impl FnOnce(&mut LibvirtConfig)) -> (Libvirt, Arc<Hy
     (Libvirt::start(config, Arc::clone(&metrics)), metrics)
 }
 
-/// Waits until the connection is up, or down.
+/// Waits for the next change to up or down.
 async fn until(
     connection: &mut watch::Receiver<ConnectionState>,
     within: Duration,
@@ -60,7 +60,7 @@ fn q35() -> DomainCapabilitiesQuery {
 }
 
 #[tokio::test]
-async fn each_document_equals_that_of_virsh() {
+async fn every_question_is_answered_as_virsh_does() {
     let libvirtd = Libvirtd::start().unwrap();
     let (libvirt, metrics) = start(&libvirtd.uri(), |_| {});
 
@@ -89,7 +89,7 @@ async fn each_document_equals_that_of_virsh() {
         libvirtd.virsh(&domcapabilities).unwrap().trim()
     );
 
-    // With flags that an old daemon does not have.
+    // With flags that the daemon may be too old for.
     let query = DomainCapabilitiesQuery {
         expand_features: true,
         supported_features: true,
@@ -124,7 +124,7 @@ async fn each_document_equals_that_of_virsh() {
 }
 
 #[tokio::test]
-async fn rejected_call_carries_message_of_libvirt() {
+async fn a_refusal_carries_libvirts_words() {
     let libvirtd = Libvirtd::start().unwrap();
     let (libvirt, metrics) = start(&libvirtd.uri(), |_| {});
 
@@ -153,7 +153,7 @@ async fn rejected_call_carries_message_of_libvirt() {
         "{error:?}"
     );
 
-    // None of these errors ends the connection.
+    // None of them is about the connection.
     assert!(matches!(
         *libvirt.connection().borrow(),
         ConnectionState::Up(_)
@@ -165,7 +165,7 @@ async fn rejected_call_carries_message_of_libvirt() {
 }
 
 #[tokio::test]
-async fn call_missing_in_driver_is_unsupported() {
+async fn a_driver_without_a_call_is_unsupported() {
     let (libvirt, metrics) = start("test:///default", |_| {});
     assert!(libvirt.capabilities().await.is_ok());
     let error = libvirt
@@ -185,7 +185,7 @@ async fn call_missing_in_driver_is_unsupported() {
 }
 
 #[tokio::test]
-async fn definition_is_read_once_per_start_of_a_domain() {
+async fn running_domains_are_read_once_each_time_they_start() {
     let libvirtd = Libvirtd::start().unwrap();
     let (libvirt, metrics) = start(&libvirtd.uri(), |_| {});
     libvirtd.start_domain("one").unwrap();
@@ -213,13 +213,13 @@ async fn definition_is_read_once_per_start_of_a_domain() {
     };
     assert_eq!(reads(), 2);
 
-    // The definition is not read again,
+    // It is not read again ...
     libvirtd.end_domain("two").unwrap();
     let again = libvirt.running_domains().await.unwrap();
     assert_eq!(again, domains[..1]);
     assert_eq!(reads(), 2);
 
-    // except after a new start.
+    // ... and a new start is.
     libvirtd.end_domain("one").unwrap();
     assert_eq!(libvirt.running_domains().await.unwrap(), []);
     libvirtd.start_domain("one").unwrap();
@@ -230,7 +230,7 @@ async fn definition_is_read_once_per_start_of_a_domain() {
 }
 
 #[tokio::test]
-async fn libvirtd_started_later_is_connected() {
+async fn libvirt_may_come_later() {
     let mut libvirtd = Libvirtd::new().unwrap();
     let (libvirt, metrics) = start(&libvirtd.uri(), |_| {});
     let (answer, took) = timed(libvirt.capabilities()).await;
@@ -244,13 +244,13 @@ async fn libvirtd_started_later_is_connected() {
     let mut connection = libvirt.connection();
     until(&mut connection, LONG, true).await;
     assert!(libvirt.versions().await.is_ok());
-    // The first connection does not count as a reconnect.
+    // The first connection is no reconnect.
     assert_eq!(metrics.reconnects.get(), 0);
     assert_eq!(metrics.connected.get(), 1);
 }
 
 #[tokio::test]
-async fn killed_libvirtd_is_reconnected_after_restart() {
+async fn a_killed_libvirtd_is_noticed_and_found_again() {
     let mut libvirtd = Libvirtd::start().unwrap();
     let (libvirt, metrics) = start(&libvirtd.uri(), |_| {});
     let mut connection = libvirt.connection();
@@ -275,7 +275,7 @@ async fn killed_libvirtd_is_reconnected_after_restart() {
 }
 
 #[tokio::test]
-async fn frozen_libvirtd_delays_no_caller_beyond_its_deadline() {
+async fn a_frozen_libvirtd_holds_up_nobody() {
     const DEADLINE: Duration = Duration::from_millis(500);
     let libvirtd = Libvirtd::start().unwrap();
     let (libvirt, metrics) = start(&libvirtd.uri(), |config| {
@@ -286,7 +286,7 @@ async fn frozen_libvirtd_delays_no_caller_beyond_its_deadline() {
     until(&mut connection, LONG, true).await;
 
     libvirtd.freeze().unwrap();
-    // All callers wait concurrently, and the only thread of the runtime stays free.
+    // All wait at once, and the one thread of the runtime goes on with everything else.
     let mut ticks = 0;
     let ticking = async {
         let mut tick = interval(Duration::from_millis(10));
@@ -328,11 +328,11 @@ async fn frozen_libvirtd_delays_no_caller_beyond_its_deadline() {
     assert_eq!(timeouts.get(), 1);
     until(&mut connection, LONG, false).await;
 
-    // Calls to another hypervisor are not delayed.
+    // Another hypervisor is not held up either.
     let (other, _) = start("test:///default", |_| {});
     assert!(other.capabilities().await.is_ok());
 
-    // Only a limited number of late workers is replaced; further calls fail at once.
+    // Threads are given up only so many times; then nothing waits any more.
     eventually(LONG, async || {
         let (answer, took) = timed(libvirt.capabilities()).await;
         let error = answer.unwrap_err();
@@ -355,7 +355,7 @@ async fn frozen_libvirtd_delays_no_caller_beyond_its_deadline() {
 }
 
 #[tokio::test]
-async fn frozen_libvirtd_is_detected_by_keepalive_without_a_call() {
+async fn keepalive_notices_a_frozen_libvirtd_without_a_call() {
     let libvirtd = Libvirtd::start().unwrap();
     let (libvirt, _) = start(&libvirtd.uri(), |config| {
         config.keepalive = Keepalive {
@@ -373,7 +373,7 @@ async fn frozen_libvirtd_is_detected_by_keepalive_without_a_call() {
 }
 
 #[tokio::test]
-async fn dropped_connection_ends_its_threads() {
+async fn its_threads_end_with_it() {
     let libvirtd = Libvirtd::start().unwrap();
     let (libvirt, _) = start(&libvirtd.uri(), |config| {
         config.call_deadline = Duration::from_millis(100);
@@ -388,16 +388,16 @@ async fn dropped_connection_ends_its_threads() {
     let ((), took) = timed(async { drop(libvirt) }).await;
     assert!(took < AT_ONCE, "{took:?}");
     libvirtd.thaw().unwrap();
-    // Each thread holds a sender of this channel, so its end means that all threads have ended.
+    // Each thread holds what the receiver listens to: that it is gone means that all have ended.
     let all_ended = async { while connection.changed().await.is_ok() {} };
     timeout(LONG, all_ended).await.unwrap();
 }
 
 #[tokio::test]
-async fn unreachable_uri_yields_clear_error() {
+async fn what_cannot_be_reached_is_said_clearly() {
     let directory = tempfile::tempdir_in("/tmp").unwrap();
     let socket = directory.path().join("refused");
-    // A socket file without a listener.
+    // The file stays when nobody listens any more.
     drop(UnixListener::bind(&socket).unwrap());
     let refused = format!("qemu+unix:///system?socket={}", socket.display());
     let absent = directory.path().join("absent");
@@ -405,8 +405,8 @@ async fn unreachable_uri_yields_clear_error() {
     for (uri, word) in [
         (refused.as_str(), "refused"),
         (absent.as_str(), "No such file"),
-        // libvirt passes a scheme without a driver to a remote libvirt; over TCP to an invalid port
-        // it reaches none, whatever runs on this machine.
+        // A scheme that no driver knows is handed to a remote libvirt; one over TCP to a port that
+        // nothing can listen on asks nobody, whatever runs on this machine.
         ("nonsense+tcp://127.0.0.1:1/system", "127.0.0.1:1"),
         ("qemu\0:///", "NUL"),
     ] {

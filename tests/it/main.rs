@@ -6,11 +6,9 @@
 )]
 
 mod agreement;
-mod agreement_devices;
 mod api;
 mod architecture;
 mod check;
-mod check_live;
 mod cli;
 mod cluster;
 mod contract;
@@ -18,7 +16,6 @@ mod control;
 mod controller;
 mod daemon;
 mod daemon_on_a_node;
-mod daemon_trouble;
 mod dist;
 mod doctor;
 mod doctor_domains;
@@ -26,7 +23,6 @@ mod documents;
 mod events;
 mod executor;
 mod foretold;
-mod foretold_devices;
 mod hotplug_cli;
 mod hotplug_objects;
 mod killed;
@@ -47,7 +43,6 @@ mod support;
 mod targets;
 mod targets_live;
 mod targets_objects;
-mod tenants;
 mod truth_table;
 mod virtualization;
 mod virtualization_cluster;

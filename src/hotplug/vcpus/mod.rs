@@ -2,17 +2,14 @@
 
 mod diagnosis;
 mod evidence;
-mod life;
 mod preflight;
 mod timeline;
 mod verdict;
 
-pub use life::VcpuLife;
-
 use super::kind::{ResourceKind, Wanted};
 use super::outcome::Ruling;
 use super::resource::Resource;
-use super::{Action, Amount, Evidence, History, Host, Infeasible, Observation, Plan, Scope};
+use super::{Action, Amount, Evidence, History, Host, Infeasible, Observation, Plan};
 use crate::units::Timestamp;
 
 /// A request for a total number of vCPUs.
@@ -48,8 +45,8 @@ impl Resource for VcpuResource {
         }
     }
 
-    fn preflight(&self, seen: &Observation, host: &Host, scope: Scope) -> Result<Plan, Infeasible> {
-        preflight::preflight(self.count, seen, host, scope)
+    fn preflight(&self, seen: &Observation, _: &Host) -> Result<Plan, Infeasible> {
+        preflight::preflight(self.count, seen)
     }
 
     fn is_reached(&self, history: &History) -> bool {

@@ -1,5 +1,5 @@
-//! The two backends of the contract suite: the hypervisor in memory, and a real libvirt with real
-//! guests.
+//! One contract, two backends: what the contract suite needs of a hypervisor and its guests, of
+//! the one in memory and of a real libvirt.
 
 use std::cell::RefCell;
 use std::process::{Child, Command, Stdio};
@@ -22,7 +22,7 @@ use super::fake_domains::{Blocks, Cpus, FakeControl, FakeGuest};
 use super::guest::{Guest, GuestConfig};
 use super::libvirtd::Libvirtd;
 
-/// Name of the only guest.
+/// The name of the one guest.
 pub(crate) const NAME: &str = "guest";
 
 /// Observes the live domain only.
@@ -30,7 +30,6 @@ pub(crate) const PLAIN: ObservationQuery = ObservationQuery {
     timeout: LONG,
     statistics: false,
     agent: None,
-    background: false,
     answers: false,
 };
 
@@ -39,62 +38,61 @@ pub(crate) const EVERYTHING: ObservationQuery = ObservationQuery {
     timeout: LONG,
     statistics: true,
     agent: Some(LONG),
-    background: false,
     answers: true,
 };
 
-/// Timeout that only a failing test reaches.
+/// For what has no deadline of its own; only a failing test waits so long.
 const LONG: Duration = Duration::from_secs(120);
 
-/// A hypervisor of the suite.
+/// A hypervisor.
 pub(crate) trait Backend: Sized {
-    /// Its client.
+    /// How it is reached.
     type Control: DomainBackend;
-    /// A guest on it.
+    /// Its guest.
     type Guest<'b>: Witness
     where
         Self: 'b;
 
-    /// Starts a hypervisor, and waits until it delivers events.
+    /// Starts one, on which things can be heard.
     async fn start() -> Self;
 
-    /// Returns the client.
+    /// How it is reached.
     fn control(&self) -> &Arc<Self::Control>;
 
-    /// Starts a guest with this behavior, and waits until it is ready.
+    /// Starts a guest that is like that, and returns when it is.
     async fn guest<'b>(&'b self, like: &FakeGuest) -> Self::Guest<'b>;
 
-    /// Starts a job on the domain that runs until [`Self::ends_job`].
+    /// Begins a job on the domain that goes on until it is told to end.
     async fn begins_job(&self);
 
-    /// Ends the job; the domain continues.
+    /// Ends that job; the domain runs on.
     async fn ends_job(&self);
 }
 
-/// A guest with its own report.
+/// A guest, and what it says of itself.
 pub(crate) trait Witness {
-    /// Waits until the guest reports these CPUs as online: `0-2`.
+    /// Waits until the guest says that it uses these CPUs, as `0-2`.
     async fn uses(&self, cpus: &str);
 
-    /// Waits until the guest reports exactly these CPUs, online or offline.
+    /// Waits until the guest says that it has these CPUs and no others.
     async fn has(&self, cpus: &str);
 
-    /// Returns the guest's total memory as it reports it.
+    /// What the guest has of memory in all, by its own word, at present.
     fn total(&self) -> Bytes;
 
-    /// Waits until a guest that keeps its CPUs is set up to do so.
+    /// Waits until the guest keeps what it has, if it is one of those that do.
     async fn keeps(&self);
 
-    /// Lets the guest release its CPUs, and unplugs them as another client down to this number.
+    /// Has it keep its CPUs no more, and somebody else ask it for them until it has so many.
     async fn gives_in(&self, count: u32);
 
-    /// True if a query that bypassed libvirt tainted the domain.
+    /// Whether the domain is tainted by what was asked past libvirt.
     fn is_tainted(&self) -> bool;
 
-    /// Pauses or resumes the domain.
+    /// Holds its processors, or lets them run again.
     fn pause(&self, on: bool);
 
-    /// Destroys the domain.
+    /// Ends it.
     fn destroy(&self);
 }
 
@@ -106,7 +104,7 @@ impl Backend for InMemory {
     type Guest<'b> = &'b FakeControl;
 
     async fn start() -> Self {
-        // Virtual time.
+        // Time passes at once.
         tokio::time::pause();
         Self(FakeControl::new())
     }
@@ -226,7 +224,6 @@ impl Backend for Real {
             words: &words.join(" "),
             vcpus: like.vcpus,
             memory: like.memory,
-            statistics: like.statistics,
             ..GuestConfig::default()
         };
         let guest = match like.cpus {
@@ -244,11 +241,11 @@ impl Backend for Real {
         }
     }
 
-    /// Saves the domain into a pipe without a reader, so that the job does not end.
+    /// A save into a pipe that nobody reads from: it goes on for as long as somebody could.
     async fn begins_job(&self) {
         let pipe = self.libvirtd.directory().join("pipe");
         mkfifo(&pipe, Mode::from_bits_truncate(0o666)).unwrap();
-        // Independent of the umask.
+        // Whatever the umask took.
         std::fs::set_permissions(&pipe, std::os::unix::fs::PermissionsExt::from_mode(0o666))
             .unwrap();
         let reader = std::fs::File::options()
@@ -276,7 +273,7 @@ impl Backend for Real {
     async fn ends_job(&self) {
         let mut saving = self.saving.take().unwrap();
         self.libvirtd.virsh(&["domjobabort", NAME]).unwrap();
-        // Closing the pipe's last reader ends the save: libvirt's helper still writes.
+        // It is the pipe's last reader, and libvirt's helper still writes.
         saving.kill().unwrap();
         saving.wait().unwrap();
         eventually(LONG, async || {
@@ -291,14 +288,14 @@ impl Backend for Real {
 
 /// A guest on a real libvirt.
 pub(crate) struct RealGuest<'b> {
-    /// `None` if the domain has only firmware.
+    /// None where there is only firmware.
     guest: Option<Guest<'b>>,
-    /// The console line of a guest that keeps its CPUs.
+    /// What the guest says when it keeps what it has.
     keeps: Option<&'static str>,
     libvirtd: &'b Libvirtd,
 }
 
-/// A domain without a boot device, which stays in its firmware.
+/// A domain with nothing to boot from: it stays in its firmware.
 fn firmware<'b>(libvirtd: &'b Libvirtd) -> Option<Guest<'b>> {
     let file = libvirtd.directory().join("firmware.xml");
     let xml = format!(
@@ -339,7 +336,7 @@ impl Witness for RealGuest<'_> {
         let guest = self.guest.as_ref().context("only firmware").unwrap();
         guest.runs("/bin/busybox", &["killall", "sleep"]).unwrap();
         let (left, count) = (format!("0-{}", count - 1), count.to_string());
-        // libvirt does not notice the release.
+        // libvirt does not notice that it does.
         let asked_again = async || {
             self.libvirtd.virsh(&["setvcpus", NAME, &count]).ok();
             let sees = guest.witness()?;

@@ -38,7 +38,6 @@ pub(crate) fn options() -> ControllerOptions {
         retry,
         watch_retry: retry,
         submit_interval: Duration::from_millis(50),
-        ..ControllerOptions::default()
     }
 }
 
@@ -51,7 +50,6 @@ pub(crate) struct HotplugNode {
     cluster: Cluster,
     events: EventRecorder,
     executor_options: ExecutorOptions,
-    options: ControllerOptions,
     state: TempDir,
     token: CancellationToken,
     task: Option<JoinHandle<()>>,
@@ -78,14 +76,6 @@ impl HotplugNode {
     }
 
     pub(crate) fn start_with(cluster: Cluster, executor_options: ExecutorOptions) -> Self {
-        Self::start_with_options(cluster, executor_options, options())
-    }
-
-    pub(crate) fn start_with_options(
-        cluster: Cluster,
-        executor_options: ExecutorOptions,
-        options: ControllerOptions,
-    ) -> Self {
         let state = TempDir::new().unwrap();
         let control = FakeControl::new();
         let metrics = Arc::new(Metrics::new());
@@ -103,7 +93,6 @@ impl HotplugNode {
             events,
             _writing: writing.drop_guard(),
             executor_options,
-            options,
             state,
             token: CancellationToken::new(),
             task: None,
@@ -119,7 +108,7 @@ impl HotplugNode {
             Arc::clone(&self.executor),
             self.events.clone(),
             Arc::clone(&self.metrics.objects),
-            self.options.clone(),
+            options(),
         );
         self.watched = controller.condition();
         self.task = Some(tokio::spawn(controller.run(self.token.clone())));

@@ -9,7 +9,7 @@
 //! the environment names: see "Another libvirt" in CONTRIBUTING.md.
 
 use std::fs;
-use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown};
+use std::os::unix::fs::chown;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -19,7 +19,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use nix::sys::signal::{Signal, kill};
-use nix::sys::stat::{Mode, SFlag, mknod};
 use nix::unistd::{Pid, Uid};
 use tempfile::TempDir;
 
@@ -30,35 +29,33 @@ const OTHER: u32 = 65534;
 /// The environment variable with the root file system whose libvirtd is run. This machine's /tmp
 /// has to be mounted there, and /dev, /proc and /sys.
 const ROOT: &str = "VIRTNODE_TEST_LIBVIRT_ROOT";
-/// Timeout for the first start, at which libvirt probes each installed emulator for seconds.
+/// QEMU is asked for what it can do at the first start: seconds for each emulator installed.
 const START: Duration = Duration::from_secs(120);
 
-/// A running libvirtd, stopped with its domains when dropped.
+/// A running libvirtd; ended, with its domains, when dropped.
 pub(crate) struct Libvirtd {
     directory: TempDir,
-    /// The value of [`ROOT`], if set.
+    /// As [`ROOT`] says, if it does.
     root: Option<PathBuf>,
     /// The program, within that root.
     daemon: PathBuf,
     /// Additional environment of the daemon.
     environment: Vec<(&'static str, &'static str)>,
-    /// True if it sees a /dev/kvm that it may open.
-    with_kvm: bool,
     child: Option<Child>,
 }
 
 impl Libvirtd {
-    /// Starts a libvirtd and waits until it answers.
+    /// Starts one and waits until it answers.
     pub(crate) fn start() -> anyhow::Result<Self> {
         let mut libvirtd = Self::new()?;
         libvirtd.restart()?;
-        // libvirt probes the emulators at the first query, which would exceed a test's deadlines.
+        // The first question makes it ask the emulators: not within a test's deadlines.
         libvirtd.virsh(&["capabilities"])?;
         libvirtd.virsh(&["domcapabilities"])?;
         Ok(libvirtd)
     }
 
-    /// Starts a libvirtd whose messages are Japanese (package libvirt-l10n). gettext ignores `LANGUAGE` in
+    /// Starts one whose messages are Japanese (package libvirt-l10n). gettext ignores `LANGUAGE` in
     /// the locale "C", and not in "C.UTF-8", which every glibc has.
     pub(crate) fn start_in_japanese() -> anyhow::Result<Self> {
         let mut libvirtd = Self::new()?;
@@ -68,33 +65,7 @@ impl Libvirtd {
         Ok(libvirtd)
     }
 
-    /// Starts one that may use KVM: it sees another device node of /dev/kvm, in a mount namespace
-    /// of its own. `None` without KVM, or without the rights for that.
-    pub(crate) fn start_with_kvm() -> anyhow::Result<Option<Self>> {
-        let kvm = fs::File::options().read(true).write(true).open("/dev/kvm");
-        if kvm.is_err() || !Uid::effective().is_root() {
-            return Ok(None);
-        }
-        let mut libvirtd = Self::new()?;
-        if libvirtd.root.is_some() {
-            return Ok(None);
-        }
-        libvirtd.with_kvm = true;
-        let node = libvirtd.path("kvm");
-        let device = fs::metadata("/dev/kvm")?.rdev();
-        mknod(
-            &node,
-            SFlag::S_IFCHR,
-            Mode::from_bits_truncate(0o666),
-            device,
-        )?;
-        fs::set_permissions(&node, fs::Permissions::from_mode(0o666))?;
-        libvirtd.restart()?;
-        libvirtd.virsh(&["capabilities"])?;
-        Ok(Some(libvirtd))
-    }
-
-    /// Returns a libvirtd that is not started yet and has no socket.
+    /// One that is not started yet: its socket is not there.
     pub(crate) fn new() -> anyhow::Result<Self> {
         let root = std::env::var_os(ROOT).map(PathBuf::from);
         let find = |program| match &root {
@@ -111,16 +82,15 @@ impl Libvirtd {
             root,
             daemon,
             environment: Vec::new(),
-            with_kvm: false,
             child: None,
         };
         for part in ["run", "config/libvirt", "cache", "home"] {
             fs::create_dir_all(libvirtd.path(part))?;
         }
-        // Otherwise a domain requires virtlogd.
+        // Else a domain wants virtlogd.
         let configuration = libvirtd.path("config/libvirt/qemu.conf");
         fs::write(configuration, "stdio_handler = \"file\"\n")?;
-        // libvirt does not migrate between daemons with the same host UUID.
+        // Between two that take themselves for the same host libvirt migrates nothing.
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let host = format!("{:08x}-0000-4000-8000-{number:012x}", std::process::id());
@@ -135,8 +105,9 @@ impl Libvirtd {
         Ok(libvirtd)
     }
 
-    /// Returns its URI. With `name` instead of the path `/session`, the client library of an
-    /// unprivileged user does not start another daemon if this one does not answer.
+    /// The URI to reach it by. `name` is what the daemon is told: said so, and not as the path
+    /// `/session`, the client library of an unprivileged user does not start another daemon when
+    /// this one does not answer.
     pub(crate) fn uri(&self) -> String {
         let socket = self.socket();
         format!(
@@ -145,7 +116,7 @@ impl Libvirtd {
         )
     }
 
-    /// Returns the directory with all its files, where files for QEMU belong too.
+    /// Where it keeps everything; what QEMU is to use belongs here.
     pub(crate) fn directory(&self) -> &Path {
         self.directory.path()
     }
@@ -155,7 +126,7 @@ impl Libvirtd {
         Ok(kill(Pid::from_raw(i32::try_from(child.id())?), signal)?)
     }
 
-    /// Kills it like a crash: its clients are not notified, and domains continue.
+    /// Kills it as a crash would: nothing is said to its clients, domains live on.
     pub(crate) fn kill(&mut self) -> anyhow::Result<()> {
         let mut child = self.child.take().context("libvirtd does not run")?;
         child.kill()?;
@@ -163,7 +134,7 @@ impl Libvirtd {
         Ok(())
     }
 
-    /// Restarts it on the same socket and waits until it answers.
+    /// Starts it on the same socket and returns when it answers.
     pub(crate) fn restart(&mut self) -> anyhow::Result<()> {
         self.spawn()?;
         let until = Instant::now() + START;
@@ -197,17 +168,6 @@ impl Libvirtd {
                 command.arg("--groups=").arg(root).arg(&self.daemon);
                 command
             }
-            None if self.with_kvm => {
-                let mut command = Command::new("unshare");
-                let mount = format!(
-                    "mount --bind {} /dev/kvm && exec setpriv --reuid={OTHER} --regid={OTHER} \
-                     --clear-groups {}",
-                    self.path("kvm").display(),
-                    self.daemon.display()
-                );
-                command.args(["--mount", "--propagation", "private", "sh", "-c", &mount]);
-                command
-            }
             None => Command::new(&self.daemon),
         };
         command
@@ -223,20 +183,20 @@ impl Libvirtd {
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log);
-        if self.root.is_none() && !self.with_kvm && Uid::effective().is_root() {
-            // The standard library also drops the supplementary groups.
+        if self.root.is_none() && Uid::effective().is_root() {
+            // The standard library drops the other groups with it.
             command.uid(OTHER).gid(OTHER);
         }
         self.child = Some(command.spawn()?);
         Ok(())
     }
 
-    /// Stops it with its sockets open (`SIGSTOP`).
+    /// Stops it from running, with its sockets open (`SIGSTOP`).
     pub(crate) fn freeze(&self) -> anyhow::Result<()> {
         self.signal(Signal::SIGSTOP)
     }
 
-    /// Continues it (`SIGCONT`).
+    /// Lets it run on (`SIGCONT`).
     pub(crate) fn thaw(&self) -> anyhow::Result<()> {
         self.signal(Signal::SIGCONT)
     }
@@ -253,8 +213,8 @@ impl Libvirtd {
         Ok(())
     }
 
-    /// Starts a domain without a boot device, which stays in its firmware, with this maximum of vCPUs.
-    /// Each is one thread of a core of four.
+    /// Starts a domain that has nothing to boot from: it stays in its firmware, with so many vCPUs
+    /// possible. Each is one thread of a core of four.
     pub(crate) fn start_firmware(&self, name: &str, vcpus: u32) -> anyhow::Result<()> {
         let file = self.path(&format!("{name}.xml"));
         let sockets = vcpus.div_ceil(4);
@@ -276,13 +236,13 @@ impl Libvirtd {
         Ok(kill(Pid::from_raw(pid.trim().parse()?), signal)?)
     }
 
-    /// Starts a definition. The error is that of virsh.
+    /// Starts a definition; or what virsh said.
     pub(crate) fn create(&self, xml: &str) -> Result<(), String> {
         self.with_file(xml, &["create"])
     }
 
-    /// Starts a definition, paused, and destroys it. The error is that of virsh and QEMU: on a slow
-    /// machine libvirt may miss the message of a QEMU that exits, which is in the domain's log.
+    /// Starts a definition, paused, and ends it again; or what virsh and QEMU said. On a slow
+    /// machine libvirt may miss the words of a QEMU that gives up; they are in the domain's log.
     pub(crate) fn start_and_end(&self, xml: &str) -> Result<(), String> {
         let log = self.path(&format!("cache/libvirt/qemu/log/{}.log", name_in(xml)));
         fs::remove_file(&log).ok();
@@ -296,7 +256,7 @@ impl Libvirtd {
         Ok(())
     }
 
-    /// Defines and undefines a domain. The error is that of virsh.
+    /// Defines a domain and undefines it again; or what virsh said.
     pub(crate) fn define(&self, xml: &str) -> Result<(), String> {
         self.with_file(xml, &["define"])?;
         let undefined = self.try_virsh(&["undefine", &name_in(xml)]);
@@ -307,7 +267,7 @@ impl Libvirtd {
         Ok(())
     }
 
-    /// Runs a command of virsh about a file with this content.
+    /// A command about a file with this content.
     fn with_file(&self, xml: &str, command: &[&str]) -> Result<(), String> {
         let file = tempfile::NamedTempFile::new_in(self.directory.path()).unwrap();
         fs::write(file.path(), xml).unwrap();
@@ -320,7 +280,7 @@ impl Libvirtd {
         }
     }
 
-    /// Starts a live migration of a domain to another libvirtd.
+    /// Begins to migrate a domain, live, to another one.
     pub(crate) fn migrate(
         &self,
         name: &str,
@@ -342,16 +302,16 @@ impl Libvirtd {
         Ok(Migration { command, words })
     }
 
-    /// Destroys a domain.
+    /// Ends a domain.
     pub(crate) fn end_domain(&self, name: &str) -> anyhow::Result<()> {
         self.virsh(&["destroy", name])?;
         Ok(())
     }
 
-    /// Returns the output of virsh, for comparison.
+    /// What virsh prints, for comparison.
     ///
     /// # Errors
-    /// virsh fails; with its output and the daemon's.
+    /// If it fails: its words, and the daemon's.
     pub(crate) fn virsh(&self, arguments: &[&str]) -> anyhow::Result<String> {
         let output = self.try_virsh(arguments)?;
         ensure!(
@@ -379,7 +339,7 @@ impl Libvirtd {
         self.directory.path().join(below)
     }
 
-    /// Returns its socket.
+    /// Its socket.
     pub(crate) fn socket(&self) -> PathBuf {
         self.path(if self.daemon.ends_with("virtqemud") {
             "run/libvirt/virtqemud-sock"
@@ -388,12 +348,11 @@ impl Libvirtd {
         })
     }
 
-    /// Returns libvirt's cache of the emulators' capabilities, kept between test runs. libvirt itself
-    /// detects an outdated one.
+    /// What libvirt learnt of the installed emulators, kept between runs of the tests. libvirt
+    /// itself finds out if it is out of date.
     fn seed(&self) -> PathBuf {
         let root = self.root.as_deref().map(Path::to_string_lossy);
         let of = root.unwrap_or_default().replace('/', "-");
-        let of = if self.with_kvm { "-kvm".into() } else { of };
         Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("libvirt-capabilities{of}"))
     }
 
@@ -401,7 +360,7 @@ impl Libvirtd {
         self.path("cache/libvirt/qemu/cache/capabilities")
     }
 
-    /// Kills the remaining emulators, by the process IDs in libvirt's files.
+    /// Ends the emulators that are left; libvirt wrote down their process IDs.
     fn end_domains(&self) {
         let Ok(files) = fs::read_dir(self.path("run/libvirt/qemu/run")) else {
             return;
@@ -419,17 +378,17 @@ impl Libvirtd {
     }
 }
 
-/// A migration in progress.
+/// A migration that is under way.
 pub(crate) struct Migration {
     command: Child,
     words: PathBuf,
 }
 
 impl Migration {
-    /// Waits for its end.
+    /// Waits until it is over.
     ///
     /// # Errors
-    /// The migration failed; with the output of virsh.
+    /// The domain stayed where it was: with virsh's words.
     pub(crate) async fn ends(mut self) -> anyhow::Result<()> {
         let ended = async || self.command.try_wait()?.context("the migration goes on");
         let status = eventually(START, ended).await?;
@@ -453,12 +412,12 @@ impl Drop for Libvirtd {
             child.wait().ok();
         }
         self.end_domains();
-        // Saves the next test the probe of the emulators.
+        // For the next test, so that it need not ask the emulators again.
         copy_files(&self.capability_cache(), &self.seed()).ok();
     }
 }
 
-/// Returns the domain's name in a definition.
+/// The domain's name in a definition.
 fn name_in(xml: &str) -> String {
     let name = xml
         .split_once("<name>")
@@ -467,7 +426,7 @@ fn name_in(xml: &str) -> String {
         .expect("it has a name")
 }
 
-/// Changes the owner of a directory and its content to the daemon's user.
+/// Hands a directory with all in it to the daemon's user.
 fn give_away(path: &Path) -> anyhow::Result<()> {
     if !Uid::effective().is_root() {
         return Ok(());
@@ -481,7 +440,7 @@ fn give_away(path: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Copies a directory's files, each atomically, because tests copy concurrently.
+/// Copies a directory's files; each is there whole or not at all, whoever copies at the same time.
 fn copy_files(from: &Path, to: &Path) -> anyhow::Result<()> {
     fs::create_dir_all(to)?;
     let Ok(files) = fs::read_dir(from) else {
@@ -498,7 +457,7 @@ fn copy_files(from: &Path, to: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Returns a program's path within another root.
+/// A program's path as it is within another root.
 fn in_root(root: &Path, program: &str) -> Option<PathBuf> {
     let inside = Path::new("/usr/sbin").join(program);
     let outside = root.join(inside.strip_prefix("/").ok()?);

@@ -29,23 +29,23 @@ const EIO: u32 = 5;
 pub(crate) struct FailingDisk(Arc<AtomicBool>);
 
 impl FailingDisk {
-    /// Starts the server.
+    /// Serves it.
     pub(crate) fn serve(socket: &Path) -> io::Result<Self> {
         let listener = UnixListener::bind(socket)?;
-        // QEMU may run as another user.
+        // QEMU may be another user.
         fs::set_permissions(socket, fs::Permissions::from_mode(0o666))?;
         let fails = Arc::new(AtomicBool::new(true));
         let shared = Arc::clone(&fails);
         thread::spawn(move || {
             for stream in listener.incoming().flatten() {
-                // A client that disconnects ends only its own connection.
+                // Whoever goes away in the middle is gone.
                 serve(stream, &shared).ok();
             }
         });
         Ok(Self(fails))
     }
 
-    /// Makes reads succeed.
+    /// From now on it can be read.
     pub(crate) fn repair(&self) {
         self.0.store(false, Ordering::SeqCst);
     }
@@ -72,7 +72,7 @@ fn serve(mut stream: UnixStream, fails: &AtomicBool) -> io::Result<()> {
             reply(UNSUPPORTED, &[])?;
             continue;
         }
-        // The export's size and flags: it is read-only.
+        // Of the export: its size, and that it has flags and is read only.
         reply(
             INFORMATION,
             &[&[0, 0][..], &SIZE.to_be_bytes(), &[0, 3]].concat(),

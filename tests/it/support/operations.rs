@@ -1,4 +1,4 @@
-//! Operations that are only recorded, for tests of the local API.
+//! Operations that are only noted: what the local API is tested against.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -9,12 +9,12 @@ use virtnode::hotplug::Verdict;
 use virtnode::operation::{OperationId, Order, Record, State};
 use virtnode::units::Timestamp;
 
-/// Time of all operations.
+/// When everything happens here.
 pub(crate) fn now() -> Timestamp {
     Timestamp::from_millis(1_795_260_166_250)
 }
 
-/// Operations in memory, whose progress a test controls.
+/// Operations in memory; a test moves them on.
 #[derive(Default)]
 pub(crate) struct InMemory(Mutex<Vec<(Order, watch::Sender<Record>)>>);
 
@@ -23,7 +23,7 @@ impl InMemory {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Returns the submitted orders.
+    /// What was asked for so far.
     pub(crate) fn orders(&self) -> Vec<Order> {
         self.all().iter().map(|(order, _)| order.clone()).collect()
     }

@@ -1,4 +1,4 @@
-//! Faults during an operation, and many operations at once.
+//! What comes between, and many at once.
 
 use std::thread;
 
@@ -9,7 +9,7 @@ use crate::support::eventually;
 use crate::support::nbd::FailingDisk;
 
 #[tokio::test]
-async fn domain_destroyed_during_operation_is_not_running() {
+async fn destroyed_in_the_middle() {
     let node = Node::start().await;
     let _guest = node.guest(words("lab.cpus=offline")).await;
     let id = node.submit(vcpus(3)).await;
@@ -21,19 +21,19 @@ async fn domain_destroyed_during_operation_is_not_running() {
 }
 
 #[tokio::test]
-async fn guest_reset_during_operation_boots_with_its_vcpus() {
+async fn rebooted_in_the_middle() {
     let node = Node::start().await;
     let guest = node.guest(words("lab.cpus=offline")).await;
     let id = node.submit(vcpus(3)).await;
     node.sees_offline(&id).await;
     node.libvirtd.virsh(&["reset", "guest"]).unwrap();
-    // The guest boots with all plugged vCPUs.
+    // It boots with all that is plugged.
     is(&node.ends(&id).await, Verdict::Verified);
     guest.sees(|guest| guest.online == "0-2").await.unwrap();
 }
 
 #[tokio::test]
-async fn libvirtd_frozen_during_operation_only_delays_verdict() {
+async fn libvirtd_stands_still_in_the_middle() {
     let node = Node::start().await;
     let guest = node.guest(words("lab.cpus=online lab.after=4")).await;
     let id = node.submit(vcpus(3)).await;
@@ -45,10 +45,10 @@ async fn libvirtd_frozen_during_operation_only_delays_verdict() {
 }
 
 #[tokio::test]
-async fn restart_of_virtnode_and_libvirtd_repeats_no_call() {
+async fn virtnode_and_libvirtd_start_anew_in_the_middle() {
     let mut node = Node::start().await;
     let config = words("lab.cpus=online lab.after=4");
-    // Not dropped here, because `node` is borrowed mutably below: the guest ends with libvirtd.
+    // The guest outlives its node's borrowers: it ends with the libvirtd.
     std::mem::forget(Guest::start(&node.libvirtd, &config).await.unwrap());
     let id = node.submit(vcpus(3)).await;
     node.sees_offline(&id).await;
@@ -64,9 +64,10 @@ async fn restart_of_virtnode_and_libvirtd_repeats_no_call() {
     assert_eq!(calls.count(), 1, "{record:#?}");
 }
 
-/// A saved domain ends, and continues when it is restored; a crashed emulator ends its guest.
+/// A domain that is saved ends, and goes on where it was when it is restored; an emulator that
+/// crashes takes its guest with it.
 #[tokio::test]
-async fn domain_saved_or_crashed_during_operation_is_not_running() {
+async fn saved_or_crashed_in_the_middle() {
     let node = Node::start().await;
     let _guest = node.guest(words("lab.cpus=offline")).await;
     let file = node.libvirtd.directory().join("home/saved");
@@ -80,7 +81,7 @@ async fn domain_saved_or_crashed_during_operation_is_not_running() {
     is(&node.ask(vcpus(3)).await, Verdict::DomainNotFound);
 
     node.libvirtd.virsh(&["restore", &file]).unwrap();
-    // The restored guest prints nothing on its console, so its agent is queried.
+    // The guest says nothing new on its console: its agent is its witness.
     let agent_is_back = async || {
         let vcpus = node.libvirtd.virsh(&["guestvcpus", "guest"])?;
         anyhow::ensure!(vcpus.contains("0-1"), "{vcpus}");
@@ -96,7 +97,7 @@ async fn domain_saved_or_crashed_during_operation_is_not_running() {
 }
 
 #[tokio::test]
-async fn guest_shutdown_during_operation_is_not_running() {
+async fn shut_off_by_the_guest_itself_in_the_middle() {
     let node = Node::start().await;
     let guest = node.guest(words("lab.cpus=offline")).await;
     let id = node.submit(vcpus(3)).await;
@@ -108,9 +109,9 @@ async fn guest_shutdown_during_operation_is_not_running() {
     assert!(record.finished < Some(record.deadline));
 }
 
-/// Such a pause does not end by itself: the operation does not wait, and its message has the remedy.
+/// It cannot go on by itself: nobody waits for that, and the message says what to do.
 #[tokio::test]
-async fn domain_paused_by_io_error_is_rejected_with_remedy() {
+async fn paused_by_a_disk_that_cannot_be_read() {
     let node = Node::start().await;
     let socket = node.libvirtd.directory().join("disk");
     let disk = FailingDisk::serve(&socket).unwrap();
@@ -129,7 +130,7 @@ async fn domain_paused_by_io_error_is_rejected_with_remedy() {
         anyhow::ensure!(state.contains("I/O error"), "{state}");
         Ok(())
     };
-    // The firmware reads the disk to find a boot loader.
+    // Its firmware looks there for something to boot.
     eventually(LONG, paused).await.unwrap();
     let record = node.ask(vcpus(2)).await;
     is(&record, Verdict::DomainNotRunning);
@@ -149,9 +150,9 @@ async fn domain_paused_by_io_error_is_rejected_with_remedy() {
     is(&node.ends(&id).await, Verdict::Verified);
 }
 
-/// On x86 each thread can be plugged separately, whatever the topology.
+/// On x86 each thread can be plugged by itself, whatever the topology.
 #[tokio::test]
-async fn each_thread_of_a_core_is_plugged_by_itself() {
+async fn cores_with_two_threads() {
     let node = Node::start().await;
     node.libvirtd.start_firmware("guest", 8).unwrap();
     for count in [2, 5] {
@@ -166,7 +167,7 @@ async fn each_thread_of_a_core_is_plugged_by_itself() {
 }
 
 #[tokio::test]
-async fn concurrent_requests_for_one_domain_run_in_order() {
+async fn two_requests_for_one_domain_at_once() {
     let node = Node::start().await;
     let guest = node.guest(words("lab.cpus=online")).await;
     let first = node.submit(vcpus(4)).await;
@@ -179,10 +180,10 @@ async fn concurrent_requests_for_one_domain_run_in_order() {
     guest.sees(|guest| guest.online == "0-2").await.unwrap();
 }
 
-/// One of 20 emulators is stopped. The other domains get their verdicts before it continues, and
-/// before any deadline.
+/// One of 20 emulators stands still. The others have their verdicts before it goes on, and before
+/// any deadline.
 #[tokio::test]
-async fn stuck_domain_delays_none_of_nineteen_others() {
+async fn twenty_domains_at_once_with_one_of_them_stuck() {
     const OTHERS: u32 = 19;
     let node = Node::start().await;
     let names: Vec<String> = (0..=OTHERS).map(|number| format!("vm{number}")).collect();

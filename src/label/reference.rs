@@ -1,22 +1,23 @@
 //! The table of all label keys for operators. A test compares it with the derived labels and
 //! generates docs/labels.md from it.
 
-use virtnode::label::{LabelKey, Schema};
+use super::{LabelKey, Schema};
 
 /// The description of one label key or of a family of keys.
-pub(crate) struct LabelEntry {
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LabelEntry {
     /// Never [`Schema::Both`].
-    pub(crate) schema: Schema,
+    pub schema: Schema,
     /// `<…>` stands for a name from libvirt.
-    pub(crate) key: &'static str,
+    pub key: &'static str,
     /// The possible values.
-    pub(crate) value: &'static str,
-    pub(crate) meaning: &'static str,
+    pub value: &'static str,
+    pub meaning: &'static str,
 }
 
 impl LabelEntry {
     /// True if this entry describes the key.
-    pub(crate) fn describes(&self, key: &LabelKey) -> bool {
+    pub fn describes(&self, key: &LabelKey) -> bool {
         let Some((prefix, name)) = self.key.split_once('/') else {
             return false;
         };
@@ -50,7 +51,7 @@ const fn kubevirt(key: &'static str, value: &'static str, meaning: &'static str)
     }
 }
 
-pub(crate) const REFERENCE: &[LabelEntry] = &[
+pub const REFERENCE: &[LabelEntry] = &[
     native(
         "machine.virtnode.io/<machine type>",
         "a number, or `unknown`",
