@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::device_spec::DeviceSpec;
 use super::memory::{MemoryDevice, read_target};
 use crate::xml::{Cursor, Element, ElementError};
 
@@ -150,6 +151,8 @@ pub struct DeviceDefinitions {
     pub host: HostDevices,
     pub pci: PciControllers,
     pub iommu: Option<IommuDevice>,
+    /// Every device, in the document's order.
+    pub specs: Vec<DeviceSpec>,
 }
 
 impl DeviceDefinitions {
@@ -170,7 +173,9 @@ impl DeviceDefinitions {
             xtsup: None,
         });
         let mut alias = None;
+        let mut spec = DeviceSpec::new(element)?;
         cursor.children(|cursor, child| {
+            spec.read_child(child)?;
             match child.name() {
                 "alias" => alias = child.text("name")?,
                 "address" => match child.attribute("type")?.as_deref() {
@@ -216,6 +221,7 @@ impl DeviceDefinitions {
             self.aliased.push(AliasedDevice { kind, alias });
         }
         self.iommu = iommu.or(self.iommu.take());
+        self.specs.push(spec);
         Ok(())
     }
 

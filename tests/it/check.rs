@@ -68,7 +68,7 @@ fn infeasible_domain_prints_every_reason_with_a_remedy() {
 fn unknown_feature_prints_unknown_and_headroom() {
     let file = format!("{CAPTURED}/domain-q35-plugged.xml");
     let (code, out, err) = offline("qemu", &["--domain-xml", &file]);
-    assert_eq!((code, err.as_str()), (1, ""), "{out}");
+    assert_eq!((code, err.as_str()), (6, ""), "{out}");
     insta::assert_snapshot!("check-unknown", out);
 }
 
@@ -92,6 +92,9 @@ fn json_and_yaml_carry_the_answer() {
     let (code, out, _) = offline("kvm", &["--machine", "q35", "--vcpus", "300", "-o", "yaml"]);
     assert_eq!(code, 0);
     assert!(out.contains("answer: feasible"), "{out}");
+    assert!(out.contains("notChecked:\n- what: "), "{out}");
+    let (_, out, _) = offline("kvm", &["--machine", "q35", "--vcpus", "300"]);
+    assert!(out.contains("\nNot checked:\n  * "), "{out}");
 }
 
 #[test]
@@ -104,7 +107,7 @@ fn node_without_documents_yields_unknown() {
         "--vcpus",
         "4",
     ]);
-    assert_eq!(code, 1);
+    assert_eq!(code, 6);
     assert!(out.starts_with("Unknown: "), "{out}");
 }
 

@@ -102,7 +102,7 @@ fn invalid_arguments_are_exit_code_2() -> anyhow::Result<()> {
         (vec!["vcpus", "vm", "-1"], "-1"),
         (vec!["vcpus", "vm", "two"], "two"),
         (vec!["vcpus", "a\nb", "2"], "line break"),
-        (vec!["vcpus", "", "2"], "1 to 255 bytes"),
+        (vec!["vcpus", "", "2"], "1 to 255 characters"),
         (
             vec!["vcpus", "vm", "2", "--require", "proof"],
             "level of proof",

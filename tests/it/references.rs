@@ -12,10 +12,11 @@ use virtnode::capability::{
 };
 use virtnode::daemon::Metrics;
 use virtnode::domain::DomainState;
-use virtnode::label::{LabelKey, LabelSet, Policy, REFERENCE, Schema, derive, family, sources};
+use virtnode::label::{LabelKey, LabelSet, Policy, Schema, derive, family, sources};
 use virtnode::monitor::{DomainFigures, MemoryFigures, VcpuFigures};
-use virtnode::units::Bytes;
-use virtnode::units::Timestamp;
+use virtnode::units::{Bytes, Timestamp};
+
+use crate::support::label_reference::REFERENCE;
 
 /// Compares a document with `text`, or writes it if `VIRTNODE_WRITE_DOCS` is set.
 fn compare_or_write(file: &str, text: &str) {
@@ -125,7 +126,7 @@ fn label_reference_matches_derived_labels() {
     }
     let mut text = String::from(
         "# Labels\n\n\
-         Generated from `src/label/reference.rs` by tests/it/references.rs, which also compares it with \
+         Generated from `tests/it/support/label_reference.rs` by tests/it/references.rs, which also compares it with \
          the code; do not edit.\n\n\
          A label keeps its last value while one of its sources fails. It is removed after two complete \
          probes in a row without it, but not while a running domain uses it (machine types, CPU models, \

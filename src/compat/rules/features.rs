@@ -2,8 +2,9 @@
 
 use std::collections::BTreeSet;
 
+use super::cpu_words::missing_words;
 use super::vcpus::effective_check;
-use super::{RuleInput, named, unsupported};
+use super::{RuleInput, cpu_match, named, unsupported};
 use crate::capability::CpuModes;
 use crate::compat::{RuleCode, RuleFinding, Stage};
 use crate::domain::CpuCheck;
@@ -12,33 +13,6 @@ pub(super) fn stage_of(check: CpuCheck) -> Stage {
     match check {
         CpuCheck::Full => Stage::Emulator,
         _ => Stage::Start,
-    }
-}
-
-/// Adds libvirt's message about missing features. libvirt may list more: those that its own
-/// definition of the model has and QEMU's lacks.
-pub(super) fn missing_words(
-    finding: RuleFinding,
-    check: CpuCheck,
-    missing: &BTreeSet<&str>,
-) -> RuleFinding {
-    let list = |separator: &str| {
-        if missing.is_empty() {
-            "…".to_owned()
-        } else {
-            missing.iter().copied().collect::<Vec<_>>().join(separator)
-        }
-    };
-    match check {
-        CpuCheck::Full => finding.in_emulator(format!(
-            "operation failed: guest CPU doesn't match specification: missing features: {}",
-            list(",")
-        )),
-        _ => finding.at_start(format!(
-            "the CPU is incompatible with host CPU: Host CPU does not provide required features: \
-             {}",
-            list(", ")
-        )),
     }
 }
 
@@ -64,7 +38,16 @@ pub(super) fn check_features_beyond(
         CpuCheck::Full => cpu.required().chain(cpu.forced()).collect(),
         _ => cpu.required().collect(),
     };
-    let gives = |feature: &&str| input.node.gives(feature);
+    // libvirt compares with the host's CPU, not with what KVM gives to guests.
+    let is_compared = check == CpuCheck::Partial
+        && (input.node.cpu.as_ref()).is_some_and(|modes| cpu_match::applies(input, modes));
+    let gives = |feature: &&str| {
+        if is_compared {
+            cpu_match::cpu_has(input, feature)
+        } else {
+            input.node.gives(feature)
+        }
+    };
     let missing: BTreeSet<&str> = requested
         .iter()
         .copied()

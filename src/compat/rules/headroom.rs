@@ -147,14 +147,28 @@ fn memory_room(input: &RuleInput<'_>, hints: &mut Vec<String>) -> Option<MemoryR
         .devices
         .iter()
         .fold(memory.boot, |sum, device| sum.saturating_add(device.size));
-    let for_devices = memory.maximum.unwrap_or_default().saturating_sub(used);
+    let room = memory.maximum.unwrap_or_default().saturating_sub(used);
     let taken = memory
         .devices
         .iter()
         .filter(|device| takes_slot(device))
         .count();
     let taken = u32::try_from(taken).unwrap_or(u32::MAX);
-    let free_slots = memory.slots.saturating_sub(taken);
+    let (mut for_devices, mut free_slots) = (room, memory.slots.saturating_sub(taken));
+    if room > Bytes::ZERO
+        && let Some(obstacle) = no_dimms(input)
+    {
+        hints.push(obstacle);
+        (for_devices, free_slots) = (Bytes::ZERO, 0);
+    }
+    let pending = memory.virtio_mem().fold(Bytes::ZERO, |sum, device| {
+        sum.saturating_add(device.plugged().saturating_sub(device.asked()))
+    });
+    if pending > Bytes::ZERO {
+        hints.push(format!(
+            "the guest has not yet released {pending} of virtio-mem that it was asked for"
+        ));
+    }
     if memory.maximum.is_none() {
         hints.push(
             "memory is fixed: for room to grow, write <maxMemory slots='16' \
@@ -173,5 +187,18 @@ fn memory_room(input: &RuleInput<'_>, hints: &mut Vec<String>) -> Option<MemoryR
         virtio_mem,
         for_devices,
         free_slots,
+    })
+}
+
+/// Returns the obstacle to plugging memory devices, as `virtnode hotplug memory` reports it.
+fn no_dimms(input: &RuleInput<'_>) -> Option<String> {
+    let machine = input.machine.unwrap_or_default();
+    let without = ["s390-ccw", "microvm", "isapc", "none"];
+    if without.iter().any(|name| machine.starts_with(name)) {
+        return Some(format!("machine type {machine} has no slots for DIMMs"));
+    }
+    let needs_acpi = input.is_x86() || input.arch == Some("aarch64");
+    (needs_acpi && !input.domain.acpi).then(|| {
+        "without ACPI no memory device can be plugged: add <acpi/> to <features>".to_owned()
     })
 }

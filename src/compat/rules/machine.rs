@@ -190,7 +190,7 @@ fn adds_pci_devices(input: &RuleInput<'_>) -> bool {
 
 fn not_listed(input: &RuleInput<'_>, canonical: &str) -> RuleFinding {
     // libvirt assumes that an unknown machine type has PCI.
-    let is_unknown = input.is_x86() && !canonical.starts_with("pc") && !input.is_q35();
+    let is_unknown = input.is_x86() && !has_known_prefix(canonical);
     let words = match distinguishes_pci(input) {
         Some(true) if is_unknown => Some(format!(
             "Machine type '{canonical}' supports PCI but no PCI controller added"
@@ -211,6 +211,13 @@ fn not_listed(input: &RuleInput<'_>, canonical: &str) -> RuleFinding {
         None => finding.stage(Stage::Define),
     };
     finding.remedy(remedy_for(input, canonical))
+}
+
+/// True if libvirt adds PCI buses to an x86 machine type by its name, also if the emulator does not
+/// have it (qemuDomainMachineIsQ35, qemuDomainMachineIsI440FX). `pc-q35` is not such a name.
+fn has_known_prefix(canonical: &str) -> bool {
+    const PREFIXES: [&str; 5] = ["pc-q35-", "pc-i440fx-", "pc-0.", "pc-1.", "rhel"];
+    matches!(canonical, "pc" | "q35") || PREFIXES.iter().any(|p| canonical.starts_with(p))
 }
 
 fn check_known(

@@ -262,7 +262,7 @@ fn check_device(memory: &Memory, device: &MemoryDevice, findings: &mut Vec<RuleF
 fn check_node(input: &RuleInput<'_>, memory: &Memory, findings: &mut Vec<RuleFinding>) {
     let Some(has) = input.node.memory else { return };
     let wants = memory.asked();
-    if wants > has && !input.domain.huge_pages {
+    if wants > has && !input.domain.backing.huge_pages {
         findings.push(
             RuleFinding::unknown(
                 RuleCode::Memory,

@@ -1,14 +1,20 @@
 //! Limits on the amount of memory, and the calls.
 
+use super::MemoryResource;
 use crate::domain::{Domain, Memory, MemoryDevice, MemoryModel};
-use crate::hotplug::{Action, Host, Infeasible, Observation, Plan};
+use crate::hotplug::{Action, Host, Infeasible, Observation, Plan, Scope};
 use crate::units::{Bytes, KiB};
 
-/// Plans the calls for a total of `size`.
+/// Plans the calls for the requested total.
 ///
 /// # Errors
 /// The first limit that rules the request out.
-pub(super) fn preflight(size: Bytes, seen: &Observation, host: &Host) -> Result<Plan, Infeasible> {
+pub(super) fn preflight(
+    MemoryResource { size, force }: MemoryResource,
+    seen: &Observation,
+    host: &Host,
+    scope: Scope,
+) -> Result<Plan, Infeasible> {
     let memory = &seen.domain.memory;
     if size < memory.boot || size == Bytes::ZERO {
         return Err(Infeasible::BelowBootMemory {
@@ -17,7 +23,7 @@ pub(super) fn preflight(size: Bytes, seen: &Observation, host: &Host) -> Result<
         });
     }
     if size == memory.asked() {
-        return Ok(Plan::default());
+        return Ok(unchanged(memory, scope));
     }
     if memory.maximum.is_none() {
         return Err(Infeasible::NoMaxMemory {
@@ -29,7 +35,58 @@ pub(super) fn preflight(size: Bytes, seen: &Observation, host: &Host) -> Result<
         None => vec![attach(size, &seen.domain)?],
     };
     check_node(size, memory, host)?;
-    Ok(Plan { actions })
+    if !force {
+        check_use(size, seen)?;
+    }
+    Ok(Plan { actions }.in_scope(scope))
+}
+
+/// Plans nothing for a domain that has what is requested, or the calls that change its definition
+/// alone. A DIMM cannot be attached a second time, so only virtio-mem devices follow.
+fn unchanged(memory: &Memory, scope: Scope) -> Plan {
+    if !scope.persists() {
+        return Plan::default();
+    }
+    let resize = |device: &MemoryDevice| {
+        Some(Action::ResizeVirtioMem {
+            alias: device.alias.clone()?,
+            requested: KiB::try_from(device.asked()).ok()?,
+            persist: true,
+        })
+    };
+    Plan {
+        actions: memory.virtio_mem().filter_map(resize).collect(),
+    }
+}
+
+/// Rejects a shrink that leaves the guest less than it uses, by its latest report. Without a report
+/// that is current nothing is known.
+///
+/// # Errors
+/// The figures, with the least that the guest can be left with.
+pub(super) fn check_use(size: Bytes, seen: &Observation) -> Result<(), Infeasible> {
+    let memory = &seen.domain.memory;
+    let Some(report) = seen.memory_report().filter(|report| report.is_current) else {
+        return Ok(());
+    };
+    let Some(used) = report.used() else {
+        return Ok(());
+    };
+    let taken = memory.plugged().saturating_sub(size);
+    let left = report.total.saturating_sub(taken);
+    if taken == Bytes::ZERO || left >= used {
+        return Ok(());
+    }
+    let block = memory.virtio_mem().map(block).max().unwrap_or_default();
+    let least = size.saturating_add(used.saturating_sub(left));
+    Err(Infeasible::BelowUse {
+        asked: size,
+        left,
+        used,
+        total: report.total,
+        age: report.age.as_secs(),
+        least: least.round_up(block).unwrap_or(least).min(memory.plugged()),
+    })
 }
 
 fn check_node(size: Bytes, memory: &Memory, host: &Host) -> Result<(), Infeasible> {
@@ -96,6 +153,7 @@ fn resize(size: Bytes, memory: &Memory) -> Result<Vec<Action>, Infeasible> {
             actions.push(Action::ResizeVirtioMem {
                 alias: alias.clone(),
                 requested: target,
+                persist: false,
             });
         }
     }
@@ -195,6 +253,7 @@ fn attach(size: Bytes, domain: &Domain) -> Result<Action, Infeasible> {
         alias: free_alias(domain),
         size: dimm,
         node,
+        persist: false,
     })
 }
 
