@@ -266,3 +266,15 @@ pub(super) fn not_reporting(age: Duration, figures: Option<(MemoryReport, Bytes)
          reset (virsh reset), and with a <panic> device libvirt notices a crash by itself",
     )
 }
+
+/// Another client changed the memory during the operation.
+pub(super) fn changed_by_another(shown: Bytes) -> Diagnosis {
+    Diagnosis::new(
+        "changed-by-another-client",
+        format!(
+            "libvirt serves other clients too, and one of them set the domain's memory to {shown} \
+             during the operation"
+        ),
+        "decide which amount is right, and ask again if it is this operation's",
+    )
+}

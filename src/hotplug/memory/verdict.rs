@@ -5,9 +5,15 @@ use std::time::Duration;
 
 use super::diagnosis;
 use super::evidence::{GuestTotal, MemoryFacts, Need, held, planned_dimm};
+use crate::hotplug::history::Return;
 use crate::hotplug::outcome::{Conclusion, Diagnosis, Ruling};
 use crate::hotplug::{AcpiAnswer, Action, History, Require, Verdict, lifecycle};
 use crate::units::{Bytes, Timestamp, seconds};
+
+/// Delay until libvirt has the size of a balloon that has moved: QEMU sends `BALLOON_CHANGE` at most
+/// once per second (`monitor_qapi_event_conf`, monitor/monitor.c). Until then the guest's total
+/// lacks memory that no figure explains.
+const BALLOON_DELAY: Duration = Duration::from_secs(2);
 
 /// Returns the next step of a request for `size` of memory.
 pub(super) fn judge(history: &History, size: Bytes, now: Timestamp) -> Ruling {
@@ -33,6 +39,15 @@ pub(super) fn judge(history: &History, size: Bytes, now: Timestamp) -> Ruling {
     }
     if rules.facts.asked != size {
         let shown = rules.facts.asked;
+        if rules.is_changed_by_another() {
+            return Ruling::Conclude(
+                Conclusion::new(
+                    Verdict::HypervisorError,
+                    format!("another client of libvirt changed the memory to {shown} meanwhile"),
+                )
+                .because(diagnosis::changed_by_another(shown)),
+            );
+        }
         return rules.wait_or("libvirt to change the memory", || {
             Conclusion::new(
                 Verdict::HypervisorError,
@@ -63,6 +78,18 @@ impl MemoryRules<'_> {
     /// Compares the requested amount with the original one.
     fn direction(&self) -> Ordering {
         self.size.cmp(&self.before)
+    }
+
+    /// True if the amount in the live XML is not what the completed calls of this operation set.
+    fn is_changed_by_another(&self) -> bool {
+        let latest = self.history.latest();
+        let is_settled = match self.history.changes().next_back() {
+            Some(call) => {
+                matches!(&call.returned, Some((at, Return::Done)) if latest.at >= *at)
+            }
+            None => latest.at > self.history.before.at,
+        };
+        is_settled && !self.history.plan_is_running()
     }
 
     /// Returns the reason why the request is proven.
@@ -217,16 +244,18 @@ impl MemoryRules<'_> {
                 )
                 .because(self.no_source()),
             ),
-            GuestTotal::Unclear(missing) => Ruling::Conclude(
-                Conclusion::new(
-                    Verdict::Unverifiable,
-                    format!(
-                        "the memory is plugged, and {missing} are missing from the guest's own \
-                         total, which its kernel may have reserved at boot"
-                    ),
-                )
-                .because(diagnosis::unclear()),
-            ),
+            GuestTotal::Unclear(missing) => {
+                self.after(since, BALLOON_DELAY, "the size of the balloon", || {
+                    Conclusion::new(
+                        Verdict::Unverifiable,
+                        format!(
+                            "the memory is plugged, and {missing} are missing from the guest's \
+                             own total, which its kernel may have reserved at boot"
+                        ),
+                    )
+                    .because(diagnosis::unclear())
+                })
+            }
             GuestTotal::Short { grew, missing } => self.after(
                 since,
                 offline,
