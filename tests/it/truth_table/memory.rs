@@ -204,3 +204,35 @@ async fn dimm_that_is_too_large_to_describe_is_told_with_steps_that_work() {
         "{record:#?}"
     );
 }
+
+#[tokio::test]
+async fn change_by_another_client_is_told_with_the_amount_and_accuses_no_guest() {
+    let node = Node::start().await;
+    let _guest = node.guest(words("lab.cpus=offline lab.blocks=offline")).await;
+    let id = node.submit(memory("1536MiB")).await;
+    node.awaits(&id, "online").await;
+    let device = [
+        "update-memory-device",
+        "guest",
+        "--live",
+        "--alias",
+        "ua-mem0",
+    ];
+    let other = [&device[..], &["--requested-size", "256MiB"]].concat();
+    node.libvirtd.virsh(&other).unwrap();
+    let record = node.ends(&id).await;
+    is(&record, Verdict::HypervisorError);
+    assert_eq!(diagnosis(&record).code, "changed-by-another-client");
+    says(&record, "768MiB");
+    assert!(record.finished.unwrap() < record.deadline, "{record:#?}");
+
+    let id = node.submit(vcpus(2)).await;
+    node.awaits(&id, "online").await;
+    node.libvirtd
+        .virsh(&["setvcpus", "guest", "3", "--live"])
+        .unwrap();
+    let record = node.ends(&id).await;
+    is(&record, Verdict::HypervisorError);
+    assert_eq!(diagnosis(&record).code, "changed-by-another-client");
+    says(&record, "3");
+}
