@@ -208,7 +208,9 @@ async fn dimm_that_is_too_large_to_describe_is_told_with_steps_that_work() {
 #[tokio::test]
 async fn change_by_another_client_is_told_with_the_amount_and_accuses_no_guest() {
     let node = Node::start().await;
-    let _guest = node.guest(words("lab.cpus=offline lab.blocks=offline")).await;
+    let _guest = node
+        .guest(words("lab.cpus=offline lab.blocks=offline"))
+        .await;
     let id = node.submit(memory("1536MiB")).await;
     node.awaits(&id, "online").await;
     let device = [
