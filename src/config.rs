@@ -3,6 +3,8 @@
 //! [`Settings`] is one layer as written, with every field optional. [`Config`] is the validated
 //! merge of all layers.
 
+mod messages;
+
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::ops::RangeInclusive;
@@ -13,13 +15,18 @@ use clap::Args;
 use serde::Deserialize;
 use thiserror::Error;
 
+use self::messages::Messages;
 use crate::label::{Policy, Schema};
+use crate::units::whole_number;
 
 /// The configuration file that is read if no other is named. It may be missing.
 pub const DEFAULT_PATH: &str = "/etc/virtnode/config.yaml";
 
 /// Maximum size of a configuration file.
 const MAX_BYTES: u64 = 1024 * 1024;
+
+/// Maximum of settings in seconds: a day.
+const DAY: u64 = 86_400;
 
 /// Headings of `--help`, in one place so that every command groups its options alike.
 pub(crate) mod heading {
@@ -97,7 +104,8 @@ pub struct Settings {
     #[arg(
         long = "call-deadline",
         env = "VIRTNODE_CALL_DEADLINE",
-        value_name = "SECONDS"
+        value_name = "SECONDS",
+        value_parser = whole_number(0..=DAY)
     )]
     pub call_deadline_seconds: Option<u64>,
 
@@ -149,7 +157,8 @@ pub struct Settings {
     #[arg(
         long = "probe-interval",
         env = "VIRTNODE_PROBE_INTERVAL",
-        value_name = "SECONDS"
+        value_name = "SECONDS",
+        value_parser = whole_number(0..=DAY)
     )]
     pub probe_interval_seconds: Option<u64>,
 
@@ -157,7 +166,8 @@ pub struct Settings {
     #[arg(
         long = "start-jitter",
         env = "VIRTNODE_START_JITTER",
-        value_name = "SECONDS"
+        value_name = "SECONDS",
+        value_parser = whole_number(0..=DAY)
     )]
     pub start_jitter_seconds: Option<u64>,
 
@@ -370,9 +380,7 @@ fn parse(text: &str) -> Result<Settings, String> {
     {
         return Ok(Settings::default());
     }
-    // The library's own messages advise programmers.
-    serde_saphyr::from_str(text)
-        .map_err(|error| error.render_with_formatter(&serde_saphyr::UserMessageFormatter))
+    serde_saphyr::from_str(text).map_err(|error| error.render_with_formatter(&Messages))
 }
 
 fn publish_targets(
@@ -493,6 +501,31 @@ hotplug:
         assert!(error("publish: []").contains("at least one"));
         assert!(error("probeIntervalSeconds: 0").contains("from 1 to 86400"));
         assert!(error("listen: nowhere").contains("'nowhere' is not a valid address"));
+        for (file, words) in [
+            (
+                "conect: x",
+                "'conect' is not a setting; the settings here are connect, ",
+            ),
+            (
+                "schema: x",
+                "'x' is not a valid value; write one of native, kubevirt, both",
+            ),
+            ("hotplug: {enabled: maybe}", "write true or false here"),
+            ("hotplug: 5", "write settings here, each as `name: value`"),
+            ("- a", "write settings here, each as `name: value`"),
+            ("api: {allowedUids: 1}", "write a list here, like [a, b]"),
+            (
+                "api: {allowedUids: [-1]}",
+                "write a whole number here, 0 or more",
+            ),
+            ("connect: [a]", "write a single value here"),
+            (
+                "schema: both\nschema: both",
+                "the setting 'schema' is given twice",
+            ),
+        ] {
+            assert!(error(file).contains(words), "{file}: {}", error(file));
+        }
         assert!(!error("{").is_empty());
         assert!(!error("- a").is_empty());
     }
