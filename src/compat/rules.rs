@@ -28,7 +28,7 @@ mod vcpus;
 
 use serde::Serialize;
 
-pub use self::headroom::{Headroom, MemoryRoom, VcpuRoom};
+pub use self::headroom::{Headroom, MemoryRoom, VcpuRoom, headroom};
 pub(crate) use self::host::tsc_range;
 use super::{Feasibility, NotChecked, Offer, Requirement, RuleFinding, RuleSeverity};
 use crate::capability::{Version, is_q35, is_x86};

@@ -42,6 +42,7 @@ use self::driver::Driver;
 use self::followers::Followers;
 use self::lives::VcpuLives;
 pub use self::metrics::HotplugMetrics;
+pub use self::observer::observe_once;
 pub use self::options::{AvailableMemory, Listener, Options};
 use self::queues::Queues;
 use self::registry::{Registered, Registry};
