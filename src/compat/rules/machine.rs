@@ -1,7 +1,7 @@
 //! Rules for guest type, architecture, accelerator and machine type.
 
 use super::{RuleInput, named, unsupported};
-use crate::capability::Version;
+use crate::capability::{Version, is_x86};
 use crate::compat::{OfferedMachine, RuleCode, RuleFinding, RuleSeverity, Stage};
 
 /// x86 machine types without PCI.
@@ -111,7 +111,18 @@ fn check_accelerator(input: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
     if types.iter().any(|have| have == wanted) {
         return;
     }
+    let native = input.node.native_arch.as_deref();
     let remedy = match wanted {
+        "kvm"
+            if native.is_some_and(|native| native != arch && !(is_x86(native) && is_x86(arch))) =>
+        {
+            "choose a node of that architecture, or write <domain type='qemu'> for slow software \
+             emulation"
+        }
+        "kvm" if native.is_some_and(|native| !is_x86(native)) => {
+            "see that libvirt's user may open /dev/kvm (`virtnode doctor` finds the cause), or write \
+             <domain type='qemu'> for slow software emulation"
+        }
         "kvm" => {
             "load kvm_amd or kvm_intel and see that libvirt's user may open /dev/kvm (`virtnode \
              doctor` finds the cause), or write <domain type='qemu'> for slow software emulation"
