@@ -101,7 +101,7 @@ pub(super) enum WorldChange {
     Hangs,
     /// Another client asks the guest for another amount of its first virtio-mem device.
     Resizes(Bytes),
-    /// The balloon takes memory from the guest. QEMU tells its size a second later.
+    /// The balloon takes memory from the guest. QEMU reports its size a second later.
     Inflates(Bytes),
     Onlines(u32),
     /// A vCPU runs for a moment, with or without the guest's system.

@@ -154,9 +154,9 @@ pub(super) fn no_balloon() -> Diagnosis {
         "no-source",
         "no source shows how much memory the guest uses: the domain has no memory balloon, whose \
          driver would report it",
-        "add <memballoon model='virtio'><stats period='5'/></memballoon> to <devices> of its \
-         definition, start it again, and load virtio_balloon in the guest; or look in the guest \
-         itself (free, lsmem)",
+        "write <memballoon model='virtio'><stats period='5'/></memballoon> for <memballoon \
+         model='none'/> in its definition, start it again, and load virtio_balloon in the guest; or \
+         look in the guest itself (free, lsmem)",
     )
 }
 

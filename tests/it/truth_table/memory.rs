@@ -76,6 +76,51 @@ async fn statistics_are_switched_on_for_an_operation_and_put_back() {
 }
 
 #[tokio::test]
+async fn balloon_driver_that_the_remedy_loads_proves_the_memory() {
+    let node = Node::start().await;
+    let guest = node.guest(words("lab.balloon=no lab.blocks=online")).await;
+    let record = node.ask(memory(MORE)).await;
+    is(&record, Verdict::Unverifiable);
+    let remedy = &diagnosis(&record).remedy;
+    assert_eq!(diagnosis(&record).code, "no-source");
+    runs(&guest, command(remedy, "modprobe virtio_balloon", ")"));
+    let reports = async || {
+        let stats = node.libvirtd.virsh(&["dommemstat", "guest"])?;
+        ensure!(stats.contains("available "), "{stats}");
+        Ok(())
+    };
+    eventually(LONG, reports).await.unwrap();
+    is(&node.ask(memory(MORE)).await, Verdict::Verified);
+}
+
+#[tokio::test]
+async fn balloon_that_the_remedy_adds_proves_the_memory() {
+    let node = Node::start().await;
+    let config = GuestConfig {
+        statistics: Statistics::NoBalloon,
+        persistent: true,
+        ..words("lab.blocks=online")
+    };
+    let _guest = node.guest(config).await;
+    let record = node.ask(memory(MORE)).await;
+    is(&record, Verdict::Unverifiable);
+    let remedy = &diagnosis(&record).remedy;
+    let added = command(remedy, "<memballoon", " for ");
+    let replaced = command(remedy, "<memballoon model='none'/>", " in its");
+    let virsh = |arguments: &[&str]| node.libvirtd.virsh(arguments).unwrap();
+    let xml = virsh(&["dumpxml", "guest", "--inactive"]);
+    assert!(xml.contains(replaced), "{xml}");
+    let file = node.libvirtd.directory().join("with-balloon.xml");
+    std::fs::write(&file, xml.replace(replaced, added)).unwrap();
+    virsh(&["define", &file.to_string_lossy()]);
+    virsh(&["destroy", "guest"]);
+    virsh(&["start", "guest"]);
+    let has_agent = async || node.libvirtd.virsh(&["guestvcpus", "guest"]).map(drop);
+    eventually(LONG, has_agent).await.unwrap();
+    is(&node.ask(memory(MORE)).await, Verdict::Verified);
+}
+
+#[tokio::test]
 async fn statistics_are_put_back_after_a_restart_in_the_middle() {
     let mut node = Node::start().await;
     let config = GuestConfig {
