@@ -10,8 +10,8 @@ use crate::hotplug::outcome::{Conclusion, Diagnosis, Ruling};
 use crate::hotplug::{AcpiAnswer, Action, History, Require, Verdict, lifecycle};
 use crate::units::{Bytes, Timestamp, seconds};
 
-/// Delay until libvirt has the size of a balloon that has moved: QEMU sends `BALLOON_CHANGE` at most
-/// once per second (`monitor_qapi_event_conf`, monitor/monitor.c). Until then the guest's total
+/// Time without a change after which a balloon is at rest. QEMU sends `BALLOON_CHANGE` at most once
+/// per second (`monitor_qapi_event_conf`, monitor/monitor.c); until it arrives, the guest's total
 /// lacks memory that no figure explains.
 const BALLOON_DELAY: Duration = Duration::from_secs(2);
 
@@ -105,7 +105,8 @@ impl MemoryRules<'_> {
             Ordering::Less => format!("{difference} returned"),
         };
         let taken = facts.plugged == self.size;
-        let online = taken && (direction == Ordering::Less || facts.total == GuestTotal::Fits);
+        let fits = facts.total == GuestTotal::Fits && self.balloon_rests();
+        let online = taken && (direction == Ordering::Less || fits);
         let moved = match direction {
             Ordering::Greater => facts.plugged > self.before,
             Ordering::Less => facts.plugged < self.before,
@@ -130,6 +131,16 @@ impl MemoryRules<'_> {
                 format!("{what}, and the guest confirmed it{}", self.elapsed())
             }
         })
+    }
+
+    /// True unless nothing was added and the balloon may be taking memory just now.
+    fn balloon_rests(&self) -> bool {
+        let latest = self.history.latest();
+        if self.over || self.direction() != Ordering::Equal || held(latest) == Bytes::ZERO {
+            return true;
+        }
+        let still = self.facts.still.map(|since| since.after(BALLOON_DELAY));
+        still.is_some_and(|until| latest.at >= until)
     }
 
     /// True if the request depends on DIMMs: libvirt shows their size, not their use.
@@ -245,7 +256,8 @@ impl MemoryRules<'_> {
                 .because(self.no_source()),
             ),
             GuestTotal::Unclear(missing) => {
-                self.after(since, BALLOON_DELAY, "the size of the balloon", || {
+                let still = facts.still.max(since);
+                self.after(still, BALLOON_DELAY, "the balloon to rest", || {
                     Conclusion::new(
                         Verdict::Unverifiable,
                         format!(
@@ -273,7 +285,10 @@ impl MemoryRules<'_> {
                     || self.stale(),
                 )
             }
-            GuestTotal::Fits => Ruling::wait("another observation of the domain"),
+            GuestTotal::Fits => {
+                let until = facts.still.map(|since| since.after(BALLOON_DELAY));
+                Ruling::wait_until_observed_after("the balloon to rest", until, self.now)
+            }
         }
     }
 
