@@ -10,7 +10,7 @@ use crate::hotplug::outcome::{Conclusion, Diagnosis, Ruling};
 use crate::hotplug::{AcpiAnswer, Action, History, Require, Verdict, lifecycle};
 use crate::units::{Bytes, Timestamp, seconds};
 
-/// Time without a change after which a balloon is at rest. QEMU sends `BALLOON_CHANGE` at most once
+/// Minimum time since the last change of a balloon at rest. QEMU sends `BALLOON_CHANGE` at most once
 /// per second (`monitor_qapi_event_conf`, monitor/monitor.c); until it arrives, the guest's total
 /// lacks memory that no figure explains.
 const BALLOON_DELAY: Duration = Duration::from_secs(2);
