@@ -10,10 +10,10 @@ use crate::hotplug::outcome::{Conclusion, Diagnosis, Ruling};
 use crate::hotplug::{AcpiAnswer, Action, History, Require, Verdict, lifecycle};
 use crate::units::{Bytes, Timestamp, seconds};
 
-/// Minimum time since the last change of a balloon at rest. QEMU sends `BALLOON_CHANGE` at most once
+/// Minimum time since the last change of a balloon that is idle. QEMU sends `BALLOON_CHANGE` at most once
 /// per second (`monitor_qapi_event_conf`, monitor/monitor.c); until it arrives, the guest's total
 /// lacks memory that no figure explains.
-const BALLOON_DELAY: Duration = Duration::from_secs(2);
+const BALLOON_IDLE: Duration = Duration::from_secs(2);
 
 /// Returns the next step of a request for `size` of memory.
 pub(super) fn judge(history: &History, size: Bytes, now: Timestamp) -> Ruling {
@@ -105,7 +105,7 @@ impl MemoryRules<'_> {
             Ordering::Less => format!("{difference} returned"),
         };
         let taken = facts.plugged == self.size;
-        let fits = facts.total == GuestTotal::Fits && self.balloon_rests();
+        let fits = facts.total == GuestTotal::Fits && self.balloon_is_idle();
         let online = taken && (direction == Ordering::Less || fits);
         let moved = match direction {
             Ordering::Greater => facts.plugged > self.before,
@@ -134,12 +134,12 @@ impl MemoryRules<'_> {
     }
 
     /// True unless nothing was added and the balloon may be taking memory just now.
-    fn balloon_rests(&self) -> bool {
+    fn balloon_is_idle(&self) -> bool {
         let latest = self.history.latest();
         if self.over || self.direction() != Ordering::Equal || held(latest) == Bytes::ZERO {
             return true;
         }
-        let still = self.facts.still.map(|since| since.after(BALLOON_DELAY));
+        let still = self.facts.still.map(|since| since.after(BALLOON_IDLE));
         still.is_some_and(|until| latest.at >= until)
     }
 
@@ -257,7 +257,7 @@ impl MemoryRules<'_> {
             ),
             GuestTotal::Unclear(missing) => {
                 let still = facts.still.max(since);
-                self.after(still, BALLOON_DELAY, "the balloon to rest", || {
+                self.after(still, BALLOON_IDLE, "the balloon to become idle", || {
                     Conclusion::new(
                         Verdict::Unverifiable,
                         format!(
@@ -286,8 +286,8 @@ impl MemoryRules<'_> {
                 )
             }
             GuestTotal::Fits => {
-                let until = facts.still.map(|since| since.after(BALLOON_DELAY));
-                Ruling::wait_until_observed_after("the balloon to rest", until, self.now)
+                let until = facts.still.map(|since| since.after(BALLOON_IDLE));
+                Ruling::wait_until_observed_after("the balloon to become idle", until, self.now)
             }
         }
     }
