@@ -131,6 +131,13 @@ impl<'a> RuleInput<'a> {
         self.machine.is_some_and(|name| name.starts_with("pseries"))
     }
 
+    /// Returns the forbidden CPU features that the host model does not add to its named model.
+    fn forbidden_beyond_host_model(&self) -> impl Iterator<Item = &'a str> {
+        let modes = self.node.cpu.as_ref();
+        let adds = move |name: &str| modes.is_some_and(|modes| modes.adds_to_host_model(name));
+        self.domain.cpu.forbidden().filter(move |name| !adds(name))
+    }
+
     fn virt_type(&self) -> Option<&'a str> {
         let own = self.domain.virt_type.as_deref();
         own.or(self.node.virt_type.as_deref())
