@@ -35,7 +35,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 use tokio_util::sync::CancellationToken;
 use virtnode::capability::{Capabilities, DomainCapabilities, NodeFacts, Version};
 use virtnode::cluster::objects::NodeVirtualization;
-use virtnode::cluster::{Cluster, ClusterConfig, HotplugObjects};
+use virtnode::cluster::{Cluster, ClusterConfig, HotplugObjects, ListOptions};
 use virtnode::daemon::Metrics;
 use virtnode::hypervisor::ConnectionState;
 use virtnode::label::{LabelSet, Policy, derive};
@@ -246,7 +246,13 @@ fn start(
     let (connection, connected) = watch::channel(ConnectionState::Up(1));
     tokio::spawn(publisher.run(to_describe, connected, token.clone()));
 
-    let mut hotplugs = HotplugObjects::new(&cluster).watch().boxed();
+    let mut hotplugs = HotplugObjects::new(&cluster)
+        .watch(ListOptions {
+            max: 512,
+            max_stubs: 8192,
+            in_pages: false,
+        })
+        .boxed();
     let token = token.clone();
     tokio::spawn(async move {
         // The daemon probes once a minute.

@@ -502,12 +502,13 @@ async fn verdicts(libvirtd: &Libvirtd) -> anyhow::Result<()> {
                 count: 1 + more,
                 online: false,
             },
-            HotplugRequest::Memory { size },
+            HotplugRequest::Memory { size, force: false },
         ] {
             let order = Order {
                 domain: config.name.parse()?,
                 request,
                 require: Require::Online,
+                persistent: false,
                 timeout: PATIENCE,
                 idempotency_key: None,
                 asked_by: AskedBy::Local { uid: 0 },

@@ -3,7 +3,11 @@
 //! [`Settings`] is one layer as written, with every field optional. [`Config`] is the validated
 //! merge of all layers.
 
+mod messages;
+
+use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -11,13 +15,18 @@ use clap::Args;
 use serde::Deserialize;
 use thiserror::Error;
 
+use self::messages::Messages;
 use crate::label::{Policy, Schema};
+use crate::units::whole_number;
 
 /// The configuration file that is read if no other is named. It may be missing.
 pub const DEFAULT_PATH: &str = "/etc/virtnode/config.yaml";
 
 /// Maximum size of a configuration file.
 const MAX_BYTES: u64 = 1024 * 1024;
+
+/// Maximum of settings in seconds: a day.
+const DAY: u64 = 86_400;
 
 /// Headings of `--help`, in one place so that every command groups its options alike.
 pub(crate) mod heading {
@@ -76,8 +85,8 @@ pub enum LogFormat {
 
 /// One layer of settings: the file's, or that of flags and environment.
 ///
-/// Every flag is global, so that scripts can put it before or after the command.
-/// `cli::options` hides it from the help of the commands on which it has no effect.
+/// `cli::options` makes every flag global, so that scripts can put it before or after the command,
+/// and hides it from the help of the commands on which it has no effect.
 #[derive(Debug, Clone, Default, Deserialize, Args)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct Settings {
@@ -87,9 +96,7 @@ pub struct Settings {
         long,
         visible_alias = "uri",
         env = "VIRTNODE_CONNECT",
-        value_name = "URI",
-        global = true,
-        help_heading = heading::CONNECTION
+        value_name = "URI"
     )]
     pub connect: Option<String>,
 
@@ -98,49 +105,24 @@ pub struct Settings {
         long = "call-deadline",
         env = "VIRTNODE_CALL_DEADLINE",
         value_name = "SECONDS",
-        global = true,
-        help_heading = heading::CONNECTION
+        value_parser = whole_number(0..=DAY)
     )]
     pub call_deadline_seconds: Option<u64>,
 
     /// Unix socket of the daemon's local API [default: /run/virtnode/virtnode.sock]
-    #[arg(
-        long,
-        env = "VIRTNODE_SOCKET",
-        value_name = "PATH",
-        global = true,
-        help_heading = heading::CONNECTION
-    )]
+    #[arg(long, env = "VIRTNODE_SOCKET", value_name = "PATH")]
     pub socket: Option<PathBuf>,
 
     /// Name of this machine's Node [default: the host name]
-    #[arg(
-        long,
-        env = "VIRTNODE_NODE_NAME",
-        value_name = "NAME",
-        global = true,
-        help_heading = heading::KUBERNETES
-    )]
+    #[arg(long, env = "VIRTNODE_NODE_NAME", value_name = "NAME")]
     pub node_name: Option<String>,
 
     /// Kubeconfig file, for use outside a pod [default: $KUBECONFIG if labels go to the Node]
-    #[arg(
-        long,
-        env = "VIRTNODE_KUBECONFIG",
-        value_name = "FILE",
-        global = true,
-        help_heading = heading::KUBERNETES
-    )]
+    #[arg(long, env = "VIRTNODE_KUBECONFIG", value_name = "FILE")]
     pub kubeconfig: Option<PathBuf>,
 
     /// Context in the kubeconfig [default: its current context]
-    #[arg(
-        long,
-        env = "VIRTNODE_CONTEXT",
-        value_name = "NAME",
-        global = true,
-        help_heading = heading::KUBERNETES
-    )]
+    #[arg(long, env = "VIRTNODE_CONTEXT", value_name = "NAME")]
     pub context: Option<String>,
 
     /// Destinations of labels [default: node in a cluster, else file]
@@ -148,20 +130,12 @@ pub struct Settings {
         long,
         env = "VIRTNODE_PUBLISH",
         value_delimiter = ',',
-        value_name = "TARGET",
-        global = true,
-        help_heading = heading::PUBLISHING
+        value_name = "TARGET"
     )]
     pub publish: Option<Vec<PublishTarget>>,
 
     /// Label keys to use: native, kubevirt or both [default: native]
-    #[arg(
-        long,
-        env = "VIRTNODE_SCHEMA",
-        value_name = "SCHEMA",
-        global = true,
-        help_heading = heading::PUBLISHING
-    )]
+    #[arg(long, env = "VIRTNODE_SCHEMA", value_name = "SCHEMA")]
     pub schema: Option<Schema>,
 
     /// Take over labels that another field manager owns, instead of leaving them to it
@@ -170,21 +144,13 @@ pub struct Settings {
         env = "VIRTNODE_FORCE_CONFLICTS",
         value_name = "BOOL",
         num_args = 0..=1,
-        default_missing_value = "true",
-        global = true,
-        help_heading = heading::PUBLISHING
+        default_missing_value = "true"
     )]
     pub force_conflicts: Option<bool>,
 
     /// Node Feature Discovery's directory for feature files
     /// [default: /etc/kubernetes/node-feature-discovery/features.d]
-    #[arg(
-        long,
-        env = "VIRTNODE_FEATURES_DIRECTORY",
-        value_name = "DIR",
-        global = true,
-        help_heading = heading::PUBLISHING
-    )]
+    #[arg(long, env = "VIRTNODE_FEATURES_DIRECTORY", value_name = "DIR")]
     pub features_directory: Option<PathBuf>,
 
     /// Interval between probes of libvirt and the host, in seconds [default: 60]
@@ -192,8 +158,7 @@ pub struct Settings {
         long = "probe-interval",
         env = "VIRTNODE_PROBE_INTERVAL",
         value_name = "SECONDS",
-        global = true,
-        help_heading = heading::PUBLISHING
+        value_parser = whole_number(0..=DAY)
     )]
     pub probe_interval_seconds: Option<u64>,
 
@@ -202,49 +167,24 @@ pub struct Settings {
         long = "start-jitter",
         env = "VIRTNODE_START_JITTER",
         value_name = "SECONDS",
-        global = true,
-        help_heading = heading::PUBLISHING
+        value_parser = whole_number(0..=DAY)
     )]
     pub start_jitter_seconds: Option<u64>,
 
     /// Address of the daemon's metrics and health endpoints [default: :9478]
-    #[arg(
-        long,
-        env = "VIRTNODE_LISTEN",
-        value_name = "ADDRESS",
-        global = true,
-        help_heading = heading::SERVING
-    )]
+    #[arg(long, env = "VIRTNODE_LISTEN", value_name = "ADDRESS")]
     pub listen: Option<String>,
 
     /// Format of log lines [default: text]
-    #[arg(
-        long,
-        env = "VIRTNODE_LOG_FORMAT",
-        value_name = "FORMAT",
-        global = true,
-        help_heading = heading::LOGGING
-    )]
+    #[arg(long, env = "VIRTNODE_LOG_FORMAT", value_name = "FORMAT")]
     pub log_format: Option<LogFormat>,
 
     /// Log filter: LEVEL or TARGET=LEVEL, separated by commas [default: info]
-    #[arg(
-        long,
-        env = "VIRTNODE_LOG",
-        value_name = "FILTER",
-        global = true,
-        help_heading = heading::LOGGING
-    )]
+    #[arg(long, env = "VIRTNODE_LOG", value_name = "FILTER")]
     pub log: Option<String>,
 
     /// State directory: published labels and the operation journal [default: /var/lib/virtnode]
-    #[arg(
-        long,
-        env = "VIRTNODE_STATE_DIRECTORY",
-        value_name = "DIR",
-        global = true,
-        help_heading = heading::FILES
-    )]
+    #[arg(long, env = "VIRTNODE_STATE_DIRECTORY", value_name = "DIR")]
     pub state_directory: Option<PathBuf>,
 
     // The sections below have no flags: only the file can set them.
@@ -346,67 +286,52 @@ impl Config {
         } else {
             PublishTarget::File
         };
-        let path = |later: Option<PathBuf>, file: Option<PathBuf>, default: &str| {
-            later.or(file).unwrap_or_else(|| PathBuf::from(default))
-        };
+        macro_rules! chosen {
+            ($field:ident) => {
+                later.$field.or(file.$field)
+            };
+        }
+        let path = |chosen: Option<PathBuf>, default: &str| chosen.unwrap_or(default.into());
+        let text = |chosen: Option<String>, default: &str| chosen.unwrap_or(default.to_owned());
+        let probe_interval = chosen!(probe_interval_seconds);
+        let features = "/etc/kubernetes/node-feature-discovery/features.d";
+        let obsolete_cpu_models = file.labels.obsolete_cpu_models;
         Ok(Self {
-            connect: later
-                .connect
-                .or(file.connect)
-                .unwrap_or_else(|| "qemu:///system".to_owned()),
-            publish: publish_targets(later.publish.or(file.publish), default_target)?,
+            connect: text(chosen!(connect), "qemu:///system"),
+            publish: publish_targets(chosen!(publish), default_target)?,
             policy: Policy {
-                schema: later.schema.or(file.schema).unwrap_or_default(),
-                obsolete_cpu_models: file
-                    .labels
-                    .obsolete_cpu_models
-                    .map(|models| models.into_iter().collect()),
+                schema: chosen!(schema).unwrap_or_default(),
+                obsolete_cpu_models: obsolete_cpu_models.map(BTreeSet::from_iter),
                 guest_architectures: file.labels.guest_architectures,
             },
-            force_conflicts: later
-                .force_conflicts
-                .or(file.force_conflicts)
-                .unwrap_or(false),
-            node_name: later.node_name.or(file.node_name),
+            force_conflicts: chosen!(force_conflicts).unwrap_or(false),
+            node_name: chosen!(node_name),
             kubeconfig,
-            context: later.context.or(file.context),
-            state_directory: path(
-                later.state_directory,
-                file.state_directory,
-                "/var/lib/virtnode",
-            ),
-            features_directory: path(
-                later.features_directory,
-                file.features_directory,
-                "/etc/kubernetes/node-feature-discovery/features.d",
-            ),
-            listen: parse_listen(&later.listen.or(file.listen).unwrap_or(":9478".to_owned()))?,
-            socket: path(later.socket, file.socket, "/run/virtnode/virtnode.sock"),
+            context: chosen!(context),
+            state_directory: path(chosen!(state_directory), "/var/lib/virtnode"),
+            features_directory: path(chosen!(features_directory), features),
+            listen: parse_listen(&text(chosen!(listen), ":9478"))?,
+            socket: path(chosen!(socket), "/run/virtnode/virtnode.sock"),
             allowed_uids: file.api.allowed_uids,
             allowed_gids: file.api.allowed_gids,
             hotplug: file.hotplug.enabled.unwrap_or(true),
             hotplug_objects: file.hotplug.objects.unwrap_or(true),
             deep_verify: file.hotplug.deep_verify.unwrap_or(false),
-            probe_interval: seconds(
-                "probeIntervalSeconds",
-                later.probe_interval_seconds.or(file.probe_interval_seconds),
-                60,
-                (1, 86_400),
-            )?,
+            probe_interval: seconds("probeIntervalSeconds", probe_interval, 60, 1..=86_400)?,
             start_jitter: seconds(
                 "startJitterSeconds",
-                later.start_jitter_seconds.or(file.start_jitter_seconds),
+                chosen!(start_jitter_seconds),
                 10,
-                (0, 3_600),
+                0..=3_600,
             )?,
             call_deadline: seconds(
                 "callDeadlineSeconds",
-                later.call_deadline_seconds.or(file.call_deadline_seconds),
+                chosen!(call_deadline_seconds),
                 30,
-                (1, 600),
+                1..=600,
             )?,
-            log_format: later.log_format.or(file.log_format).unwrap_or_default(),
-            log: later.log.or(file.log).unwrap_or_else(|| "info".to_owned()),
+            log_format: chosen!(log_format).unwrap_or_default(),
+            log: text(chosen!(log), "info"),
         })
     }
 
@@ -420,12 +345,13 @@ fn seconds(
     name: &str,
     chosen: Option<u64>,
     default: u64,
-    (minimum, maximum): (u64, u64),
+    range: RangeInclusive<u64>,
 ) -> Result<Duration, ConfigError> {
     let seconds = chosen.unwrap_or(default);
-    if (minimum..=maximum).contains(&seconds) {
+    if range.contains(&seconds) {
         return Ok(Duration::from_secs(seconds));
     }
+    let (minimum, maximum) = range.into_inner();
     Err(ConfigError::Invalid(format!(
         "{name} is {seconds}; it must be from {minimum} to {maximum} seconds"
     )))
@@ -454,7 +380,7 @@ fn parse(text: &str) -> Result<Settings, String> {
     {
         return Ok(Settings::default());
     }
-    serde_saphyr::from_str(text).map_err(|error| error.to_string())
+    serde_saphyr::from_str(text).map_err(|error| error.render_with_formatter(&Messages))
 }
 
 fn publish_targets(
@@ -575,6 +501,31 @@ hotplug:
         assert!(error("publish: []").contains("at least one"));
         assert!(error("probeIntervalSeconds: 0").contains("from 1 to 86400"));
         assert!(error("listen: nowhere").contains("'nowhere' is not a valid address"));
+        for (file, words) in [
+            (
+                "conect: x",
+                "'conect' is not a setting; the settings here are connect, ",
+            ),
+            (
+                "schema: x",
+                "'x' is not a valid value; write one of native, kubevirt, both",
+            ),
+            ("hotplug: {enabled: maybe}", "write true or false here"),
+            ("hotplug: 5", "write settings here, each as `name: value`"),
+            ("- a", "write settings here, each as `name: value`"),
+            ("api: {allowedUids: 1}", "write a list here, like [a, b]"),
+            (
+                "api: {allowedUids: [-1]}",
+                "write a whole number here, 0 or more",
+            ),
+            ("connect: [a]", "write a single value here"),
+            (
+                "schema: both\nschema: both",
+                "the setting 'schema' is given twice",
+            ),
+        ] {
+            assert!(error(file).contains(words), "{file}: {}", error(file));
+        }
         assert!(!error("{").is_empty());
         assert!(!error("- a").is_empty());
     }

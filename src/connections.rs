@@ -56,14 +56,6 @@ impl<B: DomainBackend> ConnectionSet<B> {
         }
     }
 
-    /// Returns the state of each connection.
-    pub fn health_by_connection(
-        &self,
-    ) -> impl Iterator<Item = (&ConnectionId, watch::Receiver<ConnectionState>)> {
-        let members = self.members.iter();
-        members.map(|(connection, backend)| (connection, backend.health()))
-    }
-
     fn backend(&self, domain: &DomainRef) -> Result<&B, CallError> {
         let member = self.members.iter().find(|(id, _)| *id == domain.connection);
         member.map(|(_, backend)| &**backend).ok_or_else(|| {
@@ -137,12 +129,7 @@ impl<B: DomainBackend> DomainBackend for ConnectionSet<B> {
         let backend = match self.backend(domain) {
             Ok(backend) => backend,
             Err(error) => {
-                return Seen {
-                    live: Err(error),
-                    statistics: None,
-                    agent: None,
-                    answers: None,
-                };
+                return Seen::failed(error);
             }
         };
         let mut seen = backend.observe(domain, query).await;
@@ -273,12 +260,7 @@ mod tests {
         }
 
         async fn observe(&self, domain: &DomainRef, _: ObservationQuery) -> Seen {
-            Seen {
-                live: Err(CallError::NotFound(domain.name.clone())),
-                statistics: None,
-                agent: None,
-                answers: None,
-            }
+            Seen::failed(CallError::NotFound(domain.name.clone()))
         }
 
         async fn statistics(&self) -> Result<Vec<DomainStats>, CallError> {

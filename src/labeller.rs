@@ -18,6 +18,9 @@
 //! [`Labeller::run`] waits for the probe, whose calls have deadlines. It blocks only for the
 //! fingerprint (about twenty system calls) and for replacing the label file.
 //!
+//! A domain that cannot be read is logged once, counted in `virtnode_domains_unreadable`, and keeps
+//! labels from being removed; it does not delay readiness.
+//!
 //! A failed source leaves labels as they are and brings the next probe forward to
 //! [`RETRY_AFTER_FAILURE`]. A failure to write the file is reported in [`LabellerProgress`] and
 //! retried with the next probe. An empty set is never published.
@@ -25,6 +28,7 @@
 mod metrics;
 
 pub use self::metrics::LabellerMetrics;
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -43,7 +47,7 @@ use crate::label::{
     FAMILIES, FactSource, InvalidLabel, LabelChange, LabelSet, Policy, ProbeResult,
     PublishedLabels, RejectedLabel, RetentionReason, derive, family,
 };
-use crate::probe::{Prober, Reading, SourceFailure};
+use crate::probe::{Prober, Reading, SourceFailure, UnreadDomain};
 use crate::publish::file::{FilePublisher, LabelReport};
 use crate::publish::virtualization::Snapshot;
 use crate::telemetry::now_seconds;
@@ -104,6 +108,8 @@ pub struct Labeller<S> {
     rejected: Vec<RejectedLabel>,
     /// Paths of the emulators that the capabilities describe.
     emulators: Vec<String>,
+    /// The domains that could not be read by the last probe, by UUID.
+    unreadable: BTreeMap<String, UnreadDomain>,
 }
 
 impl<S: NodeSource> Labeller<S> {
@@ -139,6 +145,7 @@ impl<S: NodeSource> Labeller<S> {
             published: PublishedLabels::starting_from(loaded.unwrap_or_default()),
             rejected: Vec::new(),
             emulators: Vec::new(),
+            unreadable: BTreeMap::new(),
         }
     }
 
@@ -228,6 +235,7 @@ impl<S: NodeSource> Labeller<S> {
         self.rejected = derivation.rejected;
         self.report_changes(&changes);
         self.report_failures(&reading.failures);
+        self.report_unreadable(reading);
         self.update_gauges(reading);
         if let Some(snapshots) = &self.outputs.snapshots {
             let retained = self.published.retained();
@@ -274,6 +282,7 @@ impl<S: NodeSource> Labeller<S> {
             labels: self.published.labels(),
             rejected: &self.rejected,
             retained: self.published.retained(),
+            notes: &[],
         };
         let problem = match file.publish(&report) {
             Ok(written) => {
@@ -364,6 +373,39 @@ impl<S: NodeSource> Labeller<S> {
         });
     }
 
+    /// Logs each domain once that cannot be read.
+    fn report_unreadable(&mut self, reading: &Reading) {
+        if reading.running_domains.is_none() {
+            return;
+        }
+        let unreadable = reading.unreadable.iter();
+        let unreadable: BTreeMap<_, _> = unreadable
+            .map(|domain| (domain.uuid.clone(), domain.clone()))
+            .collect();
+        for (uuid, domain) in &unreadable {
+            if !self.unreadable.contains_key(uuid) {
+                warn!(
+                    domain = domain.name,
+                    uuid,
+                    reason = domain.code,
+                    "cannot read the definition of a running domain, so no label of a machine \
+                     type, CPU model or CPU feature is removed while it runs: {}",
+                    domain.message
+                );
+            }
+        }
+        for (uuid, domain) in &self.unreadable {
+            if !unreadable.contains_key(uuid) {
+                info!(
+                    domain = domain.name,
+                    uuid, "domain was read again, or ended"
+                );
+            }
+        }
+        self.metrics.unreadable.set(gauge(unreadable.len()));
+        self.unreadable = unreadable;
+    }
+
     fn update_gauges(&self, reading: &Reading) {
         let (labels, retained) = (self.published.labels(), self.published.retained());
         let set = |gauges: &IntGaugeVec, label: &str, count: usize| {
@@ -379,7 +421,7 @@ impl<S: NodeSource> Labeller<S> {
         }
         for reason in RetentionReason::ALL {
             let count = retained.iter().filter(|r| r.reason == reason).count();
-            set(&self.metrics.retained, reason.code(), count);
+            set(&self.metrics.retained, reason.as_str(), count);
         }
         let facts = &reading.facts;
         if let (Some(_), Some(arch)) = (&facts.capabilities, facts.native_arch()) {

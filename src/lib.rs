@@ -18,7 +18,7 @@
 //!   Adapters do not depend on each other. [`ffi`] holds the calls that need `unsafe`.
 //! * **Services** are the tasks that feed the core from the adapters and act on its decisions.
 //! * **Wiring** ([`config`], [`daemon`], [`cli`]) builds the services and supervises them.
-//!   [`telemetry`] is available to all layers but the core.
+//!   [`telemetry`] and [`files`] are available to all layers but the core.
 
 pub mod capability;
 pub mod cli;
@@ -33,6 +33,7 @@ pub mod domain;
 pub mod executor;
 #[allow(unsafe_code)]
 pub mod ffi;
+pub mod files;
 pub mod host;
 pub mod hotplug;
 pub mod hypervisor;

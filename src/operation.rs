@@ -9,11 +9,15 @@ use serde::{Deserialize, Serialize};
 
 use crate::domain::{ConnectionId, DomainRef};
 use crate::hotplug::{Amount, Diagnosis, Evidence, HotplugRequest, Outcome, Require, Verdict};
-use crate::units::{ParseError, Timestamp};
+use crate::units::{ParseError, Timestamp, bounded, string_conversions, words};
 
-/// Maximum length of a domain's name in bytes: libvirt names the domain's files after it, and file
-/// names are limited to 255 bytes.
+/// Maximum length of a domain's name in characters: libvirt names the domain's files after it, and
+/// file names are limited to 255 bytes.
 const MAX_NAME: usize = 255;
+
+/// Maximum size of a record's message, error, cause and remedy in bytes of JSON. They may contain
+/// messages of libvirt, QEMU or a guest. With the evidence a record stays below 16 KiB.
+const MAX_TEXT: usize = 1200;
 
 /// Length of an identifier: 12 hexadecimal digits of time and 8 random ones.
 const ID_DIGITS: usize = 20;
@@ -57,19 +61,7 @@ impl FromStr for OperationId {
     }
 }
 
-impl TryFrom<String> for OperationId {
-    type Error = ParseError;
-
-    fn try_from(text: String) -> Result<Self, ParseError> {
-        text.parse()
-    }
-}
-
-impl From<OperationId> for String {
-    fn from(id: OperationId) -> Self {
-        id.0
-    }
-}
+string_conversions!(OperationId);
 
 /// A name or UUID that a client uses for a domain. Any text that libvirt accepts as a name.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -101,10 +93,9 @@ impl TryFrom<String> for DomainName {
     type Error = ParseError;
 
     fn try_from(text: String) -> Result<Self, ParseError> {
-        let fits = (1..=MAX_NAME).contains(&text.len());
+        let fits = (1..=MAX_NAME).contains(&text.chars().count());
         if !fits || text.contains(['\n', '\r', '\0']) {
-            let what =
-                "is not a domain's name: use 1 to 255 bytes without line breaks and zero bytes";
+            let what = "is not a domain's name: use 1 to 255 characters without line breaks and zero bytes";
             return Err(ParseError::new(&text, what));
         }
         Ok(Self(text))
@@ -124,6 +115,9 @@ pub struct Order {
     pub domain: DomainName,
     pub request: HotplugRequest,
     pub require: Require,
+    /// True if the domain's definition is changed as well, so that the change outlives the domain.
+    #[serde(default)]
+    pub persistent: bool,
     /// Time from the request to the verdict.
     pub timeout: Duration,
     /// Requests with the same key are the same operation. Each origin has keys of its own.
@@ -161,24 +155,16 @@ impl fmt::Display for AskedBy {
     }
 }
 
-/// The progress of an operation.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum State {
-    /// The operation waits for others on the same domain, or the domain is not found yet.
-    Queued,
-    Running,
-    /// The operation has a verdict. Some verdicts may still become `Verified`.
-    Done,
-}
-
-impl State {
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Queued => "queued",
-            Self::Running => "running",
-            Self::Done => "done",
-        }
+words! {
+    /// The progress of an operation.
+    #[derive(Hash, Deserialize)]
+    #[serde(rename_all = "lowercase")]
+    pub enum State {
+        /// The operation waits for others on the same domain, or the domain is not found yet.
+        Queued = "queued",
+        Running = "running",
+        /// The operation has a verdict. Some verdicts may still become `Verified`.
+        Done = "done",
     }
 }
 
@@ -233,6 +219,9 @@ pub struct Record {
     pub domain: TargetDomain,
     pub request: HotplugRequest,
     pub require: Require,
+    /// True if the domain's definition is changed as well.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub persistent: bool,
     pub deadline: Timestamp,
     pub asked_by: AskedBy,
     pub state: State,
@@ -280,6 +269,7 @@ impl Record {
             },
             request: order.request.clone(),
             require: order.require,
+            persistent: order.persistent,
             deadline: created.after(order.timeout),
             asked_by: order.asked_by.clone(),
             state: State::Queued,
@@ -301,12 +291,10 @@ impl Record {
 
     /// Updates the awaited thing. Returns true if it changed.
     pub fn awaits(&mut self, what: &str, now: Timestamp) -> bool {
+        let what = bounded(what, MAX_TEXT);
         let news = self.awaiting.as_ref().is_none_or(|last| last.what != what);
         if news {
-            self.awaiting = Some(Awaiting {
-                what: what.to_owned(),
-                since: now,
-            });
+            self.awaiting = Some(Awaiting { what, since: now });
         }
         news
     }
@@ -317,7 +305,7 @@ impl Record {
         self.finished = Some(now);
         self.awaiting = None;
         self.verdict = Some(verdict);
-        self.message = Some(message.into());
+        self.message = Some(bounded(&message.into(), MAX_TEXT));
     }
 
     /// Sets the outcome. A second outcome corrects the first.
@@ -329,13 +317,18 @@ impl Record {
         self.state = State::Done;
         self.awaiting = None;
         self.verdict = Some(outcome.verdict);
-        self.message = Some(outcome.message);
+        self.message = Some(bounded(&outcome.message, MAX_TEXT));
         self.before = Some(outcome.before);
         self.requested = outcome.requested;
         self.after = Some(outcome.after);
         self.evidence = outcome.evidence;
-        self.hypervisor_error = outcome.hypervisor_error;
-        self.diagnosis = outcome.diagnosis;
+        let error = outcome.hypervisor_error.as_ref();
+        self.hypervisor_error = error.map(|error| bounded(error, MAX_TEXT));
+        self.diagnosis = outcome.diagnosis.map(|diagnosis| Diagnosis {
+            code: diagnosis.code,
+            seen: bounded(&diagnosis.seen, MAX_TEXT),
+            remedy: bounded(&diagnosis.remedy, MAX_TEXT),
+        });
     }
 
     /// True if there is a verdict.

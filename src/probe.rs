@@ -13,6 +13,9 @@
 //! A [`NodeSource`] returns documents as text; [`crate::capability`] and [`crate::domain`] parse
 //! them. Any implementation serves, whether it calls libvirt, reads files or runs an emulator.
 //!
+//! A running domain that cannot be read is in [`Reading::unreadable`] and is no failure: its owner
+//! may have written what cannot be read.
+//!
 //! Every call of the source has its own deadline. Reading the host takes some dozen short system
 //! calls, which do not wait for a device. A source that fails, or whose document is malformed, is
 //! recorded in [`Reading::failures`], and its facts stay unknown. The prober does not retry: its
@@ -81,6 +84,8 @@ pub struct Reading {
     pub domains: Vec<DomainUsage>,
     /// `None` if the domains could not be listed.
     pub running_domains: Option<usize>,
+    /// The running domains whose definitions cannot be read. Each is in `domains` too.
+    pub unreadable: Vec<UnreadDomain>,
     pub failures: Vec<SourceFailure>,
 }
 
@@ -90,6 +95,17 @@ pub struct DomainUsage {
     pub name: String,
     pub uuid: String,
     pub in_use: CapabilitiesInUse,
+}
+
+/// A running domain whose definition cannot be read, so that its use of capabilities is unknown.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UnreadDomain {
+    /// Tenant-controlled text.
+    pub name: String,
+    pub uuid: String,
+    /// The label value in metrics.
+    pub code: &'static str,
+    pub message: String,
 }
 
 pub struct Prober<S> {
@@ -276,33 +292,33 @@ impl<S: NodeSource> Prober<S> {
         self.succeeded(FactSource::Domains);
         reading.running_domains = Some(domains.len());
         for domain in domains {
-            match domain.requirements {
-                Ok(requirements) => {
-                    let in_use = CapabilitiesInUse {
-                        machines: requirements.machine.into_iter().collect(),
-                        cpu_models: requirements.cpu_model.into_iter().collect(),
-                        cpu_features: requirements.cpu_features.into_iter().collect(),
-                    };
-                    reading.in_use.extend(&in_use);
-                    reading.domains.push(DomainUsage {
-                        name: domain.id.name,
-                        uuid: domain.id.uuid,
-                        in_use,
+            let in_use = match domain.requirements {
+                Ok(requirements) => CapabilitiesInUse {
+                    machines: requirements.machine.into_iter().collect(),
+                    cpu_models: requirements.cpu_model.into_iter().collect(),
+                    cpu_features: requirements.cpu_features.into_iter().collect(),
+                    unknown: false,
+                },
+                // A tenant's domain is no failure of the node's source.
+                Err(error) => {
+                    reading.unreadable.push(UnreadDomain {
+                        name: domain.id.name.clone(),
+                        uuid: domain.id.uuid.clone(),
+                        code: match &error {
+                            UnreadableDomain::Malformed(_) => "malformed",
+                            UnreadableDomain::Call(error) => error.code(),
+                        },
+                        message: error.to_string(),
                     });
+                    CapabilitiesInUse::unknown()
                 }
-                Err(UnreadableDomain::Malformed(message)) => {
-                    let failure = SourceFailure {
-                        source: FactSource::Domains,
-                        code: "malformed",
-                        message,
-                    };
-                    self.failed(reading, failure);
-                }
-                Err(UnreadableDomain::Call(error)) => {
-                    let failure = SourceFailure::of_call(FactSource::Domains, &error);
-                    self.failed(reading, failure);
-                }
-            }
+            };
+            reading.in_use.extend(&in_use);
+            reading.domains.push(DomainUsage {
+                name: domain.id.name,
+                uuid: domain.id.uuid,
+                in_use,
+            });
         }
     }
 

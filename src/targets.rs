@@ -5,13 +5,13 @@ use std::collections::BTreeMap;
 
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 
-use crate::capability::{Accelerator, CpuModel, CpuModes, Usable, VcpuMax};
+use crate::capability::{Accelerator, CpuModel, CpuModes, TscCounter, Usable, VcpuMax};
 use crate::cluster::objects::node_virtualization::{
     CpuModelStatus, GuestStatus, HYPERVISOR_CONNECTED, MachineStatus,
 };
 use crate::cluster::objects::{Condition, NodeVirtualizationStatus};
 use crate::cluster::{NodeInventory, NodeSummary};
-use crate::compat::{Candidate, Offer, OfferedMachine, ReportedOffer, Requirement};
+use crate::compat::{Candidate, Offer, OfferedMachine, OfferedTsc, ReportedOffer, Requirement};
 
 /// Maximum age of a `NodeVirtualization`: three of the hourly writes of its daemon, which otherwise
 /// does not run or lacks the right to write.
@@ -125,6 +125,14 @@ fn offer(status: &NodeVirtualizationStatus, domain: &Requirement) -> Option<Offe
         launch_security: is_best.then(|| status.security.clone()),
         vfio: iommu.map(|iommu| iommu.vfio && iommu.groups > 0),
         iommufd: iommu.map(|iommu| iommu.iommufd),
+        tsc: match &status.tsc {
+            Some(tsc) => OfferedTsc::Measured(TscCounter {
+                frequency_hz: tsc.frequency_hz,
+                // libvirt accepts any frequency unless it knows that scaling is impossible.
+                scaling: Some(tsc.scaling != Some(false)),
+            }),
+            None => OfferedTsc::Unmeasured,
+        },
         native_arch: Some(native),
         arch: Some(arch),
         ..Offer::default()

@@ -207,19 +207,27 @@ impl<'x> Cursor<'x> {
         }
     }
 
+    /// Reads the children of the current element into `value`, as [`Cursor::children`] does.
+    pub fn fill<T>(
+        &mut self,
+        mut value: T,
+        mut each: impl FnMut(&mut Self, &Element<'x>, &mut T) -> Result<(), ElementError>,
+    ) -> Result<T, ElementError> {
+        self.children(|cursor, child| each(cursor, child, &mut value))?;
+        Ok(value)
+    }
+
     /// Returns the texts of all children with this name, without empty ones. Other children count
     /// as unknown.
     pub fn texts_of(&mut self, name: &str) -> Result<Vec<String>, ElementError> {
-        let mut texts = Vec::new();
-        self.children(|cursor, child| {
+        self.fill(Vec::new(), |cursor, child, texts| {
             if child.name() == name {
                 texts.extend(cursor.non_empty_text()?);
             } else {
                 cursor.ignore_unknown();
             }
             Ok(())
-        })?;
-        Ok(texts)
+        })
     }
 
     /// Returns the trimmed text of the current element, without the text of its children.
@@ -425,8 +433,7 @@ mod tests {
     /// Returns the names of the root's children, with the value in place of the name for known ones.
     fn walk(text: impl AsRef<[u8]>) -> Result<Vec<String>, DocumentError> {
         read("doc.xml", text.as_ref(), &["r"], |cursor, _| {
-            let mut seen = Vec::new();
-            cursor.children(|cursor, child| {
+            cursor.fill(Vec::new(), |cursor, child, seen| {
                 seen.push(match child.name() {
                     "t" => cursor.text()?,
                     "n" => child
@@ -437,8 +444,7 @@ mod tests {
                     name => name.to_owned(),
                 });
                 Ok(())
-            })?;
-            Ok(seen)
+            })
         })
     }
 

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use quick_xml::escape::escape;
 use serde::Serialize;
 
+use crate::units::words;
 use crate::xml::{self, Cursor, DocumentError, Element, ElementError};
 
 /// `/domainCapabilities/cpu`. A mode that the document does not mention is `None`.
@@ -72,14 +73,15 @@ pub struct CpuModel {
     pub blockers: Vec<String>,
 }
 
-/// `usable` of a named model: whether the host supports all of its features.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Usable {
-    Yes,
-    No,
-    /// libvirt reports `unknown`, or a value that is newer than this program.
-    Unknown,
+words! {
+    /// `usable` of a named model: whether the host supports all of its features.
+    pub enum Usable {
+        Yes = "yes",
+        No = "no",
+        /// libvirt reports `unknown`, or a value that is newer than this program.
+        Unknown = "unknown",
+    }
+    else "is not one of yes, no, unknown"
 }
 
 /// A `<cpu>` definition, as hypervisor-cpu-baseline returns it.
@@ -89,6 +91,16 @@ pub struct CpuDefinition {
     pub model: Option<String>,
     pub vendor: Option<String>,
     pub features: Vec<PolicyFeature>,
+}
+
+impl CpuModes {
+    /// True if the host model adds a feature to its named model.
+    pub fn adds_to_host_model(&self, feature: &str) -> bool {
+        let listed = self.host_model.iter().flat_map(|host| &host.features);
+        listed
+            .filter(|listed| !matches!(listed.policy.as_deref(), Some("disable" | "forbid")))
+            .any(|listed| listed.name == feature)
+    }
 }
 
 impl HostModel {
@@ -113,8 +125,7 @@ impl CpuDefinition {
     /// Parses a `<cpu>` document; `document` names it in errors.
     pub fn parse(document: &str, bytes: &[u8]) -> Result<Self, DocumentError> {
         xml::read(document, bytes, &["cpu"], |cursor, _| {
-            let mut cpu = Self::default();
-            cursor.children(|cursor, child| {
+            cursor.fill(Self::default(), |cursor, child, cpu| {
                 match child.name() {
                     "model" => cpu.model = cursor.non_empty_text()?,
                     "vendor" => cpu.vendor = cursor.non_empty_text()?,
@@ -122,15 +133,13 @@ impl CpuDefinition {
                     _ => cursor.ignore_unknown(),
                 }
                 Ok(())
-            })?;
-            Ok(cpu)
+            })
         })
     }
 }
 
 pub(super) fn read_cpu_modes(cursor: &mut Cursor<'_>) -> Result<CpuModes, ElementError> {
-    let mut modes = CpuModes::default();
-    cursor.children(|cursor, mode| {
+    cursor.fill(CpuModes::default(), |cursor, mode, modes| {
         if mode.name() != "mode" {
             cursor.ignore_unknown();
             return Ok(());
@@ -149,8 +158,7 @@ pub(super) fn read_cpu_modes(cursor: &mut Cursor<'_>) -> Result<CpuModes, Elemen
             _ => cursor.ignore_unknown(),
         }
         Ok(())
-    })?;
-    Ok(modes)
+    })
 }
 
 fn read_plain_mode(cursor: &mut Cursor<'_>, supported: bool) -> Result<PlainMode, ElementError> {
@@ -171,11 +179,11 @@ fn read_plain_mode(cursor: &mut Cursor<'_>, supported: bool) -> Result<PlainMode
 }
 
 fn read_host_model(cursor: &mut Cursor<'_>, supported: bool) -> Result<HostModel, ElementError> {
-    let mut host_model = HostModel {
+    let host_model = HostModel {
         supported,
         ..HostModel::default()
     };
-    cursor.children(|cursor, child| {
+    cursor.fill(host_model, |cursor, child, host_model| {
         match child.name() {
             // The first of several models wins.
             "model" => host_model.model = host_model.model.take().or(cursor.non_empty_text()?),
@@ -187,8 +195,7 @@ fn read_host_model(cursor: &mut Cursor<'_>, supported: bool) -> Result<HostModel
             _ => cursor.ignore_unknown(),
         }
         Ok(())
-    })?;
-    Ok(host_model)
+    })
 }
 
 fn read_feature(element: &Element<'_>) -> Result<Option<PolicyFeature>, ElementError> {
@@ -228,13 +235,8 @@ fn read_model(
     cursor: &mut Cursor<'_>,
     element: &Element<'_>,
 ) -> Result<Option<CpuModel>, ElementError> {
-    let usable = element
-        .attribute("usable")?
-        .map(|usable| match usable.as_ref() {
-            "yes" => Usable::Yes,
-            "no" => Usable::No,
-            _ => Usable::Unknown,
-        });
+    let usable = element.attribute("usable")?;
+    let usable = usable.map(|usable| usable.parse().unwrap_or(Usable::Unknown));
     let vendor = element.text("vendor")?.filter(|vendor| vendor != "unknown");
     let canonical = element.non_empty("canonical")?;
     let deprecated = element.yes_no("deprecated")?.unwrap_or(false);
@@ -249,13 +251,11 @@ fn read_model(
 }
 
 fn read_blockers(cursor: &mut Cursor<'_>) -> Result<Vec<String>, ElementError> {
-    let mut features = Vec::new();
-    cursor.children(|cursor, child| {
+    cursor.fill(Vec::new(), |cursor, child, features| {
         match child.name() {
             "feature" => features.extend(child.non_empty("name")?),
             _ => cursor.ignore_unknown(),
         }
         Ok(())
-    })?;
-    Ok(features)
+    })
 }

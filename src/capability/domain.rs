@@ -173,44 +173,35 @@ fn read_features(
 }
 
 fn read_sections(cursor: &mut Cursor<'_>) -> Result<BTreeMap<String, Section>, ElementError> {
-    let mut sections = BTreeMap::new();
-    cursor.children(|cursor, child| {
+    cursor.fill(BTreeMap::new(), |cursor, child, sections| {
         sections.insert(child.name().to_owned(), read_section(cursor, child)?);
         Ok(())
-    })?;
-    Ok(sections)
+    })
 }
 
 fn read_section(cursor: &mut Cursor<'_>, element: &Element<'_>) -> Result<Section, ElementError> {
-    let mut section = Section {
+    let section = Section {
         supported: element.yes_no("supported")?,
         ..Section::default()
     };
-    cursor.children(|cursor, child| {
+    cursor.fill(section, |cursor, child, section| {
         match child.name() {
             "value" => section.values.push(cursor.text()?),
             "enum" => {
-                let name = child.text("name")?.unwrap_or_default();
-                section
-                    .enums
-                    .entry(name)
-                    .or_default()
-                    .extend(cursor.texts_of("value")?);
+                let values = section.enums.entry(child.text("name")?.unwrap_or_default());
+                values.or_default().extend(cursor.texts_of("value")?);
             }
             name => {
-                section
-                    .sections
-                    .insert(name.to_owned(), read_section(cursor, child)?);
+                let nested = read_section(cursor, child)?;
+                section.sections.insert(name.to_owned(), nested);
             }
         }
         Ok(())
-    })?;
-    Ok(section)
+    })
 }
 
 fn read_sev(cursor: &mut Cursor<'_>) -> Result<Sev, ElementError> {
-    let mut sev = Sev::default();
-    cursor.children(|cursor, child| {
+    cursor.fill(Sev::default(), |cursor, child, sev| {
         match child.name() {
             "cbitpos" => sev.c_bit_position = Some(cursor.parsed("number")?),
             "reducedPhysBits" => sev.reduced_physical_bits = Some(cursor.parsed("number")?),
@@ -220,8 +211,7 @@ fn read_sev(cursor: &mut Cursor<'_>) -> Result<Sev, ElementError> {
             _ => cursor.ignore_unknown(),
         }
         Ok(())
-    })?;
-    Ok(sev)
+    })
 }
 
 fn read_sgx(cursor: &mut Cursor<'_>) -> Result<Sgx, ElementError> {
@@ -230,8 +220,7 @@ fn read_sgx(cursor: &mut Cursor<'_>) -> Result<Sgx, ElementError> {
         "no" => Ok(Some(false)),
         _ => Err(ElementError::new("must be 'yes' or 'no'")),
     };
-    let mut sgx = Sgx::default();
-    cursor.children(|cursor, child| {
+    cursor.fill(Sgx::default(), |cursor, child, sgx| {
         match child.name() {
             "flc" => sgx.flexible_launch_control = yes_no(cursor.text()?)?,
             "sgx1" => sgx.sgx1 = yes_no(cursor.text()?)?,
@@ -241,29 +230,26 @@ fn read_sgx(cursor: &mut Cursor<'_>) -> Result<Sgx, ElementError> {
             _ => cursor.ignore_unknown(),
         }
         Ok(())
-    })?;
-    Ok(sgx)
+    })
 }
 
 fn read_hyperv(cursor: &mut Cursor<'_>, supported: bool) -> Result<Hyperv, ElementError> {
-    let mut hyperv = Hyperv {
+    let hyperv = Hyperv {
         supported,
         ..Hyperv::default()
     };
-    cursor.children(|cursor, child| {
+    cursor.fill(hyperv, |cursor, child, hyperv| {
         match child.name() {
             "enum" if child.attribute("name")?.as_deref() == Some("features") => {
                 hyperv.enlightenments = cursor.texts_of("value")?;
             }
             "defaults" => cursor.children(|cursor, default| {
-                hyperv
-                    .defaults
-                    .insert(default.name().to_owned(), cursor.text()?);
+                let (name, value) = (default.name().to_owned(), cursor.text()?);
+                hyperv.defaults.insert(name, value);
                 Ok(())
             })?,
             _ => cursor.ignore_unknown(),
         }
         Ok(())
-    })?;
-    Ok(hyperv)
+    })
 }

@@ -4,14 +4,10 @@
 //! libvirt's capabilities do not mention EIM. Its availability follows from the versions, or more
 //! reliably from a dry run: libvirt converts a domain with 256 vCPUs to QEMU's command line.
 
-use std::fmt;
-use std::str::FromStr;
-
 use quick_xml::escape::escape;
-use serde::{Serialize, Serializer};
 
 use super::Version;
-use crate::units::ParseError;
+use crate::units::words;
 
 /// First libvirt that adds an IOMMU with EIM and the split I/O APIC to a q35 domain that needs them
 /// and has no `<iommu>` ("qemu: Automatically add IOMMU when needed", NEWS of 10.10.0).
@@ -24,15 +20,17 @@ const QEMU_SUPPORTS_EIM: Version = Version::new(2, 8, 0);
 /// qemu_validate.h).
 const VCPUS_NEEDING_EIM: u32 = 256;
 
-/// Availability of EIM to domains on this node.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Eim {
-    /// libvirt adds EIM when a domain needs it.
-    Auto,
-    /// The domain's XML must request EIM.
-    Explicit,
-    /// EIM is not available.
-    None,
+words! {
+    /// Availability of EIM to domains on this node: the label `virtnode.io/eim`.
+    pub enum Eim {
+        /// libvirt adds EIM when a domain needs it.
+        Auto = "auto",
+        /// The domain's XML must request EIM.
+        Explicit = "explicit",
+        /// EIM is not available.
+        None = "none",
+    }
+    else "is not one of auto, explicit, none"
 }
 
 impl Eim {
@@ -45,38 +43,6 @@ impl Eim {
         } else {
             Self::Auto
         }
-    }
-
-    /// Returns the value of the label `virtnode.io/eim`, which the command line also accepts.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Auto => "auto",
-            Self::Explicit => "explicit",
-            Self::None => "none",
-        }
-    }
-}
-
-impl FromStr for Eim {
-    type Err = ParseError;
-
-    fn from_str(text: &str) -> Result<Self, ParseError> {
-        [Self::Auto, Self::Explicit, Self::None]
-            .into_iter()
-            .find(|eim| eim.as_str() == text)
-            .ok_or_else(|| ParseError::new(text, "is not one of auto, explicit, none"))
-    }
-}
-
-impl fmt::Display for Eim {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.as_str())
-    }
-}
-
-impl Serialize for Eim {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_str(self.as_str())
     }
 }
 

@@ -6,8 +6,10 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use super::{
-    Capabilities, CpuDefinition, DomainCapabilities, Eim, HostFacts, MachineType, VcpuMax, Version,
+    Capabilities, CpuDefinition, DomainCapabilities, Eim, GuestCapabilities, HostFacts,
+    MachineType, VcpuMax, Version,
 };
+use crate::units::words;
 
 /// Maximum number of vCPUs on x86 without extended interrupt mode: APIC IDs have 8 bits
 /// (`QEMU_MAX_VCPUS_WITHOUT_EIM`, libvirt src/qemu/qemu_validate.h).
@@ -35,17 +37,18 @@ pub struct NodeFacts {
     pub host: Option<HostFacts>,
 }
 
-/// QEMU accelerators, best first.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Accelerator {
-    Kvm,
-    /// Hypervisor.framework of macOS
-    Hvf,
-    /// Microsoft's hypervisor with Linux as its root partition
-    Mshv,
-    /// No accelerator: QEMU translates every instruction.
-    Tcg,
+words! {
+    /// QEMU accelerators, best first: the label `virtnode.io/accelerator`.
+    #[derive(PartialOrd, Ord, Hash)]
+    pub enum Accelerator {
+        Kvm = "kvm",
+        /// Hypervisor.framework of macOS
+        Hvf = "hvf",
+        /// Microsoft's hypervisor with Linux as its root partition
+        Mshv = "mshv",
+        /// No accelerator: QEMU translates every instruction.
+        Tcg = "tcg",
+    }
 }
 
 impl Accelerator {
@@ -58,16 +61,6 @@ impl Accelerator {
             "mshv" | "hyperv" => Some(Self::Mshv),
             "qemu" => Some(Self::Tcg),
             _ => None,
-        }
-    }
-
-    /// Returns the value of the label `virtnode.io/accelerator`.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Kvm => "kvm",
-            Self::Hvf => "hvf",
-            Self::Mshv => "mshv",
-            Self::Tcg => "tcg",
         }
     }
 }
@@ -200,12 +193,14 @@ impl NodeFacts {
             .or_else(|| self.documents(arch).next())
     }
 
-    /// Returns the machine types and aliases of an architecture, without duplicates.
+    /// Returns the machine types and aliases of an architecture, without duplicates. Those of guests
+    /// that are not fully virtualized (`xen`, `xenpvh`) are none that a definition can name.
     pub fn machines(&self, arch: &str) -> Vec<MachineType> {
         let best = self.best_domain_type(arch);
         let mut machines: BTreeMap<&str, MachineType> = BTreeMap::new();
         let guests = self.capabilities.iter().flat_map(|c| &c.guests);
-        for guest in guests.filter(|guest| guest.arch == arch) {
+        let is_virtual = |guest: &&GuestCapabilities| guest.os_type == "hvm" && guest.arch == arch;
+        for guest in guests.filter(is_virtual) {
             let own = guest
                 .domains
                 .iter()
@@ -240,7 +235,10 @@ impl NodeFacts {
         }
         for document in self.documents(arch) {
             // The document's maximum already accounts for KVM's limit.
-            if let Some(name) = document.machine.as_deref() {
+            let machine = document.machine.as_deref();
+            // Machine types of Xen's paravirtualized guests.
+            let machine = machine.filter(|name| !matches!(*name, "xenpv" | "xenpvh"));
+            if let Some(name) = machine {
                 let (max, _) = canonical.entry(name).or_default();
                 *max = max.min(document.max_vcpus);
             }
@@ -255,6 +253,11 @@ impl NodeFacts {
                     max if is_x86(arch) => max.min(limit).min(self.apic_limit(name)),
                     max if is_virt(name) => max.min(limit).min(gic),
                     max => max.min(limit),
+                };
+                // No domain can have an unlimited number: the true maximum is unknown.
+                let effective_max = match effective_max {
+                    VcpuMax::Unlimited => VcpuMax::Unknown,
+                    max => max,
                 };
                 CanonicalMachine {
                     name,
@@ -403,7 +406,7 @@ pub fn is_x86(arch: &str) -> bool {
 /// True for a machine type of the q35 family, from QEMU or a distribution
 /// (`qemuDomainMachineIsQ35`, libvirt src/qemu/qemu_domain.c).
 pub fn is_q35(machine: &str) -> bool {
-    machine == "q35" || machine.starts_with("pc-q35")
+    machine == "q35" || machine.starts_with("pc-q35-")
 }
 
 /// True for a machine type of Arm's `virt` family.

@@ -60,21 +60,19 @@ impl MachineType {
 }
 
 pub(super) fn read_guest(cursor: &mut Cursor<'_>) -> Result<GuestCapabilities, ElementError> {
-    let mut guest = GuestCapabilities::default();
-    cursor.children(|cursor, child| {
+    cursor.fill(GuestCapabilities::default(), |cursor, child, guest| {
         match child.name() {
             "os_type" => guest.os_type = cursor.text()?,
             "arch" => {
                 guest.arch = child.text("name")?.unwrap_or_default();
-                read_arch(cursor, &mut guest)?;
+                read_arch(cursor, guest)?;
             }
             // pae, acpi, disksnapshot …: no label or check uses them.
             "features" => {}
             _ => cursor.ignore_unknown(),
         }
         Ok(())
-    })?;
-    Ok(guest)
+    })
 }
 
 fn read_arch(cursor: &mut Cursor<'_>, guest: &mut GuestCapabilities) -> Result<(), ElementError> {
@@ -96,11 +94,11 @@ fn read_domain(
     element: &Element<'_>,
 ) -> Result<GuestDomain, ElementError> {
     let virt_type = element.text("type")?.unwrap_or_default();
-    let mut domain = GuestDomain {
+    let domain = GuestDomain {
         virt_type,
         ..GuestDomain::default()
     };
-    cursor.children(|cursor, child| {
+    cursor.fill(domain, |cursor, child, domain| {
         match child.name() {
             "emulator" => domain.emulator = cursor.non_empty_text()?,
             "machine" => domain.machines.extend(read_machine(cursor, child)?),
@@ -108,8 +106,7 @@ fn read_domain(
             _ => cursor.ignore_unknown(),
         }
         Ok(())
-    })?;
-    Ok(domain)
+    })
 }
 
 fn read_machine(

@@ -150,27 +150,24 @@ impl Capabilities {
 }
 
 fn read_host(cursor: &mut Cursor<'_>) -> Result<HostCapabilities, ElementError> {
-    let mut host = HostCapabilities::default();
-    cursor.children(|cursor, child| {
+    cursor.fill(HostCapabilities::default(), |cursor, child, host| {
         match child.name() {
             "uuid" => host.uuid = Some(cursor.text()?),
             "cpu" => host.cpu = Some(read_cpu(cursor)?),
             "iommu" => host.iommu = child.yes_no("support")?,
             "topology" => host.cells = read_topology(cursor)?,
-            "secmodel" => read_secmodel(cursor, &mut host)?,
+            "secmodel" => read_secmodel(cursor, host)?,
             "migration_features" => host.migration = Some(read_migration(cursor)?),
             // No label or check uses them.
             "power_management" | "netprefix" | "cache" | "memory_bandwidth" => {}
             _ => cursor.ignore_unknown(),
         }
         Ok(())
-    })?;
-    Ok(host)
+    })
 }
 
 fn read_cpu(cursor: &mut Cursor<'_>) -> Result<HostCpu, ElementError> {
-    let mut cpu = HostCpu::default();
-    cursor.children(|cursor, child| {
+    cursor.fill(HostCpu::default(), |cursor, child, cpu| {
         match child.name() {
             "arch" => cpu.arch = cursor.non_empty_text()?,
             "model" => cpu.model = cursor.non_empty_text()?,
@@ -192,8 +189,7 @@ fn read_cpu(cursor: &mut Cursor<'_>) -> Result<HostCpu, ElementError> {
             _ => cursor.ignore_unknown(),
         }
         Ok(())
-    })?;
-    Ok(cpu)
+    })
 }
 
 fn read_cpu_topology(element: &Element<'_>) -> Result<CpuTopology, ElementError> {
@@ -278,16 +274,14 @@ fn read_secmodel(cursor: &mut Cursor<'_>, host: &mut HostCapabilities) -> Result
 }
 
 fn read_migration(cursor: &mut Cursor<'_>) -> Result<Migration, ElementError> {
-    let mut migration = Migration::default();
-    cursor.children(|cursor, child| {
+    cursor.fill(Migration::default(), |cursor, child, migration| {
         match child.name() {
             "live" => migration.live = true,
             "uri_transports" => migration.transports = cursor.texts_of("uri_transport")?,
             _ => cursor.ignore_unknown(),
         }
         Ok(())
-    })?;
-    Ok(migration)
+    })
 }
 
 /// Reads `<pages unit='KiB' size='2048'>`. libvirt always writes KiB; an unknown unit yields `None`.

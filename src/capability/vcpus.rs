@@ -55,9 +55,10 @@ impl VcpuMax {
 
 impl fmt::Display for VcpuMax {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.number() {
-            None => f.write_str("unknown"),
-            Some(number) => write!(f, "{number}"),
+        match self {
+            Self::Unknown => f.write_str("unknown"),
+            Self::AtMost(number) => write!(f, "{number}"),
+            Self::Unlimited => f.write_str("unlimited"),
         }
     }
 }
@@ -87,10 +88,7 @@ mod tests {
     #[test]
     fn zero_is_unknown_and_int_max_is_unlimited() {
         assert_eq!(VcpuMax::from_number(0), VcpuMax::Unknown);
-        assert_eq!(
-            VcpuMax::from_number(2_147_483_647).to_string(),
-            "2147483647"
-        );
+        assert_eq!(VcpuMax::from_number(2_147_483_647).to_string(), "unlimited");
         assert_eq!(VcpuMax::from_number(255).to_string(), "255");
     }
 }

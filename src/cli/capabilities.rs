@@ -77,15 +77,9 @@ fn show(facts: &NodeFacts) -> String {
                 "BLOCKED BY",
             ],
             document.cpu.models.iter().map(|model| {
-                let usable = match model.usable {
-                    Some(Usable::Yes) => "yes",
-                    Some(Usable::No) => "no",
-                    Some(Usable::Unknown) => "unknown",
-                    None => "-",
-                };
                 vec![
                     model.name.clone(),
-                    usable.to_owned(),
+                    model.usable.map_or("-", Usable::as_str).to_owned(),
                     yes_or_dash(model.deprecated),
                     or_dash(model.canonical.clone().unwrap_or_default()),
                     or_dash(model.blockers.join(",")),

@@ -1,8 +1,10 @@
 //! `virtnode check`.
 
+mod change;
 mod live;
 mod show;
 mod source;
+mod trial;
 
 use std::path::Path;
 
@@ -20,6 +22,7 @@ use crate::compat::{Assessment, Confirmation, Feasibility, Offer, Requirement, a
 use crate::config::Config;
 
 #[derive(Debug, Args)]
+#[command(after_help = EXIT_CODES)]
 pub(super) struct CheckCommand {
     #[command(flatten)]
     output: OutputOption,
@@ -27,9 +30,18 @@ pub(super) struct CheckCommand {
     #[command(flatten)]
     source: DomainSource,
 
+    /// Also start a copy of the domain, paused, without disks, networks, host devices and firmware,
+    /// and destroy it at once: the answer of cgroups, KVM, huge pages and QEMU itself
+    #[arg(long = "try")]
+    is_trial_requested: bool,
+
     #[command(flatten)]
     offline: OfflineDocuments,
 }
+
+const EXIT_CODES: &str = "Exit codes: 0 feasible, 4 not feasible, 6 not known, 1 failed, 2 \
+                          invalid command line, 5 libvirt unreachable. \
+                          \"Not checked\" lists what an answer does not cover.";
 
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -61,6 +73,13 @@ impl CheckCommand {
         let document = self.source.document();
         let document = document.map(|path: &Path| ("--domain-xml", path));
         let report = match self.offline.read(document)? {
+            Some(_) if self.is_trial_requested => {
+                return Err(Failure::new(
+                    Exit::Usage,
+                    "--try needs this node's libvirt, which the offline options exclude",
+                )
+                .into());
+            }
             Some(facts) => {
                 let best = |arch: &str| facts.best_domain_type(arch).map(str::to_owned);
                 let Some(domain) = self.source.without_libvirt(facts.native_arch(), best)? else {
@@ -71,25 +90,30 @@ impl CheckCommand {
                     )
                     .into());
                 };
-                let (arch, virt_type) = (
-                    domain.requirement.arch.as_deref(),
-                    domain.requirement.virt_type.as_deref(),
-                );
-                let offer = Offer::from_facts(&facts, arch, virt_type);
+                let offer = Offer::for_domain(&facts, &domain.requirement);
                 let fit = assess(&domain.requirement, &offer);
                 CheckReport::new(domain.is_described, &domain.requirement, fit, &offer, None)
             }
-            None => match live::check(&self.source, config)? {
+            None if !self.source.changes().is_empty() => {
+                return change::check(&self.source, self.is_trial_requested, &self.output, config);
+            }
+            None => match live::check(&self.source, self.is_trial_requested, config)? {
                 Ok(report) => report,
                 Err(exit) => return Ok(exit),
             },
         };
         self.output.print(&report, || show::report(&report))?;
-        Ok(match report.fit.answer {
-            Feasibility::Feasible => Exit::Done,
-            Feasibility::Infeasible => Exit::Infeasible,
-            Feasibility::Unknown => Exit::Failed,
-        })
+        Ok(report.fit.answer.into())
+    }
+}
+
+impl From<Feasibility> for Exit {
+    fn from(answer: Feasibility) -> Self {
+        match answer {
+            Feasibility::Feasible => Self::Done,
+            Feasibility::Infeasible => Self::Infeasible,
+            Feasibility::Unknown => Self::Unknown,
+        }
     }
 }
 

@@ -1,36 +1,31 @@
 //! Exit codes, on which scripts rely.
 
-use std::error::Error;
 use std::fmt;
+
+use thiserror::Error;
 
 use crate::hotplug::Verdict;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Exit {
-    /// 0: succeeded. A hotplug operation is verified.
-    Done,
-    /// 1.
-    Failed,
-    /// 2: the command line or the configuration is not valid.
-    Usage,
-    /// 3: the hypervisor accepted the change, but the guest does not use all of it.
-    NotTaken,
-    /// 4: not feasible. Nothing was changed.
-    Infeasible,
-    /// 5: the hypervisor cannot be reached.
-    Unreachable,
+    /// Succeeded. A hotplug operation is verified.
+    Done = 0,
+    Failed = 1,
+    /// The command line or the configuration is not valid.
+    Usage = 2,
+    /// The hypervisor accepted the change, but the guest does not use all of it.
+    NotTaken = 3,
+    /// Not feasible. Nothing was changed.
+    Infeasible = 4,
+    /// The hypervisor cannot be reached.
+    Unreachable = 5,
+    /// Neither feasible nor infeasible, because a property is unknown (`check`).
+    Unknown = 6,
 }
 
 impl Exit {
     pub fn code(self) -> u8 {
-        match self {
-            Self::Done => 0,
-            Self::Failed => 1,
-            Self::Usage => 2,
-            Self::NotTaken => 3,
-            Self::Infeasible => 4,
-            Self::Unreachable => 5,
-        }
+        self as u8
     }
 }
 
@@ -67,7 +62,8 @@ impl Exit {
 }
 
 /// An error with an exit code.
-#[derive(Debug)]
+#[derive(Debug, Error)]
+#[error("{message}")]
 pub struct Failure {
     exit: Exit,
     message: String,
@@ -81,14 +77,6 @@ impl Failure {
         }
     }
 }
-
-impl fmt::Display for Failure {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.message)
-    }
-}
-
-impl Error for Failure {}
 
 /// Returns true if the reader of the output closed the pipe, as `head` does. That is not a failure.
 pub(super) fn is_broken_pipe(error: &anyhow::Error) -> bool {

@@ -3,11 +3,12 @@
 use clap::Args;
 
 use super::offline::OfflineDocuments;
-use super::output::{OutputOption, table};
+use super::output::{OutputOption, complain, table};
 use super::{Exit, conclude, probe, runtime};
 use crate::config::Config;
 use crate::label::{
     CapabilitiesInUse, FactSource, LabelSet, ProbeResult, PublishedLabels, RejectedLabel, derive,
+    notes,
 };
 use crate::probe::Reading;
 use crate::publish::file::{FilePublisher, LabelReport};
@@ -31,8 +32,17 @@ impl LabelsCommand {
                 failed: &[],
                 in_use: &CapabilitiesInUse::default(),
             });
-            self.print(&published, &derivation.rejected)?;
-            return Ok(Exit::Done);
+            let notes = notes(&facts, &config.policy, &derivation.labels);
+            for note in &notes {
+                complain(&format!("virtnode: {note}"));
+            }
+            self.print(&published, &derivation.rejected, &notes)?;
+            // An empty answer is none.
+            return Ok(if derivation.labels.is_empty() {
+                Exit::Failed
+            } else {
+                Exit::Done
+            });
         }
         let (reading, _) = runtime()?.block_on(probe(config));
         let exit = conclude(&reading, config);
@@ -41,15 +51,21 @@ impl LabelsCommand {
             return Ok(exit);
         }
         let (published, rejected) = decide(&reading, config);
-        self.print(&published, &rejected)?;
+        self.print(&published, &rejected, &[])?;
         Ok(exit)
     }
 
-    fn print(&self, published: &PublishedLabels, rejected: &[RejectedLabel]) -> anyhow::Result<()> {
+    fn print(
+        &self,
+        published: &PublishedLabels,
+        rejected: &[RejectedLabel],
+        notes: &[String],
+    ) -> anyhow::Result<()> {
         let report = LabelReport {
             labels: published.labels(),
             rejected,
             retained: published.retained(),
+            notes,
         };
         self.output.print(&report, || show(&report))
     }
@@ -86,7 +102,7 @@ fn show(report: &LabelReport<'_>) -> String {
         let rows = report
             .retained
             .iter()
-            .map(|r| vec![r.key.to_string(), r.reason.code().to_owned()]);
+            .map(|r| vec![r.key.to_string(), r.reason.to_string()]);
         text.push_str(&table(&["LABEL", "REASON"], rows));
     }
     if !report.rejected.is_empty() {

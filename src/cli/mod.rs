@@ -35,9 +35,8 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 pub use exit::{Exit, Failure};
 
-use crate::config::{Config, Settings, heading};
-use crate::daemon::Metrics;
-use crate::daemon::one_shot_libvirt_config;
+use crate::config::{Config, Settings};
+use crate::daemon::{Metrics, one_shot_libvirt_config};
 use crate::hypervisor::Libvirt;
 use crate::probe::{Prober, Reading};
 
@@ -55,13 +54,7 @@ struct Cli {
     settings: Settings,
 
     /// Configuration file [default: /etc/virtnode/config.yaml, if it exists]
-    #[arg(
-        long,
-        env = "VIRTNODE_CONFIG",
-        value_name = "FILE",
-        global = true,
-        help_heading = heading::FILES
-    )]
+    #[arg(long, env = "VIRTNODE_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
 
     #[command(subcommand)]
@@ -71,7 +64,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum CliCommand {
     /// Run the daemon: publish labels, serve hotplug requests, metrics and health
-    Run,
+    Run(run::RunCommand),
     /// Print the labels this node would publish, and why any were rejected
     Labels(labels::LabelsCommand),
     /// Print the facts that labels are derived from: CPU, machine types, IOMMU, versions
@@ -150,10 +143,10 @@ impl Cli {
             // These need no configuration, so an invalid one does not stop them.
             CliCommand::Crd => crd::run(),
             CliCommand::Completions(arguments) => {
-                arguments.run(options::remove_without_effect(Cli::command()))
+                arguments.run(options::remove_without_effect(definition()))
             }
             CliCommand::Man(arguments) => arguments.run(command()),
-            CliCommand::Run => run::run(config()?, || load().map(drop)),
+            CliCommand::Run(arguments) => arguments.run(config()?, || load().map(drop)),
             CliCommand::Labels(arguments) => arguments.run(&config()?),
             CliCommand::Capabilities(arguments) => arguments.run(&config()?),
             CliCommand::Check(arguments) => arguments.run(&config()?),
@@ -169,7 +162,11 @@ impl Cli {
 /// Returns the definition of the command line, with the help of each command reduced to the
 /// options that affect it.
 fn command() -> clap::Command {
-    options::hide_without_effect(Cli::command())
+    options::hide_without_effect(definition())
+}
+
+fn definition() -> clap::Command {
+    options::with_globals(Cli::command())
 }
 
 /// Returns a single-threaded runtime: almost all work of the commands and the daemon is waiting.

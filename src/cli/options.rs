@@ -2,34 +2,50 @@
 //!
 //! All of [`crate::config::Settings`] is accepted before and after every command, because scripts
 //! and units set options without regard to the command that follows. Help, manual pages and
-//! completions show only those in [`effective`].
+//! completions show only those in the table below.
 
 use clap::{Arg, Command};
 
-const ALL: &[&str] = &[
-    "config",
-    "connect",
-    "call_deadline_seconds",
-    "socket",
-    "node_name",
-    "kubeconfig",
-    "context",
-    "publish",
-    "schema",
-    "force_conflicts",
-    "state_directory",
-    "features_directory",
-    "probe_interval_seconds",
-    "start_jitter_seconds",
-    "listen",
-    "log_format",
-    "log",
+use crate::config::heading;
+
+/// The global options, by their heading in `--help`.
+const GLOBALS: [(&str, &[&str]); 6] = [
+    (
+        heading::CONNECTION,
+        &["connect", "call_deadline_seconds", "socket"],
+    ),
+    (heading::KUBERNETES, &["node_name", "kubeconfig", "context"]),
+    (
+        heading::PUBLISHING,
+        &[
+            "publish",
+            "schema",
+            "force_conflicts",
+            "features_directory",
+            "probe_interval_seconds",
+            "start_jitter_seconds",
+        ],
+    ),
+    (heading::SERVING, &["listen"]),
+    (heading::LOGGING, &["log_format", "log"]),
+    (heading::FILES, &["config", "state_directory"]),
 ];
 
-/// Returns the identifiers of the global options that change what a command does.
-fn effective(command: &str) -> &'static [&'static str] {
-    match command {
-        "run" => ALL,
+/// Makes the options of the root global, each under its heading.
+pub(super) fn with_globals(root: Command) -> Command {
+    root.mut_args(|argument| {
+        let id = argument.get_id().clone();
+        let heading = GLOBALS.iter().find(|(_, ids)| ids.contains(&id.as_str()));
+        argument
+            .global(true)
+            .help_heading(heading.map(|(heading, _)| *heading))
+    })
+}
+
+/// True if a global option changes what a command does.
+fn is_effective(command: &str, option: &str) -> bool {
+    let options: &[&str] = match command {
+        "run" => return true,
         "labels" => &[
             "config",
             "connect",
@@ -77,7 +93,8 @@ fn effective(command: &str) -> &'static [&'static str] {
         // `virtnode --help` itself: the file is the only setting of interest to every command.
         "virtnode" => &["config"],
         _ => &[],
-    }
+    };
+    options.contains(&option)
 }
 
 /// Hides from the help of each command the global options that do not affect it. They stay
@@ -87,7 +104,7 @@ pub(super) fn hide_without_effect(root: Command) -> Command {
     let hide = |argument: Arg, is_effective: bool| Some(argument.hide(!is_effective));
     let root = add_globals(root, &globals, &hide);
     root.mut_args(|argument| {
-        let hidden = !effective("virtnode").contains(&argument.get_id().as_str());
+        let hidden = !is_effective("virtnode", argument.get_id().as_str());
         argument.hide(hidden)
     })
 }
@@ -114,9 +131,8 @@ fn add_globals(
     adapt: &dyn Fn(Arg, bool) -> Option<Arg>,
 ) -> Command {
     root.mut_subcommands(|command| {
-        let shown = effective(command.get_name());
         let options = globals.iter().filter_map(|global| {
-            let is_effective = shown.contains(&global.get_id().as_str());
+            let is_effective = is_effective(command.get_name(), global.get_id().as_str());
             adapt(global.clone(), is_effective)
         });
         let options: Vec<Arg> = options.collect();

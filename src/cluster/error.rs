@@ -8,6 +8,7 @@ use std::time::Duration;
 use kube::core::Status;
 use thiserror::Error;
 
+use super::fault::AnswerFault;
 use crate::label::ownership::FieldManager;
 
 /// The object of a call to the API server.
@@ -100,6 +101,15 @@ pub enum ClusterError {
         conflicts: ApplyConflicts,
         message: String,
     },
+    #[error(
+        "the API server's answer ({verb} {object}) is longer than {} KiB, and was not read further", .max / 1024
+    )]
+    AnswerTooLarge {
+        verb: &'static str,
+        object: ApiObject,
+        /// In bytes.
+        max: usize,
+    },
     /// Any other error status, or a response that cannot be parsed.
     #[error("the API server failed to {verb} {object}: {message}")]
     Rejected {
@@ -126,7 +136,7 @@ impl ClusterError {
             Self::NodeName(_) | Self::NodeNotFound { .. } => "api-node-not-found",
             Self::NotFound { .. } => "api-not-found",
             Self::Conflict { .. } => "api-conflict",
-            Self::Rejected { .. } => "api-rejected",
+            Self::AnswerTooLarge { .. } | Self::Rejected { .. } => "api-rejected",
         }
     }
 
@@ -144,6 +154,20 @@ impl ClusterError {
         deadline: Duration,
         error: kube::Error,
     ) -> Self {
+        match AnswerFault::find(&error) {
+            Some(&AnswerFault::TooLarge { max }) => {
+                return Self::AnswerTooLarge { verb, object, max };
+            }
+            Some(&AnswerFault::Late { after }) => {
+                return Self::Timeout {
+                    verb,
+                    object,
+                    after,
+                };
+            }
+            Some(fault) => return Self::rejected(verb, object, fault.to_string()),
+            None => {}
+        }
         match error {
             kube::Error::Api(status) => Self::from_status(verb, object, *status),
             kube::Error::Service(error) if error.is::<tower::timeout::error::Elapsed>() => {

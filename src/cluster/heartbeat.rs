@@ -11,6 +11,9 @@
 //!   connection is open. [`WatchMonitor`] ends the response, and kube's watcher resumes the watch
 //!   from the last version with one request.
 //!
+//! A watch that ends within a second of its start is a failure, after which kube's watcher backs off:
+//! by itself it would resume such a watch at once, again and again.
+//!
 //! A watch of five minutes would need neither, but costs 12 requests per hour instead of two.
 
 use std::sync::{Arc, Mutex, PoisonError};
@@ -21,9 +24,18 @@ use http::Request;
 use http_body_util::BodyExt;
 use hyper::body::{Body, Bytes, Frame};
 use tokio::time::{Duration, Instant, timeout};
+use tower::BoxError;
+
+use super::fault::AnswerFault;
 
 /// Maximum time without a byte: two bookmarks are missing.
 const SILENCE: Duration = Duration::from_secs(150);
+
+/// Minimum life of a watch that works.
+const LIFE_MIN: Duration = Duration::from_secs(1);
+
+/// Maximum bytes of a line: the API server's storage holds at most 1.5 MiB of one object.
+const LINE_MAX: usize = 4 << 20;
 
 /// Start of a bookmark's line (`metav1.WatchEvent` as JSON).
 const BOOKMARK: &[u8] = br#"{"type":"BOOKMARK","#;
@@ -39,6 +51,8 @@ pub(super) struct WatchMonitor {
     path: String,
     /// True after the first bookmark.
     expects_bookmarks: bool,
+    /// Bytes since the last line break.
+    line: usize,
 }
 
 impl Heartbeat {
@@ -62,26 +76,30 @@ impl Heartbeat {
                 heartbeat: (uri.path() == "/api/v1/nodes").then(|| self.clone()),
                 path: uri.path().to_owned(),
                 expects_bookmarks: false,
+                line: 0,
             })
     }
 }
 
 impl WatchMonitor {
-    /// Passes the frames of a response on, and ends it when the watch is dead.
+    /// Passes the frames of a response on, and ends it when the watch is dead. Fails if a line is too
+    /// long, or the response ends at once.
     pub(super) fn frames<B>(
         self,
         body: B,
-    ) -> impl Stream<Item = Result<Frame<Bytes>, B::Error>> + Send + use<B>
+    ) -> impl Stream<Item = Result<Frame<Bytes>, BoxError>> + Send + use<B>
     where
         B: Body<Data = Bytes> + Send + Unpin,
-        B::Error: Send,
+        B::Error: Into<BoxError> + Send,
     {
-        unfold((self, body), |(mut monitor, mut body)| async move {
+        let started = Instant::now();
+        unfold(Some((self, body)), move |rest| async move {
+            let (mut monitor, mut body) = rest?;
             let next = body.frame();
             let frame = if !monitor.expects_bookmarks {
-                next.await?
+                next.await
             } else if let Ok(frame) = timeout(SILENCE, next).await {
-                frame?
+                frame
             } else {
                 tracing::info!(
                     path = monitor.path,
@@ -89,12 +107,34 @@ impl WatchMonitor {
                 );
                 return None;
             };
-            if let Some(data) = frame.as_ref().ok().and_then(Frame::data_ref) {
+            let frame = match frame {
+                Some(Ok(frame)) => frame,
+                Some(Err(error)) => return Some((Err(error.into()), None)),
+                None => {
+                    let after = started.elapsed();
+                    let fault = AnswerFault::WatchEnded { after };
+                    return (after < LIFE_MIN).then(|| (Err(fault.into()), None));
+                }
+            };
+            if let Some(data) = frame.data_ref() {
                 monitor.heartbeat.iter().for_each(Heartbeat::beat);
                 monitor.expects_bookmarks |= data.starts_with(BOOKMARK);
+                if monitor.is_line_too_long(data) {
+                    let fault = AnswerFault::TooLarge { max: LINE_MAX };
+                    return Some((Err(fault.into()), None));
+                }
             }
-            Some((frame, (monitor, body)))
+            Some((Ok(frame), Some((monitor, body))))
         })
+    }
+
+    /// Counts the bytes of the current line.
+    fn is_line_too_long(&mut self, data: &[u8]) -> bool {
+        self.line = match data.iter().rposition(|byte| *byte == b'\n') {
+            Some(end) => data.len() - end - 1,
+            None => self.line + data.len(),
+        };
+        self.line > LINE_MAX
     }
 }
 
@@ -126,9 +166,25 @@ mod tests {
     async fn silence_ends_only_a_watch_that_has_had_a_bookmark() {
         let change = "{\"type\":\"MODIFIED\",\"object\":{}}\n";
         let bookmark = "{\"type\":\"BOOKMARK\",\"object\":{}}\n";
-        assert_eq!(lines_received([]).await, 0);
         assert_eq!(lines_received(["", change, change]).await, 3);
         assert_eq!(lines_received([change, bookmark, change, change]).await, 2);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn watch_that_ends_within_a_second_is_a_failure() {
+        let end_after = async |life: Duration| {
+            let line = stream::once(async move {
+                tokio::time::sleep(life).await;
+                Ok::<_, Infallible>(Frame::data(Bytes::from_static(b"{}\n")))
+            });
+            let body = StreamBody::new(Box::pin(line));
+            let monitor = monitor("/x?watch=true").unwrap();
+            let frames: Vec<_> = monitor.frames(body).collect().await;
+            assert!(frames[0].is_ok());
+            frames.len() == 1
+        };
+        assert!(!end_after(Duration::from_millis(999)).await);
+        assert!(end_after(LIFE_MIN).await);
     }
 
     #[test]

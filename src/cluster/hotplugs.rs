@@ -1,5 +1,6 @@
 //! Client of the DomainHotplug objects of this daemon's node.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::future::{self, Future};
 
 use futures::{Stream, StreamExt};
@@ -9,10 +10,14 @@ use kube::api::{Api, ApiResource, DeleteParams, DynamicObject, Patch, PatchParam
 use kube::runtime::watcher::{self, Event};
 use serde_json::{Value, json};
 
-use super::objects::{DomainHotplug, DomainHotplugStatus, NODE_LABEL};
+use super::answer::PAGE_OBJECTS;
+use super::objects::{Condition, DomainHotplug, DomainHotplugStatus, NODE_LABEL};
 use super::{ApiObject, Cluster, ClusterError, FIELD_MANAGER};
 use crate::label::LabelValue;
 use crate::units::Timestamp;
+
+/// Maximum size of a spec as JSON, far above what the definition of the kind allows.
+const SPEC_MAX_BYTES: usize = 16 * 1024;
 
 /// A DomainHotplug object as read from the API server.
 #[derive(Debug, Clone, PartialEq)]
@@ -29,7 +34,7 @@ pub struct HotplugObject {
     pub has_owner: bool,
     /// Not yet validated: an old API server accepts nearly anything.
     pub spec: Value,
-    /// `None` if the status is missing or cannot be parsed.
+    /// `None` if the status is missing or cannot be parsed. Without evidence and diagnosis.
     pub status: Option<DomainHotplugStatus>,
 }
 
@@ -40,11 +45,47 @@ pub struct ObjectId<'o> {
     pub uid: &'o str,
 }
 
+/// The identity of an object, for objects that are not kept in memory.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ObjectStub {
+    pub created: Timestamp,
+    pub name: String,
+    pub uid: String,
+}
+
+impl From<&HotplugObject> for ObjectStub {
+    fn from(object: &HotplugObject) -> Self {
+        Self {
+            created: object.created,
+            name: object.name.clone(),
+            uid: object.uid.clone(),
+        }
+    }
+}
+
+/// Objects of a list that are kept in memory, and their source.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ListOptions {
+    /// Maximum number of objects in memory. Only the stubs of further ones are kept.
+    pub max: usize,
+    /// Maximum number of stubs in memory. The newest objects beyond it are left out.
+    pub max_stubs: usize,
+    /// Read the list from the API server's storage, in pages. Otherwise the API server serves it from
+    /// its cache, in one answer.
+    pub in_pages: bool,
+}
+
 /// A change of the set of objects of this node.
 #[derive(Debug, Clone, PartialEq)]
 pub enum HotplugChange {
     /// All objects: at the start, and after a watch that could not be resumed.
-    Listed(Vec<HotplugObject>),
+    Listed {
+        /// The oldest, in the order of their creation: first those that are not settled.
+        objects: Vec<HotplugObject>,
+        rest: BTreeSet<ObjectStub>,
+        /// False if there are more, which were left out.
+        is_complete: bool,
+    },
     /// An object was created or changed.
     Changed(Box<HotplugObject>),
     /// The object with this uid was deleted, or is no longer assigned to this node.
@@ -94,8 +135,16 @@ impl HotplugObjects {
     /// backoff.
     ///
     /// [`ClusterError::NotFound`] means that the cluster has no definition of DomainHotplug.
-    pub fn watch(&self) -> impl Stream<Item = Result<HotplugChange, ClusterError>> + Send + use<> {
-        let all = watcher::Config::default();
+    /// [`ClusterError::AnswerTooLarge`] means that the list must be read in pages.
+    pub fn watch(
+        &self,
+        options: ListOptions,
+    ) -> impl Stream<Item = Result<HotplugChange, ClusterError>> + Send + use<> {
+        let all = if options.in_pages {
+            watcher::Config::default().page_size(PAGE_OBJECTS)
+        } else {
+            watcher::Config::default().any_semantic()
+        };
         let config = if self.are_selected_by_field() {
             all.fields(&format!("spec.nodeName={}", self.node()))
         } else {
@@ -105,7 +154,7 @@ impl HotplugObjects {
         let object = api_object(&format!("objects of node {node}"));
         self.cluster
             .watch_objects(self.objects.clone(), config, object)
-            .scan(Vec::new(), move |listed, event| {
+            .scan(PendingList::new(options), move |listed, event| {
                 future::ready(Some(read_event(listed, event, &node)))
             })
             .filter_map(future::ready)
@@ -218,22 +267,72 @@ fn api_object(name: &str) -> ApiObject {
     }
 }
 
+/// True if the object has its verdict or was rejected.
+fn is_settled(status: &DomainHotplugStatus) -> bool {
+    let accepted = Condition::find(&status.conditions, "Accepted");
+    status.completion_time.is_some() || accepted.is_some_and(|accepted| accepted.status == "False")
+}
+
+/// The objects of a list that is still being read. Settled ones give way to the others, so that a
+/// list always has what is still to be executed.
+struct PendingList {
+    options: ListOptions,
+    oldest: BTreeMap<(bool, ObjectStub), HotplugObject>,
+    rest: BTreeSet<(bool, ObjectStub)>,
+    is_complete: bool,
+}
+
+impl PendingList {
+    fn new(options: ListOptions) -> Self {
+        Self {
+            options,
+            oldest: BTreeMap::new(),
+            rest: BTreeSet::new(),
+            is_complete: true,
+        }
+    }
+
+    fn add(&mut self, object: HotplugObject) {
+        let is_settled = object.status.as_ref().is_some_and(is_settled);
+        let key = (is_settled, ObjectStub::from(&object));
+        self.oldest.insert(key, object);
+        if self.oldest.len() > self.options.max
+            && let Some((last, _)) = self.oldest.pop_last()
+        {
+            self.rest.insert(last);
+        }
+        if self.rest.len() > self.options.max_stubs {
+            self.rest.pop_last();
+            self.is_complete = false;
+        }
+    }
+
+    fn take(&mut self) -> HotplugChange {
+        let list = std::mem::replace(self, Self::new(self.options));
+        HotplugChange::Listed {
+            objects: list.oldest.into_values().collect(),
+            rest: list.rest.into_iter().map(|(_, stub)| stub).collect(),
+            is_complete: list.is_complete,
+        }
+    }
+}
+
 /// Converts an event of the watcher. `listed` collects the objects of a list until it is complete.
 fn read_event(
-    listed: &mut Vec<HotplugObject>,
+    listed: &mut PendingList,
     event: Result<Event<DynamicObject>, ClusterError>,
     node: &str,
 ) -> Option<Result<HotplugChange, ClusterError>> {
     match event {
         Ok(Event::Init) => {
-            listed.clear();
+            *listed = PendingList::new(listed.options);
             None
         }
         Ok(Event::InitApply(object)) => {
-            listed.push(HotplugObject::read(object, node));
+            listed.add(HotplugObject::read(object, node));
             None
         }
-        Ok(Event::InitDone) => Some(Ok(HotplugChange::Listed(std::mem::take(listed)))),
+        Ok(Event::InitDone) => Some(Ok(listed.take())),
         Ok(Event::Apply(object)) => {
             let object = Box::new(HotplugObject::read(object, node));
             Some(Ok(HotplugChange::Changed(object)))
@@ -243,6 +342,24 @@ fn read_event(
             Some(Ok(HotplugChange::Deleted(uid)))
         }
         Err(error) => Some(Err(error)),
+    }
+}
+
+/// Replaces a spec that is too large, which only an API server without the definition's schema accepts.
+fn bounded(spec: Value) -> Value {
+    if spec.to_string().len() <= SPEC_MAX_BYTES {
+        return spec;
+    }
+    Value::String(format!("more than {SPEC_MAX_BYTES} bytes"))
+}
+
+/// Drops the parts of a written status that nothing compares.
+fn without_details(status: DomainHotplugStatus) -> DomainHotplugStatus {
+    DomainHotplugStatus {
+        evidence: Vec::new(),
+        diagnosis: None,
+        hypervisor_error: None,
+        ..status
     }
 }
 
@@ -265,8 +382,10 @@ impl HotplugObject {
             has_owner: owners
                 .iter()
                 .any(|owner| owner.kind == "Node" && owner.name == node),
-            spec: data.get_mut("spec").map(Value::take).unwrap_or_default(),
-            status: status.and_then(|status| serde_json::from_value(status).ok()),
+            spec: bounded(data.get_mut("spec").map(Value::take).unwrap_or_default()),
+            status: status
+                .and_then(|status| serde_json::from_value(status).ok())
+                .map(without_details),
         }
     }
 }

@@ -8,6 +8,7 @@ use serde::Deserialize;
 use serde::de::Error as _;
 use serde_json::value::RawValue;
 
+use super::answer::AnswerMax;
 use super::objects::NodeVirtualizationStatus;
 use super::{ApiObject, Cluster, ClusterError};
 
@@ -15,6 +16,8 @@ use super::{ApiObject, Cluster, ClusterError};
 const PAGE: u32 = 500;
 /// Maximum pages of a list: 20 times the nodes of the largest supported cluster.
 const PAGES_MAX: usize = 200;
+/// Maximum bytes of a page: a NodeVirtualization has at most 64 KiB, and annotations.
+const PAGE_MAX_BYTES: usize = 64 << 20;
 /// Timeout for all pages of a list.
 const LIST_TIMEOUT: Duration = Duration::from_secs(60);
 /// Requests the table of `kubectl get nodes`: the status column, and the metadata, which is a small
@@ -94,7 +97,9 @@ impl Cluster {
                 uri.push_str("&continue=");
                 uri.push_str(&proceed); // base64 for URLs
             }
-            let request = http::Request::get(uri).header(http::header::ACCEPT, accept);
+            let request = http::Request::get(uri)
+                .header(http::header::ACCEPT, accept)
+                .extension(AnswerMax(PAGE_MAX_BYTES));
             let request = request.body(Vec::new()).map_err(kube::Error::HttpError)?;
             let text = self.client.request_text(request).await?;
             read(&text).map_err(kube::Error::SerdeError)

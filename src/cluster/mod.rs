@@ -5,9 +5,11 @@
 //! write. Each call is sent once and has a timeout; retries are the caller's. Nothing here blocks a
 //! thread.
 
+mod answer;
 mod config;
 mod error;
 mod events;
+mod fault;
 mod heartbeat;
 mod hotplugs;
 mod inventory;
@@ -24,7 +26,6 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
-use http_body_util::{Either, StreamBody};
 use k8s_openapi::api::core::v1::Node;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::Client;
@@ -33,6 +34,7 @@ use kube::core::{ObjectMeta, PartialObjectMeta, PartialObjectMetaExt};
 use tower::Layer;
 use tower::timeout::TimeoutLayer;
 
+use self::answer::AnswerBounds;
 use self::heartbeat::Heartbeat;
 use crate::label::LabelSet;
 use crate::label::ownership::ObservedLabels;
@@ -40,7 +42,9 @@ use crate::label::ownership::ObservedLabels;
 pub use config::ClusterConfig;
 pub use error::{ApiObject, ApplyConflicts, ClusterError};
 pub use events::{EventKind, ObjectEvent, WrittenEvent};
-pub use hotplugs::{HotplugChange, HotplugObject, HotplugObjects, ObjectId};
+pub use hotplugs::{
+    HotplugChange, HotplugObject, HotplugObjects, ListOptions, ObjectId, ObjectStub,
+};
 pub use inventory::{NodeInventory, NodeSummary, Virtualizations};
 pub use retry::Retry;
 pub use watch::NodeChange;
@@ -107,20 +111,15 @@ impl Cluster {
         if !config::is_node_name(&node) {
             return Err(ClusterError::NodeName(node));
         }
-        // The layer's timeout ends with the start of the response. `call_about` limits the rest; the
-        // response of a watch has no limit.
+        // The layer's timeout ends with the start of the response. The bounds limit the rest; the
+        // response of a watch has no deadline.
         let namespace = client.default_namespace().to_owned();
         let heartbeat = Heartbeat::default();
         let observed = heartbeat.clone();
         let send = tower::service_fn(move |request| {
-            let (client, monitor) = (client.clone(), observed.monitor(&request));
-            async move {
-                let answer = client.send(request).await?;
-                Ok::<_, kube::Error>(answer.map(|body| match monitor {
-                    Some(monitor) => Either::Left(StreamBody::new(monitor.frames(body))),
-                    None => Either::Right(body),
-                }))
-            }
+            let bounds = AnswerBounds::new(&request, &observed, deadline);
+            let client = client.clone();
+            async move { bounds.apply(client.send(request).await?) }
         });
         let client = Client::new(TimeoutLayer::new(deadline).layer(send), namespace);
         Ok(Self {

@@ -2,6 +2,9 @@
 
 use std::time::Duration;
 
+use kube::runtime::utils::Backoff;
+use tokio::time::Instant;
+
 use super::ClusterError;
 
 /// Exponential backoff. Each delay is shortened at random by up to a half.
@@ -29,15 +32,12 @@ impl Default for Retry {
 impl Retry {
     /// Returns the delay after `failures` consecutive failures, of which `error` is the last.
     pub fn delay(&self, failures: u32, error: &ClusterError) -> Duration {
-        let growing = self
-            .first
-            .saturating_mul(2_u32.saturating_pow(failures.saturating_sub(1)));
         let longest = if error.needs_people() {
             self.needs_people
         } else {
             self.longest
         };
-        let delay = growing.min(longest).mul_f64(0.5 + 0.5 * fastrand::f64());
+        let delay = self.growing(failures, longest);
         match error {
             ClusterError::Rejected {
                 retry_after: Some(after),
@@ -46,6 +46,42 @@ impl Retry {
             _ => delay,
         }
     }
+
+    fn growing(&self, failures: u32, longest: Duration) -> Duration {
+        let doubled = 2_u32.saturating_pow(failures.saturating_sub(1));
+        let delay = self.first.saturating_mul(doubled).min(longest);
+        delay.mul_f64(0.5 + 0.5 * fastrand::f64())
+    }
+}
+
+/// Backoff of a watch. Unlike kube's, it does not restart with each delivered object: a watch may
+/// deliver a few and fail, again and again. It restarts after [`Self::FORGET_AFTER`] without a failure.
+#[derive(Debug, Default)]
+pub(super) struct WatchBackoff {
+    retry: Retry,
+    failures: u32,
+    last: Option<Instant>,
+}
+
+impl WatchBackoff {
+    const FORGET_AFTER: Duration = Duration::from_secs(120);
+}
+
+impl Iterator for WatchBackoff {
+    type Item = Duration;
+
+    fn next(&mut self) -> Option<Duration> {
+        let last = self.last.replace(Instant::now());
+        if last.is_some_and(|last| last.elapsed() > Self::FORGET_AFTER) {
+            self.failures = 0;
+        }
+        self.failures = self.failures.saturating_add(1);
+        Some(self.retry.growing(self.failures, self.retry.longest))
+    }
+}
+
+impl Backoff for WatchBackoff {
+    fn reset(&mut self) {}
 }
 
 #[cfg(test)]
@@ -66,6 +102,19 @@ mod tests {
                 "{failures}: {delay}"
             );
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn watch_backs_off_until_it_has_worked_for_a_while() {
+        let mut backoff = WatchBackoff::default();
+        for _ in 0..8 {
+            backoff.next();
+            backoff.reset();
+        }
+        let grown = backoff.next().unwrap();
+        assert!(grown >= Duration::from_secs(15), "{grown:?}");
+        tokio::time::advance(WatchBackoff::FORGET_AFTER + Duration::from_secs(1)).await;
+        assert!(backoff.next().unwrap() <= Duration::from_millis(500));
     }
 
     #[test]

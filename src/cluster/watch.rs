@@ -1,7 +1,7 @@
 //! Watches of the API server, and the watch of this daemon's Node.
 //!
-//! A watch never ends: kube's watcher resumes it after an error or at its timeout, and lists again if
-//! the API server no longer has the last version.
+//! A watch never ends: kube's watcher resumes it after an error, with backoff, or at its timeout, and
+//! lists again if the API server no longer has the last version.
 
 use std::fmt::Debug;
 use std::future;
@@ -15,6 +15,7 @@ use kube::runtime::watcher::{self, watcher};
 use kube::runtime::{WatchStreamExt, watcher::Event};
 use serde::de::DeserializeOwned;
 
+use super::retry::WatchBackoff;
 use super::{ApiObject, Cluster, ClusterError, NodeState};
 
 /// Timeout of a watch at the API server in seconds, chosen at random. Each timeout costs a request,
@@ -30,7 +31,7 @@ pub enum NodeChange {
 
 impl Cluster {
     /// Watches the metadata of the Node. The stream never ends: after an error it retries with
-    /// backoff (0.8 s to 30 s, at random).
+    /// backoff (0.5 s to 30 s, at random).
     ///
     /// The API server may serve a watch from a cache, so the state can be old: read the Node with
     /// [`Cluster::observe`] before acting on it.
@@ -53,7 +54,9 @@ impl Cluster {
     where
         PartialObjectMeta<K>: Resource + Clone + DeserializeOwned + Debug + Send + 'static,
     {
-        let config = watcher::Config::default().fields(&format!("metadata.name={}", self.node));
+        let config = watcher::Config::default()
+            .any_semantic()
+            .fields(&format!("metadata.name={}", self.node));
         self.watch_objects(objects, config, object)
             .scan(false, |is_listed, event| {
                 future::ready(Some(existence(is_listed, event)))
@@ -72,12 +75,10 @@ impl Cluster {
     where
         K: Resource + Clone + DeserializeOwned + Debug + Send + 'static,
     {
-        let config = config
-            .timeout(fastrand::u32(self.watch_seconds.clone()))
-            .any_semantic();
+        let config = config.timeout(fastrand::u32(self.watch_seconds.clone()));
         let cluster = self.clone();
         watcher(objects, config)
-            .default_backoff()
+            .backoff(WatchBackoff::default())
             .filter_map(move |event| {
                 future::ready(match event {
                     Ok(event) => Some(Ok(event)),

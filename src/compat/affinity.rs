@@ -7,6 +7,7 @@ use serde::ser::{SerializeMap, Serializer};
 
 use super::Requirement;
 use super::offer::{ARCH_LABEL, NodeLabels, go_arch};
+use super::rules::tsc_range;
 use crate::capability::Accelerator;
 use crate::domain::{CpuCheck, CpuRequirement};
 use crate::label::prefix::{CPU_FEATURE, CPU_MODEL, HYPERV, MACHINE, MACHINE_ALIAS, NODE};
@@ -51,6 +52,8 @@ pub enum Operator {
     DoesNotExist,
     /// The label exists and is a number above the value.
     Gt,
+    /// The label exists and is a number below the value.
+    Lt,
 }
 
 impl Expression {
@@ -87,13 +90,14 @@ impl Expression {
             Operator::NotIn => !value.is_some_and(listed),
             Operator::Exists => value.is_some(),
             Operator::DoesNotExist => value.is_none(),
-            Operator::Gt => {
+            Operator::Gt | Operator::Lt => {
                 let number = |text: &str| text.parse::<i64>().ok();
                 let limit = self.values.first().and_then(|text| number(text));
-                value
-                    .and_then(number)
-                    .zip(limit)
-                    .is_some_and(|(value, limit)| value > limit)
+                let holds = |(value, limit): (i64, i64)| match self.operator {
+                    Operator::Lt => value < limit,
+                    _ => value > limit,
+                };
+                value.and_then(number).zip(limit).is_some_and(holds)
             }
         }
     }
@@ -122,7 +126,11 @@ impl Affinity {
         let as_named = [None].into_iter().filter(|_| meanings.len() == 0);
         let mut terms = Vec::new();
         for meaning in meanings.clone().chain(as_named) {
-            for cpu in cpus(domain) {
+            let alternatives = cpus(domain).into_iter().flat_map(|cpu| {
+                let with = move |tsc| [cpu.clone(), tsc].concat();
+                tsc(domain).into_iter().map(with)
+            });
+            for cpu in alternatives {
                 let mut conditions = host(domain);
                 if let Some(named) = named {
                     conditions.extend(meaning.map(|name| is_in(MACHINE_ALIAS, named, name)));
@@ -256,6 +264,45 @@ fn features(cpu: &CpuRequirement, mode: &str, check: CpuCheck) -> Vec<LabelCondi
     wanted.chain(unwanted).collect()
 }
 
+/// Returns the alternatives for the time stamp counter: libvirt scales it, or its frequency is close
+/// enough. Without the label libvirt did not measure it, and accepts every frequency.
+fn tsc(domain: &Requirement) -> Vec<Vec<LabelCondition>> {
+    let Some(wanted) = domain.tsc_frequency else {
+        return vec![Vec::new()];
+    };
+    let (lowest, highest) = hosts_within_tolerance(wanted);
+    let number = |operator, value: u64| {
+        let value = value.to_string();
+        Expression::label(NODE, "tsc-frequency-hz", operator, [value.as_str()])
+    };
+    let scales = Expression::label(NODE, "tsc-scaling", Operator::NotIn, ["false"]);
+    let is_close = vec![
+        number(Operator::Gt, lowest.saturating_sub(1)),
+        number(Operator::Lt, highest.saturating_add(1)),
+    ];
+    vec![vec![scales], is_close]
+}
+
+/// Returns the lowest and the highest frequency of a host on which libvirt accepts the guest's
+/// frequency without scaling. Both bounds of the tolerance rise with the host's frequency.
+fn hosts_within_tolerance(wanted: u64) -> (u64, u64) {
+    let first = |holds: &dyn Fn(u64) -> bool| {
+        let (mut low, mut high) = (wanted / 2, wanted.saturating_mul(2));
+        while low < high {
+            let middle = low + (high - low) / 2;
+            if holds(middle) {
+                high = middle;
+            } else {
+                low = middle + 1;
+            }
+        }
+        low
+    };
+    let lowest = first(&|host| tsc_range(host).1 >= wanted);
+    let too_high = first(&|host| tsc_range(host).0 > wanted);
+    (lowest, too_high.saturating_sub(1))
+}
+
 fn enlightenments(domain: &Requirement) -> impl Iterator<Item = LabelCondition> {
     // Software emulation ignores them.
     let is_tcg = domain.virt_type.as_deref() == Some("qemu");
@@ -275,4 +322,22 @@ fn devices(domain: &Requirement) -> Vec<LabelCondition> {
     let security = domain.launch_security.as_deref();
     conditions.extend(security.map(|kind| exists(NODE, kind)));
     conditions
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hosts_within_tolerance_are_exactly_those_that_libvirt_accepts() {
+        for wanted in [1_000_000_000, 2_596_769_030, 2_599_999_999] {
+            let (lowest, highest) = hosts_within_tolerance(wanted);
+            let accepts = |host: u64| {
+                let (low, high) = tsc_range(host);
+                (low..=high).contains(&wanted)
+            };
+            assert!(accepts(lowest) && accepts(highest), "{wanted}");
+            assert!(!accepts(lowest - 1) && !accepts(highest + 1), "{wanted}");
+        }
+    }
 }

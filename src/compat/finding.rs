@@ -46,6 +46,9 @@ pub enum Stage {
     Define,
     /// libvirt accepts the definition and rejects the start. A dry run shows it.
     Start,
+    /// libvirt fails to prepare the host: cgroups, CPU affinity, huge pages, files, devices. No
+    /// dry run shows it.
+    Launch,
     /// libvirt starts the emulator, which exits. No dry run shows it.
     Emulator,
 }
@@ -140,6 +143,24 @@ impl RuleFinding {
     }
 }
 
+/// A part of the definition or of the node that no rule and no answer of libvirt covers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct NotChecked {
+    /// The subject, a noun phrase.
+    pub what: String,
+    /// The reason, a clause without its period.
+    pub why: String,
+}
+
+impl NotChecked {
+    pub fn new(what: impl Into<String>, why: impl Into<String>) -> Self {
+        Self {
+            what: what.into(),
+            why: why.into(),
+        }
+    }
+}
+
 /// The identifier of a rule: a closed list for scripts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -179,6 +200,16 @@ pub enum RuleCode {
     MemoryBacking,
     Firmware,
     HostDevice,
+    /// A device, or a property of it, that the emulator or the machine type lacks.
+    Device,
+    /// Host CPUs that the domain is pinned to.
+    HostCpus,
+    /// Host NUMA nodes that hold the domain's memory.
+    HostNodes,
+    /// The guest's time stamp counter.
+    Tsc,
+    /// The width of physical addresses.
+    PhysicalAddress,
     /// Confidential guests.
     LaunchSecurity,
     /// QEMU arguments that libvirt does not interpret.

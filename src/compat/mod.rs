@@ -4,7 +4,7 @@
 //! domain XML ─▶ Requirement ─┐
 //!                            ├─ assess ─▶ Assessment: feasibility, findings, headroom
 //! NodeFacts ───▶ Offer ──────┘                │
-//!                                             ▼ confirm, with libvirt's dry run (live only)
+//!                                             ▼ confirm: libvirt's own answer decides (live only)
 //! ```
 //!
 //! [`Requirement`] lists the needs of one domain. [`Offer`] lists what one node has for domains of
@@ -25,15 +25,16 @@ mod offer;
 mod placement;
 mod requirement;
 mod rules;
+mod tree;
 
 pub use affinity::{Affinity, Expression, Operator, Term};
-pub use confirmation::{Confirmation, CpuComparison, DryRun, confirm};
+pub use confirmation::{Confirmation, CpuComparison, DryRun, Trial, confirm};
 pub use definition::MinimalDefinition;
-pub use dry_run::dry_run_xml;
-pub use finding::{Feasibility, RuleCode, RuleFinding, RuleSeverity, Stage};
-pub use offer::{NodeLabels, Offer, OfferedMachine};
+pub use dry_run::{DefinitionCopy, dry_run_copy, trial_copy};
+pub use finding::{Feasibility, NotChecked, RuleCode, RuleFinding, RuleSeverity, Stage};
+pub use offer::{NodeLabels, Offer, OfferedHostCpu, OfferedMachine, OfferedTsc};
 pub use placement::{
     Candidate, CandidateState, NodeAssessment, Placement, ReportedOffer, find_targets,
 };
 pub use requirement::{Requirement, VcpuRequirement};
-pub use rules::{Assessment, Headroom, MemoryRoom, VcpuRoom, assess};
+pub use rules::{Assessment, Headroom, MemoryRoom, VcpuRoom, assess, headroom};

@@ -9,9 +9,11 @@ use serde::Serialize;
 pub use self::labels::NodeLabels;
 pub(crate) use self::labels::{ARCH_LABEL, family, go_arch};
 use crate::capability::{
-    CpuDefinition, CpuModes, Eim, HostFacts, NodeFacts, Pages, PolicyFeature, Section, VcpuMax,
-    Version, is_x86,
+    CpuDefinition, CpuModes, DomainCapabilities, Eim, HostFacts, NodeFacts, Pages, PolicyFeature,
+    Section, TscCounter, VcpuMax, Version, is_q35, is_x86,
 };
+use crate::compat::Requirement;
+use crate::domain::IdSet;
 use crate::units::{Bytes, KiB};
 
 /// The properties of a node for domains of one architecture and domain type. `None` means unknown,
@@ -36,6 +38,24 @@ pub struct Offer {
     pub aliases: BTreeMap<String, String>,
     /// The accelerator's maximum number of vCPUs.
     pub accelerator_max: VcpuMax,
+    /// A number of vCPUs that the accelerator supports, if the maximum is unknown.
+    pub accelerator_supports: Option<u32>,
+    /// The machine type that the domain capabilities describe.
+    pub described_machine: Option<String>,
+    /// The abilities of devices in the domain capabilities, by element.
+    pub devices: Option<BTreeMap<String, Section>>,
+    /// True if the PS/2 controller can be configured.
+    pub ps2: Option<bool>,
+    /// The host's CPU, with the features that the hypervisor does not give to guests.
+    pub host_cpu: Option<OfferedHostCpu>,
+    /// The numbers of the host's CPUs.
+    pub host_cpus: Option<IdSet>,
+    /// The numbers of the host's NUMA nodes.
+    pub host_nodes: Option<IdSet>,
+    /// Maximum number of physical address bits of a guest.
+    pub physical_address_bits: Option<u32>,
+    /// The host's time stamp counter.
+    pub tsc: OfferedTsc,
     /// The way in which a domain gets extended interrupt mode.
     pub eim: Option<Eim>,
     /// The available versions of Arm's interrupt controller.
@@ -61,6 +81,27 @@ pub struct Offer {
     pub iommufd: Option<bool>,
 }
 
+/// The host's CPU in `<capabilities>`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct OfferedHostCpu {
+    /// The named model that libvirt found closest.
+    pub model: String,
+    /// The features that the model lacks.
+    pub features: BTreeSet<String>,
+}
+
+/// The host's time stamp counter.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub enum OfferedTsc {
+    #[default]
+    Unknown,
+    /// libvirt did not measure it, and then accepts every frequency.
+    Unmeasured,
+    Measured(TscCounter),
+}
+
 /// A machine type of an [`Offer`].
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -71,8 +112,26 @@ pub struct OfferedMachine {
 }
 
 impl Offer {
-    /// Returns the offer of a node, by default for its own architecture and best domain type.
+    /// Returns what a node offers to a domain. Of several documents, the one of the domain's machine
+    /// type counts.
+    pub fn for_domain(facts: &NodeFacts, domain: &Requirement) -> Self {
+        let arch = domain.arch.as_deref().or_else(|| facts.native_arch());
+        let machine = domain.machine_on(arch);
+        Self::new(facts, arch, domain.virt_type.as_deref(), machine)
+    }
+
+    /// Returns the offer of a node, by default for its own architecture and best domain type, for
+    /// its usual machine type.
     pub fn from_facts(facts: &NodeFacts, arch: Option<&str>, virt_type: Option<&str>) -> Self {
+        Self::new(facts, arch, virt_type, None)
+    }
+
+    fn new(
+        facts: &NodeFacts,
+        arch: Option<&str>,
+        virt_type: Option<&str>,
+        machine: Option<&str>,
+    ) -> Self {
         let arch = arch.or_else(|| facts.native_arch());
         let virt_type = virt_type.or_else(|| arch.and_then(|arch| facts.best_domain_type(arch)));
         let mut offer = Self {
@@ -85,7 +144,7 @@ impl Offer {
         };
         if let Some(arch) = arch {
             offer.read_guests(facts, arch);
-            offer.read_documents(facts, arch);
+            offer.read_documents(facts, arch, machine);
             if is_x86(arch) {
                 offer.eim = facts.eim();
             }
@@ -95,7 +154,17 @@ impl Offer {
             };
         }
         offer.read_host(facts);
+        if offer.arch.is_some() && offer.arch == offer.native_arch {
+            offer.read_host_cpu(facts);
+        }
         offer
+    }
+
+    /// True if the domain capabilities describe the domain's machine type.
+    pub fn describes(&self, domain: &Requirement) -> bool {
+        let wanted = domain.machine_on(self.arch.as_deref());
+        let wanted = wanted.map(|machine| self.canonical(machine));
+        wanted.is_none() || wanted == self.described_machine.as_deref()
     }
 
     /// True if the hypervisor supports a CPU feature; `None` if that is unknown.
@@ -149,14 +218,6 @@ impl Offer {
         self.aliases.get(machine).map_or(machine, String::as_str)
     }
 
-    /// Returns the aliases of a canonical name.
-    pub fn aliases_of<'o>(&'o self, canonical: &'o str) -> impl Iterator<Item = &'o str> {
-        self.aliases
-            .iter()
-            .filter(move |(_, name)| *name == canonical)
-            .map(|(alias, _)| alias.as_str())
-    }
-
     fn read_guests(&mut self, facts: &NodeFacts, arch: &str) {
         let Some(capabilities) = &facts.capabilities else {
             return;
@@ -185,7 +246,7 @@ impl Offer {
     }
 
     /// Reads the domain capabilities of this architecture and domain type.
-    fn read_documents(&mut self, facts: &NodeFacts, arch: &str) {
+    fn read_documents(&mut self, facts: &NodeFacts, arch: &str, machine: Option<&str>) {
         let matches = |have: &Option<String>, wanted: Option<&str>| {
             have.is_none() || wanted.is_none() || have.as_deref() == wanted
         };
@@ -205,9 +266,20 @@ impl Offer {
                 Some((document.machine.clone()?, max))
             })
             .collect();
-        let Some(document) = documents().next() else {
+        let wanted = machine.map(|machine| self.canonical(machine).to_owned());
+        let first =
+            documents().min_by(|a, b| rank(a, wanted.as_deref()).cmp(&rank(b, wanted.as_deref())));
+        let Some(document) = first else {
             return;
         };
+        if document.virt_type.as_deref() == Some("kvm") {
+            // A document's number is the lower of KVM's and the machine type's.
+            let numbers = documents().filter_map(|document| document.max_vcpus.number());
+            self.accelerator_supports = numbers.max();
+        }
+        self.described_machine = document.machine.clone();
+        self.devices = Some(document.devices.clone()).filter(|devices| !devices.is_empty());
+        self.ps2 = document.features.get("ps2").and_then(|ps2| ps2.supported);
         let emulator = document.emulator.clone();
         self.cpu = Some(document.cpu.clone());
         self.os = document.os.supported.map(|_| document.os.clone());
@@ -218,7 +290,8 @@ impl Offer {
         self.launch_security = document
             .features
             .get("launchSecurity")
-            .map(|section| listed_if_supported(section, "sectype"));
+            .map(|section| listed_if_supported(section, "sectype"))
+            .or_else(|| launch_security_before_10_5(document));
         self.gic_versions = document
             .features
             .get("gic")
@@ -259,9 +332,84 @@ impl Offer {
             }
             self.pages = Some(pages).filter(|pages| !pages.is_empty());
         }
-        self.vfio = facts.host.as_ref().map(|host| host.vfio && has_iommu(host));
+        if let Some(cells) = cells.filter(|cells| !cells.is_empty()) {
+            self.host_nodes = Some(cells.iter().map(|cell| cell.id).collect());
+            let cpus: IdSet = cells.iter().flat_map(|cell| &cell.cpus).copied().collect();
+            self.host_cpus = Some(cpus).filter(|cpus| !cpus.is_empty());
+        }
+        // libvirt looks for IOMMU groups and for VFIO; a document shows only the former.
+        let documented = facts.capabilities.as_ref().and_then(|c| c.host.iommu);
+        self.vfio = match &facts.host {
+            Some(host) => Some(host.vfio && has_iommu(host)),
+            None => documented,
+        };
         self.iommufd = facts.host.as_ref().map(|host| host.iommufd);
     }
+
+    fn read_host_cpu(&mut self, facts: &NodeFacts) {
+        let capabilities = facts.capabilities.as_ref();
+        let cpu = capabilities.and_then(|capabilities| capabilities.host.cpu.as_ref());
+        self.tsc = match cpu.map(|cpu| cpu.tsc) {
+            None => OfferedTsc::Unknown,
+            Some(None) => OfferedTsc::Unmeasured,
+            Some(Some(tsc)) => OfferedTsc::Measured(tsc),
+        };
+        let host_model = self
+            .cpu
+            .as_ref()
+            .and_then(|modes| modes.host_model.as_ref());
+        self.physical_address_bits = cpu
+            .and_then(|cpu| cpu.physical_address_bits)
+            .or_else(|| host_model.and_then(|host_model| host_model.physical_address_limit));
+        self.host_cpu = cpu.and_then(|cpu| {
+            Some(OfferedHostCpu {
+                model: cpu.model.clone()?,
+                features: cpu.features.iter().cloned().collect(),
+            })
+        });
+    }
+}
+
+/// Orders documents by their suitability for a machine type, the best first: its own, one of the same
+/// family, the machine type that new guests use, then by name.
+fn rank<'d>(document: &'d DomainCapabilities, wanted: Option<&str>) -> (bool, bool, bool, &'d str) {
+    let have = document.machine.as_deref().unwrap_or_default();
+    let is_other_family = wanted.is_some_and(|wanted| family_of(wanted) != family_of(have));
+    (
+        wanted.is_some_and(|wanted| wanted != have),
+        is_other_family,
+        !is_q35(have),
+        have,
+    )
+}
+
+/// Returns the name of a machine type without its version: `pc-q35` for `pc-q35-10.0`.
+pub(crate) fn family_of(machine: &str) -> &str {
+    match machine {
+        "q35" => "pc-q35",
+        "pc" => "pc-i440fx",
+        _ => {
+            let version = machine.rfind('-').filter(|at| {
+                let rest = machine.get(at + 1..).unwrap_or_default();
+                rest.bytes().any(|byte| byte.is_ascii_digit()) && !matches!(rest, "q35" | "i440fx")
+            });
+            let family = version.and_then(|at| machine.get(..at));
+            // RHEL and Ubuntu put their own name before the version.
+            family.unwrap_or(machine)
+        }
+    }
+}
+
+/// Returns the types of confidential guests in a document of libvirt before 10.5, which has an
+/// element for each type that it knows.
+fn launch_security_before_10_5(document: &DomainCapabilities) -> Option<Vec<String>> {
+    let kinds = [
+        ("sev", document.sev.is_some()),
+        ("s390-pv", document.has_feature("s390-pv")),
+    ];
+    let supported = kinds.into_iter().filter(|(_, supported)| *supported);
+    let listed: Vec<String> = supported.map(|(kind, _)| kind.to_owned()).collect();
+    (!document.features.is_empty()).then_some(listed)
 }
 
 /// Returns `None` for an empty list: it means unknown, not none.

@@ -5,10 +5,9 @@
 
 use crate::capability::is_x86;
 use crate::domain::{
-    CpuRequirement, Domain, DomainDefinition, DomainState, HostDevices, IoApicDriver, IommuDevice,
-    PciControllers,
+    CpuRequirement, DeviceSpec, Domain, DomainDefinition, DomainState, Firmware, Gic, HostDevices,
+    HostPlacement, IoApicDriver, IommuDevice, MemoryBacking, PciControllers,
 };
-use crate::units::Bytes;
 use crate::xml::{DocumentError, ElementError};
 
 /// The Hyper-V enlightenments that every KVM supports, although a libvirt before 9.0 lists none:
@@ -33,22 +32,26 @@ pub struct Requirement {
     pub vcpus: VcpuRequirement,
     pub cpu: CpuRequirement,
     pub io_apic: Option<IoApicDriver>,
-    /// `2`, `3` or `host`.
-    pub gic_version: Option<String>,
+    pub gic: Option<Gic>,
     pub acpi: bool,
+    /// System management mode.
+    pub smm: Option<bool>,
+    /// The emulated PS/2 controller.
+    pub ps2: Option<bool>,
+    /// The frequency of the guest's time stamp counter in Hz.
+    pub tsc_frequency: Option<u64>,
+    /// True if the guest has the Hyper-V reference time.
+    pub hyperv_clock: bool,
     /// The enabled Hyper-V enlightenments, by libvirt's names.
     pub enlightenments: Vec<String>,
     pub iommu: Option<IommuDevice>,
-    /// `efi` or `bios`: libvirt chooses a firmware image of the node.
-    pub firmware: Option<String>,
-    pub secure_boot: bool,
+    pub firmware: Firmware,
     /// `sev`, `sev-snp`, `tdx`, `s390-pv`.
     pub launch_security: Option<String>,
-    /// `memfd`, `file`, `anonymous`.
-    pub memory_source: Option<String>,
-    pub huge_pages: bool,
-    /// Empty with `huge_pages` means the default size.
-    pub huge_page_sizes: Vec<Bytes>,
+    pub backing: MemoryBacking,
+    /// The host CPUs and NUMA nodes that the domain names.
+    pub placement: HostPlacement,
+    pub devices: Vec<DeviceSpec>,
     pub host_devices: HostDevices,
     pub pci: PciControllers,
     /// True if there are elements of QEMU's own namespace, whose effect is unknown.
@@ -101,16 +104,22 @@ impl Requirement {
             },
             cpu: definition.cpu,
             io_apic: definition.io_apic,
-            gic_version: definition.gic_version,
+            gic: definition.gic,
             acpi: definition.acpi,
+            smm: definition.smm,
+            ps2: definition.ps2,
+            tsc_frequency: definition.tsc_frequency,
+            hyperv_clock: definition.hyperv_clock,
             enlightenments: definition.enlightenments,
             iommu: definition.devices.iommu,
             firmware: definition.firmware,
-            secure_boot: definition.secure_boot,
             launch_security: definition.launch_security,
-            memory_source: definition.memory_source,
-            huge_pages: definition.memory.huge_pages,
-            huge_page_sizes: definition.huge_page_sizes,
+            backing: MemoryBacking {
+                is_shared: definition.backing.is_shared || definition.memory.has_shared_cell,
+                ..definition.backing
+            },
+            placement: definition.placement,
+            devices: definition.devices.specs,
             host_devices: definition.devices.host,
             pci: definition.devices.pci,
             raw_arguments: definition.raw_arguments,

@@ -9,21 +9,28 @@
 //! version is named; tests/it/foretold.rs provokes each of them.
 
 mod cpu;
+mod cpu_match;
+mod cpu_words;
+mod devices;
 mod enlightenments;
 mod features;
+mod firmware;
 mod headroom;
+mod host;
 mod iommu;
 mod machine;
 mod memory;
 mod node;
+mod not_checked;
 #[cfg(test)]
 mod rules_tests;
 mod vcpus;
 
 use serde::Serialize;
 
-pub use self::headroom::{Headroom, MemoryRoom, VcpuRoom};
-use super::{Feasibility, Offer, Requirement, RuleFinding, RuleSeverity};
+pub use self::headroom::{Headroom, MemoryRoom, VcpuRoom, headroom};
+pub(crate) use self::host::tsc_range;
+use super::{Feasibility, NotChecked, Offer, Requirement, RuleFinding, RuleSeverity};
 use crate::capability::{Version, is_q35, is_x86};
 
 /// The result of all rules for one domain on one node.
@@ -33,6 +40,8 @@ pub struct Assessment {
     pub answer: Feasibility,
     /// Ordered by severity, the worst first.
     pub findings: Vec<RuleFinding>,
+    /// Never empty: a start depends on more than a check covers.
+    pub not_checked: Vec<NotChecked>,
     /// `None` if the definition contradicts itself.
     pub headroom: Option<Headroom>,
 }
@@ -62,15 +71,19 @@ pub fn assess(domain: &Requirement, node: &Offer) -> Assessment {
     let input = RuleInput::new(domain, node);
     let mut findings = Vec::new();
     machine::check(&input, &mut findings);
+    firmware::check(&input, &mut findings);
+    devices::check(&input, &mut findings);
     vcpus::check(&input, &mut findings);
     iommu::check(&input, &mut findings);
     cpu::check(&input, &mut findings);
     enlightenments::check(&input, &mut findings);
     memory::check(&input, &mut findings);
     node::check(&input, &mut findings);
+    host::check(&input, &mut findings);
     let assessment = Assessment {
         answer: Feasibility::Feasible,
         findings: Vec::new(),
+        not_checked: not_checked::list(&input),
         headroom: headroom::compute(&input),
     };
     assessment.with(findings)
@@ -116,6 +129,13 @@ impl<'a> RuleInput<'a> {
 
     fn is_pseries(&self) -> bool {
         self.machine.is_some_and(|name| name.starts_with("pseries"))
+    }
+
+    /// Returns the forbidden CPU features that the host model does not add to its named model.
+    fn forbidden_beyond_host_model(&self) -> impl Iterator<Item = &'a str> {
+        let modes = self.node.cpu.as_ref();
+        let adds = move |name: &str| modes.is_some_and(|modes| modes.adds_to_host_model(name));
+        self.domain.cpu.forbidden().filter(move |name| !adds(name))
     }
 
     fn virt_type(&self) -> Option<&'a str> {

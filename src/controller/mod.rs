@@ -33,28 +33,31 @@ mod status;
 mod watch;
 
 pub use self::metrics::ObjectMetrics;
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch::{Receiver, Sender};
-use tokio::task::{AbortHandle, JoinSet};
+use tokio::task::{AbortHandle, Id, JoinError, JoinSet};
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
-use self::client::ObjectClient;
-use self::reconcile::{ObjectVersion, Reconciler, StatusSource};
+use self::client::{ObjectClient, is_deleted, now};
+use self::reconcile::{EXPIRY_WAIT_MAX, ObjectVersion, Reconciler, StatusSource};
 use self::request::ObjectError;
 use self::status::{NotAccepted, is_finished};
 use self::watch::ObjectWatch;
 use crate::cluster::objects::Condition;
-use crate::cluster::{HotplugChange, HotplugObject, HotplugObjects, Retry};
+use crate::cluster::{
+    HotplugChange, HotplugObject, HotplugObjects, ListOptions, ObjectStub, Retry,
+};
 use crate::executor::{Executor, SubmitError};
 use crate::hypervisor::DomainBackend;
 use crate::operation::Record;
 use crate::publish::events::EventRecorder;
+use crate::publish::wait_until;
 use crate::units::Timestamp;
 
 #[derive(Debug, Clone)]
@@ -67,6 +70,14 @@ pub struct ControllerOptions {
     pub watch_retry: Retry,
     /// Interval between attempts to submit postponed objects.
     pub submit_interval: Duration,
+    /// Maximum number of objects in memory: more than the executor's operations without a verdict.
+    /// Further ones wait, the oldest first, until one has nothing left to do.
+    pub max_tracked: usize,
+    /// Maximum number of objects of which only the name is in memory, about 0.4 kB each. Further
+    /// ones are found by another list when these have had their turn.
+    pub max_waiting: usize,
+    /// Minimum interval between such lists.
+    pub list_interval: Duration,
 }
 
 impl Default for ControllerOptions {
@@ -80,6 +91,9 @@ impl Default for ControllerOptions {
                 needs_people: Duration::from_secs(600),
             },
             submit_interval: Duration::from_secs(5),
+            max_tracked: 512,
+            max_waiting: 8192,
+            list_interval: Duration::from_secs(300),
         }
     }
 }
@@ -91,7 +105,20 @@ pub struct Controller<C> {
     watch: ObjectWatch,
     /// By uid.
     tracked: HashMap<String, TrackedObject>,
-    reconcilers: JoinSet<()>,
+    /// Each returns the time at which its object expires.
+    reconcilers: JoinSet<Option<Timestamp>>,
+    /// Objects without a place.
+    waiting: BTreeSet<ObjectStub>,
+    /// Objects that gave their place to others, by the time of their expiry.
+    expiring: BTreeSet<(Timestamp, ObjectStub)>,
+    /// Time of the last list.
+    listed_at: Instant,
+    /// True if objects were left out because there were too many.
+    has_unknown: bool,
+    /// True while objects wait for a place.
+    crowded: Sender<bool>,
+    /// Time of the next attempt to read a waiting object.
+    read_at: Option<Instant>,
     /// Objects that the executor could not accept yet, in the order of their creation.
     postponed: BTreeMap<(Timestamp, String), HotplugObject>,
     postponed_because: Option<SubmitError>,
@@ -102,6 +129,7 @@ struct TrackedObject {
     version: Sender<ObjectVersion>,
     not_accepted: Option<NotAccepted>,
     reconciler: AbortHandle,
+    stub: ObjectStub,
 }
 
 impl<C: DomainBackend> Controller<C> {
@@ -116,11 +144,25 @@ impl<C: DomainBackend> Controller<C> {
         let client = Arc::new(ObjectClient::new(objects, options.retry, events, metrics));
         Self {
             executor,
-            watch: ObjectWatch::new(Arc::clone(&client), options.watch_retry),
+            watch: ObjectWatch::new(
+                Arc::clone(&client),
+                options.watch_retry,
+                ListOptions {
+                    max: options.max_tracked,
+                    max_stubs: options.max_waiting,
+                    in_pages: false,
+                },
+            ),
             client,
             options,
             tracked: HashMap::new(),
             reconcilers: JoinSet::new(),
+            waiting: BTreeSet::new(),
+            expiring: BTreeSet::new(),
+            listed_at: Instant::now(),
+            has_unknown: false,
+            crowded: Sender::new(false),
+            read_at: Some(Instant::now()),
             postponed: BTreeMap::new(),
             postponed_because: None,
         }
@@ -150,6 +192,9 @@ impl<C: DomainBackend> Controller<C> {
         let submit_interval = self.options.submit_interval;
         let mut submit_again = pin!(sleep(Duration::ZERO));
         loop {
+            let can_read = self.has_place() && !self.waiting.is_empty();
+            let (read_at, next_expiry) = (self.read_at, self.next_expiry());
+            let list_at = self.next_list();
             tokio::select! {
                 change = self.watch.next_change() => {
                     if self.postponed.is_empty() {
@@ -161,36 +206,86 @@ impl<C: DomainBackend> Controller<C> {
                     self.submit_postponed().await;
                     submit_again.as_mut().reset(Instant::now() + submit_interval);
                 }
-                Some(ended) = self.reconcilers.join_next() => {
-                    if let Err(error) = ended && error.is_panic() {
-                        error!(%error, "reconciler of an object panicked; restart the daemon to resume it");
-                    }
+                () = wait_until(read_at), if can_read => {
+                    self.read_oldest_waiting().await;
                 }
+                () = wait_until(next_expiry) => self.expire(),
+                () = wait_until(list_at) => {
+                    self.has_unknown = false;
+                    self.listed_at = Instant::now();
+                    self.watch.restart();
+                }
+                Some(ended) = self.reconcilers.join_next_with_id() => self.reconciler_ended(ended),
             }
         }
     }
 
     async fn handle(&mut self, change: HotplugChange) {
         match change {
-            HotplugChange::Listed(mut objects) => {
-                let listed: HashSet<_> = objects.iter().map(|object| &object.uid).collect();
-                let deleted = self.tracked.keys().filter(|uid| !listed.contains(uid));
-                for uid in deleted.cloned().collect::<Vec<_>>() {
-                    self.untrack(&uid);
+            HotplugChange::Listed {
+                objects,
+                rest,
+                is_complete,
+            } => {
+                self.listed_at = Instant::now();
+                self.has_unknown = !is_complete;
+                let rest_uids = rest.iter().map(|stub| &stub.uid);
+                let uids = objects.iter().map(|object| &object.uid).chain(rest_uids);
+                let listed: HashSet<_> = uids.collect();
+                // Otherwise a call about the object finds out that it is deleted.
+                if is_complete {
+                    self.expiring.retain(|(_, stub)| listed.contains(&stub.uid));
+                    let deleted = self.tracked.keys().filter(|uid| !listed.contains(uid));
+                    for uid in deleted.cloned().collect::<Vec<_>>() {
+                        self.untrack(&uid);
+                    }
                 }
-                objects.sort_by(|a, b| (a.created, &a.name).cmp(&(b.created, &b.name)));
+                self.waiting.clear();
                 for object in objects {
                     self.object_changed(object).await;
+                }
+                for stub in rest {
+                    if !self.tracked.contains_key(&stub.uid) {
+                        self.await_place(stub);
+                    }
                 }
             }
             HotplugChange::Changed(object) => self.object_changed(*object).await,
             HotplugChange::Deleted(uid) => self.untrack(&uid),
         }
+        self.update_crowded();
+    }
+
+    /// Returns the time of a list of the objects that were left out. `None` while others wait, or
+    /// while most names are of finished objects that will expire.
+    fn next_list(&self) -> Option<Instant> {
+        let has_room = self.expiring.len() <= self.options.max_waiting / 2;
+        let is_due = self.has_unknown && self.waiting.is_empty() && has_room;
+        is_due.then(|| self.listed_at + self.options.list_interval)
+    }
+
+    /// Adds an object that waits for a place. The newest one gives way if there are too many.
+    fn await_place(&mut self, stub: ObjectStub) {
+        self.waiting.insert(stub);
+        if self.waiting.len() > self.options.max_waiting {
+            self.waiting.pop_last();
+            self.has_unknown = true;
+        }
+    }
+
+    fn has_place(&self) -> bool {
+        self.tracked.len() < self.options.max_tracked
     }
 
     async fn object_changed(&mut self, object: HotplugObject) {
         let Some(tracked) = self.tracked.get(&object.uid) else {
-            return self.accept(object).await;
+            let stub = ObjectStub::from(&object);
+            self.expiring.retain(|(_, expiring)| *expiring != stub);
+            if self.has_place() && self.waiting.is_empty() {
+                return self.accept(object).await;
+            }
+            self.await_place(stub);
+            return;
         };
         let version = ObjectVersion::from(&object);
         tracked.version.send_if_modified(|last| {
@@ -294,6 +389,7 @@ impl<C: DomainBackend> Controller<C> {
             self.postponed.remove(&creation_order(&object));
         }
         let uid = object.uid.clone();
+        let stub = ObjectStub::from(&object);
         let version = Sender::new(ObjectVersion::from(&object));
         let reconciler = Reconciler::new(
             Arc::clone(&self.client),
@@ -301,11 +397,13 @@ impl<C: DomainBackend> Controller<C> {
             source,
             generation,
             version.subscribe(),
+            self.crowded.subscribe(),
         );
         let tracked = TrackedObject {
             version,
             not_accepted,
             reconciler: self.reconcilers.spawn(reconciler.run()),
+            stub,
         };
         if let Some(before) = self.tracked.insert(uid, tracked) {
             before.reconciler.abort();
@@ -318,6 +416,96 @@ impl<C: DomainBackend> Controller<C> {
             tracked.reconciler.abort();
         }
         self.postponed.retain(|_, object| object.uid != uid);
+        self.waiting.retain(|stub| stub.uid != uid);
+        self.expiring.retain(|(_, stub)| stub.uid != uid);
+    }
+
+    /// Frees the place of an object that is deleted or has nothing left to do.
+    fn reconciler_ended(&mut self, ended: Result<(Id, Option<Timestamp>), JoinError>) {
+        let (id, expiry) = match ended {
+            Ok(ended) => ended,
+            Err(error) => {
+                if error.is_panic() {
+                    error!(%error, "reconciler of an object panicked; restart the daemon to resume it");
+                }
+                return;
+            }
+        };
+        if !*self.crowded.borrow() {
+            return;
+        }
+        let mut tracked = self.tracked.iter();
+        let Some((uid, _)) = tracked.find(|(_, object)| object.reconciler.id() == id) else {
+            return;
+        };
+        let uid = uid.clone();
+        if let Some(object) = self.tracked.remove(&uid)
+            && let Some(expiry) = expiry
+        {
+            self.expiring.insert((expiry, object.stub));
+            if self.expiring.len() > self.options.max_waiting {
+                self.expiring.pop_last();
+                self.has_unknown = true;
+            }
+        }
+    }
+
+    fn update_crowded(&mut self) {
+        let crowded = !self.waiting.is_empty();
+        let changed = self.crowded.send_if_modified(|before| {
+            let changed = *before != crowded;
+            *before = crowded;
+            changed
+        });
+        if changed && crowded {
+            self.tracked
+                .retain(|_, object| !object.reconciler.is_finished());
+            info!(
+                maximum = self.options.max_tracked,
+                waiting = self.waiting.len(),
+                "more DomainHotplug objects than places: the oldest come first"
+            );
+        }
+    }
+
+    /// Reads and accepts the waiting object that was created first.
+    async fn read_oldest_waiting(&mut self) {
+        let Some(stub) = self.waiting.first().cloned() else {
+            return;
+        };
+        let get = self.client.objects.get(&stub.name);
+        match self.client.call("get", get).await {
+            Ok(object) => {
+                self.waiting.remove(&stub);
+                // Another object may have the name by now, which the watch reports.
+                if object.uid == stub.uid && !self.tracked.contains_key(&stub.uid) {
+                    self.accept(object).await;
+                }
+            }
+            Err(error) if is_deleted(&error) => {
+                self.waiting.remove(&stub);
+            }
+            Err(_) => self.read_at = Some(Instant::now() + self.options.submit_interval),
+        }
+        self.update_crowded();
+    }
+
+    fn next_expiry(&self) -> Option<Instant> {
+        let (expiry, _) = self.expiring.first()?;
+        let left = expiry.since(now()).min(EXPIRY_WAIT_MAX);
+        Some(Instant::now() + left)
+    }
+
+    /// Lets the objects that have expired wait for a place, to be deleted.
+    fn expire(&mut self) {
+        let now = now();
+        while let Some((expiry, _)) = self.expiring.first()
+            && *expiry <= now
+            && let Some((_, stub)) = self.expiring.pop_first()
+        {
+            self.await_place(stub);
+        }
+        self.update_crowded();
     }
 
     fn postpone(&mut self, object: HotplugObject) {

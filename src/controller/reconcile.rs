@@ -25,12 +25,16 @@ use crate::cluster::objects::DomainHotplugStatus;
 use crate::cluster::{ClusterError, HotplugObject, ObjectId};
 use crate::operation::Record;
 use crate::publish::wait_until;
+use crate::units::Timestamp;
 
 /// Delay of the first status: an operation with a verdict by then needs one write instead of two.
 const FIRST_STATUS_DELAY: Duration = Duration::from_millis(300);
 
 /// Maximum wait for the expiry, after which a clock adjustment is noticed.
-const EXPIRY_WAIT_MAX: Duration = Duration::from_secs(3600);
+pub(super) const EXPIRY_WAIT_MAX: Duration = Duration::from_secs(3600);
+
+/// Time after a verdict in which the executor may correct it, with a margin.
+const CORRECTION_TIME: Duration = Duration::from_secs(900);
 
 /// The source of an object's status.
 pub(super) enum StatusSource {
@@ -78,6 +82,8 @@ pub(super) struct Reconciler {
     /// True if no further attempt to set the owner is needed.
     owner_done: bool,
     owner_retry_at: Instant,
+    /// True while other objects wait for a place.
+    crowded: watch::Receiver<bool>,
 }
 
 enum NextStep {
@@ -95,6 +101,7 @@ impl Reconciler {
         source: StatusSource,
         accepted_generation: i64,
         observed: watch::Receiver<ObjectVersion>,
+        crowded: watch::Receiver<bool>,
     ) -> Self {
         let started = Instant::now();
         Self {
@@ -112,13 +119,18 @@ impl Reconciler {
             failures: 0,
             owner_done: object.has_owner,
             owner_retry_at: started,
+            crowded,
         }
     }
 
-    /// Returns when the object is deleted.
-    pub(super) async fn run(mut self) {
+    /// Returns when the object is deleted. While other objects wait for a place, it also returns when
+    /// nothing is left to do before the object expires, with the time of that.
+    pub(super) async fn run(mut self) -> Option<Timestamp> {
         loop {
             let result = match self.next_step() {
+                NextStep::Wait(_) if *self.crowded.borrow_and_update() && self.is_settled() => {
+                    return expiry(self.written.as_ref()?, self.time_to_live);
+                }
                 NextStep::Wait(until) => {
                     self.wait_for_change(until).await;
                     continue;
@@ -136,19 +148,40 @@ impl Reconciler {
             };
             match result {
                 Ok(()) => self.failures = 0,
-                Err(error) if is_deleted(&error) => return,
+                Err(error) if is_deleted(&error) => return None,
                 Err(error @ ClusterError::Conflict { .. }) => match self.read_version().await {
                     // The first retry is immediate.
                     Ok(true) if self.failures == 0 => self.failures = 1,
                     Ok(true) => self.back_off(&error),
-                    Ok(false) => return,
+                    Ok(false) => return None,
                     Err(error) => self.back_off(&error),
                 },
                 // For example an admission policy that compares the spec, which names another node.
                 // The log has it; the next daemon retries.
-                Err(error) if error.needs_people() && self.is_rejected() => return,
+                Err(error) if error.needs_people() && self.is_rejected() => return None,
                 Err(error) => self.back_off(&error),
             }
+        }
+    }
+
+    /// True if nothing but a change of the object, or its expiry, calls for another step.
+    fn is_settled(&self) -> bool {
+        let observed = self.observed.borrow();
+        // An own write is reported by the watch as well, and is not to be taken for a change.
+        if is_newer(&self.resource_version, &observed.resource_version)
+            || !(self.owner_done || observed.has_owner)
+        {
+            return false;
+        }
+        match &self.source {
+            StatusSource::Operation(record) => {
+                let record = record.borrow();
+                let is_final = record.verdict.is_some_and(|verdict| !verdict.may_change());
+                let finished = record.finished.filter(|_| record.is_done());
+                finished.is_some_and(|at| is_final || now().since(at) > CORRECTION_TIME)
+            }
+            StatusSource::NotAccepted(reason) => matches!(reason, NotAccepted::Rejected(_)),
+            StatusSource::Past => true,
         }
     }
 
@@ -292,6 +325,7 @@ impl Reconciler {
             }
             // The sender is dropped with the controller, which aborts this task.
             Ok(()) = self.observed.changed() => {}
+            Ok(()) = self.crowded.changed() => {}
             () = wait_until(until) => {}
         }
     }

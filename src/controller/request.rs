@@ -63,6 +63,7 @@ pub(super) fn order(object: &HotplugObject, node: &str) -> Result<Order, ObjectE
         domain: domain(spec.domain)?,
         request: request(spec.vcpus, spec.memory)?,
         require: spec.require.into(),
+        persistent: spec.persistent,
         timeout: Duration::from_secs(spec.deadline_seconds.into()),
         idempotency_key: Some(object.uid.clone()),
         asked_by: asker(&object.name),
@@ -90,7 +91,10 @@ pub(super) fn in_words(request: &HotplugRequest) -> String {
             let online = if *online { ",online" } else { "" };
             format!("vcpus={count}{online}")
         }
-        HotplugRequest::Memory { size } => format!("memory={}", size.quantity()),
+        HotplugRequest::Memory { size, force } => {
+            let force = if *force { ",force" } else { "" };
+            format!("memory={}{force}", size.quantity())
+        }
     }
 }
 
@@ -163,7 +167,10 @@ fn vcpus_request(target: VcpusTarget) -> Result<HotplugRequest, ObjectError> {
 fn memory_request(target: MemoryTarget) -> Result<HotplugRequest, ObjectError> {
     match target.size.parse() {
         Ok(Bytes::ZERO) => Err(invalid("spec.memory.size is 0: a domain has some memory")),
-        Ok(size) => Ok(HotplugRequest::Memory { size }),
+        Ok(size) => Ok(HotplugRequest::Memory {
+            size,
+            force: target.force,
+        }),
         Err(error) => Err(invalid(format!("spec.memory.size: {error}"))),
     }
 }

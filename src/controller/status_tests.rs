@@ -16,6 +16,7 @@ fn queued_record() -> Record {
             online: true,
         },
         require: Require::Online,
+        persistent: false,
         timeout: Duration::from_secs(60),
         idempotency_key: Some("uid".into()),
         asked_by: AskedBy::Object {

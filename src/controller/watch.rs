@@ -22,7 +22,7 @@ use tracing::{info, warn};
 use super::client::{ObjectClient, now};
 use crate::cluster::objects::Condition;
 use crate::cluster::objects::node_virtualization::HOTPLUG_OBJECTS_WATCHED;
-use crate::cluster::{ClusterError, HotplugChange, Retry};
+use crate::cluster::{ClusterError, HotplugChange, ListOptions, Retry};
 use crate::publish::wait_until;
 
 /// Consecutive errors before a failing watch is logged.
@@ -32,11 +32,15 @@ const ERRORS_BEFORE_LOG: u32 = 3;
 /// half a minute and fails within the timeout of a call.
 const QUIET: Duration = Duration::from_secs(60);
 
+/// The same after a change was delivered: a watch that ends at once does so within a second.
+const QUIET_AFTER_CHANGE: Duration = Duration::from_secs(2);
+
 type ObjectChanges = BoxStream<'static, Result<HotplugChange, ClusterError>>;
 
 pub(super) struct ObjectWatch {
     client: Arc<ObjectClient>,
     retry: Retry,
+    list: ListOptions,
     /// `None` until [`Self::restart_at`].
     changes: Option<ObjectChanges>,
     restart_at: Option<Instant>,
@@ -50,10 +54,11 @@ pub(super) struct ObjectWatch {
 
 impl ObjectWatch {
     /// Nothing is sent before the first [`Self::next_change`].
-    pub(super) fn new(client: Arc<ObjectClient>, retry: Retry) -> Self {
+    pub(super) fn new(client: Arc<ObjectClient>, retry: Retry, list: ListOptions) -> Self {
         Self {
             client,
             retry,
+            list,
             changes: None,
             restart_at: Some(Instant::now()),
             errors: 0,
@@ -86,18 +91,23 @@ impl ObjectWatch {
         }
     }
 
-    fn restart(&mut self) {
+    /// Begins a new watch, with a list of all objects.
+    pub(super) fn restart(&mut self) {
         self.restart_at = None;
-        self.changes = Some(self.client.objects.watch().boxed());
+        self.changes = Some(self.client.objects.watch(self.list).boxed());
     }
 
     fn delivered(&mut self, change: &HotplugChange) {
-        // A list may succeed where the watch after it fails.
-        if matches!(change, HotplugChange::Listed(_)) && self.errors > 0 {
-            self.working_at = Some(Instant::now() + QUIET);
-        } else {
-            self.recovered();
+        if self.errors == 0 {
+            return self.recovered();
         }
+        // A list may succeed where the watch after it fails, and a watch may deliver a change and end.
+        let quiet = match change {
+            HotplugChange::Listed { .. } => QUIET,
+            HotplugChange::Changed(_) | HotplugChange::Deleted(_) => QUIET_AFTER_CHANGE,
+        };
+        let working_at = Instant::now() + quiet;
+        self.working_at = Some(self.working_at.map_or(working_at, |at| at.min(working_at)));
     }
 
     fn recovered(&mut self) {
@@ -118,6 +128,16 @@ impl ObjectWatch {
     }
 
     fn failed(&mut self, error: &ClusterError) {
+        if matches!(error, ClusterError::AnswerTooLarge { .. }) && !self.list.in_pages {
+            info!(
+                node = self.client.objects.node(), %error,
+                "reading the DomainHotplug objects in pages"
+            );
+            self.list.in_pages = true;
+            self.changes = None;
+            self.restart_at = Some(Instant::now() + self.retry.delay(1, error));
+            return;
+        }
         let code = error.code();
         self.errors += 1;
         self.working_at = Some(Instant::now() + QUIET);

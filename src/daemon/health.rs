@@ -12,7 +12,7 @@ use tokio::time::{Duration, Instant};
 
 use crate::labeller::LabellerProgress;
 use crate::monitor::Inventory;
-use crate::publish::node::SyncState;
+use crate::publish::node::{SyncProblem, SyncState};
 
 /// Maximum time between ticks of the event loop. The loop ticks once a second, so something blocks
 /// it after this.
@@ -105,6 +105,16 @@ impl Health {
             }
         }
         missing
+    }
+
+    /// Returns problems that do not make the daemon unready, a line each.
+    pub fn warnings(&self) -> Vec<String> {
+        let state = self.node.as_ref().map(watch::Receiver::borrow);
+        let problem = state
+            .as_ref()
+            .and_then(|state| state.watch_problem.as_ref());
+        let warning = |problem: &SyncProblem| format!("cannot watch the Node: {}", problem.message);
+        problem.map(warning).into_iter().collect()
     }
 }
 

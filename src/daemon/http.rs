@@ -18,8 +18,8 @@ use tower_http::timeout::TimeoutLayer;
 use super::Health;
 use crate::telemetry::MetricRegistry;
 
-/// Maximum number of concurrent requests.
-const CONCURRENT: usize = 16;
+/// Maximum number of concurrent requests for metrics.
+const CONCURRENT_SCRAPES: usize = 16;
 /// Maximum size of a request's body, which no route reads.
 const BODY_MAX_BYTES: usize = 1024;
 /// Timeout for a request, which waits only for its turn.
@@ -33,14 +33,15 @@ struct HttpState {
 
 /// Returns the routes, with their limits.
 pub(super) fn router(metrics: MetricRegistry, health: Arc<Health>) -> Router {
+    // Health checks do not wait for scrapes.
+    let scrapes = GlobalConcurrencyLimitLayer::new(CONCURRENT_SCRAPES);
     Router::new()
-        .route("/metrics", get(serve_metrics))
+        .route("/metrics", get(serve_metrics).layer(scrapes))
         .route("/healthz", get(healthz))
         .route("/readyz", get(readyz))
         .with_state(HttpState { metrics, health })
         .layer(CompressionLayer::new())
         .layer(RequestBodyLimitLayer::new(BODY_MAX_BYTES))
-        .layer(GlobalConcurrencyLimitLayer::new(CONCURRENT))
         .layer(TimeoutLayer::with_status_code(
             StatusCode::SERVICE_UNAVAILABLE,
             TIMEOUT,
@@ -74,7 +75,10 @@ async fn healthz(State(state): State<HttpState>) -> (StatusCode, String) {
 async fn readyz(State(state): State<HttpState>) -> (StatusCode, String) {
     let missing = state.health.missing();
     if missing.is_empty() {
-        return (StatusCode::OK, "ready\n".to_owned());
+        let warnings = state.health.warnings();
+        let warnings = warnings.iter().map(|line| format!("warning: {line}\n"));
+        let body = format!("ready\n{}", warnings.collect::<String>());
+        return (StatusCode::OK, body);
     }
     let mut body = "not ready, waiting for:\n".to_owned();
     for line in missing {

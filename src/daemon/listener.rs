@@ -1,10 +1,12 @@
-//! The accept loop, which limits the number of connections, the time for a request's head and the
-//! age of a connection. `axum::serve` limits none of them.
+//! The accept loop, which limits the number of connections, the time for a request's head, the time
+//! for which a client reads nothing, and the age of a connection. `axum::serve` limits none of them.
 
+use std::collections::HashMap;
 use std::future::Future;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use axum::Router;
@@ -15,14 +17,17 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, sink};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
-use tokio::task::JoinSet;
+use tokio::task::{AbortHandle, Id, JoinError, JoinSet};
 use tokio::time::{sleep, timeout};
 use tower::ServiceExt;
 use tracing::debug;
 
+use super::stream::WriteTimeout;
+
 /// Timeout for a request's head, and for the next request on an idle connection.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
+/// Timeout for a client to accept at least one byte of an answer.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Maximum size of a request's head, and of an answer's buffer.
 const BUFFER_BYTES: usize = 16 * 1024;
 
@@ -52,50 +57,128 @@ pub(super) trait Accept: Send {
     /// Identity of the client, added to each request as an extension.
     type Peer: Clone + Send + Sync + 'static;
 
-    fn accept(&self) -> impl Future<Output = io::Result<(Self::Stream, Self::Peer)>> + Send;
+    fn accept(&mut self) -> impl Future<Output = io::Result<(Self::Stream, Self::Peer)>> + Send;
 }
 
 impl Accept for TcpListener {
     type Stream = TcpStream;
     type Peer = SocketAddr;
 
-    fn accept(&self) -> impl Future<Output = io::Result<(TcpStream, SocketAddr)>> + Send {
+    fn accept(&mut self) -> impl Future<Output = io::Result<(TcpStream, SocketAddr)>> + Send {
         Self::accept(self)
     }
 }
 
 #[derive(Debug, Clone, Copy)]
 pub(super) struct ConnectionLimits {
-    /// Maximum number of concurrent connections. Further ones wait in the kernel's queue.
+    /// Maximum number of concurrent connections.
     pub(super) connections: usize,
+    pub(super) when_full: WhenFull,
+    /// True if a connection serves more than one request. Otherwise a client cannot occupy the event
+    /// loop with requests in advance whose answers it does not read.
+    pub(super) keep_alive: bool,
     /// Maximum age of a connection, so that a client that reads slowly does not occupy one forever.
     pub(super) age: Duration,
+}
+
+/// Treatment of a new connection when there are as many as allowed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum WhenFull {
+    /// It waits in the kernel's queue.
+    Wait,
+    /// It replaces the connection that has been without a new request for the longest time. So
+    /// clients that read or write slowly keep no other client out.
+    ReplaceOldest,
 }
 
 impl Default for ConnectionLimits {
     fn default() -> Self {
         Self {
             connections: 64,
+            when_full: WhenFull::ReplaceOldest,
+            keep_alive: false,
             age: Duration::from_secs(300),
         }
     }
 }
 
+/// The open connections.
+#[derive(Default)]
+struct OpenConnections {
+    tasks: JoinSet<()>,
+    open: HashMap<Id, OpenConnection>,
+    clock: Arc<RequestClock>,
+}
+
+struct OpenConnection {
+    task: AbortHandle,
+    last_request: Arc<AtomicU64>,
+}
+
+/// Counts requests and new connections of all clients, for their order.
+#[derive(Default)]
+struct RequestClock(AtomicU64);
+
+impl RequestClock {
+    fn tick(&self) -> u64 {
+        self.0.fetch_add(1, Ordering::Relaxed)
+    }
+}
+
+impl OpenConnections {
+    fn remove_ended(&mut self) {
+        while let Some(ended) = self.tasks.try_join_next_with_id() {
+            self.ended(ended);
+        }
+    }
+
+    fn ended(&mut self, ended: Result<(Id, ()), JoinError>) {
+        let id = ended.map_or_else(|error| error.id(), |(id, ())| id);
+        self.open.remove(&id);
+    }
+
+    async fn wait_for_place(&mut self, limit: usize) {
+        while self.open.len() >= limit {
+            match self.tasks.join_next_with_id().await {
+                Some(ended) => self.ended(ended),
+                None => return,
+            }
+        }
+    }
+
+    fn make_room(&mut self, limit: usize) {
+        while self.open.len() >= limit {
+            let last_request =
+                |(_, open): &(&Id, &OpenConnection)| open.last_request.load(Ordering::Relaxed);
+            let Some(oldest) = self.open.iter().min_by_key(last_request) else {
+                return;
+            };
+            let id = *oldest.0;
+            if let Some(oldest) = self.open.remove(&id) {
+                oldest.task.abort();
+            }
+        }
+    }
+}
+
 /// Serves forever. Dropping the future closes every connection.
-pub(super) async fn serve(listener: impl Accept, router: Router, limits: ConnectionLimits) {
-    let permits = Arc::new(Semaphore::new(limits.connections));
-    let mut connections = JoinSet::new();
+pub(super) async fn serve(mut listener: impl Accept, router: Router, limits: ConnectionLimits) {
+    let mut connections = OpenConnections::default();
     let mut server = http1::Builder::new();
     server
         .timer(TokioTimer::new())
+        // Its formatter panics before 1970, and no client needs it.
+        .auto_date_header(false)
+        .keep_alive(limits.keep_alive)
         .header_read_timeout(HEAD_TIMEOUT)
         .max_buf_size(BUFFER_BYTES);
     loop {
-        let Ok(permit) = Arc::clone(&permits).acquire_owned().await else {
-            return;
-        };
-        while connections.try_join_next().is_some() {}
-        let (stream, peer) = match listener.accept().await {
+        if limits.when_full == WhenFull::Wait {
+            connections.wait_for_place(limits.connections).await;
+        }
+        let accepted = listener.accept().await;
+        connections.remove_ended();
+        let (stream, peer) = match accepted {
             Ok(accepted) => accepted,
             Err(error) => {
                 // Out of file descriptors, for example: closing connections free some.
@@ -104,16 +187,21 @@ pub(super) async fn serve(listener: impl Accept, router: Router, limits: Connect
                 continue;
             }
         };
+        connections.make_room(limits.connections);
+        let clock = Arc::clone(&connections.clock);
+        let last_request = Arc::new(AtomicU64::new(clock.tick()));
+        let requested = Arc::clone(&last_request);
         let service = router
             .clone()
             .map_request(move |mut request: Request<Incoming>| {
+                requested.store(clock.tick(), Ordering::Relaxed);
                 request.extensions_mut().insert(peer.clone());
                 request
             });
         let service = TowerToHyperService::new(service);
         let server = server.clone();
-        connections.spawn(async move {
-            let mut stream = stream;
+        let task = connections.tasks.spawn(async move {
+            let mut stream = WriteTimeout::new(stream, WRITE_TIMEOUT);
             let connection = server.serve_connection(TokioIo::new(&mut stream), service);
             let served = timeout(limits.age, connection).await;
             if let Ok(outcome) = served {
@@ -122,8 +210,9 @@ pub(super) async fn serve(listener: impl Accept, router: Router, limits: Connect
                 }
                 let _late = timeout(LINGER, close(stream)).await;
             }
-            drop(permit);
         });
+        let open = OpenConnection { task, last_request };
+        connections.open.insert(open.task.id(), open);
     }
 }
 

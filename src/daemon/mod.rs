@@ -26,7 +26,7 @@
 //! **Stop.** SIGTERM and SIGINT cancel all tasks at once, and labels stay. A second signal exits
 //! immediately. **Reload.** On SIGHUP the configuration is validated; if it is valid, the daemon
 //! stops and the process executes its own program again, so that no task has to support a change of
-//! configuration.
+//! configuration. A SIGHUP meanwhile stays pending until the new image handles it.
 //!
 //! **Failure.** A task that ends or panics stops the daemon with an error, for the service manager
 //! to restart. If the socket or the journal cannot be opened, hotplug stays off until the next
@@ -40,7 +40,9 @@ mod http;
 mod listener;
 mod metrics;
 mod options;
+mod signals;
 mod socket;
+mod stream;
 mod tasks;
 
 use std::io::IsTerminal;
@@ -52,7 +54,7 @@ use anyhow::{Context, bail};
 use k8s_openapi::api::core::v1::ObjectReference;
 use sd_notify::NotifyState;
 use tokio::net::TcpListener;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info};
@@ -74,6 +76,7 @@ use crate::publish::file::FilePublisher;
 use api::Access;
 pub use health::Health;
 pub(crate) use options::{cluster_config, libvirt_config, one_shot_libvirt_config};
+pub use signals::block_hangup;
 pub use socket::{LocalSocket, Peer};
 
 /// Why the daemon exited without an error.
@@ -93,6 +96,7 @@ pub async fn run(
     config: Config,
     check: impl Fn() -> Result<(), ConfigError>,
 ) -> anyhow::Result<ExitReason> {
+    let hangup = signals::handle_hangup().context("cannot handle SIGHUP")?;
     info!(
         version = env!("CARGO_PKG_VERSION"),
         commit = env!("VIRTNODE_COMMIT"),
@@ -108,7 +112,7 @@ pub async fn run(
     let mut tasks = Tasks::default();
     start(&config, listener, &mut tasks).await?;
     notify(NotifyState::Ready);
-    let outcome = supervise(&mut tasks, check).await;
+    let outcome = supervise(&mut tasks, hangup, check).await;
     notify(match outcome {
         Ok(ExitReason::Reload) => NotifyState::Reloading,
         Ok(ExitReason::Stop) | Err(_) => NotifyState::Stopping,
@@ -252,11 +256,11 @@ async fn heartbeat(health: Arc<Health>) {
 /// Waits for a signal or the failure of a task.
 async fn supervise(
     tasks: &mut Tasks,
+    mut hangup: Signal,
     check: impl Fn() -> Result<(), ConfigError>,
 ) -> anyhow::Result<ExitReason> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let mut hangup = signal(SignalKind::hangup())?;
     // SIGHUP means that the terminal closed, if there is one. Checked now, because a closed
     // terminal is no longer recognizable as one.
     let on_terminal = std::io::stderr().is_terminal();

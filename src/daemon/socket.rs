@@ -6,8 +6,11 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::net::{UnixListener, UnixStream};
+use tokio::time::{Interval, MissedTickBehavior, interval};
+use tracing::{error, warn};
 
 use super::listener::Accept;
 use crate::ffi::peer_groups;
@@ -28,11 +31,19 @@ pub struct Peer {
     pub groups: Arc<[u32]>,
 }
 
-/// A listening socket. Dropping it removes its file.
+/// Interval between checks that the socket's file still exists.
+const CHECK_INTERVAL: Duration = Duration::from_secs(2);
+
+/// A listening socket. If its file is removed or replaced while it listens, it is bound again.
+/// Dropping it removes its file.
 pub struct LocalSocket {
     listener: UnixListener,
     path: PathBuf,
+    gid: Option<u32>,
     inode: u64,
+    check: Interval,
+    /// True after a failure to bind again was logged.
+    is_lost: bool,
 }
 
 impl LocalSocket {
@@ -56,11 +67,44 @@ impl LocalSocket {
         if gid.is_some() {
             chown(path, None, gid)?;
         }
+        let mut check = interval(CHECK_INTERVAL);
+        check.set_missed_tick_behavior(MissedTickBehavior::Delay);
         Ok(Self {
             listener,
             path: path.to_owned(),
+            gid,
             inode: fs::symlink_metadata(path)?.ino(),
+            check,
+            is_lost: false,
         })
+    }
+
+    /// True if the path leads to this socket.
+    fn is_reachable(&self) -> bool {
+        fs::symlink_metadata(&self.path).is_ok_and(|found| found.ino() == self.inode)
+    }
+
+    /// Binds the path again if it no longer leads to this socket. Open connections stay open.
+    fn restore(&mut self) {
+        if self.is_reachable() {
+            return;
+        }
+        let path = self.path.display();
+        match Self::bind(&self.path, self.gid) {
+            Ok(socket) => {
+                warn!(socket = %path, "the local API's socket was removed; bound it again");
+                *self = socket;
+            }
+            Err(error) if !self.is_lost => {
+                error!(
+                    socket = %path, %error,
+                    "the local API's socket was removed or replaced and cannot be bound again, \
+                     retrying: commands do not reach this daemon"
+                );
+                self.is_lost = true;
+            }
+            Err(_) => {}
+        }
     }
 }
 
@@ -86,8 +130,7 @@ fn remove_stale(path: &Path) -> io::Result<()> {
 impl Drop for LocalSocket {
     fn drop(&mut self) {
         // Another daemon may have created its own since.
-        let ours = fs::symlink_metadata(&self.path).is_ok_and(|found| found.ino() == self.inode);
-        if ours {
+        if self.is_reachable() {
             fs::remove_file(&self.path).ok();
         }
     }
@@ -97,8 +140,13 @@ impl Accept for LocalSocket {
     type Stream = UnixStream;
     type Peer = Peer;
 
-    async fn accept(&self) -> io::Result<(UnixStream, Peer)> {
-        let (stream, _) = self.listener.accept().await?;
+    async fn accept(&mut self) -> io::Result<(UnixStream, Peer)> {
+        let (stream, _) = loop {
+            tokio::select! {
+                accepted = self.listener.accept() => break accepted?,
+                _ = self.check.tick() => self.restore(),
+            }
+        };
         let credentials = stream.peer_cred()?;
         let peer = Peer {
             uid: credentials.uid(),
@@ -139,6 +187,30 @@ mod tests {
         fs::write(&path, "kept").unwrap();
         assert!(LocalSocket::bind(&path, None).is_err());
         assert_eq!(fs::read_to_string(&path).unwrap(), "kept");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn removed_socket_is_bound_again_and_a_replaced_one_is_left_alone() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("made/here.sock");
+        let mut socket = LocalSocket::bind(&path, None).unwrap();
+        let restored = async |socket: &mut LocalSocket| {
+            let accepted = tokio::time::timeout(2 * CHECK_INTERVAL, socket.accept());
+            assert!(accepted.await.is_err(), "nobody connects");
+        };
+        fs::remove_dir_all(path.parent().unwrap()).unwrap();
+        restored(&mut socket).await;
+        assert!(socket.is_reachable());
+        let (accepted, connected) = tokio::join!(socket.accept(), UnixStream::connect(&path));
+        assert!(accepted.is_ok() && connected.is_ok());
+
+        fs::remove_file(&path).unwrap();
+        let other = LocalSocket::bind(&path, None).unwrap();
+        restored(&mut socket).await;
+        assert!(!socket.is_reachable() && other.is_reachable());
+        drop(other);
+        restored(&mut socket).await;
+        assert!(socket.is_reachable());
     }
 
     #[tokio::test]

@@ -16,13 +16,11 @@ impl DoctorMetrics {
         let findings = registry.gauges(
             "virtnode_doctor_findings",
             "Findings of virtnode doctor, by check and severity; all 0 for a check that cannot run.",
-            &["check", "severity"],
+            &[
+                ("check", &Check::ALL.map(Check::as_str)),
+                ("severity", &Severity::ALL.map(Severity::as_str)),
+            ],
         );
-        for check in Check::ALL {
-            for severity in Severity::ALL {
-                findings.with_label_values(&[check.name(), severity.name()]);
-            }
-        }
         Self {
             findings,
             registry: registry.clone(),

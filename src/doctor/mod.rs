@@ -22,24 +22,24 @@ use tracing::warn;
 
 use crate::capability::NodeFacts;
 use crate::doctor::checks::observed::{
-    Daemon, LibvirtFailure, LibvirtStatus, Observed, ObservedDomain,
+    Daemon, LibvirtFailure, LibvirtStatus, Observed, ObservedDomain, Undetailed,
 };
 use crate::doctor::checks::{Check, DoctorReport, Severity, diagnose};
 use crate::domain::MemoryDevice;
 use crate::host;
+use crate::hotplug::Agent;
 use crate::hypervisor::{DomainBackend, DomainRef, NodeSource};
 use crate::label::{FactSource, Policy, derive};
 use crate::labeller::LatestProbe;
-use crate::monitor::{ObserveTimeouts, ObservedDomains, observe_details};
+use crate::monitor::{ObservedDomains, observe_details};
 use crate::probe::{ProbeMetrics, Prober, SourceFailure};
 use crate::telemetry::{MetricRegistry, now_seconds};
 use crate::units::Bytes;
 
-/// Timeouts for one domain. libvirt itself gives a guest agent 5 s.
-const DOMAIN_TIMEOUTS: ObserveTimeouts = ObserveTimeouts {
-    libvirt: Duration::from_secs(5),
-    agent: Duration::from_secs(7),
-};
+/// Timeout for one domain.
+const DOMAIN_TIMEOUT: Duration = Duration::from_secs(5);
+/// Maximum wait until a guest agent can be asked: silent agents have few places.
+const AGENT_WAIT: Duration = Duration::from_secs(30);
 /// Maximum number of domains queried concurrently, so that a few unresponsive ones do not delay the
 /// others.
 const CONCURRENT_DOMAINS: usize = 8;
@@ -47,9 +47,9 @@ const CONCURRENT_DOMAINS: usize = 8;
 const ALL_DOMAINS_TIMEOUT: Duration = Duration::from_secs(60);
 /// Timeout for reading all facts about the node.
 const FACTS_TIMEOUT: Duration = Duration::from_secs(60);
-/// Time between the two readings of a guest that lacks memory: a guest that is still plugging
+/// Time between the two readings of a guest that lacks memory or CPUs: a guest that is still plugging
 /// virtio-mem blocks has more after this time.
-const MEMORY_RECHECK: Duration = Duration::from_secs(3);
+const RECHECK: Duration = Duration::from_secs(3);
 
 /// Settings shared by the command and the daemon's task.
 #[derive(Debug, Clone)]
@@ -147,8 +147,8 @@ fn socket_of(uri: &str) -> Option<&Path> {
     socket.map(Path::new)
 }
 
-/// Observes the running domains, and once more those whose guests lack memory that they may just be
-/// plugging.
+/// Observes the running domains, and once more those whose guests lack memory or CPUs that they may
+/// just be plugging, or another client unplugging.
 async fn observe_domains<C: DomainBackend>(control: &C) -> Result<Vec<ObservedDomain>, String> {
     let running = control.statistics().await;
     let running = running.map_err(|error| error.to_string())?;
@@ -159,7 +159,9 @@ async fn observe_domains<C: DomainBackend>(control: &C) -> Result<Vec<ObservedDo
             uuid: stats.id.uuid,
             state: stats.state,
             stats: stats.stats,
-            details: Err(format!("not queried within {ALL_DOMAINS_TIMEOUT:?}")),
+            details: Err(Undetailed::Unanswered(format!(
+                "not queried within {ALL_DOMAINS_TIMEOUT:?}"
+            ))),
             earlier: BTreeMap::new(),
         })
         .collect();
@@ -167,10 +169,10 @@ async fn observe_domains<C: DomainBackend>(control: &C) -> Result<Vec<ObservedDo
     let all: Vec<usize> = (0..seen.len()).collect();
     query_details(control, &mut seen, all).await;
     let lacking: Vec<usize> = (0..seen.len())
-        .filter(|at| lacks_memory(&seen[*at]))
+        .filter(|at| lacks_memory(&seen[*at]) || lacks_vcpus(&seen[*at]))
         .collect();
     if !lacking.is_empty() {
-        sleep(MEMORY_RECHECK).await;
+        sleep(RECHECK).await;
         for at in &lacking {
             seen[*at].earlier = plugged_memory(&seen[*at]);
         }
@@ -190,7 +192,11 @@ async fn query_details<C: DomainBackend>(
         (at, id)
     });
     let queries = stream::iter(ids.collect::<Vec<_>>())
-        .map(|(at, id)| async move { (at, observe_details(control, &id, DOMAIN_TIMEOUTS).await) })
+        .map(|(at, id)| async move {
+            let wait = Some(AGENT_WAIT);
+            let details = observe_details(control, &id, DOMAIN_TIMEOUT, wait).await;
+            (at, details)
+        })
         .buffer_unordered(CONCURRENT_DOMAINS)
         .take_until(sleep(ALL_DOMAINS_TIMEOUT));
     let mut queries = std::pin::pin!(queries);
@@ -211,6 +217,14 @@ fn virtio_mem(seen: &ObservedDomain) -> impl Iterator<Item = &MemoryDevice> {
 /// True if the guest has plugged less of a virtio-mem device than requested.
 fn lacks_memory(seen: &ObservedDomain) -> bool {
     virtio_mem(seen).any(|device| device.plugged() < device.asked())
+}
+
+/// True if the guest has fewer CPUs than libvirt counts: another client may be changing them.
+fn lacks_vcpus(seen: &ObservedDomain) -> bool {
+    seen.details.as_ref().is_ok_and(|details| {
+        let plugged = details.domain.vcpus.plugged();
+        matches!(&details.agent, Agent::Answered(guest) if guest.vcpus.len() < plugged)
+    })
 }
 
 /// Returns the plugged size of each virtio-mem device, by alias.
@@ -302,7 +316,7 @@ impl DoctorTask {
         observed
     }
 
-    /// Sets `earlier` of the guests whose plugged memory has not changed for [`MEMORY_RECHECK`].
+    /// Sets `earlier` of the guests whose plugged memory has not changed for [`RECHECK`].
     fn add_earlier_memory(&mut self, observed: &mut Observed) {
         let Ok(domains) = &mut observed.domains else {
             return;
@@ -314,7 +328,7 @@ impl DoctorTask {
                 Some((since, before)) if before == plugged => since,
                 _ => Instant::now(),
             };
-            if since.elapsed() >= MEMORY_RECHECK {
+            if since.elapsed() >= RECHECK {
                 seen.earlier.clone_from(&plugged);
             }
             memory.insert(seen.uuid.clone(), (since, plugged));
@@ -325,10 +339,10 @@ impl DoctorTask {
     fn publish(&mut self, diagnosis: &DoctorReport) {
         for check in Check::ALL {
             for severity in Severity::ALL {
-                let count = diagnosis.count(*check, severity);
+                let count = diagnosis.count(check, severity);
                 self.metrics
                     .findings
-                    .with_label_values(&[check.name(), severity.name()])
+                    .with_label_values(&[check.as_str(), severity.as_str()])
                     .set(i64::try_from(count).unwrap_or(i64::MAX));
             }
         }
@@ -344,7 +358,7 @@ impl DoctorTask {
             let line = format!("{} {domain} {}", finding.check, finding.what);
             if !self.logged.contains(&line) {
                 warn!(
-                    check = finding.check.name(),
+                    check = finding.check.as_str(),
                     domain = finding.domain,
                     "{}; run virtnode doctor for the remedy",
                     finding.what

@@ -50,10 +50,18 @@ pub enum CallError {
         call: Cow<'static, str>,
         text: String,
     },
-    /// The guest agent did not answer, is not connected, has no channel, or rejected the request
-    /// (`VIR_ERR_AGENT_UNRESPONSIVE`, `_UNSYNCED`, `_COMMAND_TIMEOUT`, `_COMMAND_FAILED`).
+    /// The guest agent did not answer, is not connected, or has no channel
+    /// (`VIR_ERR_AGENT_UNRESPONSIVE`, `_UNSYNCED`, `_COMMAND_TIMEOUT`).
     #[error("the guest agent did not do {call}: {text}")]
     AgentSilent {
+        call: Cow<'static, str>,
+        text: String,
+    },
+    /// The guest agent answered with an error, or with something that libvirt cannot use: the
+    /// command is blocked, unknown to this agent, or failed (`VIR_ERR_AGENT_COMMAND_FAILED`; before
+    /// libvirt 11.2 `VIR_ERR_INTERNAL_ERROR`).
+    #[error("the guest agent rejected {call}: {text}")]
+    AgentRefused {
         call: Cow<'static, str>,
         text: String,
     },
@@ -87,10 +95,11 @@ impl CallError {
         ["unavailable", "timeout", "unsupported", "denied", "failed"];
 
     /// Codes of errors that only calls about one domain can end with.
-    pub const DOMAIN_CODES: [&'static str; 5] = [
+    pub const DOMAIN_CODES: [&'static str; 6] = [
         "domain-not-found",
         "domain-not-running",
         "agent-unavailable",
+        "agent-refused",
         "unplug-pending",
         "busy",
     ];
@@ -105,6 +114,7 @@ impl CallError {
             Self::NotFound(_) => "domain-not-found",
             Self::NotRunning(_) => "domain-not-running",
             Self::AgentSilent { .. } => "agent-unavailable",
+            Self::AgentRefused { .. } => "agent-refused",
             Self::UnplugPending { .. } => "unplug-pending",
             Self::Busy { .. } => "busy",
             Self::Failed { .. } => "failed",
@@ -120,6 +130,7 @@ impl CallError {
             | Self::Busy { text, .. }
             | Self::UnplugPending { text, .. }
             | Self::AgentSilent { text, .. }
+            | Self::AgentRefused { text, .. }
             | Self::Denied { text, .. }
             | Self::Unsupported { text, .. }
             | Self::Failed { text, .. } => Some(text),

@@ -109,9 +109,19 @@ pub struct CpuRequirement {
     pub features: Vec<PolicyFeature>,
     /// `migratable=` of host-passthrough and maximum.
     pub migratable: Option<bool>,
+    pub physical_address: Option<PhysicalAddress>,
     pub topology: Option<VcpuTopology>,
     /// The first attribute of `<topology>` that libvirt requires and that is missing.
     pub missing_topology_attribute: Option<&'static str>,
+}
+
+/// `<maxphysaddr>`: the width of the guest's physical addresses.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct PhysicalAddress {
+    /// `emulate` or `passthrough`.
+    pub mode: Option<String>,
+    pub bits: Option<u32>,
+    pub limit: Option<u32>,
 }
 
 /// libvirt's verification of the CPU before a start: `<cpu check=…>`.
@@ -160,6 +170,13 @@ impl CpuRequirement {
                 "topology" => {
                     cpu.topology = Some(VcpuTopology::read(child)?);
                     cpu.missing_topology_attribute = missing_topology_attribute(child)?;
+                }
+                "maxphysaddr" => {
+                    cpu.physical_address = Some(PhysicalAddress {
+                        mode: child.text("mode")?,
+                        bits: child.parsed("bits", "number of bits")?,
+                        limit: child.parsed("limit", "number of bits")?,
+                    });
                 }
                 "numa" => memory.read_cells(cursor)?,
                 _ => {}

@@ -1,12 +1,12 @@
-//! The one reader of domain XML, and the model that it fills.
+//! The reader of domain XML, and the model that it fills.
 //!
 //! [`DomainDefinition`] holds every element that some part of the program needs. No part uses it
 //! directly; each consumer takes a view of it:
 //!
 //! ```text
-//!                               ┌▶ Domain            hotplug, monitor: vCPUs, memory, agent
-//! domain XML ─▶ DomainDefinition┼▶ NodeRequirements  labels: machine type, CPU model, features
-//!                               └▶ Requirement       check and targets (src/compat)
+//!             ┌▶ DomainDefinition ┬▶ Domain       hotplug, monitor: vCPUs, memory, agent
+//! domain XML ─┤                   └▶ Requirement  check and targets (src/compat)
+//!             └▶ NodeRequirements                 labels: machine type, CPU model and features
 //! ```
 //!
 //! Element names and defaults follow docs/formatdomain.rst of libvirt 9.0 to 12.x. An unknown
@@ -18,9 +18,10 @@
 
 use super::cpu::CpuRequirement;
 use super::devices::DeviceDefinitions;
-use super::memory::{MemoryDefinition, read_size, scaled};
+use super::firmware::Firmware;
+use super::memory::{MemoryDefinition, read_size};
+use super::placement::{HostPlacement, MemoryBacking};
 use super::vcpus::VcpuDefinition;
-use crate::units::Bytes;
 use crate::xml::{self, Cursor, DocumentError, Element, ElementError};
 
 /// A domain's XML, live or not. An absent element or attribute is `None`, empty or false.
@@ -37,28 +38,39 @@ pub struct DomainDefinition {
     pub arch: Option<String>,
     /// The machine type: canonical in live XML, possibly an alias otherwise.
     pub machine: Option<String>,
-    /// `<os firmware=…>`: `efi` or `bios`.
-    pub firmware: Option<String>,
-    /// True if the loader or the firmware features ask for secure boot.
-    pub secure_boot: bool,
+    pub firmware: Firmware,
+    /// `<smm state=…>`.
+    pub smm: Option<bool>,
+    /// `<ps2 state=…>`.
+    pub ps2: Option<bool>,
     pub acpi: bool,
     pub io_apic: Option<IoApicDriver>,
-    /// `<gic version=…>`: `2`, `3` or `host`.
-    pub gic_version: Option<String>,
+    /// `<gic>`.
+    pub gic: Option<Gic>,
     /// The enabled Hyper-V enlightenments, by libvirt's names.
     pub enlightenments: Vec<String>,
     pub cpu: CpuRequirement,
     pub vcpus: VcpuDefinition,
     pub memory: MemoryDefinition,
-    /// `<memoryBacking><source type=…>`: `memfd`, `file`, `anonymous`.
-    pub memory_source: Option<String>,
-    /// The requested sizes of huge pages; empty with huge pages means the default size.
-    pub huge_page_sizes: Vec<Bytes>,
+    pub backing: MemoryBacking,
+    /// The host CPUs and NUMA nodes that the definition names.
+    pub placement: HostPlacement,
+    /// The frequency of the guest's time stamp counter: `<timer name='tsc' frequency=…>`.
+    pub tsc_frequency: Option<u64>,
+    /// True if the guest has the Hyper-V reference time: `<timer name='hypervclock'>`.
+    pub hyperv_clock: bool,
     /// `<launchSecurity type=…>`: `sev`, `sev-snp`, `tdx`, `s390-pv`.
     pub launch_security: Option<String>,
     pub devices: DeviceDefinitions,
     /// True if there are elements of QEMU's own namespace.
     pub raw_arguments: bool,
+}
+
+/// Arm's interrupt controller: `<gic>`.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Gic {
+    /// `2`, `3` or `host`; `None` leaves it to libvirt.
+    pub version: Option<String>,
 }
 
 /// The emulator of the I/O APIC: `<features><ioapic driver=…>`.
@@ -97,17 +109,23 @@ impl DomainDefinition {
             "name" => self.name = Some(cursor.text()?),
             "uuid" => self.uuid = Some(cursor.text()?),
             "os" => {
-                self.firmware = element.text("firmware")?;
+                self.firmware.automatic = element.text("firmware")?;
                 cursor.children(|cursor, child| self.read_os(cursor, child))?;
             }
             "features" => cursor.children(|cursor, child| self.read_feature(cursor, child))?,
             "cpu" => self.cpu = CpuRequirement::read(cursor, element, &mut self.memory)?,
-            "vcpu" => self.vcpus.read_count(cursor, element)?,
+            "vcpu" => {
+                self.placement.read_vcpu(element)?;
+                self.vcpus.read_count(cursor, element)?;
+            }
+            "cputune" => cursor.children(|_, child| self.placement.read_pin(child))?,
+            "numatune" => cursor.children(|_, child| self.placement.read_numatune(child))?,
+            "clock" => cursor.children(|_, child| self.read_timer(child))?,
             "vcpus" => self.vcpus.read_each(cursor)?,
             "memory" => self.memory.total = Some(read_size(cursor, element)?),
             "currentMemory" => self.memory.balloon = Some(read_size(cursor, element)?),
             "maxMemory" => self.memory.read_maximum(cursor, element)?,
-            "memoryBacking" => cursor.children(|cursor, child| self.read_backing(cursor, child))?,
+            "memoryBacking" => cursor.children(|cursor, child| self.backing.read(cursor, child))?,
             "launchSecurity" => self.launch_security = element.text("type")?,
             "devices" => cursor.children(|cursor, child| self.devices.read(cursor, child))?,
             name => self.raw_arguments |= name.starts_with("qemu:"),
@@ -126,12 +144,8 @@ impl DomainDefinition {
                 self.machine = element.text("machine")?;
                 self.os_type = Some(cursor.text()?);
             }
-            "loader" => self.secure_boot |= element.yes_no("secure")? == Some(true),
-            "firmware" => cursor.children(|_, feature| {
-                let secure = feature.attribute("name")?.as_deref() == Some("secure-boot");
-                self.secure_boot |= secure && feature.yes_no("enabled")? == Some(true);
-                Ok(())
-            })?,
+            "loader" => self.firmware.read_loader(cursor, element)?,
+            "firmware" => self.firmware.read_features(cursor)?,
             _ => {}
         }
         Ok(())
@@ -144,6 +158,9 @@ impl DomainDefinition {
     ) -> Result<(), ElementError> {
         match element.name() {
             "acpi" => self.acpi = true,
+            // Without an attribute the feature is on.
+            "smm" => self.smm = Some(element.yes_no("state")?.unwrap_or(true)),
+            "ps2" => self.ps2 = element.yes_no("state")?,
             "ioapic" => {
                 self.io_apic = match element.attribute("driver")?.as_deref() {
                     Some("qemu") => Some(IoApicDriver::Qemu),
@@ -151,7 +168,11 @@ impl DomainDefinition {
                     _ => None,
                 };
             }
-            "gic" => self.gic_version = element.text("version")?,
+            "gic" => {
+                self.gic = Some(Gic {
+                    version: element.text("version")?,
+                });
+            }
             "hyperv" => cursor.children(|_, enlightenment| {
                 if enlightenment.attribute("state")?.as_deref() == Some("on") {
                     self.enlightenments.push(enlightenment.name().to_owned());
@@ -163,23 +184,14 @@ impl DomainDefinition {
         Ok(())
     }
 
-    fn read_backing(
-        &mut self,
-        cursor: &mut Cursor<'_>,
-        element: &Element<'_>,
-    ) -> Result<(), ElementError> {
-        match element.name() {
-            "source" => self.memory_source = element.text("type")?,
-            "hugepages" => {
-                self.memory.huge_pages = true;
-                cursor.children(|_, page| {
-                    if let Some(size) = page.parsed("size", "page size")? {
-                        let unit = page.attribute("unit")?;
-                        self.huge_page_sizes.push(scaled(size, unit.as_deref())?);
-                    }
-                    Ok(())
-                })?;
+    fn read_timer(&mut self, timer: &Element<'_>) -> Result<(), ElementError> {
+        match timer.attribute("name")?.as_deref() {
+            // libvirt compares the frequency even of a timer that is not present.
+            Some("tsc") => {
+                let frequency = timer.parsed("frequency", "number of Hz")?;
+                self.tsc_frequency = frequency.filter(|hz| *hz > 0).or(self.tsc_frequency);
             }
+            Some("hypervclock") => self.hyperv_clock = timer.yes_no("present")? != Some(false),
             _ => {}
         }
         Ok(())

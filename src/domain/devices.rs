@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::device_spec::DeviceSpec;
 use super::memory::{MemoryDevice, read_target};
 use crate::xml::{Cursor, Element, ElementError};
 
@@ -125,9 +126,10 @@ pub struct PciControllers {
     pub root_ports: Vec<u32>,
     /// The buses that devices and other controllers occupy.
     pub used_buses: Vec<u32>,
-    /// Among the two PCI devices that libvirt adds by default, a USB controller and a balloon, the
-    /// number suppressed by `model='none'`.
-    pub suppressed_defaults: u32,
+    /// True if a USB controller with `model='none'` suppresses the one that libvirt adds by default.
+    pub no_usb: bool,
+    /// The same for a balloon.
+    pub no_balloon: bool,
 }
 
 impl PciControllers {
@@ -150,6 +152,8 @@ pub struct DeviceDefinitions {
     pub host: HostDevices,
     pub pci: PciControllers,
     pub iommu: Option<IommuDevice>,
+    /// Every device, in the document's order.
+    pub specs: Vec<DeviceSpec>,
 }
 
 impl DeviceDefinitions {
@@ -170,7 +174,9 @@ impl DeviceDefinitions {
             xtsup: None,
         });
         let mut alias = None;
+        let mut spec = DeviceSpec::new(element)?;
         cursor.children(|cursor, child| {
+            spec.read_child(child)?;
             match child.name() {
                 "alias" => alias = child.text("name")?,
                 "address" => match child.attribute("type")?.as_deref() {
@@ -216,6 +222,7 @@ impl DeviceDefinitions {
             self.aliased.push(AliasedDevice { kind, alias });
         }
         self.iommu = iommu.or(self.iommu.take());
+        self.specs.push(spec);
         Ok(())
     }
 
@@ -231,10 +238,10 @@ impl DeviceDefinitions {
                 let index: Option<u32> = element.parsed("index", "number of a controller")?;
                 self.pci.root_ports.extend(index);
             }
-            ("controller", Some("usb")) if is_none => self.pci.suppressed_defaults += 1,
+            ("controller", Some("usb")) if is_none => self.pci.no_usb = true,
             ("memballoon", _) => {
                 self.balloon.present = !is_none;
-                self.pci.suppressed_defaults += u32::from(is_none);
+                self.pci.no_balloon |= is_none;
             }
             _ => {}
         }

@@ -11,7 +11,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::units::ParseError;
+use crate::units::{ParseError, string_conversions};
 
 /// One of the hypervisor connections of a node.
 #[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -70,19 +70,7 @@ impl FromStr for ConnectionId {
     }
 }
 
-impl TryFrom<String> for ConnectionId {
-    type Error = ParseError;
-
-    fn try_from(text: String) -> Result<Self, ParseError> {
-        text.parse()
-    }
-}
-
-impl From<ConnectionId> for String {
-    fn from(id: ConnectionId) -> Self {
-        id.to_string()
-    }
-}
+string_conversions!(ConnectionId);
 
 /// Identifies a domain. Equality, order and hash use [`DomainRef::key`]: the name may change.
 #[derive(Debug, Clone, Serialize, Deserialize)]

@@ -75,7 +75,9 @@ impl Domain {
                 topology: cpu.topology,
             },
             vcpus: definition.vcpus.resolve()?,
-            memory: definition.memory.resolve(devices.memory)?,
+            memory: definition
+                .memory
+                .resolve(devices.memory, definition.backing.huge_pages)?,
             balloon: devices.balloon,
             agent: devices.agent,
             devices: devices.aliased,

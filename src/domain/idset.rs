@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::units::ParseError;
+use crate::units::{ParseError, string_conversions};
 
 /// Maximum CPU number, sixteen times that of the largest machine type (4096). It bounds the memory
 /// that a range can expand to.
@@ -42,6 +42,12 @@ impl IdSet {
     /// Returns the numbers in ascending order.
     pub fn iter(&self) -> impl Iterator<Item = u32> + '_ {
         self.0.iter().copied()
+    }
+
+    /// Returns the numbers with the noun for them: `CPU 1`, `CPUs 1-2`.
+    pub fn named(&self, noun: &str) -> String {
+        let plural = if self.len() == 1 { "" } else { "s" };
+        format!("{noun}{plural} {self}")
     }
 
     /// Returns the numbers that `other` lacks.
@@ -104,19 +110,7 @@ impl fmt::Display for IdSet {
     }
 }
 
-impl From<IdSet> for String {
-    fn from(set: IdSet) -> Self {
-        set.to_string()
-    }
-}
-
-impl TryFrom<String> for IdSet {
-    type Error = ParseError;
-
-    fn try_from(text: String) -> Result<Self, ParseError> {
-        text.parse()
-    }
-}
+string_conversions!(IdSet);
 
 #[cfg(test)]
 mod tests {
@@ -134,6 +128,8 @@ mod tests {
             ("0,2,4", "0,2,4", 3),
         ] {
             let set: IdSet = text.parse().unwrap();
+            let plural = if len == 1 { "" } else { "s" };
+            assert_eq!(set.named("CPU"), format!("CPU{plural} {shown}"));
             assert_eq!((set.to_string().as_str(), set.len()), (shown, len));
         }
         for bad in [

@@ -87,6 +87,15 @@ impl Memory {
         })
     }
 
+    /// Returns the part of `<maxMemory>` that neither boot memory nor a device takes.
+    pub fn unused_maximum(&self) -> Bytes {
+        let taken = self
+            .devices
+            .iter()
+            .fold(self.boot, |sum, device| sum.saturating_add(device.size));
+        self.maximum.unwrap_or_default().saturating_sub(taken)
+    }
+
     /// Returns the virtio-mem devices.
     pub fn virtio_mem(&self) -> impl DoubleEndedIterator<Item = &MemoryDevice> {
         self.devices
@@ -158,7 +167,8 @@ pub struct MemoryDefinition {
     pub maximum: Option<Bytes>,
     pub slots: u32,
     pub cells: Vec<GuestNumaCell>,
-    pub huge_pages: bool,
+    /// True if a cell has `memAccess='shared'`.
+    pub has_shared_cell: bool,
 }
 
 impl MemoryDefinition {
@@ -179,6 +189,8 @@ impl MemoryDefinition {
             if child.name() == "cell" {
                 let ordinal = u32::try_from(self.cells.len()).unwrap_or(u32::MAX);
                 let memory = child.parsed("memory", "size")?.unwrap_or(0);
+                let access = child.attribute("memAccess")?;
+                self.has_shared_cell |= access.as_deref() == Some("shared");
                 self.cells.push(GuestNumaCell {
                     id: child.parsed("id", "number of a cell")?.unwrap_or(ordinal),
                     cpus: child.parsed("cpus", "list of CPUs")?.unwrap_or_default(),
@@ -191,7 +203,11 @@ impl MemoryDefinition {
 
     /// Returns the domain's memory. `<memory>` is the sum of boot memory and the sizes of all
     /// devices (`virDomainDefGetMemoryTotal`, libvirt 11.3); NUMA cells hold boot memory only.
-    pub(super) fn resolve(self, devices: Vec<MemoryDevice>) -> Result<Memory, ElementError> {
+    pub(super) fn resolve(
+        self,
+        devices: Vec<MemoryDevice>,
+        huge_pages: bool,
+    ) -> Result<Memory, ElementError> {
         let sum = |sizes: &mut dyn Iterator<Item = Bytes>| {
             sizes.fold(Bytes::ZERO, |sum, size| sum.saturating_add(size))
         };
@@ -213,7 +229,7 @@ impl MemoryDefinition {
             slots: self.slots,
             cells: self.cells,
             devices,
-            huge_pages: self.huge_pages,
+            huge_pages,
         })
     }
 }

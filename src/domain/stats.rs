@@ -1,10 +1,14 @@
 //! A domain's statistics, by the names of `virConnectGetAllDomainStats`.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::units::{Bytes, KiB};
+use crate::units::{Bytes, KiB, Timestamp};
+
+/// Minimum age of a report that is overdue: guests are slow under load.
+const MIN_OVERDUE: Duration = Duration::from_secs(5);
 
 /// The statistics of a domain that matter for hotplug.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -38,6 +42,22 @@ pub struct BalloonStats {
     pub usable: Option<Bytes>,
     /// Time of the guest's last report, in seconds since 1970 by the host's clock; 0 means never.
     pub updated: Option<u64>,
+}
+
+impl BalloonStats {
+    /// Returns the age of the guest's last report; `None` if it never reported. Without a statistics
+    /// period it may be as old as the guest: the driver reports once when it starts.
+    pub fn age(&self, at: Timestamp) -> Option<Duration> {
+        let updated = self.updated.filter(|updated| *updated > 0)?;
+        let millis = i64::try_from(updated.saturating_mul(1000)).unwrap_or(i64::MAX);
+        Some(at.since(Timestamp::from_millis(millis)))
+    }
+
+    /// True if the last report still describes the guest, which reports every `period` seconds.
+    pub fn is_current(&self, at: Timestamp, period: Option<u32>) -> bool {
+        let overdue = Duration::from_secs(3 * u64::from(period.unwrap_or(0))).max(MIN_OVERDUE);
+        self.age(at).is_some_and(|age| age <= overdue)
+    }
 }
 
 impl Stats {

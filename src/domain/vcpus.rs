@@ -53,6 +53,12 @@ impl Vcpus {
         self.count(|vcpu| vcpu.enabled && !vcpu.hotpluggable)
     }
 
+    /// Returns the numbers of the plugged vCPUs that cannot be unplugged.
+    pub fn fixed_ids(&self) -> IdSet {
+        let fixed = |vcpu: &&Vcpu| vcpu.enabled && !vcpu.hotpluggable;
+        self.each.iter().filter(fixed).map(|vcpu| vcpu.id).collect()
+    }
+
     /// Returns the number of vCPUs that can still be plugged.
     pub fn free(&self) -> u32 {
         self.count(|vcpu| !vcpu.enabled && vcpu.hotpluggable)

@@ -170,6 +170,7 @@ impl<C: DomainBackend, S> Driver<C, S> {
             domain.clone(),
             self.clock,
             &self.executor.options,
+            Arc::clone(&self.executor.vcpu_lives),
             asks_agent,
         ))
     }
@@ -197,11 +198,18 @@ impl<C: DomainBackend, S> Driver<C, S> {
 
     /// Writes the entry to the journal.
     async fn save(&mut self) -> Result<(), String> {
+        let domain = self.entry.record.domain.identity();
+        self.entry.vcpu_life = domain.and_then(|domain| self.executor.vcpu_lives.get(&domain));
         self.executor.write(&self.entry).await
     }
 
     /// Writes a verdict to the journal, then publishes, reports and logs it.
     async fn report_verdict(&mut self) {
+        let record = &mut self.entry.record;
+        // An earlier process had the verdict, but could not write it.
+        if let Some(first) = self.executor.journal.kept_verdict(&record.id) {
+            record.finished = record.finished.map(|finished| finished.min(first.at));
+        }
         // The executor logged the failure; the verdict is true without the journal.
         self.save().await.ok();
         self.publish();
@@ -227,7 +235,7 @@ pub(super) fn span(record: &Record) -> Span {
 
 fn latest_timestamp(entry: &Entry) -> Timestamp {
     let history = entry.history.as_ref();
-    let observed = history.map(|history| history.latest().at);
+    let observed = history.map(|history| history.latest().ended());
     let called = history.and_then(|history| {
         let call = history.calls().last()?;
         Some(call.returned.as_ref().map_or(call.started, |(at, _)| *at))

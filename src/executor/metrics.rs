@@ -48,22 +48,25 @@ struct Open {
 
 impl HotplugMetrics {
     pub fn register(registry: &MetricRegistry) -> Self {
-        let metrics = Self {
+        let resources = ("resource", &ResourceKind::ALL.map(ResourceKind::as_str)[..]);
+        let actions = ("action", &ACTIONS[..]);
+        let verdicts = Verdict::ALL.map(Verdict::as_str);
+        Self {
             requests: registry.counters(
                 "virtnode_hotplug_requests_total",
                 "Operations submitted, counted once their action is known.",
-                &["resource", "action"],
+                &[resources, actions],
             ),
             results: registry.counters(
                 "virtnode_hotplug_results_total",
                 "Operations that ended, by their first verdict: a correction is not counted.",
-                &["resource", "action", "verdict"],
+                &[resources, actions, ("verdict", &verdicts)],
             ),
             duration: registry.histograms(
                 "virtnode_hotplug_duration_seconds",
                 "Time until the hypervisor has done its part (execute), and from then until the \
                  verdict (verify).",
-                &["resource", "action", "phase"],
+                &[resources, actions, ("phase", &PHASES)],
             ),
             in_progress: registry.gauge(
                 "virtnode_hotplug_in_progress",
@@ -80,33 +83,14 @@ impl HotplugMetrics {
             journal: registry.gauges(
                 "virtnode_journal_records",
                 "Records in the journal, by state of the operation.",
-                &["state"],
+                &[("state", &STATES.map(State::as_str))],
             ),
             journal_failures: registry.counter(
                 "virtnode_journal_write_failures_total",
                 "Failed writes to the journal.",
             ),
             open: Mutex::default(),
-        };
-        for resource in ResourceKind::ALL.map(ResourceKind::as_str) {
-            for action in ACTIONS {
-                metrics.requests.with_label_values(&[resource, action]);
-                for verdict in Verdict::ALL.map(Verdict::as_str) {
-                    metrics
-                        .results
-                        .with_label_values(&[resource, action, verdict]);
-                }
-                for phase in PHASES {
-                    metrics
-                        .duration
-                        .with_label_values(&[resource, action, phase]);
-                }
-            }
         }
-        for state in STATES.map(State::as_str) {
-            metrics.journal.with_label_values(&[state]);
-        }
-        metrics
     }
 
     /// Counts a change of an operation.
@@ -254,6 +238,7 @@ mod tests {
                 online: false,
             },
             require: Require::Online,
+            persistent: false,
             timeout: Duration::from_secs(60),
             idempotency_key: None,
             asked_by: AskedBy::Local { uid: 0 },

@@ -21,6 +21,7 @@
 mod clock;
 mod driver;
 mod followers;
+mod lives;
 mod metrics;
 mod observer;
 mod options;
@@ -39,7 +40,9 @@ use tracing::{error, info};
 use self::clock::Clock;
 use self::driver::Driver;
 use self::followers::Followers;
+use self::lives::VcpuLives;
 pub use self::metrics::HotplugMetrics;
+pub use self::observer::observe_once;
 pub use self::options::{AvailableMemory, Listener, Options};
 use self::queues::Queues;
 use self::registry::{Registered, Registry};
@@ -93,6 +96,7 @@ pub struct Executor<C> {
     /// Queues by domain.
     domains: Arc<Queues<DomainRef>>,
     followers: Mutex<Followers>,
+    vcpu_lives: Arc<VcpuLives>,
     tasks: TaskTracker,
     stop: CancellationToken,
 }
@@ -109,7 +113,10 @@ impl<C: DomainBackend> Executor<C> {
         options: Options,
         listener: impl Listener,
     ) -> Result<Arc<Self>, JournalError> {
-        let entries = journal.entries()?;
+        let mut entries = journal.entries()?;
+        for entry in &mut entries {
+            restore_kept_verdict(&journal, entry);
+        }
         let executor = Arc::new(Self {
             backend,
             journal: Arc::new(journal),
@@ -120,6 +127,7 @@ impl<C: DomainBackend> Executor<C> {
             registry: Mutex::default(),
             names: Arc::default(),
             domains: Arc::default(),
+            vcpu_lives: Arc::default(),
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),
         });
@@ -128,6 +136,17 @@ impl<C: DomainBackend> Executor<C> {
             let restored = entries.iter().map(|entry| registry.restore(entry));
             restored.collect()
         };
+        for entry in &entries {
+            let domain = entry.record.domain.identity();
+            if let Some((domain, life)) = domain.zip(entry.vcpu_life.clone()) {
+                executor.vcpu_lives.restore(domain, life);
+            }
+        }
+        let (lives, events) = (Arc::clone(&executor.vcpu_lives), executor.backend.events());
+        let stop = executor.stop.clone();
+        executor.tasks.spawn(async move {
+            stop.run_until_cancelled(lives.follow(events)).await;
+        });
         // Followers first: an operation that starts cancels the follower of its domain. The
         // newest come first, because their number is limited.
         let last = last_of_each_domain(&entries);
@@ -177,6 +196,7 @@ impl<C: DomainBackend> Executor<C> {
             order,
             record,
             history: None,
+            vcpu_life: None,
         };
         let (written, is_written) = oneshot::channel();
         let executor = Arc::clone(self);
@@ -221,11 +241,13 @@ impl<C: DomainBackend> Executor<C> {
         self.registry().watch(id)
     }
 
-    /// Stops every driver and waits for them. The next start resumes unfinished operations.
+    /// Stops every driver, waits for them, and releases the journal. The next start resumes
+    /// unfinished operations.
     pub async fn stop(&self) {
         self.stop.cancel();
         self.tasks.close();
         self.tasks.wait().await;
+        self.journal.release();
     }
 
     fn registry(&self) -> MutexGuard<'_, Registry> {
@@ -243,7 +265,10 @@ impl<C: DomainBackend> Executor<C> {
         let (journal, entry) = (Arc::clone(&self.journal), entry.clone());
         let finished = self.registry().finished();
         let work = move || {
-            journal.write(&entry).map_err(|error| error.to_string())?;
+            if let Err(error) = journal.write(&entry) {
+                journal.keep_verdict(&entry.record);
+                return Err(error.to_string());
+            }
             let surplus = journal.surplus(finished);
             for id in &surplus {
                 if let Err(error) = journal.remove(id) {
@@ -270,6 +295,24 @@ impl<C: DomainBackend> Executor<C> {
                 Err(error)
             }
         }
+    }
+}
+
+/// Ends an operation whose verdict could not be written, if it changed nothing. One with a history is
+/// judged again.
+fn restore_kept_verdict(journal: &Journal, entry: &mut Entry) {
+    let record = &mut entry.record;
+    if record.is_done() || entry.history.is_some() {
+        return;
+    }
+    let Some(kept) = journal.kept_verdict(&record.id) else {
+        return;
+    };
+    let message = "the journal could not be written at the time of the verdict, so its reason is \
+                   lost; nothing was changed";
+    record.end(kept.verdict, message, kept.at);
+    if let Err(error) = journal.write(entry) {
+        error!(%error, "cannot write the journal");
     }
 }
 

@@ -7,13 +7,15 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::clock::Clock;
+use super::lives::VcpuLives;
 use super::options::Options;
-use crate::hotplug::{Agent, Contact, GuestVcpus, Observation};
+use crate::hotplug::{Agent, AnswerTimes, Contact, GuestVcpus, Observation};
 use crate::hypervisor::{CallError, DomainBackend, DomainRef, ObservationQuery};
 
-/// Pause after an unanswered question to the guest agent: each one occupies a worker until its
-/// own deadline, and other domains need workers too.
-const AGENT_PAUSE: Duration = Duration::from_secs(2);
+/// Pauses after an unanswered question to the guest agent, each twice as long as the one before: a
+/// silent agent occupies a place that other domains need too.
+const MIN_AGENT_PAUSE: Duration = Duration::from_secs(2);
+const MAX_AGENT_PAUSE: Duration = Duration::from_secs(30);
 
 /// Source of observations of one domain. Every source has its own timeout, so that a guest agent
 /// or a job on the domain delays an observation but does not prevent it.
@@ -23,6 +25,7 @@ pub(super) struct Observer<C> {
     clock: Clock,
     timeout: Duration,
     agent_timeout: Duration,
+    vcpu_lives: Arc<VcpuLives>,
     asks_agent: bool,
     asks_qemu: bool,
     silent_agent: Mutex<Option<SilentAgent>>,
@@ -33,6 +36,7 @@ pub(super) struct Observer<C> {
 struct SilentAgent {
     error: String,
     until: Instant,
+    pause: Duration,
 }
 
 impl<C: DomainBackend> Observer<C> {
@@ -41,6 +45,7 @@ impl<C: DomainBackend> Observer<C> {
         domain: DomainRef,
         clock: Clock,
         options: &Options,
+        vcpu_lives: Arc<VcpuLives>,
         asks_agent: bool,
     ) -> Self {
         Self {
@@ -49,6 +54,7 @@ impl<C: DomainBackend> Observer<C> {
             clock,
             timeout: options.observe_timeout,
             agent_timeout: options.agent_timeout,
+            vcpu_lives,
             asks_agent,
             asks_qemu: options.deep_verify,
             silent_agent: Mutex::default(),
@@ -63,6 +69,7 @@ impl<C: DomainBackend> Observer<C> {
             timeout: self.timeout,
             statistics: true,
             agent: Some(self.agent_timeout).filter(|_| self.asks_agent && pause.is_none()),
+            background: false,
             answers: self.asks_qemu,
         };
         let seen = self.backend.observe(&self.domain, query).await;
@@ -88,8 +95,18 @@ impl<C: DomainBackend> Observer<C> {
             (None, Some(silent)) if self.asks_agent && may_answer => Agent::Silent(silent.error),
             (None, _) => Agent::NotAsked,
         };
-        Ok(Observation {
+        let received = |at| self.clock.received(at);
+        let answered = AnswerTimes {
+            live: Some(received(seen.times.live)),
+            statistics: seen
+                .statistics
+                .as_ref()
+                .map(|_| received(seen.times.statistics)),
+            agent: seen.times.agent.map(received),
+        };
+        let observation = Observation {
             at,
+            answered,
             domain: live.domain,
             reason: live.reason,
             persistent: live.persistent,
@@ -97,29 +114,50 @@ impl<C: DomainBackend> Observer<C> {
             agent,
             job: live.job,
             answers: seen.answers,
-        })
+        };
+        self.vcpu_lives.observe(&self.domain, &observation);
+        Ok(observation)
     }
 
     fn agent_answer(&self, answer: Result<GuestVcpus, CallError>) -> Agent {
-        let error = match answer {
-            Ok(guest) => {
-                *self.silent_agent() = None;
-                return Agent::Answered(guest);
+        let agent = Agent::from_call(answer);
+        let mut silent = self.silent_agent();
+        match &agent {
+            Agent::Silent(error) => {
+                let pause = silent.as_ref().map_or(MIN_AGENT_PAUSE, |last| {
+                    (last.pause * 2).min(MAX_AGENT_PAUSE)
+                });
+                *silent = Some(SilentAgent {
+                    error: error.clone(),
+                    until: Instant::now() + pause,
+                    pause,
+                });
             }
-            Err(CallError::Overdue { after, .. }) => format!("no answer within {after:?}"),
-            Err(error) => error.to_string(),
-        };
-        *self.silent_agent() = Some(SilentAgent {
-            error: error.clone(),
-            until: Instant::now() + AGENT_PAUSE,
-        });
-        Agent::Silent(error)
+            // The next observation tries again.
+            Agent::NotQueried(_) => {}
+            Agent::NotAsked | Agent::Refused(_) | Agent::Answered(_) => *silent = None,
+        }
+        agent
     }
 
     fn silent_agent(&self) -> std::sync::MutexGuard<'_, Option<SilentAgent>> {
         let silent = self.silent_agent.lock();
         silent.unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Observes a domain once, without its guest agent: for a preflight without an operation.
+///
+/// # Errors
+/// The domain does not exist, is held by a job, or the hypervisor does not answer.
+pub async fn observe_once<C: DomainBackend>(
+    backend: Arc<C>,
+    domain: DomainRef,
+) -> Result<Observation, Contact> {
+    let options = Options::default();
+    let lives = Arc::new(VcpuLives::default());
+    let observer = Observer::new(backend, domain, Clock::start(), &options, lives, false);
+    observer.observe().await
 }
 
 /// Exponentially growing pauses between attempts.

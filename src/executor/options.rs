@@ -18,7 +18,7 @@ pub struct Options {
     pub max_open: usize,
     /// Timeout for each source of an observation.
     pub observe_timeout: Duration,
-    /// Timeout for the guest agent within an observation.
+    /// Maximum wait within an observation until the guest agent can be asked.
     pub agent_timeout: Duration,
     /// Query QEMU for the guest's last ACPI answers, which taints domains.
     pub deep_verify: bool,

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 use tokio::sync::watch;
 
 use super::SubmitError;
+use crate::hotplug::{Earlier, Require};
 use crate::journal::Entry;
 use crate::operation::{AskedBy, OperationId, Order, Record};
 use crate::units::Timestamp;
@@ -100,6 +101,29 @@ impl Registry {
 
     pub(super) fn watch(&self, id: &OperationId) -> Option<watch::Receiver<Record>> {
         self.slots.get(id).map(|slot| slot.record.subscribe())
+    }
+
+    /// Returns the result of the last operation with a verdict on the same domain and for the same
+    /// kind of resource, if it required that the guest uses it.
+    pub(super) fn earlier(&self, record: &Record) -> Option<Earlier> {
+        let domain = record.domain.identity()?;
+        let kind = record.request.kind();
+        let slots = self.slots.values().rev();
+        let of_domain = slots.filter(|slot| {
+            let earlier = slot.record.borrow();
+            let is_judged = earlier.id != record.id && earlier.is_done();
+            is_judged
+                && earlier.request.kind() == kind
+                && earlier.domain.identity().as_ref() == Some(&domain)
+        });
+        let last = of_domain
+            .filter(|slot| slot.order.require == Require::Online)
+            .find(|slot| slot.record.borrow().after.is_some())?;
+        let last = last.record.borrow();
+        Some(Earlier {
+            verdict: last.verdict?,
+            after: last.after?,
+        })
     }
 
     pub(super) fn newest_first(&self) -> Vec<Record> {

@@ -1,6 +1,6 @@
-//! The end of a connection, and a call that is about none of its domains.
+//! Close callback of a connection, and its calls about CPU definitions.
 
-use std::ffi::{CString, c_int, c_void};
+use std::ffi::{CString, c_char, c_int, c_void};
 use std::ops::Deref;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::{fmt, ptr};
@@ -10,16 +10,18 @@ use virt::connect::Connect;
 use virt::error::Error;
 use virt::sys;
 
-/// Why libvirt ended a connection (`virConnectCloseReason`).
+use super::parameters::copied;
+
+/// Reason for the end of a connection (`virConnectCloseReason`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CloseReason {
     /// The socket failed.
     Error,
-    /// The other side closed it: libvirtd ended.
+    /// libvirtd ended.
     EndOfFile,
-    /// Keepalive messages stayed without an answer.
+    /// libvirtd did not answer keepalive messages.
     Keepalive,
-    /// We closed it ourselves, or a reason newer than this list.
+    /// This program closed the connection, or a reason newer than this list.
     Other,
 }
 
@@ -39,16 +41,16 @@ type OnClose = Box<dyn Fn(CloseReason) + Send + Sync>;
 
 /// A connection with libvirt's close callback, registered until this is dropped.
 ///
-/// libvirt keeps a reference to a connection that has a callback, so the callback is taken off
-/// before the connection is closed. Both may ask libvirtd and so may block.
+/// libvirt keeps a reference to a connection that has a callback, so the callback is removed before
+/// the connection is closed. Both may call libvirtd and block.
 pub struct Watched(Connect);
 
 impl Watched {
-    /// Has `on_close` called when the connection ends, at most once, on the event loop's thread
-    /// or on one that is just making a call: it must neither block nor call libvirt.
+    /// Registers `on_close`, which libvirt calls at most once when the connection ends, on the event
+    /// loop's thread or on one that is making a call. It must neither block nor call libvirt.
     ///
     /// # Errors
-    /// libvirt's own; `VIR_ERR_NO_SUPPORT` from drivers that live in this process.
+    /// libvirt's error; `VIR_ERR_NO_SUPPORT` from drivers within this process.
     pub fn new(
         connect: Connect,
         on_close: impl Fn(CloseReason) + Send + Sync + 'static,
@@ -56,7 +58,7 @@ impl Watched {
         let opaque = Box::into_raw(Box::new(Box::new(on_close) as OnClose)).cast::<c_void>();
         // SAFETY: the pointer is of a live connection that `connect` owns. `opaque` is an
         // `OnClose` on the heap that stays until libvirt calls `free_on_close` once: when the
-        // callback was called or taken off.
+        // callback was called or removed.
         let result = unsafe {
             sys::virConnectRegisterCloseCallback(
                 connect.as_ptr(),
@@ -70,7 +72,7 @@ impl Watched {
         }
         let error = Error::last_error();
         // SAFETY: libvirt did not take `opaque`: it stores the callback as its last step, after
-        // all that can fail (virConnectRegisterCloseCallback and remoteConnectRegisterCloseCallback).
+        // everything that can fail (virConnectRegisterCloseCallback and remoteConnectRegisterCloseCallback).
         unsafe { free_on_close(opaque) };
         Err((connect, error))
     }
@@ -91,13 +93,13 @@ impl Deref for Watched {
 
 impl Drop for Watched {
     fn drop(&mut self) {
-        // SAFETY: the connection is alive until the field is dropped after this. Taking off what
-        // was called already or never registered is an error without consequence.
+        // SAFETY: the connection is alive until the field is dropped after this. Removing a
+        // callback that was called already or never registered is an error without consequence.
         unsafe { sys::virConnectUnregisterCloseCallback(self.0.as_ptr(), Some(call_on_close)) };
     }
 }
 
-/// libvirt's side of [`OnClose`].
+/// Calls the [`OnClose`] for libvirt.
 unsafe extern "C" fn call_on_close(_: sys::virConnectPtr, reason: c_int, opaque: *mut c_void) {
     // SAFETY: `opaque` is the `OnClose` of `Watched::new`, which libvirt frees only after this.
     let on_close = unsafe { &*opaque.cast::<OnClose>() };
@@ -111,92 +113,86 @@ unsafe extern "C" fn call_on_close(_: sys::virConnectPtr, reason: c_int, opaque:
     drop(catch_unwind(AssertUnwindSafe(|| on_close(reason))));
 }
 
-/// Frees what [`Watched::new`] put on the heap.
+/// Frees the [`OnClose`] of [`Watched::new`].
 unsafe extern "C" fn free_on_close(opaque: *mut c_void) {
     // SAFETY: `opaque` came from `Box::into_raw` of a `Box<OnClose>` and is given up here, once.
     let on_close = unsafe { Box::from_raw(opaque.cast::<OnClose>()) };
     drop(catch_unwind(AssertUnwindSafe(|| drop(on_close))));
 }
 
-/// `virConnectBaselineHypervisorCPU` for one CPU definition: what this hypervisor can give of it.
-/// `flags` are `VIR_CONNECT_BASELINE_CPU_*`; what is `None` libvirt chooses itself.
+/// Architecture, machine type and domain type. libvirt chooses each that is `None`.
+pub type CpuTarget<'t> = [Option<&'t str>; 3];
+
+/// Returns the part of a CPU definition that this hypervisor can provide
+/// (`virConnectBaselineHypervisorCPU`).
+/// `flags` are `VIR_CONNECT_BASELINE_CPU_*`.
 ///
 /// # Errors
-/// libvirt's own (`VIR_ERR_CONFIG_UNSUPPORTED` where the architecture has no such call), and
+/// libvirt's error (`VIR_ERR_CONFIG_UNSUPPORTED` if the architecture does not have the call), and
 /// `VIR_ERR_INVALID_ARG` for a text with a NUL.
 pub fn baseline_hypervisor_cpu(
     connect: &Connect,
-    arch: Option<&str>,
-    machine: Option<&str>,
-    virt_type: Option<&str>,
+    target: CpuTarget<'_>,
     cpu: &str,
     flags: u32,
 ) -> Result<String, Error> {
-    let text = |value: Option<&str>| value.map(CString::new).transpose();
-    let (arch, machine, virt_type) = (text(arch)?, text(machine)?, text(virt_type)?);
-    let cpu = CString::new(cpu)?;
-    let pointer = |value: &Option<CString>| value.as_ref().map_or(ptr::null(), |v| v.as_ptr());
-    let mut cpus = [cpu.as_ptr()];
     // SAFETY: the connection is alive; every text is NUL-terminated or a null pointer, which the
-    // call allows, and outlives it; `cpus` holds as many as said.
-    let answer = unsafe {
-        sys::virConnectBaselineHypervisorCPU(
-            connect.as_ptr(),
-            ptr::null(),
-            pointer(&arch),
-            pointer(&machine),
-            pointer(&virt_type),
-            cpus.as_mut_ptr(),
-            1,
-            flags,
-        )
-    };
-    if answer.is_null() {
-        return Err(Error::last_error());
-    }
-    // SAFETY: libvirt answers with a NUL-terminated text that is ours to free.
-    let copy = unsafe { std::ffi::CStr::from_ptr(answer) }
-        .to_string_lossy()
-        .into_owned();
-    // SAFETY: it was allocated by malloc, and nothing refers to it from here on.
-    unsafe { libc::free(answer.cast()) };
-    Ok(copy)
+    // call takes for the emulator, the architecture, the machine and the type; the list has one
+    // text. The answer is NUL-terminated, ours to free, and not used after that.
+    with_texts(target, cpu, |arch, machine, virt_type, cpu| unsafe {
+        let (connect, mut cpus, emulator) = (connect.as_ptr(), [cpu], ptr::null());
+        let cpus = cpus.as_mut_ptr();
+        let answer = sys::virConnectBaselineHypervisorCPU(
+            connect, emulator, arch, machine, virt_type, cpus, 1, flags,
+        );
+        let copy = copied(answer).ok_or_else(Error::last_error)?;
+        libc::free(answer.cast());
+        Ok(copy)
+    })
 }
 
-/// `virConnectCompareHypervisorCPU`: whether this hypervisor can give a CPU definition.
-/// `flags` are `VIR_CONNECT_COMPARE_CPU_*`; what is `None` libvirt chooses itself. The answer is
-/// one of `VIR_CPU_COMPARE_*`.
+/// Compares a CPU definition with what this hypervisor can provide
+/// (`virConnectCompareHypervisorCPU`).
+/// `flags` are `VIR_CONNECT_COMPARE_CPU_*`. The answer is one of `VIR_CPU_COMPARE_*`.
 ///
 /// # Errors
-/// libvirt's own (`VIR_ERR_CPU_INCOMPATIBLE` with what is missing, if a flag asks for it), and
+/// libvirt's error (`VIR_ERR_CPU_INCOMPATIBLE` with the difference, if a flag requests it), and
 /// `VIR_ERR_INVALID_ARG` for a text with a NUL.
 pub fn compare_hypervisor_cpu(
     connect: &Connect,
-    arch: Option<&str>,
-    machine: Option<&str>,
-    virt_type: Option<&str>,
+    target: CpuTarget<'_>,
     cpu: &str,
     flags: u32,
 ) -> Result<i32, Error> {
-    let text = |value: Option<&str>| value.map(CString::new).transpose();
-    let (arch, machine, virt_type) = (text(arch)?, text(machine)?, text(virt_type)?);
-    let cpu = CString::new(cpu)?;
-    let pointer = |value: &Option<CString>| value.as_ref().map_or(ptr::null(), |v| v.as_ptr());
-    // SAFETY: the connection is alive; every text is NUL-terminated or a null pointer, which the
-    // call allows for all but the CPU, and outlives it.
-    let answer = unsafe {
-        sys::virConnectCompareHypervisorCPU(
-            connect.as_ptr(),
-            ptr::null(),
-            pointer(&arch),
-            pointer(&machine),
-            pointer(&virt_type),
-            cpu.as_ptr(),
-            flags,
-        )
-    };
+    // SAFETY: as in the baseline.
+    let answer = with_texts(target, cpu, |arch, machine, virt_type, cpu| unsafe {
+        let (connect, emulator) = (connect.as_ptr(), ptr::null());
+        Ok(sys::virConnectCompareHypervisorCPU(
+            connect, emulator, arch, machine, virt_type, cpu, flags,
+        ))
+    })?;
     match answer {
         0.. => Ok(answer),
         _ => Err(Error::last_error()),
     }
+}
+
+type Text = *const c_char;
+
+/// Makes a call with C strings, which live as long as the call.
+fn with_texts<T>(
+    target: CpuTarget<'_>,
+    cpu: &str,
+    call: impl FnOnce(Text, Text, Text, Text) -> Result<T, Error>,
+) -> Result<T, Error> {
+    let text = |value: Option<&str>| value.map(CString::new).transpose();
+    let (arch, machine, virt_type) = (text(target[0])?, text(target[1])?, text(target[2])?);
+    let pointer = |text: &Option<CString>| text.as_ref().map_or(ptr::null(), |text| text.as_ptr());
+    let cpu = CString::new(cpu)?;
+    call(
+        pointer(&arch),
+        pointer(&machine),
+        pointer(&virt_type),
+        cpu.as_ptr(),
+    )
 }

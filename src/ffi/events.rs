@@ -9,19 +9,25 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use virt::connect::Connect;
 use virt::error::Error;
-use virt::sys;
+use virt::sys::{
+    self, virConnectDomainEventAgentLifecycleCallback as AgentLifecycle,
+    virConnectDomainEventDeviceRemovalFailedCallback as RemovalFailed,
+    virConnectDomainEventDeviceRemovedCallback as Removed,
+    virConnectDomainEventMemoryDeviceSizeChangeCallback as MemorySize,
+    virConnectDomainEventVcpuRemovedCallback as VcpuRemoved,
+};
 
 use super::domain::identity;
 use super::parameters::copied;
 
-/// Something that happened to a domain, in libvirt's own terms.
+/// A change of a domain, in libvirt's terms.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum RawEventKind {
     /// A QEMU monitor event.
     Monitor {
-        /// QEMU's name of it.
+        /// QEMU's name of the event.
         name: String,
-        /// Its data, JSON; `None` if it has none.
+        /// Its data in JSON, if any.
         details: Option<String>,
     },
     /// `VIR_DOMAIN_EVENT_ID_LIFECYCLE`: `virDomainEventType` and the number of its detail.
@@ -34,7 +40,7 @@ pub enum RawEventKind {
     DeviceRemovalFailed(String),
     /// `VIR_DOMAIN_EVENT_ID_VCPU_REMOVED` (libvirt 12.4), with the number.
     VcpuRemoved(u32),
-    /// `VIR_DOMAIN_EVENT_ID_AGENT_LIFECYCLE`: whether the guest agent is connected.
+    /// `VIR_DOMAIN_EVENT_ID_AGENT_LIFECYCLE`: true if the guest agent is connected.
     Agent(bool),
     /// `VIR_DOMAIN_EVENT_ID_MEMORY_DEVICE_SIZE_CHANGE` (libvirt 7.9).
     MemorySize {
@@ -45,10 +51,10 @@ pub enum RawEventKind {
     },
 }
 
-/// An event of libvirt with the domain that it is about.
+/// An event of libvirt with its domain.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RawEvent {
-    /// The domain's name: tenants' text.
+    /// The domain's name: untrusted text.
     pub name: String,
     /// The domain's UUID in its usual spelling.
     pub uuid: String,
@@ -57,20 +63,20 @@ pub struct RawEvent {
 
 type Listener = Arc<dyn Fn(RawEvent) + Send + Sync>;
 
-/// The listeners of the subscriptions that are alive, by number.
+/// The listeners of all subscriptions, by number.
 ///
-/// libvirt is given the number and never a pointer, as it may still deliver, or free, after a
-/// registration failed or was taken off, if it is just delivering (virObjectEventStateDeregisterID).
+/// libvirt receives the number and never a pointer: while it delivers an event, it may still call or
+/// free after a registration failed or was removed (virObjectEventStateDeregisterID).
 static LISTENERS: Mutex<(usize, BTreeMap<usize, Listener>)> = Mutex::new((0, BTreeMap::new()));
 
 fn listeners() -> MutexGuard<'static, (usize, BTreeMap<usize, Listener>)> {
     LISTENERS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The events of all domains of a connection, for as long as this lives.
+/// A subscription to the events of all domains of a connection, which ends when it is dropped.
 ///
-/// libvirt keeps a reference to a connection that has registrations, so this is to be dropped
-/// before the connection is closed. Making and dropping it ask libvirtd and so may block.
+/// libvirt keeps a reference to a connection that has registrations, so this must be dropped
+/// before the connection is closed. Creating and dropping it call libvirtd and may block.
 pub struct Subscription {
     connect: Connect,
     listener: usize,
@@ -80,14 +86,14 @@ pub struct Subscription {
 }
 
 impl Subscription {
-    /// Has `listener` called with the domain events of [`RawEventKind`], and with the QEMU monitor
-    /// events whose name matches `monitor`, a POSIX extended regular expression. It is called on
-    /// the event loop's thread and must neither block nor call libvirt.
+    /// Subscribes `listener` to the domain events of [`RawEventKind`], and to the QEMU monitor events
+    /// whose name matches `monitor`, a POSIX extended regular expression. The event loop's thread
+    /// calls it; it must neither block nor call libvirt.
     ///
     /// Events that this libvirt or its driver does not support are omitted: see [`Subscription::refused`].
     ///
     /// # Errors
-    /// Only if the connection cannot be held, or for a text with a NUL.
+    /// `VIR_ERR_INVALID_ARG` for a text with a NUL.
     pub fn new(
         connect: &Connect,
         monitor: &str,
@@ -111,21 +117,22 @@ impl Subscription {
         Ok(subscription)
     }
 
-    /// The events that libvirt does not tell here, and what it said.
+    /// Returns the events that this libvirt does not support, each with its error.
     pub fn refused(&self) -> &[(&'static str, Error)] {
         &self.refused
     }
 
-    /// Not a pointer to anything: the number of the listener.
+    /// Returns the number of the listener in the form of a pointer.
     fn opaque(&self) -> *mut c_void {
         ptr::without_provenance_mut(self.listener)
     }
 
     fn register_events(&mut self) {
         for (name, id, callback) in callbacks() {
+            let id = c_int::try_from(id).unwrap_or(c_int::MAX);
             // SAFETY: the connection is alive; without a domain it is for all of them; the
-            // callback has the signature of its event and `opaque` is no pointer, so there is
-            // nothing to free.
+            // callback has the signature of its event and `opaque` is not a pointer, so there
+            // is nothing to free.
             let registration = unsafe {
                 sys::virConnectDomainEventRegisterAny(
                     self.connect.as_ptr(),
@@ -144,7 +151,7 @@ impl Subscription {
     }
 
     fn register_monitor(&mut self, names: &CString) {
-        // SAFETY: as of the other events; the text ends with a NUL and libvirt copies it.
+        // SAFETY: as for the other events; the text ends with a NUL and libvirt copies it.
         let registration = unsafe {
             sys::virConnectDomainQemuMonitorEventRegister(
                 self.connect.as_ptr(),
@@ -166,10 +173,10 @@ impl Subscription {
 impl Drop for Subscription {
     fn drop(&mut self) {
         let listener = listeners().1.remove(&self.listener);
-        // Not under the lock: it may do anything.
+        // Dropped outside the lock, because a listener's drop may run any code.
         drop(listener);
         // SAFETY: the connection is alive, and the numbers are of registrations that it has. On a
-        // dead connection libvirt takes off its own side all the same.
+        // dead connection libvirt still removes its own side.
         unsafe {
             if let Some(registration) = self.monitor {
                 sys::virConnectDomainQemuMonitorEventDeregister(
@@ -184,69 +191,11 @@ impl Drop for Subscription {
     }
 }
 
-type Callback = sys::virConnectDomainEventGenericCallback;
-
-/// Each domain event with its callback. Those that a libvirt is too old for it refuses.
-fn callbacks() -> [(&'static str, c_int, Callback); 7] {
-    let id = |id: sys::virDomainEventID| c_int::try_from(id).unwrap_or(c_int::MAX);
-    // SAFETY: libvirt takes every callback as this type and calls it as the type that belongs to
-    // the event (virConnectDomainEventRegisterAny, VIR_DOMAIN_EVENT_CALLBACK).
-    unsafe {
-        [
-            (
-                "lifecycle",
-                id(sys::VIR_DOMAIN_EVENT_ID_LIFECYCLE),
-                transmute::<sys::virConnectDomainEventCallback, Callback>(Some(on_lifecycle)),
-            ),
-            (
-                "reboot",
-                id(sys::VIR_DOMAIN_EVENT_ID_REBOOT),
-                Some(on_reboot),
-            ),
-            (
-                "device-removed",
-                id(sys::VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED),
-                transmute::<sys::virConnectDomainEventDeviceRemovedCallback, Callback>(Some(
-                    on_removed,
-                )),
-            ),
-            (
-                "device-removal-failed",
-                id(sys::VIR_DOMAIN_EVENT_ID_DEVICE_REMOVAL_FAILED),
-                transmute::<sys::virConnectDomainEventDeviceRemovalFailedCallback, Callback>(Some(
-                    on_removal_failed,
-                )),
-            ),
-            (
-                "vcpu-removed",
-                id(sys::VIR_DOMAIN_EVENT_ID_VCPU_REMOVED),
-                transmute::<sys::virConnectDomainEventVcpuRemovedCallback, Callback>(Some(
-                    on_vcpu_removed,
-                )),
-            ),
-            (
-                "agent-lifecycle",
-                id(sys::VIR_DOMAIN_EVENT_ID_AGENT_LIFECYCLE),
-                transmute::<sys::virConnectDomainEventAgentLifecycleCallback, Callback>(Some(
-                    on_agent,
-                )),
-            ),
-            (
-                "memory-device-size-change",
-                id(sys::VIR_DOMAIN_EVENT_ID_MEMORY_DEVICE_SIZE_CHANGE),
-                transmute::<sys::virConnectDomainEventMemoryDeviceSizeChangeCallback, Callback>(
-                    Some(on_memory_size),
-                ),
-            ),
-        ]
-    }
-}
-
 /// Calls the listener. A panic ends here: unwinding into C would abort the process.
 ///
 /// # Safety
 /// `domain` is alive for the time of the call.
-unsafe fn tell(
+unsafe fn emit(
     domain: sys::virDomainPtr,
     opaque: *mut c_void,
     what: impl FnOnce() -> Option<RawEventKind>,
@@ -262,118 +211,93 @@ unsafe fn tell(
     })));
 }
 
-unsafe extern "C" fn on_lifecycle(
-    _: sys::virConnectPtr,
-    domain: sys::virDomainPtr,
-    event: c_int,
-    detail: c_int,
-    opaque: *mut c_void,
-) -> c_int {
-    let number = |number| u32::try_from(number).unwrap_or(u32::MAX);
-    let (event, detail) = (number(event), number(detail));
-    // SAFETY: libvirt holds the domain for as long as it calls.
-    unsafe {
-        tell(domain, opaque, || {
-            Some(RawEventKind::Lifecycle { event, detail })
-        })
+/// Defines callbacks for libvirt. Each passes the event in its arguments, if any, to the listener.
+macro_rules! callbacks {
+    ($(fn $name:ident($($argument:ident: $type:ty),*) $(-> $result:ty)? { $what:expr })+) => {
+        $(unsafe extern "C" fn $name(
+            _: sys::virConnectPtr,
+            domain: sys::virDomainPtr,
+            $($argument: $type,)*
+            opaque: *mut c_void,
+        ) $(-> $result)? {
+            // SAFETY: libvirt holds the domain and the texts for as long as it calls.
+            unsafe { emit(domain, opaque, || $what) };
+            Default::default()
+        })+
     };
-    0
 }
 
-unsafe extern "C" fn on_reboot(
-    _: sys::virConnectPtr,
-    domain: sys::virDomainPtr,
-    opaque: *mut c_void,
-) {
-    // SAFETY: libvirt holds the domain for as long as it calls.
-    unsafe { tell(domain, opaque, || Some(RawEventKind::Reboot)) };
-}
-
-unsafe extern "C" fn on_removed(
-    _: sys::virConnectPtr,
-    domain: sys::virDomainPtr,
-    alias: *const c_char,
-    opaque: *mut c_void,
-) {
-    // SAFETY: libvirt holds the domain and the text for as long as it calls.
-    unsafe {
-        tell(domain, opaque, || {
-            copied(alias).map(RawEventKind::DeviceRemoved)
-        });
+callbacks! {
+    fn on_lifecycle(event: c_int, detail: c_int) -> c_int {
+        Some(RawEventKind::Lifecycle { event: number(event), detail: number(detail) })
+    }
+    fn on_reboot() { Some(RawEventKind::Reboot) }
+    fn on_removed(alias: *const c_char) { copied(alias).map(RawEventKind::DeviceRemoved) }
+    fn on_removal_failed(alias: *const c_char) {
+        copied(alias).map(RawEventKind::DeviceRemovalFailed)
+    }
+    fn on_vcpu_removed(vcpu: c_uint) { Some(RawEventKind::VcpuRemoved(vcpu)) }
+    fn on_agent(state: c_int, _reason: c_int) { agent(state).map(RawEventKind::Agent) }
+    fn on_memory_size(alias: *const c_char, kib: c_ulonglong) {
+        copied(alias).map(|alias| RawEventKind::MemorySize { alias, kib })
+    }
+    fn on_monitor(event: *const c_char, _s: c_longlong, _us: c_uint, details: *const c_char) {
+        Some(RawEventKind::Monitor { name: copied(event)?, details: copied(details) })
     }
 }
 
-unsafe extern "C" fn on_removal_failed(
-    _: sys::virConnectPtr,
-    domain: sys::virDomainPtr,
-    alias: *const c_char,
-    opaque: *mut c_void,
-) {
-    // SAFETY: libvirt holds the domain and the text for as long as it calls.
-    unsafe {
-        tell(domain, opaque, || {
-            copied(alias).map(RawEventKind::DeviceRemovalFailed)
-        });
-    }
+fn number(number: c_int) -> u32 {
+    u32::try_from(number).unwrap_or(u32::MAX)
 }
 
-unsafe extern "C" fn on_vcpu_removed(
-    _: sys::virConnectPtr,
-    domain: sys::virDomainPtr,
-    vcpu: c_uint,
-    opaque: *mut c_void,
-) {
-    // SAFETY: libvirt holds the domain for as long as it calls.
-    unsafe { tell(domain, opaque, || Some(RawEventKind::VcpuRemoved(vcpu))) };
-}
-
-unsafe extern "C" fn on_agent(
-    _: sys::virConnectPtr,
-    domain: sys::virDomainPtr,
-    state: c_int,
-    _reason: c_int,
-    opaque: *mut c_void,
-) {
-    let connected = match u32::try_from(state) {
-        Ok(sys::VIR_CONNECT_DOMAIN_EVENT_AGENT_LIFECYCLE_STATE_CONNECTED) => Some(true),
-        Ok(sys::VIR_CONNECT_DOMAIN_EVENT_AGENT_LIFECYCLE_STATE_DISCONNECTED) => Some(false),
+/// Returns whether a state means that the agent is connected; `None` for an unknown one.
+fn agent(state: c_int) -> Option<bool> {
+    match number(state) {
+        sys::VIR_CONNECT_DOMAIN_EVENT_AGENT_LIFECYCLE_STATE_CONNECTED => Some(true),
+        sys::VIR_CONNECT_DOMAIN_EVENT_AGENT_LIFECYCLE_STATE_DISCONNECTED => Some(false),
         _ => None,
+    }
+}
+
+type Callback = sys::virConnectDomainEventGenericCallback;
+
+/// Returns each domain event with its callback. An old libvirt refuses those that it does not have.
+fn callbacks() -> [(&'static str, sys::virDomainEventID, Callback); 7] {
+    // SAFETY: libvirt takes every callback as this type and calls it as the type that belongs to
+    // the event (virConnectDomainEventRegisterAny, VIR_DOMAIN_EVENT_CALLBACK).
+    let (lifecycle, removed, failed, vcpu, agent, size) = unsafe {
+        (
+            transmute::<sys::virConnectDomainEventCallback, Callback>(Some(on_lifecycle)),
+            transmute::<Removed, Callback>(Some(on_removed)),
+            transmute::<RemovalFailed, Callback>(Some(on_removal_failed)),
+            transmute::<VcpuRemoved, Callback>(Some(on_vcpu_removed)),
+            transmute::<AgentLifecycle, Callback>(Some(on_agent)),
+            transmute::<MemorySize, Callback>(Some(on_memory_size)),
+        )
     };
-    // SAFETY: libvirt holds the domain for as long as it calls.
-    unsafe { tell(domain, opaque, || connected.map(RawEventKind::Agent)) };
-}
-
-unsafe extern "C" fn on_memory_size(
-    _: sys::virConnectPtr,
-    domain: sys::virDomainPtr,
-    alias: *const c_char,
-    kib: c_ulonglong,
-    opaque: *mut c_void,
-) {
-    // SAFETY: libvirt holds the domain and the text for as long as it calls.
-    unsafe {
-        tell(domain, opaque, || {
-            copied(alias).map(|alias| RawEventKind::MemorySize { alias, kib })
-        });
-    }
-}
-
-unsafe extern "C" fn on_monitor(
-    _: sys::virConnectPtr,
-    domain: sys::virDomainPtr,
-    event: *const c_char,
-    _seconds: c_longlong,
-    _micros: c_uint,
-    details: *const c_char,
-    opaque: *mut c_void,
-) {
-    // SAFETY: libvirt holds the domain and the texts for as long as it calls.
-    unsafe {
-        tell(domain, opaque, || {
-            Some(RawEventKind::Monitor {
-                name: copied(event)?,
-                details: copied(details),
-            })
-        });
-    }
+    [
+        ("lifecycle", sys::VIR_DOMAIN_EVENT_ID_LIFECYCLE, lifecycle),
+        ("reboot", sys::VIR_DOMAIN_EVENT_ID_REBOOT, Some(on_reboot)),
+        (
+            "device-removed",
+            sys::VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED,
+            removed,
+        ),
+        (
+            "device-removal-failed",
+            sys::VIR_DOMAIN_EVENT_ID_DEVICE_REMOVAL_FAILED,
+            failed,
+        ),
+        ("vcpu-removed", sys::VIR_DOMAIN_EVENT_ID_VCPU_REMOVED, vcpu),
+        (
+            "agent-lifecycle",
+            sys::VIR_DOMAIN_EVENT_ID_AGENT_LIFECYCLE,
+            agent,
+        ),
+        (
+            "memory-device-size-change",
+            sys::VIR_DOMAIN_EVENT_ID_MEMORY_DEVICE_SIZE_CHANGE,
+            size,
+        ),
+    ]
 }

@@ -5,15 +5,15 @@ use std::slice;
 
 use virt::sys;
 
-/// A copy of a text of C's; `None` for a null pointer. Bytes that are no UTF-8 are replaced.
+/// Copies a C string; `None` for a null pointer. Bytes that are not UTF-8 are replaced.
 ///
 /// # Safety
-/// `text` is null, or points to bytes that end with a NUL and stay for the time of the call.
+/// `text` is null, or points to bytes that end with a NUL and live during the call.
 pub(super) unsafe fn copied(text: *const c_char) -> Option<String> {
     if text.is_null() {
         return None;
     }
-    // SAFETY: by this function's own condition.
+    // SAFETY: by this function's contract.
     let text = unsafe { CStr::from_ptr(text) };
     Some(text.to_string_lossy().into_owned())
 }
@@ -36,7 +36,7 @@ pub enum Value {
     Negative(i64),
     /// A floating-point number.
     Float(f64),
-    /// A truth value.
+    /// A boolean.
     Flag(bool),
     /// A text.
     Text(String),
@@ -45,7 +45,7 @@ pub enum Value {
 }
 
 impl Value {
-    /// The number, if it is one that is not negative.
+    /// Returns the value if it is a number that is not negative.
     pub fn number(&self) -> Option<u64> {
         match self {
             Self::Number(number) => Some(*number),
@@ -53,7 +53,7 @@ impl Value {
         }
     }
 
-    /// The text, if it is one.
+    /// Returns the value if it is a text.
     pub fn text(&self) -> Option<&str> {
         match self {
             Self::Text(text) => Some(text),
@@ -69,22 +69,35 @@ impl Value {
 /// Copies libvirt's parameters.
 ///
 /// # Safety
-/// `parameters` are as many as `length` says, filled in by libvirt; null only if there are none.
+/// `parameters` points to `length` parameters from libvirt; null only if `length` is 0.
 pub(super) unsafe fn read(parameters: sys::virTypedParameterPtr, length: c_int) -> Vec<Parameter> {
     let length = usize::try_from(length).unwrap_or(0);
     if parameters.is_null() || length == 0 {
         return Vec::new();
     }
-    // SAFETY: by this function's own condition.
+    // SAFETY: by this function's contract.
     let parameters = unsafe { slice::from_raw_parts(parameters, length) };
     parameters
         .iter()
         .map(|parameter| Parameter {
             name: name(parameter),
-            // SAFETY: libvirt filled it in, so the type says which part of the value is set.
+            // SAFETY: the parameter comes from libvirt, so its type matches its value.
             value: unsafe { value(parameter) },
         })
         .collect()
+}
+
+/// Copies libvirt's parameters and frees them.
+///
+/// # Safety
+/// As [`read`]; they are not used afterward.
+pub(super) unsafe fn take(parameters: sys::virTypedParameterPtr, length: c_int) -> Vec<Parameter> {
+    // SAFETY: by this function's contract; nothing refers to them after the copy.
+    unsafe {
+        let copy = read(parameters, length);
+        sys::virTypedParamsFree(parameters, length);
+        copy
+    }
 }
 
 fn name(parameter: &sys::virTypedParameter) -> String {
@@ -94,7 +107,7 @@ fn name(parameter: &sys::virTypedParameter) -> String {
         .unwrap_or_default()
 }
 
-/// C leaves open whether a `char` has a sign; the byte is the same.
+/// Returns the byte of a `char`, which may be signed in C.
 fn c_char_to_byte(char: std::ffi::c_char) -> u8 {
     char.to_ne_bytes()[0]
 }

@@ -18,10 +18,10 @@ mod ioctls {
     );
 }
 
-/// `KVM_CHECK_EXTENSION`: what KVM says of a capability; 0 is no.
+/// Returns KVM's answer about a capability (`KVM_CHECK_EXTENSION`); 0 means unsupported.
 ///
 /// # Errors
-/// The kernel's own; `ENOTTY` if `kvm` is not /dev/kvm.
+/// The kernel's error; `ENOTTY` if `kvm` is not /dev/kvm.
 pub fn kvm_extension(kvm: BorrowedFd<'_>, capability: u32) -> nix::Result<u32> {
     let capability = c_int::try_from(capability).map_err(|_| Errno::EINVAL)?;
     // SAFETY: the descriptor is open for as long as it is borrowed, and this ioctl takes a number.
@@ -29,12 +29,12 @@ pub fn kvm_extension(kvm: BorrowedFd<'_>, capability: u32) -> nix::Result<u32> {
     u32::try_from(answer).map_err(|_| Errno::EINVAL)
 }
 
-/// `KVM_GET_MSR_INDEX_LIST`: the model-specific registers that guests can have (x86).
+/// Returns the model-specific registers that guests can have on x86 (`KVM_GET_MSR_INDEX_LIST`).
 ///
 /// # Errors
-/// The kernel's own; `ENOTTY` if `kvm` is not /dev/kvm.
+/// The kernel's error; `ENOTTY` if `kvm` is not /dev/kvm.
 pub fn kvm_msr_indices(kvm: BorrowedFd<'_>) -> nix::Result<Vec<u32>> {
-    // The first element is the number of those that follow, for the kernel to fill in.
+    // The kernel writes the number of registers to the first element.
     let mut list = vec![0_u32];
     // SAFETY: the descriptor is open, and the list has room for as many as its head says: none.
     match unsafe { ioctls::get_msr_index_list(kvm.as_raw_fd(), list.as_mut_ptr()) } {
@@ -50,14 +50,14 @@ pub fn kvm_msr_indices(kvm: BorrowedFd<'_>) -> nix::Result<Vec<u32>> {
     Ok(list.drain(1..).take(length).collect())
 }
 
-/// The groups that a process may be in (`NGROUPS_MAX`, linux/limits.h).
+/// Maximum number of groups of a process (`NGROUPS_MAX`, linux/limits.h).
 const MOST: usize = 65_536;
 
-/// `SO_PEERGROUPS`: the further groups that the process at the other end of a unix socket was in
-/// when it connected. The kernel's own word: no user database is asked.
+/// Returns the supplementary groups of the process at the other end of a unix socket at the time of
+/// its connection (`SO_PEERGROUPS`), from the kernel rather than a user database.
 ///
 /// # Errors
-/// The kernel's own; Linux has this since 4.13.
+/// The kernel's error; Linux has this option since 4.13.
 pub fn peer_groups(socket: BorrowedFd<'_>) -> io::Result<Vec<u32>> {
     let mut groups: Vec<libc::gid_t> = vec![0; 32];
     loop {
@@ -79,7 +79,7 @@ pub fn peer_groups(socket: BorrowedFd<'_>) -> io::Result<Vec<u32>> {
             return Ok(groups);
         }
         let error = io::Error::last_os_error();
-        // Too short: it said how long it must be.
+        // The buffer was too short; the kernel returned the required length.
         if error.raw_os_error() != Some(libc::ERANGE) || found <= groups.len() || found > MOST {
             return Err(error);
         }
@@ -89,10 +89,9 @@ pub fn peer_groups(socket: BorrowedFd<'_>) -> io::Result<Vec<u32>> {
 
 /// Tunes malloc for a long-lived, mostly idle process.
 ///
-/// One arena for all threads: those of libvirt's calls wait far more than they allocate, and an
-/// arena each is memory that only they can use again. And what a probe needed for a moment goes
-/// back to the system, which with glibc's own, growing thresholds it would not (`mallopt(3)`).
-/// Without glibc nothing is done.
+/// All threads share one arena: those of libvirt's calls mostly wait, and memory of an arena of their
+/// own would be lost for other threads. Fixed thresholds return the memory of a probe to the system,
+/// unlike glibc's default, growing ones (`mallopt(3)`). Without glibc this does nothing.
 pub fn keep_little_memory() {
     #[cfg(target_env = "gnu")]
     for (parameter, value) in [
@@ -106,12 +105,12 @@ pub fn keep_little_memory() {
     }
 }
 
-/// Ends this process at once, with what was printed written out.
+/// Flushes standard output and ends this process at once.
 ///
-/// Without the destructors of C libraries, which [`std::process::exit`] runs: those of libvirt's
-/// TLS libraries free what its threads still use, and a thread inside libvirt cannot be waited for.
+/// Unlike [`std::process::exit`] it does not run the destructors of C libraries: those of libvirt's
+/// TLS libraries free memory that its threads still use, and a thread inside libvirt cannot be joined.
 pub fn leave(status: u8) -> ! {
-    // A closed pipe is the reader's wish.
+    // A closed pipe is not an error.
     let _closed = stdout().flush();
     // SAFETY: it does not return and runs no destructor.
     unsafe { libc::_exit(status.into()) }
@@ -125,7 +124,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_groups_of_who_connects_are_the_kernels() {
+    fn peer_groups_are_those_of_the_process() {
         let (here, _there) = UnixStream::pair().unwrap();
         let own = nix::unistd::getgroups().unwrap();
         let mut own: Vec<u32> = own.into_iter().map(nix::unistd::Gid::as_raw).collect();
@@ -136,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_local_socket_has_none() {
+    fn tcp_socket_has_no_peer_groups() {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let groups = peer_groups(listener.as_fd());
         assert!(groups.is_err() || groups.is_ok_and(|groups| groups.is_empty()));

@@ -36,6 +36,20 @@ impl Amount {
         }
     }
 
+    /// Returns the amount that the hypervisor reports, without the guest's own.
+    pub(super) fn without_guest(self) -> Self {
+        match self {
+            Self::Vcpus { vcpus, .. } => Self::Vcpus {
+                vcpus,
+                online: None,
+            },
+            Self::Memory { memory, .. } => Self::Memory {
+                memory,
+                guest_total: None,
+            },
+        }
+    }
+
     /// Compares the totals; `None` for amounts of different kinds.
     pub fn compare(self, other: Self) -> Option<Ordering> {
         match (self, other) {

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Action, Event, HotplugRequest, Observation, Ost, Plan, Terms};
+use super::{Action, Amount, Event, HotplugRequest, Observation, Ost, Plan, Terms, Verdict};
 use crate::domain::CallError;
 use crate::units::Timestamp;
 
@@ -23,12 +23,22 @@ pub struct History {
     pub plan: Plan,
     /// The last observation before the first call.
     pub before: Observation,
+    /// The result of the last finished operation on the same resource of the domain.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub earlier: Option<Earlier>,
     /// True if QEMU's events are received. Without them there are no answers through ACPI.
     pub monitor_events: bool,
     observations: Vec<Observation>,
     events: Vec<(Timestamp, Event)>,
     calls: Vec<Call>,
     contact: Option<(Timestamp, Contact)>,
+}
+
+/// The result of an earlier operation on the domain.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Earlier {
+    pub verdict: Verdict,
+    pub after: Amount,
 }
 
 /// A call to the hypervisor.
@@ -99,6 +109,7 @@ impl History {
             terms,
             plan,
             before,
+            earlier: None,
             monitor_events,
             observations: Vec::new(),
             events: Vec::new(),
@@ -141,7 +152,7 @@ impl History {
             .cloned()
             .collect();
         for answer in news {
-            self.happened(observation.at, Event::Ost(answer));
+            self.happened(observation.ended(), Event::Ost(answer));
         }
     }
 
@@ -158,7 +169,15 @@ impl History {
     }
 
     /// Appends a call that is about to be made. Write the journal before making the call.
+    ///
+    /// Calls that prepare the evidence come before the first change, so the observation before that
+    /// change is the last one after them.
     pub fn called(&mut self, at: Timestamp, action: Action) {
+        let amount = |seen: &Observation| self.request.amount_of(seen).without_guest();
+        let is_first_change = action.changes_guest() && self.changes().next().is_none();
+        if is_first_change && amount(self.latest()) == amount(&self.before) {
+            self.before = self.latest().clone();
+        }
         if self.calls.len() < MAX_CALLS {
             self.calls.push(Call {
                 action,
@@ -195,6 +214,11 @@ impl History {
         &self.calls
     }
 
+    /// Returns the calls that change what the guest has.
+    pub(super) fn changes(&self) -> impl DoubleEndedIterator<Item = &Call> {
+        self.calls.iter().filter(|call| call.action.changes_guest())
+    }
+
     /// True if the history has room for another call. No operation needs that many.
     pub(super) fn may_call(&self) -> bool {
         self.calls.len() < MAX_CALLS
@@ -212,6 +236,23 @@ impl History {
         since.take_while(|seen| seen.at >= moment).count()
     }
 
+    /// Returns the largest number of vCPUs that a call of this operation asked for.
+    pub(super) fn most_vcpus(&self) -> u32 {
+        let asked = self.calls.iter().filter_map(|call| match call.action {
+            Action::SetVcpus { count, .. } => Some(count),
+            _ => None,
+        });
+        asked.max().unwrap_or(0)
+    }
+
+    /// True if the hypervisor has carried out this call.
+    pub(super) fn is_done(&self, action: &Action) -> bool {
+        let done = |call: &Call| {
+            call.action == *action && matches!(call.returned, Some((_, Return::Done)))
+        };
+        self.calls.iter().any(done)
+    }
+
     pub(super) fn running_call(&self) -> Option<&Call> {
         self.calls.last().filter(|call| call.is_running())
     }
@@ -224,11 +265,11 @@ impl History {
             .find(|action| self.calls.iter().all(|call| call.action != **action))
     }
 
-    /// Returns the time from which evidence counts: the first call, or a later reset of the guest.
+    /// Returns the time from which evidence counts: the first change, or a later reset of the guest.
     pub(super) fn epoch(&self) -> Timestamp {
         let start = self
-            .calls
-            .first()
+            .changes()
+            .next()
             .map_or(self.before.at, |call| call.started);
         self.reset().map_or(start, |reset| reset.max(start))
     }

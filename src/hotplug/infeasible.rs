@@ -2,11 +2,17 @@
 
 use thiserror::Error;
 
+use crate::domain::IdSet;
 use crate::units::Bytes;
 
 /// A limit that rules a request out, whatever the guest does.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum Infeasible {
+    #[error(
+        "the domain is transient: it has no definition that could be changed; ask without --persistent (persistent: true), \
+         or define it first (virsh define)"
+    )]
+    NoDefinition,
     #[error("a domain has at least 1 vCPU: ask for 1 or more, or shut the domain down")]
     NoVcpus,
     #[error(
@@ -41,13 +47,28 @@ pub enum Infeasible {
     )]
     MachineWithoutVcpuUnplug { machine: String },
     #[error(
-        "{asked} vCPUs are fewer than the {fixed} that the domain was started with and that are \
-         not hotpluggable: start it with fewer, or with hotpluggable='yes' in <vcpus>"
+        "{asked} vCPUs are fewer than the {} that the domain was started with and that are not \
+         hotpluggable ({}): {remedy}", .fixed.len(), .fixed.named("vCPU")
     )]
     FixedVcpus {
         asked: u32,
         /// vCPUs that cannot be unplugged.
-        fixed: u32,
+        fixed: IdSet,
+        remedy: String,
+    },
+    /// QEMU would abort.
+    #[error(
+        "{asked} vCPUs would crash the domain: without KVM, QEMU starts at most {maximum} vCPUs in its \
+         life, the maximum, and {released} of them were unplugged since it started; ask for \
+         {reachable} or fewer, or shut the domain down and start it again"
+    )]
+    EmulatedVcpus {
+        asked: u32,
+        maximum: u32,
+        /// vCPUs that left since the emulator started.
+        released: u32,
+        /// The largest number that is possible.
+        reachable: u32,
     },
     #[error(
         "{asked} vCPUs cannot be reached: {plugged} are plugged and only {free} of the others are \
@@ -77,14 +98,11 @@ pub enum Infeasible {
          slots for DIMMs) and a virtio-mem device to its definition and start it again"
     )]
     NoMaxMemory { has: Bytes },
-    #[error(
-        "{asked} are more than the domain can reach, which is {reachable}: {remedy}, and start it \
-         again"
-    )]
+    #[error("{asked} are more than the domain can reach, which is {reachable}: {remedy}")]
     AboveMaximumMemory {
         asked: Bytes,
         reachable: Bytes,
-        remedy: &'static str,
+        remedy: String,
     },
     #[error(
         "{asked} cannot be met exactly: memory is plugged in blocks of {block} here; ask for {near}"
@@ -95,11 +113,8 @@ pub enum Infeasible {
         /// The nearest possible sizes.
         near: String,
     },
-    #[error(
-        "all {slots} memory slots are taken: give <maxMemory> more slots, or the domain a \
-         virtio-mem device, and start it again"
-    )]
-    NoSlot { slots: u32 },
+    #[error("all {slots} memory slots are taken: {remedy}")]
+    NoSlot { slots: u32, remedy: String },
     /// A DIMM must belong to a NUMA cell.
     #[error(
         "the domain has no NUMA cell, to which a DIMM must belong on this architecture: add <numa> \
@@ -122,6 +137,21 @@ pub enum Infeasible {
         least: Bytes,
     },
     #[error(
+        "with {asked} the guest would have {left} of its total left, and it uses {used} of {total} \
+         (reported {age} s before): free memory in the guest, or ask for {least} or more; --force \
+         (force: true) takes it away all the same, and the guest may kill programs or crash"
+    )]
+    BelowUse {
+        asked: Bytes,
+        /// The guest's total afterwards.
+        left: Bytes,
+        used: Bytes,
+        total: Bytes,
+        /// The age of the figures in seconds.
+        age: u64,
+        least: Bytes,
+    },
+    #[error(
         "{more} more are asked for, and the node has {available} available: free memory on the \
          node, or move the domain to one that has it"
     )]
@@ -136,12 +166,14 @@ impl Infeasible {
     /// Returns the fixed word for programs.
     pub fn code(&self) -> &'static str {
         match self {
+            Self::NoDefinition => "no-definition",
             Self::NoVcpus => "no-vcpus",
             Self::AboveMaximumVcpus { .. } => "above-maximum-vcpus",
             Self::VcpuGranularity { .. } => "vcpu-granularity",
             Self::MachineWithoutVcpuHotplug { .. } => "machine-without-vcpu-hotplug",
             Self::MachineWithoutVcpuUnplug { .. } => "machine-without-vcpu-unplug",
             Self::FixedVcpus { .. } => "fixed-vcpus",
+            Self::EmulatedVcpus { .. } => "emulated-vcpus",
             Self::TooFewHotpluggableVcpus { .. } => "too-few-hotpluggable-vcpus",
             Self::NoAcpi => "no-acpi",
             Self::BelowBootMemory { .. } => "below-boot-memory",
@@ -152,6 +184,7 @@ impl Infeasible {
             Self::NoNumaCell => "no-numa-cell",
             Self::NoDimms { .. } => "no-dimms",
             Self::CannotShrink { .. } => "cannot-shrink",
+            Self::BelowUse { .. } => "below-use",
             Self::NodeMemory { .. } => "node-memory",
         }
     }

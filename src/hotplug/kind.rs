@@ -1,37 +1,23 @@
 //! The kinds of resources.
 
-use std::fmt;
+use crate::units::words;
 
-/// The kinds of resources that can be plugged.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum ResourceKind {
-    Vcpus,
-    Memory,
+words! {
+    /// The kinds of resources that can be plugged, as in the metrics, the API's routes and the journal.
+    #[derive(Hash)]
+    pub enum ResourceKind {
+        Vcpus = "vcpus",
+        Memory = "memory",
+    }
 }
 
 impl ResourceKind {
-    pub const ALL: [Self; 2] = [Self::Vcpus, Self::Memory];
-
-    /// Returns the word of the metrics, the API's routes and the journal.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Vcpus => "vcpus",
-            Self::Memory => "memory",
-        }
-    }
-
     /// Returns the word for people.
     pub fn title(self) -> &'static str {
         match self {
             Self::Vcpus => "vCPUs",
             Self::Memory => "memory",
         }
-    }
-}
-
-impl fmt::Display for ResourceKind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(self.as_str())
     }
 }
 

@@ -44,7 +44,7 @@ pub(super) fn after_call(history: &History, now: Timestamp, done: bool) -> Optio
     let over = history.is_over(now);
     // A failed call to the agent is evidence about the guest, not an error of the hypervisor.
     let ours = |call: &&Call| !matches!(call.action, Action::OnlineVcpus { .. });
-    let call = history.calls().last().filter(ours)?;
+    let call = history.changes().next_back().filter(ours)?;
     let (at, error) = match &call.returned {
         None => return (over && !done).then(|| still_running(history)),
         Some((_, Return::Done)) => return None,
@@ -69,6 +69,7 @@ pub(super) fn after_call(history: &History, now: Timestamp, done: bool) -> Optio
         CallError::Lost(_) | CallError::Unavailable(_) => lost(history, call, at, now),
         // Parts of the call may have been carried out before the error, so observe first.
         CallError::AgentSilent { text, .. }
+        | CallError::AgentRefused { text, .. }
         | CallError::Denied { text, .. }
         | CallError::Unsupported { text, .. }
         | CallError::Failed { text, .. } => {
@@ -94,6 +95,7 @@ pub(super) fn repeated_unplug_error(history: &History) -> Option<(&Call, &str)> 
     let (last, earlier) = history.calls().split_last()?;
     let text = match last.error()? {
         CallError::AgentSilent { text, .. }
+        | CallError::AgentRefused { text, .. }
         | CallError::Denied { text, .. }
         | CallError::Unsupported { text, .. }
         | CallError::Failed { text, .. } => text,
@@ -223,6 +225,49 @@ pub(super) fn at_deadline(history: &History) -> Option<Conclusion> {
         }
         _ => None,
     }
+}
+
+/// Maximum number of times that a call is made which has to change the definition as well.
+const MAX_DEFINITION_CALLS: usize = 3;
+
+/// Adds to a proof what became of the domain's definition, and withholds the proof until a requested
+/// change of it was made: a call that libvirt gives up, as it does with a slow unplug, changes the
+/// running domain at most.
+pub(super) fn with_definition(history: &History, ruling: Ruling, now: Timestamp) -> Ruling {
+    let finding = match ruling {
+        Ruling::Conclude(finding) if finding.verdict == Verdict::Verified => finding,
+        other => return other,
+    };
+    let persistent = history.before.persistent && !history.plan.actions.is_empty();
+    let mut planned = history.plan.actions.iter();
+    let Some(action) = planned.find(|action| action.persists() && !history.is_done(action)) else {
+        let note = if history.plan.actions.iter().any(Action::persists) {
+            "; the definition was changed as well"
+        } else if persistent {
+            "; the definition is unchanged"
+        } else {
+            ""
+        };
+        return Ruling::Conclude(Conclusion::new(
+            Verdict::Verified,
+            format!("{}{note}", finding.message),
+        ));
+    };
+    if history.running_call().is_some() && !history.is_over(now) {
+        return Ruling::wait("libvirt to change the definition");
+    }
+    let calls = history.calls().iter();
+    let calls = calls.filter(|call| call.action == *action).count();
+    if calls < MAX_DEFINITION_CALLS && history.may_call() && !history.is_over(now) {
+        return Ruling::Call(action.clone());
+    }
+    Ruling::Conclude(Conclusion::new(
+        Verdict::PartiallyApplied,
+        format!(
+            "{}; libvirt did not confirm the change of the definition: see virsh dumpxml --inactive",
+            finding.message
+        ),
+    ))
 }
 
 /// Returns libvirt's text or, if that is empty, a substitute.

@@ -35,6 +35,7 @@ fn pause_reason_decides_between_waiting_and_rejecting() {
         let (count, online) = (2, false);
         preflight(
             &HotplugRequest::Vcpus { count, online },
+            Scope::Live,
             &seen,
             &Host::default(),
         )
@@ -74,7 +75,9 @@ fn pause_reason_decides_between_waiting_and_rejecting() {
         ),
         (DomainState::Suspended, None, "virsh dompmwakeup"),
     ] {
-        let Preflight::Rejected(rejection) = held(state, reason) else {
+        let (Preflight::Rejected(rejection) | Preflight::Unexplained(rejection)) =
+            held(state, reason)
+        else {
             panic!("{state} {reason:?}");
         };
         assert_eq!(rejection.verdict(), Verdict::DomainNotRunning);
@@ -206,7 +209,7 @@ fn lost_call_that_was_carried_out_is_not_repeated() {
 fn killed(world: &World, request: HotplugRequest) -> History {
     let terms = world.terms(Require::Online, 30);
     let before = world.observe();
-    let Preflight::Ready(plan) = preflight(&request, &before, &Host::default()) else {
+    let Preflight::Ready(plan) = preflight(&request, Scope::Live, &before, &Host::default()) else {
         panic!();
     };
     let action = plan.actions[0].clone();
@@ -243,7 +246,7 @@ fn lost_call_that_was_not_carried_out_is_repeated() {
     world.domain.memory.devices[0].size = mib(256);
     world.domain.memory.maximum = Some(mib(8192));
     let size = mib(1024);
-    let mut history = killed(&world, HotplugRequest::Memory { size });
+    let mut history = killed(&world, HotplugRequest::Memory { size, force: false });
     world.domain.memory.devices[0].requested = Some(mib(256));
     world.domain.memory.devices[0].current = Some(mib(256));
     world.run(&mut history);

@@ -34,7 +34,8 @@ fn virtio_mem_grows_and_shrinks_verified() {
         world.made[1],
         Action::ResizeVirtioMem {
             alias: "ua-mem0".to_owned(),
-            requested: KiB::new(0).unwrap()
+            requested: KiB::new(0).unwrap(),
+            persist: false,
         }
     );
 }
@@ -128,35 +129,6 @@ fn nothing_returned_yields_pending() {
 }
 
 #[test]
-fn driver_report_counts_without_guest_total() {
-    let behavior = GuestBehavior {
-        reports_total: false,
-        ..GuestBehavior::default()
-    };
-    let mut world = World::new(1, behavior.clone());
-    let ended = world.memory(mib(1024));
-    assert_eq!(ended.verdict(), Verdict::Verified);
-    assert!(
-        ended
-            .outcome()
-            .message
-            .contains("as the guest's driver reports")
-    );
-
-    // A DIMM has no driver that reports.
-    let mut world = World::new(1, behavior).with_dimms();
-    let ended = world.memory(mib(1024));
-    assert_eq!(
-        (ended.verdict(), ended.diagnosis()),
-        (Verdict::Unverifiable, "no-source")
-    );
-    let mut world = World::new(1, world.behavior).with_dimms();
-    let terms = world.terms(Require::Acknowledged, 30);
-    let ended = world.carry_out(HotplugRequest::Memory { size: mib(1024) }, terms);
-    assert_eq!(ended.verdict(), Verdict::Verified);
-}
-
-#[test]
 fn dimm_in_guest_total_yields_verified() {
     let mut world = World::new(1, GuestBehavior::default()).with_dimms();
     let ended = world.memory(mib(1024));
@@ -166,6 +138,7 @@ fn dimm_in_guest_total_yields_verified() {
         alias: "ua-virtnode-dimm0".to_owned(),
         size: KiB::new(512 * 1024).unwrap(),
         node: Some(0),
+        persist: false,
     };
     assert_eq!(world.made, [dimm]);
 
@@ -192,7 +165,7 @@ fn dimm_in_guest_total_yields_verified() {
                 ..GuestBehavior::default()
             },
             Verdict::GuestSilent,
-            "no-sign",
+            "guest-not-reporting",
         ),
     ] {
         let mut world = World::new(1, behavior).with_dimms();
@@ -217,8 +190,11 @@ fn small_offline_dimm_is_not_mistaken_for_kernel_overhead() {
     // The same without an earlier total.
     let mut world = World::new(1, world.behavior).with_dimms();
     let before = world.observe();
-    let request = HotplugRequest::Memory { size: mib(640) };
-    let Preflight::Ready(plan) = preflight(&request, &before, &Host::default()) else {
+    let request = HotplugRequest::Memory {
+        size: mib(640),
+        force: false,
+    };
+    let Preflight::Ready(plan) = preflight(&request, Scope::Live, &before, &Host::default()) else {
         panic!();
     };
     let mut unknown = before;
@@ -238,7 +214,10 @@ fn ballooned_memory_yields_balloon_diagnosis() {
             ..GuestBehavior::default()
         },
     );
-    let request = HotplugRequest::Memory { size: mib(1024) };
+    let request = HotplugRequest::Memory {
+        size: mib(1024),
+        force: false,
+    };
     let terms = world.terms(Require::Online, 60);
     let ended = world.carry_out(request, terms);
     let mut history = ended.into_history();
@@ -381,7 +360,8 @@ fn two_devices_grow_from_first_and_shrink_from_last() {
     second.alias = Some("ua-mem1".to_owned());
     world.domain.memory.devices.push(second);
     let plan = |world: &World, size| match preflight(
-        &HotplugRequest::Memory { size },
+        &HotplugRequest::Memory { size, force: false },
+        Scope::Live,
         &world.observe(),
         &Host::default(),
     ) {
@@ -389,7 +369,9 @@ fn two_devices_grow_from_first_and_shrink_from_last() {
             .actions
             .iter()
             .map(|action| match action {
-                Action::ResizeVirtioMem { alias, requested } => format!("{alias} {requested}"),
+                Action::ResizeVirtioMem {
+                    alias, requested, ..
+                } => format!("{alias} {requested}"),
                 other => panic!("{other:?}"),
             })
             .collect::<Vec<_>>(),

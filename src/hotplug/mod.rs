@@ -15,6 +15,9 @@
 //!   call to the history and judges again.
 //! * **verdict**: [`Step::Done`]. `Verified` needs the *last* observation to show everything that
 //!   was requested.
+//! * **preparation**: before the first change of the guest a resource may switch a source of evidence
+//!   on. [`put_back`] returns the call that undoes it, which the caller makes before it reports the
+//!   verdict.
 //! * **follow-up**: a verdict that [may change](Verdict::may_change) is judged again with later
 //!   observations. [`settle`] returns the only call that is allowed then.
 //!
@@ -22,10 +25,10 @@
 //! The caller (the executor) owns the history, the clock and the calls. This module owns every
 //! decision, and decides by the history alone, so an operation can be judged again after a restart.
 //! `vcpus` and `memory` own the rules of one kind of resource behind [`resource::Resource`], with
-//! the same five files each: `preflight` (limits and plan), `evidence` (facts in the history),
-//! `verdict` (what they prove), `diagnosis` (cause and remedy) and `timeline` (evidence for
-//! people). `lifecycle` owns the rules that no kind can change: ended domains, failed calls, lost
-//! answers.
+//! the same five files each (memory has `prepare` besides): `preflight` (limits and plan),
+//! `evidence` (facts in the history), `verdict` (what they prove), `diagnosis` (cause and remedy)
+//! and `timeline` (evidence for people). `lifecycle` owns the rules that no kind can change: ended
+//! domains, failed calls, lost answers.
 //!
 //! # Blocking
 //! Nothing blocks: every function returns at once, without IO, clock, log or thread.
@@ -51,6 +54,8 @@ mod lifecycle;
 mod lifecycle_tests;
 mod memory;
 #[cfg(test)]
+mod memory_proof_tests;
+#[cfg(test)]
 mod memory_tests;
 mod observation;
 mod outcome;
@@ -63,6 +68,8 @@ mod resource;
 mod simulation;
 mod timeline;
 #[cfg(test)]
+mod truth_tests;
+#[cfg(test)]
 mod unplug_tests;
 mod vcpus;
 #[cfg(test)]
@@ -72,14 +79,17 @@ mod verdict;
 pub use amount::Amount;
 pub use event::{AcpiAnswer, Event, NotAnEvent, Ost, SlotKind};
 pub use evidence::{Evidence, Source};
-pub use history::{Call, Contact, History, Return};
+pub use history::{Call, Contact, Earlier, History, Return};
 pub use infeasible::Infeasible;
 pub use kind::{ResourceKind, Wanted};
-pub use observation::{Agent, GuestVcpus, Host, Observation};
-pub use outcome::{Diagnosis, Outcome, Step};
-pub use plan::{Action, Plan, Preflight, Rejection};
+pub use observation::{Agent, AnswerTimes, GuestVcpus, Host, Observation};
+pub use outcome::{AGENT_SETTINGS, Diagnosis, Outcome, Step};
+pub use plan::{Action, Plan, Preflight, Rejection, Scope};
 pub use request::{HotplugRequest, Patience, Require, Terms};
+pub use vcpus::VcpuLife;
 pub use verdict::Verdict;
+
+pub use memory::attachable_memory;
 
 use memory::MemoryResource;
 use outcome::{Conclusion, Ruling};
@@ -93,7 +103,7 @@ use crate::units::Timestamp;
 fn resource_of(request: &HotplugRequest) -> Box<dyn Resource> {
     match *request {
         HotplugRequest::Vcpus { count, online } => Box::new(VcpuResource { count, online }),
-        HotplugRequest::Memory { size } => Box::new(MemoryResource { size }),
+        HotplugRequest::Memory { size, force } => Box::new(MemoryResource { size, force }),
     }
 }
 
@@ -122,13 +132,21 @@ impl HotplugRequest {
 ///
 /// Limits come first: a request that can never be carried out is rejected even while a job holds
 /// the domain.
-pub fn preflight(request: &HotplugRequest, seen: &Observation, host: &Host) -> Preflight {
+pub fn preflight(
+    request: &HotplugRequest,
+    scope: Scope,
+    seen: &Observation,
+    host: &Host,
+) -> Preflight {
     let state = seen.domain.state;
     let not_running = || Preflight::Rejected(Rejection::NotRunning(seen.state(), seen.remedy()));
     if !state.is_active() {
         return not_running();
     }
-    let plan = match resource_of(request).preflight(seen, host) {
+    if scope.persists() && !seen.persistent {
+        return Preflight::Rejected(Infeasible::NoDefinition.into());
+    }
+    let plan = match resource_of(request).preflight(seen, host, scope) {
         Ok(plan) => plan,
         Err(limit) => return Preflight::Rejected(limit.into()),
     };
@@ -140,6 +158,9 @@ pub fn preflight(request: &HotplugRequest, seen: &Observation, host: &Host) -> P
         // Many jobs pause the domain, and end a moment before the domain resumes.
         _ if seen.reason.is_some_and(PauseReason::ends_by_itself) => {
             Preflight::Blocked(seen.awaiting())
+        }
+        _ if seen.is_unexplained() => {
+            Preflight::Unexplained(Rejection::NotRunning(seen.state(), seen.remedy()))
         }
         _ => not_running(),
     }
@@ -164,6 +185,7 @@ pub fn judge(history: &History, now: Timestamp) -> Step {
         ),
     };
     let resource = resource_of(&history.request);
+    let finding = resource.explain(history, finding);
     Step::Done(Box::new(Outcome {
         verdict: finding.verdict,
         message: finding.message,
@@ -182,6 +204,34 @@ pub fn settle(history: &History) -> Option<Action> {
     resource_of(&history.request).settle(history)
 }
 
+/// Returns the call that puts back, after the verdict, what was changed only to obtain evidence.
+pub fn put_back(history: &History) -> Option<Action> {
+    let (call, seconds, was) = history.calls().iter().find_map(|call| match call.action {
+        Action::SetStatsPeriod { seconds, was } => Some((call, seconds, was)),
+        _ => None,
+    })?;
+    // Another client may have changed it again.
+    let latest = history.latest();
+    let is_seen = latest.at >= call.started && call.returned.is_some();
+    let failed = call.error().is_some_and(|error| !error.is_lost());
+    let is_ours = if is_seen {
+        call.action.is_shown(latest)
+    } else {
+        !failed
+    };
+    let was_put_back = history.calls().iter().any(|call| {
+        call.action
+            == Action::SetStatsPeriod {
+                seconds: was,
+                was: seconds,
+            }
+    });
+    (is_ours && !was_put_back).then_some(Action::SetStatsPeriod {
+        seconds: was,
+        was: seconds,
+    })
+}
+
 fn rule(history: &History, now: Timestamp) -> Ruling {
     if let Some(end) = lifecycle::ended(history) {
         return Ruling::Conclude(end);
@@ -190,16 +240,21 @@ fn rule(history: &History, now: Timestamp) -> Ruling {
     if let Some(ruling) = lifecycle::after_call(history, now, resource.is_reached(history)) {
         return ruling;
     }
+    let prepares = history.changes().next().is_none() && !history.is_over(now);
+    if let Some(ruling) = resource.prepare(history, now).filter(|_| prepares) {
+        return ruling;
+    }
+    let mut changes = history.changes();
     let Some(action) = history
         .next_planned()
-        .filter(|_| history.running_call().is_none())
+        .filter(|_| !changes.next_back().is_some_and(Call::is_running))
     else {
-        return resource.judge(history, now);
+        return lifecycle::with_definition(history, resource.judge(history, now), now);
     };
     if !history.is_over(now) {
         return Ruling::Call(action.clone());
     }
-    let message = if history.calls().is_empty() {
+    let message = if history.changes().next().is_none() {
         "the deadline passed before the first call to the hypervisor: nothing was changed"
     } else {
         "the deadline passed before the remaining calls to the hypervisor"

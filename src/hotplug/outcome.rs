@@ -38,6 +38,11 @@ pub struct Outcome {
     pub diagnosis: Option<Diagnosis>,
 }
 
+/// The settings that block commands of qemu-guest-agent, by version and distribution.
+pub const AGENT_SETTINGS: &str = "block-rpcs and allow-rpcs (blacklist before QEMU 8) in the guest's \
+    /etc/qemu/qemu-ga.conf or among qemu-ga's options, BLACKLIST_RPC or FILTER_RPC_ARGS in \
+    /etc/sysconfig/qemu-ga of Red Hat's systems";
+
 /// A cause and its remedy.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Diagnosis {

@@ -6,11 +6,41 @@ use super::{Infeasible, Observation, Verdict};
 use crate::domain::{Domain, IdSet};
 use crate::units::{Bytes, KiB};
 
+/// The part of a domain that a change applies to.
+///
+/// Live only is the default, as in libvirt's own clients: a vCPU or a DIMM in the definition is
+/// there at the next start, when nobody may have asked for it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Scope {
+    /// The running domain. The change ends with it.
+    #[default]
+    Live,
+    /// The running domain and its persistent definition.
+    LiveAndConfig,
+}
+
+impl Scope {
+    /// Returns the scope for the field `persistent` of a request.
+    pub fn of(persistent: bool) -> Self {
+        if persistent {
+            Self::LiveAndConfig
+        } else {
+            Self::Live
+        }
+    }
+
+    /// True if the definition is changed as well.
+    pub fn persists(self) -> bool {
+        self == Self::LiveAndConfig
+    }
+}
+
 /// A call to the hypervisor. Each names the final state, so repeating it does no harm.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum Action {
-    /// `virDomainSetVcpusFlags`, live.
+    /// `virDomainSetVcpusFlags`. In the definition, added vCPUs become hotpluggable, so that they can
+    /// be unplugged after the next start.
     SetVcpus {
         count: u32,
         /// True if the persistent definition is changed as well.
@@ -21,28 +51,68 @@ pub enum Action {
         /// The guest's numbers of the CPUs.
         ids: IdSet,
     },
-    /// `virDomainUpdateDeviceFlags` of a virtio-mem device, live, with another `<requested>`.
-    ResizeVirtioMem { alias: String, requested: KiB },
-    /// `virDomainAttachDeviceFlags` of a DIMM, live.
+    /// `virDomainUpdateDeviceFlags` of a virtio-mem device, with another `<requested>`.
+    ResizeVirtioMem {
+        alias: String,
+        requested: KiB,
+        /// True if the persistent definition is changed as well.
+        #[serde(default)]
+        persist: bool,
+    },
+    /// `virDomainAttachDeviceFlags` of a DIMM.
     AttachDimm {
         /// The alias of the new DIMM, by which it is found again.
         alias: String,
         size: KiB,
         /// The NUMA cell of the DIMM; `None` in a guest without cells.
         node: Option<u32>,
+        /// True if the persistent definition is changed as well.
+        #[serde(default)]
+        persist: bool,
+    },
+    /// `virDomainSetMemoryStatsPeriod`, live: how often the balloon driver reports the guest's
+    /// memory. Only prepares the evidence: it changes no amount, and is put back after the verdict.
+    SetStatsPeriod {
+        /// Seconds; 0 means never.
+        seconds: u32,
+        /// The period before.
+        was: u32,
     },
 }
 
 impl Action {
+    /// True if the call changes what the guest has, and not only what is known about it.
+    pub(super) fn changes_guest(&self) -> bool {
+        !matches!(self, Self::SetStatsPeriod { .. })
+    }
+
+    /// Describes the call for people, if it only prepares evidence.
+    pub fn describe(&self) -> Option<String> {
+        match self {
+            Self::SetStatsPeriod { seconds: 0, .. } => {
+                Some("switch the balloon statistics off again".to_owned())
+            }
+            Self::SetStatsPeriod { seconds, .. } => Some(format!(
+                "set the period of the balloon statistics to {seconds} s"
+            )),
+            _ => None,
+        }
+    }
+
     /// True if the live XML shows the final state.
     pub(super) fn is_shown(&self, seen: &Observation) -> bool {
         let memory = &seen.domain.memory;
         match self {
             Self::SetVcpus { count, .. } => seen.domain.vcpus.plugged() == *count,
-            Self::ResizeVirtioMem { alias, requested } => memory
+            Self::ResizeVirtioMem {
+                alias, requested, ..
+            } => memory
                 .device(alias)
                 .is_some_and(|device| device.asked() == Bytes::from(*requested)),
             Self::AttachDimm { alias, .. } => memory.device(alias).is_some(),
+            Self::SetStatsPeriod { seconds, .. } => {
+                seen.domain.balloon.stats_period.unwrap_or(0) == *seconds
+            }
             // Only the guest agent reports this.
             Self::OnlineVcpus { .. } => false,
         }
@@ -64,7 +134,17 @@ impl Action {
             Self::AttachDimm { alias, .. } => {
                 has.memory.device(alias).is_none() && has.memory.asked() == had.memory.asked()
             }
-            Self::OnlineVcpus { .. } => true,
+            Self::OnlineVcpus { .. } | Self::SetStatsPeriod { .. } => true,
+        }
+    }
+
+    /// True if the call changes the persistent definition as well.
+    pub(super) fn persists(&self) -> bool {
+        match self {
+            Self::SetVcpus { persist, .. }
+            | Self::ResizeVirtioMem { persist, .. }
+            | Self::AttachDimm { persist, .. } => *persist,
+            Self::OnlineVcpus { .. } | Self::SetStatsPeriod { .. } => false,
         }
     }
 
@@ -72,11 +152,15 @@ impl Action {
     pub(super) fn is_unplug(&self, before: &Observation) -> bool {
         match self {
             Self::SetVcpus { count, .. } => *count < before.domain.vcpus.plugged(),
-            Self::ResizeVirtioMem { alias, requested } => {
+            Self::ResizeVirtioMem {
+                alias, requested, ..
+            } => {
                 let device = before.domain.memory.device(alias);
                 device.is_some_and(|device| Bytes::from(*requested) < device.asked())
             }
-            Self::OnlineVcpus { .. } | Self::AttachDimm { .. } => false,
+            Self::OnlineVcpus { .. } | Self::AttachDimm { .. } | Self::SetStatsPeriod { .. } => {
+                false
+            }
         }
     }
 }
@@ -87,6 +171,21 @@ pub struct Plan {
     pub actions: Vec<Action>,
 }
 
+impl Plan {
+    /// Returns the plan with every call in this scope.
+    pub(super) fn in_scope(mut self, scope: Scope) -> Self {
+        for action in &mut self.actions {
+            match action {
+                Action::SetVcpus { persist, .. }
+                | Action::ResizeVirtioMem { persist, .. }
+                | Action::AttachDimm { persist, .. } => *persist = scope.persists(),
+                Action::OnlineVcpus { .. } | Action::SetStatsPeriod { .. } => {}
+            }
+        }
+        self
+    }
+}
+
 /// The result of checking a request before anything is changed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Preflight {
@@ -94,6 +193,9 @@ pub enum Preflight {
     /// A job holds the domain: observe again later, and end with `Busy` at the deadline. Carries
     /// the awaited thing, for people.
     Blocked(String),
+    /// The domain is paused and libvirt has no reason yet, as for a moment at the start and the end
+    /// of a job: observe again, and reject the request only if that stays so.
+    Unexplained(Rejection),
     Rejected(Rejection),
 }
 

@@ -20,7 +20,12 @@ pub enum HotplugRequest {
         online: bool,
     },
     /// A total amount of memory: boot memory and memory devices.
-    Memory { size: Bytes },
+    Memory {
+        size: Bytes,
+        /// True if the guest may be left with less than it uses.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        force: bool,
+    },
 }
 
 /// The level of proof that `Verified` requires, in rising order.
@@ -123,7 +128,8 @@ mod tests {
         assert_eq!(
             read(r#"{"memory": {"size": "2Gi"}}"#).unwrap(),
             HotplugRequest::Memory {
-                size: Bytes::from_mib(2048).unwrap()
+                size: Bytes::from_mib(2048).unwrap(),
+                force: false,
             }
         );
         for bad in [

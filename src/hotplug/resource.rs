@@ -6,8 +6,8 @@
 //! [`ResourceKind`] and `Amount`, and the arm in [`super::resource_of`].
 
 use super::kind::{ResourceKind, Wanted};
-use super::outcome::Ruling;
-use super::{Action, Amount, Evidence, History, Host, Infeasible, Observation, Plan};
+use super::outcome::{Conclusion, Ruling};
+use super::{Action, Amount, Evidence, History, Host, Infeasible, Observation, Plan, Scope};
 use crate::units::Timestamp;
 
 /// A request for one kind of resource: its limits, its evidence and the rules of its verdict.
@@ -26,7 +26,18 @@ pub(super) trait Resource {
     ///
     /// # Errors
     /// The first limit that rules the request out.
-    fn preflight(&self, seen: &Observation, host: &Host) -> Result<Plan, Infeasible>;
+    fn preflight(&self, seen: &Observation, host: &Host, scope: Scope) -> Result<Plan, Infeasible>;
+
+    /// Decides before the first change of the guest: a call that prepares the evidence, the wait for
+    /// its effect, or a limit that only this evidence shows.
+    fn prepare(&self, _: &History, _: Timestamp) -> Option<Ruling> {
+        None
+    }
+
+    /// Adds what is known about the cause to a finding.
+    fn explain(&self, _: &History, finding: Conclusion) -> Conclusion {
+        finding
+    }
 
     /// True if the live XML shows what is requested.
     fn is_reached(&self, history: &History) -> bool;

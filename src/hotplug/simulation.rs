@@ -40,6 +40,8 @@ pub(super) struct GuestBehavior {
     /// The guest does not release this CPU.
     pub(super) keeps: Option<u32>,
     pub(super) agent: bool,
+    /// The agent's answer in place of the guest's CPUs.
+    pub(super) agent_trouble: Option<Agent>,
     pub(super) virtio_mem: bool,
     pub(super) blocks_online: bool,
     /// virtio-mem memory that cannot be returned.
@@ -60,6 +62,7 @@ impl Default for GuestBehavior {
             refuses: None,
             keeps: None,
             agent: true,
+            agent_trouble: None,
             virtio_mem: true,
             blocks_online: true,
             pinned: Bytes::ZERO,
@@ -78,6 +81,8 @@ enum Effect {
     GuestResizes(String),
     GuestSeesDimm(String),
     ReportsTotal,
+    /// libvirt has the size of the balloon.
+    ShowsBalloon(Bytes),
     Scheduled(WorldChange),
 }
 
@@ -92,9 +97,19 @@ pub(super) enum WorldChange {
     LosesLibvirt,
     FindsLibvirt,
     FreesMemory,
+    /// The guest's kernel stops, and nobody notices.
+    Hangs,
+    /// Another client asks the guest for another amount of its first virtio-mem device.
+    Resizes(Bytes),
+    /// The balloon takes memory from the guest. QEMU reports its size a second later.
+    Inflates(Bytes),
     Onlines(u32),
     /// A vCPU runs for a moment, with or without the guest's system.
     Runs(u32),
+    /// Another client sets the number of vCPUs.
+    AnotherSets(u32),
+    /// The agent begins to claim CPUs up to this number.
+    Claims(u32),
 }
 
 #[derive(Debug, Clone)]
@@ -104,6 +119,8 @@ pub(super) struct World {
     pub(super) behavior: GuestBehavior,
     pub(super) paused_by: PauseReason,
     pub(super) persistent: bool,
+    /// Scope of the requests.
+    pub(super) scope: Scope,
     pub(super) monitor_events: bool,
     pub(super) counts_time: bool,
     /// libvirt up to 12.3 does not notice that a vCPU was released.
@@ -111,6 +128,8 @@ pub(super) struct World {
     /// libvirt 9.0 does not notice even when the call is repeated.
     pub(super) rejects_repeats: bool,
     pub(super) host: Host,
+    /// The agent claims CPUs up to this number.
+    pub(super) claims: Option<u32>,
     pub(super) made: Vec<Action>,
     /// The error of every call.
     pub(super) fails: Option<CallError>,
@@ -121,6 +140,10 @@ pub(super) struct World {
     pub(super) online: BTreeSet<u32>,
     times: BTreeMap<u32, u64>,
     pub(super) total: Bytes,
+    /// The memory that the guest cannot do without, if it reports that.
+    pub(super) used: Option<Bytes>,
+    /// The memory that the balloon holds, as libvirt has it.
+    held: Bytes,
     reported: Option<(Bytes, u64)>,
     gone: bool,
     lost: bool,
@@ -193,11 +216,13 @@ impl World {
             domain,
             paused_by: PauseReason::User,
             persistent: false,
+            scope: Scope::Live,
             monitor_events: true,
             counts_time: true,
             misses_removals: true,
             rejects_repeats: false,
             host: Host::default(),
+            claims: None,
             made: Vec::new(),
             fails: None,
             call_takes: ms(50),
@@ -206,6 +231,8 @@ impl World {
             online: (0..vcpus).collect(),
             times: (0..vcpus).map(|id| (id, 3_000)).collect(),
             total: mib(404),
+            used: None,
+            held: Bytes::ZERO,
             reported: None,
             gone: false,
             lost: false,
@@ -224,6 +251,25 @@ impl World {
     /// Replaces the virtio-mem device by slots for DIMMs.
     pub(super) fn with_dimms(mut self) -> Self {
         self.domain.memory.devices.clear();
+        self
+    }
+
+    /// Changes what the guest's kernel leaves of the boot memory.
+    pub(super) fn with_total(mut self, total: Bytes) -> Self {
+        self.total = total;
+        self.reported = Some((total, seconds_of(self.now)));
+        self
+    }
+
+    /// Changes the period of the statistics. The last report is that of the driver's start.
+    pub(super) fn with_period(mut self, period: Option<u32>) -> Self {
+        self.domain.balloon.stats_period = period;
+        self.now = self.now.after(ms(60_000));
+        self.pending.clear();
+        if let Some(period) = period {
+            self.reported = Some((self.total, seconds_of(self.now)));
+            self.later(Duration::from_secs(period.into()), Effect::ReportsTotal);
+        }
         self
     }
 
@@ -260,17 +306,24 @@ impl World {
     }
 
     pub(super) fn observe(&self) -> Observation {
-        let agent = match (
-            self.behavior.agent,
-            self.domain.state.runs() && !self.behavior.unresponsive,
-        ) {
-            (false, _) => Agent::NotAsked,
-            (true, false) => Agent::Silent("Guest agent is not responding".to_owned()),
-            (true, true) => Agent::Answered(GuestVcpus {
-                vcpus: self.has.iter().copied().collect(),
-                online: self.online.iter().copied().collect(),
-            }),
-        };
+        let trouble = self.behavior.agent_trouble.clone();
+        let agent = trouble.unwrap_or_else(|| {
+            match (
+                self.behavior.agent,
+                self.domain.state.runs() && !self.behavior.unresponsive,
+            ) {
+                (false, _) => Agent::NotAsked,
+                (true, false) => Agent::Silent("Guest agent is not responding".to_owned()),
+                (true, true) if self.claims.is_some() => Agent::Answered(GuestVcpus {
+                    vcpus: (0..self.claims.unwrap_or(0)).collect(),
+                    online: (0..self.claims.unwrap_or(0)).collect(),
+                }),
+                (true, true) => Agent::Answered(GuestVcpus {
+                    vcpus: self.has.iter().copied().collect(),
+                    online: self.online.iter().copied().collect(),
+                }),
+            }
+        });
         let times = self.enabled().into_iter().map(|id| {
             let millis = self.times.get(&id).copied().unwrap_or(0);
             let ticks = millis / 10 * 10_000_000;
@@ -278,13 +331,17 @@ impl World {
             (id, VcpuStats { time, exits: None })
         });
         let balloon = BalloonStats {
-            current: Some(self.domain.memory.plugged()),
+            current: Some(self.domain.memory.plugged().saturating_sub(self.held)),
             total: self.reported.map(|(total, _)| total),
-            usable: None,
+            usable: self
+                .reported
+                .zip(self.used)
+                .map(|((total, _), used)| total.saturating_sub(used)),
             updated: Some(self.reported.map_or(0, |(_, at)| at)),
         };
         Observation {
             at: self.now,
+            answered: AnswerTimes::default(),
             domain: self.domain.clone(),
             reason: (self.domain.state == DomainState::Paused).then_some(self.paused_by),
             persistent: self.persistent,
@@ -299,7 +356,7 @@ impl World {
     }
 
     /// Advances time.
-    fn pass(&mut self, until: Timestamp) {
+    pub(super) fn pass(&mut self, until: Timestamp) {
         while self.now < until {
             let next = self.pending.iter().map(|(at, _)| *at).min();
             let step = next.map_or(until, |next| next.clamp(self.now, until));
@@ -348,9 +405,10 @@ impl World {
     /// Carries out a request like an executor.
     pub(super) fn carry_out(&mut self, request: HotplugRequest, terms: Terms) -> Ended {
         let before = self.observe();
-        let plan = match preflight(&request, &before, &self.host) {
+        let plan = match preflight(&request, self.scope, &before, &self.host) {
             Preflight::Ready(plan) => plan,
             Preflight::Rejected(rejection) => return Ended::Rejected(rejection),
+            Preflight::Unexplained(rejection) => return Ended::Rejected(rejection),
             Preflight::Blocked(why) => panic!("blocked by {why}"),
         };
         let mut history = History::new(request, terms, plan, before, self.monitor_events);
@@ -419,7 +477,7 @@ impl World {
 
     pub(super) fn memory(&mut self, size: Bytes) -> Ended {
         let terms = self.terms(Require::Online, 60);
-        self.carry_out(HotplugRequest::Memory { size }, terms)
+        self.carry_out(HotplugRequest::Memory { size, force: false }, terms)
     }
 
     pub(super) fn terms(&self, require: Require, seconds: u64) -> Terms {

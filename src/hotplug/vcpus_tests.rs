@@ -17,7 +17,7 @@ fn agent_reporting_all_online_yields_verified() {
     let outcome = ended.outcome();
     assert_eq!(
         outcome.message,
-        "2 vCPUs added, all 3 online in the guest after 0.2 s"
+        "2 vCPUs added, all 3 online in the guest after 0.4 s"
     );
     assert_eq!(
         outcome.before,
@@ -271,6 +271,58 @@ fn no_source_of_evidence_yields_unverifiable() {
 }
 
 #[test]
+fn agent_that_was_not_queried_never_counts_as_silence() {
+    let unqueried = Agent::NotQueried("calls for other domains have not returned".to_owned());
+    // A guest that leaves its CPUs offline, one that notices nothing, and one that uses them.
+    for (unresponsive, onlines_after) in [(false, None), (true, None), (false, Some(ms(100)))] {
+        let behavior = GuestBehavior {
+            agent_trouble: Some(unqueried.clone()),
+            unresponsive,
+            onlines_after,
+            ..GuestBehavior::default()
+        };
+        let mut world = World::new(1, behavior);
+        let ended = world.vcpus(3);
+        let outcome = ended.outcome();
+        if onlines_after.is_some() {
+            // The run times prove it.
+            assert_eq!(ended.verdict(), Verdict::Verified);
+        } else {
+            assert_eq!(
+                (ended.verdict(), ended.diagnosis()),
+                (Verdict::Unverifiable, "agent-not-queried")
+            );
+            let remedy = &outcome.diagnosis.as_ref().unwrap().remedy;
+            assert!(!remedy.contains("install"), "{remedy}");
+        }
+        let details: Vec<_> = outcome.evidence.iter().map(|piece| &piece.detail).collect();
+        let expected = "agent not queried: calls for other domains have not returned";
+        assert!(details.contains(&&expected.to_owned()), "{details:?}");
+    }
+}
+
+#[test]
+fn agent_that_rejects_the_question_is_named_with_its_setting() {
+    let behavior = GuestBehavior {
+        agent_trouble: Some(Agent::Refused(
+            "Command guest-get-vcpus has been disabled".to_owned(),
+        )),
+        ..GuestBehavior::default()
+    };
+    let mut world = World::new(1, behavior);
+    let ended = world.vcpus(3);
+    assert_eq!(
+        (ended.verdict(), ended.diagnosis()),
+        (Verdict::GuestOffline, "cpus-never-ran")
+    );
+    let remedy = &ended.outcome().diagnosis.as_ref().unwrap().remedy;
+    assert!(
+        remedy.contains("block-rpcs") && !remedy.contains("install"),
+        "{remedy}"
+    );
+}
+
+#[test]
 fn reached_target_is_verified_without_call() {
     let mut world = World::new(3, GuestBehavior::default());
     let ended = world.vcpus(3);
@@ -396,7 +448,7 @@ fn brief_run_in_firmware_proves_nothing() {
         online: false,
     };
     let before = world.observe();
-    let Preflight::Ready(plan) = preflight(&request, &before, &Host::default()) else {
+    let Preflight::Ready(plan) = preflight(&request, Scope::Live, &before, &Host::default()) else {
         panic!();
     };
     let mut history = History::new(request, terms, plan.clone(), before, true);
@@ -422,17 +474,47 @@ fn brief_run_in_firmware_proves_nothing() {
 }
 
 #[test]
-fn persistent_definition_is_changed_if_it_exists() {
+fn definition_is_changed_only_on_request() {
+    for (scope, persist, note) in [
+        (Scope::Live, false, "; the definition is unchanged"),
+        (
+            Scope::LiveAndConfig,
+            true,
+            "; the definition was changed as well",
+        ),
+    ] {
+        let mut world = World::new(1, onlines());
+        (world.persistent, world.scope) = (true, scope);
+        let ended = world.vcpus(2);
+        assert_eq!(ended.verdict(), Verdict::Verified);
+        assert!(ended.outcome().message.ends_with(note), "{ended:?}");
+        assert_eq!(world.made, [Action::SetVcpus { count: 2, persist }]);
+    }
+
+    // libvirt calls nothing live, and changes the definition.
+    let mut world = World::new(2, onlines());
+    (world.persistent, world.scope) = (true, Scope::LiveAndConfig);
+    assert_eq!(world.vcpus(2).verdict(), Verdict::Verified);
+    assert_eq!(world.made.len(), 1);
+
     let mut world = World::new(1, onlines());
-    world.persistent = true;
-    world.vcpus(2);
-    assert_eq!(
-        world.made,
-        [Action::SetVcpus {
-            count: 2,
-            persist: true
-        }]
-    );
+    world.scope = Scope::LiveAndConfig;
+    let Ended::Rejected(rejection) = world.vcpus(2) else {
+        panic!("the domain is transient");
+    };
+    assert_eq!(rejection, Infeasible::NoDefinition.into());
+}
+
+/// libvirt gives up an unplug before it changes the definition, and the guest releases the vCPU.
+#[test]
+fn unplug_that_libvirt_gave_up_is_repeated_for_the_definition() {
+    let mut world = World::new(3, onlines());
+    (world.persistent, world.scope) = (true, Scope::LiveAndConfig);
+    world.monitor_events = false;
+    let ended = world.vcpus(2);
+    assert_eq!(ended.verdict(), Verdict::Verified, "{ended:?}");
+    let last = ended.into_history();
+    assert!(last.is_done(&world.made[0]), "{last:?}");
 }
 
 /// The guest brings its CPUs online while the domain cannot be observed: earlier observations do
@@ -450,4 +532,19 @@ fn observation_within_grace_period_does_not_count_against_guest() {
         let ended = world.vcpus(3);
         assert_eq!(ended.verdict(), Verdict::Verified, "{:?}", ended.outcome());
     }
+}
+
+#[test]
+fn pause_between_acknowledgement_and_agent_verifies_nothing() {
+    // Linux confirms CPUs through ACPI for which it has no room.
+    let behavior = GuestBehavior {
+        nr_cpus: 3,
+        ..GuestBehavior::default()
+    };
+    let mut world = World::new(2, behavior).at(ms(31), WorldChange::Pause);
+    world.call_takes = ms(20);
+    let terms = world.terms(Require::Acknowledged, 30);
+    let online = false;
+    let ended = world.carry_out(HotplugRequest::Vcpus { count: 4, online }, terms);
+    assert_eq!(ended.verdict(), Verdict::DomainNotRunning);
 }

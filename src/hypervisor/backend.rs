@@ -36,14 +36,17 @@ pub struct DomainStats {
 /// The parts of an observation. The live domain is always one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ObservationQuery {
-    /// Timeout for each part but the agent's.
+    /// Timeout for each part but the agent's, whose calls end by a deadline of their own.
     pub timeout: Duration,
     /// True for the domain's statistics. They do not wait for a job on the domain as the live domain
     /// does, so they show that a domain which cannot be read is merely busy.
     pub statistics: bool,
-    /// Timeout for the guest agent, if it is to be asked. A domain that is not running or has no
-    /// connected agent is not asked.
+    /// Maximum wait until the guest agent can be asked, if it is to be asked at all: questions to
+    /// agents have few places. It ends with [`CallError::Busy`]. A domain that is not running or
+    /// has no connected agent is not asked.
     pub agent: Option<Duration>,
+    /// True for an observation that must not keep the agents' places from operations.
+    pub background: bool,
     /// True for QEMU's record of the guest's ACPI answers. The query *taints* the domain until it
     /// ends.
     pub answers: bool,
@@ -58,6 +61,32 @@ pub struct Seen {
     /// `None` if the agent was not asked.
     pub agent: Option<Result<GuestVcpus, CallError>>,
     pub answers: Option<Vec<Ost>>,
+    pub times: SeenTimes,
+}
+
+/// The times at which the parts of an observation were received, or given up.
+#[derive(Debug, Clone, Copy)]
+pub struct SeenTimes {
+    pub live: Instant,
+    pub statistics: Instant,
+    pub agent: Option<Instant>,
+}
+
+impl Seen {
+    /// Returns the observation of a domain that could not be asked anything.
+    pub fn failed(error: CallError) -> Self {
+        Self {
+            live: Err(error),
+            statistics: None,
+            agent: None,
+            answers: None,
+            times: SeenTimes {
+                live: now(),
+                statistics: now(),
+                agent: None,
+            },
+        }
+    }
 }
 
 impl ObservationQuery {
@@ -71,32 +100,44 @@ impl ObservationQuery {
         answers: impl Future<Output = Result<Vec<Ost>, CallError>>,
     ) -> Seen {
         let statistics = async {
-            if self.statistics {
+            let answer = if self.statistics {
                 within(self.timeout, "domain-stats", statistics).await.ok()
             } else {
                 None
-            }
+            };
+            (answer, now())
         };
-        let live = within(self.timeout, "domain", live);
-        let (live, statistics) = tokio::join!(live, statistics);
+        let live = async {
+            let answer = within(self.timeout, "domain", live).await;
+            (answer, now())
+        };
+        let ((live, live_at), (statistics, statistics_at)) = tokio::join!(live, statistics);
         let mut seen = Seen {
             live,
             statistics,
             agent: None,
             answers: None,
+            times: SeenTimes {
+                live: live_at,
+                statistics: statistics_at,
+                agent: None,
+            },
         };
         let Ok(live) = &seen.live else { return seen };
-        if let Some(timeout) = self.agent
-            && live.domain.agent.may_answer()
-            && live.domain.state.runs()
-        {
-            seen.agent = Some(within(timeout, "guest-vcpus", agent).await);
+        if self.agent.is_some() && live.domain.agent.may_answer() && live.domain.state.runs() {
+            seen.agent = Some(agent.await);
+            seen.times.agent = Some(now());
         }
         if self.answers {
             seen.answers = within(self.timeout, "acpi-answers", answers).await.ok();
         }
         seen
     }
+}
+
+/// Returns the present time of tokio's clock, which tests can stop.
+fn now() -> Instant {
+    tokio::time::Instant::now().into_std()
 }
 
 async fn within<T>(

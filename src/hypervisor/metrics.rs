@@ -8,7 +8,7 @@ use super::CallError;
 use crate::telemetry::MetricRegistry;
 
 /// Calls about the node: values of the label `call`.
-pub const CALLS: [&str; 8] = [
+pub const CALLS: [&str; 9] = [
     "open",
     "versions",
     "capabilities",
@@ -16,11 +16,12 @@ pub const CALLS: [&str; 8] = [
     "baseline-cpu",
     "compare-cpu",
     "native-arguments",
+    "try-start",
     "running-domains",
 ];
 
 /// Calls about domains: values of the label `call`.
-pub const DOMAIN_CALLS: [&str; 10] = [
+const DOMAIN_CALLS: [&str; 10] = [
     "find-domain",
     "domain",
     "all-domain-stats",
@@ -46,6 +47,9 @@ pub struct HypervisorMetrics {
 
 impl HypervisorMetrics {
     pub fn register(registry: &MetricRegistry) -> Self {
+        let calls = [&CALLS[..], &DOMAIN_CALLS].concat();
+        let reasons = CallError::CODES.into_iter();
+        let reasons: Vec<&str> = reasons.filter(|reason| *reason != "timeout").collect();
         let metrics = Self {
             connected: registry.gauge(
                 "virtnode_hypervisor_connected",
@@ -58,28 +62,19 @@ impl HypervisorMetrics {
             call_duration: registry.histograms(
                 "virtnode_hypervisor_call_duration_seconds",
                 "Time until libvirt answered a call.",
-                &["call"],
+                &[("call", &calls)],
             ),
             call_failures: registry.counters(
                 "virtnode_hypervisor_call_failures_total",
                 "Calls that libvirt answered with an error.",
-                &["call", "reason"],
+                &[("call", &calls), ("reason", &reasons)],
             ),
             call_timeouts: registry.counters(
                 "virtnode_hypervisor_call_timeouts_total",
                 "Calls that libvirt did not answer before their deadline.",
-                &["call"],
+                &[("call", &calls)],
             ),
         };
-        for call in CALLS.into_iter().chain(DOMAIN_CALLS) {
-            metrics.call_duration.with_label_values(&[call]);
-            metrics.call_timeouts.with_label_values(&[call]);
-            for reason in CallError::CODES {
-                if reason != "timeout" {
-                    metrics.call_failures.with_label_values(&[call, reason]);
-                }
-            }
-        }
         for call in DOMAIN_CALLS {
             for reason in CallError::DOMAIN_CODES {
                 metrics.call_failures.with_label_values(&[call, reason]);

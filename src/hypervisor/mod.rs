@@ -18,9 +18,10 @@ use tokio::sync::watch;
 
 pub use self::backend::{
     Change, DomainBackend, DomainStats, LiveDomain, Notice, Notices, ObservationQuery, Seen,
+    SeenTimes,
 };
 pub use self::libvirt::{Keepalive, Libvirt, LibvirtConfig, Workers};
-pub use self::metrics::{CALLS, DOMAIN_CALLS, HypervisorMetrics};
+pub use self::metrics::{CALLS, HypervisorMetrics};
 use crate::capability::Version;
 use crate::compat::CpuComparison;
 use crate::domain::NodeRequirements;

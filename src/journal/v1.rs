@@ -83,6 +83,7 @@ fn call_name(action: &Action) -> Cow<'static, str> {
         Action::OnlineVcpus { .. } => "set-guest-vcpus",
         Action::ResizeVirtioMem { .. } => "update-device",
         Action::AttachDimm { .. } => "attach-device",
+        Action::SetStatsPeriod { .. } => "set-stats-period",
     })
 }
 

@@ -1,49 +1,25 @@
 use std::collections::BTreeSet;
 use std::fmt;
-use std::str::FromStr;
 
 use serde::{Deserialize, Serialize, Serializer};
 
 use super::LabelSet;
 use super::key::{InvalidLabel, LabelKey, LabelValue};
-use crate::units::ParseError;
+use crate::units::words;
 
-/// The set of keys to write.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Schema {
-    /// virtnode's keys, under `virtnode.io`.
-    #[default]
-    Native,
-    /// The keys of KubeVirt's node-labeller.
-    Kubevirt,
-    Both,
-}
-
-impl FromStr for Schema {
-    type Err = ParseError;
-
-    fn from_str(text: &str) -> Result<Self, ParseError> {
-        match text {
-            "native" => Ok(Self::Native),
-            "kubevirt" => Ok(Self::Kubevirt),
-            "both" => Ok(Self::Both),
-            _ => Err(ParseError::new(
-                text,
-                "is not a valid schema, expected native, kubevirt or both",
-            )),
-        }
+words! {
+    /// The set of keys to write.
+    #[derive(Default, Deserialize)]
+    #[serde(rename_all = "lowercase")]
+    pub enum Schema {
+        /// virtnode's keys, under `virtnode.io`.
+        #[default]
+        Native = "native",
+        /// The keys of KubeVirt's node-labeller.
+        Kubevirt = "kubevirt",
+        Both = "both",
     }
-}
-
-impl fmt::Display for Schema {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Native => "native",
-            Self::Kubevirt => "kubevirt",
-            Self::Both => "both",
-        })
-    }
+    else "is not a valid schema, expected native, kubevirt or both"
 }
 
 /// The operator's settings for labels.
@@ -89,6 +65,13 @@ impl Derivation {
                 value: value.to_owned(),
                 reason,
             }),
+        }
+    }
+
+    /// Adds `prefix/name=value` if there is a value.
+    pub(super) fn add_some(&mut self, prefix: &str, name: &str, value: Option<impl fmt::Display>) {
+        if let Some(value) = value {
+            self.add(prefix, name, &value.to_string());
         }
     }
 

@@ -1,42 +1,22 @@
 //! Classification of keys: the metrics' family, the fact sources, and ownership by this program.
 
 use super::LabelKey;
+use crate::units::words;
 
-/// A source of facts. Each can fail independently of the others.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum FactSource {
-    /// Versions of libvirt and QEMU
-    Versions,
-    Capabilities,
-    DomainCapabilities,
-    /// hypervisor-cpu-baseline
-    CpuBaseline,
-    /// Running domains
-    Domains,
-    /// sysfs, /dev and /proc of the host
-    Host,
-}
-
-impl FactSource {
-    pub const ALL: [Self; 6] = [
-        Self::Versions,
-        Self::Capabilities,
-        Self::DomainCapabilities,
-        Self::CpuBaseline,
-        Self::Domains,
-        Self::Host,
-    ];
-
-    /// Returns the label value in metrics, which logs also use.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Versions => "versions",
-            Self::Capabilities => "capabilities",
-            Self::DomainCapabilities => "domain-capabilities",
-            Self::CpuBaseline => "cpu-baseline",
-            Self::Domains => "domains",
-            Self::Host => "host",
-        }
+words! {
+    /// A source of facts, as metrics and logs name it. Each can fail independently of the others.
+    #[derive(PartialOrd, Ord, Hash)]
+    pub enum FactSource {
+        /// Versions of libvirt and QEMU
+        Versions = "versions",
+        Capabilities = "capabilities",
+        DomainCapabilities = "domain-capabilities",
+        /// hypervisor-cpu-baseline
+        CpuBaseline = "cpu-baseline",
+        /// Running domains
+        Domains = "domains",
+        /// sysfs, /dev and /proc of the host
+        Host = "host",
     }
 }
 

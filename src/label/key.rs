@@ -12,6 +12,8 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::units::string_conversions;
+
 const NAME_MAX: usize = 63;
 const PREFIX_MAX: usize = 253;
 
@@ -104,20 +106,6 @@ impl FromStr for LabelKey {
     }
 }
 
-impl TryFrom<String> for LabelKey {
-    type Error = InvalidLabel;
-
-    fn try_from(text: String) -> Result<Self, InvalidLabel> {
-        text.parse()
-    }
-}
-
-impl From<LabelKey> for String {
-    fn from(key: LabelKey) -> Self {
-        key.0.as_ref().to_owned()
-    }
-}
-
 impl fmt::Display for LabelKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
@@ -151,19 +139,7 @@ impl FromStr for LabelValue {
     }
 }
 
-impl TryFrom<String> for LabelValue {
-    type Error = InvalidLabel;
-
-    fn try_from(text: String) -> Result<Self, InvalidLabel> {
-        Self::new(&text)
-    }
-}
-
-impl From<LabelValue> for String {
-    fn from(value: LabelValue) -> Self {
-        value.0.as_ref().to_owned()
-    }
-}
+string_conversions!(LabelKey, LabelValue);
 
 impl fmt::Display for LabelValue {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

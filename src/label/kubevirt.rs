@@ -143,20 +143,12 @@ fn derive_security(document: &DomainCapabilities, labels: &mut Derivation) {
 }
 
 fn derive_timer(facts: &NodeFacts, labels: &mut Derivation) {
-    let cpu = facts
-        .capabilities
-        .as_ref()
-        .and_then(|c| c.host.cpu.as_ref());
-    if let Some(tsc) = cpu.and_then(|cpu| cpu.tsc) {
-        let scalable = tsc.scaling == Some(true);
-        let prefix = "cpu-timer.node.kubevirt.io";
-        labels.add(prefix, "tsc-frequency", &tsc.frequency_hz.to_string());
-        labels.add(
-            prefix,
-            "tsc-scalable",
-            if scalable { "true" } else { "false" },
-        );
-    }
+    let capabilities = facts.capabilities.as_ref();
+    let tsc = capabilities.and_then(|capabilities| capabilities.host.cpu.as_ref()?.tsc);
+    let prefix = "cpu-timer.node.kubevirt.io";
+    let scalable = tsc.map(|tsc| tsc.scaling == Some(true));
+    labels.add_some(prefix, "tsc-frequency", tsc.map(|tsc| tsc.frequency_hz));
+    labels.add_some(prefix, "tsc-scalable", scalable);
 }
 
 fn is_obsolete(model: &str, policy: &Policy) -> bool {

@@ -12,10 +12,10 @@ mod family;
 mod key;
 mod kubevirt;
 mod native;
+mod notes;
 pub mod ownership;
 pub mod prefix;
 mod published;
-mod reference;
 
 use std::collections::BTreeMap;
 
@@ -25,10 +25,10 @@ pub use family::{
 };
 pub use key::{InvalidLabel, LabelKey, LabelValue};
 pub use kubevirt::DEFAULT_OBSOLETE_CPU_MODELS;
+pub use notes::notes;
 pub use published::{
     CapabilitiesInUse, LabelChange, ProbeResult, PublishedLabels, RetainedLabel, RetentionReason,
 };
-pub use reference::{LabelEntry, REFERENCE};
 
 use crate::capability::NodeFacts;
 

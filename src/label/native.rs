@@ -9,9 +9,7 @@ use crate::capability::{
 pub(super) fn derive(facts: &NodeFacts, policy: &Policy, labels: &mut Derivation) {
     if let Some(arch) = facts.native_arch() {
         let largest = derive_machines(facts, arch, "", labels);
-        if largest != VcpuMax::Unknown {
-            labels.add(NODE, "max-vcpus", &largest.to_string());
-        }
+        labels.add_some(NODE, "max-vcpus", largest.number());
         for foreign in policy
             .guest_architectures
             .iter()
@@ -22,9 +20,7 @@ pub(super) fn derive(facts: &NodeFacts, policy: &Policy, labels: &mut Derivation
             derive_machines(facts, foreign, &infix, labels);
         }
     }
-    if let Some(accelerator) = facts.accelerator() {
-        labels.add(NODE, "accelerator", accelerator.as_str());
-    }
+    labels.add_some(NODE, "accelerator", facts.accelerator());
     if let Some(document) = facts.primary_document() {
         derive_cpu(document, policy, labels);
     }
@@ -33,15 +29,9 @@ pub(super) fn derive(facts: &NodeFacts, policy: &Policy, labels: &mut Derivation
     }
     labels.add_all(CPU_FEATURE, facts.cpu_features());
     labels.add_all(HYPERV, facts.enlightenments());
-    if let Some(eim) = facts.eim() {
-        labels.add(NODE, "eim", eim.as_str());
-    }
-    if let Some(version) = facts.libvirt_version {
-        labels.add(NODE, "libvirt-version", &version.to_string());
-    }
-    if let Some(version) = facts.qemu_version() {
-        labels.add(NODE, "qemu-version", &version.to_string());
-    }
+    labels.add_some(NODE, "eim", facts.eim());
+    labels.add_some(NODE, "libvirt-version", facts.libvirt_version);
+    labels.add_some(NODE, "qemu-version", facts.qemu_version());
     derive_host(facts, labels);
 }
 
@@ -88,17 +78,18 @@ fn derive_cpu(document: &DomainCapabilities, policy: &Policy, labels: &mut Deriv
             .map(|model| model.name.as_str())
             .filter(|name| !obsolete(name)),
     );
-    let host_model = document
-        .cpu
-        .host_model
-        .as_ref()
-        .filter(|host_model| host_model.supported);
-    if let Some(name) = host_model.and_then(|host_model| host_model.model.as_deref()) {
-        labels.add(NODE, "host-model", name);
-    }
-    if let Some(vendor) = host_model.and_then(|host_model| host_model.vendor.as_deref()) {
-        labels.add(NODE, "cpu-vendor", vendor);
-    }
+    let host_model = document.cpu.host_model.as_ref();
+    let host_model = host_model.filter(|host_model| host_model.supported);
+    labels.add_some(
+        NODE,
+        "host-model",
+        host_model.and_then(|h| h.model.as_ref()),
+    );
+    labels.add_some(
+        NODE,
+        "cpu-vendor",
+        host_model.and_then(|h| h.vendor.as_ref()),
+    );
 }
 
 /// Adds labels about the time stamp counter, the IOMMU and nesting. Without facts of the host, only
@@ -108,12 +99,9 @@ fn derive_host(facts: &NodeFacts, labels: &mut Derivation) {
         .capabilities
         .as_ref()
         .map(|capabilities| &capabilities.host);
-    if let Some(tsc) = host.and_then(|host| host.cpu.as_ref()?.tsc) {
-        labels.add(NODE, "tsc-frequency-hz", &tsc.frequency_hz.to_string());
-        if let Some(scaling) = tsc.scaling {
-            labels.add(NODE, "tsc-scaling", if scaling { "true" } else { "false" });
-        }
-    }
+    let tsc = host.and_then(|host| host.cpu.as_ref()?.tsc);
+    labels.add_some(NODE, "tsc-frequency-hz", tsc.map(|tsc| tsc.frequency_hz));
+    labels.add_some(NODE, "tsc-scaling", tsc.and_then(|tsc| tsc.scaling));
     match &facts.host {
         Some(host) => {
             labels.add(NODE, "iommu", host.iommu.as_str());

@@ -125,8 +125,9 @@ impl OwnershipHistory {
     }
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum LabelWrite {
+    #[default]
     Nothing,
     /// Apply [`Decision::labels`].
     Apply {
@@ -137,7 +138,7 @@ pub enum LabelWrite {
 }
 
 /// The labels to write, with the reasons for logs, metrics and events.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Decision {
     pub action: LabelWrite,
     /// The desired labels without conflicts.
@@ -202,18 +203,7 @@ pub fn decide(situation: DecisionInput<'_>) -> Decision {
         memory,
         ..
     } = situation;
-    let mut decision = Decision {
-        action: LabelWrite::Nothing,
-        labels: LabelSet::new(),
-        added: Vec::new(),
-        changed: Vec::new(),
-        removed: Vec::new(),
-        repaired: Vec::new(),
-        forced: Vec::new(),
-        conflicts: BTreeMap::new(),
-        new_conflicts: Vec::new(),
-        ended_conflicts: Vec::new(),
-    };
+    let mut decision = Decision::default();
     let mut force = false;
     for (key, value) in desired {
         match situation.judge(key, value.as_str()) {

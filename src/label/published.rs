@@ -12,15 +12,19 @@
 //!        second complete probe in a row without it, and no running domain uses it
 //! ```
 //!
+//! A running domain whose definition cannot be read may use any machine type, CPU model and CPU
+//! feature: while it runs no label of these is removed. It affects nothing else.
+//!
 //! A probe with a failed source, or without any label, is not complete: it restarts the count and
 //! removes nothing. It may add labels, but does not change a value that depends on a failed source.
 //! [`PublishedLabels`] owns the set; nothing else adds to it or removes from it.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use serde::{Serialize, Serializer};
+use serde::Serialize;
 
 use super::{FactSource, LabelKey, LabelSet, LabelValue, sources};
+use crate::units::words;
 
 /// Number of consecutive complete probes without a label that prove its absence. A single
 /// probe could hit a transient omission.
@@ -33,26 +37,46 @@ pub struct CapabilitiesInUse {
     pub machines: BTreeSet<String>,
     pub cpu_models: BTreeSet<String>,
     pub cpu_features: BTreeSet<String>,
+    /// True if there is a running domain whose use is unknown.
+    pub unknown: bool,
 }
 
 impl CapabilitiesInUse {
+    /// Returns the use of a domain whose definition cannot be read.
+    pub fn unknown() -> Self {
+        Self {
+            unknown: true,
+            ..Self::default()
+        }
+    }
+
     pub fn extend(&mut self, other: &Self) {
         self.machines.extend(other.machines.iter().cloned());
         self.cpu_models.extend(other.cpu_models.iter().cloned());
         self.cpu_features.extend(other.cpu_features.iter().cloned());
+        self.unknown |= other.unknown;
     }
 
     /// True if a running domain uses the capability behind this label, in either schema.
     pub fn includes(&self, key: &LabelKey) -> bool {
-        let prefix = key.prefix();
-        let family = prefix.split('.').next().unwrap_or_default();
-        let names = match family {
-            "machine" | "machine-type" => &self.machines,
-            "cpu-model" | "cpu-model-migration" | "host-model-cpu" => &self.cpu_models,
-            "cpu-feature" | "host-model-required-features" => &self.cpu_features,
-            _ => return false,
-        };
-        names.contains(key.name())
+        let names = self.names(key);
+        names.is_some_and(|names| names.contains(key.name()))
+    }
+
+    /// True if a running domain uses the capability behind this label, or may use it.
+    pub fn may_include(&self, key: &LabelKey) -> bool {
+        let names = self.names(key);
+        names.is_some_and(|names| self.unknown || names.contains(key.name()))
+    }
+
+    /// Returns the names in use of the label's kind; `None` if domains do not depend on such labels.
+    fn names(&self, key: &LabelKey) -> Option<&BTreeSet<String>> {
+        match key.prefix().split('.').next().unwrap_or_default() {
+            "machine" | "machine-type" => Some(&self.machines),
+            "cpu-model" | "cpu-model-migration" | "host-model-cpu" => Some(&self.cpu_models),
+            "cpu-feature" | "host-model-required-features" => Some(&self.cpu_features),
+            _ => None,
+        }
     }
 }
 
@@ -66,28 +90,14 @@ pub struct ProbeResult<'p> {
     pub in_use: &'p CapabilitiesInUse,
 }
 
-/// The reason to keep a label that the last probe did not yield.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum RetentionReason {
-    DomainUsesIt,
-    AwaitingSecondProbe,
-}
-
-impl RetentionReason {
-    pub const ALL: [Self; 2] = [Self::DomainUsesIt, Self::AwaitingSecondProbe];
-
-    /// Returns the label value in metrics, which JSON output also uses.
-    pub fn code(self) -> &'static str {
-        match self {
-            Self::DomainUsesIt => "domain-uses-it",
-            Self::AwaitingSecondProbe => "awaiting-second-probe",
-        }
-    }
-}
-
-impl Serialize for RetentionReason {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_str(self.code())
+words! {
+    /// The reason to keep a label that the last probe did not yield, as metrics and JSON name it.
+    #[derive(PartialOrd, Ord)]
+    pub enum RetentionReason {
+        DomainUsesIt = "domain-uses-it",
+        AwaitingSecondProbe = "awaiting-second-probe",
+        /// The definition of a running domain that may use it cannot be read.
+        DomainUnreadable = "domain-unreadable",
     }
 }
 
@@ -198,6 +208,8 @@ impl PublishedLabels {
                 RetentionReason::DomainUsesIt
             } else if *lacking < PROBES_TO_REMOVE {
                 RetentionReason::AwaitingSecondProbe
+            } else if probe.in_use.may_include(&key) {
+                RetentionReason::DomainUnreadable
             } else {
                 self.lacking.remove(&key);
                 changes.push(LabelChange::Removed(key, value));
@@ -330,6 +342,47 @@ mod tests {
         assert_eq!(published.labels()[&Q35.0.parse().unwrap()].as_str(), "1024");
         let changes = update(&mut published, &jumped, &[FactSource::CpuBaseline]);
         assert_eq!(changes, ["machine.virtnode.io/pc-q35-10.0: 1024 to 4096"]);
+    }
+
+    #[test]
+    fn label_that_unreadable_domain_may_use_is_kept_until_that_domain_ends() {
+        let all = [
+            Q35,
+            EPYC,
+            ("machine-type.node.kubevirt.io/pc-q35-4.0", "true"),
+            ("virtnode.io/vfio", "true"),
+        ];
+        let mut published = PublishedLabels::starting_from(set(&all));
+        let unknown = CapabilitiesInUse::unknown();
+        let new = ("machine.virtnode.io/pc-q35-11.0", "4096");
+        assert_eq!(
+            update_with(&mut published, &[Q35, new], &[], &unknown),
+            ["+machine.virtnode.io/pc-q35-11.0=4096"]
+        );
+        // Domains do not depend on this one.
+        assert_eq!(
+            update_with(&mut published, &[Q35, new], &[], &unknown),
+            ["-virtnode.io/vfio"]
+        );
+        for _ in 0..3 {
+            assert!(update_with(&mut published, &[Q35, new], &[], &unknown).is_empty());
+        }
+        let reasons: Vec<_> = published
+            .retained()
+            .iter()
+            .map(|kept| kept.reason)
+            .collect();
+        assert_eq!(reasons, [RetentionReason::DomainUnreadable; 2]);
+        let mut both = unknown;
+        both.cpu_models.insert("EPYC".to_owned());
+        assert!(update_with(&mut published, &[Q35, new], &[], &both).is_empty());
+        let reasons: Vec<_> = published
+            .retained()
+            .iter()
+            .map(|kept| kept.reason)
+            .collect();
+        assert!(reasons.contains(&RetentionReason::DomainUsesIt));
+        assert_eq!(update(&mut published, &[Q35, new], &[]).len(), 2);
     }
 
     #[test]

@@ -16,6 +16,7 @@ pub struct LabellerMetrics {
     pub labels: IntGaugeVec,
     pub rejected: IntGaugeVec,
     pub retained: IntGaugeVec,
+    pub unreadable: IntGauge,
     pub machine_types: IntGauge,
     pub machine_types_deprecated: IntGauge,
     pub max_vcpus: IntGauge,
@@ -27,23 +28,27 @@ impl LabellerMetrics {
         probe: Arc<ProbeMetrics>,
         sync: Arc<SyncMetrics>,
     ) -> Self {
-        let metrics = Self {
+        Self {
             probe,
             sync,
             labels: registry.gauges(
                 "virtnode_labels",
                 "Labels in the set, by family.",
-                &["family"],
+                &[("family", &FAMILIES)],
             ),
             rejected: registry.gauges(
                 "virtnode_labels_rejected",
                 "Labels left out because the API server would reject their name or value.",
-                &["reason"],
+                &[("reason", &InvalidLabel::ALL.map(InvalidLabel::code))],
             ),
             retained: registry.gauges(
                 "virtnode_labels_retained",
                 "Labels kept although the last probe does not show them.",
-                &["reason"],
+                &[("reason", &RetentionReason::ALL.map(RetentionReason::as_str))],
+            ),
+            unreadable: registry.gauge(
+                "virtnode_domains_unreadable",
+                "Running domains whose definition cannot be read, so that their use is unknown.",
             ),
             machine_types: registry.gauge(
                 "virtnode_machine_types",
@@ -57,16 +62,6 @@ impl LabellerMetrics {
                 "virtnode_max_vcpus",
                 "Maximum number of vCPUs of a domain on this node; 0 while unknown.",
             ),
-        };
-        for family in FAMILIES {
-            metrics.labels.with_label_values(&[family]);
         }
-        for reason in InvalidLabel::ALL {
-            metrics.rejected.with_label_values(&[reason.code()]);
-        }
-        for reason in RetentionReason::ALL {
-            metrics.retained.with_label_values(&[reason.code()]);
-        }
-        metrics
     }
 }

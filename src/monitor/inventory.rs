@@ -2,11 +2,12 @@
 //!
 //! A scrape writes out the present inventory, so a domain's series end with the domain.
 
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use prometheus::core::{Collector, Desc};
-use prometheus::proto::{Gauge, LabelPair, Metric, MetricFamily, MetricType};
+use prometheus::proto::MetricFamily;
+use prometheus::{IntGaugeVec, Opts};
 use serde::{Deserialize, Serialize};
 
 use crate::domain::{ConnectionId, Domain, DomainState};
@@ -123,27 +124,16 @@ pub fn now() -> Timestamp {
     Timestamp::from_millis(i64::try_from(millis).unwrap_or(i64::MAX))
 }
 
-/// Exports the inventory at a scrape.
+/// Exports the inventory at a scrape. The series of domains exist only that long.
 struct InventoryCollector {
     inventory: Arc<Inventory>,
-    vcpus: Desc,
-    memory: Desc,
-    domains: Desc,
+    vcpus: IntGaugeVec,
+    memory: IntGaugeVec,
+    domains: IntGaugeVec,
+    scrape: Mutex<()>,
 }
 
-const VCPUS: (&str, &str) = (
-    "virtnode_domain_vcpus",
-    "vCPUs of a running domain: maximum, plugged, and used by the guest.",
-);
-const MEMORY: (&str, &str) = (
-    "virtnode_domain_memory_bytes",
-    "Memory of a running domain: maximum, requested, accepted by the guest, and total in the guest.",
-);
 const DOMAIN_LABELS: [&str; 3] = ["connection", "domain", "state"];
-const DOMAINS: (&str, &str) = (
-    "virtnode_domains",
-    "Domains that are not shut off, by state.",
-);
 
 /// Every state of a domain that is not shut off: values of the label `state`.
 const STATES: [(DomainState, &str); 7] = [
@@ -159,97 +149,78 @@ const STATES: [(DomainState, &str); 7] = [
 impl InventoryCollector {
     #[expect(clippy::expect_used, reason = "names and labels are constants")]
     fn new(inventory: Arc<Inventory>) -> Self {
-        let desc = |(name, help): (&str, &str), labels: &[&str]| {
-            let labels = labels.iter().map(|label| (*label).to_owned()).collect();
-            Desc::new(name.to_owned(), help.to_owned(), labels, Default::default())
-                .expect("the name and labels are valid")
+        let gauges = |name, help, labels: &[&str]| {
+            let gauges = IntGaugeVec::new(Opts::new(name, help), labels);
+            gauges.expect("the name and labels are valid")
         };
         Self {
             inventory,
-            vcpus: desc(VCPUS, &DOMAIN_LABELS),
-            memory: desc(MEMORY, &DOMAIN_LABELS),
-            domains: desc(DOMAINS, &["state"]),
+            vcpus: gauges(
+                "virtnode_domain_vcpus",
+                "vCPUs of a running domain: maximum, plugged, and used by the guest.",
+                &DOMAIN_LABELS,
+            ),
+            memory: gauges(
+                "virtnode_domain_memory_bytes",
+                "Memory of a running domain: maximum, requested, accepted by the guest, and total \
+                 in the guest.",
+                &DOMAIN_LABELS,
+            ),
+            domains: gauges(
+                "virtnode_domains",
+                "Domains that are not shut off, by state.",
+                &["state"],
+            ),
+            scrape: Mutex::default(),
         }
     }
 }
 
 impl Collector for InventoryCollector {
     fn desc(&self) -> Vec<&Desc> {
-        vec![&self.vcpus, &self.memory, &self.domains]
+        let all = [&self.vcpus, &self.memory, &self.domains];
+        all.into_iter().flat_map(Collector::desc).collect()
     }
 
     fn collect(&self) -> Vec<MetricFamily> {
+        let _alone = self.scrape.lock().unwrap_or_else(PoisonError::into_inner);
         let domains = self.inventory.domains();
-        let mut vcpus = Vec::with_capacity(domains.len() * 3);
-        let mut memory = Vec::with_capacity(domains.len() * 4);
         for domain in domains.iter() {
             let connection = domain.connection.to_string();
-            let labels = |state| {
-                let values = [connection.as_str(), domain.name.as_str(), state];
-                std::iter::zip(DOMAIN_LABELS, values)
+            let set = |gauges: &IntGaugeVec, state, value: Option<u64>| {
+                if let Some(value) = value {
+                    let labels = [connection.as_str(), domain.name.as_str(), state];
+                    let value = i64::try_from(value).unwrap_or(i64::MAX);
+                    gauges.with_label_values(&labels).set(value);
+                }
             };
-            let mut counted = |state, count: u32| {
-                vcpus.push(series(labels(state), count.into()));
-            };
-            counted("maximum", domain.vcpus.maximum);
-            counted("plugged", domain.vcpus.plugged);
-            if let Some(online) = domain.vcpus.online {
-                counted("online", online);
-            }
-            let mut sized = |state, size: Bytes| {
-                memory.push(series(labels(state), float(size)));
-            };
-            sized("maximum", domain.memory.maximum);
-            sized("requested", domain.memory.requested);
-            sized("plugged", domain.memory.plugged);
-            if let Some(total) = domain.memory.guest_total {
-                sized("guest_total", total);
-            }
+            let (vcpus, memory) = (domain.vcpus, domain.memory);
+            set(&self.vcpus, "maximum", Some(vcpus.maximum.into()));
+            set(&self.vcpus, "plugged", Some(vcpus.plugged.into()));
+            set(&self.vcpus, "online", vcpus.online.map(u64::from));
+            set(&self.memory, "maximum", Some(memory.maximum.get()));
+            set(&self.memory, "requested", Some(memory.requested.get()));
+            set(&self.memory, "plugged", Some(memory.plugged.get()));
+            set(
+                &self.memory,
+                "guest_total",
+                memory.guest_total.map(Bytes::get),
+            );
         }
-        let states = STATES.map(|(state, word)| {
-            let count = domains.iter().filter(|domain| domain.state == state);
-            let count = u32::try_from(count.count()).unwrap_or(u32::MAX);
-            series([("state", word)], count.into())
-        });
-        let mut families = vec![family(DOMAINS, states.into())];
-        // The encoder rejects a family without series.
-        if !domains.is_empty() {
-            families.push(family(VCPUS, vcpus));
-            families.push(family(MEMORY, memory));
+        for (state, word) in STATES {
+            let count = domains
+                .iter()
+                .filter(|domain| domain.state == state)
+                .count();
+            let count = i64::try_from(count).unwrap_or(i64::MAX);
+            self.domains.with_label_values(&[word]).set(count);
         }
+        let all = [&self.domains, &self.vcpus, &self.memory];
+        let families = all.into_iter().flat_map(Collector::collect).collect();
+        self.vcpus.reset();
+        self.memory.reset();
         families
     }
-}
-
-#[expect(
-    clippy::cast_precision_loss,
-    reason = "Prometheus values are floats; no machine has 8 PiB"
-)]
-fn float(size: Bytes) -> f64 {
-    size.get() as f64
-}
-
-fn series<'a>(labels: impl IntoIterator<Item = (&'a str, &'a str)>, value: f64) -> Metric {
-    let labels = labels.into_iter().map(|(name, value)| {
-        let mut label = LabelPair::default();
-        label.set_name(name.to_owned());
-        label.set_value(value.to_owned());
-        label
-    });
-    let mut gauge = Gauge::default();
-    gauge.set_value(value);
-    let mut metric = Metric::from_label(labels.collect());
-    metric.set_gauge(gauge);
-    metric
-}
-
-fn family((name, help): (&str, &str), series: Vec<Metric>) -> MetricFamily {
-    let mut family = MetricFamily::default();
-    family.set_name(name.to_owned());
-    family.set_help(help.to_owned());
-    family.set_field_type(MetricType::GAUGE);
-    family.set_metric(series);
-    family
 }
 
 #[cfg(test)]

@@ -14,31 +14,25 @@ pub struct ProbeMetrics {
 
 impl ProbeMetrics {
     pub fn register(registry: &MetricRegistry) -> Self {
-        let metrics = Self {
+        let sources = FactSource::ALL.map(FactSource::as_str);
+        // a document can also be unreadable
+        let reasons = [&CallError::CODES[..], &["malformed"]].concat();
+        Self {
             attempts: registry.counters(
                 "virtnode_probe_attempts_total",
                 "Readings of a source of facts.",
-                &["source"],
+                &[("source", &sources)],
             ),
             failures: registry.counters(
                 "virtnode_probe_failures_total",
                 "Readings of a source of facts that failed.",
-                &["source", "reason"],
+                &[("source", &sources), ("reason", &reasons)],
             ),
             last_success: registry.float_gauges(
                 "virtnode_probe_last_success_timestamp_seconds",
                 "When a source of facts was last read; 0 before the first time.",
-                &["source"],
+                &[("source", &sources)],
             ),
-        };
-        for source in FactSource::ALL.map(FactSource::as_str) {
-            metrics.attempts.with_label_values(&[source]);
-            metrics.last_success.with_label_values(&[source]);
-            // A document can also be unreadable.
-            for reason in CallError::CODES.into_iter().chain(["malformed"]) {
-                metrics.failures.with_label_values(&[source, reason]);
-            }
         }
-        metrics
     }
 }

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::files::{self, PUBLIC_DIRECTORY, PUBLIC_FILE};
 use crate::label::{LabelKey, LabelSet, LabelValue, RejectedLabel, RetainedLabel, is_ours};
 
 /// File name in the state directory.
@@ -69,6 +70,9 @@ pub struct LabelReport<'r> {
     pub rejected: &'r [RejectedLabel],
     /// Published labels that the last probe did not yield.
     pub retained: &'r [RetainedLabel],
+    /// Documents that yield no labels, and why; `virtnode labels` only.
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    pub notes: &'r [String],
 }
 
 impl<'r> LabelReport<'r> {
@@ -77,6 +81,7 @@ impl<'r> LabelReport<'r> {
             labels,
             rejected: &[],
             retained: &[],
+            notes: &[],
         }
     }
 }
@@ -109,7 +114,7 @@ pub fn load(path: &Path) -> Result<LabelSet, FileError> {
 /// Errors of the file system.
 pub fn store(path: &Path, report: &LabelReport<'_>) -> Result<bool, FileError> {
     let directory = path.parent().unwrap_or(Path::new("."));
-    fs::create_dir_all(directory).map_err(io("create", directory))?;
+    files::create_directory(directory, PUBLIC_DIRECTORY).map_err(io("create", directory))?;
     let mut text =
         serde_json::to_vec_pretty(report).map_err(|error| io("write", path)(error.into()))?;
     text.push(b'\n');
@@ -210,13 +215,15 @@ fn feature_lines(labels: &LabelSet) -> String {
 }
 
 fn replace(path: &Path, content: &[u8]) -> Result<bool, FileError> {
-    if read_bounded(path)?.as_deref() == Some(content) {
+    // Anything that cannot be read is replaced, a FIFO for example.
+    if matches!(read_bounded(path), Ok(Some(current)) if current == content) {
         return Ok(false);
     }
     // Node Feature Discovery ignores names with a leading dot (source/local/local.go).
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let temporary = path.with_file_name(format!(".{name}.new"));
-    let mut file = fs::File::create(&temporary).map_err(io("create", &temporary))?;
+    let created = files::create(&temporary, PUBLIC_FILE);
+    let mut file = created.map_err(io("create", &temporary))?;
     file.write_all(content).map_err(io("write", &temporary))?;
     file.sync_all().map_err(io("write", &temporary))?;
     fs::rename(&temporary, path).map_err(io("replace", path))?;
@@ -224,7 +231,7 @@ fn replace(path: &Path, content: &[u8]) -> Result<bool, FileError> {
 }
 
 fn read_bounded(path: &Path) -> Result<Option<Vec<u8>>, FileError> {
-    let file = match fs::File::open(path) {
+    let file = match files::open_regular(path) {
         Ok(file) => file,
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(io("read", path)(error)),
@@ -286,6 +293,17 @@ mod tests {
         let publisher = publisher(directory.path());
         publish(&publisher, &labels()).unwrap();
         fs::write(publisher.path(), "{}").unwrap();
+        assert!(publish(&publisher, &labels()).unwrap());
+        assert_eq!(publisher.load().unwrap(), labels());
+    }
+
+    #[test]
+    fn file_that_is_not_regular_is_replaced() {
+        let directory = tempfile::tempdir().unwrap();
+        let publisher = publisher(directory.path());
+        fs::create_dir(directory.path().join("state")).unwrap();
+        nix::unistd::mkfifo(publisher.path(), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        assert!(publisher.load().is_err());
         assert!(publish(&publisher, &labels()).unwrap());
         assert_eq!(publisher.load().unwrap(), labels());
     }

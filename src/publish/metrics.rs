@@ -18,7 +18,8 @@ pub const SYNC_FAILURES: [&str; 8] = [
 
 const EVENT_DROPS: [&str; 3] = ["queue-full", "api-unreachable", "rejected"];
 
-const VIRTUALIZATION_FAILURES: [&str; 7] = [
+/// Reasons for which a call about an object failed.
+pub const API_FAILURES: [&str; 7] = [
     "api-unreachable",
     "api-timeout",
     "api-forbidden",
@@ -35,11 +36,12 @@ pub struct SyncMetrics {
     pub last_success: Gauge,
     pub changes: IntCounterVec,
     pub conflicts: IntCounterVec,
+    pub watch_failures: IntCounterVec,
 }
 
 impl SyncMetrics {
     pub fn register(registry: &MetricRegistry) -> Self {
-        let metrics = Self {
+        Self {
             attempts: registry.counter(
                 "virtnode_label_sync_attempts_total",
                 "Attempts to bring the published labels up to date.",
@@ -47,7 +49,7 @@ impl SyncMetrics {
             failures: registry.counters(
                 "virtnode_label_sync_failures_total",
                 "Attempts to bring the published labels up to date that failed.",
-                &["reason"],
+                &[("reason", &SYNC_FAILURES)],
             ),
             last_success: registry.float_gauge(
                 "virtnode_label_sync_last_success_timestamp_seconds",
@@ -58,25 +60,20 @@ impl SyncMetrics {
                 "virtnode_label_changes_total",
                 "Published labels that were added, changed, removed, or restored after another \
                  client changed them.",
-                &["action"],
+                &[("action", &["added", "changed", "removed", "repaired"])],
             ),
             conflicts: registry.counters(
                 "virtnode_label_conflicts_total",
                 "Labels that another field manager owns with a different value: dropped, or taken \
                  over if the configuration says so.",
-                &["action"],
+                &[("action", &["dropped", "forced"])],
             ),
-        };
-        for reason in SYNC_FAILURES {
-            metrics.failures.with_label_values(&[reason]);
+            watch_failures: registry.counters(
+                "virtnode_node_watch_failures_total",
+                "Failures of the watch of the Node. A watch that ends within a second is one.",
+                &[("reason", &SYNC_FAILURES[2..])],
+            ),
         }
-        for action in ["added", "changed", "removed", "repaired"] {
-            metrics.changes.with_label_values(&[action]);
-        }
-        for action in ["dropped", "forced"] {
-            metrics.conflicts.with_label_values(&[action]);
-        }
-        metrics
     }
 }
 
@@ -88,7 +85,7 @@ pub struct VirtualizationMetrics {
 
 impl VirtualizationMetrics {
     pub fn register(registry: &MetricRegistry) -> Self {
-        let metrics = Self {
+        Self {
             attempts: registry.counter(
                 "virtnode_virtualization_sync_attempts_total",
                 "Attempts to bring the NodeVirtualization up to date.",
@@ -96,13 +93,9 @@ impl VirtualizationMetrics {
             failures: registry.counters(
                 "virtnode_virtualization_sync_failures_total",
                 "Attempts to bring the NodeVirtualization up to date that failed.",
-                &["reason"],
+                &[("reason", &API_FAILURES)],
             ),
-        };
-        for reason in VIRTUALIZATION_FAILURES {
-            metrics.failures.with_label_values(&[reason]);
         }
-        metrics
     }
 }
 
@@ -114,7 +107,7 @@ pub struct EventMetrics {
 
 impl EventMetrics {
     pub fn register(registry: &MetricRegistry) -> Self {
-        let metrics = Self {
+        Self {
             written: registry.counter(
                 "virtnode_events_total",
                 "Kubernetes events written, including repeats of one event.",
@@ -123,12 +116,8 @@ impl EventMetrics {
                 "virtnode_events_dropped_total",
                 "Kubernetes events dropped because the queue was full, the API server was \
                  unreachable for too long, or it rejected them.",
-                &["reason"],
+                &[("reason", &EVENT_DROPS)],
             ),
-        };
-        for reason in EVENT_DROPS {
-            metrics.dropped.with_label_values(&[reason]);
         }
-        metrics
     }
 }

@@ -32,6 +32,7 @@ use tokio_util::sync::CancellationToken;
 
 use self::failures::PublishFailures;
 use super::events::EventRecorder;
+use super::wait_until;
 use crate::cluster::{ApplyConflicts, Cluster, ClusterError, NodeChange, NodeState, Owners};
 use crate::label::LabelSet;
 use crate::label::ownership::{
@@ -47,6 +48,12 @@ pub use crate::cluster::Retry;
 const ROUNDS: usize = 5;
 /// Consecutive errors of the watch that are logged, while calls succeed.
 const WATCH_ERRORS: u32 = 3;
+/// Time without an error after which a watch that delivers works again. One that ends at once does so
+/// within a second.
+const WATCH_WORKS_AFTER: Duration = Duration::from_secs(2);
+/// The same for a watch that delivers nothing: a retry comes within half a minute and fails within the
+/// timeout of a call.
+const WATCH_QUIET: Duration = Duration::from_secs(60);
 
 #[derive(Debug, Clone)]
 pub struct NodePublisherOptions {
@@ -97,6 +104,8 @@ struct NodeWatch {
     /// Consecutive errors.
     errors: u32,
     logged: bool,
+    /// Time from which on the watch works again, unless another error comes first.
+    works_at: Option<Instant>,
     /// True if the watch has delivered a change since the last read of the Node.
     delivered: bool,
     /// Time and version of that read.
@@ -110,6 +119,7 @@ impl NodeWatch {
             changes: cluster.watch().boxed(),
             errors: 0,
             logged: false,
+            works_at: None,
             delivered: true,
             read_at: Instant::now(),
             version: String::new(),
@@ -187,6 +197,7 @@ impl NodePublisher {
                     }
                 }
                 Some(change) = self.watch.changes.next() => self.handle(change),
+                () = wait_until(self.watch.works_at) => self.watch_works(),
                 () = sleep_until(self.due) => {
                     let wait = match self.skipped_fallback() {
                         Some(wait) => wait,
@@ -266,21 +277,37 @@ impl NodePublisher {
 
     fn watch_delivered(&mut self) {
         self.watch.delivered = true;
+        if self.watch.errors > 0 {
+            let works_at = Instant::now() + WATCH_WORKS_AFTER;
+            let earlier = self.watch.works_at.map_or(works_at, |at| at.min(works_at));
+            self.watch.works_at = Some(earlier);
+        }
+    }
+
+    fn watch_works(&mut self) {
+        self.watch.works_at = None;
         self.watch.errors = 0;
         if std::mem::take(&mut self.watch.logged) {
             tracing::info!(node = self.cluster.node(), "watching the Node again");
+            self.state.send_modify(|state| state.watch_problem = None);
         }
     }
 
     fn watch_failed(&mut self, error: &ClusterError) {
+        let code = error.code();
+        self.metrics.watch_failures.with_label_values(&[code]).inc();
         self.watch.errors += 1;
+        self.watch.works_at = Some(Instant::now() + WATCH_QUIET);
         // If calls fail too, that is already logged.
-        if self.watch.errors == WATCH_ERRORS && self.failures.is_none() {
+        if self.watch.errors >= WATCH_ERRORS && self.failures.is_none() && !self.watch.logged {
             self.watch.logged = true;
             tracing::warn!(
-                node = self.cluster.node(), code = error.code(), %error,
+                node = self.cluster.node(), code, %error,
                 "cannot watch the Node, retrying: edited labels are restored late"
             );
+            let message = error.to_string();
+            self.state
+                .send_modify(|state| state.watch_problem = Some(SyncProblem { code, message }));
         }
     }
 

@@ -6,7 +6,7 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use prometheus::core::Collector;
+use prometheus::core::{Collector, MetricVec, MetricVecBuilder};
 use prometheus::process_collector::ProcessCollector;
 use prometheus::{
     Error, Gauge, GaugeVec, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
@@ -58,21 +58,47 @@ impl MetricRegistry {
         self.add(IntCounter::new(name, help))
     }
 
-    pub fn gauges(&self, name: &str, help: &str, labels: &[&str]) -> IntGaugeVec {
-        self.add(IntGaugeVec::new(Opts::new(name, help), labels))
+    /// Returns gauges that start at 0 for each combination of these labels' values.
+    pub fn gauges(&self, name: &str, help: &str, labels: Labels<'_>) -> IntGaugeVec {
+        let gauges = IntGaugeVec::new(Opts::new(name, help), &names(labels));
+        self.add_series(gauges, labels)
     }
 
-    pub fn float_gauges(&self, name: &str, help: &str, labels: &[&str]) -> GaugeVec {
-        self.add(GaugeVec::new(Opts::new(name, help), labels))
+    /// As [`Self::gauges`].
+    pub fn float_gauges(&self, name: &str, help: &str, labels: Labels<'_>) -> GaugeVec {
+        let gauges = GaugeVec::new(Opts::new(name, help), &names(labels));
+        self.add_series(gauges, labels)
     }
 
-    pub fn counters(&self, name: &str, help: &str, labels: &[&str]) -> IntCounterVec {
-        self.add(IntCounterVec::new(Opts::new(name, help), labels))
+    /// As [`Self::gauges`].
+    pub fn counters(&self, name: &str, help: &str, labels: Labels<'_>) -> IntCounterVec {
+        let counters = IntCounterVec::new(Opts::new(name, help), &names(labels));
+        self.add_series(counters, labels)
     }
 
-    pub fn histograms(&self, name: &str, help: &str, labels: &[&str]) -> HistogramVec {
+    /// As [`Self::gauges`].
+    pub fn histograms(&self, name: &str, help: &str, labels: Labels<'_>) -> HistogramVec {
         let options = HistogramOpts::new(name, help).buckets(BUCKETS.into());
-        self.add(HistogramVec::new(options, labels))
+        self.add_series(HistogramVec::new(options, &names(labels)), labels)
+    }
+
+    fn add_series<T: MetricVecBuilder + 'static>(
+        &self,
+        metrics: Result<MetricVec<T>, Error>,
+        labels: Labels<'_>,
+    ) -> MetricVec<T> {
+        let metrics = self.add(metrics);
+        let mut series = vec![Vec::new()];
+        for (_, values) in labels {
+            let extended = series.iter().flat_map(|before: &Vec<&str>| {
+                values.iter().map(|value| [before, &[*value][..]].concat())
+            });
+            series = extended.collect();
+        }
+        for values in series {
+            drop(metrics.with_label_values(&values));
+        }
+        metrics
     }
 
     #[expect(clippy::expect_used, reason = "names and labels are constants")]
@@ -88,6 +114,13 @@ impl MetricRegistry {
         let registered = self.0.register(Box::new(collector));
         registered.expect("the metric's name is unique");
     }
+}
+
+/// The labels of a metric, each with the values whose series exist from the start.
+pub(super) type Labels<'l> = &'l [(&'l str, &'l [&'l str])];
+
+fn names<'l>(labels: Labels<'l>) -> Vec<&'l str> {
+    labels.iter().map(|(name, _)| *name).collect()
 }
 
 impl Default for MetricRegistry {

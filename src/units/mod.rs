@@ -1,5 +1,6 @@
 //! Quantities as types. No size crosses a module boundary as a bare number.
 
+mod macros;
 mod parse_error;
 mod timestamp;
 mod words;
@@ -9,9 +10,10 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+pub(crate) use self::macros::{string_conversions, words};
 pub use self::parse_error::ParseError;
 pub use self::timestamp::Timestamp;
-pub use self::words::{counted, seconds, shortened};
+pub use self::words::{bounded, counted, json_bytes, seconds, shortened, whole_number};
 
 const KIB: u64 = 1024;
 
@@ -128,19 +130,7 @@ impl fmt::Display for Bytes {
     }
 }
 
-impl From<Bytes> for String {
-    fn from(bytes: Bytes) -> Self {
-        bytes.to_string()
-    }
-}
-
-impl TryFrom<String> for Bytes {
-    type Error = ParseError;
-
-    fn try_from(text: String) -> Result<Self, ParseError> {
-        text.parse()
-    }
-}
+string_conversions!(Bytes);
 
 const NO_UNIT: &str = "has no unit: write it like 2GiB, 512MiB or 2Gi";
 const DECIMAL_UNIT: &str = "has a unit of 1000 bytes or an ambiguous one: write a binary unit, \

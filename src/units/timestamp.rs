@@ -67,7 +67,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn moments_are_counted_and_shown() {
+    fn timestamp_is_added_subtracted_and_formatted() {
         let moment = Timestamp::from_millis(1_795_260_166_250);
         assert_eq!(moment.to_string(), "2026-11-21T11:22:46.25Z");
         let later = moment.after(Duration::from_millis(1_750));
@@ -80,7 +80,7 @@ mod tests {
     }
 
     #[test]
-    fn no_moment_is_out_of_range() {
+    fn timestamp_stays_in_range() {
         let last = Timestamp::from_millis(i64::MAX);
         assert_eq!(last.after(Duration::MAX), last);
         assert!(last.to_string().starts_with("9999-12-30T"), "{last}");

@@ -9,8 +9,8 @@ use std::sync::Arc;
 
 use virtnode::capability::{NodeFacts, Version};
 use virtnode::compat::{
-    Assessment, Confirmation, DryRun, Feasibility, Offer, Requirement, RuleCode, RuleFinding,
-    RuleSeverity, Stage, assess, confirm, dry_run_xml,
+    Assessment, Confirmation, DefinitionCopy, DryRun, Feasibility, Offer, Requirement, RuleCode,
+    RuleFinding, RuleSeverity, Stage, assess, confirm, dry_run_copy,
 };
 use virtnode::daemon::Metrics;
 use virtnode::hypervisor::{CallError, Libvirt, LibvirtConfig, NodeSource};
@@ -35,14 +35,14 @@ const USES_QEMU_LIST_SINCE: Version = Version::new(10, 6, 0);
 const LIBVIRT_LIST_MESSAGE: &str = "the CPU is incompatible with host CPU: ";
 
 /// A libvirt and the facts of its node.
-struct LibvirtNode {
+pub(crate) struct LibvirtNode {
     libvirtd: Libvirtd,
-    libvirt: Arc<Libvirt>,
-    facts: NodeFacts,
+    pub(crate) libvirt: Arc<Libvirt>,
+    pub(crate) facts: NodeFacts,
 }
 
 impl LibvirtNode {
-    async fn start() -> Self {
+    pub(crate) async fn start() -> Self {
         let libvirtd = Libvirtd::start().unwrap();
         let metrics = Metrics::new();
         let config = LibvirtConfig::new(libvirtd.uri());
@@ -68,14 +68,17 @@ impl LibvirtNode {
         assess(&domain, &offer)
     }
 
-    async fn dry_run(&self, xml: &str) -> DryRun {
-        let definition = dry_run_xml(xml).unwrap();
-        match self.libvirt.native_arguments(definition).await {
+    pub(crate) async fn dry_run(&self, xml: &str) -> DryRun {
+        match self.libvirt.native_arguments(copy(xml).xml).await {
             Ok(_) => DryRun::Accepted,
             Err(CallError::Failed { text, .. }) => DryRun::Refused { words: text },
             Err(error) => panic!("{error}: {xml}"),
         }
     }
+}
+
+pub(crate) fn copy(xml: &str) -> DefinitionCopy {
+    dry_run_copy(xml, None).unwrap()
 }
 
 /// True if libvirt, not QEMU, reports this problem.
@@ -152,7 +155,10 @@ async fn libvirt_confirms_the_result_for_every_generated_domain() {
             &Confirmation {
                 dry_run: dry_run.clone(),
                 cpu: None,
+                trial: None,
             },
+            &copy(&xml),
+            None,
         );
         let open = confirmed.findings.iter().any(|f| unknown(&f));
         let unanswered = match dry_run {
@@ -201,7 +207,7 @@ fn start_some(node: &LibvirtNode, groups: BTreeMap<String, Vec<(String, Assessme
         domains.retain(|(xml, _)| current(xml) <= MAX_STARTED_VCPUS);
         domains.sort_by_key(|(xml, _)| current(xml));
         for (xml, fit) in domains.into_iter().take(STARTED) {
-            let message = node.libvirtd.start_and_end(&dry_run_xml(&xml).unwrap());
+            let message = node.libvirtd.start_and_end(&copy(&xml).xml);
             let expected = |message: &str| {
                 fit.findings.iter().any(|finding| {
                     finding.stage == Some(Stage::Emulator)

@@ -149,7 +149,7 @@ fn figures(name: &str) -> DomainFigures {
 async fn submitted_fields_reach_the_executor() {
     let served = Served::start();
     let body = json!({
-        "count": 4, "online": true, "require": "acknowledged", "timeoutSeconds": 90,
+        "count": 4, "online": true, "require": "acknowledged", "persistent": true, "timeoutSeconds": 90,
         "idempotencyKey": "k1",
     });
     let answer = served.post("/v1/domains/vm1/vcpus", &body).await;
@@ -173,6 +173,7 @@ async fn submitted_fields_reach_the_executor() {
             online: true,
         },
         require: Require::Acknowledged,
+        persistent: true,
         timeout: Duration::from_secs(90),
         idempotency_key: Some("k1".to_owned()),
         asked_by: AskedBy::Local {
@@ -187,7 +188,7 @@ async fn submitted_fields_reach_the_executor() {
     assert_eq!(answer.status, 202, "{}", answer.body);
     let order = &served.operations.orders()[1];
     let size = Bytes::from_mib(1536).unwrap();
-    assert_eq!(order.request, HotplugRequest::Memory { size });
+    assert_eq!(order.request, HotplugRequest::Memory { size, force: false });
     assert_eq!(order.require, Require::Online);
     assert_eq!(order.timeout, Duration::from_secs(60));
 }
@@ -320,6 +321,10 @@ async fn invalid_input_is_rejected_with_message() {
         ("vcpus", "", "empty"),
         ("vcpus", "{", "EOF"),
         ("vcpus", "[]", "invalid"),
+        ("vcpus", " [4]", "an array"),
+        ("vcpus", r#"{"count": 2, "idempotencyKey": null}"#, "null"),
+        ("vcpus", r#"{"count": 2, "timeoutSeconds": null}"#, "null"),
+        ("memory", r#"["2GiB"]"#, "an array"),
         ("vcpus", "{}", "count"),
         ("vcpus", r#"{"count": -1}"#, "-1"),
         ("vcpus", r#"{"count": 2.5}"#, "2.5"),
@@ -567,7 +572,10 @@ async fn description_has_every_field_of_operation_and_domain() {
     let schemas = &description["components"]["schemas"];
     let served = Served::start();
     served
-        .post("/v1/domains/vm1/vcpus", json!({"count": 2}))
+        .post(
+            "/v1/domains/vm1/vcpus",
+            json!({"count": 2, "persistent": true}),
+        )
         .await;
     let running = served.get("/v1/operations").await.json();
     check(&description, &schemas["Operations"], &running, "running");

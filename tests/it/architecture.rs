@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 const LAYERS: &[&[&str]] = &[
     &CORE,
     &["ffi"],
-    &["telemetry", "config"],
+    &["telemetry", "config", "files"],
     &["hypervisor", "host", "cluster", "journal", "publish/file"],
     &["connections"],
     &[

@@ -139,14 +139,52 @@ fn missing_documents_omit_their_labels() {
 
 #[test]
 fn document_of_slower_domain_type_yields_no_host_model() {
-    let printed = labels(&[
+    let (code, out, err) = run(&[
+        "labels",
+        "--output",
+        "json",
         "--capabilities",
         &capabilities(),
         "--domain-capabilities",
         &document("dc-x86_64-q35-qemu.xml"),
     ]);
+    assert_eq!(code, 0);
+    assert!(err.contains("describe domains of type qemu"), "{err}");
+    let printed: Value = serde_json::from_str(&out).unwrap();
     assert_eq!(printed["labels"]["virtnode.io/accelerator"], "kvm");
     assert_eq!(printed["labels"].get("virtnode.io/host-model"), None);
+    assert_eq!(printed["notes"].as_array().unwrap().len(), 1);
+}
+
+/// KubeVirt's reduced file has no architecture, and without one there are no labels.
+#[test]
+fn documents_without_labels_are_named_and_exit_with_1() {
+    let directory = tempfile::tempdir().unwrap();
+    let text = "<domainCapabilities><path>/usr/bin/qemu</path><cpu/></domainCapabilities>";
+    let file = write(directory.path(), text);
+    let (code, out, err) = run(&["labels", "-o", "json", "--domain-capabilities", &file]);
+    assert_eq!(code, 1);
+    assert!(
+        err.contains("no document has the node's architecture"),
+        "{err}"
+    );
+    let printed: Value = serde_json::from_str(&out).unwrap();
+    assert!(printed["labels"].as_object().unwrap().is_empty());
+    assert_eq!(printed["notes"].as_array().unwrap().len(), 1);
+}
+
+#[test]
+fn duplicate_key_of_the_configuration_is_reported_without_advice_to_programmers() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = write(
+        directory.path(),
+        "connect: qemu:///system\nconnect: qemu:///session\n",
+    );
+    let (code, _, err) = run(&["run", "--check-config", "--config", &file]);
+    assert_eq!(code, 2);
+    assert!(err.contains("connect") && !err.contains("Options"), "{err}");
+    let (code, _, err) = run(&["run", "--check-config"]);
+    assert_eq!((code, err.as_str()), (0, ""));
 }
 
 #[test]
@@ -254,11 +292,15 @@ fn sparse_capabilities_are_accepted() {
         "<capabilities><guest><arch name='x86_64'/></guest></capabilities>",
     ] {
         let file = write(directory.path(), odd);
-        let printed = labels(&["--capabilities", &file]);
+        let (code, out, err) = run(&["labels", "-o", "json", "--capabilities", &file]);
+        let printed: Value = serde_json::from_str(&out).unwrap();
         assert!(
             printed["labels"].as_object().unwrap().is_empty(),
             "{odd}: {printed}"
         );
+        // An empty answer is none.
+        assert_eq!(code, 1, "{odd}");
+        assert!(err.starts_with("virtnode: "), "{odd}: {err}");
     }
     let file = write(
         directory.path(),
@@ -411,7 +453,7 @@ const COMMANDS: [(&str, &[&str]); 15] = [
             CONNECTION,
             KUBERNETES,
             "socket publish schema force-conflicts state-directory features-directory \
-             probe-interval start-jitter listen log-format log",
+             probe-interval start-jitter listen log-format log check-config",
         ],
     ),
     (
@@ -419,15 +461,23 @@ const COMMANDS: [(&str, &[&str]); 15] = [
         &[CONNECTION, DOCUMENTS, "output schema state-directory"],
     ),
     ("capabilities", &[CONNECTION, DOCUMENTS, "output"]),
-    ("check", &[CONNECTION, DOCUMENTS, DOMAIN, "output"]),
+    ("check", &[CONNECTION, DOCUMENTS, DOMAIN, "try output"]),
     ("hotplug", &[CONNECTION, HOTPLUG]),
     (
         "hotplug vcpus",
-        &[CONNECTION, HOTPLUG, "online require timeout direct output"],
+        &[
+            CONNECTION,
+            HOTPLUG,
+            "online require persistent timeout direct output",
+        ],
     ),
     (
         "hotplug memory",
-        &[CONNECTION, HOTPLUG, "require timeout direct output"],
+        &[
+            CONNECTION,
+            HOTPLUG,
+            "force require persistent timeout direct output",
+        ],
     ),
     ("operations", &["config output socket state-directory"]),
     (

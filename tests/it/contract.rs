@@ -1,10 +1,10 @@
-//! The contract: what a hypervisor and its guests do, and what comes of it. Each row is asked of
-//! the hypervisor in memory and of a real libvirt with real QEMU and Linux guests. Where the two
-//! differ, the one in memory is wrong.
+//! The contract of a hypervisor backend: calls, events and verdicts. Each test runs on the hypervisor
+//! in memory, and on a real libvirt with real QEMU and Linux guests. If the two differ, the one in
+//! memory is wrong.
 //!
-//! What a guest does with what it is given is in `truth_table/guests.rs`, asked of both as well;
-//! what only a real one can show (frozen, killed, restarted …) in the rest of the truth table; what
-//! needs time that passes at once (orders that wait, crashes at every moment) in `executor.rs`.
+//! `truth_table/guests.rs` has the behaviors of guests, on both as well. The rest of the truth table
+//! has what only a real hypervisor can show, such as a freeze, a kill or a restart. `executor.rs` has
+//! what requires virtual time, such as waiting orders and crashes at any time.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,7 +24,7 @@ use virtnode::units::KiB;
 use crate::support::backend::{Backend, EVERYTHING, InMemory, NAME, PLAIN, Real, Witness};
 use crate::support::fake_domains::{Blocks, Cpus, FakeGuest};
 
-/// For what has no deadline of its own; only a failing test waits so long.
+/// Timeout that only a failing test reaches.
 const LONG: Duration = Duration::from_secs(120);
 
 #[derive(Debug, Clone, Copy)]
@@ -80,6 +80,7 @@ impl<C: DomainBackend> Node<C> {
             domain: NAME.parse().unwrap(),
             request,
             require,
+            persistent: false,
             timeout: Duration::from_secs(within),
             idempotency_key: None,
             asked_by: AskedBy::Local { uid: 0 },
@@ -105,7 +106,7 @@ impl<C: DomainBackend> Node<C> {
 
 #[rstest]
 #[tokio::test]
-async fn a_job_holds_changes_and_is_named(#[values(On::Memory, On::Libvirt)] on: On) {
+async fn job_delays_changes_and_is_named(#[values(On::Memory, On::Libvirt)] on: On) {
     match on {
         On::Memory => job::<InMemory>().await,
         On::Libvirt => job::<Real>().await,
@@ -126,7 +127,7 @@ async fn job<B: Backend>() {
         (held.job, held.reason),
         (Some(Job::Save), Some(PauseReason::Save))
     );
-    // What can never be done is said at once all the same.
+    // An infeasible request is rejected at once, job or not.
     let limit = node.ask(vcpus(5), 60).await;
     assert_eq!(limit.verdict, Some(Verdict::Infeasible), "{limit:#?}");
     let began = Instant::now();
@@ -140,7 +141,7 @@ async fn job<B: Backend>() {
     );
     assert!(began.elapsed() >= Duration::from_secs(4));
 
-    // One that waits goes on when the job is over.
+    // A waiting operation continues when the job ends.
     let waits = node.submit(vcpus(2), 100, Require::Online).await;
     node.becomes(&waits, |record| {
         let awaiting = record.awaiting.as_ref();
@@ -155,9 +156,7 @@ async fn job<B: Backend>() {
 
 #[rstest]
 #[tokio::test]
-async fn qemu_is_asked_past_libvirt_only_where_that_is_wanted(
-    #[values(On::Memory, On::Libvirt)] on: On,
-) {
+async fn qemu_is_queried_directly_only_with_deep_verify(#[values(On::Memory, On::Libvirt)] on: On) {
     match on {
         On::Memory => deep::<InMemory>().await,
         On::Libvirt => deep::<Real>().await,
@@ -195,7 +194,7 @@ async fn deep<B: Backend>() {
 
 #[rstest]
 #[tokio::test]
-async fn calls_and_events_are_what_they_are(#[values(On::Memory, On::Libvirt)] on: On) {
+async fn calls_and_events_match_their_contract(#[values(On::Memory, On::Libvirt)] on: On) {
     match on {
         On::Memory => calls::<InMemory>().await,
         On::Libvirt => calls::<Real>().await,
@@ -219,7 +218,7 @@ async fn calls<B: Backend>() {
     assert_eq!(control.find(&id.uuid).await.unwrap(), id);
     let mut notices = control.events();
 
-    // vCPUs up: the call comes back, and the guest answers.
+    // A plug of vCPUs: the call returns, and the guest answers.
     control.apply(&id, &set_vcpus(3)).await.unwrap();
     for slot in [1, 2] {
         hears(&mut notices, |event| {
@@ -246,8 +245,8 @@ async fn calls<B: Backend>() {
         "{error:?}"
     );
 
-    // Down: QEMU lets it go, libvirt does not notice in software emulation, and agrees when it
-    // is asked again.
+    // An unplug: QEMU releases the vCPU. In software emulation libvirt notices it only at the
+    // second call.
     let unplugged = control.apply(&id, &set_vcpus(2)).await;
     hears(&mut notices, |event| {
         matches!(event, Event::Ost(ost) if ost.slot == 2 && ost.answer() == Some(AcpiAnswer::Gone))
@@ -265,11 +264,12 @@ async fn calls<B: Backend>() {
     assert_eq!(statistics.stats.vcpus.len(), 2);
     assert_eq!(control.statistics().await.unwrap().len(), 1);
 
-    // Memory: the driver takes it.
+    // Memory: the guest's driver plugs it.
     let half = KiB::new(512 * 1024).unwrap();
     let resize = Action::ResizeVirtioMem {
         alias: "ua-mem0".to_owned(),
         requested: half,
+        persist: false,
     };
     control.apply(&id, &resize).await.unwrap();
     hears(&mut notices, |event| {
@@ -281,6 +281,7 @@ async fn calls<B: Backend>() {
         alias: "ua-dimm".to_owned(),
         size: KiB::new(mib * 1024).unwrap(),
         node: Some(0),
+        persist: false,
     };
     let error = control.apply(&id, &dimm(129)).await.unwrap_err();
     assert!(error.to_string().contains("0x200000"), "{error}");
@@ -291,7 +292,7 @@ async fn calls<B: Backend>() {
     })
     .await;
 
-    // Held, and the end.
+    // Pause, and the end of the domain.
     guest.pause(true);
     let held = live(&control, &id).await.unwrap();
     assert_eq!(
@@ -322,7 +323,7 @@ async fn live<C: DomainBackend>(control: &Arc<C>, id: &DomainRef) -> Result<Live
     control.observe(id, PLAIN).await.live
 }
 
-/// Waits for an event that is as wanted.
+/// Waits for a matching event.
 async fn hears(notices: &mut Notices, wanted: impl Fn(&Event) -> bool) {
     let heard = timeout(LONG, async {
         loop {

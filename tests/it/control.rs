@@ -1,4 +1,4 @@
-//! Domains through libvirt, on a private libvirtd: every call, the events, and what is stuck.
+//! The libvirt adapter on a private libvirtd: calls about domains, events, and stuck domains.
 
 #![allow(clippy::print_stdout, reason = "what is measured is shown")]
 
@@ -30,7 +30,7 @@ use crate::support::guest::{Guest, GuestConfig};
 use crate::support::libvirtd::Libvirtd;
 use crate::support::relay::{Hold, Relay, SET_VCPUS};
 
-/// For what has no deadline of its own; only a failing test waits so long.
+/// Timeout that only a failing test reaches.
 const LONG: Duration = Duration::from_secs(60);
 
 fn start(libvirtd: &Libvirtd, change: impl FnOnce(&mut LibvirtConfig)) -> Libvirt {
@@ -39,7 +39,7 @@ fn start(libvirtd: &Libvirtd, change: impl FnOnce(&mut LibvirtConfig)) -> Libvir
     Libvirt::start(config, Metrics::new().hypervisor)
 }
 
-/// Waits until events are told, and subscribes.
+/// Subscribes, and waits until libvirt delivers events.
 async fn listen(control: &Libvirt) -> Notices {
     let mut listening = control.health();
     let up = listening.wait_for(|state| matches!(state, ConnectionState::Up(_)));
@@ -47,7 +47,7 @@ async fn listen(control: &Libvirt) -> Notices {
     control.events()
 }
 
-/// Waits for a change of a domain that is as wanted.
+/// Waits for a matching change of a domain.
 async fn until(notices: &mut Notices, wanted: impl Fn(&DomainRef, &Change) -> bool) {
     let mut seen = Vec::new();
     let found = timeout(LONG, async {
@@ -110,7 +110,7 @@ async fn statistics(control: &Libvirt, domain: &DomainRef) -> Option<DomainStats
     control.observe(domain, query).await.statistics
 }
 
-/// Asks the agent, if there is one.
+/// Queries the guest agent, if the domain has one.
 async fn agent(control: &Libvirt, domain: &DomainRef) -> Option<Result<GuestVcpus, CallError>> {
     let query = ObservationQuery {
         agent: Some(LONG),
@@ -127,6 +127,7 @@ fn resize(alias: &str, mib: u64) -> Action {
     Action::ResizeVirtioMem {
         alias: alias.to_owned(),
         requested: KiB::new(mib * 1024).unwrap(),
+        persist: false,
     }
 }
 
@@ -135,6 +136,7 @@ fn dimm(alias: &str) -> Action {
         alias: alias.to_owned(),
         size: KiB::new(128 * 1024).unwrap(),
         node: Some(0),
+        persist: false,
     }
 }
 
@@ -144,7 +146,7 @@ fn online(ids: &str) -> Action {
 }
 
 #[tokio::test]
-async fn a_guest_is_watched_and_changed() {
+async fn events_and_observations_follow_each_change_of_a_guest() {
     let libvirtd = Libvirtd::start().unwrap();
     let control = start(&libvirtd, |_| {});
     let mut notices = listen(&control).await;
@@ -168,7 +170,7 @@ async fn a_guest_is_watched_and_changed() {
     };
     let before = tainted();
 
-    // What it is.
+    // The definition.
     let id = control.find(config.name).await.unwrap();
     assert_eq!(id.name, config.name);
     assert_eq!(control.find(&id.uuid).await.unwrap(), id);
@@ -182,7 +184,7 @@ async fn a_guest_is_watched_and_changed() {
     assert_eq!(domain.vcpus.plugged(), 1);
     assert_eq!(domain.agent, AgentChannel::Connected);
 
-    // Its statistics: all ways tell the same.
+    // The statistics, which all calls report alike.
     let stats = statistics(&control, &id).await.unwrap();
     assert_eq!((&stats.id, stats.state), (&id, DomainState::Running));
     assert!(stats.stats.vcpus[&0].time > Some(0), "{stats:?}");
@@ -210,10 +212,10 @@ async fn a_guest_is_watched_and_changed() {
     );
     memory(&control, &mut notices, &id).await;
 
-    // Nothing of it has tainted the domain.
+    // No call has tainted the domain.
     assert_eq!(tainted(), before);
 
-    // Its life.
+    // Pause, resume, reset and end.
     libvirtd.virsh(&["suspend", config.name]).unwrap();
     until_event(&mut notices, |event| *event == Event::Paused).await;
     assert_eq!(read(&control, &id).await.state, DomainState::Paused);
@@ -237,7 +239,7 @@ async fn a_guest_is_watched_and_changed() {
     assert!(matches!(error, CallError::NotFound(_)), "{error:?}");
 }
 
-/// vCPUs up, online, and down.
+/// Plugs vCPUs, brings them online, and unplugs them.
 async fn vcpus(control: &Libvirt, notices: &mut Notices, id: &DomainRef) {
     let (plugged, took) = timed(control.apply(id, &set_vcpus(3, true))).await;
     plugged.unwrap();
@@ -257,8 +259,8 @@ async fn vcpus(control: &Libvirt, notices: &mut Notices, id: &DomainRef) {
         "{error:?}"
     );
 
-    // The change delays its own domain's changes, nothing else. In software emulation libvirt
-    // times out although QEMU has done it, and agrees at the second call.
+    // The call delays only changes of its own domain. In software emulation libvirt times out
+    // although QEMU has released the vCPU, and notices it at the second call.
     let two = set_vcpus(2, true);
     let unplug = async { timed(control.apply(id, &two)).await };
     let meanwhile = async {
@@ -279,7 +281,7 @@ async fn vcpus(control: &Libvirt, notices: &mut Notices, id: &DomainRef) {
     assert_eq!(read(control, id).await.vcpus.plugged_ids(), ids("0-1"));
 }
 
-/// A virtio-mem device up and down, and a DIMM.
+/// Grows and shrinks a virtio-mem device, and plugs a DIMM.
 async fn memory(control: &Libvirt, notices: &mut Notices, id: &DomainRef) {
     for size in [256, 0] {
         control.apply(id, &resize("ua-mem0", size)).await.unwrap();
@@ -309,7 +311,7 @@ async fn memory(control: &Libvirt, notices: &mut Notices, id: &DomainRef) {
 }
 
 #[tokio::test]
-async fn names_and_domains_that_are_not_there_do_no_harm() {
+async fn unknown_domains_and_hostile_names_yield_errors() {
     let libvirtd = Libvirtd::start().unwrap();
     let control = start(&libvirtd, |_| {});
     libvirtd.start_domain("bare").unwrap();
@@ -345,7 +347,7 @@ async fn names_and_domains_that_are_not_there_do_no_harm() {
         assert!(control.apply(&bare, &resize(alias, 2)).await.is_err());
     }
 
-    // No channel for an agent; and a channel with nobody at its end.
+    // A domain without a channel for an agent, and one whose channel no agent has opened.
     let error = control.apply(&bare, &online("0")).await.unwrap_err();
     assert!(matches!(error, CallError::AgentSilent { .. }), "{error:?}");
     assert!(agent(&control, &bare).await.is_none());
@@ -363,7 +365,7 @@ async fn names_and_domains_that_are_not_there_do_no_harm() {
 }
 
 #[tokio::test]
-async fn events_are_told_again_after_libvirtd_was_killed() {
+async fn killed_libvirtd_delivers_events_again_after_restart() {
     let mut libvirtd = Libvirtd::start().unwrap();
     libvirtd.start_domain("d").unwrap();
     let control = start(&libvirtd, |_| {});
@@ -400,7 +402,7 @@ async fn events_are_told_again_after_libvirtd_was_killed() {
     timeout(LONG, ended).await.unwrap();
 }
 
-/// A domain's emulator, held with `SIGSTOP`: libvirt waits for its answers.
+/// A domain's emulator, stopped with `SIGSTOP`: libvirt waits for its answers.
 struct Held(Pid);
 
 impl Held {
@@ -461,7 +463,7 @@ async fn stuck_domain_delays_only_its_own_calls() {
     assert!(longest < DEADLINE, "{longest:?}");
     assert!(matches!(late.0, Err(CallError::Overdue { .. })), "{late:?}");
     assert!(late.1 < LONG, "{late:?}");
-    // The domain's turn is still taken.
+    // The late call still occupies the domain's turn.
     assert!(matches!(next.0, Err(CallError::Busy { .. })), "{next:?}");
     assert!(next.1 < LONG, "{next:?}");
     assert_eq!(
@@ -475,7 +477,7 @@ async fn stuck_domain_delays_only_its_own_calls() {
         .call_failures
         .with_label_values(&["set-vcpus", "busy"]);
     assert_eq!(busy.get(), 1);
-    // What libvirt knows by itself it tells, and leaves the rest out.
+    // libvirt reports its own figures and omits those of QEMU.
     let all = control.statistics().await.unwrap();
     assert_eq!(all.len(), 4);
     let stats = all.iter().find(|stats| stats.id == stuck).unwrap();
@@ -516,6 +518,7 @@ async fn lock_held_by_another_client_is_busy_and_retried_when_libvirt_speaks_jap
             online: false,
         },
         require: Require::Online,
+        persistent: false,
         timeout: 2 * LONG,
         idempotency_key: None,
         asked_by: AskedBy::Local { uid: 0 },
@@ -575,7 +578,7 @@ async fn lock_held_by_another_client_is_busy_and_retried_when_libvirt_speaks_jap
     executor.stop().await;
 }
 
-/// The memory of this process that is in use, in KiB.
+/// Returns the resident memory of this process in KiB.
 fn resident_kib() -> u64 {
     let status = fs::read_to_string("/proc/self/status").unwrap();
     let line = status
@@ -585,7 +588,7 @@ fn resident_kib() -> u64 {
     line.split_whitespace().nth(1).unwrap().parse().unwrap()
 }
 
-/// Says to this test that it is alone in its process, and where libvirtd is.
+/// Environment variable with the URI of libvirtd, for this test alone in its own process.
 const ALONE: &str = "VIRTNODE_TEST_URI";
 
 #[tokio::test]
@@ -597,7 +600,7 @@ async fn statistics_leave_no_memory_behind() {
     for name in ["a", "b", "c", "d"] {
         libvirtd.start_domain(name).unwrap();
     }
-    // Other tests would be measured with it.
+    // In this process the measurement would include other tests.
     let output = Command::new(std::env::current_exe().unwrap())
         .args([
             "--exact",

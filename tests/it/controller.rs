@@ -7,12 +7,13 @@ use anyhow::{Context as _, ensure};
 use rstest::rstest;
 use serde_json::{Value, json};
 use virtnode::cluster::Cluster;
+use virtnode::controller::ControllerOptions;
 use virtnode::domain::PauseReason;
 use virtnode::executor::Options as ExecutorOptions;
 use virtnode::hotplug::Verdict;
 use virtnode::hypervisor::CallError;
 
-use crate::support::controller::{HotplugNode, becomes, condition};
+use crate::support::controller::{HotplugNode, becomes, condition, options};
 use crate::support::eventually;
 use crate::support::fake_api::{FakeApi, Fault};
 use crate::support::fake_domains::{Blocks, Calls, Cpus, FakeGuest};
@@ -488,6 +489,89 @@ async fn outage_of_the_api_server_does_not_affect_operations() -> anyhow::Result
     api.make("y", vcpus("vm", 1));
     finished(&api, "y").await?;
     assert_eq!(node.operations_of("x").len(), 1);
+    Ok(())
+}
+
+#[tokio::test(start_paused = true)]
+async fn more_objects_than_places_are_executed_in_order_of_creation() -> anyhow::Result<()> {
+    let api = FakeApi::with_node();
+    let name = |number: u32| format!("object-{}", 99 - number);
+    let ttl = |number: u32| {
+        let mut spec = vcpus(&format!("vm-{number}"), 8);
+        spec["ttlSecondsAfterFinished"] = 3600.into();
+        spec
+    };
+    for number in 0..20 {
+        api.make(&name(number), ttl(number));
+    }
+    let options = ControllerOptions {
+        max_tracked: 3,
+        ..options()
+    };
+    let executor = ExecutorOptions::default();
+    let node = HotplugNode::start_with_options(cluster(&api), executor, options);
+    for number in 0..20 {
+        finished(&api, &name(number)).await?;
+    }
+    // Two while the others still hold their places.
+    for number in 20..22 {
+        api.make(&name(number), ttl(number));
+    }
+    for number in 20..22 {
+        finished(&api, &name(number)).await?;
+    }
+    let mut order: Vec<_> = node.executor.operations();
+    order.reverse();
+    let asked: Vec<_> = order
+        .iter()
+        .map(|record| record.asked_by.to_string())
+        .collect();
+    let expected: Vec<_> = (0..22)
+        .map(|number| format!("domainhotplug/{}", name(number)))
+        .collect();
+    assert_eq!(asked, expected);
+    assert_eq!(api.statuses().len(), 22, "each status is written once");
+    assert_eq!(api.asked("hotplug-own"), 22, "each owner is set once");
+    Ok(())
+}
+
+#[tokio::test(start_paused = true)]
+async fn objects_beyond_the_names_in_memory_are_found_by_another_list() -> anyhow::Result<()> {
+    let api = FakeApi::with_node();
+    for number in 0..20 {
+        api.make(
+            &format!("object-{number}"),
+            vcpus(&format!("vm-{number}"), 8),
+        );
+    }
+    let options = ControllerOptions {
+        max_tracked: 3,
+        max_waiting: 4,
+        list_interval: Duration::from_secs(1),
+        ..options()
+    };
+    let executor = ExecutorOptions::default();
+    let _node = HotplugNode::start_with_options(cluster(&api), executor, options);
+    for number in 0..20 {
+        finished(&api, &format!("object-{number}")).await?;
+    }
+    assert_eq!(api.statuses().len(), 20, "each status is written once");
+    Ok(())
+}
+
+#[tokio::test(start_paused = true)]
+async fn list_that_is_too_long_for_one_answer_is_read_in_pages() -> anyhow::Result<()> {
+    let api = FakeApi::with_node();
+    let mut spec = vcpus("nobody", 8);
+    spec["padding"] = "x".repeat(1_000_000).into();
+    for number in 0..5 {
+        api.make(&format!("large-{number}"), spec.clone());
+    }
+    api.make("small", vcpus("nobody", 8));
+    let _node = HotplugNode::start(cluster(&api));
+    finished(&api, "small").await?;
+    let large = object(&api, "large-4", |object| object["status"].is_object()).await?;
+    assert_eq!(condition(&large, "Accepted"), pair("False", "InvalidSpec"));
     Ok(())
 }
 

@@ -10,8 +10,9 @@ use std::time::Duration;
 use anyhow::{Context as _, ensure};
 use serde_json::Value;
 use tokio::time::Instant;
-use virtnode::doctor::checks::observed::{AgentAnswer, Daemon as Seen};
+use virtnode::doctor::checks::observed::Daemon as Seen;
 use virtnode::doctor::{DoctorScope, observe_node};
+use virtnode::hotplug::Agent;
 use virtnode::label::Policy;
 
 use crate::support::daemon::Daemon;
@@ -172,7 +173,7 @@ async fn findings_about_real_guests_are_resolved_by_their_remedies() -> anyhow::
     };
 
     let found = doctor.finding("vcpus-online", "small")?;
-    assert_eq!(found["what"], "3 vCPUs are plugged, but its guest has 1");
+    assert_eq!(found["what"], "libvirt counts 3 vCPUs, but its guest has 1");
     assert_eq!(found["remedy"]["place"], "guest");
     let found = doctor.finding("virtio-mem", "small")?;
     let what = "ua-mem0: requested 512MiB, plugged 0B, no longer growing";
@@ -213,8 +214,12 @@ async fn findings_about_real_guests_are_resolved_by_their_remedies() -> anyhow::
     assert_eq!(doctor.finding("vcpus-online", "idle")?, Value::Null);
     doctor.apply_remedy(&absent)?;
     let found = doctor.finding("guest-agent", mute)?;
-    let what = "the guest has not opened the guest agent's channel";
-    assert_eq!(found["what"], what);
+    // libvirt reports an agent that never connected and one that does not answer by one number.
+    let what = found["what"].as_str().unwrap_or_default();
+    assert!(
+        what.starts_with("its guest agent does not answer"),
+        "{what}"
+    );
     // A domain without a controller gets the channel at its next start.
     let absent = doctor.finding("guest-agent", "old")?;
     doctor.apply_remedy(&absent)?;
@@ -223,7 +228,9 @@ async fn findings_about_real_guests_are_resolved_by_their_remedies() -> anyhow::
     libvirtd.virsh(&["destroy", "old"])?;
     libvirtd.virsh(&["start", "old"])?;
     assert_eq!(doctor.finding("machine-types", "old")?, Value::Null);
-    assert_eq!(doctor.finding("guest-agent", "old")?["what"], what);
+    let found = doctor.finding("guest-agent", "old")?;
+    let what = "the guest has not opened the guest agent's channel";
+    assert_eq!(found["what"], what);
     small.witness()?;
     Ok(())
 }
@@ -333,9 +340,9 @@ async fn stuck_agents_do_not_delay_other_domains() -> anyhow::Result<()> {
             .as_ref()
             .map_err(|why| anyhow::anyhow!("{why}"))?;
         match &look.agent {
-            AgentAnswer::Answered(_) => {}
-            AgentAnswer::Silent(_) => silent.push(seen.name.as_str()),
-            AgentAnswer::NotAsked => anyhow::bail!("{} was not asked", seen.name),
+            Agent::Answered(_) => {}
+            Agent::Silent(_) => silent.push(seen.name.as_str()),
+            other => anyhow::bail!("{}: {other:?}", seen.name),
         }
     }
     assert_eq!(domains.len(), 20);

@@ -1,4 +1,4 @@
-//! EventRecorder on a real API server: written in their time, repeats as a series, lost ones counted.
+//! EventRecorder with a real API server: times of events, series of repeated ones, counts of lost ones.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,7 +16,7 @@ use virtnode::publish::events::EventRecorder;
 use crate::support::eventually;
 use crate::support::kube::{KubeServer, RIGHTS};
 
-/// A count is written at most once in ten seconds.
+/// Longer than the minimum interval between two writes of a count.
 const LONG: Duration = Duration::from_secs(60);
 
 struct Told {
@@ -82,7 +82,7 @@ async fn event(server: &KubeServer, note: &str, count: i32) -> anyhow::Result<Ev
 }
 
 #[tokio::test]
-async fn the_same_again_is_a_series_and_nothing_waits() -> anyhow::Result<()> {
+async fn repeated_event_becomes_series_and_recording_never_blocks() -> anyhow::Result<()> {
     let mut server = KubeServer::start().await?;
     let told = Told::start(&server).await?;
     for _ in 0..3 {
@@ -100,22 +100,22 @@ async fn the_same_again_is_a_series_and_nothing_waits() -> anyhow::Result<()> {
         (about.kind.as_deref(), about.name.as_deref()),
         (Some("Node"), Some("n1"))
     );
-    // One that was new, and one write for the two repeats; the other one.
+    // The first event, one write for its two repeats, and the other event.
     let writes = server.audit_events().await?;
     let ours = writes.iter().filter(|event| {
         event.resource == "events" && event.user_agent.starts_with("virtnode/") && event.code < 300
     });
     assert_eq!(ours.count(), 3);
 
-    // Without an API server: telling goes on, what does not fit is lost and counted, and what
-    // does is told with the time at which it happened.
+    // Without an API server: recording continues, events beyond the queue are lost and counted,
+    // and the others are written later with the time at which they occurred.
     server.stop_api();
     let before = Timestamp::now();
     for n in 0..300 {
         told.tell(&format!("number {n}"));
     }
     let after = Timestamp::now();
-    // One may be in hand beside those that wait.
+    // The writer may hold one event besides the queue.
     let lost = told.dropped("queue-full");
     assert!((43..=44).contains(&lost), "{lost}");
     server.start_api().await?;

@@ -143,6 +143,8 @@ fn rows() -> Vec<Row<'static>> {
         // machine and domain type
         (Domain { machine: "pc-q35-99.0", ..D },
             "does not support machine type 'pc-q35-99.0'", Define, "q35"),
+        (Domain { machine: "pc-q35", ..D }, "XML error: No PCI buses available", Define, "q35"),
+        (Domain { machine: "pcx", ..D }, "XML error: No PCI buses available", Define, "q35"),
         (Domain { machine: "isapc", vcpu: "<vcpu>1</vcpu>", ..D },
             "XML error: No PCI buses available", Define, "model='none'"),
         (Domain { virt_type: Some("xen"), ..D },

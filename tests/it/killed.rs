@@ -21,7 +21,7 @@ use crate::support::relay::{
 /// Timeout that only a failing test reaches.
 const LONG: Duration = Duration::from_secs(120);
 
-/// A daemon and what it is on.
+/// A daemon with its state directory and the relay to libvirtd.
 struct Node {
     relay: Relay,
     /// `None` only between a kill and the next start.
@@ -106,7 +106,7 @@ async fn daemon_killed_during_a_vcpu_plug_resumes_it() {
     };
     let guest = Guest::start(&libvirtd, &config).await.unwrap();
     let mut node = Node::start(&libvirtd).await;
-    // The message held at the kill, its fate, and the calls in the journal by then.
+    // The message held at the kill, whether the relay forwards it, and the calls in the journal.
     let steps = [
         (
             "asked for",
@@ -148,7 +148,7 @@ async fn daemon_killed_during_a_vcpu_plug_resumes_it() {
         assert_eq!(node.relay.passed(SET_VCPUS) - before, 1, "{step}");
     }
 
-    // Accepted; the guest has followed, or not yet, and nobody looked.
+    // libvirt accepted the call, and no daemon observed whether the guest followed.
     let before = node.relay.passed(SET_VCPUS);
     node.relay.hold(Hold::Answer(SET_VCPUS));
     let id = node.ask("guest", "vcpus", &json!({"count": 6}));
@@ -171,7 +171,7 @@ async fn daemon_killed_during_a_vcpu_plug_resumes_it() {
     let again = node.becomes(&id, Record::is_done).await;
     assert_eq!(again, record);
 
-    // What comes so late that it was asked for again has nothing left to do.
+    // A call that arrives after its repetition has no effect.
     node.relay.hold(Hold::Request(SET_VCPUS));
     let id = node.ask("guest", "vcpus", &json!({"count": 7}));
     node.relay.holds().unwrap();
@@ -213,7 +213,7 @@ async fn daemon_killed_during_a_vcpu_unplug_resumes_it() {
     node.is_verified(&id).await;
     guest.sees(|guest| guest.online == "0-1").await.unwrap();
     assert_eq!(counted(&libvirtd, "guest"), 2);
-    // Once, and once more where libvirt does not notice that the vCPU went.
+    // One call, and a second one if libvirt does not notice that the vCPU was released.
     let calls = node.relay.passed(SET_VCPUS);
     assert!((1..=2).contains(&calls), "{calls}");
 

@@ -19,9 +19,9 @@ use virtnode::hypervisor::{
 use crate::support::eventually;
 use crate::support::libvirtd::Libvirtd;
 
-/// For what takes moments; only a failing test waits so long.
+/// Timeout that only a failing test reaches.
 const LONG: Duration = Duration::from_secs(30);
-/// Shorter than any deadline that would have to pass first.
+/// Maximum duration of an answer that waits for no deadline.
 const AT_ONCE: Duration = Duration::from_secs(10);
 
 fn start(uri: &str, change: impl FnOnce(&mut LibvirtConfig)) -> (Libvirt, Arc<HypervisorMetrics>) {
@@ -31,7 +31,7 @@ fn start(uri: &str, change: impl FnOnce(&mut LibvirtConfig)) -> (Libvirt, Arc<Hy
     (Libvirt::start(config, Arc::clone(&metrics)), metrics)
 }
 
-/// Waits for the next change to up or down.
+/// Waits until the connection is up, or down.
 async fn until(
     connection: &mut watch::Receiver<ConnectionState>,
     within: Duration,
@@ -60,7 +60,7 @@ fn q35() -> DomainCapabilitiesQuery {
 }
 
 #[tokio::test]
-async fn every_question_is_answered_as_virsh_does() {
+async fn each_document_equals_that_of_virsh() {
     let libvirtd = Libvirtd::start().unwrap();
     let (libvirt, metrics) = start(&libvirtd.uri(), |_| {});
 
@@ -89,7 +89,7 @@ async fn every_question_is_answered_as_virsh_does() {
         libvirtd.virsh(&domcapabilities).unwrap().trim()
     );
 
-    // With flags that the daemon may be too old for.
+    // With flags that an old daemon does not have.
     let query = DomainCapabilitiesQuery {
         expand_features: true,
         supported_features: true,
@@ -124,7 +124,7 @@ async fn every_question_is_answered_as_virsh_does() {
 }
 
 #[tokio::test]
-async fn a_refusal_carries_libvirts_words() {
+async fn rejected_call_carries_message_of_libvirt() {
     let libvirtd = Libvirtd::start().unwrap();
     let (libvirt, metrics) = start(&libvirtd.uri(), |_| {});
 
@@ -153,7 +153,7 @@ async fn a_refusal_carries_libvirts_words() {
         "{error:?}"
     );
 
-    // None of them is about the connection.
+    // None of these errors ends the connection.
     assert!(matches!(
         *libvirt.connection().borrow(),
         ConnectionState::Up(_)
@@ -165,7 +165,7 @@ async fn a_refusal_carries_libvirts_words() {
 }
 
 #[tokio::test]
-async fn a_driver_without_a_call_is_unsupported() {
+async fn call_missing_in_driver_is_unsupported() {
     let (libvirt, metrics) = start("test:///default", |_| {});
     assert!(libvirt.capabilities().await.is_ok());
     let error = libvirt
@@ -185,7 +185,7 @@ async fn a_driver_without_a_call_is_unsupported() {
 }
 
 #[tokio::test]
-async fn running_domains_are_read_once_each_time_they_start() {
+async fn definition_is_read_once_per_start_of_a_domain() {
     let libvirtd = Libvirtd::start().unwrap();
     let (libvirt, metrics) = start(&libvirtd.uri(), |_| {});
     libvirtd.start_domain("one").unwrap();
@@ -213,13 +213,13 @@ async fn running_domains_are_read_once_each_time_they_start() {
     };
     assert_eq!(reads(), 2);
 
-    // It is not read again ...
+    // The definition is not read again,
     libvirtd.end_domain("two").unwrap();
     let again = libvirt.running_domains().await.unwrap();
     assert_eq!(again, domains[..1]);
     assert_eq!(reads(), 2);
 
-    // ... and a new start is.
+    // except after a new start.
     libvirtd.end_domain("one").unwrap();
     assert_eq!(libvirt.running_domains().await.unwrap(), []);
     libvirtd.start_domain("one").unwrap();
@@ -230,7 +230,7 @@ async fn running_domains_are_read_once_each_time_they_start() {
 }
 
 #[tokio::test]
-async fn libvirt_may_come_later() {
+async fn libvirtd_started_later_is_connected() {
     let mut libvirtd = Libvirtd::new().unwrap();
     let (libvirt, metrics) = start(&libvirtd.uri(), |_| {});
     let (answer, took) = timed(libvirt.capabilities()).await;
@@ -244,13 +244,13 @@ async fn libvirt_may_come_later() {
     let mut connection = libvirt.connection();
     until(&mut connection, LONG, true).await;
     assert!(libvirt.versions().await.is_ok());
-    // The first connection is no reconnect.
+    // The first connection does not count as a reconnect.
     assert_eq!(metrics.reconnects.get(), 0);
     assert_eq!(metrics.connected.get(), 1);
 }
 
 #[tokio::test]
-async fn a_killed_libvirtd_is_noticed_and_found_again() {
+async fn killed_libvirtd_is_reconnected_after_restart() {
     let mut libvirtd = Libvirtd::start().unwrap();
     let (libvirt, metrics) = start(&libvirtd.uri(), |_| {});
     let mut connection = libvirt.connection();
@@ -275,7 +275,7 @@ async fn a_killed_libvirtd_is_noticed_and_found_again() {
 }
 
 #[tokio::test]
-async fn a_frozen_libvirtd_holds_up_nobody() {
+async fn frozen_libvirtd_delays_no_caller_beyond_its_deadline() {
     const DEADLINE: Duration = Duration::from_millis(500);
     let libvirtd = Libvirtd::start().unwrap();
     let (libvirt, metrics) = start(&libvirtd.uri(), |config| {
@@ -286,7 +286,7 @@ async fn a_frozen_libvirtd_holds_up_nobody() {
     until(&mut connection, LONG, true).await;
 
     libvirtd.freeze().unwrap();
-    // All wait at once, and the one thread of the runtime goes on with everything else.
+    // All callers wait concurrently, and the only thread of the runtime stays free.
     let mut ticks = 0;
     let ticking = async {
         let mut tick = interval(Duration::from_millis(10));
@@ -328,11 +328,11 @@ async fn a_frozen_libvirtd_holds_up_nobody() {
     assert_eq!(timeouts.get(), 1);
     until(&mut connection, LONG, false).await;
 
-    // Another hypervisor is not held up either.
+    // Calls to another hypervisor are not delayed.
     let (other, _) = start("test:///default", |_| {});
     assert!(other.capabilities().await.is_ok());
 
-    // Threads are given up only so many times; then nothing waits any more.
+    // Only a limited number of late workers is replaced; further calls fail at once.
     eventually(LONG, async || {
         let (answer, took) = timed(libvirt.capabilities()).await;
         let error = answer.unwrap_err();
@@ -355,7 +355,7 @@ async fn a_frozen_libvirtd_holds_up_nobody() {
 }
 
 #[tokio::test]
-async fn keepalive_notices_a_frozen_libvirtd_without_a_call() {
+async fn frozen_libvirtd_is_detected_by_keepalive_without_a_call() {
     let libvirtd = Libvirtd::start().unwrap();
     let (libvirt, _) = start(&libvirtd.uri(), |config| {
         config.keepalive = Keepalive {
@@ -373,7 +373,7 @@ async fn keepalive_notices_a_frozen_libvirtd_without_a_call() {
 }
 
 #[tokio::test]
-async fn its_threads_end_with_it() {
+async fn dropped_connection_ends_its_threads() {
     let libvirtd = Libvirtd::start().unwrap();
     let (libvirt, _) = start(&libvirtd.uri(), |config| {
         config.call_deadline = Duration::from_millis(100);
@@ -388,16 +388,16 @@ async fn its_threads_end_with_it() {
     let ((), took) = timed(async { drop(libvirt) }).await;
     assert!(took < AT_ONCE, "{took:?}");
     libvirtd.thaw().unwrap();
-    // Each thread holds what the receiver listens to: that it is gone means that all have ended.
+    // Each thread holds a sender of this channel, so its end means that all threads have ended.
     let all_ended = async { while connection.changed().await.is_ok() {} };
     timeout(LONG, all_ended).await.unwrap();
 }
 
 #[tokio::test]
-async fn what_cannot_be_reached_is_said_clearly() {
+async fn unreachable_uri_yields_clear_error() {
     let directory = tempfile::tempdir_in("/tmp").unwrap();
     let socket = directory.path().join("refused");
-    // The file stays when nobody listens any more.
+    // A socket file without a listener.
     drop(UnixListener::bind(&socket).unwrap());
     let refused = format!("qemu+unix:///system?socket={}", socket.display());
     let absent = directory.path().join("absent");
@@ -405,8 +405,8 @@ async fn what_cannot_be_reached_is_said_clearly() {
     for (uri, word) in [
         (refused.as_str(), "refused"),
         (absent.as_str(), "No such file"),
-        // A scheme that no driver knows is handed to a remote libvirt; one over TCP to a port that
-        // nothing can listen on asks nobody, whatever runs on this machine.
+        // libvirt passes a scheme without a driver to a remote libvirt; over TCP to an invalid port
+        // it reaches none, whatever runs on this machine.
         ("nonsense+tcp://127.0.0.1:1/system", "127.0.0.1:1"),
         ("qemu\0:///", "NUL"),
     ] {

@@ -6,9 +6,12 @@
 )]
 
 mod agreement;
+mod agreement_devices;
 mod api;
 mod architecture;
 mod check;
+mod check_change;
+mod check_live;
 mod cli;
 mod cluster;
 mod contract;
@@ -16,6 +19,7 @@ mod control;
 mod controller;
 mod daemon;
 mod daemon_on_a_node;
+mod daemon_trouble;
 mod dist;
 mod doctor;
 mod doctor_domains;
@@ -23,6 +27,7 @@ mod documents;
 mod events;
 mod executor;
 mod foretold;
+mod foretold_devices;
 mod hotplug_cli;
 mod hotplug_objects;
 mod killed;
@@ -43,6 +48,7 @@ mod support;
 mod targets;
 mod targets_live;
 mod targets_objects;
+mod tenants;
 mod truth_table;
 mod virtualization;
 mod virtualization_cluster;

@@ -1,4 +1,4 @@
-//! The metrics of real running domains: they come, follow what happens, and go.
+//! The metrics of real running domains, from their start to their end.
 
 use std::time::Duration;
 
@@ -8,12 +8,11 @@ use crate::support::daemon::Daemon;
 use crate::support::eventually;
 use crate::support::libvirtd::Libvirtd;
 
-/// Only a failing test waits so long.
+/// Timeout that only a failing test reaches.
 const LONG: Duration = Duration::from_secs(60);
 
 #[tokio::test]
-async fn domains_come_and_change_and_go_in_the_metrics_whatever_they_are_called()
--> anyhow::Result<()> {
+async fn metrics_follow_domains_of_any_name() -> anyhow::Result<()> {
     let libvirtd = Libvirtd::start()?;
     let daemon = Daemon::start(&libvirtd.uri(), &[]).await?;
     daemon.ready().await?;

@@ -355,6 +355,41 @@ async fn hanging_broken_or_expired_watch_is_restarted() -> anyhow::Result<()> {
     Ok(())
 }
 
+#[tokio::test(start_paused = true)]
+async fn watch_that_ends_at_once_backs_off_and_is_reported_once() -> anyhow::Result<()> {
+    for (fault, says) in [
+        (Fault::Empty, "the watch ended after"),
+        (Fault::Redirect, "redirect to https://login.example/"),
+    ] {
+        let api = FakeApi::with_node();
+        api.break_calls("watch", fault, usize::MAX);
+        let mut it = start(&api, &[(X, "1")]);
+        it.state(|state| state.synced).await?;
+        tokio::time::sleep(Duration::from_secs(600)).await;
+        let state = it.state.borrow().clone();
+        let problem = state.watch_problem.context("a problem of the watch")?;
+        assert!(problem.message.contains(says), "{}", problem.message);
+        assert_eq!(problem.code, "api-rejected");
+        let asked = ["watch", "list", "get"].map(|verb| api.asked(verb));
+        assert!(asked.iter().all(|asked| *asked <= 60), "{asked:?}");
+        assert!(asked[0] >= 10, "{asked:?}");
+        let failures = it
+            .metrics
+            .sync
+            .watch_failures
+            .with_label_values(&["api-rejected"]);
+        assert_eq!(failures.get(), asked[0] as u64);
+        api.repair();
+        tokio::time::timeout(
+            Duration::from_secs(120),
+            it.state.wait_for(|state| state.watch_problem.is_none()),
+        )
+        .await
+        .context("the problem stays")??;
+    }
+    Ok(())
+}
+
 #[tokio::test]
 async fn stalled_watch_is_replaced() -> anyhow::Result<()> {
     let api = FakeApi::with_node();

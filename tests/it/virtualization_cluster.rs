@@ -72,6 +72,7 @@ impl Writer {
         self.pictures.send_replace(Some(Arc::new(Snapshot {
             facts,
             failures,
+            unreadable: Vec::new(),
             at: Timestamp::now(),
         })));
     }

@@ -1,18 +1,31 @@
 //! Checks a domain against this node: computes the answer from its facts, and asks libvirt.
 
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::Context;
+
 use super::CheckReport;
 use super::source::{CheckedDomain, DomainSource};
+use super::trial;
 use crate::capability::{CpuDefinition, DomainCapabilities, NodeFacts};
 use crate::cli::{Exit, Failure, conclude, probe, runtime};
 use crate::compat::{
-    Confirmation, CpuComparison, DryRun, Offer, Requirement, assess, confirm, dry_run_xml,
+    Confirmation, CpuComparison, DefinitionCopy, DryRun, Offer, Requirement, assess, confirm,
+    dry_run_copy, headroom,
 };
 use crate::config::Config;
-use crate::hypervisor::{CallError, DomainCapabilitiesQuery, Libvirt, NodeSource, RunningDomain};
+use crate::executor::observe_once;
+use crate::host::available_memory;
+use crate::hotplug::Host;
+use crate::hypervisor::{
+    CallError, DomainCapabilitiesQuery, DomainRef, Libvirt, NodeSource, RunningDomain,
+};
 
 /// Returns the report, or the exit code if libvirt cannot be reached.
 pub(super) fn check(
     source: &DomainSource,
+    is_trial_requested: bool,
     config: &Config,
 ) -> anyhow::Result<Result<CheckReport, Exit>> {
     runtime()?.block_on(async {
@@ -23,15 +36,37 @@ pub(super) fn check(
         }
         let mut facts = reading.facts;
         let best = |arch: &str| facts.best_domain_type(arch).map(str::to_owned);
-        let domain = match source.without_libvirt(facts.native_arch(), best)? {
-            Some(domain) => domain,
-            None => running(source.running().unwrap_or_default(), &libvirt).await?,
+        let (domain, id) = match source.without_libvirt(facts.native_arch(), best)? {
+            Some(domain) => (domain, None),
+            None => {
+                let id = find_running(source.running().unwrap_or_default(), &libvirt).await?;
+                (read(&id, &libvirt).await?, Some(id))
+            }
         };
         let offer = offer(&domain.requirement, &mut facts, &libvirt).await;
         let computed = assess(&domain.requirement, &offer);
-        let confirmation = ask_hypervisor(&domain, &offer, &libvirt).await;
+        let emulator = offer.emulator.as_deref();
+        let asked = dry_run_copy(&domain.xml, emulator).context("the definition is not valid")?;
+        let dry_run = dry_run(&asked, &libvirt).await;
+        let cpu = compare_cpu(&domain.requirement, &offer, &libvirt).await;
+        let (trial, tried) = if is_trial_requested {
+            let (trial, copy) = trial::start(&domain, &dry_run, emulator, &libvirt).await?;
+            (Some(trial), Some(copy))
+        } else {
+            (None, None)
+        };
+        let confirmation = Confirmation {
+            dry_run,
+            cpu,
+            trial,
+        };
         let agrees = confirmation.agrees_with(&computed);
-        let fit = confirm(computed, &confirmation);
+        let mut fit = confirm(computed, &confirmation, &asked, tried.as_ref());
+        if let Some(id) = id
+            && let Ok(seen) = observe_once(Arc::clone(&libvirt), id).await
+        {
+            fit.headroom = headroom(&domain.requirement, &offer, &seen, &host());
+        }
         Ok(Ok(CheckReport::new(
             domain.is_described,
             &domain.requirement,
@@ -47,6 +82,20 @@ pub(in crate::cli) async fn running(
     name: &str,
     libvirt: &Libvirt,
 ) -> anyhow::Result<CheckedDomain> {
+    let id = find_running(name, libvirt).await?;
+    read(&id, libvirt).await
+}
+
+/// Returns what hotplug asks the host for. vCPUs that were unplugged earlier are unknown to a command.
+pub(super) fn host() -> Host {
+    Host {
+        available: available_memory(Path::new("/")),
+        released_vcpus: 0,
+    }
+}
+
+/// Finds a running domain by name or UUID.
+pub(super) async fn find_running(name: &str, libvirt: &Libvirt) -> anyhow::Result<DomainRef> {
     let domains = libvirt.running_domains().await.map_err(no_answer)?;
     let is_named = |domain: &&RunningDomain| domain.id.name == name || domain.id.uuid == name;
     let Some(domain) = domains.iter().find(is_named) else {
@@ -70,8 +119,12 @@ pub(in crate::cli) async fn running(
         )
         .into());
     };
-    let xml = libvirt.live_xml(&domain.id).await.map_err(no_answer)?;
-    CheckedDomain::parse(&format!("domain {}", domain.id.uuid), xml)
+    Ok(domain.id.clone())
+}
+
+pub(super) async fn read(id: &DomainRef, libvirt: &Libvirt) -> anyhow::Result<CheckedDomain> {
+    let xml = libvirt.live_xml(id).await.map_err(no_answer)?;
+    CheckedDomain::parse(&format!("domain {}", id.uuid), xml)
 }
 
 fn no_answer(error: CallError) -> Failure {
@@ -84,9 +137,9 @@ fn no_answer(error: CallError) -> Failure {
 
 /// Returns what the node offers to such a domain. The probe covers only the default machine type of
 /// the native architecture; for others, libvirt is asked here.
-async fn offer(domain: &Requirement, facts: &mut NodeFacts, libvirt: &Libvirt) -> Offer {
-    let plain = Offer::from_facts(facts, domain.arch.as_deref(), domain.virt_type.as_deref());
-    if plain.cpu.is_some() && plain.cpu_features.is_some() {
+pub(super) async fn offer(domain: &Requirement, facts: &mut NodeFacts, libvirt: &Libvirt) -> Offer {
+    let plain = Offer::for_domain(facts, domain);
+    if plain.cpu.is_some() && plain.cpu_features.is_some() && plain.describes(domain) {
         return plain;
     }
     let query = query(domain, &plain);
@@ -100,7 +153,7 @@ async fn offer(domain: &Requirement, facts: &mut NodeFacts, libvirt: &Libvirt) -
     let host_model = document.cpu.host_model.as_ref();
     let cpu = host_model.and_then(|host_model| host_model.to_cpu_xml());
     facts.domain_capabilities.push(document);
-    let mut offer = Offer::from_facts(facts, domain.arch.as_deref(), domain.virt_type.as_deref());
+    let mut offer = Offer::for_domain(facts, domain);
     if let Some(cpu) = cpu
         && let Ok(text) = libvirt.baseline_cpu(query, cpu).await
         && let Ok(baseline) = CpuDefinition::parse("libvirt's CPU baseline", text.as_bytes())
@@ -120,29 +173,24 @@ fn query(domain: &Requirement, offer: &Offer) -> DomainCapabilitiesQuery {
     }
 }
 
-async fn ask_hypervisor(domain: &CheckedDomain, offer: &Offer, libvirt: &Libvirt) -> Confirmation {
-    let dry_run = match dry_run_xml(&domain.xml) {
-        Some(xml) => match libvirt.native_arguments(xml).await {
-            Ok(_) => DryRun::Accepted,
-            Err(CallError::Failed { text, .. }) => DryRun::Refused { words: text },
-            Err(error) => DryRun::Failed {
-                reason: error.to_string(),
-            },
+async fn dry_run(asked: &DefinitionCopy, libvirt: &Libvirt) -> DryRun {
+    match libvirt.native_arguments(asked.xml.clone()).await {
+        Ok(_) => DryRun::Accepted,
+        Err(CallError::Failed { text, .. }) => DryRun::Refused { words: text },
+        Err(error) => DryRun::Failed {
+            reason: error.to_string(),
         },
-        None => DryRun::Failed {
-            reason: "the definition is not well-formed".to_owned(),
-        },
-    };
-    let cpu = match domain.requirement.cpu.to_xml() {
-        Some(xml) => {
-            let answer = libvirt
-                .compare_cpu(query(&domain.requirement, offer), xml)
-                .await;
-            Some(answer.unwrap_or_else(|error| CpuComparison::Failed {
-                reason: error.to_string(),
-            }))
-        }
-        None => None,
-    };
-    Confirmation { dry_run, cpu }
+    }
+}
+
+async fn compare_cpu(
+    domain: &Requirement,
+    offer: &Offer,
+    libvirt: &Libvirt,
+) -> Option<CpuComparison> {
+    let xml = domain.cpu.to_xml()?;
+    let answer = libvirt.compare_cpu(query(domain, offer), xml).await;
+    Some(answer.unwrap_or_else(|error| CpuComparison::Failed {
+        reason: error.to_string(),
+    }))
 }

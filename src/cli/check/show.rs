@@ -5,7 +5,8 @@ use std::fmt::Write;
 use super::CheckReport;
 use crate::cli::output::wrap;
 use crate::compat::{
-    Confirmation, CpuComparison, DryRun, Feasibility, Headroom, RuleFinding, RuleSeverity, Stage,
+    Confirmation, CpuComparison, DryRun, Feasibility, Headroom, NotChecked, RuleFinding,
+    RuleSeverity, Stage, Trial,
 };
 use crate::domain::{AgentChannel, plain};
 use crate::units::Bytes;
@@ -34,7 +35,16 @@ pub(super) fn report(report: &CheckReport) -> String {
         show_headroom(&mut text, headroom);
     }
     show_confirmation(&mut text, report);
+    show_not_checked(&mut text, &report.fit.not_checked);
     text
+}
+
+pub(super) fn show_not_checked(text: &mut String, list: &[NotChecked]) {
+    line(text, "\nNot checked:");
+    for NotChecked { what, why } in list {
+        let words = format!("{}: {}", plain(what), plain(why));
+        wrap(text, "  * ", "    ", &words);
+    }
 }
 
 fn headline(report: &CheckReport) -> String {
@@ -47,15 +57,23 @@ fn headline(report: &CheckReport) -> String {
     } else {
         "on the node that the documents describe"
     };
+    let confirmation = report.confirmation.as_ref();
+    let has_started = confirmation.is_some_and(|c| c.trial == Some(Trial::Started));
     let mut text = match report.fit.answer {
-        Feasibility::Feasible => format!("Feasible: {domain} can run {place}"),
-        Feasibility::Infeasible => format!("Not feasible: {domain} cannot run {place}"),
-        Feasibility::Unknown => {
-            format!(
-                "Unknown: nothing known prevents {domain} from running {place}, but not all facts are \
-                 known"
-            )
+        Feasibility::Feasible if has_started => {
+            format!("Feasible: libvirt starts a copy of {domain} {place}")
         }
+        Feasibility::Feasible if report.node.live => {
+            format!("Feasible: libvirt accepts {domain} {place}")
+        }
+        Feasibility::Feasible => {
+            format!("Feasible: no document and no rule prevents {domain} from running {place}")
+        }
+        Feasibility::Infeasible => format!("Not feasible: {domain} cannot run {place}"),
+        Feasibility::Unknown => format!(
+            "Unknown: nothing known prevents {domain} from running {place}, but not all facts are \
+             known"
+        ),
     };
     let node = &report.node;
     let mut facts = Vec::new();
@@ -79,7 +97,7 @@ fn show_finding(text: &mut String, finding: &RuleFinding) {
     if let Some(words) = &finding.words {
         let outcome = match finding.stage {
             Some(Stage::Define) => "libvirt rejects the definition",
-            Some(Stage::Start) => "libvirt fails to start the domain",
+            Some(Stage::Start | Stage::Launch) => "libvirt fails to start the domain",
             Some(Stage::Emulator) => "QEMU exits at startup",
             None => "libvirt reports",
         };
@@ -91,7 +109,7 @@ fn show_finding(text: &mut String, finding: &RuleFinding) {
     }
 }
 
-fn show_headroom(text: &mut String, room: &Headroom) {
+pub(super) fn show_headroom(text: &mut String, room: &Headroom) {
     line(text, "\nHeadroom while the domain runs:");
     let vcpus = &room.vcpus;
     let more = if vcpus.pluggable.is_empty() {
@@ -152,34 +170,43 @@ fn show_headroom(text: &mut String, room: &Headroom) {
 }
 
 fn show_confirmation(text: &mut String, report: &CheckReport) {
-    let Some(Confirmation { dry_run, cpu }) = &report.confirmation else {
+    let Some(confirmation) = &report.confirmation else {
         return;
     };
     line(text, "\nThe hypervisor's own answer:");
-    let agrees = match report.agrees {
-        Some(true) => "as computed",
-        Some(false) => "DIFFERENT from the computed answer",
-        None => "no answer",
-    };
-    let words = match dry_run {
-        DryRun::Accepted if is_blocked_by_emulator(report) => {
-            format!("dry run: libvirt accepts it ({agrees}); a dry run does not start QEMU")
-        }
-        DryRun::Accepted => format!("dry run: libvirt accepts it ({agrees})"),
+    let words = match &confirmation.dry_run {
+        DryRun::Accepted => "dry run: libvirt accepts the definition".to_owned(),
         DryRun::Refused { words } => {
-            format!("dry run: libvirt rejects it ({agrees}): {}", plain(words))
+            format!("dry run: libvirt rejects the definition: {}", plain(words))
         }
-        DryRun::Failed { reason } => format!("dry run: {agrees}: {}", plain(reason)),
+        DryRun::Failed { reason } => format!("dry run: no answer: {}", plain(reason)),
     };
     wrap(text, "  ", "    ", &words);
-    let words = match cpu {
+    if report.agrees == Some(false) {
+        let words = "(the rules alone, as used offline, predict another answer)";
+        wrap(text, "    ", "    ", words);
+    }
+    show_cpu(text, confirmation);
+    let words = match &confirmation.trial {
+        None => return,
+        Some(Trial::Started) => "start: a copy was started, paused, and destroyed".to_owned(),
+        Some(Trial::Refused { words }) => format!("start: a copy failed: {}", plain(words)),
+        Some(Trial::NotTried { reason }) => format!("start: not tried: {}", plain(reason)),
+    };
+    wrap(text, "  ", "    ", &words);
+}
+
+fn show_cpu(text: &mut String, confirmation: &Confirmation) {
+    let words = match &confirmation.cpu {
         None => return,
         Some(CpuComparison::Identical) => "CPU: identical to the hypervisor's".to_owned(),
         Some(CpuComparison::Superset) => {
             "CPU: the hypervisor provides all of it, and more".to_owned()
         }
         // The dry run already quotes the message.
-        Some(CpuComparison::Incompatible { words }) if is_quoted_by(dry_run, words) => {
+        Some(CpuComparison::Incompatible { words })
+            if is_quoted_by(&confirmation.dry_run, words) =>
+        {
             "CPU: the hypervisor does not provide all of it, with the same message".to_owned()
         }
         Some(CpuComparison::Incompatible { words }) => {
@@ -195,16 +222,11 @@ fn show_confirmation(text: &mut String, report: &CheckReport) {
     wrap(text, "  ", "    ", &words);
 }
 
-fn is_blocked_by_emulator(report: &CheckReport) -> bool {
-    let mut blocking = report.fit.blocking();
-    blocking.any(|finding| finding.stage == Some(Stage::Emulator))
-}
-
 fn is_quoted_by(dry_run: &DryRun, words: &str) -> bool {
     matches!(dry_run, DryRun::Refused { words: refusal } if refusal == words)
 }
 
-fn line(text: &mut String, words: &str) {
+pub(super) fn line(text: &mut String, words: &str) {
     text.push_str(words);
     text.push('\n');
 }

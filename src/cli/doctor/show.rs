@@ -5,6 +5,7 @@ use std::fmt::Write;
 use crate::cli::output::wrap;
 use crate::doctor::checks::{DoctorReport, Finding, Place, Remedy, Severity, Unseen};
 use crate::domain::plain;
+use crate::units::counted;
 
 const INDENT: &str = "    ";
 /// Maximum number of domains that a finding names, so that it stays readable on a terminal.
@@ -43,10 +44,10 @@ fn write(text: &mut String, diagnosis: &DoctorReport) -> std::fmt::Result {
         writeln!(text, "Passed:")?;
         let width = passed
             .iter()
-            .map(|finding| finding.check.name().len())
+            .map(|finding| finding.check.as_str().len())
             .max();
         for finding in passed {
-            let name = finding.check.name();
+            let name = finding.check.as_str();
             writeln!(
                 text,
                 "  {name:width$}  {}",
@@ -60,10 +61,6 @@ fn write(text: &mut String, diagnosis: &DoctorReport) -> std::fmt::Result {
         let of = diagnosis.findings.iter().filter(|f| f.severity == severity);
         of.count()
     };
-    let plural = |count: usize, noun: &str| match count {
-        1 => format!("1 {noun}"),
-        count => format!("{count} {noun}s"),
-    };
     let unseen = match diagnosis.unseen.len() {
         0 => String::new(),
         count => format!(", {count} skipped"),
@@ -71,8 +68,8 @@ fn write(text: &mut String, diagnosis: &DoctorReport) -> std::fmt::Result {
     writeln!(
         text,
         "{}, {}, {} ok{unseen}.",
-        plural(count(Severity::Error), "error"),
-        plural(count(Severity::Warning), "warning"),
+        counted(count(Severity::Error), "error"),
+        counted(count(Severity::Warning), "warning"),
         count(Severity::Ok),
     )
 }
@@ -104,7 +101,7 @@ fn write_problem(text: &mut String, alike: &[&Finding]) -> std::fmt::Result {
             format!(" {} domains ({list}):", names.len())
         }
     };
-    let severity = first.severity.name().to_uppercase();
+    let severity = first.severity.as_str().to_uppercase();
     let head = format!("{severity} {}:{who} {}", first.check, plain(&first.what));
     wrap(text, "", INDENT, &head);
     if let Some(why) = &first.why {
@@ -163,7 +160,7 @@ fn write_unseen(text: &mut String, unseen: &[Unseen]) -> std::fmt::Result {
         let (alike, others): (Vec<_>, Vec<_>) =
             rest.into_iter().partition(|other| other.what == first.what);
         rest = others;
-        let names: Vec<&str> = alike.iter().map(|unseen| unseen.check.name()).collect();
+        let names: Vec<&str> = alike.iter().map(|unseen| unseen.check.as_str()).collect();
         let mut line = format!("{}: {}", names.join(", "), plain(&first.what));
         if let Some(remedy) = &first.remedy {
             let _ok = match remedy.commands.as_slice() {

@@ -16,6 +16,11 @@ pub(super) struct MemoryCommand {
     #[arg(allow_hyphen_values = true)]
     size: Bytes,
 
+    /// Take memory away even if the guest uses more than is left to it: it may kill programs or
+    /// crash
+    #[arg(long)]
+    force: bool,
+
     #[command(flatten)]
     options: HotplugOptions,
 }
@@ -24,7 +29,10 @@ impl MemoryCommand {
     pub(super) fn into_submission(self) -> Submission {
         Submission {
             domain: self.domain,
-            request: HotplugRequest::Memory { size: self.size },
+            request: HotplugRequest::Memory {
+                size: self.size,
+                force: self.force,
+            },
             options: self.options,
         }
     }

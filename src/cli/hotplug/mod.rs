@@ -22,11 +22,13 @@ use futures::StreamExt;
 use futures::stream::BoxStream;
 use nix::unistd::getuid;
 use serde_json::json;
+use tokio::signal::ctrl_c;
+use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::{MissedTickBehavior, interval, timeout};
 
 use super::api_client::{ApiClient, DaemonLookup};
 use super::output::{OutputOption, StatusLine};
-use super::{Exit, runtime};
+use super::{Exit, Failure, runtime};
 use crate::config::Config;
 use crate::daemon::Metrics;
 use crate::daemon::api::states;
@@ -35,6 +37,7 @@ use crate::hotplug::{HotplugRequest, Require};
 use crate::hypervisor::Libvirt;
 use crate::monitor::now;
 use crate::operation::{AskedBy, DomainName, Order, Record};
+use crate::units::whole_number;
 
 /// Time for the executor of --direct to stop, after the verdict.
 const GRACE: Duration = Duration::from_secs(2);
@@ -60,8 +63,13 @@ struct HotplugOptions {
     #[arg(long, value_name = "LEVEL", default_value = "online")]
     require: Require,
 
+    /// Also change the domain's definition, for its next start. By default only the running domain
+    /// is changed, and the change ends with it
+    #[arg(long)]
+    persistent: bool,
+
     /// Seconds until there must be a verdict
-    #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = whole_number(1..=3600_u64))]
     timeout: u64,
 
     /// Perform the operation in this process, without a daemon
@@ -108,6 +116,9 @@ impl Submission {
         let kind = self.request.kind().as_str();
         let mut body = json!(self.request)[kind].take();
         body["require"] = json!(self.options.require);
+        if self.options.persistent {
+            body["persistent"] = json!(true);
+        }
         body["timeoutSeconds"] = json!(self.options.timeout);
         let domain = path_segment(self.domain.as_str());
         let path = format!("/v1/domains/{domain}/{kind}");
@@ -116,7 +127,13 @@ impl Submission {
             return Ok(record);
         }
         let states = client.follow(&record).await?;
-        follow(record, states).await
+        let id = record.id.clone();
+        tokio::select! {
+            record = follow(record, states) => record,
+            result = interrupted() => Err(result?.into_error(format!(
+                "operation {id} continues in the daemon: see virtnode operations"
+            ))),
+        }
     }
 
     /// Performs the operation in this process, with the journal that a daemon would use.
@@ -135,6 +152,7 @@ impl Submission {
             domain: self.domain.clone(),
             request: self.request.clone(),
             require: self.options.require,
+            persistent: self.options.persistent,
             timeout: Duration::from_secs(self.options.timeout),
             idempotency_key: None,
             asked_by: AskedBy::Local {
@@ -145,7 +163,13 @@ impl Submission {
         let record = executor.operation(&id).zip(executor.watch(&id));
         let (record, changes) = record.context("the operation is not in the journal")?;
         let states = states(changes).map(anyhow::Ok).boxed();
-        let record = follow(record, states).await;
+        let record = tokio::select! {
+            record = follow(record, states) => record,
+            result = interrupted() => result.and_then(|interrupt| Err(interrupt.into_error(format!(
+                "operation {id} is in the journal, libvirt may carry out its last call, and the next \
+                 daemon (virtnode run) or hotplug --direct resumes it"
+            )))),
+        };
         // The next daemon resumes what is unfinished or may still be verified.
         timeout(GRACE, executor.stop()).await.ok();
         record
@@ -171,6 +195,25 @@ async fn follow(
         }
     }
     Ok(record)
+}
+
+/// An interrupt by the user.
+struct Interrupt(&'static str);
+
+impl Interrupt {
+    /// Returns the error that says what becomes of the operation.
+    fn into_error(self, consequence: String) -> anyhow::Error {
+        Failure::new(Exit::Failed, format!("{}: {consequence}", self.0)).into()
+    }
+}
+
+/// Waits for Ctrl-C, or for the signal that ends a process.
+async fn interrupted() -> anyhow::Result<Interrupt> {
+    let mut end = signal(SignalKind::terminate())?;
+    Ok(tokio::select! {
+        result = ctrl_c() => result.map(|()| Interrupt("interrupted"))?,
+        _ = end.recv() => Interrupt("terminated"),
+    })
 }
 
 /// Encodes a name as one segment of a path.

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use crate::domain::plain;
-use crate::hotplug::HotplugRequest;
+use crate::hotplug::{HotplugRequest, Verdict};
 use crate::operation::{Record, State};
 use crate::units::{Timestamp, seconds};
 
@@ -64,7 +64,9 @@ fn write(text: &mut String, record: &Record) -> std::fmt::Result {
             plain(&piece.detail)
         )?;
     }
-    if let Some(error) = &record.hypervisor_error {
+    // A proof outweighs the error of an earlier call, which is in the evidence.
+    let is_proven = record.verdict == Some(Verdict::Verified);
+    if let Some(error) = record.hypervisor_error.as_ref().filter(|_| !is_proven) {
         writeln!(text, "\nHypervisor error: {}", plain(error))?;
     }
     if let Some(diagnosis) = &record.diagnosis {
@@ -103,7 +105,8 @@ pub(in crate::cli) fn request(request: &HotplugRequest) -> String {
             let online = if *online { ", online" } else { "" };
             format!("vcpus {count}{online}")
         }
-        HotplugRequest::Memory { size } => format!("memory {size}"),
+        HotplugRequest::Memory { size, force: true } => format!("memory {size} --force"),
+        HotplugRequest::Memory { size, .. } => format!("memory {size}"),
     }
 }
 
@@ -144,6 +147,7 @@ mod tests {
             domain: "vm1".parse().unwrap(),
             request,
             require: Require::Online,
+            persistent: false,
             timeout: Duration::from_secs(60),
             idempotency_key: None,
             asked_by: AskedBy::Local { uid: 0 },
@@ -221,7 +225,7 @@ mod tests {
     #[test]
     fn verified_operation_shows_change_and_correction() {
         let size = Bytes::from_mib(1536).unwrap();
-        let mut record = record_of(HotplugRequest::Memory { size });
+        let mut record = record_of(HotplugRequest::Memory { size, force: false });
         let memory = |mib, total| Amount::Memory {
             memory: Bytes::from_mib(mib).unwrap(),
             guest_total: Bytes::from_mib(total),

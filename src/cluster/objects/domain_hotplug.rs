@@ -98,6 +98,10 @@ pub struct DomainHotplugSpec {
     /// uses the resource (for an unplug: the resource is removed everywhere). Default: Online.
     #[serde(default)]
     pub require: RequireLevel,
+    /// If true, the domain's definition on its node is changed as well, for its next start. Default:
+    /// false. Only the running domain is changed, and the change ends with it.
+    #[serde(default)]
+    pub persistent: bool,
     /// Deadline of the verdict in seconds after the daemon accepted the object (status.startTime),
     /// including the wait for other operations on the same domain. From 1 to 3600. Default: 120.
     #[serde(default = "deadline_seconds")]
@@ -158,6 +162,10 @@ pub struct MemoryTarget {
         regex(pattern = r"^[0-9]+([.][0-9]+)?(Ki|Mi|Gi|Ti|Pi|Ei)B?$")
     )]
     pub size: String,
+    /// If true, memory is taken away even if the guest uses more than is left to it, at the risk that
+    /// it kills programs or crashes. Default: false.
+    #[serde(default)]
+    pub force: bool,
 }
 
 /// A level of evidence.

@@ -2,9 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use super::{Offer, OfferedMachine, listed_or_unknown};
+use super::{Offer, OfferedMachine, OfferedTsc, listed_or_unknown};
 use crate::capability::{
-    Accelerator, CpuModel, CpuModes, Eim, HostModel, PlainMode, Usable, VcpuMax, Version, is_q35,
+    Accelerator, CpuModel, CpuModes, Eim, HostModel, PlainMode, TscCounter, Usable, VcpuMax,
+    Version, is_q35,
 };
 use crate::compat::Requirement;
 use crate::label::prefix::{
@@ -76,6 +77,14 @@ impl Offer {
             vfio: of("iommu-groups")
                 .map(|groups| of("vfio").is_some() && groups.parse::<u32>().unwrap_or(0) > 0),
             launch_security: of("accelerator").map(|_| confidential(labels)),
+            tsc: match of("tsc-frequency-hz").and_then(|hz| hz.parse().ok()) {
+                Some(frequency_hz) => OfferedTsc::Measured(TscCounter {
+                    frequency_hz,
+                    // libvirt accepts any frequency unless it knows that scaling is impossible.
+                    scaling: Some(of("tsc-scaling") != Some("false")),
+                }),
+                None => OfferedTsc::Unmeasured,
+            },
             ..Self::default()
         };
         offer.read_machines(labels, domain);

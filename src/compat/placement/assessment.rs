@@ -177,8 +177,8 @@ fn different_cpu(
 /// Returns the requirements of a domain on which neither labels nor `NodeVirtualization` report.
 pub(super) fn unverified(domain: &Requirement) -> Vec<String> {
     let mut unverified = Vec::new();
-    if let Some(firmware) = &domain.firmware {
-        let secure = if domain.secure_boot {
+    if let Some(firmware) = &domain.firmware.automatic {
+        let secure = if domain.firmware.is_secure() {
             " with secure boot"
         } else {
             ""
@@ -187,7 +187,7 @@ pub(super) fn unverified(domain: &Requirement) -> Vec<String> {
     }
     if let Some(facts) = &domain.domain {
         let memory = facts.memory.asked();
-        let pages = if domain.huge_pages {
+        let pages = if domain.backing.huge_pages {
             " of huge pages"
         } else {
             ""
@@ -196,7 +196,7 @@ pub(super) fn unverified(domain: &Requirement) -> Vec<String> {
             "whether {memory}{pages} is free: let the pod request it"
         ));
     }
-    if let Some(source) = &domain.memory_source {
+    if let Some(source) = &domain.backing.source {
         unverified.push(format!("whether the node supports memory from {source}"));
     }
     let devices = domain.host_devices;

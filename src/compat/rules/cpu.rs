@@ -2,9 +2,11 @@
 
 use std::collections::BTreeSet;
 
+use super::cpu_match::{self, Comparison};
+use super::cpu_words::{missing_words, model_remedy};
 use super::features::{
-    check_features, check_features_beyond, check_forbidden_in_host_model, check_policies,
-    missing_words, or_any, stage_of,
+    check_features, check_features_beyond, check_forbidden_in_host_model, check_policies, or_any,
+    stage_of,
 };
 use super::vcpus::effective_check;
 use super::{RuleInput, named, unsupported};
@@ -15,6 +17,7 @@ use crate::domain::CpuCheck;
 pub(super) fn check(input: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
     let cpu = &input.domain.cpu;
     check_policies(input, findings);
+    check_physical_address(input, findings);
     let mode = match (cpu.mode.as_deref(), cpu.model.as_deref()) {
         (None | Some("custom"), None) => {
             if !cpu.features.is_empty() {
@@ -49,13 +52,13 @@ pub(super) fn check(input: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
         return;
     };
     check_full(input, findings);
+    check_forbidden_in_host_model(input, modes, findings);
     match mode {
         "custom" => check_custom(input, modes, findings),
         "host-model" => {
             let supported = modes.host_model.as_ref().is_some_and(|mode| mode.supported);
             check_mode(input, mode, supported, findings);
             if supported {
-                check_forbidden_in_host_model(input, modes, findings);
                 check_features(input, findings);
             }
         }
@@ -105,6 +108,46 @@ fn check_full(input: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
              XML",
         ),
     );
+}
+
+/// Checks the width of physical addresses, for every domain type
+/// (`qemuValidateDomainDefCpu`, libvirt 11.3).
+fn check_physical_address(input: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
+    let Some(wanted) = &input.domain.cpu.physical_address else {
+        return;
+    };
+    let finding = |message: String, words: &str, remedy: String| {
+        RuleFinding::blocking(RuleCode::PhysicalAddress, message)
+            .at_define(unsupported(words))
+            .remedy(remedy)
+    };
+    let is_passthrough = wanted.mode.as_deref() == Some("passthrough");
+    if is_passthrough && wanted.bits.is_some() {
+        findings.push(finding(
+            "maxphysaddr with mode='passthrough' has no number of bits".to_owned(),
+            "CPU maximum physical address bits number specification cannot be used with \
+             mode='passthrough'",
+            "leave bits= out, or write mode='emulate'".to_owned(),
+        ));
+    }
+    if !is_passthrough && wanted.limit.is_some() {
+        findings.push(finding(
+            "maxphysaddr has a limit only with mode='passthrough'".to_owned(),
+            "attribute 'limit' is only supported for maxphysaddr mode 'passthrough'",
+            "leave limit= out".to_owned(),
+        ));
+    }
+    if let (Some(bits), Some(limit)) = (wanted.bits, input.node.physical_address_bits)
+        && !is_passthrough
+        && bits > limit
+    {
+        findings.push(finding(
+            format!("the domain requires {bits} physical address bits, but the host has {limit}"),
+            "The number of virtual CPU address bits cannot exceed the number supported by the host \
+             CPU",
+            format!("write bits='{limit}' or fewer"),
+        ));
+    }
 }
 
 fn check_mode(input: &RuleInput<'_>, mode: &str, supported: bool, findings: &mut Vec<RuleFinding>) {
@@ -183,7 +226,11 @@ fn check_custom(input: &RuleInput<'_>, modes: &CpuModes, findings: &mut Vec<Rule
             .remedy("use a newer model of the same vendor, or host-model"),
         );
     }
-    check_vendor(input, modes, findings);
+    if cpu_match::applies(input, modes) {
+        cpu_match::check(input, modes, model, findings);
+        return;
+    }
+    check_vendor(input, modes, model, findings);
     let missing = check_model(input, model, findings);
     check_features_beyond(input, &missing, findings);
 }
@@ -223,31 +270,28 @@ fn unlisted(input: &RuleInput<'_>, modes: &CpuModes, name: &str) -> RuleFinding 
     }
 }
 
-fn check_vendor(input: &RuleInput<'_>, modes: &CpuModes, findings: &mut Vec<RuleFinding>) {
-    // Software emulation supports every vendor.
-    let host = modes
+/// Checks the vendor where libvirt compares the model with the host. Software emulation has the
+/// host's vendor too.
+fn check_vendor(
+    input: &RuleInput<'_>,
+    modes: &CpuModes,
+    model: &CpuModel,
+    findings: &mut Vec<RuleFinding>,
+) {
+    let is_document = modes
         .host_model
-        .as_ref()
-        .and_then(|mode| mode.vendor.as_deref());
-    let (Some(wanted), Some(host)) = (input.domain.cpu.vendor.as_deref(), host) else {
-        return;
+        .iter()
+        .any(|host| !host.features.is_empty());
+    let is_compared = match effective_check(input) {
+        CpuCheck::None => false,
+        // The scheduler knows a vendor's label, but not the version of libvirt.
+        _ if !is_document => !input.is_tcg(),
+        CpuCheck::Partial => cpu_match::comparison(input, model) == Comparison::OwnModel,
+        CpuCheck::Full => false,
     };
-    if input.is_tcg() || wanted == host || effective_check(input) == CpuCheck::None {
-        return;
+    if is_compared {
+        findings.extend(cpu_match::other_vendor(input, modes));
     }
-    findings.push(
-        RuleFinding::blocking(
-            RuleCode::CpuVendor,
-            format!(
-                "the domain requires a CPU of vendor {wanted}, but the host's vendor is {host}"
-            ),
-        )
-        .at_start(format!(
-            "the CPU is incompatible with host CPU: host CPU vendor does not match required CPU \
-             vendor {wanted}"
-        ))
-        .remedy("leave <vendor> out, or choose a node of that vendor"),
-    );
 }
 
 /// Checks the model and returns its features that the node lacks.
@@ -328,25 +372,5 @@ fn check_model<'m>(
     match model.usable {
         Some(Usable::Yes) => BTreeSet::new(),
         _ => missing,
-    }
-}
-
-fn model_remedy(input: &RuleInput<'_>, model: &CpuModel) -> String {
-    let usable: Vec<&str> = input
-        .node
-        .cpu
-        .iter()
-        .flat_map(|modes| &modes.models)
-        .filter(|other| other.usable == Some(Usable::Yes) && !other.deprecated)
-        .filter(|other| other.vendor == model.vendor && other.canonical.is_some())
-        .map(|other| other.name.as_str())
-        .collect();
-    match (&model.vendor, usable.is_empty()) {
-        (Some(vendor), false) => format!(
-            "use host-model, choose a node that has them, or take a model of {vendor} that is \
-             usable here: {}",
-            named(usable)
-        ),
-        _ => "use host-model, or choose a node that has them".to_owned(),
     }
 }

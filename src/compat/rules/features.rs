@@ -2,8 +2,9 @@
 
 use std::collections::BTreeSet;
 
+use super::cpu_words::missing_words;
 use super::vcpus::effective_check;
-use super::{RuleInput, named, unsupported};
+use super::{RuleInput, cpu_match, named, unsupported};
 use crate::capability::CpuModes;
 use crate::compat::{RuleCode, RuleFinding, Stage};
 use crate::domain::CpuCheck;
@@ -12,33 +13,6 @@ pub(super) fn stage_of(check: CpuCheck) -> Stage {
     match check {
         CpuCheck::Full => Stage::Emulator,
         _ => Stage::Start,
-    }
-}
-
-/// Adds libvirt's message about missing features. libvirt may list more: those that its own
-/// definition of the model has and QEMU's lacks.
-pub(super) fn missing_words(
-    finding: RuleFinding,
-    check: CpuCheck,
-    missing: &BTreeSet<&str>,
-) -> RuleFinding {
-    let list = |separator: &str| {
-        if missing.is_empty() {
-            "…".to_owned()
-        } else {
-            missing.iter().copied().collect::<Vec<_>>().join(separator)
-        }
-    };
-    match check {
-        CpuCheck::Full => finding.in_emulator(format!(
-            "operation failed: guest CPU doesn't match specification: missing features: {}",
-            list(",")
-        )),
-        _ => finding.at_start(format!(
-            "the CPU is incompatible with host CPU: Host CPU does not provide required features: \
-             {}",
-            list(", ")
-        )),
     }
 }
 
@@ -64,7 +38,16 @@ pub(super) fn check_features_beyond(
         CpuCheck::Full => cpu.required().chain(cpu.forced()).collect(),
         _ => cpu.required().collect(),
     };
-    let gives = |feature: &&str| input.node.gives(feature);
+    // libvirt compares with the host's CPU, not with what KVM gives to guests.
+    let is_compared = check == CpuCheck::Partial
+        && (input.node.cpu.as_ref()).is_some_and(|modes| cpu_match::applies(input, modes));
+    let gives = |feature: &&str| {
+        if is_compared {
+            cpu_match::cpu_has(input, feature)
+        } else {
+            input.node.gives(feature)
+        }
+    };
     let missing: BTreeSet<&str> = requested
         .iter()
         .copied()
@@ -77,7 +60,7 @@ pub(super) fn check_features_beyond(
         return;
     }
     let forbidden: BTreeSet<&str> = match check {
-        CpuCheck::Partial => cpu.forbidden().collect(),
+        CpuCheck::Partial => input.forbidden_beyond_host_model().collect(),
         _ => BTreeSet::new(),
     };
     let unknown: Vec<&str> = requested
@@ -188,34 +171,19 @@ fn check_names(input: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
     );
 }
 
-/// Checks forbidden features against the host model: libvirt keeps the features that it writes
-/// there, regardless of `check` (`x86UpdateHostModel`).
+/// Checks forbidden features against those that the host model lists beyond its named model, which
+/// libvirt does first, for every mode (`virCPUCheckForbiddenFeatures`, libvirt 9.0 to 11.3).
 pub(super) fn check_forbidden_in_host_model(
     input: &RuleInput<'_>,
     modes: &CpuModes,
     findings: &mut Vec<RuleFinding>,
 ) {
-    let host = modes.host_model.iter().flat_map(|host| &host.features);
-    let has: BTreeSet<&str> = host
-        .filter(|f| matches!(f.policy.as_deref(), None | Some("require" | "force")))
-        .map(|feature| feature.name.as_str())
-        .collect();
-    // A summary does not list the host model's features: any feature of the node may be one.
-    let is_summary = modes.host_model.iter().all(|host| host.features.is_empty());
-    let mut forbidden = input.domain.cpu.forbidden();
-    if is_summary && effective_check(input) != CpuCheck::Partial {
-        if let Some(name) = forbidden.find(|name| input.node.gives(name) == Some(true)) {
-            findings.push(
-                RuleFinding::unknown(
-                    RuleCode::CpuFeature,
-                    format!("the host model may have CPU feature {name}, which the domain forbids"),
-                )
-                .stage(Stage::Start),
-            );
-        }
+    let check = effective_check(input);
+    if check == CpuCheck::None {
         return;
     }
-    if let Some(name) = forbidden.find(|name| has.contains(name)) {
+    let cpu = &input.domain.cpu;
+    if let Some(name) = cpu.forbidden().find(|name| modes.adds_to_host_model(name)) {
         findings.push(
             RuleFinding::blocking(
                 RuleCode::CpuFeature,
@@ -226,6 +194,21 @@ pub(super) fn check_forbidden_in_host_model(
                  '{name}'"
             ))
             .remedy("use policy='disable' to hide it from the guest"),
+        );
+    }
+    // A summary does not list the host model's features: any feature of the node may be one.
+    let is_summary = modes.host_model.iter().all(|host| host.features.is_empty());
+    let has = |name: &&str| input.node.gives(name) == Some(true);
+    if let Some(name) = cpu.forbidden().find(has)
+        && is_summary
+        && check == CpuCheck::Full
+    {
+        findings.push(
+            RuleFinding::unknown(
+                RuleCode::CpuFeature,
+                format!("the host model may have CPU feature {name}, which the domain forbids"),
+            )
+            .stage(Stage::Start),
         );
     }
 }

@@ -2,7 +2,7 @@
 
 use super::{MAX_VCPUS_WITHOUT_EIM, RuleInput, unsupported};
 use crate::capability::{VcpuMax, Version};
-use crate::compat::{RuleCode, RuleFinding};
+use crate::compat::{RuleCode, RuleFinding, Stage};
 use crate::domain::{CpuCheck, VcpuTopology};
 
 /// The lowest APIC ID that requires x2APIC (`apic_common_set_id`, QEMU
@@ -223,19 +223,27 @@ fn check_kvm(input: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
                 )),
             );
         }
-        VcpuMax::Unknown if vcpus.maximum > SAFE_KVM_VCPUS => findings.push(
-            RuleFinding::unknown(
-                RuleCode::VcpusKvm,
-                "KVM's maximum number of vCPUs on this node is unknown",
-            )
-            .remedy("give --kvm-max-vcpus (KVM_CAP_MAX_VCPUS), or --domain-capabilities for kvm"),
-        ),
+        VcpuMax::Unknown
+            if vcpus.maximum > SAFE_KVM_VCPUS
+                && vcpus.maximum > input.node.accelerator_supports.unwrap_or(0).into() =>
+        {
+            findings.push(
+                RuleFinding::unknown(
+                    RuleCode::VcpusKvm,
+                    "KVM's maximum number of vCPUs on this node is unknown",
+                )
+                .remedy(
+                    "give --kvm-max-vcpus (KVM_CAP_MAX_VCPUS), or --domain-capabilities for kvm",
+                ),
+            );
+        }
         _ => {}
     }
 }
 
 fn check_gic(input: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
     let vcpus = &input.domain.vcpus;
+    check_gic_version(input, findings);
     if !input.is_virt()
         || !matches!(input.arch, Some("aarch64" | "armv7l"))
         || vcpus.maximum <= MAX_VCPUS_WITH_GIC_V2
@@ -248,7 +256,12 @@ fn check_gic(input: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
     };
     // libvirt's default is version 2 for software emulation and the newest for KVM
     // (`qemuDomainDefEnableDefaultFeatures`).
-    let is_v2 = match input.domain.gic_version.as_deref() {
+    let wanted = input
+        .domain
+        .gic
+        .as_ref()
+        .and_then(|gic| gic.version.as_deref());
+    let is_v2 = match wanted {
         Some("2") => Some(true),
         Some("host") | None if !input.is_tcg() => has("3").map(|has| !has),
         None => Some(true),
@@ -283,6 +296,47 @@ fn check_gic(input: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
                  most {MAX_VCPUS_WITH_GIC_V2} vCPUs"
             ),
         )),
+    }
+}
+
+/// Checks that the machine type has an interrupt controller of Arm, in the version that KVM supports.
+fn check_gic_version(input: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
+    let Some(gic) = &input.domain.gic else { return };
+    let is_arm = matches!(input.arch, Some("aarch64" | "armv7l"));
+    if input.arch.is_some() && input.machine.is_some() && !(is_arm && input.is_virt()) {
+        let (arch, machine) = (
+            input.arch.unwrap_or_default(),
+            input.machine.unwrap_or_default(),
+        );
+        findings.push(
+            RuleFinding::blocking(
+                RuleCode::Gic,
+                format!("machine type {machine} of {arch} has no GIC"),
+            )
+            .at_define(unsupported(format!(
+                "The 'gic' feature is not supported for architecture '{arch}' or machine type \
+                 '{machine}'"
+            )))
+            .remedy("leave <gic> out of <features>"),
+        );
+        return;
+    }
+    let Some(version @ ("2" | "3")) = gic.version.as_deref() else {
+        return;
+    };
+    // Software emulation has both.
+    if let Some(has) = &input.node.gic_versions
+        && !input.is_tcg()
+        && !has.iter().any(|have| have == version)
+    {
+        findings.push(
+            RuleFinding::blocking(
+                RuleCode::Gic,
+                format!("KVM on this node does not support a version {version} GIC"),
+            )
+            .stage(Stage::Emulator)
+            .remedy("write <gic version='host'/>, or leave <gic> out of <features>"),
+        );
     }
 }
 

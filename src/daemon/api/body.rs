@@ -15,7 +15,7 @@ use crate::operation::{AskedBy, DomainName, Order};
 const TIMEOUT_SECONDS: u64 = 60;
 /// Maximum timeout of an operation, in seconds.
 const MAX_TIMEOUT_SECONDS: u64 = 3600;
-const KEY_MAX_BYTES: usize = 128;
+const KEY_MAX_CHARS: usize = 128;
 
 /// Body of a request that changes one kind of resource.
 pub(super) trait HotplugBody: DeserializeOwned {
@@ -28,6 +28,7 @@ pub(super) trait HotplugBody: DeserializeOwned {
 /// into one that rejects unknown fields.
 pub(super) struct CommonFields {
     pub(super) require: Require,
+    pub(super) persistent: bool,
     pub(super) timeout_seconds: Option<u64>,
     pub(super) idempotency_key: Option<String>,
 }
@@ -48,17 +49,18 @@ pub(super) fn order<B: HotplugBody>(
         ));
     }
     let key = common.idempotency_key;
-    let is_valid = |key: &String| (1..=KEY_MAX_BYTES).contains(&key.len());
+    let is_valid = |key: &String| (1..=KEY_MAX_CHARS).contains(&key.chars().count());
     if !key.as_ref().is_none_or(is_valid) {
         return Err(ApiError::bad_request(
             "bad-idempotency-key",
-            format!("idempotencyKey must have from 1 to {KEY_MAX_BYTES} bytes"),
+            format!("idempotencyKey must have from 1 to {KEY_MAX_CHARS} characters"),
         ));
     }
     Ok(Order {
         domain,
         request,
         require: common.require,
+        persistent: common.persistent,
         timeout: Duration::from_secs(seconds),
         asked_by,
         idempotency_key: key,
@@ -71,6 +73,15 @@ pub(super) fn level<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Requir
     Require::from_str(&text).map_err(D::Error::custom)
 }
 
+/// Rejects null: a field that is not given is absent.
+pub(super) fn not_null<'de, T, D>(deserializer: D) -> Result<Option<T>, D::Error>
+where
+    T: Deserialize<'de>,
+    D: Deserializer<'de>,
+{
+    T::deserialize(deserializer).map(Some)
+}
+
 pub(super) fn domain_name(name: String) -> Result<DomainName, ApiError> {
     DomainName::try_from(name).map_err(|error| ApiError::bad_request("bad-name", error.to_string()))
 }
@@ -79,6 +90,11 @@ pub(super) fn domain_name(name: String) -> Result<DomainName, ApiError> {
 fn read<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
     if bytes.is_empty() {
         return Err(malformed("the body is empty: send a JSON object"));
+    }
+    // serde also accepts an array, with the fields in order.
+    let first = bytes.trim_ascii_start().first();
+    if first.is_some_and(|first| matches!(first, b'[')) {
+        return Err(malformed("invalid type: an array; send a JSON object"));
     }
     serde_json::from_slice(bytes).map_err(malformed)
 }

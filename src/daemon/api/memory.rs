@@ -2,7 +2,7 @@
 
 use serde::Deserialize;
 
-use super::body::{CommonFields, HotplugBody, level};
+use super::body::{CommonFields, HotplugBody, level, not_null};
 use crate::hotplug::{HotplugRequest, Require};
 use crate::units::Bytes;
 
@@ -10,9 +10,15 @@ use crate::units::Bytes;
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub(super) struct MemoryBody {
     size: Bytes,
+    #[serde(default)]
+    force: bool,
     #[serde(default, deserialize_with = "level")]
     require: Require,
+    #[serde(default)]
+    persistent: bool,
+    #[serde(default, deserialize_with = "not_null")]
     timeout_seconds: Option<u64>,
+    #[serde(default, deserialize_with = "not_null")]
     idempotency_key: Option<String>,
 }
 
@@ -22,9 +28,11 @@ impl HotplugBody for MemoryBody {
     fn into_parts(self) -> (HotplugRequest, CommonFields) {
         let common = CommonFields {
             require: self.require,
+            persistent: self.persistent,
             timeout_seconds: self.timeout_seconds,
             idempotency_key: self.idempotency_key,
         };
-        (HotplugRequest::Memory { size: self.size }, common)
+        let Self { size, force, .. } = self;
+        (HotplugRequest::Memory { size, force }, common)
     }
 }

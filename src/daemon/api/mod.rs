@@ -37,7 +37,7 @@ use self::body::HotplugBody;
 use self::error::ApiError;
 use self::memory::MemoryBody;
 use self::vcpus::VcpusBody;
-use super::listener::{self, ConnectionLimits};
+use super::listener::{self, ConnectionLimits, WhenFull};
 use super::socket::{LocalSocket, Peer};
 use crate::hotplug::Verdict;
 use crate::monitor::{DomainFigures, Inventory};
@@ -68,6 +68,8 @@ const FIRST_OBSERVATION: Duration = Duration::from_millis(200);
 /// A progress stream lasts as long as an operation, which is at most an hour.
 const LIMITS: ConnectionLimits = ConnectionLimits {
     connections: 256,
+    when_full: WhenFull::Wait,
+    keep_alive: true,
     age: Duration::from_secs(3700),
 };
 

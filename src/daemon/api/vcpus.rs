@@ -2,7 +2,7 @@
 
 use serde::Deserialize;
 
-use super::body::{CommonFields, HotplugBody, level};
+use super::body::{CommonFields, HotplugBody, level, not_null};
 use crate::hotplug::{HotplugRequest, Require};
 
 #[derive(Debug, Deserialize)]
@@ -13,7 +13,11 @@ pub(super) struct VcpusBody {
     online: bool,
     #[serde(default, deserialize_with = "level")]
     require: Require,
+    #[serde(default)]
+    persistent: bool,
+    #[serde(default, deserialize_with = "not_null")]
     timeout_seconds: Option<u64>,
+    #[serde(default, deserialize_with = "not_null")]
     idempotency_key: Option<String>,
 }
 
@@ -27,6 +31,7 @@ impl HotplugBody for VcpusBody {
         };
         let common = CommonFields {
             require: self.require,
+            persistent: self.persistent,
             timeout_seconds: self.timeout_seconds,
             idempotency_key: self.idempotency_key,
         };

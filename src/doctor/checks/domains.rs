@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 
 use super::finding::{Check, DoctorReport, Place, Remedy, Severity, counted, quoted};
 use super::libvirt::virsh;
-use super::observed::{AgentAnswer, DomainDetails, Observed, ObservedDomain};
+use super::observed::{DomainDetails, Observed, ObservedDomain, Undetailed};
 use crate::domain::{AgentChannel, AliasedDevice, IdSet};
+use crate::hotplug::{AGENT_SETTINGS, Agent};
 
 /// Returns the domains whose details could be queried.
 fn detailed(domains: &[ObservedDomain]) -> impl Iterator<Item = (&ObservedDomain, &DomainDetails)> {
@@ -67,20 +68,41 @@ pub(super) fn check(observed: &Observed, report: &mut DoctorReport) {
 fn check_queries(observed: &Observed, domains: &[ObservedDomain], report: &mut DoctorReport) {
     let check = Check::Domains;
     for seen in domains {
-        if let Err(why) = &seen.details {
-            report.domain_problem(
-                (check, Severity::Warning),
-                seen,
+        let (what, why, remedy) = match &seen.details {
+            // A domain that just started or ended.
+            Ok(_) | Err(Undetailed::NotYet(_)) => continue,
+            Err(Undetailed::Unanswered(why)) => (
                 format!("libvirt does not answer queries about it: {why}"),
                 "The domain is locked, by a job that does not end or by a QEMU that does not answer. \
                  Until then it cannot be changed, and may not shut down cleanly.",
                 Remedy::on_host(
-                    [format!("{} domjobinfo {}", virsh(observed), name_in_commands(seen))],
+                    [format!(
+                        "{} domjobinfo {}",
+                        virsh(observed),
+                        name_in_commands(seen)
+                    )],
                     "This shows a running job, such as a migration or a backup. If there is none and \
                      the problem persists, read QEMU's log in /var/log/libvirt/qemu.",
                 ),
-            );
-        }
+            ),
+            Err(Undetailed::Unreadable(why)) => (
+                format!("its definition cannot be read: {why}"),
+                "It is unknown what the domain depends on, so labels of machine types, CPU models \
+                 and CPU features are not removed from the node while it runs; and the domain \
+                 cannot be hotplugged.",
+                Remedy::on_host(
+                    [format!(
+                        "{} dumpxml {}",
+                        virsh(observed),
+                        name_in_commands(seen)
+                    )],
+                    "If this fails, the definition is larger than libvirt can send (4 MiB): whoever \
+                     owns the domain must remove metadata from it. Otherwise correct the value that \
+                     is named here.",
+                ),
+            ),
+        };
+        report.domain_problem((check, Severity::Warning), seen, what, why, remedy);
     }
     if !report.covers(check) {
         let what = format!("libvirt answers about {}", counted(domains.len(), "domain"));
@@ -93,9 +115,10 @@ fn check_agents(observed: &Observed, domains: &[ObservedDomain], report: &mut Do
     let why = "Without the agent, virtnode can verify only in part that the guest uses its resources, \
                and cannot bring vCPUs online in the guest.";
     let mut answering = 0;
+    let (mut unqueried, mut reason) = (0, None);
     for (seen, details) in detailed(domains) {
         let (what, remedy) = match (&details.agent, details.domain.agent) {
-            (AgentAnswer::Answered(_), _) => {
+            (Agent::Answered(_), _) => {
                 answering += 1;
                 continue;
             }
@@ -105,19 +128,46 @@ fn check_agents(observed: &Observed, domains: &[ObservedDomain], report: &mut Do
                 "it has no channel for a guest agent".to_owned(),
                 attach_channel(observed, seen, details),
             ),
-            // libvirt does not know the state of a hot-plugged channel at first.
-            (AgentAnswer::Silent(why), _) if why.contains("agent is not connected") => unopened(),
             (_, AgentChannel::Disconnected) => unopened(),
-            (AgentAnswer::Silent(why), _) => (
+            (Agent::Silent(why), channel) => (
                 format!("its guest agent does not answer: {why}"),
                 Remedy::in_guest(
                     ["systemctl restart qemu-guest-agent"],
-                    "If the guest does not respond to that either, it hangs: check its console.",
+                    format!(
+                        "{}If the guest does not respond to that either, it hangs: check \
+                         its console.",
+                        // libvirt does not know the state of a hot-plugged channel at first.
+                        if channel == AgentChannel::Unknown {
+                            INSTALL_FIRST
+                        } else {
+                            ""
+                        }
+                    ),
                 ),
             ),
-            (AgentAnswer::NotAsked, _) => continue,
+            (Agent::Refused(why), _) => (
+                format!("its guest agent answers, and rejects guest-get-vcpus: {why}"),
+                Remedy::in_guest(
+                    ["grep -rs rpcs /etc/qemu /etc/sysconfig/qemu-ga; ps -o args -C qemu-ga"],
+                    format!(
+                        "Allow guest-get-vcpus and guest-set-vcpus: {AGENT_SETTINGS}. Then restart \
+                         the agent: `systemctl restart qemu-guest-agent`. If nothing blocks the \
+                         command, this version or system of the guest does not have it."
+                    ),
+                ),
+            ),
+            (Agent::NotQueried(why), _) => {
+                unqueried += 1;
+                reason.get_or_insert(why.as_str());
+                continue;
+            }
+            (Agent::NotAsked, _) => continue,
         };
         report.domain_problem((check, Severity::Warning), seen, what, why, remedy);
+    }
+    if let Some(reason) = reason {
+        let what = format!("{} not queried: {reason}", counted(unqueried, "agent"));
+        report.unseen(check, what, None);
     }
     if !report.covers(check) {
         let what = match answering {
@@ -137,6 +187,9 @@ fn unopened() -> (String, Remedy) {
 
 const INSTALL: &str = "The guest needs the package qemu-guest-agent (Windows: virtio-win's guest \
                        tools) with its service running.";
+
+const INSTALL_FIRST: &str = "The guest may lack the package qemu-guest-agent (Windows: virtio-win's \
+                             guest tools), or its service does not run. ";
 
 /// Returns the command that gives a domain a channel: at once if the domain has a virtio-serial
 /// controller, which cannot be hot-plugged (libvirt 11.3: "no virtio-serial controllers are
@@ -182,9 +235,9 @@ fn check_vcpus(domains: &[ObservedDomain], report: &mut DoctorReport) {
         let count = plugged.len();
         let name = name_in_commands(seen);
         let (what, remedy) = match &details.agent {
-            AgentAnswer::Answered(guest) if guest.vcpus.len() < count => (
+            Agent::Answered(guest) if guest.vcpus.len() < count => (
                 format!(
-                    "{count} vCPUs are plugged, but its guest has {}",
+                    "libvirt counts {count} vCPUs, but its guest has {}",
                     guest.vcpus.len()
                 ),
                 Remedy::in_guest(
@@ -192,14 +245,16 @@ fn check_vcpus(domains: &[ObservedDomain], report: &mut DoctorReport) {
                         "cat /proc/cmdline /sys/devices/system/cpu/possible; dmesg | grep -i 'nr_cpus\\|possible_cpus\\|Unable to map'",
                     ],
                     format!(
-                        "Remove or raise nr_cpus= or possible_cpus= on the guest's kernel command \
-                         line, and reboot the guest. Until then, to remove the unused vCPUs, run on \
-                         the host: `virtnode hotplug vcpus {name} {}`",
+                        "If the kernel has no room for more, remove or raise nr_cpus= or \
+                         possible_cpus= on its command line, and reboot the guest. If it has, a client \
+                         had a vCPU unplugged, and libvirt still counts it, as it does before 12.4. In \
+                         both cases `virtnode hotplug vcpus {name} {}` on the host makes libvirt count \
+                         what the guest has",
                         guest.vcpus.len().max(details.domain.vcpus.fixed())
                     ),
                 ),
             ),
-            AgentAnswer::Answered(guest) if guest.online.len() < count => (
+            Agent::Answered(guest) if guest.online.len() < count => (
                 format!(
                     "{count} vCPUs are plugged, but its guest uses {}",
                     guest.online.len()
@@ -211,22 +266,29 @@ fn check_vcpus(domains: &[ObservedDomain], report: &mut DoctorReport) {
                      ACTION==\"add\", ATTR{online}=\"1\"`",
                 ),
             ),
-            AgentAnswer::Answered(_) => {
+            Agent::Answered(_) => {
                 fully_used += 1;
                 continue;
             }
-            AgentAnswer::Silent(_) | AgentAnswer::NotAsked => match never_ran(seen, &plugged) {
-                idle if idle.is_empty() || !seen.state.runs() => continue,
-                idle => (
-                    format!("vCPUs {idle} are plugged but have never run"),
-                    Remedy::in_guest(
-                        ["cat /sys/devices/system/cpu/present /sys/devices/system/cpu/online"],
-                        "They are offline (`echo 1 >/sys/devices/system/cpu/cpuN/online`), or the \
+            Agent::Silent(_) | Agent::Refused(_) | Agent::NotQueried(_) | Agent::NotAsked => {
+                match never_ran(seen, &plugged) {
+                    idle if idle.is_empty() || !seen.state.runs() => continue,
+                    idle => (
+                        format!(
+                            "{} {} plugged but {} never run",
+                            idle.named("vCPU"),
+                            if idle.len() == 1 { "is" } else { "are" },
+                            if idle.len() == 1 { "has" } else { "have" },
+                        ),
+                        Remedy::in_guest(
+                            ["cat /sys/devices/system/cpu/present /sys/devices/system/cpu/online"],
+                            "They are offline (`echo 1 >/sys/devices/system/cpu/cpuN/online`), or the \
                          guest rejected them (nr_cpus= on its kernel command line). The guest agent \
                          would show which.",
+                        ),
                     ),
-                ),
-            },
+                }
+            }
         };
         report.domain_problem((check, Severity::Warning), seen, what, why, remedy);
     }

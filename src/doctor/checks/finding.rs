@@ -2,28 +2,23 @@
 //! output, metric labels and docs/doctor.md use them. The texts are prose.
 
 pub(super) use crate::units::counted;
-use std::fmt;
 
-use serde::{Serialize, Serializer};
+use serde::Serialize;
 
 use super::observed::ObservedDomain;
+use crate::units::words;
 
 macro_rules! checks {
     ($($variant:ident, $name:literal, $looks_at:literal;)*) => {
-        /// A check, as named in JSON, in the metric and in docs/doctor.md.
-        #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-        pub enum Check {
-            $(#[doc = $looks_at] $variant,)*
+        words! {
+            /// A check, as named in JSON, in the metric and in docs/doctor.md.
+            #[derive(PartialOrd, Ord, Hash)]
+            pub enum Check {
+                $(#[doc = $looks_at] $variant = $name,)*
+            }
         }
 
         impl Check {
-            /// All checks, in the order of the report.
-            pub const ALL: &'static [Self] = &[$(Self::$variant,)*];
-
-            pub fn name(self) -> &'static str {
-                match self { $(Self::$variant => $name,)* }
-            }
-
             /// Returns the description in docs/doctor.md.
             pub fn looks_at(self) -> &'static str {
                 match self { $(Self::$variant => $looks_at,)* }
@@ -45,44 +40,21 @@ checks! {
     Versions, "versions", "features missing from these versions of libvirt and QEMU: more than 255 vCPUs (EIM) without additional XML, virtio-mem";
     ProbeAge, "probe-age", "age of the daemon's last reading of each label source";
     Labels, "labels", "labels rejected as invalid, and labels left to another owner";
-    Domains, "domains", "libvirt answers queries about each running domain";
-    GuestAgent, "guest-agent", "the guest agent of each running domain answers";
+    Domains, "domains", "libvirt answers queries about each running domain, and its definition can be read";
+    GuestAgent, "guest-agent", "the guest agent of each running domain answers, and its configuration does not block `guest-get-vcpus`; an agent that could not be asked is listed as skipped";
     VcpusOnline, "vcpus-online", "each guest uses its plugged vCPUs (`nr_cpus`, offline CPUs)";
     VirtioMem, "virtio-mem", "each guest has taken the memory that its virtio-mem devices request";
     MachineTypes, "machine-types", "running domains whose machine type is deprecated, or no longer exists in this QEMU";
 }
 
-impl fmt::Display for Check {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
-
-impl Serialize for Check {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_str(self.name())
-    }
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Severity {
-    Ok,
-    /// Works, but not as well as it could or not for much longer. A problem inside a guest is at
-    /// most a warning: the node itself is healthy.
-    Warning,
-    Error,
-}
-
-impl Severity {
-    pub const ALL: [Self; 3] = [Self::Ok, Self::Warning, Self::Error];
-
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Ok => "ok",
-            Self::Warning => "warning",
-            Self::Error => "error",
-        }
+words! {
+    #[derive(PartialOrd, Ord, Hash)]
+    pub enum Severity {
+        Ok = "ok",
+        /// Works, but not as well as it could or not for much longer. A problem inside a guest is at
+        /// most a warning: the node itself is healthy.
+        Warning = "warning",
+        Error = "error",
     }
 }
 
@@ -195,14 +167,7 @@ impl DoctorReport {
     }
 
     pub(super) fn ok(&mut self, check: Check, what: impl Into<String>) {
-        self.findings.push(Finding {
-            check,
-            severity: Severity::Ok,
-            domain: None,
-            what: what.into(),
-            why: None,
-            remedy: None,
-        });
+        self.add(check, Severity::Ok, None, what.into(), None);
     }
 
     /// Adds a warning or an error about the node.
@@ -211,17 +176,10 @@ impl DoctorReport {
         check: Check,
         severity: Severity,
         what: impl Into<String>,
-        why: impl Into<String>,
+        why: &str,
         remedy: Remedy,
     ) {
-        self.findings.push(Finding {
-            check,
-            severity,
-            domain: None,
-            what: what.into(),
-            why: Some(why.into()),
-            remedy: Some(remedy),
-        });
+        self.add(check, severity, None, what.into(), Some((why, remedy)));
     }
 
     /// Adds a warning or an error about a domain.
@@ -233,13 +191,26 @@ impl DoctorReport {
         why: &str,
         remedy: Remedy,
     ) {
+        let problem = Some((why, remedy));
+        self.add(check, severity, Some(&domain.name), what.into(), problem);
+    }
+
+    fn add(
+        &mut self,
+        check: Check,
+        severity: Severity,
+        domain: Option<&String>,
+        what: String,
+        problem: Option<(&str, Remedy)>,
+    ) {
+        let (why, remedy) = problem.unzip();
         self.findings.push(Finding {
             check,
             severity,
-            domain: Some(domain.name.clone()),
-            what: what.into(),
-            why: Some(why.to_owned()),
-            remedy: Some(remedy),
+            domain: domain.cloned(),
+            what,
+            why: why.map(str::to_owned),
+            remedy,
         });
     }
 
@@ -282,7 +253,7 @@ mod tests {
 
     #[test]
     fn check_names_are_unique_metric_label_values() {
-        let names: std::collections::BTreeSet<_> = Check::ALL.iter().map(|c| c.name()).collect();
+        let names: std::collections::BTreeSet<_> = Check::ALL.iter().map(|c| c.as_str()).collect();
         assert_eq!(names.len(), Check::ALL.len());
         for name in names {
             let is_word = |c: char| c.is_ascii_lowercase() || c == '-';

@@ -35,8 +35,8 @@ pub fn diagnose(observed: &Observed) -> DoctorReport {
     daemon::check_labels(observed, &mut report);
     domains::check(observed, &mut report);
     for check in Check::ALL {
-        if !report.covers(*check) {
-            report.unseen(*check, "the check produced no result", None);
+        if !report.covers(check) {
+            report.unseen(check, "the check produced no result", None);
         }
     }
     report.sort();

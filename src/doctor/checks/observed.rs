@@ -1,12 +1,13 @@
 //! Input of the checks: observations of host, libvirt, domains and daemon, without judgment.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
 use crate::capability::NodeFacts;
 use crate::domain::{Domain, DomainState, Stats};
-use crate::hotplug::GuestVcpus;
+use crate::hotplug::Agent;
 use crate::label::RejectedLabel;
 use crate::units::Bytes;
 
@@ -220,8 +221,7 @@ pub struct ObservedDomain {
     pub uuid: String,
     pub state: DomainState,
     pub stats: Stats,
-    /// The details, or the reason why they could not be queried.
-    pub details: Result<Arc<DomainDetails>, String>,
+    pub details: Result<Arc<DomainDetails>, Undetailed>,
     /// Plugged size of each virtio-mem device at an earlier observation, by alias.
     pub earlier: BTreeMap<String, Bytes>,
 }
@@ -231,25 +231,36 @@ pub struct DomainDetails {
     pub domain: Domain,
     /// True if the domain also has a persistent definition.
     pub persistent: bool,
-    pub agent: AgentAnswer,
+    pub agent: Agent,
 }
 
-/// Result of querying the guest agent.
+/// The reason why a domain has no details.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum AgentAnswer {
-    Answered(GuestVcpus),
-    /// No answer, with the reason.
-    Silent(String),
-    /// Not queried: no channel, no agent connected to it, or the domain is paused.
-    NotAsked,
+pub enum Undetailed {
+    /// Not observed so far, or the domain just ended.
+    NotYet(String),
+    /// libvirt did not answer in time: the domain is locked.
+    Unanswered(String),
+    /// libvirt answered with an error, or its definition cannot be parsed.
+    Unreadable(String),
+}
+
+impl fmt::Display for Undetailed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NotYet(reason) | Self::Unanswered(reason) | Self::Unreadable(reason) => {
+                f.write_str(reason)
+            }
+        }
+    }
 }
 
 impl DomainDetails {
     /// Returns the number of CPUs online in the guest, if the agent answered.
     pub fn online(&self) -> Option<u32> {
         match &self.agent {
-            AgentAnswer::Answered(vcpus) => Some(vcpus.online.len()),
-            AgentAnswer::Silent(_) | AgentAnswer::NotAsked => None,
+            Agent::Answered(vcpus) => Some(vcpus.online.len()),
+            Agent::NotAsked | Agent::NotQueried(_) | Agent::Silent(_) | Agent::Refused(_) => None,
         }
     }
 }

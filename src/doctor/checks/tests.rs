@@ -8,7 +8,7 @@ use super::observed::*;
 use super::*;
 use crate::capability::{Capabilities, Eim, NodeFacts, Version};
 use crate::domain::{Domain, DomainState, Stats};
-use crate::hotplug::GuestVcpus;
+use crate::hotplug::{Agent, GuestVcpus};
 use crate::label::{InvalidLabel, RejectedLabel};
 use crate::units::Bytes;
 
@@ -376,20 +376,20 @@ fn domain(name: &str, machine: &str, inner: &str) -> ObservedDomain {
         details: Ok(Arc::new(DomainDetails {
             domain: parsed,
             persistent: true,
-            agent: AgentAnswer::NotAsked,
+            agent: Agent::NotAsked,
         })),
         earlier: BTreeMap::new(),
     }
 }
 
-fn with_agent(mut seen: ObservedDomain, agent: AgentAnswer) -> ObservedDomain {
+fn with_agent(mut seen: ObservedDomain, agent: Agent) -> ObservedDomain {
     let details = (**seen.details.as_ref().unwrap()).clone();
     seen.details = Ok(Arc::new(DomainDetails { agent, ..details }));
     seen
 }
 
-fn guest(vcpus: &str, online: &str) -> AgentAnswer {
-    AgentAnswer::Answered(GuestVcpus::from_libvirt(vcpus, online).unwrap())
+fn guest(vcpus: &str, online: &str) -> Agent {
+    Agent::Answered(GuestVcpus::from_libvirt(vcpus, online).unwrap())
 }
 
 const CHANNEL: &str = "<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0' state='connected'/></channel>";
@@ -410,13 +410,13 @@ const NEWEST: &str = "pc-q35-10.0";
     "virtnode hotplug vcpus web 3 --online"
 )]
 #[case::no_agent(
-    AgentAnswer::NotAsked,
+    Agent::NotAsked,
     Severity::Warning,
     "vCPUs 1-2 are plugged but have never run",
     "cat /sys"
 )]
 fn unused_vcpus_are_a_warning(
-    #[case] agent: AgentAnswer,
+    #[case] agent: Agent,
     #[case] severity: Severity,
     #[case] what: &str,
     #[case] command: &str,
@@ -435,7 +435,7 @@ fn unused_vcpus_are_a_warning(
     let first = commands(&finding).first().copied().unwrap_or_default();
     assert!(first.starts_with(command), "{finding:#?}");
     // A paused guest cannot run its vCPUs.
-    if matches!(seen.details.as_ref().unwrap().agent, AgentAnswer::NotAsked) {
+    if matches!(seen.details.as_ref().unwrap().agent, Agent::NotAsked) {
         seen.state = DomainState::Paused;
         observed.domains = Ok(vec![seen]);
         assert_eq!(of(&observed, Check::VcpusOnline).severity, Severity::Ok);
@@ -518,7 +518,7 @@ fn special_characters_in_a_name_never_reach_a_command(#[case] name: &str, #[case
 fn domain_without_an_answer_is_a_warning() {
     let mut observed = healthy_host();
     let mut stuck = domain("stuck", NEWEST, CHANNEL);
-    stuck.details = Err("no answer within 5s".to_owned());
+    stuck.details = Err(Undetailed::Unanswered("no answer within 5s".to_owned()));
     let fine = with_agent(domain("fine", NEWEST, CHANNEL), guest("0-2", "0-2"));
     observed.domains = Ok(vec![fine, stuck]);
     let report = diagnose(&observed);
@@ -530,7 +530,7 @@ fn domain_without_an_answer_is_a_warning() {
 #[test]
 fn silent_agent_is_a_warning_with_the_reason() {
     let mut observed = healthy_host();
-    let silent = AgentAnswer::Silent("no answer within 7s".to_owned());
+    let silent = Agent::Silent("no answer within 7s".to_owned());
     observed.domains = Ok(vec![with_agent(domain("mute", NEWEST, CHANNEL), silent)]);
     let finding = of(&observed, Check::GuestAgent);
     assert_eq!(finding.severity, Severity::Warning);

@@ -6,15 +6,17 @@ use std::time::Duration;
 
 use futures::FutureExt as _;
 use futures::future::BoxFuture;
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
+use tracing::warn;
 
 use super::{Attached, Driver, STOP_EVENT_TIMEOUT};
-use crate::domain::DomainRef;
+use crate::domain::{CallError, DomainRef};
 use crate::executor::observer::Backoff;
 use crate::executor::queues::Ticket;
 use crate::hotplug::{
-    Action, Contact, Event, Observation, Outcome, Return, Step, Verdict, judge, settle,
+    Action, Contact, Event, Evidence, Observation, Outcome, Return, Source, Step, Verdict, judge,
+    put_back, settle,
 };
 use crate::hypervisor::{Change, DomainBackend, Notice, Notices};
 use crate::units::Timestamp;
@@ -22,6 +24,9 @@ use crate::units::Timestamp;
 /// Time between the last observation before the deadline and the deadline, so that the verdict
 /// rests on the present state of the domain.
 const LAST_OBSERVATION: Duration = Duration::from_millis(250);
+
+/// Time to put back what was changed only to obtain evidence: the verdict waits for it.
+const PUT_BACK_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Minimum interval between journal writes for events alone: events arrive in bursts.
 const SAVE_INTERVAL: Duration = Duration::from_millis(250);
@@ -37,10 +42,14 @@ impl<C: DomainBackend> Driver<C, Attached<C>> {
     /// Holds the domain's ticket until no call is running.
     pub(super) async fn pursue(mut self, ticket: Ticket<DomainRef>) {
         self.take_notices();
-        let outcome = match self.reach_verdict().await {
+        let mut outcome = match self.reach_verdict().await {
             Ok(outcome) => outcome,
             Err(journal) => self.outcome_without_journal(&journal),
         };
+        // The journal has the history until the verdict, so a restart puts it back as well.
+        if self.stage.call.is_none() {
+            outcome.evidence.extend(self.put_back().await);
+        }
         let may_change = outcome.verdict.may_change();
         self.entry.record.conclude(outcome, self.clock.now());
         self.entry.history = may_change.then(|| self.stage.history.clone());
@@ -57,11 +66,42 @@ impl<C: DomainBackend> Driver<C, Attached<C>> {
         if let Some(call) = self.stage.call.take() {
             let how = call.await;
             self.stage.history.returned(self.clock.now(), how);
+            self.put_back().await;
         }
         drop(ticket);
         if let Some(token) = token {
             self.follow(token).await;
         }
+    }
+
+    /// Puts back what was changed only to obtain evidence, and returns a line about it.
+    async fn put_back(&mut self) -> Option<Evidence> {
+        let action = put_back(&self.stage.history)?;
+        let what = action.describe()?;
+        self.stage.history.called(self.clock.now(), action.clone());
+        let call = self.executor.backend.apply(&self.stage.domain, &action);
+        let how = match timeout(PUT_BACK_TIMEOUT, call).await {
+            Ok(Ok(())) => Return::Done,
+            Ok(Err(error)) => Return::Failed(error),
+            Err(_) => Return::Failed(CallError::Overdue {
+                call: "set-stats-period".into(),
+                after: PUT_BACK_TIMEOUT,
+            }),
+        };
+        let result = match &how {
+            Return::Done => "accepted".to_owned(),
+            Return::Failed(error) => {
+                warn!(%error, "cannot put the statistics period of a domain back");
+                format!("failed: {error}")
+            }
+        };
+        let time = self.clock.now();
+        self.stage.history.returned(time, how);
+        Some(Evidence {
+            source: Source::HypervisorCall,
+            detail: format!("{what}: {result}"),
+            time,
+        })
     }
 
     /// Follows the guest until the verdict is corrected, the next operation on the domain cancels

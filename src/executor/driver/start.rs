@@ -14,15 +14,19 @@ use crate::executor::Executor;
 use crate::executor::observer::Observer;
 use crate::executor::queues::Ticket;
 use crate::hotplug::{
-    Contact, Event, History, Host, Preflight, Step, Terms, Verdict, judge, preflight,
+    Contact, Event, History, Host, Preflight, Scope, Step, Terms, Verdict, judge, preflight,
 };
-use crate::hypervisor::{Change, DomainBackend, Notice, Notices};
+use crate::hypervisor::{Change, ConnectionState, DomainBackend, Notice, Notices};
 use crate::journal::Entry;
 use crate::operation::{DomainName, State};
 
 /// Minimum time between a restart and the verdict of an interrupted operation. Its deadline may
 /// have passed meanwhile, but the verdict needs an observation; libvirtd may be restarting too.
 const RESTART_GRACE: Duration = Duration::from_secs(15);
+
+/// Time for libvirt to give the reason of a pause. A job pauses the domain a moment before it reports
+/// the reason, and ends a moment before it resumes the domain.
+const UNEXPLAINED_PAUSE: Duration = Duration::from_secs(3);
 
 /// Reason why an operation ends without a call.
 enum Refusal {
@@ -121,6 +125,17 @@ impl<C: DomainBackend> Driver<C, Unstarted> {
         }
     }
 
+    /// Waits until `give_up_at` and then for the connection to be down.
+    async fn unavailable_since(&self, give_up_at: Instant) {
+        sleep_until(give_up_at).await;
+        let mut health = self.executor.backend.health();
+        let down = health.wait_for(|state| *state == ConnectionState::Down);
+        if down.await.is_err() {
+            // The backend ended, and its calls end with it.
+            std::future::pending::<()>().await;
+        }
+    }
+
     /// Finds the domain and joins its queue.
     async fn find(
         &mut self,
@@ -135,14 +150,18 @@ impl<C: DomainBackend> Driver<C, Unstarted> {
         let give_up_at = self.give_up_at();
         let mut last_error = None;
         loop {
-            let found = timeout_at(give_up_at, backend.find(&text)).await;
-            let found = found.unwrap_or_else(|_| {
-                // An earlier error says more than a timeout that was cut short.
-                Err(last_error.take().unwrap_or(CallError::Overdue {
-                    call: "find-domain".into(),
-                    after: self.executor.options.unavailable_timeout,
-                }))
-            });
+            let found = tokio::select! {
+                biased;
+                found = backend.find(&text) => found,
+                // A connected libvirt that is slow has until the operation's deadline.
+                () = self.unavailable_since(give_up_at) => {
+                    // An earlier error says more than a timeout that was cut short.
+                    Err(last_error.take().unwrap_or(CallError::Overdue {
+                        call: "find-domain".into(),
+                        after: self.executor.options.unavailable_timeout,
+                    }))
+                }
+            };
             let error = match found {
                 Ok(domain) => {
                     let target = &self.entry.record.domain;
@@ -159,12 +178,13 @@ impl<C: DomainBackend> Driver<C, Unstarted> {
                 }
                 Err(error) => error,
             };
-            if matches!(error, CallError::NotFound(_)) || Instant::now() >= give_up_at {
+            let gives_up = !self.has_events() && Instant::now() >= give_up_at;
+            if matches!(error, CallError::NotFound(_)) || gives_up {
                 return Err(error);
             }
             self.awaits(&format!("the hypervisor: {error}"));
             last_error = Some(error);
-            sleep_until(give_up_at.min(Instant::now() + backoff.next())).await;
+            sleep(backoff.next()).await;
         }
     }
 
@@ -207,11 +227,13 @@ impl<C: DomainBackend> Driver<C, Unstarted> {
     async fn preflight(&mut self, observer: &Observer<C>) -> Result<Box<History>, Refusal> {
         let mut backoff = self.backoff();
         let give_up_at = self.give_up_at();
+        let mut unexplained: Option<Instant> = None;
         loop {
             let awaited = match observer.observe().await {
                 Ok(observation) => {
                     let request = &self.entry.order.request;
-                    match preflight(request, &observation, &self.host()) {
+                    let scope = Scope::of(self.entry.order.persistent);
+                    match preflight(request, scope, &observation, &self.host()) {
                         Preflight::Ready(plan) => {
                             let terms = Terms {
                                 require: self.entry.order.require,
@@ -221,11 +243,19 @@ impl<C: DomainBackend> Driver<C, Unstarted> {
                             // QEMU's memory of the guest's answers stands in for its events.
                             let has_events = self.has_events() || observation.answers.is_some();
                             let request = request.clone();
-                            let history =
+                            let mut history =
                                 History::new(request, terms, plan, observation, has_events);
+                            let record = &self.entry.record;
+                            history.earlier = self.executor.registry().earlier(record);
                             return Ok(Box::new(history));
                         }
-                        Preflight::Rejected(rejection) => {
+                        Preflight::Unexplained(_)
+                            if unexplained.get_or_insert_with(Instant::now).elapsed()
+                                < UNEXPLAINED_PAUSE =>
+                        {
+                            "the reason for the pause of the domain".to_owned()
+                        }
+                        Preflight::Unexplained(rejection) | Preflight::Rejected(rejection) => {
                             let amount = request.amount_of(&observation);
                             self.entry.record.before = Some(amount);
                             self.entry.record.after = Some(amount);
@@ -290,11 +320,16 @@ impl<C: DomainBackend> Driver<C, Unstarted> {
     }
 
     fn host(&self) -> Host {
-        if !self.entry.order.request.wanted().host_memory {
-            return Host::default();
-        }
+        let available = if self.entry.order.request.wanted().host_memory {
+            (self.executor.options.available_memory)()
+        } else {
+            None
+        };
+        let domain = self.entry.record.domain.identity();
+        let released = domain.map(|domain| self.executor.vcpu_lives.released(&domain));
         Host {
-            available: (self.executor.options.available_memory)(),
+            available,
+            released_vcpus: released.unwrap_or(0),
         }
     }
 

@@ -1,10 +1,16 @@
 //! Facts about memory in a history.
 
-use super::diagnosis::LINUX_BLOCK;
+use std::time::Duration;
+
 use crate::domain::Memory;
-use crate::hotplug::{AcpiAnswer, Action, Event, History, Observation, Ost, SlotKind};
-use crate::units::Bytes;
-use crate::units::Timestamp;
+use crate::hotplug::observation::MemoryReport;
+use crate::hotplug::{
+    AcpiAnswer, Action, Amount, Event, History, Observation, Ost, SlotKind, Verdict,
+};
+use crate::units::{Bytes, Timestamp};
+
+/// The minimum block of memory that Linux takes on x86 (`MIN_MEMORY_BLOCK_SIZE`).
+pub(super) const LINUX_BLOCK: Bytes = Bytes::new(128 << 20);
 
 /// The facts about memory in one history.
 pub(super) struct MemoryFacts<'h> {
@@ -21,19 +27,27 @@ pub(super) struct MemoryFacts<'h> {
     /// The guest's answer through ACPI for the attached DIMM.
     pub(super) dimm: Option<(Timestamp, AcpiAnswer, &'h Ost)>,
     pub(super) total: GuestTotal,
+    /// The time since which the guest's total and the size of its balloon have been what they are.
+    pub(super) still: Option<Timestamp>,
 }
 
 /// The guest's own total compared to the plugged memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum GuestTotal {
-    /// There are no statistics, or the missing part may be the kernel's own overhead.
+    /// The guest reports nothing.
     Unknown,
-    /// The statistics are older than the change.
+    /// The last report is older than the change.
     Stale,
     /// The guest uses all of it.
     Fits,
-    /// The guest does not use all of it. Carries the growth of the total.
-    Short(Bytes),
+    /// The guest does not use all of it.
+    Short {
+        /// The growth of the total.
+        grew: Bytes,
+        missing: Bytes,
+    },
+    /// This much is missing: the guest's kernel may have reserved it at boot, or it may be offline.
+    Unclear(Bytes),
 }
 
 impl<'h> MemoryFacts<'h> {
@@ -41,7 +55,8 @@ impl<'h> MemoryFacts<'h> {
         let latest = history.fresh();
         let seen = latest.unwrap_or(&history.before);
         let mut moved = None;
-        let mut reached = None;
+        let mut reached: Option<&Observation> = None;
+        let mut still: Option<&Observation> = None;
         let mut last = history.before.domain.memory.plugged();
         for seen in history.since_epoch() {
             let plugged = seen.domain.memory.plugged();
@@ -50,10 +65,13 @@ impl<'h> MemoryFacts<'h> {
                 last = plugged;
             }
             reached = if plugged == target {
-                reached.or(Some(seen.at))
+                reached.or(Some(seen))
             } else {
                 None
             };
+            still = still
+                .filter(|then| figures(then) == figures(seen))
+                .or(Some(seen));
         }
         let by_event = history.events().filter_map(|(at, event)| match event {
             Event::MemorySize { .. } => Some(at),
@@ -64,9 +82,10 @@ impl<'h> MemoryFacts<'h> {
             asked: seen.domain.memory.asked(),
             plugged: seen.domain.memory.plugged(),
             moved: moved.into_iter().chain(by_event).max(),
-            reached,
+            reached: reached.map(|seen| seen.at),
             dimm: dimm_answer(history),
             total: total(history, target, reached),
+            still: still.map(|seen| seen.at),
         }
     }
 }
@@ -93,75 +112,157 @@ fn dimm_answer(history: &History) -> Option<(Timestamp, AcpiAnswer, &Ost)> {
 /// takes that from the new memory, and half as much on other structures.
 const OVERHEAD: u64 = 40;
 
-fn total(history: &History, target: Bytes, reached: Option<Timestamp>) -> GuestTotal {
-    let seen = history.latest();
-    let period = seen.domain.balloon.stats_period;
-    let reported = seen.stats.as_ref().map(|stats| stats.balloon);
-    let (Some(now), Some(balloon), Some(_)) = (seen.guest_total(), reported, period) else {
+fn total(history: &History, target: Bytes, reached: Option<&Observation>) -> GuestTotal {
+    let (before, seen) = (&history.before, history.latest());
+    let memory = &seen.domain.memory;
+    let hot = memory.plugged().saturating_sub(memory.boot);
+    let added = target.saturating_sub(before.domain.memory.plugged());
+    if hot == Bytes::ZERO && added == Bytes::ZERO {
+        return GuestTotal::Fits;
+    }
+    let Some(report) = seen.memory_report() else {
         // A balloon driver that reported before will report again.
-        return match history.before.guest_total().and(period) {
+        return match before.memory_report() {
             Some(_) => GuestTotal::Stale,
             None => GuestTotal::Unknown,
         };
     };
-    let (before, memory) = (&history.before, &seen.domain.memory);
-    let had = before.domain.memory.plugged();
-    let added = target.saturating_sub(had);
-    // Without an earlier total, the guest cannot have seen more than the plugged memory.
-    let grew = now.saturating_sub(before.guest_total().unwrap_or(had));
-    // Memory in the balloon is not missing.
-    let has = balloon
-        .current
-        .unwrap_or(memory.plugged())
-        .min(memory.plugged());
-    let missing = has.saturating_sub(now);
-    if is_hidden(memory, missing) || before.guest_total().is_some() && grew < needed(added) {
-        // The statistics have whole seconds: only those of a later second are certainly newer.
-        let updated = balloon
-            .updated
-            .and_then(|seconds| i64::try_from(seconds).ok());
-        let newer = reached
-            .zip(updated)
-            .is_some_and(|(reached, updated)| updated > reached.as_seconds());
-        return if newer {
-            GuestTotal::Short(grew)
+    let is_newer = reached.is_some_and(|reached| is_newer(&report, reached));
+    // A complete growth is proof, whatever the guest's kernel reserved before.
+    if let (true, Some(had)) = (added > Bytes::ZERO, before.guest_total()) {
+        let grew = report.total.saturating_sub(had);
+        return if grew >= added.saturating_sub(added.part(OVERHEAD)) {
+            GuestTotal::Fits
+        } else if is_newer {
+            let missing = added.saturating_sub(grew);
+            GuestTotal::Short { grew, missing }
         } else {
             GuestTotal::Stale
         };
     }
-    let shown = match added {
-        Bytes::ZERO => missing < smallest_unit(memory),
-        added => grew >= needed(added),
-    };
-    if shown {
-        GuestTotal::Fits
+    let compared = compare(history, seen, &report);
+    // A balloon may have taken memory since the report.
+    let suffices = compared == GuestTotal::Fits
+        && added == Bytes::ZERO
+        && held(seen) == Bytes::ZERO
+        && report.is_current;
+    if is_newer || suffices {
+        compared
     } else {
-        GuestTotal::Unknown
+        GuestTotal::Stale
     }
 }
 
-fn needed(added: Bytes) -> Bytes {
-    added.saturating_sub(added.part(OVERHEAD))
+/// True if the guest reported after the observation. Reports have whole seconds.
+fn is_newer(report: &MemoryReport, seen: &Observation) -> bool {
+    let then = seen.memory_report();
+    report.updated > seen.at.as_seconds() || then.is_some_and(|then| report.updated > then.updated)
 }
 
-/// True if more is missing than any kernel reserves at boot: a quarter of the memory, half of it in
-/// small guests.
-fn is_hidden(memory: &Memory, missing: Bytes) -> bool {
+/// Compares the guest's total to what is plugged, without an earlier total of the guest.
+fn compare(history: &History, seen: &Observation, report: &MemoryReport) -> GuestTotal {
+    let memory = &seen.domain.memory;
     let hot = memory.plugged().saturating_sub(memory.boot);
-    let at_boot = memory
-        .boot
-        .part(4)
-        .max(memory.boot.part(2).min(Bytes::new(256 << 20)));
-    hot > Bytes::ZERO && missing > at_boot.saturating_add(hot.part(OVERHEAD))
+    let missing = memory.plugged().saturating_sub(report.total);
+    let grew = Bytes::ZERO;
+    if let Some((verdict, total)) = earlier(history, seen) {
+        // The same state has the same verdict.
+        if verdict == Verdict::Verified && report.total >= total {
+            return GuestTotal::Fits;
+        }
+        if verdict != Verdict::Verified && report.total <= total {
+            return GuestTotal::Short { grew, missing };
+        }
+    }
+    let held = held(seen);
+    let unseen = missing.saturating_sub(held);
+    if unseen < smallest_unit(memory) {
+        if held >= hot.part(2) && held > Bytes::ZERO {
+            let missing = held;
+            GuestTotal::Short { grew, missing }
+        } else {
+            GuestTotal::Fits
+        }
+    } else if unseen > memory.boot {
+        // More than the boot memory, from which the kernel takes what it reserves.
+        GuestTotal::Short { grew, missing }
+    } else {
+        GuestTotal::Unclear(unseen)
+    }
+}
+
+/// Returns the verdict and the guest's total of an earlier operation that ended with what is plugged
+/// now.
+fn earlier(history: &History, seen: &Observation) -> Option<(Verdict, Bytes)> {
+    let earlier = history.earlier?;
+    let judged = [
+        Verdict::Verified,
+        Verdict::GuestOffline,
+        Verdict::PartiallyApplied,
+    ];
+    match earlier.after {
+        Amount::Memory {
+            memory,
+            guest_total: Some(total),
+        } if memory == seen.domain.memory.plugged() && judged.contains(&earlier.verdict) => {
+            Some((earlier.verdict, total))
+        }
+        _ => None,
+    }
+}
+
+/// Returns what the balloon has taken of the guest's memory.
+pub(super) fn held(seen: &Observation) -> Bytes {
+    let plugged = seen.domain.memory.plugged();
+    let current = seen.stats.as_ref().and_then(|stats| stats.balloon.current);
+    plugged.saturating_sub(current.unwrap_or(plugged))
+}
+
+/// Returns what the guest's total is made of: the total, and what the balloon has taken of it.
+fn figures(seen: &Observation) -> (Option<Bytes>, Bytes) {
+    (seen.guest_total(), held(seen))
 }
 
 /// Returns the smallest unit that can be plugged and not used. If less is missing, the guest uses
 /// everything. Without plugged memory nothing can be missing.
 fn smallest_unit(memory: &Memory) -> Bytes {
-    let dimms = memory.dimms().map(|dimm| dimm.size);
-    let blocks = memory
-        .virtio_mem()
+    memory
+        .devices
+        .iter()
         .map(|device| device.plugged().min(LINUX_BLOCK))
-        .filter(|unit| *unit > Bytes::ZERO);
-    dimms.chain(blocks).min().unwrap_or(Bytes::new(u64::MAX))
+        .filter(|unit| *unit > Bytes::ZERO)
+        .min()
+        .unwrap_or(Bytes::new(u64::MAX))
+}
+
+/// Returns what the guest's kernel needs to describe new memory: 64 bytes for each page of 4 KiB.
+pub(super) fn description_of(added: Bytes) -> Bytes {
+    added.part(64)
+}
+
+/// The guest's memory before the first change.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Need {
+    /// The memory that describes the new memory.
+    pub(super) need: Bytes,
+    pub(super) usable: Bytes,
+    pub(super) total: Bytes,
+    /// The age of the report at the time of the first change.
+    pub(super) age: Duration,
+}
+
+impl Need {
+    /// Returns the guest's need if new memory takes more to describe than is available.
+    pub(super) fn to_describe(history: &History, target: Bytes) -> Option<Self> {
+        let before = &history.before;
+        let added = target.saturating_sub(before.domain.memory.plugged());
+        let report = before.memory_report()?;
+        let (need, usable) = (description_of(added), report.usable?);
+        (need > usable).then_some(Self {
+            need,
+            usable,
+            total: report.total,
+            age: report.age,
+        })
+    }
 }

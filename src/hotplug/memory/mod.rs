@@ -3,18 +3,24 @@
 mod diagnosis;
 mod evidence;
 mod preflight;
+mod prepare;
 mod timeline;
 mod verdict;
 
+pub use preflight::attachable_memory;
+
 use super::kind::{ResourceKind, Wanted};
-use super::outcome::Ruling;
+use super::outcome::{Conclusion, Ruling};
 use super::resource::Resource;
-use super::{Amount, Evidence, History, Host, Infeasible, Observation, Plan};
+use super::{Amount, Evidence, History, Host, Infeasible, Observation, Plan, Scope};
 use crate::units::{Bytes, Timestamp};
 
 /// A request for a total amount of memory: boot memory and memory devices.
+#[derive(Debug, Clone, Copy)]
 pub(super) struct MemoryResource {
     pub(super) size: Bytes,
+    /// True if the guest may be left with less than it uses.
+    pub(super) force: bool,
 }
 
 impl Resource for MemoryResource {
@@ -43,8 +49,16 @@ impl Resource for MemoryResource {
         }
     }
 
-    fn preflight(&self, seen: &Observation, host: &Host) -> Result<Plan, Infeasible> {
-        preflight::preflight(self.size, seen, host)
+    fn preflight(&self, seen: &Observation, host: &Host, scope: Scope) -> Result<Plan, Infeasible> {
+        preflight::preflight(*self, seen, host, scope)
+    }
+
+    fn prepare(&self, history: &History, now: Timestamp) -> Option<Ruling> {
+        prepare::prepare(self, history, now)
+    }
+
+    fn explain(&self, history: &History, finding: Conclusion) -> Conclusion {
+        verdict::explain(history, self.size, finding)
     }
 
     fn is_reached(&self, history: &History) -> bool {
@@ -57,6 +71,6 @@ impl Resource for MemoryResource {
     }
 
     fn timeline(&self, history: &History) -> Vec<Evidence> {
-        timeline::timeline(history)
+        timeline::timeline(history, self.size)
     }
 }

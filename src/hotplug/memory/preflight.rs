@@ -1,14 +1,20 @@
 //! Limits on the amount of memory, and the calls.
 
+use super::MemoryResource;
 use crate::domain::{Domain, Memory, MemoryDevice, MemoryModel};
-use crate::hotplug::{Action, Host, Infeasible, Observation, Plan};
+use crate::hotplug::{Action, Host, Infeasible, Observation, Plan, Scope};
 use crate::units::{Bytes, KiB};
 
-/// Plans the calls for a total of `size`.
+/// Plans the calls for the requested total.
 ///
 /// # Errors
 /// The first limit that rules the request out.
-pub(super) fn preflight(size: Bytes, seen: &Observation, host: &Host) -> Result<Plan, Infeasible> {
+pub(super) fn preflight(
+    MemoryResource { size, force }: MemoryResource,
+    seen: &Observation,
+    host: &Host,
+    scope: Scope,
+) -> Result<Plan, Infeasible> {
     let memory = &seen.domain.memory;
     if size < memory.boot || size == Bytes::ZERO {
         return Err(Infeasible::BelowBootMemory {
@@ -17,7 +23,7 @@ pub(super) fn preflight(size: Bytes, seen: &Observation, host: &Host) -> Result<
         });
     }
     if size == memory.asked() {
-        return Ok(Plan::default());
+        return Ok(unchanged(memory, scope));
     }
     if memory.maximum.is_none() {
         return Err(Infeasible::NoMaxMemory {
@@ -25,11 +31,62 @@ pub(super) fn preflight(size: Bytes, seen: &Observation, host: &Host) -> Result<
         });
     }
     let actions = match memory.virtio_mem().next() {
-        Some(_) => resize(size, memory)?,
+        Some(_) => resize(size, &seen.domain)?,
         None => vec![attach(size, &seen.domain)?],
     };
     check_node(size, memory, host)?;
-    Ok(Plan { actions })
+    if !force {
+        check_use(size, seen)?;
+    }
+    Ok(Plan { actions }.in_scope(scope))
+}
+
+/// Plans nothing for a domain that has what is requested, or the calls that change its definition
+/// alone. A DIMM cannot be attached a second time, so only virtio-mem devices follow.
+fn unchanged(memory: &Memory, scope: Scope) -> Plan {
+    if !scope.persists() {
+        return Plan::default();
+    }
+    let resize = |device: &MemoryDevice| {
+        Some(Action::ResizeVirtioMem {
+            alias: device.alias.clone()?,
+            requested: KiB::try_from(device.asked()).ok()?,
+            persist: true,
+        })
+    };
+    Plan {
+        actions: memory.virtio_mem().filter_map(resize).collect(),
+    }
+}
+
+/// Rejects a shrink that leaves the guest less than it uses, by its latest report. Without a report
+/// that is current nothing is known.
+///
+/// # Errors
+/// The figures, with the least that the guest can be left with.
+pub(super) fn check_use(size: Bytes, seen: &Observation) -> Result<(), Infeasible> {
+    let memory = &seen.domain.memory;
+    let Some(report) = seen.memory_report().filter(|report| report.is_current) else {
+        return Ok(());
+    };
+    let Some(used) = report.used() else {
+        return Ok(());
+    };
+    let taken = memory.plugged().saturating_sub(size);
+    let left = report.total.saturating_sub(taken);
+    if taken == Bytes::ZERO || left >= used {
+        return Ok(());
+    }
+    let block = memory.virtio_mem().map(block).max().unwrap_or_default();
+    let least = size.saturating_add(used.saturating_sub(left));
+    Err(Infeasible::BelowUse {
+        asked: size,
+        left,
+        used,
+        total: report.total,
+        age: report.age.as_secs(),
+        least: least.round_up(block).unwrap_or(least).min(memory.plugged()),
+    })
 }
 
 fn check_node(size: Bytes, memory: &Memory, host: &Host) -> Result<(), Infeasible> {
@@ -44,7 +101,8 @@ fn check_node(size: Bytes, memory: &Memory, host: &Host) -> Result<(), Infeasibl
 }
 
 /// Spreads the difference over the virtio-mem devices: grows from the first, shrinks from the last.
-fn resize(size: Bytes, memory: &Memory) -> Result<Vec<Action>, Infeasible> {
+fn resize(size: Bytes, domain: &Domain) -> Result<Vec<Action>, Infeasible> {
+    let memory = &domain.memory;
     let fixed = memory
         .dimms()
         .fold(memory.boot, |sum, dimm| sum.saturating_add(dimm.size));
@@ -61,7 +119,7 @@ fn resize(size: Bytes, memory: &Memory) -> Result<Vec<Action>, Infeasible> {
         return Err(Infeasible::AboveMaximumMemory {
             asked: size,
             reachable,
-            remedy: "raise the <size> of its virtio-mem device, and <maxMemory> with it",
+            remedy: beyond_virtio_mem(size.saturating_sub(reachable), domain),
         });
     }
     let has = memory.asked();
@@ -96,6 +154,7 @@ fn resize(size: Bytes, memory: &Memory) -> Result<Vec<Action>, Infeasible> {
             actions.push(Action::ResizeVirtioMem {
                 alias: alias.clone(),
                 requested: target,
+                persist: false,
             });
         }
     }
@@ -120,6 +179,50 @@ fn resize(size: Bytes, memory: &Memory) -> Result<Vec<Action>, Infeasible> {
         ));
     }
     Ok(actions)
+}
+
+/// Returns the maximum size of a virtio-mem device that can be attached while the domain runs
+/// (tried with libvirt 11.3 on q35). It needs no DIMM slot, but room below `<maxMemory>`, a NUMA
+/// cell and a PCI slot. Linux on x86 uses it in blocks of 128 MiB.
+pub fn attachable_memory(domain: &Domain) -> Option<Bytes> {
+    let machine = domain.machine.as_deref().unwrap_or_default();
+    let has_pci = ["pc", "q35", "virt"]
+        .iter()
+        .any(|name| machine.starts_with(name));
+    let has_model = matches!(domain.arch.as_deref(), Some("x86_64" | "aarch64"));
+    let size = domain
+        .memory
+        .unused_maximum()
+        .round_down(Bytes::new(128 << 20));
+    let has_cell = !domain.memory.cells.is_empty();
+    (has_pci && has_model && has_cell && size > Bytes::ZERO).then_some(size)
+}
+
+/// Returns the remedy for a request beyond the virtio-mem devices.
+fn beyond_virtio_mem(missing: Bytes, domain: &Domain) -> String {
+    let raise =
+        "raise the <size> of its virtio-mem device, and <maxMemory> with it, and start it again";
+    match attachable_memory(domain) {
+        Some(size) if size >= missing => format!(
+            "attach another virtio-mem device of up to {size} to a free PCI slot while it runs (virsh \
+             attach-device, see docs/hotplug.md), or {raise}"
+        ),
+        _ => raise.to_owned(),
+    }
+}
+
+/// Returns the remedy for a domain without a free DIMM slot.
+fn without_slot(domain: &Domain) -> String {
+    match attachable_memory(domain) {
+        Some(size) => format!(
+            "attach a virtio-mem device of up to {size} to a free PCI slot while it runs (virsh \
+             attach-device, see docs/hotplug.md), or give <maxMemory> more slots and start it again"
+        ),
+        None => {
+            "give <maxMemory> more slots, or the domain a virtio-mem device, and start it again"
+                .to_owned()
+        }
+    }
 }
 
 /// libvirt always reports the block; 2 MiB is the minimum (`virDomainMemoryDefValidate`).
@@ -152,16 +255,12 @@ fn attach(size: Bytes, domain: &Domain) -> Result<Action, Infeasible> {
     }
     check_machine(domain)?;
     let more = size.saturating_sub(has);
-    let used = memory
-        .devices
-        .iter()
-        .fold(memory.boot, |sum, device| sum.saturating_add(device.size));
-    let free = memory.maximum.unwrap_or_default().saturating_sub(used);
+    let free = memory.unused_maximum();
     if more > free {
         return Err(Infeasible::AboveMaximumMemory {
             asked: size,
             reachable: has.saturating_add(free),
-            remedy: "raise <maxMemory> in its definition",
+            remedy: "raise <maxMemory> in its definition and start it again".to_owned(),
         });
     }
     let is_slotted = |device: &&MemoryDevice| match &device.model {
@@ -173,6 +272,7 @@ fn attach(size: Bytes, domain: &Domain) -> Result<Action, Infeasible> {
     if taken >= usize::try_from(memory.slots).unwrap_or(usize::MAX) {
         return Err(Infeasible::NoSlot {
             slots: memory.slots,
+            remedy: without_slot(domain),
         });
     }
     let arch = domain.arch.as_deref().unwrap_or_default();
@@ -195,6 +295,7 @@ fn attach(size: Bytes, domain: &Domain) -> Result<Action, Infeasible> {
         alias: free_alias(domain),
         size: dimm,
         node,
+        persist: false,
     })
 }
 

@@ -54,13 +54,17 @@ impl World {
                     self.online.extend(ids.iter());
                 }
             }
-            Action::ResizeVirtioMem { alias, requested } => {
+            Action::ResizeVirtioMem {
+                alias, requested, ..
+            } => {
                 let device = self.domain.memory.devices.iter_mut();
                 let mut device = device.filter(|device| device.alias.as_ref() == Some(alias));
                 device.next().unwrap().requested = Some((*requested).into());
                 self.later(ms(100), Effect::GuestResizes(alias.clone()));
             }
-            Action::AttachDimm { alias, size, node } => {
+            Action::AttachDimm {
+                alias, size, node, ..
+            } => {
                 let slot = u32::try_from(self.domain.memory.dimms().count()).unwrap();
                 self.domain.memory.devices.push(MemoryDevice {
                     model: MemoryModel::Dimm,
@@ -74,6 +78,18 @@ impl World {
                 });
                 self.later(ms(60), Effect::GuestSeesDimm(alias.clone()));
             }
+            Action::SetStatsPeriod { seconds, .. } => {
+                let had = self.domain.balloon.stats_period;
+                self.domain.balloon.stats_period = Some(*seconds).filter(|seconds| *seconds > 0);
+                if *seconds > 0 && self.behavior.reports_total {
+                    // Without an earlier period QEMU asks at once, else a period later.
+                    let first = had.map_or(self.call_takes, |_| Duration::from_secs(1));
+                    let of_timer =
+                        |(_, effect): &(_, Effect)| matches!(effect, Effect::ReportsTotal);
+                    self.pending.retain(|pending| !of_timer(pending));
+                    self.later(first, Effect::ReportsTotal);
+                }
+            }
         }
         self.later(how.0, Effect::Return(how.1));
     }
@@ -83,11 +99,15 @@ impl World {
         match effect {
             Effect::Return(how) => self.returned.push((self.now, how)),
             Effect::Scheduled(change) => self.change(change),
+            Effect::ShowsBalloon(more) => self.held = self.held.saturating_add(more),
             Effect::ReportsTotal => {
+                let Some(period) = self.domain.balloon.stats_period else {
+                    return;
+                };
                 if runs {
                     self.reported = Some((self.total, seconds_of(self.now)));
                 }
-                self.later(ms(1000), Effect::ReportsTotal);
+                self.later(Duration::from_secs(period.into()), Effect::ReportsTotal);
             }
             // A paused guest acts after it is resumed.
             effect if self.domain.state == DomainState::Paused => self.later(ms(50), effect),
@@ -211,7 +231,31 @@ impl World {
                 self.behavior.pinned = Bytes::ZERO;
                 self.later(ms(10), Effect::GuestResizes("ua-mem0".to_owned()));
             }
+            WorldChange::Hangs => self.behavior.unresponsive = true,
+            WorldChange::Resizes(requested) => {
+                self.domain.memory.devices[0].requested = Some(requested);
+                self.later(ms(100), Effect::GuestResizes("ua-mem0".to_owned()));
+            }
+            WorldChange::Inflates(more) => {
+                self.total = self.total.saturating_sub(more);
+                self.later(ms(1000), Effect::ShowsBalloon(more));
+            }
             WorldChange::Runs(id) => *self.times.entry(id).or_default() += 50,
+            WorldChange::Claims(count) => self.claims = Some(count),
+            WorldChange::AnotherSets(count) => {
+                let (made, pending) = (self.made.len(), self.pending.len());
+                self.call(&Action::SetVcpus {
+                    count,
+                    persist: false,
+                });
+                self.made.truncate(made);
+                // The other client gets the answer.
+                let mut index = 0;
+                self.pending.retain(|(_, effect)| {
+                    index += 1;
+                    index <= pending || !matches!(effect, Effect::Return(_))
+                });
+            }
             WorldChange::Onlines(id) => self.apply(Effect::GuestOnlines(id)),
         }
     }

@@ -1,9 +1,38 @@
 //! Causes and remedies for guests that do not follow a change of vCPUs.
 
 use crate::domain::IdSet;
+use crate::hotplug::Agent;
 use crate::hotplug::lifecycle::RECOUNT_REMEDY;
+use crate::hotplug::outcome::AGENT_SETTINGS;
 use crate::hotplug::outcome::Diagnosis;
 use crate::units::counted;
+
+fn them(ids: &IdSet) -> &'static str {
+    if ids.len() == 1 { "it" } else { "them" }
+}
+
+/// The agent's command that reports the guest's CPUs.
+pub(super) const GET_VCPUS: &str = "guest-get-vcpus";
+
+/// Returns the remedy for an agent that does not report the guest's CPUs.
+fn agent_remedy(agent: &Agent) -> String {
+    match agent {
+        Agent::Refused(why) => format!(
+            "allow the guest agent the command {GET_VCPUS}, which it rejects ({why}): \
+             {AGENT_SETTINGS}, and restart it"
+        ),
+        _ => "install the guest agent, which reports it".to_owned(),
+    }
+}
+
+/// The agent could not be asked.
+pub(super) fn not_queried(why: &str) -> Diagnosis {
+    Diagnosis::new(
+        "agent-not-queried",
+        format!("the guest agent was not queried, so nothing is known about the guest: {why}"),
+        "repeat the request; virtnode doctor lists the agents that do not answer",
+    )
+}
 
 /// The guest confirmed CPUs that it does not have.
 pub(super) fn dropped(has: u32, target: u32) -> Diagnosis {
@@ -22,11 +51,53 @@ pub(super) fn dropped(has: u32, target: u32) -> Diagnosis {
     )
 }
 
+/// Another client changed the number of vCPUs during the operation.
+pub(super) fn changed_by_another(count: u32) -> Diagnosis {
+    Diagnosis::new(
+        "changed-by-another-client",
+        format!(
+            "libvirt serves other clients too, and one of them set the domain's vCPUs to {count} during \
+             the operation"
+        ),
+        DECIDE,
+    )
+}
+
+const DECIDE: &str = "decide which number is right, and ask again if it is this operation's";
+
+/// Another client had vCPUs unplugged, and libvirt did not notice that the guest released them.
+pub(super) fn released_for_another(gone: &str) -> Diagnosis {
+    Diagnosis::new(
+        "changed-by-another-client",
+        format!(
+            "libvirt serves other clients too, and one of them had {gone} unplugged during the \
+             operation; before 12.4 libvirt counts a released vCPU until it is asked again"
+        ),
+        DECIDE,
+    )
+}
+
+/// The agent reports CPUs that never ran.
+pub(super) fn contradicted(idle: &IdSet) -> Diagnosis {
+    Diagnosis::new(
+        "agent-contradicted",
+        format!(
+            "the guest agent reports all CPUs online, and {} never ran: both cannot be true",
+            idle.named("vCPU")
+        ),
+        "check /sys/devices/system/cpu/online and nr_cpus= in the guest; an agent that reports what \
+         is not there is broken, or the guest misleads its host",
+    )
+}
+
 /// The guest rejected a plug.
 pub(super) fn not_added(ids: &IdSet, status: &str) -> Diagnosis {
     Diagnosis::new(
         "plug-refused",
-        format!("the guest answered '{status}' through ACPI for vCPUs {ids}"),
+        format!(
+            "the guest answered '{status}' through ACPI for {}",
+            ids.named("vCPU")
+        ),
         "check the guest's log for ACPI errors; on Linux, \
          /sys/firmware/acpi/hotplug/processor/enabled must be 1",
     )
@@ -36,7 +107,11 @@ pub(super) fn not_added(ids: &IdSet, status: &str) -> Diagnosis {
 pub(super) fn offline(offline: &IdSet) -> Diagnosis {
     Diagnosis::new(
         "cpus-offline",
-        format!("the guest has CPUs {offline} and leaves them offline"),
+        format!(
+            "the guest has {} and leaves {} offline",
+            offline.named("CPU"),
+            them(offline)
+        ),
         "ask again with online, so that they are brought online through the guest agent; or add \
          a udev rule to the guest: SUBSYSTEM==\"cpu\", ACTION==\"add\", ATTR{online}=\"1\"",
     )
@@ -50,7 +125,11 @@ pub(super) fn cannot_be_onlined(offline: &IdSet, error: Option<&str>) -> Diagnos
     Diagnosis::new(
         "cpus-cannot-be-onlined",
         format!(
-            "the guest has CPUs {offline}, and they stayed offline when asked to come online{answer}"
+            "the guest has {}, and {} stayed offline when its agent was asked to bring {} \
+             online{answer}",
+            offline.named("CPU"),
+            if offline.len() == 1 { "it" } else { "they" },
+            them(offline)
         ),
         "check the guest's log; a guest that was ever live-migrated may need a reboot before \
          it can use CPUs that were plugged, and one without the guest agent's right to write \
@@ -59,16 +138,19 @@ pub(super) fn cannot_be_onlined(offline: &IdSet, error: Option<&str>) -> Diagnos
 }
 
 /// There is no agent; the guest confirmed the CPUs, and they never ran.
-pub(super) fn never_ran(idle: &IdSet) -> Diagnosis {
+pub(super) fn never_ran(idle: &IdSet, agent: &Agent) -> Diagnosis {
     Diagnosis::new(
         "cpus-never-ran",
         format!(
-            "the guest confirmed the CPUs through ACPI, but vCPUs {idle} have not been running: \
-             they are offline, or its kernel dropped them (nr_cpus); only its agent can \
-             distinguish the two"
+            "the guest confirmed the CPUs through ACPI, but {} never ran: offline in the guest, or \
+             dropped by its kernel (nr_cpus); only its agent can distinguish the two",
+            idle.named("vCPU")
         ),
-        "bring them online in the guest (a udev rule does it for all that come), check nr_cpus \
-         on its kernel's command line, and install the guest agent, which reports it",
+        format!(
+            "bring them online in the guest (a udev rule does it for all that come), check \
+             nr_cpus on its kernel's command line, and {}",
+            agent_remedy(agent)
+        ),
     )
 }
 
@@ -95,7 +177,10 @@ pub(super) fn silent_plug(tried: &str, emulated: bool) -> Diagnosis {
 pub(super) fn kept(ids: &IdSet, status: &str) -> Diagnosis {
     Diagnosis::new(
         "cpu-in-use",
-        format!("the guest answered '{status}' when asked to release vCPUs {ids}"),
+        format!(
+            "the guest answered '{status}' when asked to release {}",
+            ids.named("vCPU")
+        ),
         "something in the guest needs the CPU: deadline tasks that have reserved it, a task or \
          an interrupt that is bound to it, or a driver; its log says 'Offline failed'",
     )
@@ -113,12 +198,12 @@ pub(super) fn miscounted(words: &str) -> Diagnosis {
     )
 }
 
-/// The guest has fewer CPUs than were plugged before, and this operation called nothing.
+/// The guest had fewer CPUs than libvirt counts when the operation started, and lost none since.
 pub(super) fn fewer_than_counted() -> Diagnosis {
     Diagnosis::new(
         "fewer-than-counted",
-        "the vCPUs were plugged before, and the guest has fewer: it dropped some (nr_cpus), or \
-         released some that libvirt, as 9.0 does, still counts",
+        "the guest had fewer CPUs than libvirt counts before this operation: it dropped some \
+         (nr_cpus), or released some that libvirt still counts, as it does before 12.4",
         "check nr_cpus= and possible_cpus= on the guest's kernel command line; if they leave room, \
          restart libvirt's daemon (systemctl restart libvirtd, or virtqemud: domains keep running), \
          which then counts what QEMU has, and ask again",
@@ -126,11 +211,16 @@ pub(super) fn fewer_than_counted() -> Diagnosis {
 }
 
 /// The domain has no source of evidence.
-pub(super) fn no_source(tried: &str) -> Diagnosis {
+pub(super) fn no_source(tried: &str, agent: &Agent) -> Diagnosis {
+    let remedy = match agent {
+        Agent::Refused(_) => agent_remedy(agent),
+        _ => "give the domain a channel for the guest agent (org.qemu.guest_agent.0) and install \
+              qemu-guest-agent in the guest"
+            .to_owned(),
+    };
     Diagnosis::new(
         "no-source",
         format!("no source shows if the guest uses the CPUs ({tried})"),
-        "give the domain a channel for the guest agent (org.qemu.guest_agent.0) and install \
-         qemu-guest-agent in the guest",
+        remedy,
     )
 }

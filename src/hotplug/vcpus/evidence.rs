@@ -20,8 +20,15 @@ pub(super) struct VcpuFacts<'h> {
     pub(super) gone: BTreeMap<u32, Timestamp>,
     /// vCPUs that the guest keeps.
     pub(super) kept: IdSet,
-    /// The agent's answer in the last observation.
+    /// The agent's answer in the last observation, if the agent is a witness.
     pub(super) guest: Option<&'h GuestVcpus>,
+    /// The same answer if the agent has claimed CPUs that the domain does not have: then nothing that
+    /// it reports is evidence.
+    pub(super) false_claim: Option<&'h GuestVcpus>,
+    /// Plugged vCPUs that never executed anything, by the statistics of the last observation.
+    pub(super) never_ran: IdSet,
+    /// vCPUs that the guest was asked to release, or released.
+    pub(super) leaving: IdSet,
     /// Plugged vCPUs that were observed running.
     pub(super) running: IdSet,
     /// vCPUs that ran between the last two observations, which proves nothing yet.
@@ -38,13 +45,18 @@ impl<'h> VcpuFacts<'h> {
         let added = ids.without(&history.before.domain.vcpus.plugged_ids());
         let use_of = |id| use_of(history, id, added.contains(id));
         let with = |wanted| ids.iter().filter(|id| use_of(*id) == wanted).collect();
+        let answer = latest.and_then(Observation::guest);
+        let is_false = claims_too_many(history);
         let mut facts = Self {
             latest,
             plugged: ids.len(),
             answers: BTreeMap::new(),
             gone: BTreeMap::new(),
             kept: IdSet::default(),
-            guest: latest.and_then(Observation::guest),
+            guest: answer.filter(|_| !is_false),
+            false_claim: answer.filter(|_| is_false),
+            never_ran: never_ran(seen, &ids),
+            leaving: IdSet::default(),
             running: with(VcpuUse::Runs),
             running_briefly: with(VcpuUse::RunsBriefly),
             counts_time: seen.stats.as_ref().is_some_and(|stats| {
@@ -68,6 +80,9 @@ impl<'h> VcpuFacts<'h> {
                     let Some(answer) = ost.answer() else { continue };
                     let id = ost.device.as_deref().and_then(vcpu_of).unwrap_or(ost.slot);
                     self.answers.insert(id, (at, answer, ost));
+                    if matches!(answer, AcpiAnswer::Leaving | AcpiAnswer::Gone) {
+                        self.leaving.insert(id);
+                    }
                     match answer {
                         AcpiAnswer::Gone => fate.insert(id, (true, at)),
                         AcpiAnswer::Kept => fate.insert(id, (false, at)),
@@ -80,6 +95,7 @@ impl<'h> VcpuFacts<'h> {
                     let name = device.as_deref().or_else(|| peripheral(path));
                     if let Some(id) = name.and_then(vcpu_of) {
                         fate.insert(id, (true, at));
+                        self.leaving.insert(id);
                     }
                 }
                 Event::UnplugFailed { device } => {
@@ -126,6 +142,35 @@ impl<'h> VcpuFacts<'h> {
     pub(super) fn all_run(&self) -> bool {
         self.running.len() == self.plugged
     }
+}
+
+/// True if the agent has reported more CPUs than the domain can have given it: before the operation,
+/// or twice during it, since a change by another client may fall between the two parts of a single
+/// observation.
+fn claims_too_many(history: &History) -> bool {
+    let had = history.before.domain.vcpus.plugged();
+    let most = had.max(history.most_vcpus());
+    let claims = |seen: &Observation, has: u32| {
+        let guest = seen.guest();
+        guest.is_some_and(|guest| guest.vcpus.len().max(guest.online.len()) > has)
+    };
+    let during = history
+        .since_epoch()
+        .filter(|seen| claims(seen, most.max(seen.domain.vcpus.plugged())));
+    claims(&history.before, had) || during.count() > 1
+}
+
+/// Returns the vCPUs without any run time, by statistics that count it.
+fn never_ran(seen: &Observation, ids: &IdSet) -> IdSet {
+    let stats = seen.stats.as_ref();
+    let idle = |id: &u32| {
+        let vcpu = stats.and_then(|stats| stats.vcpus.get(id));
+        vcpu.is_some_and(|vcpu| {
+            let counted = vcpu.time.or(vcpu.exits).is_some();
+            counted && vcpu.time.unwrap_or(0) == 0 && vcpu.exits.unwrap_or(0) == 0
+        })
+    };
+    ids.iter().filter(idle).collect()
 }
 
 /// Parses libvirt's name of a vCPU in QEMU: `vcpu2`.

@@ -2,14 +2,17 @@
 
 mod diagnosis;
 mod evidence;
+mod life;
 mod preflight;
 mod timeline;
 mod verdict;
 
+pub use life::VcpuLife;
+
 use super::kind::{ResourceKind, Wanted};
 use super::outcome::Ruling;
 use super::resource::Resource;
-use super::{Action, Amount, Evidence, History, Host, Infeasible, Observation, Plan};
+use super::{Action, Amount, Evidence, History, Host, Infeasible, Observation, Plan, Scope};
 use crate::units::Timestamp;
 
 /// A request for a total number of vCPUs.
@@ -45,8 +48,8 @@ impl Resource for VcpuResource {
         }
     }
 
-    fn preflight(&self, seen: &Observation, _: &Host) -> Result<Plan, Infeasible> {
-        preflight::preflight(self.count, seen)
+    fn preflight(&self, seen: &Observation, host: &Host, scope: Scope) -> Result<Plan, Infeasible> {
+        preflight::preflight(self.count, seen, host, scope)
     }
 
     fn is_reached(&self, history: &History) -> bool {

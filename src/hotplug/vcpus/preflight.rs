@@ -1,13 +1,18 @@
 //! Limits on the number of vCPUs, and the call.
 
 use crate::domain::Domain;
-use crate::hotplug::{Action, Infeasible, Observation, Plan};
+use crate::hotplug::{Action, Host, Infeasible, Observation, Plan, Scope};
 
 /// Plans the call for a total of `count` vCPUs.
 ///
 /// # Errors
 /// The first limit that rules the request out.
-pub(super) fn preflight(count: u32, seen: &Observation) -> Result<Plan, Infeasible> {
+pub(super) fn preflight(
+    count: u32,
+    seen: &Observation,
+    host: &Host,
+    scope: Scope,
+) -> Result<Plan, Infeasible> {
     let domain = &seen.domain;
     let vcpus = &domain.vcpus;
     let (plugged, maximum) = (vcpus.plugged(), vcpus.maximum);
@@ -20,8 +25,19 @@ pub(super) fn preflight(count: u32, seen: &Observation) -> Result<Plan, Infeasib
             maximum,
         });
     }
+    let plan = Plan {
+        actions: vec![Action::SetVcpus {
+            count,
+            persist: scope.persists(),
+        }],
+    };
     if count == plugged {
-        return Ok(Plan::default());
+        // The definition may have another number.
+        return Ok(if scope.persists() {
+            plan
+        } else {
+            Plan::default()
+        });
     }
     let granularity = domain.vcpu_granularity();
     if !count.is_multiple_of(granularity) {
@@ -37,7 +53,8 @@ pub(super) fn preflight(count: u32, seen: &Observation) -> Result<Plan, Infeasib
     if count < vcpus.fixed() {
         return Err(Infeasible::FixedVcpus {
             asked: count,
-            fixed: vcpus.fixed(),
+            fixed: vcpus.fixed_ids(),
+            remedy: fixed_remedy(count, seen),
         });
     }
     if count.saturating_sub(plugged) > vcpus.free() {
@@ -47,11 +64,39 @@ pub(super) fn preflight(count: u32, seen: &Observation) -> Result<Plan, Infeasib
             free: vcpus.free(),
         });
     }
-    Ok(Plan {
-        actions: vec![Action::SetVcpus {
-            count,
-            persist: seen.persistent,
-        }],
+    check_emulator(domain, count, host.released_vcpus)?;
+    Ok(plan)
+}
+
+/// Returns the commands that make fixed vCPUs unpluggable (tried with libvirt 11.3). The UUID stands for
+/// the domain's name, which may be anything.
+fn fixed_remedy(count: u32, seen: &Observation) -> String {
+    let vcpus = &seen.domain.vcpus;
+    match &seen.domain.uuid {
+        Some(uuid) if seen.persistent => format!(
+            "`virsh setvcpus {uuid} {count} --config` starts it with {count} next time; to start it with \
+             {plugged} that can be unplugged, run `virsh setvcpus {uuid} {plugged} --config \
+             --hotpluggable` as well; then shut it down and start it",
+            plugged = vcpus.plugged(),
+        ),
+        _ => "start it with fewer, or with hotpluggable='yes' in <vcpus>".to_owned(),
+    }
+}
+
+/// Rejects a plug that would make an emulator without KVM abort, and the guest with it: it cannot start
+/// more vCPU threads in its life than the maximum, and those of released vCPUs count.
+fn check_emulator(domain: &Domain, count: u32, released: u32) -> Result<(), Infeasible> {
+    let vcpus = &domain.vcpus;
+    let plugged = vcpus.plugged();
+    let reachable = vcpus.maximum.saturating_sub(released).max(plugged);
+    if domain.virt_type != "qemu" || count <= reachable {
+        return Ok(());
+    }
+    Err(Infeasible::EmulatedVcpus {
+        asked: count,
+        maximum: vcpus.maximum,
+        released,
+        reachable,
     })
 }
 

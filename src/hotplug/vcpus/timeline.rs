@@ -1,5 +1,6 @@
 //! The evidence about vCPUs for people.
 
+use super::diagnosis::GET_VCPUS;
 use super::evidence::{peripheral, vcpu_of};
 use crate::domain::IdSet;
 use crate::hotplug::timeline::{Timeline, ost_detail};
@@ -12,15 +13,33 @@ pub(super) fn timeline(history: &History) -> Vec<Evidence> {
     for seen in history.observations() {
         let plugged = seen.domain.vcpus.plugged_ids();
         let detail = format!("{} ({plugged})", counted(plugged.len(), "vCPU"));
-        timeline.add(Source::LiveXml, seen.at, detail);
+        timeline.add(Source::LiveXml, seen.live_at(), detail);
         match &seen.agent {
             Agent::NotAsked => {}
+            Agent::NotQueried(why) => {
+                timeline.add(
+                    Source::GuestAgent,
+                    seen.at,
+                    format!("agent not queried: {why}"),
+                );
+            }
             Agent::Silent(why) => {
-                timeline.add(Source::GuestAgent, seen.at, format!("no answer: {why}"));
+                timeline.add(
+                    Source::GuestAgent,
+                    seen.agent_at(),
+                    format!("no answer: {why}"),
+                );
+            }
+            Agent::Refused(why) => {
+                timeline.add(
+                    Source::GuestAgent,
+                    seen.at,
+                    format!("{GET_VCPUS} rejected: {why}"),
+                );
             }
             Agent::Answered(guest) => {
                 let detail = format!("has {}, online {}", list(&guest.vcpus), list(&guest.online));
-                timeline.add(Source::GuestAgent, seen.at, detail);
+                timeline.add(Source::GuestAgent, seen.agent_at(), detail);
             }
         }
     }
@@ -33,8 +52,13 @@ pub(super) fn timeline(history: &History) -> Vec<Evidence> {
 fn describe(action: &Action) -> Option<String> {
     match action {
         Action::SetVcpus { count, .. } => Some(format!("set vCPUs to {count}")),
-        Action::OnlineVcpus { ids } => Some(format!("bring CPUs {ids} online through the agent")),
-        Action::ResizeVirtioMem { .. } | Action::AttachDimm { .. } => None,
+        Action::OnlineVcpus { ids } => Some(format!(
+            "bring {} online through the agent",
+            ids.named("CPU")
+        )),
+        Action::ResizeVirtioMem { .. }
+        | Action::AttachDimm { .. }
+        | Action::SetStatsPeriod { .. } => None,
     }
 }
 
@@ -65,9 +89,14 @@ fn list(ids: &IdSet) -> String {
     }
 }
 
-/// Returns the run times of new vCPUs at their first and last observation.
+/// Returns the run times of new vCPUs at their first and last observation; those of all vCPUs if the
+/// domain had what is requested, since they are then the proof.
 fn first_and_last_times(history: &History) -> Vec<(Timestamp, String)> {
-    let before = history.before.domain.vcpus.plugged_ids();
+    let before = if history.plan.actions.is_empty() {
+        IdSet::default()
+    } else {
+        history.before.domain.vcpus.plugged_ids()
+    };
     let mut entries: Vec<(Timestamp, String)> = Vec::new();
     for seen in history.since_epoch() {
         let added = seen.domain.vcpus.plugged_ids().without(&before);
@@ -80,7 +109,7 @@ fn first_and_last_times(history: &History) -> Vec<(Timestamp, String)> {
             .map(|(id, time)| format!("vcpu{id} ran {} ms", time / 1_000_000))
             .collect();
         if !times.is_empty() {
-            entries.push((seen.at, times.join(", ")));
+            entries.push((seen.statistics_at(), times.join(", ")));
         }
     }
     match entries.len() {

@@ -4,7 +4,7 @@ use tokio::sync::watch;
 
 use super::Libvirt;
 use super::connection::Call;
-use super::limits::Class;
+use super::limits::{AgentPlace, Class};
 use super::session::Session;
 use crate::hotplug::Action;
 use crate::hypervisor::{
@@ -49,7 +49,17 @@ impl DomainBackend for Libvirt {
             domain,
             Session::domain_stats,
         );
-        let agent = self.about(Class::Agent, "guest-vcpus", domain, Session::guest_vcpus);
+        let question = Call {
+            domain: Some(domain.uuid.clone()),
+            wait: query.agent,
+            agent_place: query.background.then_some(AgentPlace::Background),
+            ..self.call("guest-vcpus", Class::Agent)
+        };
+        let agent = {
+            let domain = domain.clone();
+            let ask = move |session: &Session| session.guest_vcpus(&domain);
+            self.connection.call(question, ask)
+        };
         let answers = self.about(Class::Change, "acpi-answers", domain, Session::acpi_answers);
         query.observe(live, statistics, agent, answers).await
     }
@@ -65,19 +75,42 @@ impl DomainBackend for Libvirt {
             Action::OnlineVcpus { .. } => (Class::Agent, "set-guest-vcpus"),
             Action::ResizeVirtioMem { .. } => (Class::Change, "update-device"),
             Action::AttachDimm { .. } => (Class::Change, "attach-device"),
+            Action::SetStatsPeriod { .. } => (Class::Change, "set-stats-period"),
         };
-        let action = action.clone();
-        self.about(class, name, domain, move |session, domain| match action {
+        let (action, target) = (action.clone(), domain.clone());
+        let call = self.call(name, class);
+        let call = match class {
+            // libvirt asks the agent at least twice.
+            Class::Agent => Call {
+                deadline: 2 * call.deadline,
+                agent_place: Some(AgentPlace::Slow),
+                ..call
+            },
+            _ => call,
+        };
+        let call = Call {
+            domain: Some(domain.uuid.clone()),
+            ..call
+        };
+        let work = move |session: &Session, domain: &DomainRef| match action {
             Action::SetVcpus { count, persist } => session.set_vcpus(domain, count, persist),
             Action::OnlineVcpus { ids } => session.set_guest_vcpus(domain, &ids, true),
-            Action::ResizeVirtioMem { alias, requested } => {
-                session.resize_virtio_mem(domain, &alias, requested)
-            }
-            Action::AttachDimm { alias, size, node } => {
-                session.attach_dimm(domain, &alias, size, node)
-            }
-        })
-        .await
+            Action::ResizeVirtioMem {
+                alias,
+                requested,
+                persist,
+            } => session.resize_virtio_mem(domain, &alias, requested, persist),
+            Action::AttachDimm {
+                alias,
+                size,
+                node,
+                persist,
+            } => session.attach_dimm(domain, &alias, size, node, persist),
+            Action::SetStatsPeriod { seconds, .. } => session.set_stats_period(domain, seconds),
+        };
+        self.connection
+            .call(call, move |session| work(session, &target))
+            .await
     }
 
     fn events(&self) -> Notices {

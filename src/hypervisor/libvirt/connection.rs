@@ -7,6 +7,9 @@
 //!
 //! A call that is late keeps its domain's turn and its room on the handle, since libvirt is still
 //! busy with it, and releases its class and its worker to the calls of other domains.
+//!
+//! Calls to guest agents pass one more gate: [`AgentPlace`]. A guest decides how long its agent
+//! takes, so an agent that was slow is asked only in the places kept for those.
 
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -20,7 +23,10 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::LibvirtConfig;
 use super::events::Publisher;
-use super::limits::{CALLS_PER_HANDLE, Class, HANDLE_IDLE, LATE_CALLS};
+use super::limits::{
+    AgentPlace, CALLS_PER_HANDLE, Class, HANDLE_IDLE, LATE_AGENT_CALLS, LATE_CALLS, SLOW_AGENT,
+    SLOW_AGENT_FOR,
+};
 use super::session::Session;
 use super::workers::{Permits, Workers};
 use crate::hypervisor::{CallError, ConnectionState, HypervisorMetrics};
@@ -46,6 +52,10 @@ pub(super) struct Shared {
     /// One call at a time for each domain and class, in order of arrival.
     turns: Mutex<HashMap<(Class, String), Weak<Semaphore>>>,
     late: AtomicUsize,
+    agent_places: HashMap<AgentPlace, Arc<Semaphore>>,
+    late_agents: AtomicUsize,
+    /// UUIDs of domains whose agents were slow, with the time of the last slow call.
+    slow_agents: Mutex<HashMap<String, Instant>>,
     /// Notified when a late call returns.
     pub(super) returned: Notify,
     lost: mpsc::UnboundedSender<Lost>,
@@ -94,6 +104,11 @@ pub(super) struct Call {
     /// The UUID of the domain that the call is about.
     pub(super) domain: Option<String>,
     pub(super) deadline: Duration,
+    /// Maximum time until the call is made; its deadline then counts from there. `None` if the
+    /// deadline is for both.
+    pub(super) wait: Option<Duration>,
+    /// The place of a call to a guest agent, if it is not any.
+    pub(super) agent_place: Option<AgentPlace>,
 }
 
 impl LibvirtConnection {
@@ -107,6 +122,7 @@ impl LibvirtConnection {
         metrics.connected.set(0);
         let (lost, losses) = mpsc::unbounded_channel();
         let limit = |class: Class| (class, Arc::new(Semaphore::new(class.limit())));
+        let agent_limit = |place: AgentPlace| (place, Arc::new(Semaphore::new(place.limit())));
         let shared = Arc::new(Shared {
             config,
             metrics,
@@ -118,6 +134,9 @@ impl LibvirtConnection {
             limits: Class::ALL.map(limit).into(),
             turns: Mutex::default(),
             late: AtomicUsize::new(0),
+            agent_places: AgentPlace::ALL.map(agent_limit).into(),
+            late_agents: AtomicUsize::new(0),
+            slow_agents: Mutex::default(),
             returned: Notify::new(),
             lost,
         });
@@ -142,10 +161,14 @@ impl LibvirtConnection {
         W: FnOnce(&Session) -> Result<T, CallError> + Send + 'static,
     {
         let began = Instant::now();
-        let until = began + call.deadline;
+        let until = began + call.wait.unwrap_or(call.deadline);
         match self.shared.seat(&call, until).await {
             // Detached from the caller, so that a late call is noticed though nobody waits.
             Ok(seat) => {
+                let until = match call.wait {
+                    Some(_) => Instant::now() + call.deadline,
+                    None => until,
+                };
                 let shared = Arc::clone(&self.shared);
                 let running = tokio::spawn(shared.run(call, Arc::new(seat), until, work));
                 running.await.unwrap_or_else(|_| Err(worker_ended()))
@@ -197,17 +220,43 @@ impl Shared {
             None => None,
         };
         let room = async {
+            let mut places = Vec::new();
+            if let Some(place) = self.agent_place(call) {
+                let limit = self.agent_places.get(&place).map(Arc::clone)?;
+                places.push(limit.acquire_owned().await.ok()?);
+            }
             let limit = self.limits.get(&call.class).map(Arc::clone)?;
-            let class = limit.acquire_owned().await.ok()?;
+            places.push(limit.acquire_owned().await.ok()?);
             let mut permits = self.workers.acquire(call.class.waits_for_domain()).await?;
-            permits.push(class);
+            permits.append(&mut places);
             Some(permits)
         };
         let permits = timeout_at(until, room)
             .await
             .map_err(|_| is_late("calls for other domains have not returned"))?
             .ok_or_else(worker_ended)?;
-        Ok(Seat::new(generation, turn, permits))
+        Ok(Seat::new(generation, call.class, turn, permits))
+    }
+
+    /// Returns the place that a call to a guest agent is restricted to.
+    fn agent_place(&self, call: &Call) -> Option<AgentPlace> {
+        let domain = call.domain.as_ref()?;
+        if call.class == Class::Agent && lock(&self.slow_agents).contains_key(domain) {
+            return Some(AgentPlace::Slow);
+        }
+        call.agent_place
+    }
+
+    /// Remembers for a while that an agent was slow.
+    fn record_agent(&self, call: &Call, took: Duration) {
+        if call.class != Class::Agent {
+            return;
+        }
+        let mut slow = lock(&self.slow_agents);
+        slow.retain(|_, at| at.elapsed() < SLOW_AGENT_FOR);
+        if let Some(domain) = call.domain.as_ref().filter(|_| took >= SLOW_AGENT) {
+            slow.insert(domain.clone(), Instant::now());
+        }
     }
 
     /// Waits until it is known whether there is a connection; returns its generation.
@@ -286,6 +335,7 @@ impl Shared {
                 (Err(late), call.deadline)
             }
         };
+        self.record_agent(&call, took);
         self.metrics.call_ended(call.name, took, &outcome);
         outcome
     }
@@ -447,6 +497,7 @@ impl Drop for Room {
 /// Everything that a call occupies.
 pub(super) struct Seat {
     generation: u64,
+    class: Class,
     state: Mutex<SeatState>,
 }
 
@@ -460,11 +511,13 @@ struct SeatState {
 impl Seat {
     pub(super) fn new(
         generation: u64,
+        class: Class,
         turn: Option<OwnedSemaphorePermit>,
         permits: Permits,
     ) -> Self {
         Self {
             generation,
+            class,
             state: Mutex::new(SeatState {
                 turn,
                 permits,
@@ -477,12 +530,22 @@ impl Seat {
     /// Releases all but the domain's turn, unless too many calls are late already.
     pub(super) fn set_late(&self, shared: &Shared) {
         let mut state = lock(&self.state);
-        if state.returned || state.late || !shared.may_be_late() || !shared.workers.add_late() {
+        let (late, limit) = self.late(shared);
+        let may_be_late = late.load(Ordering::Acquire) < limit;
+        if state.returned || state.late || !may_be_late || !shared.workers.add_late() {
             return;
         }
-        shared.late.fetch_add(1, Ordering::AcqRel);
+        late.fetch_add(1, Ordering::AcqRel);
         state.late = true;
         state.permits.clear();
+    }
+
+    /// Returns the number of late calls of this kind, and its maximum.
+    fn late<'s>(&self, shared: &'s Shared) -> (&'s AtomicUsize, usize) {
+        match self.class {
+            Class::Agent => (&shared.late_agents, LATE_AGENT_CALLS),
+            Class::Control | Class::Statistics | Class::Change => (&shared.late, LATE_CALLS),
+        }
     }
 
     fn set_returned(&self, shared: &Shared) {
@@ -491,7 +554,7 @@ impl Seat {
         state.turn = None;
         state.permits.clear();
         if std::mem::take(&mut state.late) {
-            shared.late.fetch_sub(1, Ordering::AcqRel);
+            self.late(shared).0.fetch_sub(1, Ordering::AcqRel);
             shared.workers.remove_late();
             shared.returned.notify_one();
         }

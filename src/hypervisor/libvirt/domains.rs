@@ -1,14 +1,15 @@
 //! The calls about domains, over one session. Everything here blocks.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use tracing::warn;
 use virt::domain::Domain as VirtDomain;
 use virt::error::Error;
 use virt::sys;
 
+use super::limits::{AGENT_ANSWER, AGENT_CHANGE};
 use super::session::{Session, no_nul};
 use super::{failure, xml};
+use crate::capability::Version;
 use crate::domain::{
     Domain, DomainState, IdSet, Job, NodeRequirements, PauseReason, Stats, is_uuid,
 };
@@ -16,6 +17,9 @@ use crate::ffi::{self, DomainRecord};
 use crate::hotplug::{GuestVcpus, Ost};
 use crate::hypervisor::{CallError, DomainRef, DomainStats, LiveDomain, UnreadableDomain};
 use crate::units::KiB;
+
+/// The first libvirt with `VIR_ERR_AGENT_COMMAND_FAILED`.
+const NUMBERS_AGENT_ERRORS: Version = Version::new(11, 2, 0);
 
 /// The groups of the bulk statistics, and the flag not to wait for a job on a domain.
 const STATS: u32 =
@@ -30,9 +34,19 @@ impl Session {
         error: &Error,
         began: Instant,
     ) -> CallError {
-        failure::classify_domain(call, error, began.elapsed(), self.is_alive(), || {
+        let took = began.elapsed();
+        let classified = failure::classify_domain(call, error, took, self.is_alive(), || {
             domain.is_none_or(|domain| domain.is_active().unwrap_or(true))
-        })
+        });
+        match classified {
+            // This libvirt has a number for errors of the agent: the agent answered nonsense.
+            CallError::AgentRefused { call, text }
+                if failure::is_internal(error) && self.libvirt >= NUMBERS_AGENT_ERRORS =>
+            {
+                CallError::AgentSilent { call, text }
+            }
+            other => other,
+        }
     }
 
     /// Looks a domain up and does `work` with it.
@@ -83,10 +97,8 @@ impl Session {
             Ok((live, job(domain)))
         })
         .and_then(|((id, state, reason, persistent, xml), job)| {
-            let mut domain = Domain::parse(&id.name, xml.as_bytes(), state).map_err(|error| {
-                warn!(domain = id.name, %error, "cannot parse the XML of a domain");
-                malformed("domain", error.to_string())
-            })?;
+            let mut domain = Domain::parse(&id.name, xml.as_bytes(), state)
+                .map_err(|error| malformed("domain", error.to_string()))?;
             // The reader of the XML trims white space around the name.
             domain.name.clone_from(&id.name);
             Ok(LiveDomain {
@@ -135,7 +147,9 @@ impl Session {
 
     pub(super) fn guest_vcpus(&self, domain: &DomainRef) -> Result<GuestVcpus, CallError> {
         const CALL: &str = "guest-vcpus";
-        let answer = self.with(CALL, domain, ffi::guest_vcpus)?;
+        let answer = self.with(CALL, domain, |domain| {
+            with_agent_timeout(domain, AGENT_ANSWER, || ffi::guest_vcpus(domain))
+        })?;
         let text = |name| {
             let parameter = answer.iter().find(|parameter| parameter.name == name);
             parameter
@@ -143,7 +157,7 @@ impl Session {
                 .unwrap_or_default()
         };
         GuestVcpus::from_libvirt(text("vcpus"), text("online")).map_err(|error| {
-            CallError::AgentSilent {
+            CallError::AgentRefused {
                 call: CALL.into(),
                 text: error.to_string(),
             }
@@ -164,7 +178,9 @@ impl Session {
         online: bool,
     ) -> Result<(), CallError> {
         self.with("set-guest-vcpus", domain, |domain| {
-            ffi::set_guest_vcpus(domain, &vcpus.to_string(), online)
+            with_agent_timeout(domain, AGENT_CHANGE, || {
+                ffi::set_guest_vcpus(domain, &vcpus.to_string(), online)
+            })
         })
     }
 
@@ -174,14 +190,15 @@ impl Session {
         vcpus: u32,
         persist: bool,
     ) -> Result<(), CallError> {
-        let config = if persist {
-            sys::VIR_DOMAIN_AFFECT_CONFIG
+        // The bits are those of all changes (`VIR_DOMAIN_VCPU_LIVE`, `_CONFIG`). Without `HOTPLUGGABLE`
+        // the vCPUs that are added to the definition cannot be unplugged after the next start.
+        let flags = if persist {
+            affects(true) | sys::VIR_DOMAIN_VCPU_HOTPLUGGABLE
         } else {
-            0
+            affects(false)
         };
         self.with("set-vcpus", domain, |domain| {
-            // The bits are those of all changes (`VIR_DOMAIN_VCPU_LIVE`, `_CONFIG`).
-            domain.set_vcpus_flags(vcpus, sys::VIR_DOMAIN_AFFECT_LIVE | config)
+            domain.set_vcpus_flags(vcpus, flags)
         })
     }
 
@@ -190,9 +207,30 @@ impl Session {
         domain: &DomainRef,
         alias: &str,
         requested: KiB,
+        persist: bool,
+    ) -> Result<(), CallError> {
+        self.update_virtio_mem(domain, alias, requested, 0, sys::VIR_DOMAIN_AFFECT_LIVE)?;
+        if persist {
+            // In one call libvirt takes the live device's address for a change of the definition's,
+            // which has none ("cannot modify memory address", libvirt 11.3).
+            let inactive = sys::VIR_DOMAIN_XML_INACTIVE;
+            let config = sys::VIR_DOMAIN_AFFECT_CONFIG;
+            self.update_virtio_mem(domain, alias, requested, inactive, config)?;
+        }
+        Ok(())
+    }
+
+    /// Changes a device in the live or the inactive definition, as `xml` and `affects` select.
+    fn update_virtio_mem(
+        &self,
+        domain: &DomainRef,
+        alias: &str,
+        requested: KiB,
+        xml: u32,
+        affects: u32,
     ) -> Result<(), CallError> {
         const CALL: &str = "update-device";
-        let definition = self.with(CALL, domain, |domain| domain.xml_desc(0))?;
+        let definition = self.with(CALL, domain, |domain| domain.xml_desc(xml))?;
         let device = xml::with_requested(&definition, alias, requested);
         let device = device.ok_or_else(|| CallError::Failed {
             call: CALL.into(),
@@ -200,7 +238,7 @@ impl Session {
             text: format!("there is no virtio-mem device with the alias {alias:?}"),
         })?;
         self.with(CALL, domain, |domain| {
-            domain.update_device_flags(&device, sys::VIR_DOMAIN_AFFECT_LIVE)
+            domain.update_device_flags(&device, affects)
         })
     }
 
@@ -210,14 +248,51 @@ impl Session {
         alias: &str,
         size: KiB,
         node: Option<u32>,
+        persist: bool,
     ) -> Result<(), CallError> {
         const CALL: &str = "attach-device";
         no_nul(CALL, [Some(alias)])?;
         let device = xml::dimm(alias, size, node);
         self.with(CALL, domain, |domain| {
-            domain.attach_device_flags(&device, sys::VIR_DOMAIN_AFFECT_LIVE)
+            domain.attach_device_flags(&device, affects(persist))
         })
     }
+
+    pub(super) fn set_stats_period(
+        &self,
+        domain: &DomainRef,
+        seconds: u32,
+    ) -> Result<(), CallError> {
+        self.with("set-stats-period", domain, |domain| {
+            ffi::set_stats_period(domain, seconds, sys::VIR_DOMAIN_AFFECT_LIVE)
+        })
+    }
+}
+
+/// Returns the flags for a change of the running domain and, if it persists, of its definition.
+fn affects(persist: bool) -> u32 {
+    if persist {
+        sys::VIR_DOMAIN_AFFECT_LIVE | sys::VIR_DOMAIN_AFFECT_CONFIG
+    } else {
+        sys::VIR_DOMAIN_AFFECT_LIVE
+    }
+}
+
+/// Makes a call to a guest agent that has only so much time for each of its answers.
+///
+/// libvirt keeps one number for a domain and all its clients, and cannot be asked for it. So its
+/// default is put back after the call: another client's freeze of file systems may take longer.
+fn with_agent_timeout<T>(
+    domain: &VirtDomain,
+    answer: Duration,
+    call: impl FnOnce() -> Result<T, Error>,
+) -> Result<T, Error> {
+    let seconds = i32::try_from(answer.as_secs()).unwrap_or(i32::MAX);
+    ffi::set_agent_timeout(domain, seconds)?;
+    let outcome = call();
+    // It fails only if the domain ended.
+    ffi::set_agent_timeout(domain, sys::VIR_DOMAIN_AGENT_RESPONSE_TIMEOUT_BLOCK).ok();
+    outcome
 }
 
 /// Returns an error for an answer of libvirt that cannot be parsed.

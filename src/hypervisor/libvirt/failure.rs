@@ -101,8 +101,11 @@ fn domain_error(
         }
         sys::VIR_ERR_AGENT_UNRESPONSIVE
         | sys::VIR_ERR_AGENT_UNSYNCED
-        | sys::VIR_ERR_AGENT_COMMAND_TIMEOUT
-        | sys::VIR_ERR_AGENT_COMMAND_FAILED => CallError::AgentSilent { call, text },
+        | sys::VIR_ERR_AGENT_COMMAND_TIMEOUT => CallError::AgentSilent { call, text },
+        // An error that the agent answers with, and an answer that libvirt cannot use
+        // (qemuAgentCheckError, qemu_agent.c): until libvirt 11.2 both were internal errors.
+        sys::VIR_ERR_AGENT_COMMAND_FAILED => CallError::AgentRefused { call, text },
+        sys::VIR_ERR_INTERNAL_ERROR if is_agent_call => CallError::AgentRefused { call, text },
         sys::VIR_ERR_RESOURCE_BUSY => CallError::Busy { call, text },
         // More callers than qemu.conf's max_queued wait for the lock.
         sys::VIR_ERR_OPERATION_FAILED if facts.reported_by == sys::VIR_FROM_NONE => {
@@ -142,6 +145,11 @@ pub(super) fn may_be_about_flags(error: &Error) -> bool {
         number(error),
         sys::VIR_ERR_INVALID_ARG | sys::VIR_ERR_NO_SUPPORT | sys::VIR_ERR_OPERATION_UNSUPPORTED
     )
+}
+
+/// True for an error that libvirt has no number for.
+pub(super) fn is_internal(error: &Error) -> bool {
+    number(error) == sys::VIR_ERR_INTERNAL_ERROR
 }
 
 /// True if an error of `virDomainGetJobStats` on a domain that runs means that the domain is
@@ -199,7 +207,9 @@ mod tests {
     #[case::agent_not_connected("guest-vcpus", 86, QEMU, 0, true, "agent-unavailable")]
     #[case::agent_unsynced("guest-vcpus", 97, QEMU, 0, true, "agent-unavailable")]
     #[case::agent_timeout("guest-vcpus", 112, QEMU, 5, true, "agent-unavailable")]
-    #[case::agent_refuses("set-guest-vcpus", 113, QEMU, 0, true, "agent-unavailable")]
+    #[case::agent_refuses("guest-vcpus", 113, QEMU, 0, true, "agent-refused")]
+    #[case::agent_refuses_by_old_libvirt("set-guest-vcpus", 1, QEMU, 0, true, "agent-refused")]
+    #[case::internal_error("set-vcpus", 1, QEMU, 0, true, "")]
     #[case::no_agent_channel("guest-vcpus", 74, QEMU, 0, true, "agent-unavailable")]
     #[case::unsupported_argument("attach-device", 74, QEMU, 0, true, "")]
     #[case::invalid_argument("set-vcpus", 8, QEMU, 0, true, "")]

@@ -7,15 +7,20 @@ use super::LibvirtConfig;
 /// Maximum number of calls that are inside libvirt at a time and not late, for all connections of
 /// the process: libvirtd itself serves 20 for all its clients (`max_workers`), and other clients
 /// must get some of them whatever happens to ours.
-pub(super) const WORKERS: usize = 8;
+pub(super) const WORKERS: usize = 9;
 
-/// Maximum number of those calls that may wait for a domain or its guest agent. The rest is left to
-/// documents and statistics.
-pub(super) const WAITING_WORKERS: usize = 7;
+/// Maximum number of those calls that may wait for a domain or its guest agent: as many as the two
+/// classes of them have at most over one connection, so that neither takes the workers of the other.
+/// The rest is left to documents and statistics.
+pub(super) const WAITING_WORKERS: usize = 8;
 
 /// Maximum number of late calls of one connection whose workers are replaced. A late call beyond
 /// that keeps its worker until libvirt returns.
 pub(super) const LATE_CALLS: usize = 4;
+
+/// Maximum number of late calls to guest agents over one connection that release their place. They
+/// are not counted in [`LATE_CALLS`]: no guest costs the places of changes.
+pub(super) const LATE_AGENT_CALLS: usize = 2;
 
 /// Maximum number of late calls of the process whose workers are replaced: each is a thread.
 pub(super) const LATE_WORKERS: usize = 8;
@@ -49,15 +54,61 @@ pub(super) enum Class {
     /// Waits for libvirt's lock on the domain, or for its guest to release a device. Reading the
     /// live XML takes the lock too.
     Change,
-    /// Waits for the guest agent, 5 s if it is silent (`QEMU_AGENT_WAIT_TIME`, qemu_agent.c).
+    /// Waits for the guest agent, which is the guest's to delay: see [`AgentPlace`].
     Agent,
 }
+
+/// The part of the class [`Class::Agent`] that a call belongs to. Each part has a maximum, and all
+/// together have [`Class::limit`], so that at least one place is for operations on domains whose
+/// agents answer.
+///
+/// ```text
+/// operation on a domain whose agent answers, or was never asked ──▶ any of 4
+/// the monitor's question to such an agent ─────────────────────────▶ 1 of them
+/// an agent that was slow within SLOW_AGENT_FOR, a change by agent ─▶ 2 of them
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum AgentPlace {
+    /// A question of the monitor, which can wait.
+    Background,
+    /// A question to an agent that was slow or silent, or a change, for which libvirt asks the agent
+    /// several times.
+    Slow,
+}
+
+impl AgentPlace {
+    pub(super) const ALL: [Self; 2] = [Self::Background, Self::Slow];
+
+    pub(super) const fn limit(self) -> usize {
+        match self {
+            Self::Background => 1,
+            Self::Slow => 2,
+        }
+    }
+}
+
+/// Time that an agent has for each command, set at libvirt for the time of the call: by itself
+/// libvirt waits without a limit. A healthy agent answers within milliseconds, and within a second on a
+/// busy host in software emulation.
+pub(super) const AGENT_ANSWER: Duration = Duration::from_secs(3);
+
+/// Time for a command that brings CPUs online: a guest needs up to 0.1 s for each in software
+/// emulation.
+pub(super) const AGENT_CHANGE: Duration = Duration::from_secs(8);
+
+/// An agent whose call takes longer than this is slow.
+pub(super) const SLOW_AGENT: Duration = Duration::from_millis(1500);
+
+/// Time for which a slow agent counts as slow. The list of them needs no bound of its own: each entry
+/// costs [`SLOW_AGENT`] of one of few places.
+pub(super) const SLOW_AGENT_FOR: Duration = Duration::from_secs(600);
 
 impl Class {
     pub(super) const ALL: [Self; 4] = [Self::Control, Self::Statistics, Self::Change, Self::Agent];
 
     /// Returns the maximum number of calls of this class at a time over one connection, late calls
-    /// apart. Two unplugs and four silent agents leave room for another plug and for a document.
+    /// apart. Two unplugs and three silent agents leave room for another plug, a question to an
+    /// agent that answers, and a document.
     pub(super) const fn limit(self) -> usize {
         match self {
             Self::Control | Self::Statistics => 2,

@@ -7,7 +7,7 @@
 //!   Libvirt ── owns ──▶ LibvirtConnection ◀── reopens ── reconnect.rs (one task)
 //!                           │ queues, limits, virConnect handles (connection.rs)
 //!                           ▼
-//!                       Workers: at most 8 threads for all connections (workers.rs)
+//!                       Workers: at most 9 threads for all connections (workers.rs)
 //!                           │ session.rs, domains.rs: blocking calls over one handle
 //!                           ▼
 //!                        libvirtd ── events, keepalive, close ──▶ event loop (one thread)
@@ -65,8 +65,9 @@ pub struct LibvirtConfig {
     /// domain, then up to 10 s for an unplug (libvirt 11.3: virdomainjob.c, qemu_hotplug.c); the
     /// timeout is longer, so that libvirt reports which of them it was.
     pub change_deadline: Duration,
-    /// Timeout for calls to a guest agent: libvirt waits 5 s for an agent that does not answer
-    /// (libvirt 11.3: qemu_agent.c).
+    /// Timeout for calls to a guest agent, from the time when the call is made. Longer than what an
+    /// agent has for its answers ([`limits::AGENT_ANSWER`], twice: libvirt synchronizes with it
+    /// first), so a call that is late waits for another client's question to the agent.
     pub agent_deadline: Duration,
     pub keepalive: Keepalive,
     /// True if events are subscribed to.
@@ -96,14 +97,6 @@ impl LibvirtConfig {
                 count: 3,
             },
             events: true,
-        }
-    }
-
-    /// Returns a configuration for callers that do not watch domains.
-    pub fn without_events(uri: impl Into<String>) -> Self {
-        Self {
-            events: false,
-            ..Self::new(uri)
         }
     }
 }

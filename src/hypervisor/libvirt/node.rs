@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use futures::{StreamExt, stream};
 use tokio::sync::watch;
@@ -21,6 +22,10 @@ use crate::hypervisor::{
 /// Maximum number of definitions read at a time: leaves room in the class for changes.
 const READ_AT_A_TIME: usize = 2;
 
+/// Timeout for starting a domain. QEMU allocates huge and locked pages before it answers, about a
+/// gigabyte a second, and libvirt waits at least 30 s for its monitor.
+const TRIAL_DEADLINE: Duration = Duration::from_secs(120);
+
 impl Libvirt {
     async fn document<T, W>(&self, name: &'static str, work: W) -> Result<T, CallError>
     where
@@ -31,6 +36,20 @@ impl Libvirt {
         self.connection.call(call, work).await
     }
 
+    /// Starts a transient domain, paused, and destroys it. libvirt destroys it as well when this
+    /// connection ends.
+    ///
+    /// # Errors
+    /// `Failed` with the message of libvirt and QEMU if the domain does not start.
+    pub async fn try_start(&self, domain: String) -> Result<(), CallError> {
+        let call = Call {
+            deadline: TRIAL_DEADLINE,
+            ..self.call("try-start", Class::Change)
+        };
+        let work = move |session: &Session| session.try_start(&domain);
+        self.connection.call(call, work).await
+    }
+
     /// Returns a call that is about no single domain.
     pub(super) fn call(&self, name: &'static str, class: Class) -> Call {
         Call {
@@ -38,6 +57,8 @@ impl Libvirt {
             class,
             domain: None,
             deadline: class.deadline(&self.connection.shared().config),
+            wait: None,
+            agent_place: None,
         }
     }
 

@@ -22,7 +22,7 @@ use tokio::time::{Instant, sleep, timeout};
 use tracing::{info, warn};
 
 use super::connection::{Lost, Occupied, Primary, Seat, Shared, worker_ended};
-use super::limits::{FIRST_RETRY, LATE_CALLS, MAX_RETRY};
+use super::limits::{Class, FIRST_RETRY, LATE_CALLS, MAX_RETRY};
 use super::session::Session;
 use crate::hypervisor::{CallError, ConnectionState};
 
@@ -120,7 +120,7 @@ impl Reopening {
             .ok()??;
         self.generation += 1;
         let generation = self.generation;
-        let seat = Arc::new(Seat::new(generation, None, permits));
+        let seat = Arc::new(Seat::new(generation, Class::Control, None, permits));
         let occupied = Occupied(Arc::clone(&seat), Arc::clone(shared));
         let (reply, answer) = oneshot::channel();
         shared.workers.start(move || {

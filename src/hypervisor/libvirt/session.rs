@@ -9,7 +9,7 @@ use super::{LibvirtConfig, event_loop, failure};
 use crate::capability::Version;
 use crate::compat::CpuComparison;
 use crate::ffi::{
-    CloseReason, Subscription, Watched, baseline_hypervisor_cpu, compare_hypervisor_cpu,
+    CloseReason, CpuTarget, Subscription, Watched, baseline_hypervisor_cpu, compare_hypervisor_cpu,
 };
 use crate::hypervisor::{CallError, DomainCapabilitiesQuery, DomainRef, Versions};
 
@@ -22,7 +22,7 @@ pub(super) struct Session {
     /// Declared before the connection, since it must be dropped first.
     subscription: Option<Subscription>,
     pub(super) connect: Watched,
-    libvirt: Version,
+    pub(super) libvirt: Version,
     generation: u64,
 }
 
@@ -122,7 +122,7 @@ impl Session {
         query: &DomainCapabilitiesQuery,
     ) -> Result<String, CallError> {
         const CALL: &str = "domain-capabilities";
-        let (arch, machine, virt_type) = choice(CALL, query)?;
+        let [arch, machine, virt_type] = target(CALL, query)?;
         with_flags(flags(self.libvirt, query), |flags| {
             self.connect
                 .domain_capabilities(None, arch, machine, virt_type, flags)
@@ -136,9 +136,8 @@ impl Session {
         cpu: &str,
     ) -> Result<String, CallError> {
         const CALL: &str = "baseline-cpu";
-        let (arch, machine, virt_type) = choice(CALL, query)?;
         let flags = sys::VIR_CONNECT_BASELINE_CPU_EXPAND_FEATURES;
-        baseline_hypervisor_cpu(&self.connect, arch, machine, virt_type, cpu, flags)
+        baseline_hypervisor_cpu(&self.connect, target(CALL, query)?, cpu, flags)
             .map_err(|error| self.classify(CALL, &error))
     }
 
@@ -148,10 +147,8 @@ impl Session {
         cpu: &str,
     ) -> Result<CpuComparison, CallError> {
         const CALL: &str = "compare-cpu";
-        let (arch, machine, virt_type) = choice(CALL, query)?;
         let flags = sys::VIR_CONNECT_COMPARE_CPU_FAIL_INCOMPATIBLE;
-        let answer = compare_hypervisor_cpu(&self.connect, arch, machine, virt_type, cpu, flags);
-        match answer {
+        match compare_hypervisor_cpu(&self.connect, target(CALL, query)?, cpu, flags) {
             Ok(sys::VIR_CPU_COMPARE_IDENTICAL) => Ok(CpuComparison::Identical),
             Ok(sys::VIR_CPU_COMPARE_SUPERSET) => Ok(CpuComparison::Superset),
             Ok(_) => Ok(CpuComparison::Incompatible {
@@ -164,6 +161,26 @@ impl Session {
             }
             Err(error) => Err(self.classify(CALL, &error)),
         }
+    }
+
+    /// Starts a transient domain, paused, and destroys it.
+    pub(super) fn try_start(&self, domain: &str) -> Result<(), CallError> {
+        const CALL: &str = "try-start";
+        no_nul(CALL, [Some(domain)])?;
+        let flags = sys::VIR_DOMAIN_START_PAUSED | sys::VIR_DOMAIN_START_AUTODESTROY;
+        let created = self.connect.create_domain_xml(domain, flags);
+        let started = created.map_err(|error| self.classify(CALL, &error))?;
+        started.destroy().or_else(|error| {
+            let has_exited = matches!(
+                failure::number(&error),
+                sys::VIR_ERR_NO_DOMAIN | sys::VIR_ERR_OPERATION_INVALID
+            );
+            if has_exited {
+                Ok(())
+            } else {
+                Err(self.classify(CALL, &error))
+            }
+        })
     }
 
     pub(super) fn native_arguments(&self, domain: &str) -> Result<String, CallError> {
@@ -223,20 +240,14 @@ fn with_flags<T>(flags: u32, ask: impl Fn(u32) -> Result<T, Error>) -> Result<T,
     }
 }
 
-type Choice<'q> = (Option<&'q str>, Option<&'q str>, Option<&'q str>);
-
-/// Returns architecture, machine and domain type of a query.
-fn choice<'q>(
+/// Returns the part of a query that says what the guest would be.
+fn target<'q>(
     call: &'static str,
     query: &'q DomainCapabilitiesQuery,
-) -> Result<Choice<'q>, CallError> {
-    let choice = (
-        query.arch.as_deref(),
-        query.machine.as_deref(),
-        query.virt_type.as_deref(),
-    );
-    no_nul(call, [choice.0, choice.1, choice.2])?;
-    Ok(choice)
+) -> Result<CpuTarget<'q>, CallError> {
+    let target = [&query.arch, &query.machine, &query.virt_type].map(|text| text.as_deref());
+    no_nul(call, target)?;
+    Ok(target)
 }
 
 /// Rejects texts with a NUL, on which the crate `virt` panics.

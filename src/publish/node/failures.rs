@@ -33,16 +33,16 @@ impl NodePublisher {
             );
             self.state.send_modify(|state| state.problem = None);
         }
-        if self.watch.errors > 0 && !self.watch.logged {
-            // Restarts the watch, whose own retry may be half a minute away. If only the watch fails,
-            // its errors are counted further.
-            let errors = if failures.is_some() {
-                0
-            } else {
-                self.watch.errors
-            };
+        if self.watch.errors > 0 && failures.is_some() {
+            // Restarts the watch, whose own retry may be half a minute away. A watch that fails while
+            // calls succeed keeps its backoff.
             self.watch = NodeWatch {
-                errors,
+                errors: if self.watch.logged {
+                    self.watch.errors
+                } else {
+                    0
+                },
+                logged: self.watch.logged,
                 ..NodeWatch::new(&self.cluster)
             };
         }

@@ -21,6 +21,8 @@ pub struct SyncState {
     pub conflicts: Arc<BTreeMap<LabelKey, Conflict>>,
     /// The current failure, if any.
     pub problem: Option<SyncProblem>,
+    /// The failure of the Node's watch, while calls succeed.
+    pub watch_problem: Option<SyncProblem>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -52,6 +54,7 @@ impl NodePublisher {
                 published: reuse(&state.published, &decision.labels),
                 conflicts: reuse(&state.conflicts, &decision.conflicts),
                 problem: None,
+                watch_problem: state.watch_problem.clone(),
             };
             let changed = *state != new;
             *state = new;

@@ -53,7 +53,8 @@ pub(super) fn describe(facts: &NodeFacts, architectures: &[String]) -> NodeVirtu
     }
 }
 
-/// Returns the running domains that depend on retained labels, sorted by name.
+/// Returns the running domains that depend on retained labels, or may depend on them since they
+/// cannot be read, sorted by name.
 pub(super) fn label_holders(
     retained: &[RetainedLabel],
     domains: &[DomainUsage],
@@ -61,10 +62,10 @@ pub(super) fn label_holders(
     let kept = || {
         retained
             .iter()
-            .filter(|label| label.reason == RetentionReason::DomainUsesIt)
+            .filter(|label| label.reason != RetentionReason::AwaitingSecondProbe)
     };
     let holder = |domain: &DomainUsage| {
-        let labels = kept().filter(|label| domain.in_use.includes(&label.key));
+        let labels = kept().filter(|label| domain.in_use.may_include(&label.key));
         LabelHolder {
             domain: domain.name.chars().take(NAME_MAX).collect(),
             uuid: domain.uuid.clone(),
@@ -119,12 +120,7 @@ fn models(models: &[CpuModel]) -> Vec<CpuModelStatus> {
         let is_repetition = canonical.is_some_and(|it| it.blockers == model.blockers);
         CpuModelStatus {
             name: model.name.clone(),
-            usable: match model.usable {
-                Some(Usable::Yes) => "yes",
-                Some(Usable::No) => "no",
-                Some(Usable::Unknown) | None => "unknown",
-            }
-            .to_owned(),
+            usable: model.usable.unwrap_or(Usable::Unknown).to_string(),
             alias_of: model.canonical.clone(),
             deprecated: model.deprecated,
             blockers: if is_repetition {

@@ -7,7 +7,7 @@ use crate::cluster::objects::{Condition, NodeVirtualizationStatus};
 use crate::hypervisor::ConnectionState;
 use crate::label::{FactSource, RetainedLabel};
 use crate::probe::{Reading, SourceFailure};
-use crate::units::{Timestamp, shortened};
+use crate::units::{Timestamp, counted, shortened};
 
 /// Maximum characters of a condition's message.
 const MESSAGE_MAX: usize = 1024;
@@ -18,6 +18,8 @@ pub struct Snapshot {
     /// The facts from the sources that could be read.
     pub facts: NodeVirtualizationStatus,
     pub failures: Vec<SourceFailure>,
+    /// Names of running domains that cannot be read: untrusted text.
+    pub unreadable: Vec<String>,
     /// Time of the probe.
     pub at: jiff::Timestamp,
 }
@@ -36,6 +38,7 @@ impl Snapshot {
         Self {
             facts,
             failures: reading.failures.clone(),
+            unreadable: unreadable_names(reading),
             at,
         }
     }
@@ -66,13 +69,17 @@ impl Snapshot {
 
     fn probed(&self, now: Timestamp) -> Condition {
         if self.failures.is_empty() {
-            return Condition::new(
-                PROBED,
-                true,
-                "EverySourceRead",
-                "All sources were read.",
-                now,
-            );
+            let mut text = "All sources were read.".to_owned();
+            if !self.unreadable.is_empty() {
+                text = format!(
+                    "All sources were read, but not the definitions of {}: labels that these \
+                     domains may depend on are not removed. {}",
+                    counted(self.unreadable.len(), "running domain"),
+                    self.unreadable.join(", ")
+                );
+            }
+            let text = shortened(&text, MESSAGE_MAX);
+            return Condition::new(PROBED, true, "EverySourceRead", text, now);
         }
         // A reason may contain `,` and `:`.
         let word = |failure: &SourceFailure| {
@@ -97,6 +104,17 @@ impl Snapshot {
             now,
         )
     }
+}
+
+/// Returns some names of the domains that cannot be read, safe to print.
+fn unreadable_names(reading: &Reading) -> Vec<String> {
+    let mut names: Vec<String> = reading
+        .unreadable
+        .iter()
+        .map(|domain| format!("{:?}", domain.name))
+        .collect();
+    names.sort_unstable();
+    names
 }
 
 fn connected(connection: ConnectionState, now: Timestamp) -> Condition {

@@ -1,5 +1,5 @@
-//! One contract, two backends: what the contract suite needs of a hypervisor and its guests, of
-//! the one in memory and of a real libvirt.
+//! The two backends of the contract suite: the hypervisor in memory, and a real libvirt with real
+//! guests.
 
 use std::cell::RefCell;
 use std::process::{Child, Command, Stdio};
@@ -22,7 +22,7 @@ use super::fake_domains::{Blocks, Cpus, FakeControl, FakeGuest};
 use super::guest::{Guest, GuestConfig};
 use super::libvirtd::Libvirtd;
 
-/// The name of the one guest.
+/// Name of the only guest.
 pub(crate) const NAME: &str = "guest";
 
 /// Observes the live domain only.
@@ -30,6 +30,7 @@ pub(crate) const PLAIN: ObservationQuery = ObservationQuery {
     timeout: LONG,
     statistics: false,
     agent: None,
+    background: false,
     answers: false,
 };
 
@@ -38,61 +39,62 @@ pub(crate) const EVERYTHING: ObservationQuery = ObservationQuery {
     timeout: LONG,
     statistics: true,
     agent: Some(LONG),
+    background: false,
     answers: true,
 };
 
-/// For what has no deadline of its own; only a failing test waits so long.
+/// Timeout that only a failing test reaches.
 const LONG: Duration = Duration::from_secs(120);
 
-/// A hypervisor.
+/// A hypervisor of the suite.
 pub(crate) trait Backend: Sized {
-    /// How it is reached.
+    /// Its client.
     type Control: DomainBackend;
-    /// Its guest.
+    /// A guest on it.
     type Guest<'b>: Witness
     where
         Self: 'b;
 
-    /// Starts one, on which things can be heard.
+    /// Starts a hypervisor, and waits until it delivers events.
     async fn start() -> Self;
 
-    /// How it is reached.
+    /// Returns the client.
     fn control(&self) -> &Arc<Self::Control>;
 
-    /// Starts a guest that is like that, and returns when it is.
+    /// Starts a guest with this behavior, and waits until it is ready.
     async fn guest<'b>(&'b self, like: &FakeGuest) -> Self::Guest<'b>;
 
-    /// Begins a job on the domain that goes on until it is told to end.
+    /// Starts a job on the domain that runs until [`Self::ends_job`].
     async fn begins_job(&self);
 
-    /// Ends that job; the domain runs on.
+    /// Ends the job; the domain continues.
     async fn ends_job(&self);
 }
 
-/// A guest, and what it says of itself.
+/// A guest with its own report.
 pub(crate) trait Witness {
-    /// Waits until the guest says that it uses these CPUs, as `0-2`.
+    /// Waits until the guest reports these CPUs as online: `0-2`.
     async fn uses(&self, cpus: &str);
 
-    /// Waits until the guest says that it has these CPUs and no others.
+    /// Waits until the guest reports exactly these CPUs, online or offline.
     async fn has(&self, cpus: &str);
 
-    /// What the guest has of memory in all, by its own word, at present.
+    /// Returns the guest's total memory as it reports it.
     fn total(&self) -> Bytes;
 
-    /// Waits until the guest keeps what it has, if it is one of those that do.
+    /// Waits until a guest that keeps its CPUs is set up to do so.
     async fn keeps(&self);
 
-    /// Has it keep its CPUs no more, and somebody else ask it for them until it has so many.
+    /// Lets the guest release its CPUs, and unplugs them as another client down to this number.
     async fn gives_in(&self, count: u32);
 
-    /// Whether the domain is tainted by what was asked past libvirt.
+    /// True if a query that bypassed libvirt tainted the domain.
     fn is_tainted(&self) -> bool;
 
-    /// Holds its processors, or lets them run again.
+    /// Pauses or resumes the domain.
     fn pause(&self, on: bool);
 
-    /// Ends it.
+    /// Destroys the domain.
     fn destroy(&self);
 }
 
@@ -104,7 +106,7 @@ impl Backend for InMemory {
     type Guest<'b> = &'b FakeControl;
 
     async fn start() -> Self {
-        // Time passes at once.
+        // Virtual time.
         tokio::time::pause();
         Self(FakeControl::new())
     }
@@ -224,6 +226,7 @@ impl Backend for Real {
             words: &words.join(" "),
             vcpus: like.vcpus,
             memory: like.memory,
+            statistics: like.statistics,
             ..GuestConfig::default()
         };
         let guest = match like.cpus {
@@ -241,11 +244,11 @@ impl Backend for Real {
         }
     }
 
-    /// A save into a pipe that nobody reads from: it goes on for as long as somebody could.
+    /// Saves the domain into a pipe without a reader, so that the job does not end.
     async fn begins_job(&self) {
         let pipe = self.libvirtd.directory().join("pipe");
         mkfifo(&pipe, Mode::from_bits_truncate(0o666)).unwrap();
-        // Whatever the umask took.
+        // Independent of the umask.
         std::fs::set_permissions(&pipe, std::os::unix::fs::PermissionsExt::from_mode(0o666))
             .unwrap();
         let reader = std::fs::File::options()
@@ -273,7 +276,7 @@ impl Backend for Real {
     async fn ends_job(&self) {
         let mut saving = self.saving.take().unwrap();
         self.libvirtd.virsh(&["domjobabort", NAME]).unwrap();
-        // It is the pipe's last reader, and libvirt's helper still writes.
+        // Closing the pipe's last reader ends the save: libvirt's helper still writes.
         saving.kill().unwrap();
         saving.wait().unwrap();
         eventually(LONG, async || {
@@ -288,14 +291,14 @@ impl Backend for Real {
 
 /// A guest on a real libvirt.
 pub(crate) struct RealGuest<'b> {
-    /// None where there is only firmware.
+    /// `None` if the domain has only firmware.
     guest: Option<Guest<'b>>,
-    /// What the guest says when it keeps what it has.
+    /// The console line of a guest that keeps its CPUs.
     keeps: Option<&'static str>,
     libvirtd: &'b Libvirtd,
 }
 
-/// A domain with nothing to boot from: it stays in its firmware.
+/// A domain without a boot device, which stays in its firmware.
 fn firmware<'b>(libvirtd: &'b Libvirtd) -> Option<Guest<'b>> {
     let file = libvirtd.directory().join("firmware.xml");
     let xml = format!(
@@ -336,7 +339,7 @@ impl Witness for RealGuest<'_> {
         let guest = self.guest.as_ref().context("only firmware").unwrap();
         guest.runs("/bin/busybox", &["killall", "sleep"]).unwrap();
         let (left, count) = (format!("0-{}", count - 1), count.to_string());
-        // libvirt does not notice that it does.
+        // libvirt does not notice the release.
         let asked_again = async || {
             self.libvirtd.virsh(&["setvcpus", NAME, &count]).ok();
             let sees = guest.witness()?;

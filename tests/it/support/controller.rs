@@ -38,6 +38,7 @@ pub(crate) fn options() -> ControllerOptions {
         retry,
         watch_retry: retry,
         submit_interval: Duration::from_millis(50),
+        ..ControllerOptions::default()
     }
 }
 
@@ -50,6 +51,7 @@ pub(crate) struct HotplugNode {
     cluster: Cluster,
     events: EventRecorder,
     executor_options: ExecutorOptions,
+    options: ControllerOptions,
     state: TempDir,
     token: CancellationToken,
     task: Option<JoinHandle<()>>,
@@ -76,6 +78,14 @@ impl HotplugNode {
     }
 
     pub(crate) fn start_with(cluster: Cluster, executor_options: ExecutorOptions) -> Self {
+        Self::start_with_options(cluster, executor_options, options())
+    }
+
+    pub(crate) fn start_with_options(
+        cluster: Cluster,
+        executor_options: ExecutorOptions,
+        options: ControllerOptions,
+    ) -> Self {
         let state = TempDir::new().unwrap();
         let control = FakeControl::new();
         let metrics = Arc::new(Metrics::new());
@@ -93,6 +103,7 @@ impl HotplugNode {
             events,
             _writing: writing.drop_guard(),
             executor_options,
+            options,
             state,
             token: CancellationToken::new(),
             task: None,
@@ -108,7 +119,7 @@ impl HotplugNode {
             Arc::clone(&self.executor),
             self.events.clone(),
             Arc::clone(&self.metrics.objects),
-            options(),
+            self.options.clone(),
         );
         self.watched = controller.condition();
         self.task = Some(tokio::spawn(controller.run(self.token.clone())));

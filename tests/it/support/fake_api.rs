@@ -52,6 +52,10 @@ pub(crate) enum Fault {
     Hang,
     /// The connection is refused.
     Refuse,
+    /// 200 without a body.
+    Empty,
+    /// 302 to another server.
+    Redirect,
 }
 
 impl FakeApi {
@@ -215,6 +219,13 @@ impl FakeApi {
         match fault {
             Some(Fault::Hang) => {}
             Some(Fault::Refuse) => return Err(io::ErrorKind::ConnectionRefused.into()),
+            Some(Fault::Empty) => return Ok(Response::new(Body::empty())),
+            Some(Fault::Redirect) => {
+                let redirect = Response::builder()
+                    .status(302)
+                    .header("location", "https://login.example/");
+                return redirect.body(Body::empty()).map_err(io::Error::other);
+            }
             Some(Fault::Status(code)) => return Ok(answer(status(code, reason(code), json!([])))),
             Some(Fault::Busy { retry_after }) => {
                 let mut busy = status(429, "TooManyRequests", json!([]));

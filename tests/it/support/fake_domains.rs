@@ -1,95 +1,99 @@
-//! A hypervisor in memory, with guests that behave as those of `tests/lab` do on a real one.
+//! A hypervisor in memory, with guests that behave like those of `tests/lab` on a real one.
 //!
-//! Time is tokio's, so that a test can let it pass at once.
+//! Time is tokio's, so that a test can use virtual time.
 
 mod control;
+mod description;
 
 use std::collections::BTreeMap;
-use std::fmt::Write as _;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use tokio::sync::{Notify, broadcast, watch};
 use tokio::time::{Instant, sleep};
-use virtnode::domain::{BalloonStats, DomainState, IdSet, Job, PauseReason, Stats, VcpuStats};
+use virtnode::domain::{DomainState, IdSet, Job, PauseReason};
 use virtnode::hotplug::{Event, Ost, SlotKind};
 use virtnode::hypervisor::{CallError, Change, ConnectionState, DomainRef, Notice};
 use virtnode::units::Bytes;
 
-use super::guest::MorePossible;
+use self::description::Started;
+use super::guest::{MorePossible, Statistics};
 
-/// How long a question takes.
+/// Duration of a query.
 const QUESTION: Duration = Duration::from_millis(2);
-/// How long libvirt takes to plug.
+/// Duration of a plug in libvirt.
 const PLUG: Duration = Duration::from_millis(30);
-/// How long a guest takes to answer.
+/// Time until a guest answers.
 const GUEST: Duration = Duration::from_millis(100);
-/// How long libvirt waits for an unplug.
+/// libvirt's timeout for an agent that does not answer.
+const AGENT_ANSWER: Duration = Duration::from_secs(3);
+/// libvirt's timeout for an unplug.
 const UNPLUG: Duration = Duration::from_secs(5);
 const MIB: u64 = 1 << 20;
 const BOOT: u64 = 512 * MIB;
-/// How long libvirt waits for what else is being done to a domain.
+/// libvirt's timeout for its lock on a domain.
 const LOCK: Duration = Duration::from_secs(30);
-/// What QEMU wants DIMMs to be a multiple of, and what Linux does.
+/// Granularity of a DIMM in QEMU, and in Linux.
 const DIMM: u64 = 2 * MIB;
 const LINUX_BLOCK: u64 = 128 * MIB;
 
-/// What a guest does with vCPUs.
+/// Behavior of a guest at a plug or unplug of vCPUs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Cpus {
     /// Brings them online by itself.
     Onlines,
-    /// Leaves them offline until it is told.
+    /// Leaves them offline until it is requested to bring them online.
     LeavesOffline,
-    /// Says yes and throws all but the first away (`nr_cpus=1`).
+    /// Confirms all and drops all but the first (`nr_cpus=1`).
     ThrowsAway,
-    /// Says nothing: still in its firmware.
+    /// Does not answer: it is still in its firmware.
     Silent,
-    /// Takes them, and lets none go.
+    /// Brings them online, and releases none.
     KeepsThem,
 }
 
-/// What a guest does with memory.
+/// Behavior of a guest at a plug or unplug of memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Blocks {
-    /// Brings it online.
+    /// Brings the memory online.
     Onlines,
-    /// Takes it and leaves it offline.
+    /// Plugs it and leaves it offline.
     LeavesOffline,
     /// Has no driver.
     NoDriver,
-    /// Takes all, gives only half back.
+    /// Plugs all, and returns only half.
     GivesHalfBack,
 }
 
-/// What a call to change the domain meets.
+/// Result of a call that changes the domain.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Calls {
-    /// It is carried out.
+    /// The call is carried out.
     Work,
-    /// It never comes back, nor do questions about the domain's memory.
+    /// The call never returns.
     Hang,
     /// libvirt answers with this error.
     Fail(CallError),
-    /// The connection breaks in the middle; before it did, the call was carried out or not.
+    /// The connection breaks during the call.
     Break {
-        /// Whether it was.
+        /// True if the call was carried out before.
         done: bool,
     },
 }
 
-/// What a guest is like.
+/// Configuration and behavior of a guest.
 #[derive(Debug, Clone)]
 pub(crate) struct FakeGuest {
     pub(crate) cpus: Cpus,
     pub(crate) blocks: Blocks,
     pub(crate) calls: Calls,
     pub(crate) agent: bool,
-    /// Whether its agent takes questions and never answers.
+    /// True if its agent accepts requests and never answers.
     pub(crate) agent_hangs: bool,
     pub(crate) vcpus: u32,
     pub(crate) memory: MorePossible,
+    pub(crate) statistics: Statistics,
 }
 
 impl Default for FakeGuest {
@@ -102,6 +106,7 @@ impl Default for FakeGuest {
             agent_hangs: false,
             vcpus: 1,
             memory: MorePossible::VirtioMem,
+            statistics: Statistics::Every(1),
         }
     }
 }
@@ -113,9 +118,9 @@ struct FakeDomain {
     uuid: String,
     number: u32,
     state: DomainState,
-    /// Why it is paused, if it is.
+    /// Reason for the pause, if it is paused.
     reason: Option<PauseReason>,
-    /// What libvirt counts, what QEMU has, what the guest has and uses.
+    /// vCPUs according to libvirt, in QEMU, present in the guest, and online in the guest.
     by_libvirt: u32,
     in_qemu: u32,
     present: IdSet,
@@ -127,11 +132,15 @@ struct FakeDomain {
     total: u64,
     /// DIMMs by slot: alias and size.
     dimms: BTreeMap<u32, (String, u64)>,
-    /// What is being done to it.
+    /// The job on the domain.
     job: Option<Job>,
-    /// The guest's last answers, as QEMU remembers them.
+    /// The guest's last ACPI answers, as QEMU records them.
     answers: Vec<Ost>,
     tainted: bool,
+    /// The statistics period; 0 if there is none.
+    period: u32,
+    /// The total and the time of the last report, while there is no period.
+    report: (u64, u64),
 }
 
 /// The hypervisor.
@@ -140,10 +149,10 @@ pub(crate) struct FakeControl {
     notices: broadcast::Sender<Notice>,
     connection: watch::Sender<ConnectionState>,
     log: Mutex<Vec<(Instant, String)>>,
-    /// Told when a call to change something begins.
+    /// Notified when a call that changes a domain begins.
     called: Notify,
-    started: Instant,
-    /// Whether QEMU's events reach nobody.
+    started: Started,
+    /// True if QEMU's events are not delivered.
     deaf: AtomicBool,
     me: Weak<Self>,
 }
@@ -156,7 +165,7 @@ impl FakeControl {
             connection: watch::Sender::new(ConnectionState::Up(1)),
             log: Mutex::default(),
             called: Notify::new(),
-            started: Instant::now(),
+            started: Started::now(),
             deaf: AtomicBool::new(false),
             me: me.clone(),
         })
@@ -185,45 +194,51 @@ impl FakeControl {
             job: None,
             answers: Vec::new(),
             tainted: false,
+            period: match guest.statistics {
+                Statistics::Every(period) => period,
+                Statistics::Off | Statistics::NoBalloon => 0,
+            },
+            // The driver reports once when it starts.
+            report: (BOOT - 100 * MIB, self.started.wall_clock()),
             guest,
         };
         domains.insert(name.to_owned(), domain);
     }
 
-    /// What has been called to change something, in order.
+    /// Returns the calls that changed a domain, in order.
     pub(crate) fn calls(&self) -> Vec<String> {
         let log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
         log.iter().map(|(_, call)| call.clone()).collect()
     }
 
-    /// Returns when the next call to change something has begun.
+    /// Waits until the next call that changes a domain begins.
     pub(crate) async fn called(&self) {
         self.called.notified().await;
     }
 
-    /// How many vCPUs the guest uses, by its own word.
+    /// Returns the number of vCPUs that the guest reports as online.
     pub(crate) fn online(&self, name: &str) -> u32 {
         self.domains()[name].online.len()
     }
 
-    /// The CPUs that the guest has, used or not.
+    /// Returns the guest's CPUs, online or offline.
     pub(crate) fn present(&self, name: &str) -> IdSet {
         self.domains()[name].present.clone()
     }
 
-    /// Changes what a guest does from now on.
+    /// Changes the behavior of a guest.
     pub(crate) fn behaves(&self, name: &str, change: impl FnOnce(&mut FakeGuest)) {
         let mut domains = self.domains();
         change(&mut domains.get_mut(name).unwrap().guest);
     }
 
-    /// The guest brings everything online that it has.
+    /// Has the guest bring all its CPUs online.
     pub(crate) fn brings_online(&self, name: &str) {
         let mut domains = self.domains();
         domains.get_mut(name).unwrap().bring_online();
     }
 
-    /// Somebody else unplugs vCPUs, and libvirt notices.
+    /// Unplugs vCPUs as another client; libvirt notices.
     pub(crate) fn somebody_unplugs(&self, name: &str, count: u32) {
         let ids: IdSet = (0..count).collect();
         self.change(name, |domain| {
@@ -232,27 +247,27 @@ impl FakeControl {
         });
     }
 
-    /// Something else is done to the domain, or not any more.
+    /// Starts or ends a job on the domain.
     pub(crate) fn does(&self, name: &str, job: Option<Job>) {
         self.change(name, |domain| domain.job = job);
     }
 
-    /// What the guest's own total is.
+    /// Returns the guest's total memory.
     pub(crate) fn total(&self, name: &str) -> Bytes {
         Bytes::new(self.domains()[name].total)
     }
 
-    /// Whether QEMU was asked past libvirt.
+    /// True if a query bypassed libvirt.
     pub(crate) fn is_tainted(&self, name: &str) -> bool {
         self.domains()[name].tainted
     }
 
-    /// From now on nobody hears of QEMU's events.
+    /// Stops the delivery of QEMU's events.
     pub(crate) fn loses_events(&self) {
         self.deaf.store(true, Ordering::Relaxed);
     }
 
-    /// Lets a guest's processors run again.
+    /// Resumes a domain.
     pub(crate) fn resume(&self, name: &str) {
         self.change(name, |domain| {
             (domain.state, domain.reason) = (DomainState::Running, None);
@@ -264,8 +279,8 @@ impl FakeControl {
         self.ends(name, "destroyed");
     }
 
-    /// Ends a domain, for that reason, which is told a moment after it is gone: libvirt's events
-    /// and answers come by different connections.
+    /// Ends a domain for this reason. The event follows a moment later: libvirt's events and answers
+    /// use different connections.
     pub(crate) fn ends(&self, name: &str, why: &str) {
         let domain = self.domains().remove(name).unwrap();
         let (me, name, why) = (self.me.upgrade().unwrap(), name.to_owned(), why.to_owned());
@@ -275,7 +290,7 @@ impl FakeControl {
         });
     }
 
-    /// Resets a guest: it boots with all that is plugged.
+    /// Resets a guest: it boots with all plugged vCPUs.
     pub(crate) fn reset(&self, name: &str) {
         let mut domains = self.domains();
         let domain = domains.get_mut(name).unwrap();
@@ -286,14 +301,14 @@ impl FakeControl {
         self.tell(name, &domain, Event::Reset);
     }
 
-    /// Holds a guest's processors.
+    /// Pauses a domain.
     pub(crate) fn pause(&self, name: &str, by: PauseReason) {
         self.change(name, |domain| {
             (domain.state, domain.reason) = (DomainState::Paused, Some(by));
         });
     }
 
-    /// Breaks the connection, or makes it again.
+    /// Disconnects or reconnects.
     pub(crate) fn connect(&self, up: bool) {
         let connection = if up {
             ConnectionState::Up(2)
@@ -301,7 +316,7 @@ impl FakeControl {
             ConnectionState::Down
         };
         self.connection.send_replace(connection);
-        // Nobody listens: nobody minds.
+        // Without a subscriber this fails, which is no problem.
         self.notices.send(Notice::Gap).ok();
     }
 
@@ -357,8 +372,8 @@ impl FakeControl {
             .ok_or_else(|| CallError::NotFound(domain.name.clone()))
     }
 
-    /// Notes a call, and does what calls meet with this domain; says whether it is carried out,
-    /// and whether it fails afterwards.
+    /// Records a call and applies the configured result. Returns the name of a domain whose call is
+    /// carried out, and the error that follows it.
     async fn begin(
         &self,
         call: String,
@@ -384,7 +399,7 @@ impl FakeControl {
         }
     }
 
-    /// Waits as libvirt does while something else is being done to the domain.
+    /// Waits for the lock on the domain like libvirt.
     async fn lock(&self, name: &str) -> Result<(), CallError> {
         let until = Instant::now() + LOCK;
         loop {
@@ -407,7 +422,7 @@ impl FakeControl {
         self.domains().get_mut(name).map(change)
     }
 
-    /// The guest is told of new vCPUs.
+    /// Plugs vCPUs, to which the guest reacts.
     async fn plug(&self, name: &str, count: u32) {
         sleep(PLUG).await;
         let before = self.change(name, |domain| {
@@ -435,8 +450,8 @@ impl FakeControl {
         }
     }
 
-    /// The guest is asked to let vCPUs go, one after another, as libvirt does; libvirt takes what
-    /// the guest did for a timeout, and finds out when it is told again.
+    /// Unplugs vCPUs one after another like libvirt, which reports a timeout although the guest
+    /// released the vCPU, and notices at the next call.
     async fn unplug(&self, name: &str, count: u32) -> Result<(), CallError> {
         let timed_out = || CallError::UnplugPending {
             call: "set-vcpus".into(),
@@ -484,113 +499,5 @@ impl FakeControl {
         found
             .map(|domain| (name.to_owned(), domain))
             .ok_or_else(|| CallError::NotFound(name.to_owned()))
-    }
-}
-
-impl FakeDomain {
-    fn bring_online(&mut self) {
-        let now = Instant::now();
-        for id in self.present.iter() {
-            self.online_since.entry(id).or_insert(now);
-        }
-        self.online = self.present.clone();
-    }
-
-    fn id(&self, name: &str) -> DomainRef {
-        DomainRef::on_host(name, self.uuid.clone())
-    }
-
-    /// The live XML, of what matters.
-    fn xml(&self, name: &str) -> String {
-        let channel = if self.guest.agent {
-            "<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0' \
-                 state='connected'/></channel>"
-        } else {
-            ""
-        };
-        let boot = BOOT / 1024;
-        let virtio_mem = self.guest.memory == MorePossible::VirtioMem;
-        let (maximum, cpu) = match self.guest.memory {
-            MorePossible::No => (String::new(), String::new()),
-            _ => (
-                "<maxMemory slots='4' unit='KiB'>4194304</maxMemory>".to_owned(),
-                format!(
-                    "<cpu><numa><cell id='0' cpus='0-3' memory='{boot}' unit='KiB'/></numa></cpu>"
-                ),
-            ),
-        };
-        let mut devices = if virtio_mem {
-            format!(
-                "<memory model='virtio-mem'><target><size unit='KiB'>2097152</size>\
-                 <node>0</node><block unit='KiB'>2048</block>\
-                 <requested unit='KiB'>{}</requested><current unit='KiB'>{}</current></target>\
-                 <alias name='ua-mem0'/></memory>",
-                self.requested / 1024,
-                self.taken / 1024,
-            )
-        } else {
-            String::new()
-        };
-        for (slot, (alias, size)) in &self.dimms {
-            let size = size / 1024;
-            write!(
-                devices,
-                "<memory model='dimm'><target><size unit='KiB'>{size}</size><node>0</node></target>\
-                 <alias name='{alias}'/><address type='dimm' slot='{slot}'/></memory>"
-            )
-            .unwrap();
-        }
-        let dimms: u64 = self.dimms.values().map(|(_, size)| size / 1024).sum();
-        let yes_no = |yes| if yes { "yes" } else { "no" };
-        let vcpu = |id: u32| {
-            let (enabled, hotpluggable) = (yes_no(id < self.by_libvirt), yes_no(id > 0));
-            format!("<vcpu id='{id}' enabled='{enabled}' hotpluggable='{hotpluggable}'/>")
-        };
-        let vcpus: String = (0..4).map(vcpu).collect();
-        format!(
-            "<domain type='qemu' id='{}'><name>{name}</name><uuid>{}</uuid>\
-             {maximum}<memory unit='KiB'>{}</memory><vcpu current='{}'>4</vcpu>\
-             <vcpus>{vcpus}</vcpus><os><type arch='x86_64' machine='pc-q35-10.0'>hvm</type></os>\
-             <features><acpi/></features>\
-             {cpu}<devices>{devices}{channel}\
-             <memballoon model='virtio'><stats period='1'/></memballoon></devices></domain>",
-            self.number,
-            self.uuid,
-            boot + dimms + if virtio_mem { 2_097_152 } else { 0 },
-            self.by_libvirt,
-        )
-    }
-
-    fn plugged_dimms(&self) -> u64 {
-        self.dimms.values().map(|(_, size)| size).sum()
-    }
-
-    fn stats(&self, started: Instant) -> Stats {
-        let now = Instant::now();
-        let ran = |id: u32| {
-            let since = self.online_since.get(&id);
-            let since = since.filter(|_| self.online.contains(id));
-            let ran = since.map_or(Duration::ZERO, |since| now - *since);
-            // in ticks of 10 ms, as libvirt counts
-            u64::try_from(ran.as_millis()).unwrap() / 10 * 10_000_000
-        };
-        let told = (now - started).as_secs() + 1_000_000_000_000;
-        Stats {
-            vcpus: (0..self.by_libvirt)
-                .map(|id| {
-                    let stats = VcpuStats {
-                        time: Some(ran(id)),
-                        exits: None,
-                    };
-                    (id, stats)
-                })
-                .collect(),
-            balloon: BalloonStats {
-                current: Some(Bytes::new(BOOT + self.taken + self.plugged_dimms())),
-                total: Some(Bytes::new(self.total)),
-                usable: None,
-                updated: Some(told),
-            },
-        }
     }
 }

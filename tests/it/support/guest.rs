@@ -1,8 +1,8 @@
-//! Guests that do as they are told: the lab (`tests/lab/`) on a private libvirtd.
+//! Guests with configurable behavior: the lab (`tests/lab/`) on a private libvirtd.
 //!
-//! Words on the guest's kernel command line choose what it does with what is plugged; they are
-//! described in `tests/lab/guest-init`. The guest tells on its console what it sees itself, which
-//! is the tests' witness beside everything that the hypervisor says.
+//! Words on the guest's kernel command line, which `tests/lab/guest-init` describes, choose its
+//! behavior at a plug. The guest reports its own CPUs and memory on its console, independently of the
+//! hypervisor.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -18,32 +18,54 @@ use serde_json::json;
 use super::eventually;
 use super::libvirtd::Libvirtd;
 
-/// A guest boots in 3 s alone; here many boot at once, in software emulation.
+/// Timeout for a boot, which takes 3 s alone: many guests boot at once, in software emulation.
 const BOOT: Duration = Duration::from_secs(180);
 
-/// What the guest has when it boots.
+/// The guest's memory at boot.
 const BOOT_MIB: u64 = 512;
 
-/// The virtio-mem device's and the DIMMs' share of [`MAXIMUM_MIB`].
+/// Shares of the virtio-mem device and the DIMMs in [`MAXIMUM_MIB`].
 const VIRTIO_MEM_MIB: u64 = 2048;
 
-/// What it can have at most.
+/// Maximum memory of the guest.
 const MAXIMUM_MIB: u64 = 4096;
 
-/// How more memory can come.
+/// The way to plug more memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum MorePossible {
-    /// A virtio-mem device of 2 GiB in blocks of 2 MiB, alias `ua-mem0`, of which nothing is
-    /// plugged; and slots for DIMMs.
+    /// An empty virtio-mem device of 2 GiB in blocks of 2 MiB, alias `ua-mem0`, and slots for DIMMs.
     VirtioMem,
     /// Four slots for DIMMs.
     Dimms,
-    /// Not at all: the domain has no maxMemory.
+    /// None: the domain has no maxMemory.
     No,
 }
 
-/// What a guest is like. The default: one vCPU of four, a virtio-mem device, an agent, balloon
-/// statistics each second; it takes what it gets and leaves it offline.
+/// What the guest's memory balloon reports.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Statistics {
+    /// The guest's memory, each so many seconds.
+    Every(u32),
+    /// Nothing but once at the start: there is no statistics period.
+    Off,
+    /// There is no balloon.
+    NoBalloon,
+}
+
+impl Statistics {
+    pub(crate) fn xml(self) -> String {
+        match self {
+            Self::Every(period) => {
+                format!("<memballoon model='virtio'><stats period='{period}'/></memballoon>")
+            }
+            Self::Off => "<memballoon model='virtio'/>".to_owned(),
+            Self::NoBalloon => "<memballoon model='none'/>".to_owned(),
+        }
+    }
+}
+
+/// Configuration of a guest. The default has one vCPU of four, a virtio-mem device, an agent and
+/// balloon statistics each second, and leaves plugged resources offline.
 #[derive(Debug, Clone)]
 pub(crate) struct GuestConfig<'c> {
     /// The domain's name.
@@ -52,12 +74,15 @@ pub(crate) struct GuestConfig<'c> {
     pub(crate) words: &'c str,
     /// vCPUs at boot.
     pub(crate) vcpus: u32,
-    /// vCPUs at most.
+    /// Maximum number of vCPUs.
     pub(crate) maximum: u32,
-    /// How more memory can come.
+    /// The way to plug more memory.
     pub(crate) memory: MorePossible,
-    /// Whether the definition outlives the domain.
+    pub(crate) statistics: Statistics,
+    /// True for a persistent domain.
     pub(crate) persistent: bool,
+    /// True for a device that reports a panic of the guest's kernel.
+    pub(crate) panic: bool,
 }
 
 impl Default for GuestConfig<'_> {
@@ -68,7 +93,9 @@ impl Default for GuestConfig<'_> {
             vcpus: 1,
             maximum: 4,
             memory: MorePossible::VirtioMem,
+            statistics: Statistics::Every(1),
             persistent: false,
+            panic: false,
         }
     }
 }
@@ -86,6 +113,12 @@ impl GuestConfig<'_> {
         let (kernel, initramfs) = (file("vmlinuz"), file("initramfs.gz"));
         let console = escape(self.console(files).to_string_lossy()).into_owned();
         let (name, words) = (escape(name), escape(words));
+        let balloon = self.statistics.xml();
+        let panic = if self.panic {
+            "<panic model='isa'/>"
+        } else {
+            ""
+        };
         let last = maximum - 1;
         let (max_memory, numa) = match self.memory {
             MorePossible::No => (String::new(), String::new()),
@@ -109,10 +142,10 @@ impl GuestConfig<'_> {
             ),
             _ => (BOOT_MIB, String::new()),
         };
-        // Linux from 6.8 on leaves out the CPUs that may come later unless it knows its
-        // hypervisor, and it does not know QEMU's software emulation. What it does know is
-        // VMware, by the serial number of the machine and the port that QEMU has for it.
-        // Each CPU in a socket of its own: it also leaves out those in a socket that is there.
+        // Linux 6.8 and later reserves no CPUs for hotplug unless it recognizes its hypervisor,
+        // which it does not for QEMU's software emulation. It recognizes VMware, by the machine's
+        // serial number and a port that QEMU emulates. Each CPU has a socket of its own, because
+        // Linux also omits absent CPUs of a present socket.
         format!(
             "<domain type='qemu'><name>{name}</name>\
              {max_memory}<memory unit='MiB'>{memory}</memory>\
@@ -129,12 +162,13 @@ impl GuestConfig<'_> {
              <devices>{device}<channel type='unix'>\
              <target type='virtio' name='org.qemu.guest_agent.0'/></channel>\
              <serial type='file'><source path='{console}'/></serial>\
-             <memballoon model='virtio'><stats period='1'/></memballoon>\
+             {balloon}{panic}\
              <controller type='usb' model='none'/></devices></domain>"
         )
     }
 
-    /// The file of the guest's console. A domain's name may hold what a file's may not.
+    /// Returns the file of the guest's console. A domain's name may contain characters that a file
+    /// name may not.
     fn console(&self, files: &Path) -> PathBuf {
         let name: String = self.name.chars().filter(|c| c.is_alphanumeric()).collect();
         files.join(format!("{name}.console"))
@@ -149,12 +183,12 @@ pub(crate) struct Guest<'l> {
     console: PathBuf,
 }
 
-/// What the guest itself sees.
+/// The guest's own report.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Witness {
-    /// CPUs that its kernel has, as `0-2`.
+    /// Its kernel's CPUs: `0-2`.
     pub(crate) present: String,
-    /// CPUs that it uses.
+    /// Its CPUs that are online.
     pub(crate) online: String,
     /// Its MemTotal, in KiB.
     pub(crate) total_kib: u64,
@@ -164,14 +198,22 @@ impl<'l> Guest<'l> {
     /// Starts a guest and returns when it is ready, with its agent if it has one.
     ///
     /// # Errors
-    /// No guest could be built or started, or it did not get ready: with its console.
+    /// The guest cannot be built or started, or does not become ready; with its console.
     pub(crate) async fn start(
         libvirtd: &'l Libvirtd,
         config: &GuestConfig<'_>,
     ) -> anyhow::Result<Self> {
         let guest = Self::boot(libvirtd, config)?;
         guest.ready().await?;
-        if !config.words.contains("lab.agent=no") {
+        let words = config.words;
+        if words.contains("lab.agent=sync") || words.contains("lab.block=") {
+            eventually(BOOT, async || {
+                let xml = libvirtd.virsh(&["dumpxml", config.name])?;
+                ensure!(xml.contains("state='connected'"), "no agent: {xml}");
+                Ok(())
+            })
+            .await?;
+        } else if !words.contains("lab.agent=no") {
             eventually(BOOT, async || {
                 libvirtd.virsh(&["guestvcpus", config.name]).map(drop)
             })
@@ -183,7 +225,7 @@ impl<'l> Guest<'l> {
     /// Starts a guest and returns while it is still in its firmware.
     ///
     /// # Errors
-    /// No guest could be built or started.
+    /// The guest cannot be built or started.
     pub(crate) fn boot(libvirtd: &'l Libvirtd, config: &GuestConfig<'_>) -> anyhow::Result<Self> {
         let files = libvirtd.directory().join("guest");
         provide(&files)?;
@@ -207,18 +249,18 @@ impl<'l> Guest<'l> {
         Ok(guest)
     }
 
-    /// Waits until the guest's own programs run.
+    /// Waits until the guest has booted.
     ///
     /// # Errors
-    /// It took too long: with the console.
+    /// A timeout, with the console.
     pub(crate) async fn ready(&self) -> anyhow::Result<()> {
         self.says("lab: ready").await
     }
 
-    /// Waits until the guest has said something on its console.
+    /// Waits for a text on the guest's console.
     ///
     /// # Errors
-    /// It took too long: with the console.
+    /// A timeout, with the console.
     pub(crate) async fn says(&self, words: &str) -> anyhow::Result<()> {
         eventually(BOOT, async || {
             let console = self.console()?;
@@ -231,10 +273,10 @@ impl<'l> Guest<'l> {
         .await
     }
 
-    /// Has the guest's agent run a program, and does not wait for it.
+    /// Runs a program through the guest's agent without waiting for it.
     ///
     /// # Errors
-    /// The agent does not answer, or there is no such program.
+    /// The agent does not answer, or the program does not exist.
     pub(crate) fn runs(&self, program: &str, arguments: &[&str]) -> anyhow::Result<()> {
         let command = json!({
             "execute": "guest-exec",
@@ -246,10 +288,10 @@ impl<'l> Guest<'l> {
             .map(drop)
     }
 
-    /// What the guest sees at present, by its own word.
+    /// Returns the guest's last report.
     ///
     /// # Errors
-    /// It has not said anything.
+    /// The guest has not reported yet.
     pub(crate) fn witness(&self) -> anyhow::Result<Witness> {
         let console = self.console()?;
         let line = console
@@ -269,10 +311,10 @@ impl<'l> Guest<'l> {
         })
     }
 
-    /// Waits until the guest sees what is expected.
+    /// Waits for a matching report of the guest.
     ///
     /// # Errors
-    /// It took too long: with what it sees.
+    /// A timeout, with the last report.
     pub(crate) async fn sees(
         &self,
         expected: impl Fn(&Witness) -> bool,
@@ -285,7 +327,7 @@ impl<'l> Guest<'l> {
         .await
     }
 
-    /// The console so far. Bytes that are no text are replaced.
+    /// Returns the console so far. Bytes that are not UTF-8 are replaced.
     fn console(&self) -> anyhow::Result<String> {
         Ok(String::from_utf8_lossy(&fs::read(&self.console)?).replace('\r', ""))
     }
@@ -293,7 +335,7 @@ impl<'l> Guest<'l> {
 
 impl Drop for Guest<'_> {
     fn drop(&mut self) {
-        // A test may have ended it already.
+        // The test may have ended it already.
         self.libvirtd.virsh(&["destroy", &self.name]).ok();
         if self.persistent {
             self.libvirtd.virsh(&["undefine", &self.name]).ok();
@@ -301,8 +343,8 @@ impl Drop for Guest<'_> {
     }
 }
 
-/// Puts the guest's kernel and initramfs where the daemon's user can read them: the cache may be
-/// in a home directory that is closed to others.
+/// Copies the guest's kernel and initramfs to where the daemon's user can read them: the cache may be
+/// in a private home directory.
 fn provide(files: &Path) -> anyhow::Result<()> {
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
     let guard = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
@@ -320,7 +362,7 @@ fn provide(files: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The directory of the built guest; built at the first time, which takes a minute.
+/// Returns the directory of the built guest. The first call builds it, which takes a minute.
 fn build() -> anyhow::Result<PathBuf> {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/lab/build-guest.sh");
     let output = Command::new(&script)

@@ -11,7 +11,7 @@ use virtnode::hypervisor::{
     CallError, ConnectionState, DomainCapabilitiesQuery, NodeSource, RunningDomain, Versions,
 };
 
-/// What it answers; a test changes it between probes.
+/// The answers, which a test changes between probes.
 pub(crate) struct Answers {
     pub(crate) capabilities: Result<String, CallError>,
     pub(crate) domain_capabilities: Result<String, CallError>,
@@ -25,7 +25,7 @@ pub(crate) struct InMemory {
 }
 
 impl InMemory {
-    /// One that answers as the captured Debian 13 host did, without running domains.
+    /// Returns a hypervisor with the answers of the captured Debian 13 host, without running domains.
     pub(crate) fn debian_13() -> Self {
         let directory = Path::new(env!("CARGO_MANIFEST_DIR"))
             .join("tests/fixtures/debian13-libvirt-11.3.0-qemu-10.0");
@@ -40,12 +40,12 @@ impl InMemory {
         }
     }
 
-    /// What it answers from now on.
+    /// Changes the answers.
     pub(crate) fn answers(&self) -> MutexGuard<'_, Answers> {
         self.answers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes every line of the capabilities that names this machine go away.
+    /// Removes every line of the capabilities with this machine.
     pub(crate) fn drop_machine(&self, machine: &str) {
         let mut answers = self.answers();
         let name = format!(">{machine}<");

@@ -9,7 +9,7 @@
 //! the environment names: see "Another libvirt" in CONTRIBUTING.md.
 
 use std::fs;
-use std::os::unix::fs::chown;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use nix::sys::signal::{Signal, kill};
+use nix::sys::stat::{Mode, SFlag, mknod};
 use nix::unistd::{Pid, Uid};
 use tempfile::TempDir;
 
@@ -29,33 +30,35 @@ const OTHER: u32 = 65534;
 /// The environment variable with the root file system whose libvirtd is run. This machine's /tmp
 /// has to be mounted there, and /dev, /proc and /sys.
 const ROOT: &str = "VIRTNODE_TEST_LIBVIRT_ROOT";
-/// QEMU is asked for what it can do at the first start: seconds for each emulator installed.
+/// Timeout for the first start, at which libvirt probes each installed emulator for seconds.
 const START: Duration = Duration::from_secs(120);
 
-/// A running libvirtd; ended, with its domains, when dropped.
+/// A running libvirtd, stopped with its domains when dropped.
 pub(crate) struct Libvirtd {
     directory: TempDir,
-    /// As [`ROOT`] says, if it does.
+    /// The value of [`ROOT`], if set.
     root: Option<PathBuf>,
     /// The program, within that root.
     daemon: PathBuf,
     /// Additional environment of the daemon.
     environment: Vec<(&'static str, &'static str)>,
+    /// True if it sees a /dev/kvm that it may open.
+    with_kvm: bool,
     child: Option<Child>,
 }
 
 impl Libvirtd {
-    /// Starts one and waits until it answers.
+    /// Starts a libvirtd and waits until it answers.
     pub(crate) fn start() -> anyhow::Result<Self> {
         let mut libvirtd = Self::new()?;
         libvirtd.restart()?;
-        // The first question makes it ask the emulators: not within a test's deadlines.
+        // libvirt probes the emulators at the first query, which would exceed a test's deadlines.
         libvirtd.virsh(&["capabilities"])?;
         libvirtd.virsh(&["domcapabilities"])?;
         Ok(libvirtd)
     }
 
-    /// Starts one whose messages are Japanese (package libvirt-l10n). gettext ignores `LANGUAGE` in
+    /// Starts a libvirtd whose messages are Japanese (package libvirt-l10n). gettext ignores `LANGUAGE` in
     /// the locale "C", and not in "C.UTF-8", which every glibc has.
     pub(crate) fn start_in_japanese() -> anyhow::Result<Self> {
         let mut libvirtd = Self::new()?;
@@ -65,7 +68,33 @@ impl Libvirtd {
         Ok(libvirtd)
     }
 
-    /// One that is not started yet: its socket is not there.
+    /// Starts one that may use KVM: it sees another device node of /dev/kvm, in a mount namespace
+    /// of its own. `None` without KVM, or without the rights for that.
+    pub(crate) fn start_with_kvm() -> anyhow::Result<Option<Self>> {
+        let kvm = fs::File::options().read(true).write(true).open("/dev/kvm");
+        if kvm.is_err() || !Uid::effective().is_root() {
+            return Ok(None);
+        }
+        let mut libvirtd = Self::new()?;
+        if libvirtd.root.is_some() {
+            return Ok(None);
+        }
+        libvirtd.with_kvm = true;
+        let node = libvirtd.path("kvm");
+        let device = fs::metadata("/dev/kvm")?.rdev();
+        mknod(
+            &node,
+            SFlag::S_IFCHR,
+            Mode::from_bits_truncate(0o666),
+            device,
+        )?;
+        fs::set_permissions(&node, fs::Permissions::from_mode(0o666))?;
+        libvirtd.restart()?;
+        libvirtd.virsh(&["capabilities"])?;
+        Ok(Some(libvirtd))
+    }
+
+    /// Returns a libvirtd that is not started yet and has no socket.
     pub(crate) fn new() -> anyhow::Result<Self> {
         let root = std::env::var_os(ROOT).map(PathBuf::from);
         let find = |program| match &root {
@@ -82,15 +111,16 @@ impl Libvirtd {
             root,
             daemon,
             environment: Vec::new(),
+            with_kvm: false,
             child: None,
         };
         for part in ["run", "config/libvirt", "cache", "home"] {
             fs::create_dir_all(libvirtd.path(part))?;
         }
-        // Else a domain wants virtlogd.
+        // Otherwise a domain requires virtlogd.
         let configuration = libvirtd.path("config/libvirt/qemu.conf");
         fs::write(configuration, "stdio_handler = \"file\"\n")?;
-        // Between two that take themselves for the same host libvirt migrates nothing.
+        // libvirt does not migrate between daemons with the same host UUID.
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let host = format!("{:08x}-0000-4000-8000-{number:012x}", std::process::id());
@@ -105,9 +135,8 @@ impl Libvirtd {
         Ok(libvirtd)
     }
 
-    /// The URI to reach it by. `name` is what the daemon is told: said so, and not as the path
-    /// `/session`, the client library of an unprivileged user does not start another daemon when
-    /// this one does not answer.
+    /// Returns its URI. With `name` instead of the path `/session`, the client library of an
+    /// unprivileged user does not start another daemon if this one does not answer.
     pub(crate) fn uri(&self) -> String {
         let socket = self.socket();
         format!(
@@ -116,7 +145,7 @@ impl Libvirtd {
         )
     }
 
-    /// Where it keeps everything; what QEMU is to use belongs here.
+    /// Returns the directory with all its files, where files for QEMU belong too.
     pub(crate) fn directory(&self) -> &Path {
         self.directory.path()
     }
@@ -126,7 +155,7 @@ impl Libvirtd {
         Ok(kill(Pid::from_raw(i32::try_from(child.id())?), signal)?)
     }
 
-    /// Kills it as a crash would: nothing is said to its clients, domains live on.
+    /// Kills it like a crash: its clients are not notified, and domains continue.
     pub(crate) fn kill(&mut self) -> anyhow::Result<()> {
         let mut child = self.child.take().context("libvirtd does not run")?;
         child.kill()?;
@@ -134,7 +163,7 @@ impl Libvirtd {
         Ok(())
     }
 
-    /// Starts it on the same socket and returns when it answers.
+    /// Restarts it on the same socket and waits until it answers.
     pub(crate) fn restart(&mut self) -> anyhow::Result<()> {
         self.spawn()?;
         let until = Instant::now() + START;
@@ -168,6 +197,17 @@ impl Libvirtd {
                 command.arg("--groups=").arg(root).arg(&self.daemon);
                 command
             }
+            None if self.with_kvm => {
+                let mut command = Command::new("unshare");
+                let mount = format!(
+                    "mount --bind {} /dev/kvm && exec setpriv --reuid={OTHER} --regid={OTHER} \
+                     --clear-groups {}",
+                    self.path("kvm").display(),
+                    self.daemon.display()
+                );
+                command.args(["--mount", "--propagation", "private", "sh", "-c", &mount]);
+                command
+            }
             None => Command::new(&self.daemon),
         };
         command
@@ -183,20 +223,20 @@ impl Libvirtd {
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log);
-        if self.root.is_none() && Uid::effective().is_root() {
-            // The standard library drops the other groups with it.
+        if self.root.is_none() && !self.with_kvm && Uid::effective().is_root() {
+            // The standard library also drops the supplementary groups.
             command.uid(OTHER).gid(OTHER);
         }
         self.child = Some(command.spawn()?);
         Ok(())
     }
 
-    /// Stops it from running, with its sockets open (`SIGSTOP`).
+    /// Stops it with its sockets open (`SIGSTOP`).
     pub(crate) fn freeze(&self) -> anyhow::Result<()> {
         self.signal(Signal::SIGSTOP)
     }
 
-    /// Lets it run on (`SIGCONT`).
+    /// Continues it (`SIGCONT`).
     pub(crate) fn thaw(&self) -> anyhow::Result<()> {
         self.signal(Signal::SIGCONT)
     }
@@ -213,8 +253,8 @@ impl Libvirtd {
         Ok(())
     }
 
-    /// Starts a domain that has nothing to boot from: it stays in its firmware, with so many vCPUs
-    /// possible. Each is one thread of a core of four.
+    /// Starts a domain without a boot device, which stays in its firmware, with this maximum of vCPUs.
+    /// Each is one thread of a core of four.
     pub(crate) fn start_firmware(&self, name: &str, vcpus: u32) -> anyhow::Result<()> {
         let file = self.path(&format!("{name}.xml"));
         let sockets = vcpus.div_ceil(4);
@@ -236,13 +276,13 @@ impl Libvirtd {
         Ok(kill(Pid::from_raw(pid.trim().parse()?), signal)?)
     }
 
-    /// Starts a definition; or what virsh said.
+    /// Starts a definition. The error is that of virsh.
     pub(crate) fn create(&self, xml: &str) -> Result<(), String> {
         self.with_file(xml, &["create"])
     }
 
-    /// Starts a definition, paused, and ends it again; or what virsh and QEMU said. On a slow
-    /// machine libvirt may miss the words of a QEMU that gives up; they are in the domain's log.
+    /// Starts a definition, paused, and destroys it. The error is that of virsh and QEMU: on a slow
+    /// machine libvirt may miss the message of a QEMU that exits, which is in the domain's log.
     pub(crate) fn start_and_end(&self, xml: &str) -> Result<(), String> {
         let log = self.path(&format!("cache/libvirt/qemu/log/{}.log", name_in(xml)));
         fs::remove_file(&log).ok();
@@ -256,7 +296,7 @@ impl Libvirtd {
         Ok(())
     }
 
-    /// Defines a domain and undefines it again; or what virsh said.
+    /// Defines and undefines a domain. The error is that of virsh.
     pub(crate) fn define(&self, xml: &str) -> Result<(), String> {
         self.with_file(xml, &["define"])?;
         let undefined = self.try_virsh(&["undefine", &name_in(xml)]);
@@ -267,7 +307,7 @@ impl Libvirtd {
         Ok(())
     }
 
-    /// A command about a file with this content.
+    /// Runs a command of virsh about a file with this content.
     fn with_file(&self, xml: &str, command: &[&str]) -> Result<(), String> {
         let file = tempfile::NamedTempFile::new_in(self.directory.path()).unwrap();
         fs::write(file.path(), xml).unwrap();
@@ -280,7 +320,7 @@ impl Libvirtd {
         }
     }
 
-    /// Begins to migrate a domain, live, to another one.
+    /// Starts a live migration of a domain to another libvirtd.
     pub(crate) fn migrate(
         &self,
         name: &str,
@@ -302,16 +342,16 @@ impl Libvirtd {
         Ok(Migration { command, words })
     }
 
-    /// Ends a domain.
+    /// Destroys a domain.
     pub(crate) fn end_domain(&self, name: &str) -> anyhow::Result<()> {
         self.virsh(&["destroy", name])?;
         Ok(())
     }
 
-    /// What virsh prints, for comparison.
+    /// Returns the output of virsh, for comparison.
     ///
     /// # Errors
-    /// If it fails: its words, and the daemon's.
+    /// virsh fails; with its output and the daemon's.
     pub(crate) fn virsh(&self, arguments: &[&str]) -> anyhow::Result<String> {
         let output = self.try_virsh(arguments)?;
         ensure!(
@@ -339,7 +379,7 @@ impl Libvirtd {
         self.directory.path().join(below)
     }
 
-    /// Its socket.
+    /// Returns its socket.
     pub(crate) fn socket(&self) -> PathBuf {
         self.path(if self.daemon.ends_with("virtqemud") {
             "run/libvirt/virtqemud-sock"
@@ -348,11 +388,12 @@ impl Libvirtd {
         })
     }
 
-    /// What libvirt learnt of the installed emulators, kept between runs of the tests. libvirt
-    /// itself finds out if it is out of date.
+    /// Returns libvirt's cache of the emulators' capabilities, kept between test runs. libvirt itself
+    /// detects an outdated one.
     fn seed(&self) -> PathBuf {
         let root = self.root.as_deref().map(Path::to_string_lossy);
         let of = root.unwrap_or_default().replace('/', "-");
+        let of = if self.with_kvm { "-kvm".into() } else { of };
         Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("libvirt-capabilities{of}"))
     }
 
@@ -360,7 +401,7 @@ impl Libvirtd {
         self.path("cache/libvirt/qemu/cache/capabilities")
     }
 
-    /// Ends the emulators that are left; libvirt wrote down their process IDs.
+    /// Kills the remaining emulators, by the process IDs in libvirt's files.
     fn end_domains(&self) {
         let Ok(files) = fs::read_dir(self.path("run/libvirt/qemu/run")) else {
             return;
@@ -378,17 +419,17 @@ impl Libvirtd {
     }
 }
 
-/// A migration that is under way.
+/// A migration in progress.
 pub(crate) struct Migration {
     command: Child,
     words: PathBuf,
 }
 
 impl Migration {
-    /// Waits until it is over.
+    /// Waits for its end.
     ///
     /// # Errors
-    /// The domain stayed where it was: with virsh's words.
+    /// The migration failed; with the output of virsh.
     pub(crate) async fn ends(mut self) -> anyhow::Result<()> {
         let ended = async || self.command.try_wait()?.context("the migration goes on");
         let status = eventually(START, ended).await?;
@@ -412,12 +453,12 @@ impl Drop for Libvirtd {
             child.wait().ok();
         }
         self.end_domains();
-        // For the next test, so that it need not ask the emulators again.
+        // Saves the next test the probe of the emulators.
         copy_files(&self.capability_cache(), &self.seed()).ok();
     }
 }
 
-/// The domain's name in a definition.
+/// Returns the domain's name in a definition.
 fn name_in(xml: &str) -> String {
     let name = xml
         .split_once("<name>")
@@ -426,7 +467,7 @@ fn name_in(xml: &str) -> String {
         .expect("it has a name")
 }
 
-/// Hands a directory with all in it to the daemon's user.
+/// Changes the owner of a directory and its content to the daemon's user.
 fn give_away(path: &Path) -> anyhow::Result<()> {
     if !Uid::effective().is_root() {
         return Ok(());
@@ -440,7 +481,7 @@ fn give_away(path: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Copies a directory's files; each is there whole or not at all, whoever copies at the same time.
+/// Copies a directory's files, each atomically, because tests copy concurrently.
 fn copy_files(from: &Path, to: &Path) -> anyhow::Result<()> {
     fs::create_dir_all(to)?;
     let Ok(files) = fs::read_dir(from) else {
@@ -457,7 +498,7 @@ fn copy_files(from: &Path, to: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A program's path as it is within another root.
+/// Returns a program's path within another root.
 fn in_root(root: &Path, program: &str) -> Option<PathBuf> {
     let inside = Path::new("/usr/sbin").join(program);
     let outside = root.join(inside.strip_prefix("/").ok()?);

@@ -3,6 +3,7 @@
 pub(crate) mod backend;
 pub(crate) mod controller;
 pub(crate) mod daemon;
+pub(crate) mod device_domains;
 pub(crate) mod domains;
 pub(crate) mod fake_api;
 pub(crate) mod fake_domains;
@@ -10,6 +11,7 @@ pub(crate) mod guest;
 pub(crate) mod hypervisor;
 pub(crate) mod kube;
 pub(crate) mod kustomize;
+pub(crate) mod label_reference;
 pub(crate) mod libvirtd;
 pub(crate) mod nbd;
 pub(crate) mod operations;

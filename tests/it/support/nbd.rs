@@ -29,23 +29,23 @@ const EIO: u32 = 5;
 pub(crate) struct FailingDisk(Arc<AtomicBool>);
 
 impl FailingDisk {
-    /// Serves it.
+    /// Starts the server.
     pub(crate) fn serve(socket: &Path) -> io::Result<Self> {
         let listener = UnixListener::bind(socket)?;
-        // QEMU may be another user.
+        // QEMU may run as another user.
         fs::set_permissions(socket, fs::Permissions::from_mode(0o666))?;
         let fails = Arc::new(AtomicBool::new(true));
         let shared = Arc::clone(&fails);
         thread::spawn(move || {
             for stream in listener.incoming().flatten() {
-                // Whoever goes away in the middle is gone.
+                // A client that disconnects ends only its own connection.
                 serve(stream, &shared).ok();
             }
         });
         Ok(Self(fails))
     }
 
-    /// From now on it can be read.
+    /// Makes reads succeed.
     pub(crate) fn repair(&self) {
         self.0.store(false, Ordering::SeqCst);
     }
@@ -72,7 +72,7 @@ fn serve(mut stream: UnixStream, fails: &AtomicBool) -> io::Result<()> {
             reply(UNSUPPORTED, &[])?;
             continue;
         }
-        // Of the export: its size, and that it has flags and is read only.
+        // The export's size and flags: it is read-only.
         reply(
             INFORMATION,
             &[&[0, 0][..], &SIZE.to_be_bytes(), &[0, 3]].concat(),

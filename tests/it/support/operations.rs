@@ -1,4 +1,4 @@
-//! Operations that are only noted: what the local API is tested against.
+//! Operations that are only recorded, for tests of the local API.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -9,12 +9,12 @@ use virtnode::hotplug::Verdict;
 use virtnode::operation::{OperationId, Order, Record, State};
 use virtnode::units::Timestamp;
 
-/// When everything happens here.
+/// Time of all operations.
 pub(crate) fn now() -> Timestamp {
     Timestamp::from_millis(1_795_260_166_250)
 }
 
-/// Operations in memory; a test moves them on.
+/// Operations in memory, whose progress a test controls.
 #[derive(Default)]
 pub(crate) struct InMemory(Mutex<Vec<(Order, watch::Sender<Record>)>>);
 
@@ -23,7 +23,7 @@ impl InMemory {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What was asked for so far.
+    /// Returns the submitted orders.
     pub(crate) fn orders(&self) -> Vec<Order> {
         self.all().iter().map(|(order, _)| order.clone()).collect()
     }

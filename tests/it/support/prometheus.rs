@@ -1,4 +1,4 @@
-//! A real Prometheus, which scrapes and judges the rules each second.
+//! A real Prometheus, which scrapes and evaluates the rules each second.
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -18,10 +18,10 @@ use super::kube::process::{Process, free_ports};
 
 const LONG: Duration = Duration::from_secs(60);
 
-/// Where `prometheus` and `promtool` are.
+/// Returns the directory of `prometheus` and `promtool`.
 ///
 /// # Errors
-/// When they are not to be had here.
+/// They are not installed and cannot be downloaded.
 pub(crate) fn programs() -> anyhow::Result<PathBuf> {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/prometheus/unpack.sh");
     let mut command = Command::new(&script);
@@ -45,7 +45,7 @@ pub(crate) struct Prometheus {
 }
 
 impl Prometheus {
-    /// Starts one that scrapes `target` and judges `rules`, and waits until it has scraped thrice.
+    /// Starts a Prometheus that scrapes `target` and evaluates `rules`, and waits for three scrapes.
     pub(crate) async fn start(target: SocketAddr, rules: &Value) -> anyhow::Result<Self> {
         let directory = tempfile::tempdir()?;
         let file = |name: &str| directory.path().join(name);
@@ -89,13 +89,13 @@ impl Prometheus {
         Ok(prometheus)
     }
 
-    /// The result of an expression now.
+    /// Returns the current result of an expression.
     pub(crate) fn query(&self, expression: &str) -> anyhow::Result<Value> {
         let data = self.get(&format!("/api/v1/query?query={}", encoded(expression)))?;
         Ok(data["result"].clone())
     }
 
-    /// The result of an expression over a time until now.
+    /// Returns the results of an expression over a period until now.
     pub(crate) fn query_range(
         &self,
         expression: &str,
@@ -110,18 +110,18 @@ impl Prometheus {
         Ok(data["result"].clone())
     }
 
-    /// The names of all metrics.
+    /// Returns the names of all metrics.
     pub(crate) fn names(&self) -> anyhow::Result<BTreeSet<String>> {
         Ok(serde_json::from_value(
             self.get("/api/v1/label/__name__/values")?,
         )?)
     }
 
-    /// `data` of an answer of its API.
+    /// Returns `data` of an answer of its API.
     pub(crate) fn get(&self, path: &str) -> anyhow::Result<Value> {
         let mut stream = TcpStream::connect(self.address)?;
         stream.set_read_timeout(Some(LONG))?;
-        // 1.0: the answer is not chunked.
+        // HTTP/1.0, so that the answer is not chunked.
         write!(stream, "GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n")?;
         let mut answer = String::new();
         stream.read_to_string(&mut answer)?;

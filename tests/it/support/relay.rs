@@ -1,8 +1,8 @@
-//! A relay in front of libvirtd that counts what libvirt is asked to do, and holds a request or an
-//! answer back: so a test can end the daemon between any two steps, without a hook in it.
+//! A relay in front of libvirtd that counts requests and holds a request or an answer, so that a test
+//! can kill the daemon between any two steps without a hook in it.
 //!
-//! It knows as much of libvirt's protocol as each message begins with (libvirt's
-//! docs/kbase/internals/rpc.rst): six words, of which the length comes first.
+//! It parses only the header of a message (libvirt's docs/kbase/internals/rpc.rst): six words, the
+//! length first.
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
@@ -18,7 +18,7 @@ use anyhow::{Context as _, ensure};
 
 use super::libvirtd::Libvirtd;
 
-/// libvirt's main program; others are for keeping alive and for the monitor.
+/// libvirt's main program; others are for keepalive and the monitor.
 const REMOTE_PROGRAM: u32 = 0x2000_8086;
 
 /// Procedures (libvirt's src/remote/remote_protocol.x).
@@ -28,31 +28,31 @@ pub(crate) const UPDATE_DEVICE: u32 = 174;
 pub(crate) const SET_VCPUS: u32 = 199;
 pub(crate) const GUEST_VCPUS: u32 = 371;
 
-/// No message of libvirt's is longer (`VIR_NET_MESSAGE_MAX`).
+/// Maximum size of a message (`VIR_NET_MESSAGE_MAX`).
 const LONGEST: usize = 32 << 20;
 
-/// For what takes a moment; only a failing test waits so long.
+/// Timeout that only a failing test reaches.
 const LONG: Duration = Duration::from_secs(60);
 
-/// Which message is to be held.
+/// The message to hold.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Hold {
-    /// The next request of this procedure, and whatever comes after it on its connection.
+    /// The next request of this procedure, and all later messages on its connection.
     Request(u32),
     /// The next answer to this procedure.
     Answer(u32),
-    /// After so many more requests everything.
+    /// Everything after this number of further requests.
     After(usize),
 }
 
 #[derive(Default)]
 struct State {
     hold: Option<Hold>,
-    /// How many times there was something to hold.
+    /// Number of holds so far.
     holds: usize,
-    /// How many messages were held by the last.
+    /// Number of messages in the last hold.
     held: usize,
-    /// What becomes of what is held, by the number of the hold: whether it is passed on.
+    /// By the number of the hold: true if its messages are forwarded, false if they are dropped.
     released: BTreeMap<usize, bool>,
     passed: BTreeMap<u32, usize>,
 }
@@ -63,7 +63,7 @@ struct Shared {
     changed: Condvar,
 }
 
-/// The relay; it listens until it is dropped.
+/// The relay, which listens until it is dropped.
 pub(crate) struct Relay {
     shared: Arc<Shared>,
     uri: String,
@@ -77,7 +77,7 @@ enum Direction {
 }
 
 impl Relay {
-    /// Listens beside this libvirtd's socket.
+    /// Listens next to this libvirtd's socket.
     pub(crate) fn start(libvirtd: &Libvirtd) -> anyhow::Result<Self> {
         let path = libvirtd.directory().join("relay");
         let uri = libvirtd.uri();
@@ -96,7 +96,7 @@ impl Relay {
         };
         thread::spawn(move || {
             while let Ok((client, _)) = listener.accept() {
-                // libvirtd may be away: then the client finds its connection closed.
+                // If libvirtd does not run, the connection of the client is closed.
                 if let Ok(libvirt) = UnixStream::connect(&socket) {
                     shared.join(client, libvirt).ok();
                 }
@@ -105,12 +105,12 @@ impl Relay {
         Ok(relay)
     }
 
-    /// Where libvirt is found behind the relay.
+    /// Returns the URI of libvirt through the relay.
     pub(crate) fn uri(&self) -> &str {
         &self.uri
     }
 
-    /// From now on that message is held back.
+    /// Starts to hold this message.
     pub(crate) fn hold(&self, hold: Hold) {
         let mut state = self.shared.lock();
         state.holds += 1;
@@ -118,7 +118,7 @@ impl Relay {
         state.hold = Some(hold);
     }
 
-    /// Passes on what is held, and holds that next.
+    /// Forwards the held messages, and starts to hold this one.
     pub(crate) fn then(&self, hold: Hold) {
         let held = self.shared.lock().holds;
         self.hold(hold);
@@ -126,7 +126,7 @@ impl Relay {
         self.shared.changed.notify_all();
     }
 
-    /// Waits until the message came that is to be held.
+    /// Waits for the message to hold.
     pub(crate) fn holds(&self) -> anyhow::Result<()> {
         let state = self.shared.lock();
         let (state, _) = self
@@ -138,12 +138,12 @@ impl Relay {
         Ok(())
     }
 
-    /// Whether something is held now.
+    /// True if a message is held.
     pub(crate) fn is_holding(&self) -> bool {
         self.shared.lock().held > 0
     }
 
-    /// Passes on what is held, or throws it away with its connection. Nothing more is held.
+    /// Forwards the held messages, or drops them with their connection. Stops holding.
     pub(crate) fn release(&self, pass_on: bool) {
         let mut state = self.shared.lock();
         let holds = state.holds;
@@ -153,7 +153,7 @@ impl Relay {
         self.shared.changed.notify_all();
     }
 
-    /// How many requests of this procedure libvirt got so far.
+    /// Returns the number of requests of this procedure that libvirt received.
     pub(crate) fn passed(&self, procedure: u32) -> usize {
         let state = self.shared.lock();
         state.passed.get(&procedure).copied().unwrap_or(0)
@@ -185,7 +185,7 @@ impl Shared {
             let shared = Arc::clone(self);
             thread::spawn(move || {
                 let ended = shared.pass(from, &to, direction);
-                // Who is gone has nothing more to say; the other end may.
+                // One end closed; the other may still send.
                 let how = match (ended, direction) {
                     (Ok(()), Direction::ToLibvirt) => Shutdown::Write,
                     _ => Shutdown::Both,
@@ -196,7 +196,7 @@ impl Shared {
         Ok(())
     }
 
-    /// Passes messages on until one end is gone.
+    /// Forwards messages until one end closes.
     fn pass(
         &self,
         mut from: UnixStream,
@@ -218,7 +218,7 @@ impl Shared {
         Ok(())
     }
 
-    /// Waits while a message is held; says whether it is to be passed on.
+    /// Waits while a message is held. Returns true if it is to be forwarded.
     fn may_pass(
         &self,
         ours: bool,
@@ -246,7 +246,7 @@ impl Shared {
             None => false,
         };
         if held {
-            // A single message is held once; the next like it is passed on.
+            // Only one message is held; the next of its kind is forwarded.
             if !matches!(state.hold, Some(Hold::After(_))) {
                 state.hold = None;
             }
@@ -268,7 +268,7 @@ impl Shared {
     }
 }
 
-/// The next message with its length; `None` at the end.
+/// Returns the next message with its length; `None` at the end.
 fn read(from: &mut UnixStream) -> io::Result<Option<Vec<u8>>> {
     let mut length = [0; 4];
     match from.read_exact(&mut length) {

@@ -1,5 +1,5 @@
-//! What becomes of what a guest is given, and is asked to give back: each row is asked of a real
-//! libvirt with a real QEMU and Linux, and of the hypervisor in memory, which so stays honest.
+//! Behaviors of guests at a plug and an unplug, each with its verdicts. Every row runs on a real
+//! libvirt with real QEMU and Linux, and on the hypervisor in memory, which keeps the latter correct.
 
 use anyhow::ensure;
 use rstest::rstest;
@@ -7,7 +7,7 @@ use virtnode::hypervisor::DomainBackend;
 
 use Verdict::{
     DomainNotRunning, GuestOffline, GuestRefused, GuestSilent, Infeasible, PartiallyApplied,
-    Verified,
+    Unverifiable, Verified,
 };
 
 use super::*;
@@ -15,6 +15,7 @@ use crate::contract::{self, On, guest, without_agent};
 use crate::support::backend::{Backend, InMemory, NAME, PLAIN, Real, Witness};
 use crate::support::eventually;
 use crate::support::fake_domains::{Blocks, Cpus, FakeGuest};
+use crate::support::guest::Statistics;
 
 #[rstest]
 #[case::onlines_by_itself_with_an_agent(guest(Cpus::Onlines, Blocks::Onlines), vec![
@@ -67,8 +68,25 @@ use crate::support::fake_domains::{Blocks, Cpus, FakeGuest};
 #[case::slots_for_dimms_that_are_left_offline(with_dimms(Blocks::LeavesOffline), vec![
     memory(1024, GuestOffline).says("auto_online_blocks").more(0),
 ])]
+#[case::without_a_statistics_period(with_statistics(Statistics::Off, Blocks::Onlines), vec![
+    memory(1024, Verified).by(&["balloon-stats", "virtio-mem"]).more(512),
+    memory(1024, Verified).by(&["balloon-stats"]),
+    memory(512, Verified).more(0),
+])]
+#[case::without_a_statistics_period_and_left_offline(with_statistics(Statistics::Off, Blocks::LeavesOffline), vec![
+    memory(1024, GuestOffline).says("echo online > $state").more(0),
+    memory(1024, GuestOffline).says("are missing").more(0),
+])]
+#[case::with_a_statistics_period_beyond_the_deadline(with_statistics(Statistics::Every(60), Blocks::Onlines), vec![
+    memory(1024, Verified).within(20).by(&["balloon-stats"]).more(512),
+])]
+#[case::without_a_balloon(with_statistics(Statistics::NoBalloon, Blocks::LeavesOffline), vec![
+    memory(1024, Unverifiable).says("<memballoon model='virtio'>").more(0),
+    memory(1024, Unverifiable).says("<memballoon model='virtio'>").more(0),
+    memory(512, Verified).more(0),
+])]
 #[tokio::test]
-async fn a_guest_gets_the_verdict_that_is_true(
+async fn each_guest_behavior_yields_its_true_verdict(
     #[case] guest: FakeGuest,
     #[case] steps: Vec<Step>,
     #[values(On::Memory, On::Libvirt)] on: On,
@@ -79,6 +97,13 @@ async fn a_guest_gets_the_verdict_that_is_true(
     }
 }
 
+fn with_statistics(statistics: Statistics, blocks: Blocks) -> FakeGuest {
+    FakeGuest {
+        statistics,
+        ..guest(Cpus::Onlines, blocks)
+    }
+}
+
 fn with_dimms(blocks: Blocks) -> FakeGuest {
     FakeGuest {
         memory: MorePossible::Dimms,
@@ -86,7 +111,7 @@ fn with_dimms(blocks: Blocks) -> FakeGuest {
     }
 }
 
-/// One thing asked for, and what comes of it.
+/// A request and its expected result.
 struct Step {
     request: HotplugRequest,
     verdict: Verdict,
@@ -96,45 +121,45 @@ struct Step {
     proof: &'static [&'static str],
     uses: Option<&'static str>,
     has: Option<&'static str>,
-    /// How much more the guest has than when it booted, in MiB.
+    /// Memory of the guest beyond that at boot, in MiB.
     more: Option<u64>,
 }
 
 impl Step {
-    /// It is asked for while the domain is paused.
+    /// Submits the request while the domain is paused.
     fn paused(self) -> Self {
         let paused = true;
         Self { paused, ..self }
     }
 
-    /// There must be a verdict within so many seconds.
+    /// Expects the verdict within this number of seconds.
     fn within(self, within: u64) -> Self {
         Self { within, ..self }
     }
 
-    /// The message or the diagnosis says so.
+    /// Expects this text in the message or the diagnosis.
     fn says(self, says: &'static str) -> Self {
         Self { says, ..self }
     }
 
-    /// There is evidence of these kinds.
+    /// Expects evidence from these sources.
     fn by(self, proof: &'static [&'static str]) -> Self {
         Self { proof, ..self }
     }
 
-    /// The guest says itself that it uses these CPUs.
+    /// Expects the guest to report these CPUs as online.
     fn uses(self, cpus: &'static str) -> Self {
         let uses = Some(cpus);
         Self { uses, ..self }
     }
 
-    /// The guest says itself that it has no other CPUs, used or not.
+    /// Expects the guest to report no other CPUs, online or offline.
     fn has(self, cpus: &'static str) -> Self {
         let has = Some(cpus);
         Self { has, ..self }
     }
 
-    /// The guest says itself that it has so much more than at boot.
+    /// Expects the guest to report this much more memory than at boot.
     fn more(self, mib: u64) -> Self {
         let more = Some(mib);
         Self { more, ..self }
@@ -166,7 +191,7 @@ fn onlined(count: u32, verdict: Verdict) -> Step {
 
 fn memory(mib: u64, verdict: Verdict) -> Step {
     let size = Bytes::from_mib(mib).unwrap();
-    step(HotplugRequest::Memory { size }, verdict)
+    step(HotplugRequest::Memory { size, force: false }, verdict)
 }
 
 async fn row<B: Backend>(like: FakeGuest, steps: Vec<Step>) {
@@ -193,7 +218,7 @@ async fn row<B: Backend>(like: FakeGuest, steps: Vec<Step>) {
         let untouched = [Infeasible, DomainNotRunning].contains(&step.verdict);
         let after = counted(&backend).await;
         if let HotplugRequest::Vcpus { count, online } = step.request {
-            // libvirt agrees with what is said to be so, and was not bothered for nothing.
+            // libvirt reports the same amount, and received no needless call.
             assert_eq!(after, if untouched { before } else { count });
             assert!(!called || online || count != before, "{record:#?}");
         }
@@ -212,7 +237,7 @@ async fn row<B: Backend>(like: FakeGuest, steps: Vec<Step>) {
             let (least, most) = (more - more / 42, more + 20);
             let at_least = boot.saturating_add(Bytes::from_mib(least).unwrap());
             let at_most = boot.saturating_add(Bytes::from_mib(most).unwrap());
-            // It says so a moment later.
+            // The guest reports it a moment later.
             eventually(LONG, async || {
                 let total = guest.total();
                 ensure!(total >= at_least && total <= at_most, "{boot} → {total}");
@@ -227,7 +252,7 @@ async fn row<B: Backend>(like: FakeGuest, steps: Vec<Step>) {
     }
 }
 
-/// How many vCPUs the hypervisor counts.
+/// Returns the hypervisor's number of vCPUs.
 async fn counted<B: Backend>(backend: &B) -> u32 {
     let control = backend.control();
     let id = control.find(NAME).await.unwrap();
@@ -235,7 +260,8 @@ async fn counted<B: Backend>(backend: &B) -> u32 {
     seen.live.unwrap().domain.vcpus.plugged()
 }
 
-/// How much of what was to be given back the guest has by the record, in MiB: some, and not all.
+/// Returns the memory that the guest did not return, by the record, in MiB: more than none and less
+/// than all.
 fn left(record: &Record) -> u64 {
     let Some(Amount::Memory { memory, .. }) = record.after else {
         panic!("{record:#?}");
@@ -251,15 +277,15 @@ fn left(record: &Record) -> u64 {
 
 #[rstest]
 #[tokio::test]
-async fn refuses_to_give_a_cpu_up_and_lets_it_go_later(#[values(On::Memory, On::Libvirt)] on: On) {
+async fn cpu_released_after_refusal_corrects_verdict(#[values(On::Memory, On::Libvirt)] on: On) {
     match on {
         On::Memory => refusal::<InMemory>().await,
         On::Libvirt => refusal::<Real>().await,
     }
 }
 
-/// The verdict comes with the guest's answer: libvirt waits for 5 s more and then says only that
-/// it timed out.
+/// The verdict follows the guest's answer: libvirt waits for another 5 s and then reports only a
+/// timeout.
 async fn refusal<B: Backend>() {
     let backend = B::start().await;
     let node = contract::Node::new(&backend, Options::default());
@@ -281,7 +307,7 @@ async fn refusal<B: Backend>() {
     assert!(took < Duration::from_secs(1), "{took:?}");
     guest.uses("0-2").await;
 
-    // Now it could, and somebody else asks it to.
+    // The guest can release it now, and another client requests it.
     guest.gives_in(2).await;
     let verified = |record: &Record| record.verdict == Some(Verified);
     let record = node.becomes(&id, verified).await;

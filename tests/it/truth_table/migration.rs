@@ -1,10 +1,9 @@
-//! What comes of operations when their domain goes to another node; here that is another libvirtd
-//! on the same machine.
+//! Operations on a domain that migrates to another node: a second libvirtd on the same machine.
 
 use super::*;
 use crate::support::eventually;
 
-/// So slow (1 MiB a second) that it goes on until it is told otherwise.
+/// Bandwidth of 1 MiB/s, at which a migration does not end by itself.
 const SLOWLY: [&str; 2] = ["--bandwidth", "1"];
 
 /// Waits until a migration has begun.
@@ -17,10 +16,10 @@ async fn begins(node: &Node) {
     eventually(LONG, begun).await.unwrap();
 }
 
-/// First it stays after all, then it goes while evidence is awaited, and in the end it comes back
-/// while an operation waits for its turn.
+/// First the migration is aborted, then it ends while the operation awaits evidence, and at last the
+/// domain migrates back while an operation waits for its turn.
 #[tokio::test]
-async fn migrated_in_the_middle_and_before_its_turn() {
+async fn migration_during_or_before_an_operation_decides_its_verdict() {
     let (node, there) = (Node::start().await, Node::start().await);
     let guest = node.guest(words("lab.cpus=online lab.virtio_mem=no")).await;
     let others = &there.libvirtd;
@@ -44,13 +43,13 @@ async fn migrated_in_the_middle_and_before_its_turn() {
     says(&record, "during the operation: migrated to another node");
     assert!(record.finished < Some(record.deadline));
     migration.unwrap().ends().await.unwrap();
-    // The journal says so too, and asking here again says what is so.
+    // The journal has the same record, and a new request here does not find the domain.
     assert_eq!(node.executor.operation(&id), Some(record));
     is(&node.ask(vcpus(2)).await, Verdict::DomainNotFound);
-    // It runs on over there, with what it has taken.
+    // The domain runs on the other node with its vCPUs.
     let record = there.ask(vcpus(3)).await;
     is(&record, Verdict::Verified);
-    // By its agent, or by vCPU time where that is not connected again yet.
+    // By its agent, or by vCPU time if the agent is not connected again yet.
     says(&record, "3 vCPUs plugged already, all 3 ");
 
     let migration = others.migrate("guest", &node.libvirtd, &SLOWLY).unwrap();
@@ -59,7 +58,7 @@ async fn migrated_in_the_middle_and_before_its_turn() {
     there
         .awaits(&id, "a migration of the domain to another node")
         .await;
-    // What is said of its speed before it has begun in earnest is forgotten.
+    // libvirt drops a speed that is set before the migration has really started.
     let faster = async || {
         others.virsh(&["migrate-setspeed", "guest", "4096"]).ok();
         let record = there.executor.operation(&id).unwrap();
@@ -68,7 +67,7 @@ async fn migrated_in_the_middle_and_before_its_turn() {
     };
     let record = eventually(LONG, faster).await.unwrap();
     is(&record, Verdict::DomainNotRunning);
-    // Whether it was seen to go, or seen to be gone: its definition is still here.
+    // Observed during or after the migration: the definition still exists here.
     says(&record, " to another node");
     migration.ends().await.unwrap();
     assert_eq!(node.counted(), 3);

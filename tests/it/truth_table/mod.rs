@@ -1,13 +1,14 @@
-//! The truth table of verified hotplug, row by row, on real QEMU with real Linux guests: the
-//! verdict is what really happened in the guest, whose own word on its console is the witness.
+//! The truth table of verified hotplug on real QEMU with real Linux guests. Each verdict is compared
+//! with what the guest itself reports on its console.
 //!
-//! The rows of `guests.rs` are asked of the hypervisor in memory as well, which so stays honest.
-//! Two rows are elsewhere: virtnode killed with -9 at each step in `killed.rs`; and there is none
-//! for a number of vCPUs that is no multiple, since x86, which the lab's guests are, plugs single
-//! threads whatever the topology (libvirt: `qemuValidateDefGetVcpuHotplugGranularity`). That is
-//! tested on the XML of a pseries guest, in the core.
+//! The rows of `guests.rs` also run on the hypervisor in memory, which keeps it correct. `killed.rs`
+//! kills virtnode with -9 at each step. No row has a number of vCPUs that is not a multiple of the
+//! granularity: x86, the architecture of the lab's guests, plugs single threads whatever the topology
+//! (libvirt: `qemuValidateDefGetVcpuHotplugGranularity`). A test of the core covers it with the XML
+//! of a pseries guest.
 
 mod guests;
+mod memory;
 mod migration;
 mod trouble;
 
@@ -27,11 +28,11 @@ use virtnode::units::Bytes;
 use crate::support::guest::{Guest, GuestConfig, MorePossible};
 use crate::support::libvirtd::Libvirtd;
 
-/// What a guest has in all before anything is added.
+/// Memory of a guest at boot.
 const BOOT: &str = "512MiB";
 const MORE: &str = "1GiB";
 
-/// For what has no deadline of its own; only a failing test waits so long.
+/// Timeout that only a failing test reaches.
 const LONG: Duration = Duration::from_secs(120);
 
 /// A node: a libvirtd and an executor on it.
@@ -53,7 +54,7 @@ impl Node {
         }
     }
 
-    /// Ends the executor in the middle of whatever it does, and starts another on its journal.
+    /// Aborts the executor, and starts another one on its journal.
     async fn start_anew(&mut self) {
         self.executor.stop().await;
         self.executor = start(&self.libvirtd, self.state.path()).await;
@@ -89,12 +90,12 @@ impl Node {
         record.unwrap().unwrap().clone()
     }
 
-    /// Waits until the guest is seen to have CPUs that it does not use.
+    /// Waits until the executor observes CPUs that the guest leaves offline.
     async fn sees_offline(&self, id: &OperationId) {
         self.awaits(id, "online").await;
     }
 
-    /// Waits until an operation waits for that.
+    /// Waits until an operation awaits this.
     async fn awaits(&self, id: &OperationId, what: &str) {
         let awaited = |record: &Record| {
             let awaiting = record.awaiting.as_ref();
@@ -109,7 +110,7 @@ impl Node {
         self.ends(&id).await
     }
 
-    /// How many vCPUs libvirt counts.
+    /// Returns libvirt's number of vCPUs.
     fn counted(&self) -> u32 {
         let count = self.libvirtd.virsh(&["vcpucount", "guest", "--live"]);
         count.unwrap().trim().parse().unwrap()
@@ -131,6 +132,7 @@ fn order(domain: &str, request: HotplugRequest) -> Order {
         domain: domain.parse().unwrap(),
         request,
         require: Require::Online,
+        persistent: false,
         timeout: Duration::from_secs(30),
         idempotency_key: None,
         asked_by: AskedBy::Local { uid: 0 },
@@ -144,7 +146,7 @@ fn vcpus(count: u32) -> HotplugRequest {
 
 fn memory(size: &str) -> HotplugRequest {
     let size: Bytes = size.parse().unwrap();
-    HotplugRequest::Memory { size }
+    HotplugRequest::Memory { size, force: false }
 }
 
 fn words(words: &str) -> GuestConfig<'_> {
@@ -154,7 +156,7 @@ fn words(words: &str) -> GuestConfig<'_> {
     }
 }
 
-/// The record has this verdict, or the test fails with all of it.
+/// Asserts the verdict of a record.
 #[track_caller]
 fn is(record: &Record, verdict: Verdict) {
     assert_eq!(record.verdict, Some(verdict), "{record:#?}");
@@ -171,7 +173,7 @@ fn has_evidence(record: &Record, source: &str) {
     last_evidence(record, source);
 }
 
-/// The last that this source told.
+/// Returns the last evidence from this source.
 #[track_caller]
 fn last_evidence<'r>(record: &'r Record, source: &str) -> &'r Evidence {
     let of_source = |piece: &&Evidence| piece.source.as_str() == source;

@@ -1,4 +1,4 @@
-//! What comes between, and many at once.
+//! Faults during an operation, and many operations at once.
 
 use std::thread;
 
@@ -9,7 +9,7 @@ use crate::support::eventually;
 use crate::support::nbd::FailingDisk;
 
 #[tokio::test]
-async fn destroyed_in_the_middle() {
+async fn domain_destroyed_during_operation_is_not_running() {
     let node = Node::start().await;
     let _guest = node.guest(words("lab.cpus=offline")).await;
     let id = node.submit(vcpus(3)).await;
@@ -21,19 +21,19 @@ async fn destroyed_in_the_middle() {
 }
 
 #[tokio::test]
-async fn rebooted_in_the_middle() {
+async fn guest_reset_during_operation_boots_with_its_vcpus() {
     let node = Node::start().await;
     let guest = node.guest(words("lab.cpus=offline")).await;
     let id = node.submit(vcpus(3)).await;
     node.sees_offline(&id).await;
     node.libvirtd.virsh(&["reset", "guest"]).unwrap();
-    // It boots with all that is plugged.
+    // The guest boots with all plugged vCPUs.
     is(&node.ends(&id).await, Verdict::Verified);
     guest.sees(|guest| guest.online == "0-2").await.unwrap();
 }
 
 #[tokio::test]
-async fn libvirtd_stands_still_in_the_middle() {
+async fn libvirtd_frozen_during_operation_only_delays_verdict() {
     let node = Node::start().await;
     let guest = node.guest(words("lab.cpus=online lab.after=4")).await;
     let id = node.submit(vcpus(3)).await;
@@ -45,10 +45,10 @@ async fn libvirtd_stands_still_in_the_middle() {
 }
 
 #[tokio::test]
-async fn virtnode_and_libvirtd_start_anew_in_the_middle() {
+async fn restart_of_virtnode_and_libvirtd_repeats_no_call() {
     let mut node = Node::start().await;
     let config = words("lab.cpus=online lab.after=4");
-    // The guest outlives its node's borrowers: it ends with the libvirtd.
+    // Not dropped here, because `node` is borrowed mutably below: the guest ends with libvirtd.
     std::mem::forget(Guest::start(&node.libvirtd, &config).await.unwrap());
     let id = node.submit(vcpus(3)).await;
     node.sees_offline(&id).await;
@@ -64,10 +64,9 @@ async fn virtnode_and_libvirtd_start_anew_in_the_middle() {
     assert_eq!(calls.count(), 1, "{record:#?}");
 }
 
-/// A domain that is saved ends, and goes on where it was when it is restored; an emulator that
-/// crashes takes its guest with it.
+/// A saved domain ends, and continues when it is restored; a crashed emulator ends its guest.
 #[tokio::test]
-async fn saved_or_crashed_in_the_middle() {
+async fn domain_saved_or_crashed_during_operation_is_not_running() {
     let node = Node::start().await;
     let _guest = node.guest(words("lab.cpus=offline")).await;
     let file = node.libvirtd.directory().join("home/saved");
@@ -81,7 +80,7 @@ async fn saved_or_crashed_in_the_middle() {
     is(&node.ask(vcpus(3)).await, Verdict::DomainNotFound);
 
     node.libvirtd.virsh(&["restore", &file]).unwrap();
-    // The guest says nothing new on its console: its agent is its witness.
+    // The restored guest prints nothing on its console, so its agent is queried.
     let agent_is_back = async || {
         let vcpus = node.libvirtd.virsh(&["guestvcpus", "guest"])?;
         anyhow::ensure!(vcpus.contains("0-1"), "{vcpus}");
@@ -97,7 +96,26 @@ async fn saved_or_crashed_in_the_middle() {
 }
 
 #[tokio::test]
-async fn shut_off_by_the_guest_itself_in_the_middle() {
+async fn panic_of_the_guests_kernel_is_not_running() {
+    let node = Node::start().await;
+    let config = GuestConfig {
+        panic: true,
+        ..words("lab.cpus=offline")
+    };
+    let guest = node.guest(config).await;
+    let id = node.submit(vcpus(3)).await;
+    node.sees_offline(&id).await;
+    let panic = "echo 1 > /proc/sys/kernel/sysrq; echo c > /proc/sysrq-trigger";
+    // The agent ends with the kernel, often before it answers.
+    guest.runs("/bin/busybox", &["sh", "-c", panic]).ok();
+    let record = node.ends(&id).await;
+    is(&record, Verdict::DomainNotRunning);
+    says(&record, "crashed");
+    assert!(record.finished < Some(record.deadline));
+}
+
+#[tokio::test]
+async fn guest_shutdown_during_operation_is_not_running() {
     let node = Node::start().await;
     let guest = node.guest(words("lab.cpus=offline")).await;
     let id = node.submit(vcpus(3)).await;
@@ -109,9 +127,9 @@ async fn shut_off_by_the_guest_itself_in_the_middle() {
     assert!(record.finished < Some(record.deadline));
 }
 
-/// It cannot go on by itself: nobody waits for that, and the message says what to do.
+/// Such a pause does not end by itself: the operation does not wait, and its message has the remedy.
 #[tokio::test]
-async fn paused_by_a_disk_that_cannot_be_read() {
+async fn domain_paused_by_io_error_is_rejected_with_remedy() {
     let node = Node::start().await;
     let socket = node.libvirtd.directory().join("disk");
     let disk = FailingDisk::serve(&socket).unwrap();
@@ -130,7 +148,7 @@ async fn paused_by_a_disk_that_cannot_be_read() {
         anyhow::ensure!(state.contains("I/O error"), "{state}");
         Ok(())
     };
-    // Its firmware looks there for something to boot.
+    // The firmware reads the disk to find a boot loader.
     eventually(LONG, paused).await.unwrap();
     let record = node.ask(vcpus(2)).await;
     is(&record, Verdict::DomainNotRunning);
@@ -150,9 +168,9 @@ async fn paused_by_a_disk_that_cannot_be_read() {
     is(&node.ends(&id).await, Verdict::Verified);
 }
 
-/// On x86 each thread can be plugged by itself, whatever the topology.
+/// On x86 each thread can be plugged separately, whatever the topology.
 #[tokio::test]
-async fn cores_with_two_threads() {
+async fn each_thread_of_a_core_is_plugged_by_itself() {
     let node = Node::start().await;
     node.libvirtd.start_firmware("guest", 8).unwrap();
     for count in [2, 5] {
@@ -167,7 +185,7 @@ async fn cores_with_two_threads() {
 }
 
 #[tokio::test]
-async fn two_requests_for_one_domain_at_once() {
+async fn concurrent_requests_for_one_domain_run_in_order() {
     let node = Node::start().await;
     let guest = node.guest(words("lab.cpus=online")).await;
     let first = node.submit(vcpus(4)).await;
@@ -180,10 +198,10 @@ async fn two_requests_for_one_domain_at_once() {
     guest.sees(|guest| guest.online == "0-2").await.unwrap();
 }
 
-/// One of 20 emulators stands still. The others have their verdicts before it goes on, and before
-/// any deadline.
+/// One of 20 emulators is stopped. The other domains get their verdicts before it continues, and
+/// before any deadline.
 #[tokio::test]
-async fn twenty_domains_at_once_with_one_of_them_stuck() {
+async fn stuck_domain_delays_none_of_nineteen_others() {
     const OTHERS: u32 = 19;
     let node = Node::start().await;
     let names: Vec<String> = (0..=OTHERS).map(|number| format!("vm{number}")).collect();

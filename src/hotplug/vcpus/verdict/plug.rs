@@ -34,8 +34,14 @@ impl VcpuRules<'_> {
         }
         match self.facts.guest {
             Some(guest) if !guest.offline().is_empty() => self.offline(&guest.offline(), online),
+            Some(guest) if guest.online.len() == self.count => {
+                self.wait_or(self.silent(), "the new vCPUs to run in the guest")
+            }
             Some(_) => self.wait_or(self.silent(), "the guest to take the vCPUs"),
-            None => self.without_agent(),
+            None => match self.unqueried() {
+                Some(finding) => self.wait_or(finding, "the guest agent to be queried"),
+                None => self.without_agent(),
+            },
         }
     }
 
@@ -50,7 +56,7 @@ impl VcpuRules<'_> {
                 .next()
                 .and_then(|id| facts.answers.get(&id))
                 .map_or("failure", |(.., ost)| ost.status_text());
-            let message = format!("the guest refused vCPUs {refused}");
+            let message = format!("the guest refused {}", refused.named("vCPU"));
             return Some(
                 self.partial_or(Verdict::GuestRefused, message)
                     .because(diagnosis::not_added(&refused, status)),
@@ -70,6 +76,20 @@ impl VcpuRules<'_> {
         let may_come = !guest.offline().is_empty() && latest.at < confirmed.after(patience.offline);
         if may_come && !self.over {
             return None;
+        }
+        // It took every new CPU and lacks some that libvirt counted before.
+        let added = self.facts.added.len();
+        let had = self.history.before.guest().map(|guest| guest.vcpus.len());
+        if let Some(had) = had.filter(|had| *had < self.before && has >= had.saturating_add(added))
+        {
+            let message = format!(
+                "the guest has {has} of the {} that libvirt counts, and had {had} of {} before",
+                self.count, self.before
+            );
+            return Some(
+                self.partial_or(Verdict::GuestSilent, message)
+                    .because(diagnosis::fewer_than_counted()),
+            );
         }
         let message = format!(
             "the guest has {} of the {} that are plugged: it dropped the others",
@@ -134,7 +154,7 @@ impl VcpuRules<'_> {
                     .because(diagnosis),
             );
         }
-        let awaiting = format!("the guest to bring CPUs {offline} online");
+        let awaiting = format!("the guest to bring {} online", offline.named("CPU"));
         Ruling::wait_until_observed_after(awaiting, until, self.now)
     }
 
@@ -174,7 +194,7 @@ impl VcpuRules<'_> {
                     Verdict::Unverifiable,
                     "the guest confirmed the vCPUs, and no source shows if it uses them",
                 )
-                .because(diagnosis::no_source(&self.tried())),
+                .because(diagnosis::no_source(&self.tried(), self.agent())),
             );
         }
         let idle: IdSet = facts.added.without(&facts.running);
@@ -184,10 +204,27 @@ impl VcpuRules<'_> {
             return Ruling::wait("the other vCPUs to run in the guest");
         }
         let idle = if idle.is_empty() { self.idle() } else { idle };
-        let message = format!("the guest confirmed the vCPUs, and {idle} have not been running");
+        let message = format!("the guest confirmed the vCPUs, and {}", not_running(&idle));
         Ruling::Conclude(
             self.partial_or(Verdict::GuestOffline, message)
-                .because(diagnosis::never_ran(&idle)),
+                .because(diagnosis::never_ran(&idle, self.agent())),
+        )
+    }
+
+    fn agent(&self) -> &Agent {
+        &self.history.latest().agent
+    }
+
+    /// Returns the finding if the agent could not be asked: the other sources then do not count
+    /// against the guest.
+    fn unqueried(&self) -> Option<Conclusion> {
+        let Agent::NotQueried(why) = self.agent() else {
+            return None;
+        };
+        let message = "libvirt plugged the vCPUs, and the guest agent was not queried";
+        Some(
+            self.partial_or(Verdict::Unverifiable, message.to_owned())
+                .because(diagnosis::not_queried(why)),
         )
     }
 
@@ -202,7 +239,7 @@ impl VcpuRules<'_> {
         let tried = self.tried();
         let contradicts =
             |guest: &&GuestVcpus| guest.vcpus.len() > self.count || guest.online.len() > self.count;
-        if let Some(guest) = facts.guest.filter(contradicts) {
+        if let Some(guest) = facts.guest.or(facts.false_claim).filter(contradicts) {
             return Conclusion::new(
                 Verdict::Unverifiable,
                 format!(
@@ -212,21 +249,33 @@ impl VcpuRules<'_> {
                 ),
             );
         }
+        let all_online = |guest: &GuestVcpus| guest.online.len() == self.count;
+        if facts.guest.is_some_and(all_online) && !facts.never_ran.is_empty() {
+            return Conclusion::new(
+                Verdict::Unverifiable,
+                format!(
+                    "the guest agent reports {count} CPUs online, and {} never ran",
+                    facts.never_ran.named("vCPU"),
+                    count = self.count
+                ),
+            )
+            .because(diagnosis::contradicted(&facts.never_ran));
+        }
         let sources = facts.guest.is_some() || facts.counts_time || self.history.monitor_events;
         if !sources {
             return Conclusion::new(
                 Verdict::Unverifiable,
                 "libvirt plugged the vCPUs, and this domain has no other source of evidence",
             )
-            .because(diagnosis::no_source(&tried));
+            .because(diagnosis::no_source(&tried, self.agent()));
         }
         if self.count == self.before && facts.guest.is_none() {
             let idle = self.idle();
             return Conclusion::new(
                 Verdict::GuestSilent,
-                format!("the vCPUs are plugged, and {idle} have not been running"),
+                format!("the vCPUs are plugged, and {}", not_running(&idle)),
             )
-            .because(diagnosis::never_ran(&idle));
+            .because(diagnosis::never_ran(&idle, self.agent()));
         }
         let nothing_called = self.count == self.before && self.history.calls().is_empty();
         if let Some(guest) = facts.guest.filter(|_| nothing_called) {
@@ -274,8 +323,13 @@ impl VcpuRules<'_> {
         let facts = &self.facts;
         let latest = self.history.latest();
         let agent = match (&latest.agent, latest.domain.agent.may_answer()) {
+            (Agent::Answered(_), _) if facts.false_claim.is_some() => {
+                "the guest agent claims CPUs that the domain does not have"
+            }
             (Agent::Answered(_), _) => "the guest agent answers",
             (Agent::Silent(_), _) => "the guest agent does not answer",
+            (Agent::Refused(_), _) => "the guest agent rejects guest-get-vcpus",
+            (Agent::NotQueried(_), _) => "the guest agent was not queried",
             (_, true) => "the guest agent was not asked",
             (_, false) => "no guest agent",
         };
@@ -291,6 +345,11 @@ impl VcpuRules<'_> {
         };
         format!("{agent}, {ost}, {time}")
     }
+}
+
+fn not_running(idle: &IdSet) -> String {
+    let verb = if idle.len() == 1 { "has" } else { "have" };
+    format!("{} {verb} not been running", idle.named("vCPU"))
 }
 
 fn is_online(call: &Call) -> bool {

@@ -15,7 +15,7 @@ impl VcpuRules<'_> {
         if !facts.kept.is_empty() {
             let status = facts.kept.iter().find_map(|id| facts.answers.get(&id));
             let status = status.map_or("failure", |(.., ost)| ost.status_text());
-            let message = format!("the guest keeps vCPUs {} ({status})", facts.kept);
+            let message = format!("the guest keeps {} ({status})", facts.kept.named("vCPU"));
             let diagnosis = diagnosis::kept(&facts.kept, status);
             return Ruling::Conclude(
                 self.partial_unplug_or(Verdict::GuestRefused, message)

@@ -10,7 +10,7 @@ use virtnode::hypervisor::{
 };
 use virtnode::units::{Bytes, KiB};
 
-use super::{Blocks, Cpus, DIMM, FakeControl, FakeDomain, LINUX_BLOCK, MIB, PLUG};
+use super::{AGENT_ANSWER, Blocks, Cpus, DIMM, FakeControl, FakeDomain, LINUX_BLOCK, MIB, PLUG};
 
 fn failed(call: &'static str, number: u32, message: &str) -> CallError {
     CallError::Failed {
@@ -65,10 +65,16 @@ impl DomainBackend for FakeControl {
                 self.change(&name, FakeDomain::bring_online);
                 error.map_or(Ok(()), Err)
             }
-            Action::ResizeVirtioMem { alias, requested } => {
-                self.resize_virtio_mem(domain, alias, *requested).await
-            }
+            Action::ResizeVirtioMem {
+                alias, requested, ..
+            } => self.resize_virtio_mem(domain, alias, *requested).await,
             Action::AttachDimm { alias, size, .. } => self.attach_dimm(domain, alias, *size).await,
+            Action::SetStatsPeriod { seconds, .. } => {
+                let call = format!("set-stats-period {} {seconds}", domain.name);
+                let (name, error) = self.begin(call, domain).await?;
+                self.change(&name, |domain| domain.set_period(self.started, *seconds));
+                error.map_or(Ok(()), Err)
+            }
         }
     }
 
@@ -109,7 +115,11 @@ impl FakeControl {
         self.question().await?;
         let (_, have) = self.find_ref(domain)?;
         if have.guest.agent_hangs {
-            std::future::pending::<()>().await;
+            sleep(AGENT_ANSWER).await;
+            return Err(CallError::AgentSilent {
+                call: "guest-vcpus".into(),
+                text: "guest agent command timed out".to_owned(),
+            });
         }
         if have.guest.agent {
             Ok(GuestVcpus {
@@ -133,7 +143,7 @@ impl FakeControl {
 
     async fn set_vcpus(&self, domain: &DomainRef, vcpus: u32) -> Result<(), CallError> {
         let (me, domain) = (self.me.upgrade().unwrap(), domain.clone());
-        // What has begun goes on when nobody waits for it any more.
+        // A call continues if its caller stops waiting.
         let work = tokio::spawn(async move {
             let call = format!("set-vcpus {} {vcpus}", domain.name);
             let (name, error) = me.begin(call, &domain).await?;
@@ -208,7 +218,7 @@ impl FakeControl {
         let plugged = self.change(&name, |domain| {
             let slot = (0..4).find(|slot| !domain.dimms.contains_key(slot))?;
             domain.dimms.insert(slot, (alias.clone(), size));
-            // Linux says yes to every DIMM.
+            // Linux confirms every DIMM.
             if domain.guest.blocks == Blocks::Onlines && size.is_multiple_of(LINUX_BLOCK) {
                 domain.total += size;
             }

@@ -1,23 +1,22 @@
 //! The table of all label keys for operators. A test compares it with the derived labels and
 //! generates docs/labels.md from it.
 
-use super::{LabelKey, Schema};
+use virtnode::label::{LabelKey, Schema};
 
 /// The description of one label key or of a family of keys.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct LabelEntry {
+pub(crate) struct LabelEntry {
     /// Never [`Schema::Both`].
-    pub schema: Schema,
+    pub(crate) schema: Schema,
     /// `<…>` stands for a name from libvirt.
-    pub key: &'static str,
+    pub(crate) key: &'static str,
     /// The possible values.
-    pub value: &'static str,
-    pub meaning: &'static str,
+    pub(crate) value: &'static str,
+    pub(crate) meaning: &'static str,
 }
 
 impl LabelEntry {
     /// True if this entry describes the key.
-    pub fn describes(&self, key: &LabelKey) -> bool {
+    pub(crate) fn describes(&self, key: &LabelKey) -> bool {
         let Some((prefix, name)) = self.key.split_once('/') else {
             return false;
         };
@@ -51,7 +50,7 @@ const fn kubevirt(key: &'static str, value: &'static str, meaning: &'static str)
     }
 }
 
-pub const REFERENCE: &[LabelEntry] = &[
+pub(crate) const REFERENCE: &[LabelEntry] = &[
     native(
         "machine.virtnode.io/<machine type>",
         "a number, or `unknown`",
