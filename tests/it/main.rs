@@ -33,6 +33,7 @@ mod killed;
 mod kube_server;
 mod lab;
 mod labeller;
+mod launcher_lab;
 mod libvirt;
 mod manifests;
 mod monitor;
