@@ -3,6 +3,9 @@
 //! [`Settings`] is one layer as written, with every field optional. [`Config`] is the validated
 //! merge of all layers.
 
+mod launchers;
+
+pub use self::launchers::{LauncherConfig, LauncherSettings};
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::ops::RangeInclusive;
@@ -17,6 +20,9 @@ use crate::label::{Policy, Schema};
 
 /// The configuration file that is read if no other is named. It may be missing.
 pub const DEFAULT_PATH: &str = "/etc/virtnode/config.yaml";
+
+/// The word for `connect` on a machine without a libvirt of its own: an empty URI has another meaning.
+const NO_LIBVIRT: &str = "none";
 
 /// Maximum size of a configuration file.
 const MAX_BYTES: u64 = 1024 * 1024;
@@ -83,7 +89,7 @@ pub enum LogFormat {
 #[derive(Debug, Clone, Default, Deserialize, Args)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct Settings {
-    /// libvirt connection URI [default: qemu:///system]
+    /// libvirt connection URI, or none [default: qemu:///system]
     #[arg(
         short = 'c',
         long,
@@ -186,6 +192,9 @@ pub struct Settings {
 
     #[arg(skip)]
     pub hotplug: HotplugSettings,
+
+    #[arg(skip)]
+    pub launchers: LauncherSettings,
 }
 
 /// The file's section `labels`.
@@ -224,7 +233,8 @@ pub struct HotplugSettings {
 /// The validated merge of all layers. Fields are documented where [`Settings`] has them.
 #[derive(Debug, Clone)]
 pub struct Config {
-    pub connect: String,
+    /// `None` if this machine has no libvirt of its own. An empty URI is libvirt's own choice.
+    pub connect: Option<String>,
     /// Empty if labels are published nowhere.
     pub publish: Vec<PublishTarget>,
     pub policy: Policy,
@@ -242,6 +252,7 @@ pub struct Config {
     pub hotplug: bool,
     pub hotplug_objects: bool,
     pub deep_verify: bool,
+    pub launchers: LauncherConfig,
     pub probe_interval: Duration,
     pub start_jitter: Duration,
     pub call_deadline: Duration,
@@ -287,7 +298,7 @@ impl Config {
         let features = "/etc/kubernetes/node-feature-discovery/features.d";
         let obsolete_cpu_models = file.labels.obsolete_cpu_models;
         Ok(Self {
-            connect: text(chosen!(connect), "qemu:///system"),
+            connect: Some(text(chosen!(connect), "qemu:///system")).filter(|uri| uri != NO_LIBVIRT),
             publish: publish_targets(chosen!(publish), default_target)?,
             policy: Policy {
                 schema: chosen!(schema).unwrap_or_default(),
@@ -307,6 +318,7 @@ impl Config {
             hotplug: file.hotplug.enabled.unwrap_or(true),
             hotplug_objects: file.hotplug.objects.unwrap_or(true),
             deep_verify: file.hotplug.deep_verify.unwrap_or(false),
+            launchers: file.launchers.validate()?,
             probe_interval: seconds("probeIntervalSeconds", probe_interval, 60, 1..=86_400)?,
             start_jitter: seconds(
                 "startJitterSeconds",
@@ -422,7 +434,7 @@ mod tests {
             ..Settings::default()
         };
         let config = merge("connect: qemu:///session\nnodeName: a\n", later).unwrap();
-        assert_eq!(config.connect, "test:///default");
+        assert_eq!(config.connect.as_deref(), Some("test:///default"));
         assert_eq!(config.node_name.as_deref(), Some("a"));
         assert_eq!(config.publish, [PublishTarget::File]);
         assert!(config.hotplug && !config.deep_verify);
@@ -431,10 +443,10 @@ mod tests {
 
     #[test]
     fn empty_file_yields_defaults() {
-        assert_eq!(
-            merge("", Settings::default()).unwrap().connect,
-            "qemu:///system"
-        );
+        let connect = |file| merge(file, Settings::default()).unwrap().connect;
+        assert_eq!(connect("").as_deref(), Some("qemu:///system"));
+        assert_eq!(connect("connect: none"), None);
+        assert_eq!(connect("connect: ''").as_deref(), Some(""));
         assert_eq!(
             merge("# nothing\n\n", Settings::default()).unwrap().publish,
             [PublishTarget::File]
@@ -459,6 +471,9 @@ hotplug:
   enabled: false
   objects: false
   deepVerify: true
+launchers:
+  enabled: true
+  directory: /pods
 ";
         let config = merge(text, Settings::default()).unwrap();
         assert_eq!(config.publish, [PublishTarget::File, PublishTarget::Node]);
@@ -468,6 +483,8 @@ hotplug:
         assert_eq!(config.socket, Path::new("/run/x.sock"));
         assert!(!config.hotplug && !config.hotplug_objects);
         assert!(!config.hotplug && config.deep_verify);
+        assert!(config.launchers.enabled);
+        assert_eq!(config.launchers.directory, Path::new("/pods"));
         assert_eq!(config.policy.guest_architectures, ["aarch64"]);
         assert!(
             config
@@ -489,6 +506,7 @@ hotplug:
         assert!(error("labels: {schema: native}").contains("schema"));
         assert!(error("api: {allowedUsers: [0]}").contains("allowedUsers"));
         assert!(error("hotplug: {enable: false}").contains("enable"));
+        assert!(error("launchers: {scanSeconds: 61}").contains("from 1 to 60"));
         assert!(error("publish: [none, file]").contains("'none' cannot be combined"));
         assert!(error("publish: []").contains("at least one"));
         assert!(error("probeIntervalSeconds: 0").contains("from 1 to 86400"));

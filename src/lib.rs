@@ -40,6 +40,7 @@ pub mod hypervisor;
 pub mod journal;
 pub mod label;
 pub mod labeller;
+pub mod launchers;
 pub mod monitor;
 pub mod operation;
 pub mod probe;

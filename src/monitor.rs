@@ -140,9 +140,12 @@ impl<C: DomainBackend> Monitor<C> {
         let mut next = first;
         while let Some(notice) = next.take() {
             match notice {
-                Notice::Gap => {
-                    self.known.values_mut().for_each(|known| known.stale = true);
-                    self.errors.clear();
+                gap @ Notice::Gap { .. } => {
+                    for (domain, known) in &mut self.known {
+                        known.stale |= gap.is_gap_of(&domain.connection);
+                    }
+                    self.errors
+                        .retain(|domain, _| !gap.is_gap_of(&domain.connection));
                 }
                 Notice::Change { domain, .. } => {
                     if let Some(known) = self.known.get_mut(&domain) {

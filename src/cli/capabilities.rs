@@ -22,7 +22,7 @@ impl CapabilitiesCommand {
         let (facts, exit) = match self.offline.read([])? {
             Some(facts) => (facts, Exit::Done),
             None => {
-                let (reading, _) = runtime()?.block_on(probe(config));
+                let (reading, _) = runtime()?.block_on(probe(config))?;
                 let exit = conclude(&reading, config);
                 (reading.facts, exit)
             }

@@ -44,7 +44,7 @@ impl LabelsCommand {
                 Exit::Done
             });
         }
-        let (reading, _) = runtime()?.block_on(probe(config));
+        let (reading, _) = runtime()?.block_on(probe(config))?;
         let exit = conclude(&reading, config);
         // Without libvirt an empty table would look like an answer.
         if exit == Exit::Unreachable {

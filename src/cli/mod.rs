@@ -36,7 +36,7 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 pub use exit::{Exit, Failure};
 
 use crate::config::{Config, Settings};
-use crate::daemon::{Metrics, one_shot_libvirt_config};
+use crate::daemon::{Metrics, NoLibvirt, one_shot_libvirt_config};
 use crate::hypervisor::Libvirt;
 use crate::probe::{Prober, Reading};
 
@@ -179,16 +179,25 @@ fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
 
 /// Probes this machine once, and returns the connection for further questions. Must be called
 /// within a runtime.
-async fn probe(config: &Config) -> (Reading, Arc<Libvirt>) {
+///
+/// # Errors
+/// The node has no libvirt of its own.
+async fn probe(config: &Config) -> Result<(Reading, Arc<Libvirt>), Failure> {
+    let options = one_shot_libvirt_config(config).map_err(no_libvirt)?;
     let metrics = Metrics::new();
-    let libvirt = Libvirt::start(one_shot_libvirt_config(config), metrics.hypervisor);
+    let libvirt = Libvirt::start(options, metrics.hypervisor);
     let libvirt = Arc::new(libvirt);
     let mut prober = Prober::new(
         Arc::clone(&libvirt),
         Arc::clone(&metrics.labeller.probe),
         Path::new("/").to_owned(),
     );
-    (prober.read().await, libvirt)
+    Ok((prober.read().await, libvirt))
+}
+
+/// Returns the failure of a command that needs a libvirt which does not exist.
+fn no_libvirt(error: NoLibvirt) -> Failure {
+    Failure::new(Exit::Unreachable, error)
 }
 
 /// Prints the failures of a probe, a line each, and returns the exit code of the worst.
@@ -197,7 +206,8 @@ fn conclude(reading: &Reading, config: &Config) -> Exit {
     if let Some(failure) = failed_with("unavailable") {
         output::complain(&format!(
             "virtnode: {} (connecting to {})",
-            failure.message, config.connect
+            failure.message,
+            config.connect.as_deref().unwrap_or_default()
         ));
         return Exit::Unreachable;
     }

@@ -68,13 +68,14 @@ use crate::connections::ConnectionSet;
 use crate::doctor::{DoctorScope, DoctorTask};
 use crate::domain::ConnectionId;
 use crate::executor::Executor;
-use crate::hypervisor::Libvirt;
+use crate::hypervisor::{AbsentHypervisor, Libvirt, NodeSource};
 use crate::labeller::{Labeller, Outputs};
 use crate::monitor::Monitor;
 use crate::publish::events::EventRecorder;
 use crate::publish::file::FilePublisher;
 use api::Access;
 pub use health::Health;
+pub use options::NoLibvirt;
 pub(crate) use options::{cluster_config, libvirt_config, one_shot_libvirt_config};
 pub use signals::block_hangup;
 pub use socket::{LocalSocket, Peer};
@@ -100,7 +101,7 @@ pub async fn run(
     info!(
         version = env!("CARGO_PKG_VERSION"),
         commit = env!("VIRTNODE_COMMIT"),
-        connect = %config.connect,
+        connect = config.connect.as_deref().unwrap_or("none"),
         publish = ?config.publish,
         schema = %config.policy.schema,
         "virtnode starting"
@@ -129,10 +130,26 @@ fn notify(state: NotifyState<'_>) {
 
 async fn start(config: &Config, listener: TcpListener, tasks: &mut Tasks) -> anyhow::Result<()> {
     let metrics = Arc::new(Metrics::new());
-    let libvirt = Libvirt::start(libvirt_config(config), Arc::clone(&metrics.hypervisor));
-    let libvirt = Arc::new(libvirt);
-    let host = (ConnectionId::Host, Arc::clone(&libvirt));
-    let connections = Arc::new(ConnectionSet::new(vec![host]));
+    let Ok(libvirt) = libvirt_config(config) else {
+        let absent = Arc::new(AbsentHypervisor::default());
+        return start_with(config, &absent, Vec::new(), metrics, listener, tasks).await;
+    };
+    let libvirt = Arc::new(Libvirt::start(libvirt, Arc::clone(&metrics.hypervisor)));
+    let host = vec![(ConnectionId::Host, Arc::clone(&libvirt))];
+    start_with(config, &libvirt, host, metrics, listener, tasks).await
+}
+
+/// Starts the tasks with a source of the node's documents, and the connections to begin with.
+async fn start_with<S: NodeSource>(
+    config: &Config,
+    source: &Arc<S>,
+    connections: Vec<(ConnectionId, Arc<Libvirt>)>,
+    metrics: Arc<Metrics>,
+    listener: TcpListener,
+    tasks: &mut Tasks,
+) -> anyhow::Result<()> {
+    let connections = ConnectionSet::new(connections);
+    let connections = Arc::new(connections.with_launcher_changes(config.launchers.hotplug));
     let cluster_tasks = if config.publishes_to(PublishTarget::Node) {
         let cluster = Cluster::connect(cluster_config(config)?).await?;
         Some(ClusterTasks::start(cluster, config, &metrics, tasks))
@@ -168,11 +185,11 @@ async fn start(config: &Config, listener: TcpListener, tasks: &mut Tasks) -> any
                  start hotplug. Its log has the reason.",
             ),
         };
-        cluster_tasks.start_publishers(config, &libvirt, watched, &mut outputs, tasks)
+        cluster_tasks.start_publishers(config, source, watched, &mut outputs, tasks)
     });
     let root = Path::new("/").to_owned();
     let labeller = Labeller::new(
-        Arc::clone(&libvirt),
+        Arc::clone(source),
         config.policy.clone(),
         config.probe_interval,
         root.clone(),

@@ -22,7 +22,7 @@ use tracing::warn;
 
 use crate::capability::NodeFacts;
 use crate::doctor::checks::observed::{
-    Daemon, LibvirtFailure, LibvirtStatus, Observed, ObservedDomain, Undetailed,
+    Daemon, HostSurvey, LibvirtFailure, LibvirtStatus, Observed, ObservedDomain, Undetailed,
 };
 use crate::doctor::checks::{Check, DoctorReport, Severity, diagnose};
 use crate::domain::MemoryDevice;
@@ -56,8 +56,24 @@ const RECHECK: Duration = Duration::from_secs(3);
 pub struct DoctorScope {
     /// Root of the host's file system.
     pub root: PathBuf,
-    pub uri: String,
+    /// `None` if this machine has no libvirt of its own.
+    pub uri: Option<String>,
     pub policy: Policy,
+}
+
+impl DoctorScope {
+    fn survey(&self) -> HostSurvey {
+        host::survey(&self.root, self.uri.as_deref().and_then(socket_of))
+    }
+
+    /// Returns the status of a libvirt that was not asked yet.
+    fn libvirt(&self) -> LibvirtStatus {
+        LibvirtStatus {
+            uri: self.uri.clone().unwrap_or_default(),
+            is_absent: self.uri.is_none(),
+            ..LibvirtStatus::default()
+        }
+    }
 }
 
 /// Observes host, libvirt and running domains once. Never fails, and returns within about two
@@ -69,16 +85,17 @@ pub async fn observe_node<H: NodeSource, C: DomainBackend>(
     daemon: Daemon,
 ) -> Observed {
     let mut observed = Observed {
-        host: host::survey(&scope.root, socket_of(&scope.uri)),
-        libvirt: LibvirtStatus {
-            uri: scope.uri.clone(),
-            ..LibvirtStatus::default()
-        },
+        host: scope.survey(),
+        libvirt: scope.libvirt(),
         facts: Arc::new(NodeFacts::default()),
         rejected: Vec::new(),
         domains: Ok(Vec::new()),
         daemon,
     };
+    if observed.libvirt.is_absent {
+        observed.domains = Err("only the daemon knows the domains of launchers".to_owned());
+        return observed;
+    }
     // Queried first and alone: if this fails, the remaining queries would each wait for their timeout.
     if let Err(error) = hypervisor.versions().await {
         observed.libvirt.failure = Some(LibvirtFailure {
@@ -112,6 +129,9 @@ pub async fn observe_node<H: NodeSource, C: DomainBackend>(
 /// Records the prober's failures: the connection as a whole, or the unanswered queries by the name
 /// of virsh's command.
 fn record_failures(libvirt: &mut LibvirtStatus, failures: &[SourceFailure]) {
+    if libvirt.is_absent {
+        return;
+    }
     // The CPU baseline is also unavailable if the document that it depends on is.
     let lost = |failure: &&SourceFailure| {
         failure.code == "unavailable" && failure.source != FactSource::CpuBaseline
@@ -286,10 +306,7 @@ impl DoctorTask {
 
     /// Combines the latest readings of labeller and monitor with a survey of the host's files.
     fn observe(&mut self, latest: &LatestProbe) -> Observed {
-        let mut libvirt = LibvirtStatus {
-            uri: self.scope.uri.clone(),
-            ..LibvirtStatus::default()
-        };
+        let mut libvirt = self.scope.libvirt();
         record_failures(&mut libvirt, &latest.failures);
         let sight = self.sight.borrow_and_update().clone();
         let domains = match sight {
@@ -298,7 +315,7 @@ impl DoctorTask {
             None => Err("not observed yet".to_owned()),
         };
         let mut observed = Observed {
-            host: host::survey(&self.scope.root, socket_of(&self.scope.uri)),
+            host: self.scope.survey(),
             libvirt,
             facts: Arc::clone(&latest.facts),
             rejected: latest.rejected.clone(),

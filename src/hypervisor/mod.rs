@@ -7,6 +7,7 @@
 //! Every call has a deadline of its own and ends with a result or a [`CallError`], whatever the
 //! daemon behind the adapter does.
 
+mod absent;
 mod backend;
 mod libvirt;
 mod metrics;
@@ -16,6 +17,7 @@ use std::future::Future;
 use thiserror::Error;
 use tokio::sync::watch;
 
+pub use self::absent::AbsentHypervisor;
 pub use self::backend::{
     Change, DomainBackend, DomainStats, LiveDomain, Notice, Notices, ObservationQuery, Seen,
     SeenTimes,
@@ -77,6 +79,8 @@ pub enum UnreadableDomain {
 pub enum ConnectionState {
     /// The adapter reconnects by itself.
     Down,
+    /// The configuration names no such hypervisor, so there is nothing to connect to.
+    Absent,
     /// The number grows with each new connection, so that a reconnect is a change even for an
     /// observer that missed the time between.
     Up(u64),

@@ -15,6 +15,7 @@ const LAYERS: &[&[&str]] = &[
     &[
         "probe",
         "labeller",
+        "launchers",
         "publish",
         "executor",
         "controller",

@@ -325,7 +325,7 @@ async fn stuck_agents_do_not_delay_other_domains() -> anyhow::Result<()> {
     }
     let scope = DoctorScope {
         root: Path::new("/nonexistent").to_owned(),
-        uri: "qemu:///system".to_owned(),
+        uri: Some("qemu:///system".to_owned()),
         policy: Policy::default(),
     };
     let began = Instant::now();

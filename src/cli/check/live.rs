@@ -21,7 +21,7 @@ pub(super) fn check(
     config: &Config,
 ) -> anyhow::Result<Result<CheckReport, Exit>> {
     runtime()?.block_on(async {
-        let (reading, libvirt) = probe(config).await;
+        let (reading, libvirt) = probe(config).await?;
         // Facts that could not be read are unknown below. Without libvirt there is no answer.
         if conclude(&reading, config) == Exit::Unreachable {
             return Ok(Err(Exit::Unreachable));

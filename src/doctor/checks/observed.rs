@@ -202,6 +202,8 @@ pub struct Accounts {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct LibvirtStatus {
     pub uri: String,
+    /// True if the configuration says that this machine has no libvirt of its own.
+    pub is_absent: bool,
     /// `None` if libvirt answers.
     pub failure: Option<LibvirtFailure>,
     /// Queries that failed although libvirt is connected, each with the reason.

@@ -128,7 +128,7 @@ impl<C: DomainBackend> Driver<C, Unstarted> {
     /// Waits until `give_up_at` and then for the connection to be down.
     async fn unavailable_since(&self, give_up_at: Instant) {
         sleep_until(give_up_at).await;
-        let mut health = self.executor.backend.health();
+        let mut health = self.health();
         let down = health.wait_for(|state| *state == ConnectionState::Down);
         if down.await.is_err() {
             // The backend ended, and its calls end with it.
@@ -145,14 +145,18 @@ impl<C: DomainBackend> Driver<C, Unstarted> {
         name_ticket.turn().await;
         let backend = Arc::clone(&self.executor.backend);
         let target = &self.entry.record.domain;
-        let text = target.uuid.as_deref().unwrap_or(&target.name).to_owned();
+        let (known, text) = (target.identity(), target.name.clone());
+        let find = async || match &known {
+            Some(known) => backend.find_again(known).await,
+            None => backend.find(&text).await,
+        };
         let mut backoff = self.backoff();
         let give_up_at = self.give_up_at();
         let mut last_error = None;
         loop {
             let found = tokio::select! {
                 biased;
-                found = backend.find(&text) => found,
+                found = find() => found,
                 // A connected libvirt that is slow has until the operation's deadline.
                 () = self.unavailable_since(give_up_at) => {
                     // An earlier error says more than a timeout that was cut short.

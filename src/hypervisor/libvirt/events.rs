@@ -38,7 +38,7 @@ impl Publisher {
 
     /// Publishes a gap: events may have been lost.
     pub(super) fn gap(&self) {
-        self.send(Notice::Gap);
+        self.send(Notice::GAP);
     }
 
     /// Publishes an event of libvirt, if it concerns hotplug.
@@ -156,13 +156,13 @@ mod tests {
         for _ in 0..=BACKLOG {
             publisher.publish(notification(RawEventKind::Reboot));
         }
-        assert_eq!(notices.next().await, Some(Notice::Gap));
+        assert_eq!(notices.next().await, Some(Notice::GAP));
         let next = notices.next().await;
         let expected = Change::Event(Event::Reset);
         assert!(matches!(next, Some(Notice::Change { change, .. }) if change == expected));
         drop(publisher);
         while let Some(notice) = notices.next().await {
-            assert_ne!(notice, Notice::Gap);
+            assert_ne!(notice, Notice::GAP);
         }
     }
 

@@ -120,6 +120,11 @@ fn unreadable_names(reading: &Reading) -> Vec<String> {
 fn connected(connection: ConnectionState, now: Timestamp) -> Condition {
     let (holds, reason, message) = match connection {
         ConnectionState::Up(_) => (true, "Connected", "libvirt is connected."),
+        ConnectionState::Absent => (
+            true,
+            "NotNeeded",
+            "The node has no libvirt of its own; its facts have other sources.",
+        ),
         ConnectionState::Down => (
             false,
             "NotConnected",
