@@ -3,6 +3,8 @@
 //! Only regular files are opened: a FIFO would block the process, and a symbolic link would lead
 //! out of the directory. Modes are set explicitly, so they do not depend on the umask.
 
+pub mod pods;
+
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
