@@ -72,6 +72,19 @@ pub enum PublishTarget {
     None,
 }
 
+/// Origin of the documents that labels are derived from.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LabelOrigin {
+    /// The documents of KubeVirt's node-labeller if there are any, else the libvirt of the host
+    #[default]
+    Auto,
+    /// The libvirt of the host
+    Libvirt,
+    /// The documents of KubeVirt's node-labeller
+    Files,
+}
+
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum LogFormat {
@@ -205,6 +218,10 @@ pub struct LabelSettings {
     pub obsolete_cpu_models: Option<Vec<String>>,
     /// Guest architectures in addition to the host's own.
     pub guest_architectures: Vec<String>,
+    /// Origin of the documents: `auto`, `libvirt`, `files`. Default: `auto`.
+    pub source: Option<LabelOrigin>,
+    /// Directory of KubeVirt's node-labeller. Default: `/var/lib/kubevirt-node-labeller`.
+    pub documents: Option<PathBuf>,
 }
 
 /// The file's section `api`.
@@ -238,6 +255,9 @@ pub struct Config {
     /// Empty if labels are published nowhere.
     pub publish: Vec<PublishTarget>,
     pub policy: Policy,
+    pub label_origin: LabelOrigin,
+    /// The directory of KubeVirt's documents.
+    pub documents: PathBuf,
     pub force_conflicts: bool,
     pub node_name: Option<String>,
     pub kubeconfig: Option<PathBuf>,
@@ -305,6 +325,8 @@ impl Config {
                 obsolete_cpu_models: obsolete_cpu_models.map(BTreeSet::from_iter),
                 guest_architectures: file.labels.guest_architectures,
             },
+            label_origin: file.labels.source.unwrap_or_default(),
+            documents: path(file.labels.documents, "/var/lib/kubevirt-node-labeller"),
             force_conflicts: chosen!(force_conflicts).unwrap_or(false),
             node_name: chosen!(node_name),
             kubeconfig,
@@ -463,6 +485,8 @@ listen: 127.0.0.1:1
 labels:
   obsoleteCpuModels: [qemu64]
   guestArchitectures: [aarch64]
+  source: files
+  documents: /documents
 socket: /run/x.sock
 api:
   allowedUids: [0, 107]
@@ -486,6 +510,8 @@ launchers:
         assert!(config.launchers.enabled);
         assert_eq!(config.launchers.directory, Path::new("/pods"));
         assert_eq!(config.policy.guest_architectures, ["aarch64"]);
+        assert_eq!(config.label_origin, LabelOrigin::Files);
+        assert_eq!(config.documents, Path::new("/documents"));
         assert!(
             config
                 .policy
@@ -504,6 +530,7 @@ launchers:
             error("conect: x")
         );
         assert!(error("labels: {schema: native}").contains("schema"));
+        assert!(error("labels: {source: qemu}").contains("qemu"));
         assert!(error("api: {allowedUsers: [0]}").contains("allowedUsers"));
         assert!(error("hotplug: {enable: false}").contains("enable"));
         assert!(error("launchers: {scanSeconds: 61}").contains("from 1 to 60"));

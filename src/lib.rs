@@ -29,6 +29,7 @@ pub mod connections;
 pub mod controller;
 pub mod daemon;
 pub mod doctor;
+pub mod documents;
 pub mod domain;
 pub mod executor;
 #[allow(unsafe_code)]

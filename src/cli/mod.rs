@@ -37,8 +37,10 @@ pub use exit::{Exit, Failure};
 
 use crate::config::{Config, Settings};
 use crate::daemon::{Metrics, NoLibvirt, one_shot_libvirt_config};
+use crate::documents::DocumentDirectory;
 use crate::hypervisor::Libvirt;
-use crate::probe::{Prober, Reading};
+use crate::label::FactSource;
+use crate::probe::{LabelSource, Prober, Reading};
 
 /// Publish the capabilities of a libvirt node as labels, and verify hotplug in its guests
 #[derive(Debug, Parser)]
@@ -200,9 +202,37 @@ fn no_libvirt(error: NoLibvirt) -> Failure {
     Failure::new(Exit::Unreachable, error)
 }
 
+/// Probes this machine once for its labels, which KubeVirt's documents may describe. Must be called
+/// within a runtime.
+async fn probe_labels(config: &Config) -> Reading {
+    let metrics = Metrics::new();
+    let options = one_shot_libvirt_config(config).ok();
+    let libvirt = options.map(|options| Arc::new(Libvirt::start(options, metrics.hypervisor)));
+    let source = LabelSource::new(
+        config.label_origin,
+        DocumentDirectory::new(&config.documents),
+        libvirt,
+        None,
+    );
+    let mut prober = Prober::new(
+        Arc::new(source),
+        Arc::clone(&metrics.labeller.probe),
+        Path::new("/").to_owned(),
+    );
+    prober.read().await
+}
+
 /// Prints the failures of a probe, a line each, and returns the exit code of the worst.
 fn conclude(reading: &Reading, config: &Config) -> Exit {
-    let failed_with = |code| reading.failures.iter().find(|failure| failure.code == code);
+    let failed_with = |code| {
+        let whole = reading
+            .failures
+            .iter()
+            .filter(|failure| !failure.is_partial);
+        // The CPU baseline is also unavailable if the document that it depends on is.
+        let mut whole = whole.filter(|failure| failure.source != FactSource::CpuBaseline);
+        whole.find(|failure| failure.code == code)
+    };
     if let Some(failure) = failed_with("unavailable") {
         output::complain(&format!(
             "virtnode: {} (connecting to {})",
@@ -220,7 +250,7 @@ fn conclude(reading: &Reading, config: &Config) -> Exit {
     }
     if failed_with("timeout").is_some() {
         Exit::Unreachable
-    } else if reading.failures.is_empty() {
+    } else if reading.failures.iter().all(|failure| failure.is_partial) {
         Exit::Done
     } else {
         Exit::Failed

@@ -66,11 +66,14 @@ use crate::cluster::Cluster;
 use crate::config::{Config, ConfigError, PublishTarget};
 use crate::connections::ConnectionSet;
 use crate::doctor::{DoctorScope, DoctorTask};
+use crate::documents::DocumentDirectory;
 use crate::domain::ConnectionId;
 use crate::executor::Executor;
-use crate::hypervisor::{AbsentHypervisor, Libvirt, NodeSource};
+use crate::hypervisor::Libvirt;
 use crate::labeller::{Labeller, Outputs};
+use crate::launchers::Launchers;
 use crate::monitor::Monitor;
+use crate::probe::{LabelSource, ObserveLaunchers};
 use crate::publish::events::EventRecorder;
 use crate::publish::file::FilePublisher;
 use api::Access;
@@ -130,26 +133,23 @@ fn notify(state: NotifyState<'_>) {
 
 async fn start(config: &Config, listener: TcpListener, tasks: &mut Tasks) -> anyhow::Result<()> {
     let metrics = Arc::new(Metrics::new());
-    let Ok(libvirt) = libvirt_config(config) else {
-        let absent = Arc::new(AbsentHypervisor::default());
-        return start_with(config, &absent, Vec::new(), metrics, listener, tasks).await;
-    };
-    let libvirt = Arc::new(Libvirt::start(libvirt, Arc::clone(&metrics.hypervisor)));
-    let host = vec![(ConnectionId::Host, Arc::clone(&libvirt))];
-    start_with(config, &libvirt, host, metrics, listener, tasks).await
-}
-
-/// Starts the tasks with a source of the node's documents, and the connections to begin with.
-async fn start_with<S: NodeSource>(
-    config: &Config,
-    source: &Arc<S>,
-    connections: Vec<(ConnectionId, Arc<Libvirt>)>,
-    metrics: Arc<Metrics>,
-    listener: TcpListener,
-    tasks: &mut Tasks,
-) -> anyhow::Result<()> {
-    let connections = ConnectionSet::new(connections);
+    let libvirt = libvirt_config(config).ok().map(|options| {
+        let metrics = Arc::clone(&metrics.hypervisor);
+        Arc::new(Libvirt::start(options, metrics))
+    });
+    let host = libvirt.clone().map(|libvirt| (ConnectionId::Host, libvirt));
+    let connections = ConnectionSet::new(host.into_iter().collect());
     let connections = Arc::new(connections.with_launcher_changes(config.launchers.hotplug));
+    let launchers = config.launchers.enabled.then(|| {
+        let launchers = Launchers::new(Arc::clone(&connections));
+        Box::new(move || launchers.census().into()) as ObserveLaunchers<Libvirt>
+    });
+    let source = Arc::new(LabelSource::new(
+        config.label_origin,
+        DocumentDirectory::new(&config.documents),
+        libvirt,
+        launchers,
+    ));
     let cluster_tasks = if config.publishes_to(PublishTarget::Node) {
         let cluster = Cluster::connect(cluster_config(config)?).await?;
         Some(ClusterTasks::start(cluster, config, &metrics, tasks))
@@ -185,11 +185,11 @@ async fn start_with<S: NodeSource>(
                  start hotplug. Its log has the reason.",
             ),
         };
-        cluster_tasks.start_publishers(config, source, watched, &mut outputs, tasks)
+        cluster_tasks.start_publishers(config, &source, watched, &mut outputs, tasks)
     });
     let root = Path::new("/").to_owned();
     let labeller = Labeller::new(
-        Arc::clone(source),
+        source,
         config.policy.clone(),
         config.probe_interval,
         root.clone(),

@@ -396,6 +396,7 @@ mod tests {
             source,
             code,
             message: "why".to_owned(),
+            is_partial: false,
         }
     }
 

@@ -78,6 +78,9 @@ pub enum CallError {
         call: Cow<'static, str>,
         text: String,
     },
+    /// A document on disk cannot be used.
+    #[error("{document}: {text}")]
+    Unreadable { document: String, text: String },
     /// Any other error.
     #[error("libvirt failed {call}: {text} (error {code})")]
     Failed {
@@ -117,6 +120,7 @@ impl CallError {
             Self::AgentRefused { .. } => "agent-refused",
             Self::UnplugPending { .. } => "unplug-pending",
             Self::Busy { .. } => "busy",
+            Self::Unreadable { .. } => "unreadable",
             Self::Failed { .. } => "failed",
         }
     }
@@ -133,6 +137,7 @@ impl CallError {
             | Self::AgentRefused { text, .. }
             | Self::Denied { text, .. }
             | Self::Unsupported { text, .. }
+            | Self::Unreadable { text, .. }
             | Self::Failed { text, .. } => Some(text),
         }
     }

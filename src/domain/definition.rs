@@ -5,7 +5,7 @@
 //!
 //! ```text
 //!                               ┌▶ Domain            hotplug, monitor: vCPUs, memory, agent
-//! domain XML ─▶ DomainDefinition┼▶ NodeRequirements  labels: machine type, CPU model, features
+//! domain XML ─▶ DomainDefinition┼▶ NodeRequirements  labels: machine type, CPU, security, scheduler
 //!                               └▶ Requirement       check and targets (src/compat)
 //! ```
 //!
@@ -118,7 +118,7 @@ impl DomainDefinition {
                 self.placement.read_vcpu(element)?;
                 self.vcpus.read_count(cursor, element)?;
             }
-            "cputune" => cursor.children(|_, child| self.placement.read_pin(child))?,
+            "cputune" => cursor.children(|_, child| self.placement.read_tune(child))?,
             "numatune" => cursor.children(|_, child| self.placement.read_numatune(child))?,
             "clock" => cursor.children(|_, child| self.read_timer(child))?,
             "vcpus" => self.vcpus.read_each(cursor)?,

@@ -3,8 +3,8 @@
 use super::definition::DomainDefinition;
 use crate::xml::DocumentError;
 
-/// The machine type, CPU model and CPU features that a running domain depends on. libvirt writes
-/// the canonical machine type and, for host-model, the resolved model into the live XML.
+/// The capabilities of its node that a running domain depends on. libvirt writes the canonical
+/// machine type and, for host-model, the resolved model into the live XML.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct NodeRequirements {
     /// The machine type by canonical name.
@@ -12,6 +12,12 @@ pub struct NodeRequirements {
     /// `None` with host-passthrough.
     pub cpu_model: Option<String>,
     pub cpu_features: Vec<String>,
+    /// The enabled Hyper-V enlightenments, by libvirt's names.
+    pub enlightenments: Vec<String>,
+    /// The kind of confidential guest: `sev`, `sev-snp`, `tdx`, `s390-pv`.
+    pub launch_security: Option<String>,
+    /// True if vCPUs have a real-time scheduler.
+    pub real_time: bool,
 }
 
 impl NodeRequirements {
@@ -27,6 +33,9 @@ impl NodeRequirements {
                 machine: definition.machine,
                 cpu_features: features.collect(),
                 cpu_model: cpu.model,
+                enlightenments: definition.enlightenments,
+                launch_security: definition.launch_security,
+                real_time: definition.placement.real_time,
             })
         })
     }
@@ -53,6 +62,22 @@ mod tests {
         assert_eq!(requirements.machine.as_deref(), Some("pc-q35-10.0"));
         assert_eq!(requirements.cpu_model.as_deref(), Some("EPYC-Genoa"));
         assert_eq!(requirements.cpu_features, ["x2apic"]);
+    }
+
+    #[test]
+    fn real_time_hyperv_and_encryption_are_requirements() {
+        let requirements = |xml: &str| NodeRequirements::parse("vm", xml.as_bytes()).unwrap();
+        let all = requirements(
+            "<domain><cputune><vcpupin vcpu='0' cpuset='1'/>\
+             <vcpusched vcpus='0' scheduler='fifo' priority='1'/></cputune>\
+             <features><hyperv mode='custom'><relaxed state='on'/><vapic state='off'/></hyperv>\
+             </features><launchSecurity type='sev-snp'/></domain>",
+        );
+        assert!(all.real_time);
+        assert_eq!(all.enlightenments, ["relaxed"]);
+        assert_eq!(all.launch_security.as_deref(), Some("sev-snp"));
+        let batch = "<domain><cputune><vcpusched vcpus='0' scheduler='batch'/></cputune></domain>";
+        assert!(!requirements(batch).real_time);
     }
 
     #[test]

@@ -438,7 +438,7 @@ fn options(help: &str) -> BTreeSet<&str> {
 
 const CONNECTION: &str = "config connect call-deadline";
 const KUBERNETES: &str = "node-name kubeconfig context";
-const DOCUMENTS: &str = "capabilities domain-capabilities supported-features kvm-max-vcpus eim \
+const DOCUMENTS: &str = "documents capabilities domain-capabilities supported-features kvm-max-vcpus eim \
                          libvirt-version qemu-version";
 const DOMAIN: &str = "domain-xml domain machine arch domain-type vcpus current-vcpus sockets dies \
                       cores threads memory cpu-model cpu-mode cpu-feature";

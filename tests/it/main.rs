@@ -32,6 +32,8 @@ mod hotplug_objects;
 mod killed;
 mod kube_server;
 mod lab;
+mod label_documents;
+mod label_source;
 mod labeller;
 mod launcher_lab;
 mod libvirt;

@@ -129,8 +129,12 @@ fn label_reference_matches_derived_labels() {
          Generated from `tests/it/support/label_reference.rs` by tests/it/references.rs, which also compares it with \
          the code; do not edit.\n\n\
          A label keeps its last value while one of its sources fails. It is removed after two complete \
-         probes in a row without it, but not while a running domain uses it (machine types, CPU models, \
-         CPU features).\n",
+         probes in a row without it, but not while a running domain uses it (machine types and their \
+         aliases, CPU models, features and vendor, enlightenments, `realtime`, confidential guests).\n\n\
+         With the documents of KubeVirt's node-labeller (`labels.source`) the versions are those of a \
+         connected launcher. While there is none, the source `versions` is not read: `eim` and the \
+         version labels stay, and numbers of vCPUs keep their values; a new machine type gets the number \
+         that needs no extended interrupt mode.\n",
     );
     for (schema, title) in [
         (

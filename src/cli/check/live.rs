@@ -66,7 +66,8 @@ pub(in crate::cli) async fn running(
     name: &str,
     libvirt: &Libvirt,
 ) -> anyhow::Result<CheckedDomain> {
-    let domains = libvirt.running_domains().await.map_err(no_answer)?;
+    let running = libvirt.running_domains().await.map_err(no_answer)?;
+    let domains = running.domains;
     let is_named = |domain: &&RunningDomain| domain.id.name == name || domain.id.uuid == name;
     let Some(domain) = domains.iter().find(is_named) else {
         let mut names: Vec<&str> = domains
