@@ -23,7 +23,7 @@
 
 mod names;
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
 
@@ -130,12 +130,21 @@ impl<B: DomainBackend> ConnectionSet<B> {
     /// Returns the launchers with a domain whose name belongs to a newer launcher.
     pub fn conflicts(&self) -> HashSet<ConnectionId> {
         let members = self.read();
-        let conflicting = members.iter().filter(|(connection, member)| {
-            let mut domains = member.domains.iter().flatten();
-            domains.any(|domain| is_hidden(&members, connection, member.rank, &domain.name))
-        });
-        conflicting
-            .map(|(connection, _)| connection.clone())
+        let claims = || {
+            let launchers = members.iter().filter(|(id, _)| id.is_launcher());
+            launchers.flat_map(|(connection, member)| {
+                let domains = member.domains.iter().flatten();
+                domains.map(move |domain| (domain.name.as_str(), (member.rank, connection)))
+            })
+        };
+        let mut newest = HashMap::new();
+        for (name, claim) in claims() {
+            let known = newest.entry(name).or_insert(claim);
+            *known = claim.max(*known);
+        }
+        claims()
+            .filter(|(name, claim)| newest.get(name) != Some(claim))
+            .map(|(_, (_, connection))| connection.clone())
             .collect()
     }
 
@@ -186,34 +195,41 @@ impl<B: DomainBackend> ConnectionSet<B> {
     }
 
     /// Returns the members that a domain may belong to, each with the name to ask it for.
+    ///
+    /// The name of a domain in the last statistics of a launcher is enough: other launchers, whose
+    /// domains may be unknown, are not asked. A UUID may be that of several.
     fn candidates(&self, name_or_uuid: &str) -> Vec<(ConnectionId, Arc<B>, u64, String)> {
         let members = self.read();
-        let candidate = |(connection, member): (&ConnectionId, &Member<B>)| {
+        let knows = |connection: &ConnectionId, member: &Member<B>, by_uuid: bool| {
             let name = libvirt_name(connection, name_or_uuid);
-            (
-                connection.clone(),
-                Arc::clone(&member.backend),
-                member.rank,
-                name.into_owned(),
-            )
+            let mut domains = member.domains.iter().flatten();
+            domains.any(|domain| domain.name == *name || (by_uuid && domain.uuid == *name))
         };
-        let may_have = |(connection, member): &(&ConnectionId, &Member<B>)| {
-            let Some(domains) = &member.domains else {
-                return true;
-            };
-            let name = libvirt_name(connection, name_or_uuid);
-            let mut domains = domains.iter();
-            domains.any(|domain| domain.name == *name || domain.uuid == *name)
+        let any = |by_uuid| {
+            let mut members = members.iter();
+            members.any(|(connection, member)| knows(connection, member, by_uuid))
         };
-        let is_known = members.iter().any(|(connection, member)| {
-            connection.is_launcher() && member.domains.is_some() && may_have(&(connection, member))
-        });
-        if is_known {
-            members.iter().filter(may_have).map(candidate).collect()
-        } else {
-            // A domain that started since the last statistics.
-            members.iter().map(candidate).collect()
-        }
+        let is_name = any(false);
+        let is_known = is_name || any(true);
+        members
+            .iter()
+            .filter(|(connection, member)| {
+                // Otherwise the domain may have started since the last statistics.
+                !is_known
+                    || !connection.is_launcher()
+                    || knows(connection, member, true)
+                    || (!is_name && member.domains.is_none())
+            })
+            .map(|(connection, member)| {
+                let name = libvirt_name(connection, name_or_uuid).into_owned();
+                (
+                    connection.clone(),
+                    Arc::clone(&member.backend),
+                    member.rank,
+                    name,
+                )
+            })
+            .collect()
     }
 
     fn read(&self) -> RwLockReadGuard<'_, BTreeMap<ConnectionId, Member<B>>> {

@@ -7,6 +7,7 @@ use crate::doctor::DoctorMetrics;
 use crate::executor::HotplugMetrics;
 use crate::hypervisor::HypervisorMetrics;
 use crate::labeller::LabellerMetrics;
+use crate::launchers::LauncherMetrics;
 use crate::monitor::Inventory;
 use crate::probe::ProbeMetrics;
 use crate::publish::metrics::{EventMetrics, SyncMetrics, VirtualizationMetrics};
@@ -23,6 +24,7 @@ pub struct Metrics {
     pub objects: Arc<ObjectMetrics>,
     pub inventory: Arc<Inventory>,
     pub doctor: Arc<DoctorMetrics>,
+    pub launchers: Arc<LauncherMetrics>,
 }
 
 impl Metrics {
@@ -46,6 +48,7 @@ impl Metrics {
             objects: Arc::new(ObjectMetrics::register(&registry)),
             inventory: Inventory::register(&registry),
             doctor: Arc::new(DoctorMetrics::register(&registry)),
+            launchers: Arc::new(LauncherMetrics::register(&registry)),
             registry,
         }
     }

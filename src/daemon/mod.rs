@@ -57,7 +57,7 @@ use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
-use tracing::{error, info};
+use tracing::{error, info, warn};
 
 use self::cluster::ClusterTasks;
 pub use self::metrics::Metrics;
@@ -69,9 +69,9 @@ use crate::doctor::{DoctorScope, DoctorTask};
 use crate::documents::DocumentDirectory;
 use crate::domain::ConnectionId;
 use crate::executor::Executor;
-use crate::hypervisor::Libvirt;
+use crate::hypervisor::{Libvirt, Workers};
 use crate::labeller::{Labeller, Outputs};
-use crate::launchers::Launchers;
+use crate::launchers::{LauncherScan, Launchers};
 use crate::monitor::Monitor;
 use crate::probe::{LabelSource, ObserveLaunchers};
 use crate::publish::events::EventRecorder;
@@ -133,22 +133,23 @@ fn notify(state: NotifyState<'_>) {
 
 async fn start(config: &Config, listener: TcpListener, tasks: &mut Tasks) -> anyhow::Result<()> {
     let metrics = Arc::new(Metrics::new());
+    let workers = Workers::new();
     let libvirt = libvirt_config(config).ok().map(|options| {
-        let metrics = Arc::clone(&metrics.hypervisor);
-        Arc::new(Libvirt::start(options, metrics))
+        let calls = Arc::clone(&metrics.hypervisor);
+        Arc::new(Libvirt::start_on(workers.clone(), options, calls))
     });
     let host = libvirt.clone().map(|libvirt| (ConnectionId::Host, libvirt));
     let connections = ConnectionSet::new(host.into_iter().collect());
     let connections = Arc::new(connections.with_launcher_changes(config.launchers.hotplug));
-    let launchers = config.launchers.enabled.then(|| {
-        let launchers = Launchers::new(Arc::clone(&connections));
-        Box::new(move || launchers.census().into()) as ObserveLaunchers<Libvirt>
-    });
+    let launchers = start_launchers(config, &workers, &connections, &metrics, tasks);
+    let observed = launchers
+        .clone()
+        .map(|launchers| Box::new(move || launchers.census().into()) as ObserveLaunchers<Libvirt>);
     let source = Arc::new(LabelSource::new(
         config.label_origin,
         DocumentDirectory::new(&config.documents),
         libvirt,
-        launchers,
+        observed,
     ));
     let cluster_tasks = if config.publishes_to(PublishTarget::Node) {
         let cluster = Cluster::connect(cluster_config(config)?).await?;
@@ -210,7 +211,8 @@ async fn start(config: &Config, listener: TcpListener, tasks: &mut Tasks) -> any
         Arc::clone(&metrics.doctor),
     );
     let health = Health::new(labeller.progress(), sync_state);
-    let health = Arc::new(health.with_domains(Arc::clone(&metrics.inventory)));
+    let health = health.with_domains(Arc::clone(&metrics.inventory));
+    let health = Arc::new(health.with_launchers(launchers));
     tasks.start("the labeller", |stop| labeller.run(stop));
     tasks.start("the monitor of running domains", |stop| monitor.run(stop));
     tasks.start("the doctor", |stop| doctor.run(stop));
@@ -219,6 +221,34 @@ async fn start(config: &Config, listener: TcpListener, tasks: &mut Tasks) -> any
     let limits = listener::ConnectionLimits::default();
     tasks.start_endless("the HTTP server", listener::serve(listener, router, limits));
     Ok(())
+}
+
+/// Starts the connections to launchers, if the configuration enables them.
+fn start_launchers(
+    config: &Config,
+    workers: &Workers,
+    connections: &Arc<ConnectionSet<Libvirt>>,
+    metrics: &Arc<Metrics>,
+    tasks: &mut Tasks,
+) -> Option<Arc<Launchers>> {
+    if !config.launchers.enabled {
+        return None;
+    }
+    if let Err(error) = options::raise_file_limit() {
+        warn!(%error, "cannot raise the limit of open files; many launchers may exceed it");
+    }
+    let scan = LauncherScan::new(
+        config.launchers.clone(),
+        workers,
+        Arc::clone(connections),
+        Arc::clone(&metrics.hypervisor),
+        Arc::clone(&metrics.launchers),
+    );
+    let launchers = scan.launchers();
+    tasks.start("the connections to launchers", |stop| scan.run(stop));
+    let directory = config.launchers.directory.display();
+    info!(%directory, "connecting to launchers");
+    Some(launchers)
 }
 
 /// Starts the executor and the local API. Returns the executor, or `None` if the configuration

@@ -48,6 +48,15 @@ pub struct SocketFile {
     pub changed: (i64, i64),
 }
 
+impl SocketFile {
+    /// Returns the age: a newer socket has a greater number.
+    pub fn age_rank(&self) -> u64 {
+        let (seconds, nanos) = self.changed;
+        let [seconds, nanos] = [seconds, nanos].map(|part| u64::try_from(part).unwrap_or(0));
+        seconds.saturating_mul(1_000_000_000).saturating_add(nanos)
+    }
+}
+
 /// A file in the place of a socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum OddFile {
@@ -62,8 +71,21 @@ pub enum OddFile {
 pub struct Scan {
     /// By pod UID, sorted. A pod without a socket is not listed.
     pub sockets: Vec<(String, Result<SocketFile, OddFile>)>,
+    /// Pods with the volume and without a socket: the daemon starts, or ended.
+    pub without_socket: Vec<String>,
+    /// Pods whose directories cannot be opened, so that they may be launchers.
+    pub unreadable: Vec<String>,
     /// Number of sockets beyond the maximum.
     pub omitted: usize,
+}
+
+/// The part of a launcher that exists.
+enum Found {
+    Socket(PodSocket),
+    Odd(OddFile),
+    /// The volume only.
+    Volume,
+    Nothing,
 }
 
 /// An open descriptor of a socket, by which clients connect.
@@ -93,7 +115,7 @@ impl PodSockets {
     /// Lists the sockets, at most `maximum`.
     ///
     /// # Errors
-    /// The directory cannot be read. A pod whose directories cannot be opened is not listed.
+    /// The directory cannot be read.
     pub fn scan(&self, maximum: usize) -> io::Result<Scan> {
         let directory = open_directory(&self.directory)?;
         let mut pods = Vec::new();
@@ -108,9 +130,17 @@ impl PodSockets {
         let mut scan = Scan::default();
         for pod in pods {
             let file = match self.open_in(&directory, &pod) {
-                Ok(Some(Ok(socket))) => Ok(socket.file),
-                Ok(Some(Err(odd))) => Err(odd),
-                Ok(None) | Err(_) => continue,
+                Ok(Found::Socket(socket)) => Ok(socket.file),
+                Ok(Found::Odd(odd)) => Err(odd),
+                Ok(Found::Volume) => {
+                    scan.without_socket.push(pod);
+                    continue;
+                }
+                Ok(Found::Nothing) => continue,
+                Err(_) => {
+                    scan.unreadable.push(pod);
+                    continue;
+                }
             };
             if scan.sockets.len() < maximum {
                 scan.sockets.push((pod, file));
@@ -132,21 +162,18 @@ impl PodSockets {
         }
         let directory = open_directory(&self.directory)?;
         match self.open_in(&directory, pod)? {
-            Some(Ok(socket)) => Ok(socket),
-            Some(Err(odd)) => Err(io::Error::new(io::ErrorKind::InvalidInput, odd)),
-            None => Err(io::ErrorKind::NotFound.into()),
+            Found::Socket(socket) => Ok(socket),
+            Found::Odd(odd) => Err(io::Error::new(io::ErrorKind::InvalidInput, odd)),
+            Found::Volume | Found::Nothing => Err(io::ErrorKind::NotFound.into()),
         }
     }
 
     /// Opens the socket of a pod in the directory, if it has one.
-    fn open_in(
-        &self,
-        directory: &OwnedFd,
-        pod: &str,
-    ) -> io::Result<Option<Result<PodSocket, OddFile>>> {
+    fn open_in(&self, directory: &OwnedFd, pod: &str) -> io::Result<Found> {
         let served = format!("{pod}{BROKER_SUFFIX}");
-        if let Some(found) = open_socket(directory, &served)? {
-            return Ok(Some(found));
+        match open_socket(directory, &served)? {
+            Found::Volume | Found::Nothing => {}
+            found => return Ok(found),
         }
         let mut parent = None;
         for part in [pod, "volumes", EMPTY_DIRS, &self.volume] {
@@ -160,20 +187,20 @@ impl PodSockets {
             match opened {
                 Ok(opened) => parent = Some(opened),
                 // A link, or another pod than a launcher.
-                Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) => return Ok(None),
+                Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) => return Ok(Found::Nothing),
                 Err(error) => return Err(error.into()),
             }
         }
         let volume = parent.as_ref().unwrap_or(directory);
-        let mut odd = None;
+        let mut found = Found::Volume;
         for name in &self.names {
             match open_socket(volume, name)? {
-                Some(Ok(socket)) => return Ok(Some(Ok(socket))),
-                Some(Err(file)) => odd = Some(file),
-                None => {}
+                socket @ Found::Socket(_) => return Ok(socket),
+                odd @ Found::Odd(_) => found = odd,
+                Found::Volume | Found::Nothing => {}
             }
         }
-        Ok(odd.map(Err))
+        Ok(found)
     }
 }
 
@@ -183,16 +210,16 @@ fn open_directory(path: &Path) -> io::Result<OwnedFd> {
     Ok(open(path, flags, Mode::empty())?)
 }
 
-fn open_socket(directory: &OwnedFd, name: &str) -> io::Result<Option<Result<PodSocket, OddFile>>> {
+fn open_socket(directory: &OwnedFd, name: &str) -> io::Result<Found> {
     let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     let descriptor = match openat(directory, name, flags, Mode::empty()) {
         Ok(descriptor) => descriptor,
-        Err(Errno::ENOENT) => return Ok(None),
+        Err(Errno::ENOENT) => return Ok(Found::Nothing),
         Err(error) => return Err(error.into()),
     };
     let status = fstat(&descriptor)?;
-    Ok(Some(match kind(&status) {
-        SFlag::S_IFSOCK => Ok(PodSocket {
+    Ok(match kind(&status) {
+        SFlag::S_IFSOCK => Found::Socket(PodSocket {
             descriptor,
             file: SocketFile {
                 device: status.st_dev,
@@ -200,9 +227,9 @@ fn open_socket(directory: &OwnedFd, name: &str) -> io::Result<Option<Result<PodS
                 changed: (status.st_ctime, status.st_ctime_nsec),
             },
         }),
-        SFlag::S_IFLNK => Err(OddFile::Link),
-        _ => Err(OddFile::Other),
-    }))
+        SFlag::S_IFLNK => Found::Odd(OddFile::Link),
+        _ => Found::Odd(OddFile::Other),
+    })
 }
 
 fn kind(status: &FileStat) -> SFlag {
@@ -267,6 +294,7 @@ mod tests {
         let scan = node.sockets().scan(9).unwrap();
         let pods: Vec<&str> = scan.sockets.iter().map(|(pod, _)| pod.as_str()).collect();
         assert_eq!(pods, ["a", "b", "c"]);
+        assert_eq!(scan.without_socket, ["without-a-socket"]);
         assert!(scan.sockets.iter().all(|(_, file)| file.is_ok()));
         let scan = node.sockets().scan(1).unwrap();
         assert_eq!((scan.sockets.len(), scan.omitted), (1, 2));

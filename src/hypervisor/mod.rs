@@ -21,7 +21,9 @@ pub use self::backend::{
     Change, DomainBackend, DomainStats, LiveDomain, Notice, Notices, ObservationQuery, Seen,
     SeenTimes,
 };
-pub use self::libvirt::{Keepalive, Libvirt, LibvirtConfig, Workers};
+pub use self::libvirt::{
+    DaemonKind, Keepalive, Libvirt, LibvirtConfig, MAX_LAUNCHER_DOMAINS, OpenError, Workers,
+};
 pub use self::metrics::{CALLS, HypervisorMetrics};
 use crate::capability::Version;
 use crate::compat::CpuComparison;

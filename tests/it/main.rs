@@ -36,6 +36,7 @@ mod label_documents;
 mod label_source;
 mod labeller;
 mod launcher_lab;
+mod launchers;
 mod libvirt;
 mod manifests;
 mod monitor;

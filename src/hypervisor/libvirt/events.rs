@@ -9,6 +9,7 @@ use tokio::sync::broadcast;
 use tracing::{debug, warn};
 use virt::sys;
 
+use super::DaemonKind;
 use crate::ffi::{RawEvent, RawEventKind};
 use crate::hotplug::Event;
 use crate::hypervisor::{Change, DomainRef, Notice, Notices};
@@ -17,6 +18,9 @@ use crate::units::{Bytes, KiB};
 /// Maximum number of events that a subscriber may be behind before it loses some: several bursts of
 /// a node with hundreds of domains.
 const BACKLOG: usize = 1024;
+
+/// The same for a launcher, which has few domains: the memory is reserved, and there are hundreds.
+const LAUNCHER_BACKLOG: usize = 32;
 
 /// Returns a regular expression for the QEMU events to subscribe to.
 pub(super) fn monitor_events() -> String {
@@ -28,8 +32,11 @@ pub(super) fn monitor_events() -> String {
 pub(super) struct Publisher(broadcast::Sender<Notice>);
 
 impl Publisher {
-    pub(super) fn new() -> Self {
-        Self(broadcast::Sender::new(BACKLOG))
+    pub(super) fn new(daemon: DaemonKind) -> Self {
+        Self(broadcast::Sender::new(match daemon {
+            DaemonKind::Host => BACKLOG,
+            DaemonKind::Launcher => LAUNCHER_BACKLOG,
+        }))
     }
 
     pub(super) fn subscribe(&self) -> Notices {
@@ -151,7 +158,7 @@ mod tests {
 
     #[tokio::test]
     async fn slow_subscriber_receives_gap() {
-        let publisher = Publisher::new();
+        let publisher = Publisher::new(DaemonKind::Host);
         let mut notices = publisher.subscribe();
         for _ in 0..=BACKLOG {
             publisher.publish(notification(RawEventKind::Reboot));

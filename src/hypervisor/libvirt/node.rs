@@ -9,7 +9,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::Libvirt;
-use super::connection::Call;
+use super::call::Call;
 use super::limits::Class;
 use super::session::Session;
 use crate::compat::CpuComparison;
