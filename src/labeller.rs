@@ -93,6 +93,8 @@ pub struct LatestProbe {
     pub facts: Arc<NodeFacts>,
     pub failures: Vec<SourceFailure>,
     pub rejected: Vec<RejectedLabel>,
+    /// True if documents were read from files and not from libvirt.
+    pub from_files: bool,
 }
 
 pub struct Labeller<S> {
@@ -224,6 +226,7 @@ impl<S: NodeSource> Labeller<S> {
                 facts: Arc::new(reading.facts),
                 failures: reading.failures,
                 rejected: self.rejected.clone(),
+                from_files: reading.from_files,
             })));
             fingerprint = (self.fingerprint().0, documents);
             next = Instant::now() + wait;
@@ -400,7 +403,7 @@ impl<S: NodeSource> Labeller<S> {
         for (id, domain) in &unreadable {
             if !self.unreadable.contains_key(id) {
                 warn!(
-                    domain = id.name,
+                    domain = %id.display_name(),
                     uuid = id.uuid,
                     connection = %id.connection,
                     reason = domain.code,
@@ -413,7 +416,7 @@ impl<S: NodeSource> Labeller<S> {
         for id in self.unreadable.keys() {
             if !unreadable.contains_key(id) {
                 info!(
-                    domain = id.name,
+                    domain = %id.display_name(),
                     uuid = id.uuid,
                     connection = %id.connection,
                     "domain was read again, or ended"

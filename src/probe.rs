@@ -123,6 +123,8 @@ pub struct Reading {
     pub failures: Vec<SourceFailure>,
     /// Sources that were not read, because nothing can answer at present.
     pub unread: Vec<FactSource>,
+    /// True if documents were read from files and not from libvirt.
+    pub from_files: bool,
 }
 
 /// The capabilities that one running domain uses.
@@ -195,6 +197,7 @@ impl<S: NodeSource> Prober<S> {
                 self.failed(&mut reading, failure);
             }
         }
+        reading.from_files = self.node_source.reads_files();
         self.read_documents(&mut reading).await;
         self.read_domains(&mut reading).await;
         reading

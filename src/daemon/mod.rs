@@ -202,6 +202,8 @@ async fn start(config: &Config, listener: TcpListener, tasks: &mut Tasks) -> any
         root,
         uri: config.connect.clone(),
         policy: config.policy.clone(),
+        label_origin: config.label_origin,
+        documents: config.documents.clone(),
     };
     let doctor = DoctorTask::new(
         scope,

@@ -6,6 +6,7 @@
 //! only the host's files. Neither fails: an observation that could not be made is reported as such.
 
 pub mod checks;
+mod documents;
 mod metrics;
 
 pub use self::metrics::DoctorMetrics;
@@ -21,8 +22,10 @@ use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use crate::capability::NodeFacts;
+use crate::config::LabelOrigin;
 use crate::doctor::checks::observed::{
-    Daemon, HostSurvey, LibvirtFailure, LibvirtStatus, Observed, ObservedDomain, Undetailed,
+    Daemon, HostSurvey, LibvirtFailure, LibvirtStatus, Observed, ObservedDocuments, ObservedDomain,
+    Undetailed,
 };
 use crate::doctor::checks::{Check, DoctorReport, Severity, diagnose};
 use crate::domain::MemoryDevice;
@@ -59,6 +62,9 @@ pub struct DoctorScope {
     /// `None` if this machine has no libvirt of its own.
     pub uri: Option<String>,
     pub policy: Policy,
+    pub label_origin: LabelOrigin,
+    /// Directory of KubeVirt's documents.
+    pub documents: PathBuf,
 }
 
 impl DoctorScope {
@@ -88,12 +94,16 @@ pub async fn observe_node<H: NodeSource, C: DomainBackend>(
         host: scope.survey(),
         libvirt: scope.libvirt(),
         facts: Arc::new(NodeFacts::default()),
+        documents: documents::read_documents(scope).await,
         rejected: Vec::new(),
         domains: Ok(Vec::new()),
         daemon,
     };
     if observed.libvirt.is_absent {
         observed.domains = Err("only the daemon knows the domains of launchers".to_owned());
+        if let Some(facts) = &observed.documents.facts {
+            observed.rejected = derive(facts, &scope.policy).rejected;
+        }
         return observed;
     }
     // Queried first and alone: if this fails, the remaining queries would each wait for their timeout.
@@ -307,7 +317,9 @@ impl DoctorTask {
     /// Combines the latest readings of labeller and monitor with a survey of the host's files.
     fn observe(&mut self, latest: &LatestProbe) -> Observed {
         let mut libvirt = self.scope.libvirt();
-        record_failures(&mut libvirt, &latest.failures);
+        if !latest.from_files {
+            record_failures(&mut libvirt, &latest.failures);
+        }
         let sight = self.sight.borrow_and_update().clone();
         let domains = match sight {
             Some(Ok(domains)) => Ok(domains.to_vec()),
@@ -318,6 +330,7 @@ impl DoctorTask {
             host: self.scope.survey(),
             libvirt,
             facts: Arc::clone(&latest.facts),
+            documents: self.documents(latest),
             rejected: latest.rejected.clone(),
             domains,
             daemon: match self.metrics.registry.encode() {
@@ -331,6 +344,23 @@ impl DoctorTask {
         };
         self.add_earlier_memory(&mut observed);
         observed
+    }
+
+    /// Returns the documents as the latest probe read them. It does not read those that it does not use.
+    fn documents(&self, latest: &LatestProbe) -> ObservedDocuments {
+        let failures = latest.failures.iter();
+        let failures = failures.filter(|failure| {
+            use FactSource::{Capabilities, CpuBaseline, DomainCapabilities};
+            let is_document = [Capabilities, DomainCapabilities, CpuBaseline];
+            is_document.contains(&failure.source)
+        });
+        ObservedDocuments {
+            directory: self.scope.documents.display().to_string(),
+            exist: latest.from_files,
+            used: latest.from_files,
+            problems: failures.map(|failure| failure.message.clone()).collect(),
+            facts: None,
+        }
     }
 
     /// Sets `earlier` of the guests whose plugged memory has not changed for [`RECHECK`].

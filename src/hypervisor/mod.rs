@@ -142,6 +142,11 @@ pub trait NodeSource: Send + Sync + 'static {
         Vec::new()
     }
 
+    /// True if documents are read from these files at present.
+    fn reads_files(&self) -> bool {
+        false
+    }
+
     /// Returns the state of the connection, with its changes.
     fn connection(&self) -> watch::Receiver<ConnectionState>;
 }

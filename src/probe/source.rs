@@ -111,7 +111,7 @@ impl<H: NodeSource> LabelSource<H> {
     }
 
     /// True if labels are derived from the documents. Does not change during a probe.
-    pub fn uses_documents(&self) -> bool {
+    fn uses_documents(&self) -> bool {
         self.uses_documents.load(Ordering::Relaxed)
     }
 
@@ -325,6 +325,10 @@ impl<H: NodeSource> NodeSource for LabelSource<H> {
             Some(host) => host.connection(),
             None => self.no_connection.subscribe(),
         }
+    }
+
+    fn reads_files(&self) -> bool {
+        self.uses_documents()
     }
 
     fn files(&self) -> Vec<PathBuf> {

@@ -64,6 +64,8 @@ impl DoctorCommand {
                 root: self.root.clone(),
                 uri: config.connect.clone(),
                 policy: config.policy.clone(),
+                label_origin: config.label_origin,
+                documents: config.documents.clone(),
             };
             let metrics = Metrics::new().hypervisor;
             // Without a libvirt it is not asked.

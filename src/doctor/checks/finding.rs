@@ -38,6 +38,7 @@ checks! {
     LibvirtConnection, "libvirt-connection", "libvirt answers: socket, permissions, polkit";
     LibvirtDaemons, "libvirt-daemons", "the daemons that a domain needs are running, and libvirtd and virtqemud do not run at the same time";
     Versions, "versions", "features missing from these versions of libvirt and QEMU: more than 255 vCPUs (EIM) without additional XML, virtio-mem";
+    LabelDocuments, "label-documents", "the documents of KubeVirt's node-labeller, where labels follow them: readable, and for the same QEMU as the host's libvirt";
     ProbeAge, "probe-age", "age of the daemon's last reading of each label source";
     Labels, "labels", "labels rejected as invalid, and labels left to another owner";
     Domains, "domains", "libvirt answers queries about each running domain, and its definition can be read";

@@ -19,10 +19,25 @@ pub struct Observed {
     pub host: HostSurvey,
     pub libvirt: LibvirtStatus,
     pub facts: Arc<NodeFacts>,
+    pub documents: ObservedDocuments,
     pub rejected: Vec<RejectedLabel>,
     /// The running domains, or the reason why they could not be listed.
     pub domains: Result<Vec<ObservedDomain>, String>,
     pub daemon: Daemon,
+}
+
+/// The documents of KubeVirt's node-labeller.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct ObservedDocuments {
+    pub directory: String,
+    /// True if the directory has any of them.
+    pub exist: bool,
+    /// True if labels are derived from them.
+    pub used: bool,
+    /// Documents that cannot be used, with the reason.
+    pub problems: Vec<String>,
+    /// Facts from the documents; `None` if they were not read.
+    pub facts: Option<Arc<NodeFacts>>,
 }
 
 /// This machine, observed without changing or starting anything.

@@ -114,7 +114,7 @@ fn unreadable_names(reading: &Reading) -> Vec<String> {
     let mut names: Vec<String> = reading
         .unreadable
         .iter()
-        .map(|domain| format!("{:?}", domain.id.name))
+        .map(|domain| format!("{:?}", domain.id.display_name()))
         .collect();
     names.sort_unstable();
     names
