@@ -46,6 +46,7 @@ pub mod monitor;
 pub mod operation;
 pub mod probe;
 pub mod publish;
+pub mod sockets;
 pub mod targets;
 pub mod telemetry;
 pub mod units;

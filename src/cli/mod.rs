@@ -1,7 +1,7 @@
 //! The command line: one file per command.
 //!
 //! ```text
-//! main → parse → run          no configuration: crd, completions, man
+//! main → parse → run          no configuration: crd, completions, man, sockets
 //!                 └ load Config ┬ one-shot libvirt connection: labels, capabilities, check, targets, doctor
 //!                               ├ daemon's local API (`api_client`): hotplug, operations, doctor
 //!                               └ daemon: run
@@ -24,6 +24,7 @@ mod operations;
 mod options;
 mod output;
 mod run;
+mod sockets;
 mod targets;
 
 use std::path::{Path, PathBuf};
@@ -81,6 +82,8 @@ enum CliCommand {
     Doctor(doctor::DoctorCommand),
     /// List the cluster's nodes that can run a domain, and the node affinity for its pod
     Targets(targets::TargetsCommand),
+    /// Serve the sockets of KubeVirt's launchers for reading, to a daemon without access to them
+    Sockets(sockets::SocketsCommand),
     /// Remove everything that virtnode published
     Cleanup,
     /// Print the CustomResourceDefinitions, for `kubectl apply`
@@ -148,6 +151,7 @@ impl Cli {
                 arguments.run(options::remove_without_effect(definition()))
             }
             CliCommand::Man(arguments) => arguments.run(command()),
+            CliCommand::Sockets(arguments) => arguments.run(&settings),
             CliCommand::Run(arguments) => arguments.run(config()?, || load().map(drop)),
             CliCommand::Labels(arguments) => arguments.run(&config()?),
             CliCommand::Capabilities(arguments) => arguments.run(&config()?),

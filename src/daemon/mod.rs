@@ -69,6 +69,7 @@ use crate::doctor::{DoctorScope, DoctorTask};
 use crate::documents::DocumentDirectory;
 use crate::domain::ConnectionId;
 use crate::executor::Executor;
+use crate::files::raise_descriptor_limit;
 use crate::hypervisor::{Libvirt, Workers};
 use crate::labeller::{Labeller, Outputs};
 use crate::launchers::{LauncherScan, Launchers};
@@ -236,7 +237,7 @@ fn start_launchers(
     if !config.launchers.enabled {
         return None;
     }
-    if let Err(error) = options::raise_file_limit() {
+    if let Err(error) = raise_descriptor_limit() {
         warn!(%error, "cannot raise the limit of open files; many launchers may exceed it");
     }
     let scan = LauncherScan::new(

@@ -1,7 +1,6 @@
 //! Translates the configuration into the options of each adapter, for the daemon and the commands.
 
 use anyhow::Context;
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use thiserror::Error;
 
 use crate::cluster::ClusterConfig;
@@ -23,13 +22,6 @@ pub(crate) fn libvirt_config(config: &Config) -> Result<LibvirtConfig, NoLibvirt
         call_deadline: config.call_deadline,
         ..LibvirtConfig::new(uri)
     })
-}
-
-/// Raises the limit of open files of this process to the maximum that it may have: each connection
-/// to a launcher has two files.
-pub(crate) fn raise_file_limit() -> nix::Result<()> {
-    let (_, maximum) = getrlimit(Resource::RLIMIT_NOFILE)?;
-    setrlimit(Resource::RLIMIT_NOFILE, maximum, maximum)
 }
 
 /// Returns the options of a libvirt connection for a few questions, without events.

@@ -24,6 +24,7 @@ const LAYERS: &[&[&str]] = &[
         "labeller",
         "launchers",
         "publish",
+        "sockets",
         "executor",
         "controller",
         "monitor",
@@ -36,7 +37,7 @@ const LAYERS: &[&[&str]] = &[
 ];
 
 /// Pure parts: no async, clock, IO, environment or log.
-const CORE: [&str; 9] = [
+const CORE: [&str; 11] = [
     "capability",
     "compat",
     "doctor/checks",
@@ -44,6 +45,8 @@ const CORE: [&str; 9] = [
     "hotplug",
     "label",
     "operation",
+    "sockets/filter",
+    "sockets/procedures",
     "units",
     "xml",
 ];

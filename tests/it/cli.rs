@@ -445,7 +445,7 @@ const DOMAIN: &str = "domain-xml domain machine arch domain-type vcpus current-v
 const HOTPLUG: &str = "socket state-directory";
 
 /// Every command with the options in its help.
-const COMMANDS: [(&str, &[&str]); 15] = [
+const COMMANDS: [(&str, &[&str]); 16] = [
     ("", &["config"]),
     (
         "run",
@@ -480,6 +480,10 @@ const COMMANDS: [(&str, &[&str]); 15] = [
         ],
     ),
     ("operations", &["config output socket state-directory"]),
+    (
+        "sockets",
+        &["directory serve allow-changes volume names log-format log"],
+    ),
     (
         "doctor",
         &[

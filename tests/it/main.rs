@@ -47,6 +47,7 @@ mod own_node;
 mod publish_node;
 mod references;
 mod service;
+mod sockets;
 mod support;
 mod targets;
 mod targets_live;

@@ -11,6 +11,7 @@
 //!
 //! It needs root and util-linux, and neither KVM nor a network.
 
+pub(crate) mod broker;
 pub(crate) mod vm;
 
 use std::fs::{self, File, Permissions};
