@@ -139,6 +139,9 @@ async fn start(config: &Config, listener: TcpListener, tasks: &mut Tasks) -> any
         let calls = Arc::clone(&metrics.hypervisor);
         Arc::new(Libvirt::start_on(workers.clone(), options, calls))
     });
+    if libvirt.is_none() {
+        metrics.registry.remove(&metrics.hypervisor.connected);
+    }
     let host = libvirt.clone().map(|libvirt| (ConnectionId::Host, libvirt));
     let connections = ConnectionSet::new(host.into_iter().collect());
     let connections = Arc::new(connections.with_launcher_changes(config.launchers.hotplug));

@@ -43,7 +43,7 @@ use crate::launchers::Census;
 const DOMAINS_TIMEOUT: Duration = Duration::from_secs(20);
 /// Maximum number of launchers whose domains are read at the same time.
 const LAUNCHERS_AT_A_TIME: usize = 4;
-/// Maximum wait for the first scan for launchers.
+/// Maximum wait, once, for the first scan for launchers and for the connections to them.
 const SCAN_WAIT: Duration = Duration::from_secs(5);
 /// Interval between observations during that wait.
 const SCAN_POLL: Duration = Duration::from_millis(100);
@@ -79,6 +79,8 @@ pub struct LabelSource<H> {
     documents: DocumentDirectory,
     /// `None` if launchers are not connected.
     launchers: Option<ObserveLaunchers<H>>,
+    /// True once launchers have been waited for.
+    waited: AtomicBool,
     /// True once the documents have been used.
     uses_documents: AtomicBool,
     /// The usual machine type of the documents, with the state of the files.
@@ -102,6 +104,7 @@ impl<H: NodeSource> LabelSource<H> {
             host,
             documents,
             launchers,
+            waited: AtomicBool::new(false),
             uses_documents: AtomicBool::new(origin == LabelOrigin::Files),
             usual_machine: Mutex::new(None),
             versions: AsyncMutex::new(LauncherVersions::default()),
@@ -124,8 +127,21 @@ impl<H: NodeSource> LabelSource<H> {
         })
     }
 
-    fn observe_launchers(&self) -> Option<LaunchersSeen<H>> {
-        self.launchers.as_ref().map(|observe| observe())
+    /// Returns the present launchers. The first probe waits until they are connected, so that it does not
+    /// miss those that the daemon has just begun to connect to.
+    async fn observe_launchers(&self) -> Option<LaunchersSeen<H>> {
+        let observe = self.launchers.as_ref()?;
+        let until = Instant::now() + SCAN_WAIT;
+        while !self.waited.load(Ordering::Relaxed) {
+            let seen = observe();
+            if seen.scanned && seen.unreachable.is_empty() || Instant::now() >= until {
+                self.waited.store(true, Ordering::Relaxed);
+            } else {
+                drop(seen);
+                sleep(SCAN_POLL).await;
+            }
+        }
+        Some(observe())
     }
 
     /// Returns the canonical name of the documents' usual machine type.
@@ -150,7 +166,7 @@ impl<H: NodeSource> LabelSource<H> {
     }
 
     async fn launcher_versions(&self) -> Option<Versions> {
-        let launchers = self.observe_launchers()?;
+        let launchers = self.observe_launchers().await?;
         let machine = self.usual_machine().await?;
         let mut versions = self.versions.lock().await;
         let found = versions.find(&launchers.up, &machine).await;
@@ -160,21 +176,9 @@ impl<H: NodeSource> LabelSource<H> {
         Some(versions)
     }
 
-    /// Waits for the first scan for launchers, and returns them.
-    async fn scanned_launchers(&self) -> Option<LaunchersSeen<H>> {
-        let until = Instant::now() + SCAN_WAIT;
-        loop {
-            let seen = self.observe_launchers()?;
-            if seen.scanned || Instant::now() >= until {
-                return Some(seen);
-            }
-            sleep(SCAN_POLL).await;
-        }
-    }
-
     /// Adds the running domains of the launchers.
     async fn read_launchers(&self, running: &mut RunningDomains) {
-        let Some(seen) = self.scanned_launchers().await else {
+        let Some(seen) = self.observe_launchers().await else {
             return;
         };
         if !seen.scanned {

@@ -17,6 +17,7 @@ use virtnode::hypervisor::{Libvirt, LibvirtConfig};
 use virtnode::label::{LabelSet, Policy, Schema, derive};
 use virtnode::probe::{LabelSource, LaunchersSeen, Prober, Reading};
 
+use crate::support::daemon::Daemon;
 use crate::support::guest::Host;
 use crate::support::launchers::vm::Vm;
 use crate::support::launchers::{Launchers, pod_uid};
@@ -62,7 +63,7 @@ fn labels(arguments: &[&str]) -> anyhow::Result<BTreeMap<String, String>> {
     let state = tempfile::tempdir()?;
     command
         .env_clear()
-        .args(["labels", "--schema", "kubevirt", "--output", "json"])
+        .args(["labels", "--output", "json"])
         .arg("--state-directory")
         .arg(state.path())
         .args(arguments);
@@ -78,6 +79,8 @@ fn labels_from_documents_equal_those_of_the_same_libvirt() -> anyhow::Result<()>
     let libvirtd = Libvirtd::start()?;
     let directory = TempDir::new()?;
     write_documents(directory.path(), |arguments| libvirtd.virsh(arguments))?;
+    let schema = ["--schema", "kubevirt"];
+    let labels = |arguments: &[&str]| labels(&[arguments, &schema].concat());
     let live = labels(&["--connect", &libvirtd.uri()])?;
     ensure!(live.len() > 100, "{live:?}");
 
@@ -183,5 +186,37 @@ async fn launcher_completes_the_documents_with_versions_and_holds_its_labels() -
     };
     assert_eq!(kubevirt(&alone), kubevirt(&live));
     assert_eq!(alone.facts.libvirt_version, None);
+    Ok(())
+}
+
+#[tokio::test]
+async fn daemon_on_a_node_without_libvirt_publishes_the_labels_of_its_launchers_libvirt()
+-> anyhow::Result<()> {
+    let launchers = Launchers::new()?;
+    let launcher = launchers.start(&pod_uid(1)).await?;
+    let directory = TempDir::new()?;
+    write_documents(directory.path(), |arguments| launcher.virsh(arguments))?;
+    let config = directory.path().join("config.yaml");
+    fs::write(
+        &config,
+        format!(
+            "connect: none\nlabels: {{documents: {}}}\nlaunchers: {{enabled: true, directory: {}}}\n",
+            directory.path().display(),
+            launchers.pods().display()
+        ),
+    )?;
+    let config = config.to_string_lossy();
+    let daemon = Daemon::start("none", &["--config", &config, "--schema", "both"]).await?;
+    daemon.ready().await?;
+    let live = labels(&["--connect", &launcher.uri(), "--schema", "both"])?;
+    ensure!(live.contains_key("virtnode.io/libvirt-version"), "{live:?}");
+    assert_eq!(daemon.labels()?, live);
+    let metrics = daemon.get("/metrics")?.text();
+    assert!(
+        !metrics.contains("virtnode_hypervisor_connected"),
+        "{metrics}"
+    );
+    let failure = "virtnode_probe_failures_total{reason=\"unavailable\",source=\"domains\"}";
+    assert_eq!(daemon.metric(failure)?, 0.0);
     Ok(())
 }

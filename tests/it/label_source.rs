@@ -234,6 +234,20 @@ async fn node_without_launcher_is_ready_and_keeps_labels_of_versions() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn first_probe_waits_for_the_connections_to_launchers() {
+    let pods = Pods::default();
+    pods.lock().unreachable.push(pod("a"));
+    let node = Node::start(LabelOrigin::Files, None, Some(pods.clone()));
+    node.write_documents();
+    sleep(Duration::from_secs(2)).await;
+    pods.lock().unreachable.clear();
+    pods.add("a", InMemory::debian_13());
+    node.probes(1).await;
+    assert_eq!(node.value(LIBVIRT).as_deref(), Some("11.3.0"));
+    assert_eq!(node.failures(), []);
+}
+
+#[tokio::test(start_paused = true)]
 async fn one_launcher_of_each_pair_of_versions_is_asked_for_its_capabilities() {
     let pods = Pods::default();
     let asked = || -> usize {
