@@ -222,6 +222,7 @@ impl<C: DomainBackend> Monitor<C> {
                     agent: Some(wait),
                     background: true,
                     answers: false,
+                    definition: false,
                 };
                 let seen = backend.observe(&id, query).await;
                 (id, seen)
@@ -319,6 +320,7 @@ pub async fn observe_details<C: DomainBackend>(
         agent,
         background: false,
         answers: false,
+        definition: false,
     };
     let seen = backend.observe(id, query).await;
     let live = seen.live.map_err(|error| match error {

@@ -71,6 +71,7 @@ impl<C: DomainBackend> Observer<C> {
             agent: Some(self.agent_timeout).filter(|_| self.asks_agent && pause.is_none()),
             background: false,
             answers: self.asks_qemu,
+            definition: false,
         };
         let seen = self.backend.observe(&self.domain, query).await;
         // A job on the domain blocks its description and not its statistics: if only the

@@ -46,6 +46,9 @@
 mod amount;
 mod event;
 mod evidence;
+pub mod external;
+#[cfg(test)]
+mod external_tests;
 mod history;
 mod infeasible;
 mod kind;
@@ -238,7 +241,8 @@ fn rule(history: &History, now: Timestamp) -> Ruling {
     if let Some(ruling) = lifecycle::after_call(history, now, resource.is_reached(history)) {
         return ruling;
     }
-    let prepares = history.changes().next().is_none() && !history.is_over(now);
+    let prepares =
+        history.changes().next().is_none() && !history.is_over(now) && !history.by_another;
     if let Some(ruling) = resource.prepare(history, now).filter(|_| prepares) {
         return ruling;
     }

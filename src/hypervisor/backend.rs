@@ -7,7 +7,9 @@ use tokio::sync::{broadcast, watch};
 use tokio::time::timeout;
 
 use super::{CallError, ConnectionState};
-use crate::domain::{ConnectionId, Domain, DomainRef, DomainState, Job, PauseReason, Stats};
+use crate::domain::{
+    AttachedDevice, ConnectionId, Domain, DomainRef, DomainState, Job, PauseReason, Stats,
+};
 use crate::hotplug::{Action, Event, GuestVcpus, Ost};
 
 /// A domain as the hypervisor has it at present.
@@ -22,6 +24,10 @@ pub struct LiveDomain {
     pub persistent: bool,
     /// A job on the domain, such as a migration.
     pub job: Option<Job>,
+    /// The disks and interfaces of the live XML.
+    pub attached: Vec<AttachedDevice>,
+    /// Those of the definition; `None` if there is none or it was not queried.
+    pub defined: Option<Vec<AttachedDevice>>,
 }
 
 /// The bulk statistics of a domain.
@@ -50,6 +56,8 @@ pub struct ObservationQuery {
     /// True for QEMU's record of the guest's ACPI answers. The query *taints* the domain until it
     /// ends.
     pub answers: bool,
+    /// True for the devices of the persistent definition.
+    pub definition: bool,
 }
 
 /// An observation of a domain.
@@ -189,8 +197,10 @@ pub enum Change {
     /// An event that hotplug depends on. Some arrive twice: from QEMU, and a moment later from
     /// libvirt, which then has the change in its live XML. libvirt's `DeviceDeleted` has no path.
     Event(Event),
-    /// The domain was started, or migrated here.
+    /// The domain was started: its guest boots.
     Started,
+    /// The domain was migrated here or restored: its guest goes on.
+    Arrived,
     /// Its definition was created, changed or removed.
     Defined,
     /// The guest agent connected or disconnected.

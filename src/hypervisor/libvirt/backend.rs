@@ -43,7 +43,9 @@ impl DomainBackend for Libvirt {
     }
 
     async fn observe(&self, domain: &DomainRef, query: ObservationQuery) -> Seen {
-        let live = self.about(Class::Change, "domain", domain, Session::domain);
+        let definition = query.definition;
+        let read = move |session: &Session, domain: &_| session.domain(domain, definition);
+        let live = self.about(Class::Change, "domain", domain, read);
         let statistics = self.about(
             Class::Statistics,
             "domain-stats",

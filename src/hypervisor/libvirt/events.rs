@@ -113,6 +113,12 @@ fn lifecycle(event: u32, detail: u32) -> Option<Change> {
         (sys::VIR_DOMAIN_EVENT_DEFINED | sys::VIR_DOMAIN_EVENT_UNDEFINED, _) => Change::Defined,
         (sys::VIR_DOMAIN_EVENT_STARTED, sys::VIR_DOMAIN_EVENT_STARTED_WAKEUP)
         | (sys::VIR_DOMAIN_EVENT_RESUMED, _) => Change::Event(Event::Resumed),
+        (
+            sys::VIR_DOMAIN_EVENT_STARTED,
+            sys::VIR_DOMAIN_EVENT_STARTED_MIGRATED
+            | sys::VIR_DOMAIN_EVENT_STARTED_RESTORED
+            | sys::VIR_DOMAIN_EVENT_STARTED_FROM_SNAPSHOT,
+        ) => Change::Arrived,
         (sys::VIR_DOMAIN_EVENT_STARTED, _) => Change::Started,
         // A crashed guest stays paused until its on_crash action.
         (
