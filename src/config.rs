@@ -3,8 +3,10 @@
 //! [`Settings`] is one layer as written, with every field optional. [`Config`] is the validated
 //! merge of all layers.
 
+mod external;
 mod launchers;
 
+pub use self::external::{ExternalChangesConfig, ExternalChangesSettings};
 pub use self::launchers::{LauncherConfig, LauncherSettings};
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
@@ -208,6 +210,9 @@ pub struct Settings {
 
     #[arg(skip)]
     pub launchers: LauncherSettings,
+
+    #[arg(skip)]
+    pub external_changes: ExternalChangesSettings,
 }
 
 /// The file's section `labels`.
@@ -273,6 +278,7 @@ pub struct Config {
     pub hotplug_objects: bool,
     pub deep_verify: bool,
     pub launchers: LauncherConfig,
+    pub external_changes: ExternalChangesConfig,
     pub probe_interval: Duration,
     pub start_jitter: Duration,
     pub call_deadline: Duration,
@@ -341,6 +347,7 @@ impl Config {
             hotplug_objects: file.hotplug.objects.unwrap_or(true),
             deep_verify: file.hotplug.deep_verify.unwrap_or(false),
             launchers: file.launchers.validate()?,
+            external_changes: file.external_changes.validate()?,
             probe_interval: seconds("probeIntervalSeconds", probe_interval, 60, 1..=86_400)?,
             start_jitter: seconds(
                 "startJitterSeconds",
@@ -498,6 +505,9 @@ hotplug:
 launchers:
   enabled: true
   directory: /pods
+externalChanges:
+  enabled: true
+  graceSeconds: 30
 ";
         let config = merge(text, Settings::default()).unwrap();
         assert_eq!(config.publish, [PublishTarget::File, PublishTarget::Node]);
@@ -508,6 +518,8 @@ launchers:
         assert!(!config.hotplug && !config.hotplug_objects);
         assert!(!config.hotplug && config.deep_verify);
         assert!(config.launchers.enabled);
+        assert!(config.external_changes.enabled);
+        assert_eq!(config.external_changes.grace.as_secs(), 30);
         assert_eq!(config.launchers.directory, Path::new("/pods"));
         assert_eq!(config.policy.guest_architectures, ["aarch64"]);
         assert_eq!(config.label_origin, LabelOrigin::Files);
@@ -533,6 +545,7 @@ launchers:
         assert!(error("labels: {source: qemu}").contains("qemu"));
         assert!(error("api: {allowedUsers: [0]}").contains("allowedUsers"));
         assert!(error("hotplug: {enable: false}").contains("enable"));
+        assert!(error("externalChanges: {graceSeconds: 4}").contains("from 5 to 600"));
         assert!(error("launchers: {scanSeconds: 61}").contains("from 1 to 60"));
         assert!(error("publish: [none, file]").contains("'none' cannot be combined"));
         assert!(error("publish: []").contains("at least one"));

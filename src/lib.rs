@@ -32,6 +32,7 @@ pub mod doctor;
 pub mod documents;
 pub mod domain;
 pub mod executor;
+pub mod external;
 #[allow(unsafe_code)]
 pub mod ffi;
 pub mod files;

@@ -53,6 +53,17 @@ const TIMEOUT: Duration = Duration::from_secs(2);
 /// The running domains, or the error of listing them; `None` before the first reading.
 pub type ObservedDomains = Option<Result<Arc<[ObservedDomain]>, String>>;
 
+/// A running domain at one reading.
+#[derive(Debug, Clone)]
+pub struct Sighting {
+    pub stats: DomainStats,
+    /// The last observation and its start.
+    pub details: Option<(Instant, Arc<DomainDetails>)>,
+}
+
+/// The running domains, and the start of the reading.
+pub type Sightings = Option<(Instant, Arc<[Sighting]>)>;
+
 /// Keeps the inventory up to date.
 pub struct Monitor<C> {
     backend: Arc<C>,
@@ -64,12 +75,16 @@ pub struct Monitor<C> {
     errors: HashMap<DomainRef, (Undetailed, Instant)>,
     agents: Agents,
     observed: watch::Sender<ObservedDomains>,
+    sightings: watch::Sender<Sightings>,
+    /// Start of the last reading.
+    read: Instant,
     failed: Option<&'static str>,
 }
 
 /// A domain's last observation.
 struct KnownDomain {
     details: Arc<DomainDetails>,
+    /// Start of the observation.
     at: Instant,
     /// True after a notification.
     stale: bool,
@@ -86,12 +101,19 @@ impl<C: DomainBackend> Monitor<C> {
             errors: HashMap::new(),
             agents: Agents::default(),
             observed: watch::Sender::new(None),
+            sightings: watch::Sender::new(None),
+            read: Instant::now(),
             failed: None,
         }
     }
 
     pub fn observed(&self) -> watch::Receiver<ObservedDomains> {
         self.observed.subscribe()
+    }
+
+    /// Returns the readings, for a service that compares them. Costs nothing without a receiver.
+    pub fn sightings(&self) -> watch::Receiver<Sightings> {
+        self.sightings.subscribe()
     }
 
     /// Runs until stopped.
@@ -164,7 +186,9 @@ impl<C: DomainBackend> Monitor<C> {
     /// # Errors
     /// The hypervisor's; the inventory stays as it was.
     pub async fn refresh(&mut self) -> Result<(), CallError> {
+        let read = Instant::now();
         self.running = self.backend.statistics().await?;
+        self.read = read;
         let ids: HashSet<&DomainRef> = self.running.iter().map(|stats| &stats.id).collect();
         self.known.retain(|id, _| ids.contains(id));
         self.errors.retain(|id, _| ids.contains(id));
@@ -178,20 +202,26 @@ impl<C: DomainBackend> Monitor<C> {
         let backend = &self.backend;
         let observations: Vec<_> = stream::iter(stale)
             .map(|id| async {
+                let at = Instant::now();
                 let details = observe_details(&**backend, &id, TIMEOUT, None).await;
-                (id, details)
+                (id, at, details)
             })
             .buffer_unordered(AT_A_TIME)
             .collect()
             .await;
-        for (id, details) in observations {
-            self.add_details(id, details);
+        for (id, at, details) in observations {
+            self.add_details(id, at, details);
         }
         self.publish();
         Ok(())
     }
 
-    fn add_details(&mut self, id: DomainRef, details: Result<DomainDetails, Undetailed>) {
+    fn add_details(
+        &mut self,
+        id: DomainRef,
+        at: Instant,
+        details: Result<DomainDetails, Undetailed>,
+    ) {
         match details {
             Ok(mut details) => {
                 self.errors.remove(&id);
@@ -199,7 +229,7 @@ impl<C: DomainBackend> Monitor<C> {
                 details.agent = self.agents.observed(&id, details.domain.id, has_agent);
                 let known = KnownDomain {
                     details: Arc::new(details),
-                    at: Instant::now(),
+                    at,
                     stale: false,
                 };
                 self.known.insert(id, known);
@@ -260,6 +290,17 @@ impl<C: DomainBackend> Monitor<C> {
         let observed = observed.map(|stats| self.observed_domain(stats.clone()));
         let observed: Arc<[ObservedDomain]> = observed.collect();
         self.observed.send_replace(Some(Ok(observed)));
+        if self.sightings.receiver_count() > 0 {
+            let sightings = self.running.iter().map(|stats| Sighting {
+                stats: stats.clone(),
+                details: self
+                    .known
+                    .get(&stats.id)
+                    .map(|known| (known.at, Arc::clone(&known.details))),
+            });
+            let sightings = Some((self.read, sightings.collect()));
+            self.sightings.send_replace(sightings);
+        }
     }
 
     fn observed_domain(&self, stats: DomainStats) -> ObservedDomain {

@@ -113,7 +113,10 @@ impl ClusterTasks {
             Arc::clone(&self.metrics.virtualization),
         );
         let publisher = VirtualizationPublisher::new(cluster, metrics, options);
-        let publisher = publisher.with_hotplug(hotplug_watched);
+        let mut publisher = publisher.with_hotplug(hotplug_watched);
+        if config.external_changes.enabled {
+            publisher = publisher.with_domains(self.metrics.external.log.not_taken());
+        }
         let connection = hypervisor.connection();
         tasks.start("the NodeVirtualization publisher", |stop| {
             publisher.run(to_publish, connection, stop)

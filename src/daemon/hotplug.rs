@@ -12,6 +12,7 @@ use super::api::OperationService;
 use crate::config::Config;
 use crate::executor::HotplugMetrics;
 use crate::executor::{Executor, Listener, Options, SubmitError};
+use crate::external::OwnOperations;
 use crate::host;
 use crate::hypervisor::DomainBackend;
 use crate::journal::Journal;
@@ -24,7 +25,8 @@ use crate::publish::node_events;
 const COUNT_INTERVAL: Duration = Duration::from_secs(15);
 
 /// Starts an executor with the journal in the state directory. It resumes the journal's unfinished
-/// operations. `on_node` receives events about operations that did not succeed.
+/// operations. `on_node` receives events about operations that did not succeed, and `own` every
+/// operation, which is then not taken for a change by another client.
 ///
 /// # Errors
 /// The journal cannot be opened or read.
@@ -33,6 +35,7 @@ pub fn start_executor<C: DomainBackend>(
     domains: Arc<C>,
     metrics: &Arc<HotplugMetrics>,
     on_node: Option<(EventRecorder, ObjectReference)>,
+    own: Option<Arc<OwnOperations>>,
 ) -> anyhow::Result<Arc<Executor<C>>> {
     let journal = Journal::open(&config.state_directory).context("cannot open the journal")?;
     let options = Options {
@@ -43,8 +46,18 @@ pub fn start_executor<C: DomainBackend>(
     let reporter = OperationReporter {
         metrics: Arc::clone(metrics),
         on_node,
+        own: own.clone(),
     };
-    Ok(Executor::start(domains, journal, options, reporter)?)
+    let executor = Executor::start(domains, journal, options, reporter)?;
+    if let Some(own) = own {
+        // Oldest first: the last operation on a domain counts.
+        executor
+            .operations()
+            .iter()
+            .rev()
+            .for_each(|record| own.record(record));
+    }
+    Ok(executor)
 }
 
 /// Keeps the journal's metrics up to date, forever.
@@ -82,11 +95,15 @@ impl<C: DomainBackend> OperationService for Executor<C> {
 struct OperationReporter {
     metrics: Arc<HotplugMetrics>,
     on_node: Option<(EventRecorder, ObjectReference)>,
+    own: Option<Arc<OwnOperations>>,
 }
 
 impl Listener for OperationReporter {
     fn changed(&self, record: &Record) {
         self.metrics.changed(record);
+        if let Some(own) = &self.own {
+            own.record(record);
+        }
         if let Some((events, node)) = &self.on_node
             && let Some(event) = node_events::of_operation(node, record)
         {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use crate::controller::ObjectMetrics;
 use crate::doctor::DoctorMetrics;
 use crate::executor::HotplugMetrics;
+use crate::external::ExternalMetrics;
 use crate::hypervisor::HypervisorMetrics;
 use crate::labeller::LabellerMetrics;
 use crate::launchers::LauncherMetrics;
@@ -25,6 +26,7 @@ pub struct Metrics {
     pub inventory: Arc<Inventory>,
     pub doctor: Arc<DoctorMetrics>,
     pub launchers: Arc<LauncherMetrics>,
+    pub external: Arc<ExternalMetrics>,
 }
 
 impl Metrics {
@@ -49,6 +51,7 @@ impl Metrics {
             inventory: Inventory::register(&registry),
             doctor: Arc::new(DoctorMetrics::register(&registry)),
             launchers: Arc::new(LauncherMetrics::register(&registry)),
+            external: Arc::new(ExternalMetrics::register(&registry)),
             registry,
         }
     }

@@ -7,8 +7,9 @@
 //!          ├ executor ┬ controller ─────────────────────────────┤
 //!          │          ├ events ──── event writer ───────────────┘
 //!          │          └ local API
-//!          └ monitor ── inventory ┬ HTTP server, local API
-//!                                 └ doctor
+//!          ├ monitor ┬ inventory ┬ HTTP server, local API
+//!          │         │           └ doctor
+//!          └ verifier of external changes (if enabled) ── local API, metrics
 //! ```
 //!
 //! **Ownership.** [`Tasks`] owns every task; tasks share the libvirt adapter, [`Metrics`] and
@@ -69,7 +70,9 @@ use crate::doctor::{DoctorScope, DoctorTask};
 use crate::documents::DocumentDirectory;
 use crate::domain::ConnectionId;
 use crate::executor::Executor;
+use crate::external::{ExternalChanges, OwnOperations, ServiceOptions};
 use crate::files::raise_descriptor_limit;
+use crate::hotplug::Patience;
 use crate::hypervisor::{Libvirt, Workers};
 use crate::labeller::{Labeller, Outputs};
 use crate::launchers::{LauncherScan, Launchers};
@@ -163,7 +166,9 @@ async fn start(config: &Config, listener: TcpListener, tasks: &mut Tasks) -> any
     };
 
     let events = cluster_tasks.as_ref().map(ClusterTasks::events);
-    let executor = start_hotplug(config, &connections, &metrics, events, tasks);
+    let verifies = config.external_changes.enabled;
+    let own = verifies.then(Arc::<OwnOperations>::default);
+    let executor = start_hotplug(config, &connections, &metrics, events, own.clone(), tasks);
     if let Err(error) = &executor {
         error!("hotplug is off until the next start: {error:#}");
     }
@@ -201,7 +206,16 @@ async fn start(config: &Config, listener: TcpListener, tasks: &mut Tasks) -> any
         outputs,
         Arc::clone(&metrics.labeller),
     );
-    let monitor = Monitor::new(connections, Arc::clone(&metrics.inventory));
+    let monitor = Monitor::new(Arc::clone(&connections), Arc::clone(&metrics.inventory));
+    if let Some(own) = own {
+        let options = ServiceOptions {
+            grace: config.external_changes.grace,
+            patience: Patience::default(),
+        };
+        let metrics = Arc::clone(&metrics.external);
+        let changes = ExternalChanges::new(connections, options, monitor.sightings(), own, metrics);
+        tasks.start("the verifier of external changes", |stop| changes.run(stop));
+    }
     let scope = DoctorScope {
         root,
         uri: config.connect.clone(),
@@ -264,6 +278,7 @@ fn start_hotplug(
     connections: &Arc<ConnectionSet<Libvirt>>,
     metrics: &Arc<Metrics>,
     events: Option<(EventRecorder, ObjectReference)>,
+    own: Option<Arc<OwnOperations>>,
     tasks: &mut Tasks,
 ) -> anyhow::Result<Option<Arc<Executor<ConnectionSet<Libvirt>>>>> {
     // Before the journal, because the socket excludes a second daemon, which would resume the same
@@ -272,9 +287,9 @@ fn start_hotplug(
     let socket = api::bind(&config.socket, gid)
         .with_context(|| format!("cannot serve the local API at {}", config.socket.display()))?;
     let executor = if config.hotplug {
-        let executor =
-            hotplug::start_executor(config, Arc::clone(connections), &metrics.hotplug, events)
-                .context("cannot start hotplug (hotplug.enabled: false disables it)")?;
+        let domains = Arc::clone(connections);
+        let executor = hotplug::start_executor(config, domains, &metrics.hotplug, events, own)
+            .context("cannot start hotplug (hotplug.enabled: false disables it)")?;
         let (metrics, running) = (Arc::clone(metrics), Arc::clone(&executor));
         tasks.start("the executor", |stop: CancellationToken| async move {
             let counting = hotplug::count_operations(&running, &metrics.hotplug);
@@ -286,7 +301,10 @@ fn start_hotplug(
         None
     };
     let access = Access::new(config.allowed_uids.clone(), config.allowed_gids.clone());
-    let router = api::router(executor.clone(), Arc::clone(&metrics.inventory), access);
+    let verifies = config.external_changes.enabled;
+    let external = verifies.then(|| Arc::clone(&metrics.external.log));
+    let inventory = Arc::clone(&metrics.inventory);
+    let router = api::router(executor.clone(), inventory, external, access);
     tasks.start_endless("the local API", api::serve(socket, router));
     info!(socket = %config.socket.display(), hotplug = config.hotplug, "serving the local API");
     Ok(executor)

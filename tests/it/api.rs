@@ -58,7 +58,12 @@ impl Served {
         let operations = Arc::new(InMemory::default());
         let metrics = Arc::new(Metrics::new());
         let operations_enabled = hotplug.then(|| Arc::clone(&operations));
-        let router = api::router(operations_enabled, Arc::clone(&metrics.inventory), access);
+        let router = api::router(
+            operations_enabled,
+            Arc::clone(&metrics.inventory),
+            hotplug.then(|| Arc::clone(&metrics.external.log)),
+            access,
+        );
         let socket = api::bind(&directory.path().join("api.sock"), None).unwrap();
         let served = api::serve(socket, router);
         Self {

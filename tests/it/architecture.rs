@@ -26,6 +26,7 @@ const LAYERS: &[&[&str]] = &[
         "publish",
         "sockets",
         "executor",
+        "external",
         "controller",
         "monitor",
         "doctor",

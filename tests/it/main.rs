@@ -25,6 +25,7 @@ mod doctor_domains;
 mod documents;
 mod events;
 mod executor;
+mod external_changes;
 mod foretold;
 mod foretold_devices;
 mod hotplug_cli;

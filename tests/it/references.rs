@@ -11,7 +11,10 @@ use virtnode::capability::{
     Version,
 };
 use virtnode::daemon::Metrics;
-use virtnode::domain::DomainState;
+use virtnode::domain::{DomainRef, DomainState};
+use virtnode::external::NotTaken;
+use virtnode::hotplug::Verdict;
+use virtnode::hotplug::external::{ChangedResource, ExternalAction};
 use virtnode::label::{LabelKey, LabelSet, Policy, Schema, derive, family, sources};
 use virtnode::monitor::{DomainFigures, MemoryFigures, VcpuFigures};
 use virtnode::units::{Bytes, Timestamp};
@@ -201,6 +204,17 @@ fn metric_reference_matches_served_metrics() {
         },
         as_of: Timestamp::from_millis(0),
     }]);
+    let domain = DomainRef::on_host("web", "u");
+    let not_taken = NotTaken {
+        domain: domain.clone(),
+        resource: ChangedResource::Vcpus,
+        action: ExternalAction::Plug,
+        device: None,
+        verdict: Verdict::GuestRefused,
+        message: String::new(),
+        since: Timestamp::from_millis(0),
+    };
+    metrics.external.log.set_not_taken(&domain, vec![not_taken]);
     let served = metrics.registry.encode().unwrap();
     let (mut helps, mut types) = (BTreeMap::new(), BTreeMap::new());
     for line in served.lines() {
@@ -250,7 +264,9 @@ fn metric_reference_matches_served_metrics() {
         let labels: Vec<String> = labels
             .iter()
             .map(|(label, values)| match values.len() {
-                _ if ["domain", "version", "commit"].contains(label) => format!("`{label}`"),
+                _ if ["domain", "name", "namespace", "version", "commit"].contains(label) => {
+                    format!("`{label}`")
+                }
                 1..=MAX_LISTED_VALUES => format!(
                     "`{label}`: {}",
                     values.iter().copied().collect::<Vec<_>>().join(", ")

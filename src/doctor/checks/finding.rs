@@ -46,6 +46,7 @@ checks! {
     VcpusOnline, "vcpus-online", "each guest uses its plugged vCPUs (`nr_cpus`, offline CPUs)";
     VirtioMem, "virtio-mem", "each guest has taken the memory that its virtio-mem devices request";
     MachineTypes, "machine-types", "running domains whose machine type is deprecated, or no longer exists in this QEMU";
+    ExternalChanges, "external-changes", "changes that other clients of libvirt made and that guests have not taken, as the daemon verified them (`externalChanges.enabled`)";
 }
 
 words! {

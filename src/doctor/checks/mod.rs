@@ -36,6 +36,7 @@ pub fn diagnose(observed: &Observed) -> DoctorReport {
     daemon::check_probes(observed, &mut report);
     daemon::check_labels(observed, &mut report);
     domains::check(observed, &mut report);
+    daemon::check_external_changes(observed, &mut report);
     for check in Check::ALL {
         if !report.covers(check) {
             report.unseen(check, "the check produced no result", None);

@@ -71,7 +71,7 @@ pub struct ExternalChange {
     /// The time when the verdict became `Verified` because the guest followed later.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub corrected: Option<Timestamp>,
-    /// What the change waits for, before the verdict.
+    /// The awaited thing, before the verdict.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub awaiting: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -45,7 +45,7 @@ pub struct ExternalOptions {
     pub defines_devices: bool,
 }
 
-/// What one look at a domain showed.
+/// The result of one look at a domain.
 #[derive(Debug, Clone)]
 pub struct LookResult {
     pub seen: Observation,

@@ -1,4 +1,4 @@
-//! What the hypervisor has of a resource, as a request.
+//! The amount of a resource that the hypervisor has, as a request.
 
 use crate::domain::{Domain, MemoryModel};
 use crate::hotplug::vcpus::{peripheral, vcpu_of};
