@@ -249,6 +249,7 @@ fn start(
     let mut hotplugs = HotplugObjects::new(&cluster)
         .watch(ListOptions {
             max: 512,
+            max_stubs: 8192,
             in_pages: false,
         })
         .boxed();

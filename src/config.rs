@@ -5,6 +5,7 @@
 
 mod external;
 mod launchers;
+mod messages;
 
 pub use self::external::{ExternalChangesConfig, ExternalChangesSettings};
 pub use self::launchers::{LauncherConfig, LauncherSettings};
@@ -18,7 +19,9 @@ use clap::Args;
 use serde::Deserialize;
 use thiserror::Error;
 
+use self::messages::Messages;
 use crate::label::{Policy, Schema};
+use crate::units::whole_number;
 
 /// The configuration file that is read if no other is named. It may be missing.
 pub const DEFAULT_PATH: &str = "/etc/virtnode/config.yaml";
@@ -28,6 +31,9 @@ const NO_LIBVIRT: &str = "none";
 
 /// Maximum size of a configuration file.
 const MAX_BYTES: u64 = 1024 * 1024;
+
+/// Maximum of settings in seconds: a day.
+const DAY: u64 = 86_400;
 
 /// Headings of `--help`, in one place so that every command groups its options alike.
 pub(crate) mod heading {
@@ -118,7 +124,8 @@ pub struct Settings {
     #[arg(
         long = "call-deadline",
         env = "VIRTNODE_CALL_DEADLINE",
-        value_name = "SECONDS"
+        value_name = "SECONDS",
+        value_parser = whole_number(0..=DAY)
     )]
     pub call_deadline_seconds: Option<u64>,
 
@@ -170,7 +177,8 @@ pub struct Settings {
     #[arg(
         long = "probe-interval",
         env = "VIRTNODE_PROBE_INTERVAL",
-        value_name = "SECONDS"
+        value_name = "SECONDS",
+        value_parser = whole_number(0..=DAY)
     )]
     pub probe_interval_seconds: Option<u64>,
 
@@ -178,7 +186,8 @@ pub struct Settings {
     #[arg(
         long = "start-jitter",
         env = "VIRTNODE_START_JITTER",
-        value_name = "SECONDS"
+        value_name = "SECONDS",
+        value_parser = whole_number(0..=DAY)
     )]
     pub start_jitter_seconds: Option<u64>,
 
@@ -411,9 +420,7 @@ fn parse(text: &str) -> Result<Settings, String> {
     {
         return Ok(Settings::default());
     }
-    // The library's own messages advise programmers.
-    serde_saphyr::from_str(text)
-        .map_err(|error| error.render_with_formatter(&serde_saphyr::UserMessageFormatter))
+    serde_saphyr::from_str(text).map_err(|error| error.render_with_formatter(&Messages))
 }
 
 fn publish_targets(
@@ -551,6 +558,31 @@ externalChanges:
         assert!(error("publish: []").contains("at least one"));
         assert!(error("probeIntervalSeconds: 0").contains("from 1 to 86400"));
         assert!(error("listen: nowhere").contains("'nowhere' is not a valid address"));
+        for (file, words) in [
+            (
+                "conect: x",
+                "'conect' is not a setting; the settings here are connect, ",
+            ),
+            (
+                "schema: x",
+                "'x' is not a valid value; write one of native, kubevirt, both",
+            ),
+            ("hotplug: {enabled: maybe}", "write true or false here"),
+            ("hotplug: 5", "write settings here, each as `name: value`"),
+            ("- a", "write settings here, each as `name: value`"),
+            ("api: {allowedUids: 1}", "write a list here, like [a, b]"),
+            (
+                "api: {allowedUids: [-1]}",
+                "write a whole number here, 0 or more",
+            ),
+            ("connect: [a]", "write a single value here"),
+            (
+                "schema: both\nschema: both",
+                "the setting 'schema' is given twice",
+            ),
+        ] {
+            assert!(error(file).contains(words), "{file}: {}", error(file));
+        }
         assert!(!error("{").is_empty());
         assert!(!error("- a").is_empty());
     }

@@ -93,6 +93,16 @@ pub struct CpuDefinition {
     pub features: Vec<PolicyFeature>,
 }
 
+impl CpuModes {
+    /// True if the host model adds a feature to its named model.
+    pub fn adds_to_host_model(&self, feature: &str) -> bool {
+        let listed = self.host_model.iter().flat_map(|host| &host.features);
+        listed
+            .filter(|listed| !matches!(listed.policy.as_deref(), Some("disable" | "forbid")))
+            .any(|listed| listed.name == feature)
+    }
+}
+
 impl HostModel {
     /// Writes the `<cpu>` definition that hypervisor-cpu-baseline expects, as virsh extracts it
     /// from the domain capabilities (`vshExtractCPUDefXMLs`). `None` without a model.

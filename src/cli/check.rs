@@ -1,5 +1,6 @@
 //! `virtnode check`.
 
+mod change;
 mod live;
 mod show;
 mod source;
@@ -93,17 +94,26 @@ impl CheckCommand {
                 let fit = assess(&domain.requirement, &offer);
                 CheckReport::new(domain.is_described, &domain.requirement, fit, &offer, None)
             }
+            None if !self.source.changes().is_empty() => {
+                return change::check(&self.source, self.is_trial_requested, &self.output, config);
+            }
             None => match live::check(&self.source, self.is_trial_requested, config)? {
                 Ok(report) => report,
                 Err(exit) => return Ok(exit),
             },
         };
         self.output.print(&report, || show::report(&report))?;
-        Ok(match report.fit.answer {
-            Feasibility::Feasible => Exit::Done,
-            Feasibility::Infeasible => Exit::Infeasible,
-            Feasibility::Unknown => Exit::Unknown,
-        })
+        Ok(report.fit.answer.into())
+    }
+}
+
+impl From<Feasibility> for Exit {
+    fn from(answer: Feasibility) -> Self {
+        match answer {
+            Feasibility::Feasible => Self::Done,
+            Feasibility::Infeasible => Self::Infeasible,
+            Feasibility::Unknown => Self::Unknown,
+        }
     }
 }
 

@@ -9,6 +9,7 @@ use super::Failure;
 use super::input::{DocumentInput, ensure_one_stdin};
 use crate::capability::{Capabilities, CpuDefinition, DomainCapabilities, Eim, NodeFacts, Version};
 use crate::documents::DocumentFile;
+use crate::units::whole_number;
 use crate::xml::MAX_BYTES;
 
 /// Options that name documents and facts. With any of them libvirt and the host are not asked.
@@ -36,7 +37,7 @@ pub(super) struct OfflineDocuments {
     supported_features: Option<PathBuf>,
 
     /// Maximum number of vCPUs of the node's KVM (KVM_CAP_MAX_VCPUS)
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", value_parser = whole_number(1..=u32::MAX))]
     kvm_max_vcpus: Option<u32>,
 
     /// Extended interrupt mode (EIM) of domains: auto, explicit or none

@@ -1,6 +1,6 @@
 //! Client of the DomainHotplug objects of this daemon's node.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::future::{self, Future};
 
 use futures::{Stream, StreamExt};
@@ -11,7 +11,7 @@ use kube::runtime::watcher::{self, Event};
 use serde_json::{Value, json};
 
 use super::answer::PAGE_OBJECTS;
-use super::objects::{DomainHotplug, DomainHotplugStatus, NODE_LABEL};
+use super::objects::{Condition, DomainHotplug, DomainHotplugStatus, NODE_LABEL};
 use super::{ApiObject, Cluster, ClusterError, FIELD_MANAGER};
 use crate::label::LabelValue;
 use crate::units::Timestamp;
@@ -68,6 +68,8 @@ impl From<&HotplugObject> for ObjectStub {
 pub struct ListOptions {
     /// Maximum number of objects in memory. Only the stubs of further ones are kept.
     pub max: usize,
+    /// Maximum number of stubs in memory. The newest objects beyond it are left out.
+    pub max_stubs: usize,
     /// Read the list from the API server's storage, in pages. Otherwise the API server serves it from
     /// its cache, in one answer.
     pub in_pages: bool,
@@ -78,9 +80,11 @@ pub struct ListOptions {
 pub enum HotplugChange {
     /// All objects: at the start, and after a watch that could not be resumed.
     Listed {
-        /// The oldest, in the order of their creation.
+        /// The oldest, in the order of their creation: first those that are not settled.
         objects: Vec<HotplugObject>,
-        rest: Vec<ObjectStub>,
+        rest: BTreeSet<ObjectStub>,
+        /// False if there are more, which were left out.
+        is_complete: bool,
     },
     /// An object was created or changed.
     Changed(Box<HotplugObject>),
@@ -150,7 +154,7 @@ impl HotplugObjects {
         let object = api_object(&format!("objects of node {node}"));
         self.cluster
             .watch_objects(self.objects.clone(), config, object)
-            .scan(PendingList::new(options.max), move |listed, event| {
+            .scan(PendingList::new(options), move |listed, event| {
                 future::ready(Some(read_event(listed, event, &node)))
             })
             .filter_map(future::ready)
@@ -263,36 +267,52 @@ fn api_object(name: &str) -> ApiObject {
     }
 }
 
-/// The objects of a list that is not complete yet.
+/// True if the object has its verdict or was rejected.
+fn is_settled(status: &DomainHotplugStatus) -> bool {
+    let accepted = Condition::find(&status.conditions, "Accepted");
+    status.completion_time.is_some() || accepted.is_some_and(|accepted| accepted.status == "False")
+}
+
+/// The objects of a list that is still being read. Settled ones give way to the others, so that a
+/// list always has what is still to be executed.
 struct PendingList {
-    max: usize,
-    oldest: BTreeMap<ObjectStub, HotplugObject>,
-    rest: Vec<ObjectStub>,
+    options: ListOptions,
+    oldest: BTreeMap<(bool, ObjectStub), HotplugObject>,
+    rest: BTreeSet<(bool, ObjectStub)>,
+    is_complete: bool,
 }
 
 impl PendingList {
-    fn new(max: usize) -> Self {
+    fn new(options: ListOptions) -> Self {
         Self {
-            max,
+            options,
             oldest: BTreeMap::new(),
-            rest: Vec::new(),
+            rest: BTreeSet::new(),
+            is_complete: true,
         }
     }
 
     fn add(&mut self, object: HotplugObject) {
-        self.oldest.insert(ObjectStub::from(&object), object);
-        if self.oldest.len() > self.max
-            && let Some((newest, _)) = self.oldest.pop_last()
+        let is_settled = object.status.as_ref().is_some_and(is_settled);
+        let key = (is_settled, ObjectStub::from(&object));
+        self.oldest.insert(key, object);
+        if self.oldest.len() > self.options.max
+            && let Some((last, _)) = self.oldest.pop_last()
         {
-            self.rest.push(newest);
+            self.rest.insert(last);
+        }
+        if self.rest.len() > self.options.max_stubs {
+            self.rest.pop_last();
+            self.is_complete = false;
         }
     }
 
     fn take(&mut self) -> HotplugChange {
-        let PendingList { oldest, rest, .. } = std::mem::replace(self, Self::new(self.max));
+        let list = std::mem::replace(self, Self::new(self.options));
         HotplugChange::Listed {
-            objects: oldest.into_values().collect(),
-            rest,
+            objects: list.oldest.into_values().collect(),
+            rest: list.rest.into_iter().map(|(_, stub)| stub).collect(),
+            is_complete: list.is_complete,
         }
     }
 }
@@ -305,7 +325,7 @@ fn read_event(
 ) -> Option<Result<HotplugChange, ClusterError>> {
     match event {
         Ok(Event::Init) => {
-            *listed = PendingList::new(listed.max);
+            *listed = PendingList::new(listed.options);
             None
         }
         Ok(Event::InitApply(object)) => {

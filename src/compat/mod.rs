@@ -37,4 +37,4 @@ pub use placement::{
     Candidate, CandidateState, NodeAssessment, Placement, ReportedOffer, find_targets,
 };
 pub use requirement::{Requirement, VcpuRequirement};
-pub use rules::{Assessment, Headroom, MemoryRoom, VcpuRoom, assess};
+pub use rules::{Assessment, Headroom, MemoryRoom, VcpuRoom, assess, headroom};

@@ -28,7 +28,7 @@ mod vcpus;
 
 use serde::Serialize;
 
-pub use self::headroom::{Headroom, MemoryRoom, VcpuRoom};
+pub use self::headroom::{Headroom, MemoryRoom, VcpuRoom, headroom};
 pub(crate) use self::host::tsc_range;
 use super::{Feasibility, NotChecked, Offer, Requirement, RuleFinding, RuleSeverity};
 use crate::capability::{Version, is_q35, is_x86};
@@ -129,6 +129,13 @@ impl<'a> RuleInput<'a> {
 
     fn is_pseries(&self) -> bool {
         self.machine.is_some_and(|name| name.starts_with("pseries"))
+    }
+
+    /// Returns the forbidden CPU features that the host model does not add to its named model.
+    fn forbidden_beyond_host_model(&self) -> impl Iterator<Item = &'a str> {
+        let modes = self.node.cpu.as_ref();
+        let adds = move |name: &str| modes.is_some_and(|modes| modes.adds_to_host_model(name));
+        self.domain.cpu.forbidden().filter(move |name| !adds(name))
     }
 
     fn virt_type(&self) -> Option<&'a str> {

@@ -50,7 +50,9 @@ use self::request::ObjectError;
 use self::status::{NotAccepted, is_finished};
 use self::watch::ObjectWatch;
 use crate::cluster::objects::Condition;
-use crate::cluster::{HotplugChange, HotplugObject, HotplugObjects, ObjectStub, Retry};
+use crate::cluster::{
+    HotplugChange, HotplugObject, HotplugObjects, ListOptions, ObjectStub, Retry,
+};
 use crate::executor::{Executor, SubmitError};
 use crate::hypervisor::DomainBackend;
 use crate::operation::Record;
@@ -71,6 +73,11 @@ pub struct ControllerOptions {
     /// Maximum number of objects in memory: more than the executor's operations without a verdict.
     /// Further ones wait, the oldest first, until one has nothing left to do.
     pub max_tracked: usize,
+    /// Maximum number of objects of which only the name is in memory, about 0.4 kB each. Further
+    /// ones are found by another list when these have had their turn.
+    pub max_waiting: usize,
+    /// Minimum interval between such lists.
+    pub list_interval: Duration,
 }
 
 impl Default for ControllerOptions {
@@ -85,6 +92,8 @@ impl Default for ControllerOptions {
             },
             submit_interval: Duration::from_secs(5),
             max_tracked: 512,
+            max_waiting: 8192,
+            list_interval: Duration::from_secs(300),
         }
     }
 }
@@ -102,6 +111,10 @@ pub struct Controller<C> {
     waiting: BTreeSet<ObjectStub>,
     /// Objects that gave their place to others, by the time of their expiry.
     expiring: BTreeSet<(Timestamp, ObjectStub)>,
+    /// Time of the last list.
+    listed_at: Instant,
+    /// True if objects were left out because there were too many.
+    has_unknown: bool,
     /// True while objects wait for a place.
     crowded: Sender<bool>,
     /// Time of the next attempt to read a waiting object.
@@ -134,7 +147,11 @@ impl<C: DomainBackend> Controller<C> {
             watch: ObjectWatch::new(
                 Arc::clone(&client),
                 options.watch_retry,
-                options.max_tracked,
+                ListOptions {
+                    max: options.max_tracked,
+                    max_stubs: options.max_waiting,
+                    in_pages: false,
+                },
             ),
             client,
             options,
@@ -142,6 +159,8 @@ impl<C: DomainBackend> Controller<C> {
             reconcilers: JoinSet::new(),
             waiting: BTreeSet::new(),
             expiring: BTreeSet::new(),
+            listed_at: Instant::now(),
+            has_unknown: false,
             crowded: Sender::new(false),
             read_at: Some(Instant::now()),
             postponed: BTreeMap::new(),
@@ -175,6 +194,7 @@ impl<C: DomainBackend> Controller<C> {
         loop {
             let can_read = self.has_place() && !self.waiting.is_empty();
             let (read_at, next_expiry) = (self.read_at, self.next_expiry());
+            let list_at = self.next_list();
             tokio::select! {
                 change = self.watch.next_change() => {
                     if self.postponed.is_empty() {
@@ -190,6 +210,11 @@ impl<C: DomainBackend> Controller<C> {
                     self.read_oldest_waiting().await;
                 }
                 () = wait_until(next_expiry) => self.expire(),
+                () = wait_until(list_at) => {
+                    self.has_unknown = false;
+                    self.listed_at = Instant::now();
+                    self.watch.restart();
+                }
                 Some(ended) = self.reconcilers.join_next_with_id() => self.reconciler_ended(ended),
             }
         }
@@ -197,14 +222,23 @@ impl<C: DomainBackend> Controller<C> {
 
     async fn handle(&mut self, change: HotplugChange) {
         match change {
-            HotplugChange::Listed { objects, rest } => {
+            HotplugChange::Listed {
+                objects,
+                rest,
+                is_complete,
+            } => {
+                self.listed_at = Instant::now();
+                self.has_unknown = !is_complete;
                 let rest_uids = rest.iter().map(|stub| &stub.uid);
                 let uids = objects.iter().map(|object| &object.uid).chain(rest_uids);
                 let listed: HashSet<_> = uids.collect();
-                self.expiring.retain(|(_, stub)| listed.contains(&stub.uid));
-                let deleted = self.tracked.keys().filter(|uid| !listed.contains(uid));
-                for uid in deleted.cloned().collect::<Vec<_>>() {
-                    self.untrack(&uid);
+                // Otherwise a call about the object finds out that it is deleted.
+                if is_complete {
+                    self.expiring.retain(|(_, stub)| listed.contains(&stub.uid));
+                    let deleted = self.tracked.keys().filter(|uid| !listed.contains(uid));
+                    for uid in deleted.cloned().collect::<Vec<_>>() {
+                        self.untrack(&uid);
+                    }
                 }
                 self.waiting.clear();
                 for object in objects {
@@ -212,7 +246,7 @@ impl<C: DomainBackend> Controller<C> {
                 }
                 for stub in rest {
                     if !self.tracked.contains_key(&stub.uid) {
-                        self.waiting.insert(stub);
+                        self.await_place(stub);
                     }
                 }
             }
@@ -220,6 +254,23 @@ impl<C: DomainBackend> Controller<C> {
             HotplugChange::Deleted(uid) => self.untrack(&uid),
         }
         self.update_crowded();
+    }
+
+    /// Returns the time of a list of the objects that were left out. `None` while others wait, or
+    /// while most names are of finished objects that will expire.
+    fn next_list(&self) -> Option<Instant> {
+        let has_room = self.expiring.len() <= self.options.max_waiting / 2;
+        let is_due = self.has_unknown && self.waiting.is_empty() && has_room;
+        is_due.then(|| self.listed_at + self.options.list_interval)
+    }
+
+    /// Adds an object that waits for a place. The newest one gives way if there are too many.
+    fn await_place(&mut self, stub: ObjectStub) {
+        self.waiting.insert(stub);
+        if self.waiting.len() > self.options.max_waiting {
+            self.waiting.pop_last();
+            self.has_unknown = true;
+        }
     }
 
     fn has_place(&self) -> bool {
@@ -233,7 +284,7 @@ impl<C: DomainBackend> Controller<C> {
             if self.has_place() && self.waiting.is_empty() {
                 return self.accept(object).await;
             }
-            self.waiting.insert(stub);
+            self.await_place(stub);
             return;
         };
         let version = ObjectVersion::from(&object);
@@ -392,6 +443,10 @@ impl<C: DomainBackend> Controller<C> {
             && let Some(expiry) = expiry
         {
             self.expiring.insert((expiry, object.stub));
+            if self.expiring.len() > self.options.max_waiting {
+                self.expiring.pop_last();
+                self.has_unknown = true;
+            }
         }
     }
 
@@ -448,7 +503,7 @@ impl<C: DomainBackend> Controller<C> {
             && *expiry <= now
             && let Some((_, stub)) = self.expiring.pop_first()
         {
-            self.waiting.insert(stub);
+            self.await_place(stub);
         }
         self.update_crowded();
     }

@@ -54,14 +54,11 @@ pub(super) struct ObjectWatch {
 
 impl ObjectWatch {
     /// Nothing is sent before the first [`Self::next_change`].
-    pub(super) fn new(client: Arc<ObjectClient>, retry: Retry, max: usize) -> Self {
+    pub(super) fn new(client: Arc<ObjectClient>, retry: Retry, list: ListOptions) -> Self {
         Self {
             client,
             retry,
-            list: ListOptions {
-                max,
-                in_pages: false,
-            },
+            list,
             changes: None,
             restart_at: Some(Instant::now()),
             errors: 0,
@@ -94,7 +91,8 @@ impl ObjectWatch {
         }
     }
 
-    fn restart(&mut self) {
+    /// Begins a new watch, with a list of all objects.
+    pub(super) fn restart(&mut self) {
         self.restart_at = None;
         self.changes = Some(self.client.objects.watch(self.list).boxed());
     }

@@ -1,12 +1,12 @@
-//! The one reader of domain XML, and the model that it fills.
+//! The reader of domain XML, and the model that it fills.
 //!
 //! [`DomainDefinition`] holds every element that some part of the program needs. No part uses it
 //! directly; each consumer takes a view of it:
 //!
 //! ```text
-//!                               ┌▶ Domain            hotplug, monitor: vCPUs, memory, agent
-//! domain XML ─▶ DomainDefinition┼▶ NodeRequirements  labels: machine type, CPU, security, scheduler
-//!                               └▶ Requirement       check and targets (src/compat)
+//!             ┌▶ DomainDefinition ┬▶ Domain       hotplug, monitor: vCPUs, memory, agent
+//! domain XML ─┤                   └▶ Requirement  check and targets (src/compat)
+//!             └▶ NodeRequirements                 labels: machine type, CPU, security, scheduler
 //! ```
 //!
 //! Element names and defaults follow docs/formatdomain.rst of libvirt 9.0 to 12.x. An unknown

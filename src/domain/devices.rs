@@ -126,9 +126,10 @@ pub struct PciControllers {
     pub root_ports: Vec<u32>,
     /// The buses that devices and other controllers occupy.
     pub used_buses: Vec<u32>,
-    /// Among the two PCI devices that libvirt adds by default, a USB controller and a balloon, the
-    /// number suppressed by `model='none'`.
-    pub suppressed_defaults: u32,
+    /// True if a USB controller with `model='none'` suppresses the one that libvirt adds by default.
+    pub no_usb: bool,
+    /// The same for a balloon.
+    pub no_balloon: bool,
 }
 
 impl PciControllers {
@@ -237,10 +238,10 @@ impl DeviceDefinitions {
                 let index: Option<u32> = element.parsed("index", "number of a controller")?;
                 self.pci.root_ports.extend(index);
             }
-            ("controller", Some("usb")) if is_none => self.pci.suppressed_defaults += 1,
+            ("controller", Some("usb")) if is_none => self.pci.no_usb = true,
             ("memballoon", _) => {
                 self.balloon.present = !is_none;
-                self.pci.suppressed_defaults += u32::from(is_none);
+                self.pci.no_balloon |= is_none;
             }
             _ => {}
         }

@@ -87,6 +87,15 @@ impl Memory {
         })
     }
 
+    /// Returns the part of `<maxMemory>` that neither boot memory nor a device takes.
+    pub fn unused_maximum(&self) -> Bytes {
+        let taken = self
+            .devices
+            .iter()
+            .fold(self.boot, |sum, device| sum.saturating_add(device.size));
+        self.maximum.unwrap_or_default().saturating_sub(taken)
+    }
+
     /// Returns the virtio-mem devices.
     pub fn virtio_mem(&self) -> impl DoubleEndedIterator<Item = &MemoryDevice> {
         self.devices

@@ -21,8 +21,6 @@ pub struct HostPlacement {
     pub cell_nodesets: Vec<(u64, String)>,
     /// True if numad chooses CPUs or nodes.
     pub automatic: bool,
-    /// True if `<cputune><vcpusched>` gives vCPUs a real-time scheduler.
-    pub real_time: bool,
 }
 
 /// Returns the numbers in libvirt's notation of a bitmap; `None` if it is malformed or too large.
@@ -53,10 +51,6 @@ impl HostPlacement {
 
     /// Reads a child of `<cputune>`.
     pub(super) fn read_tune(&mut self, element: &Element<'_>) -> Result<(), ElementError> {
-        if element.name() == "vcpusched" {
-            let scheduler = element.attribute("scheduler")?;
-            self.real_time |= matches!(scheduler.as_deref(), Some("fifo" | "rr"));
-        }
         let Some(cpus) = element.non_empty("cpuset")? else {
             return Ok(());
         };

@@ -1,7 +1,6 @@
 //! [`NodeRequirements`]: the properties of its node that a running domain depends on.
 
-use super::definition::DomainDefinition;
-use crate::xml::DocumentError;
+use crate::xml::{self, Cursor, DocumentError, Element, ElementError};
 
 /// The capabilities of its node that a running domain depends on. libvirt writes the canonical
 /// machine type and, for host-model, the resolved model into the live XML.
@@ -23,22 +22,91 @@ pub struct NodeRequirements {
 impl NodeRequirements {
     /// Reads a domain's live XML; `document` names it in errors.
     ///
+    /// Only what a label depends on is read, so a malformed value elsewhere costs no label.
+    ///
     /// # Errors
-    /// A document that is not a domain, or in which a known value is malformed.
+    /// A document that is not a domain, or in which a value that is needed is malformed.
     pub fn parse(document: &str, bytes: &[u8]) -> Result<Self, DocumentError> {
-        DomainDefinition::parse(document, bytes, |definition| {
-            let cpu = definition.cpu;
-            let features = cpu.required().chain(cpu.forced()).map(str::to_owned);
-            Ok(Self {
-                machine: definition.machine,
-                cpu_features: features.collect(),
-                cpu_model: cpu.model,
-                enlightenments: definition.enlightenments,
-                launch_security: definition.launch_security,
-                real_time: definition.placement.real_time,
-            })
+        xml::read(document, bytes, &["domain"], |cursor, _| {
+            let mut requirements = Self::default();
+            cursor.children(|cursor, child| requirements.read_child(cursor, child))?;
+            Ok(requirements)
         })
     }
+
+    fn read_child(
+        &mut self,
+        cursor: &mut Cursor<'_>,
+        child: &Element<'_>,
+    ) -> Result<(), ElementError> {
+        match child.name() {
+            "os" => cursor.children(|cursor, child| self.read_os(cursor, child)),
+            "cpu" => cursor.children(|cursor, child| self.read_cpu(cursor, child)),
+            "features" => cursor.children(|cursor, child| self.read_feature(cursor, child)),
+            "cputune" => cursor.children(|cursor, child| {
+                self.real_time |= child.name() == "vcpusched" && is_real_time(child)?;
+                cursor.skip()
+            }),
+            "launchSecurity" => {
+                self.launch_security = child.text("type")?;
+                cursor.skip()
+            }
+            _ => cursor.skip(),
+        }
+    }
+
+    fn read_feature(
+        &mut self,
+        cursor: &mut Cursor<'_>,
+        element: &Element<'_>,
+    ) -> Result<(), ElementError> {
+        if element.name() != "hyperv" {
+            return cursor.skip();
+        }
+        cursor.children(|cursor, enlightenment| {
+            if enlightenment.attribute("state")?.as_deref() == Some("on") {
+                self.enlightenments.push(enlightenment.name().to_owned());
+            }
+            cursor.skip()
+        })
+    }
+
+    fn read_os(
+        &mut self,
+        cursor: &mut Cursor<'_>,
+        element: &Element<'_>,
+    ) -> Result<(), ElementError> {
+        if element.name() == "type" {
+            self.machine = element.text("machine")?;
+        }
+        cursor.skip()
+    }
+
+    fn read_cpu(
+        &mut self,
+        cursor: &mut Cursor<'_>,
+        element: &Element<'_>,
+    ) -> Result<(), ElementError> {
+        match element.name() {
+            "model" => self.cpu_model = Some(cursor.text()?).filter(|model| !model.is_empty()),
+            "feature" => {
+                let policy = element.attribute("policy")?;
+                // libvirt's default policy is `require`. The guest sees a forced feature as well.
+                if matches!(policy.as_deref(), None | Some("require" | "force")) {
+                    let name = element.text("name")?.filter(|name| !name.is_empty());
+                    self.cpu_features.extend(name);
+                }
+            }
+            _ => cursor.skip()?,
+        }
+        Ok(())
+    }
+}
+
+/// True if a `<vcpusched>` gives vCPUs a real-time scheduler.
+fn is_real_time(element: &Element<'_>) -> Result<bool, ElementError> {
+    let scheduler = element.attribute("scheduler")?;
+    Ok(matches!(scheduler.as_deref(), Some("fifo" | "rr")))
 }
 
 #[cfg(test)]
@@ -85,5 +153,27 @@ mod tests {
         let requirements =
             NodeRequirements::parse("vm", b"<domain><os><type>hvm</type></os></domain>").unwrap();
         assert_eq!(requirements, NodeRequirements::default());
+    }
+
+    #[test]
+    fn malformed_value_that_no_label_needs_leaves_the_domain_readable() {
+        for malformed in [
+            "<vcpu current='many'>none</vcpu>",
+            "<memory unit='furlong'>-1</memory>",
+            "<cputune><vcpupin vcpu='x' cpuset='y'/></cputune>",
+            "<clock><timer name='tsc' frequency='fast'/></clock>",
+            "<features><smm state='perhaps'/></features>",
+            "<devices><memballoon><stats period='often'/></memballoon></devices>",
+        ] {
+            let xml = format!(
+                "<domain id='none'>{malformed}<name>d</name><os><loader readonly='perhaps'/>\
+                 <type machine='pc-q35-10.0'>hvm</type></os><cpu migratable='perhaps'>\
+                 <topology sockets='x'/><model>EPYC</model><feature name='svm'/></cpu></domain>"
+            );
+            let requirements = NodeRequirements::parse("d", xml.as_bytes()).unwrap();
+            assert_eq!(requirements.machine.as_deref(), Some("pc-q35-10.0"));
+            assert_eq!(requirements.cpu_model.as_deref(), Some("EPYC"));
+            assert_eq!(requirements.cpu_features, ["svm"]);
+        }
     }
 }

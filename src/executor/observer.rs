@@ -153,6 +153,20 @@ pub(crate) fn observation(clock: Clock, at: Timestamp, seen: Seen) -> Result<Obs
     })
 }
 
+/// Observes a domain once, without its guest agent: for a preflight without an operation.
+///
+/// # Errors
+/// The domain does not exist, is held by a job, or the hypervisor does not answer.
+pub async fn observe_once<C: DomainBackend>(
+    backend: Arc<C>,
+    domain: DomainRef,
+) -> Result<Observation, Contact> {
+    let options = Options::default();
+    let lives = Arc::new(VcpuLives::default());
+    let observer = Observer::new(backend, domain, Clock::start(), &options, lives, false);
+    observer.observe().await
+}
+
 /// Exponentially growing pauses between attempts.
 pub(super) struct Backoff {
     min: Duration,

@@ -98,14 +98,11 @@ pub enum Infeasible {
          slots for DIMMs) and a virtio-mem device to its definition and start it again"
     )]
     NoMaxMemory { has: Bytes },
-    #[error(
-        "{asked} are more than the domain can reach, which is {reachable}: {remedy}, and start it \
-         again"
-    )]
+    #[error("{asked} are more than the domain can reach, which is {reachable}: {remedy}")]
     AboveMaximumMemory {
         asked: Bytes,
         reachable: Bytes,
-        remedy: &'static str,
+        remedy: String,
     },
     #[error(
         "{asked} cannot be met exactly: memory is plugged in blocks of {block} here; ask for {near}"
@@ -116,11 +113,8 @@ pub enum Infeasible {
         /// The nearest possible sizes.
         near: String,
     },
-    #[error(
-        "all {slots} memory slots are taken: give <maxMemory> more slots, or the domain a \
-         virtio-mem device, and start it again"
-    )]
-    NoSlot { slots: u32 },
+    #[error("all {slots} memory slots are taken: {remedy}")]
+    NoSlot { slots: u32, remedy: String },
     /// A DIMM must belong to a NUMA cell.
     #[error(
         "the domain has no NUMA cell, to which a DIMM must belong on this architecture: add <numa> \

@@ -204,6 +204,26 @@ fn balloon_that_takes_what_was_plugged_yields_one_verdict() {
 }
 
 #[test]
+fn balloon_whose_size_arrives_after_the_total_yields_the_same_verdict() {
+    for late in [0, 100, 300, 600, 900] {
+        let mut world = World::new(1, GuestBehavior::default());
+        assert_eq!(world.memory(mib(1024)).verdict(), Verdict::Verified);
+        // A busy guest takes seconds.
+        let mut world = (0..5).fold(world, |world, part| {
+            world.at(ms(late + 700 * part), WorldChange::Inflates(mib(64)))
+        });
+        let held = |world: &World| world.observe().stats.unwrap().balloon.current < Some(mib(1024));
+        while !held(&world) {
+            world.pass(world.now.after(ms(10)));
+        }
+        let ended = world.memory(mib(1024));
+        let outcome = ended.outcome();
+        assert_eq!(outcome.verdict, Verdict::PartiallyApplied, "{outcome:?}");
+        assert_eq!(ended.diagnosis(), "balloon");
+    }
+}
+
+#[test]
 fn shrink_below_what_the_guest_uses_is_infeasible_unless_forced() {
     for period in [None, Some(1)] {
         let mut world = World::new(1, GuestBehavior::default()).with_period(period);
@@ -319,4 +339,17 @@ fn evidence_of_several_devices_is_told_when_it_changes() {
     assert_eq!(details.len(), all, "{evidence:?}");
     let size = serde_json::to_vec(ended.outcome()).unwrap().len();
     assert!(size <= 16 << 10, "{size} bytes");
+}
+
+#[test]
+fn change_by_another_client_is_told_at_once() {
+    for (at, behavior) in [(300, GuestBehavior::default()), (3000, offline())] {
+        let other = WorldChange::Resizes(mib(128));
+        let mut world = World::new(1, behavior).at(ms(at), other);
+        let ended = world.memory(mib(1024));
+        let expected = (Verdict::HypervisorError, "changed-by-another-client");
+        assert_eq!((ended.verdict(), ended.diagnosis()), expected);
+        assert!(ended.outcome().message.contains("640MiB"));
+        assert!(ended.took(&world) < ms(at + 1000));
+    }
 }

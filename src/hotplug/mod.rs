@@ -92,6 +92,8 @@ pub use request::{HotplugRequest, Patience, Require, Terms};
 pub use vcpus::VcpuLife;
 pub use verdict::Verdict;
 
+pub use memory::attachable_memory;
+
 use memory::MemoryResource;
 use outcome::{Conclusion, Ruling};
 use resource::Resource;

@@ -81,6 +81,8 @@ enum Effect {
     GuestResizes(String),
     GuestSeesDimm(String),
     ReportsTotal,
+    /// libvirt has the size of the balloon.
+    ShowsBalloon(Bytes),
     Scheduled(WorldChange),
 }
 
@@ -97,7 +99,9 @@ pub(super) enum WorldChange {
     FreesMemory,
     /// The guest's kernel stops, and nobody notices.
     Hangs,
-    /// The balloon takes memory from the guest.
+    /// Another client asks the guest for another amount of its first virtio-mem device.
+    Resizes(Bytes),
+    /// The balloon takes memory from the guest. QEMU reports its size a second later.
     Inflates(Bytes),
     Onlines(u32),
     /// A vCPU runs for a moment, with or without the guest's system.
@@ -140,7 +144,7 @@ pub(super) struct World {
     pub(super) total: Bytes,
     /// The memory that the guest cannot do without, if it reports that.
     pub(super) used: Option<Bytes>,
-    /// The memory that the balloon holds.
+    /// The memory that the balloon holds, as libvirt has it.
     held: Bytes,
     reported: Option<(Bytes, u64)>,
     gone: bool,

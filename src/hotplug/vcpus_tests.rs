@@ -533,3 +533,18 @@ fn observation_within_grace_period_does_not_count_against_guest() {
         assert_eq!(ended.verdict(), Verdict::Verified, "{:?}", ended.outcome());
     }
 }
+
+#[test]
+fn pause_between_acknowledgement_and_agent_verifies_nothing() {
+    // Linux confirms CPUs through ACPI for which it has no room.
+    let behavior = GuestBehavior {
+        nr_cpus: 3,
+        ..GuestBehavior::default()
+    };
+    let mut world = World::new(2, behavior).at(ms(31), WorldChange::Pause);
+    world.call_takes = ms(20);
+    let terms = world.terms(Require::Acknowledged, 30);
+    let online = false;
+    let ended = world.carry_out(HotplugRequest::Vcpus { count: 4, online }, terms);
+    assert_eq!(ended.verdict(), Verdict::DomainNotRunning);
+}

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 pub(crate) use self::macros::{string_conversions, words};
 pub use self::parse_error::ParseError;
 pub use self::timestamp::Timestamp;
-pub use self::words::{bounded, counted, json_bytes, seconds, shortened};
+pub use self::words::{bounded, counted, json_bytes, seconds, shortened, whole_number};
 
 const KIB: u64 = 1024;
 

@@ -1,12 +1,28 @@
 //! Quantities in words for people.
 
 use std::fmt::Display;
+use std::ops::RangeInclusive;
+use std::str::FromStr;
 use std::time::Duration;
 
 /// Formats a duration with one decimal: `0.4 s`.
 pub fn seconds(span: Duration) -> String {
     let tenths = (span.as_millis() + 50) / 100;
     format!("{}.{} s", tenths / 10, tenths % 10)
+}
+
+/// Returns a parser of whole numbers in a range, for options of the command line.
+pub fn whole_number<N>(
+    range: RangeInclusive<N>,
+) -> impl Fn(&str) -> Result<N, String> + Clone + Send + Sync + 'static
+where
+    N: FromStr + PartialOrd + Display + Clone + Send + Sync + 'static,
+{
+    move |text| {
+        let number = text.parse().ok().filter(|number| range.contains(number));
+        let (first, last) = (range.start(), range.end());
+        number.ok_or_else(|| format!("write a whole number from {first} to {last}"))
+    }
 }
 
 /// Formats a number of things: `1 vCPU`, `3 vCPUs`.

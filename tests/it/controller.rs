@@ -536,6 +536,30 @@ async fn more_objects_than_places_are_executed_in_order_of_creation() -> anyhow:
 }
 
 #[tokio::test(start_paused = true)]
+async fn objects_beyond_the_names_in_memory_are_found_by_another_list() -> anyhow::Result<()> {
+    let api = FakeApi::with_node();
+    for number in 0..20 {
+        api.make(
+            &format!("object-{number}"),
+            vcpus(&format!("vm-{number}"), 8),
+        );
+    }
+    let options = ControllerOptions {
+        max_tracked: 3,
+        max_waiting: 4,
+        list_interval: Duration::from_secs(1),
+        ..options()
+    };
+    let executor = ExecutorOptions::default();
+    let _node = HotplugNode::start_with_options(cluster(&api), executor, options);
+    for number in 0..20 {
+        finished(&api, &format!("object-{number}")).await?;
+    }
+    assert_eq!(api.statuses().len(), 20, "each status is written once");
+    Ok(())
+}
+
+#[tokio::test(start_paused = true)]
 async fn list_that_is_too_long_for_one_answer_is_read_in_pages() -> anyhow::Result<()> {
     let api = FakeApi::with_node();
     let mut spec = vcpus("nobody", 8);

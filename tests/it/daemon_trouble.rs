@@ -201,3 +201,46 @@ fn operations_without_a_daemon_name_the_journal_that_they_list() -> anyhow::Resu
     assert!(out.contains("no operations"), "{out}");
     Ok(())
 }
+
+/// A file system of its own for the state, which is really full. Needs root.
+#[tokio::test]
+async fn full_disk_rejects_operations_until_it_has_room() -> anyhow::Result<()> {
+    let unshare = ["--mount", "--propagation", "private"];
+    let probe = Command::new("unshare").args(unshare).arg("true").output()?;
+    if !probe.status.success() {
+        println!("no mount namespace can be created here: nothing was tried");
+        return Ok(());
+    }
+    let libvirtd = Libvirtd::start()?;
+    libvirtd.start_domain("vm")?;
+    let directory = tempfile::tempdir()?;
+    let state = directory.path().join("state");
+    fs::create_dir(&state)?;
+    let script = "mount -t tmpfs -o size=256k tmpfs \"$0\"; exec \"$@\"";
+    let mut command = Command::new("unshare");
+    command
+        .env_clear()
+        .env("PATH", "/usr/bin:/bin:/usr/sbin:/sbin")
+        .args(unshare)
+        .args(["sh", "-euc", script])
+        .arg(&state)
+        .args([env!("CARGO_BIN_EXE_virtnode"), "run"]);
+    let daemon = Daemon::spawn(directory, command, &libvirtd.uri(), &[]).await?;
+    daemon.ready().await?;
+    let root = format!("/proc/{}/root", daemon.pid()?);
+    let fill = Path::new(&root).join(state.strip_prefix("/")?).join("fill");
+    let mut file = fs::File::create(&fill)?;
+    while file.write_all(&[0; 4096]).is_ok() {}
+
+    let ask = || daemon.api("POST", "/v1/domains/vm/vcpus", "{\"count\": 2}");
+    let answer = ask().unwrap_err().to_string();
+    ensure!(answer.contains("cannot write the journal"), "{answer}");
+    ensure!(daemon.get("/healthz")?.status == 200);
+    let operations = daemon.api("GET", "/v1/operations", "")?;
+    ensure!(!operations.to_string().contains("\"vm\""), "{operations}");
+
+    drop(file);
+    fs::remove_file(&fill)?;
+    ask()?;
+    Ok(())
+}

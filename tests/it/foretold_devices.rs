@@ -291,6 +291,24 @@ fn answer_for_kvm_is_that_of_the_host_of_the_documents() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
+/// libvirt 9.0 rejects it (tried), 11.3 starts it.
+#[test]
+fn usable_model_of_another_vendor_is_compared_before_libvirt_10_2() {
+    let xml = "<domain type='kvm'><name>d</name><memory unit='MiB'>64</memory><vcpu>1</vcpu><os>\
+               <type arch='x86_64' machine='q35'>hvm</type></os><features><acpi/></features>\
+               <cpu mode='custom' match='exact' check='partial'>\
+               <model fallback='forbid'>pentium</model><vendor>Intel</vendor></cpu></domain>";
+    for (version, answer) in [
+        (Version::new(9, 0, 0), Feasibility::Infeasible),
+        (Version::new(10, 2, 0), Feasibility::Feasible),
+        (Version::new(11, 3, 0), Feasibility::Feasible),
+    ] {
+        let mut facts = facts(&["dc-x86_64-q35-kvm.xml"]);
+        facts.libvirt_version = Some(version);
+        assert_eq!(check(xml, &facts).answer, answer, "{version}");
+    }
+}
+
 /// A KVM without Hyper-V support: QEMU ignores some enlightenments and exits for others.
 #[test]
 fn enlightenments_without_support_in_kvm_are_ignored_or_fatal() {

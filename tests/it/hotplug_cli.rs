@@ -107,7 +107,7 @@ fn invalid_arguments_are_exit_code_2() -> anyhow::Result<()> {
             vec!["vcpus", "vm", "2", "--require", "proof"],
             "level of proof",
         ),
-        (vec!["vcpus", "vm", "2", "--timeout", "0"], "1..=3600"),
+        (vec!["vcpus", "vm", "2", "--timeout", "0"], "from 1 to 3600"),
     ] {
         let (code, out, err) = run(nowhere, &[&["hotplug"], &arguments[..]].concat())?;
         assert_eq!((code, out.as_str()), (2, ""), "{arguments:?}: {err}");

@@ -10,6 +10,7 @@ mod agreement_devices;
 mod api;
 mod architecture;
 mod check;
+mod check_change;
 mod check_live;
 mod cli;
 mod cluster;

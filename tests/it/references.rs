@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use virtnode::capability::{
     Capabilities, CpuDefinition, DomainCapabilities, HostFacts, IommuKind, KvmHyperv, NodeFacts,
@@ -38,6 +38,9 @@ fn compare_or_write(file: &str, text: &str) {
     );
 }
 
+/// The model as the captured host lists it, whose KVM gives guests fewer features than its CPU has.
+const EPYC: &str = "<model usable='no' vendor='AMD' canonical='EPYC-v1'>EPYC</model>";
+
 /// Returns the facts of a captured host with every supported feature added.
 fn facts() -> NodeFacts {
     let fixtures = Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -60,12 +63,17 @@ fn facts() -> NodeFacts {
             "<launchSecurity supported='no'/>",
             "<launchSecurity supported='yes'><enum name='sectype'><value>sev-snp</value></enum></launchSecurity>",
         ),
+        (
+            EPYC,
+            "<model usable='yes' vendor='AMD' canonical='EPYC-v1'>EPYC</model>",
+        ),
     ] {
         assert!(everything.contains(from), "{from}");
         everything = everything.replace(from, to);
     }
     let foreign = read("dc-aarch64-virt-qemu.xml");
-    let baseline = "<cpu mode='custom' match='exact'><model>EPYC</model><feature policy='require' name='x2apic'/></cpu>";
+    let baseline = "<cpu mode='custom' match='exact'><model>EPYC</model><feature policy='require' name='sse4.2'/>\
+                    <feature policy='require' name='x2apic'/></cpu>";
     let parsed = |text: &str| DomainCapabilities::parse("document", text.as_bytes()).unwrap();
     NodeFacts {
         libvirt_version: Some(Version::new(11, 3, 0)),
@@ -106,7 +114,9 @@ fn all_labels() -> LabelSet {
         obsolete_cpu_models: Some([host_model].into()),
         ..policy
     };
-    labels.extend(derive(&facts, &obsolete).labels);
+    // A list of one's own replaces the default one.
+    let marked = derive(&facts, &obsolete).labels.into_iter();
+    labels.extend(marked.filter(|(key, _)| key.name() == "obsolete-host-model"));
     labels
 }
 
@@ -177,6 +187,98 @@ fn label_reference_matches_derived_labels() {
          requires permission to open /dev/kvm.\n",
     );
     compare_or_write("labels.md", &text);
+}
+
+/// Returns the documents for operators, with their names.
+fn documents() -> Vec<(String, String)> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut found = vec![root.join("README.md")];
+    let mut pending = vec![root.join("docs"), root.join("manifests")];
+    while let Some(directory) = pending.pop() {
+        for entry in fs::read_dir(directory).unwrap() {
+            let path = entry.unwrap().path();
+            let extension = path.extension().and_then(|extension| extension.to_str());
+            if path.is_dir() {
+                pending.push(path);
+            } else if matches!(extension, Some("md" | "yaml")) {
+                found.push(path);
+            }
+        }
+    }
+    let read = |path: &PathBuf| {
+        (
+            path.display().to_string(),
+            fs::read_to_string(path).unwrap(),
+        )
+    };
+    found.iter().map(read).collect()
+}
+
+/// Returns the words of a document that have the form of a native label's key.
+fn quoted_keys(text: &str) -> impl Iterator<Item = &str> {
+    let is_outside = |c: char| !(c.is_ascii_alphanumeric() || "-_./".contains(c));
+    text.split(is_outside).filter_map(|word| {
+        let word = word.trim_end_matches(['.', '/', '-']);
+        let (prefix, name) = word.split_once('/')?;
+        let of_objects = ["domainhotplug.", "nodevirtualization."];
+        let is_label = (prefix == "virtnode.io" || prefix.ends_with(".virtnode.io"))
+            && !of_objects.iter().any(|kind| prefix.starts_with(kind))
+            && !name.contains('/')
+            // The group's version, and the label of a DomainHotplug.
+            && !["v1alpha1", "node"].contains(&name);
+        is_label.then_some(word)
+    })
+}
+
+/// Labels in examples are those that a node of the fixtures publishes without any setting.
+#[test]
+fn labels_in_documents_are_published_by_default() {
+    let facts = facts();
+    let native = derive(&facts, &Policy::default()).labels;
+    let both = Policy {
+        schema: Schema::Both,
+        ..Policy::default()
+    };
+    let both = derive(&facts, &both).labels;
+    let value = |labels: &LabelSet, key: &str| {
+        let mut all = labels.iter();
+        let found = all.find(|(published, _)| published.to_string() == key);
+        found.map(|(_, value)| value.to_string())
+    };
+    let mut wrong = Vec::new();
+    let mut quoted = 0;
+    for (file, text) in documents() {
+        if file.ends_with("docs/labels.md") {
+            for line in text.lines().filter(|line| line.starts_with("| `")) {
+                let example = line.trim_end_matches(" |").rsplit('`').nth(1).unwrap();
+                let (key, own) = example.split_once('=').unwrap();
+                let is_setting = line.contains(".<architecture>.")
+                    || key == "node-labeller.kubevirt.io/obsolete-host-model";
+                if !is_setting && value(&both, key).as_deref() != Some(own) {
+                    wrong.push(format!("{file}: {example}"));
+                }
+            }
+            continue;
+        }
+        for key in quoted_keys(&text) {
+            quoted += 1;
+            if value(&native, key).is_none() {
+                wrong.push(format!("{file}: {key}"));
+            }
+        }
+        // `virtnode labels` prints keys with values.
+        for line in text.lines() {
+            let mut words = line.split_whitespace();
+            if let (Some(key), Some(own), None) = (words.next(), words.next(), words.next())
+                && quoted_keys(key).next() == Some(key)
+                && value(&native, key).is_some_and(|value| value != own)
+            {
+                wrong.push(format!("{file}: {line}"));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    assert!(quoted > 15, "{quoted}");
 }
 
 /// Maximum number of a metric label's values to list. For more, the document gives their number.

@@ -161,7 +161,7 @@ add_module() {
 }
 
 : >"$tree/modules/order"
-for name in virtio_pci virtio_console virtio_balloon virtio_mem virtio_blk virtio_net; do
+for name in virtio_pci virtio_console virtio_balloon virtio_mem virtio_blk virtio_net pvpanic_mmio; do
     add_module "$name"
 done
 for name in virtio_pci virtio_console virtio_balloon virtio_mem; do

@@ -1,5 +1,8 @@
 //! Checks a domain against this node: computes the answer from its facts, and asks libvirt.
 
+use std::path::Path;
+use std::sync::Arc;
+
 use anyhow::Context;
 
 use super::CheckReport;
@@ -9,10 +12,15 @@ use crate::capability::{CpuDefinition, DomainCapabilities, NodeFacts};
 use crate::cli::{Exit, Failure, conclude, probe, runtime};
 use crate::compat::{
     Confirmation, CpuComparison, DefinitionCopy, DryRun, Offer, Requirement, assess, confirm,
-    dry_run_copy,
+    dry_run_copy, headroom,
 };
 use crate::config::Config;
-use crate::hypervisor::{CallError, DomainCapabilitiesQuery, Libvirt, NodeSource, RunningDomain};
+use crate::executor::observe_once;
+use crate::host::available_memory;
+use crate::hotplug::Host;
+use crate::hypervisor::{
+    CallError, DomainCapabilitiesQuery, DomainRef, Libvirt, NodeSource, RunningDomain,
+};
 
 /// Returns the report, or the exit code if libvirt cannot be reached.
 pub(super) fn check(
@@ -28,9 +36,12 @@ pub(super) fn check(
         }
         let mut facts = reading.facts;
         let best = |arch: &str| facts.best_domain_type(arch).map(str::to_owned);
-        let domain = match source.without_libvirt(facts.native_arch(), best)? {
-            Some(domain) => domain,
-            None => running(source.running().unwrap_or_default(), &libvirt).await?,
+        let (domain, id) = match source.without_libvirt(facts.native_arch(), best)? {
+            Some(domain) => (domain, None),
+            None => {
+                let id = find_running(source.running().unwrap_or_default(), &libvirt).await?;
+                (read(&id, &libvirt).await?, Some(id))
+            }
         };
         let offer = offer(&domain.requirement, &mut facts, &libvirt).await;
         let computed = assess(&domain.requirement, &offer);
@@ -50,7 +61,12 @@ pub(super) fn check(
             trial,
         };
         let agrees = confirmation.agrees_with(&computed);
-        let fit = confirm(computed, &confirmation, &asked, tried.as_ref());
+        let mut fit = confirm(computed, &confirmation, &asked, tried.as_ref());
+        if let Some(id) = id
+            && let Ok(seen) = observe_once(Arc::clone(&libvirt), id).await
+        {
+            fit.headroom = headroom(&domain.requirement, &offer, &seen, &host());
+        }
         Ok(Ok(CheckReport::new(
             domain.is_described,
             &domain.requirement,
@@ -66,8 +82,21 @@ pub(in crate::cli) async fn running(
     name: &str,
     libvirt: &Libvirt,
 ) -> anyhow::Result<CheckedDomain> {
-    let running = libvirt.running_domains().await.map_err(no_answer)?;
-    let domains = running.domains;
+    let id = find_running(name, libvirt).await?;
+    read(&id, libvirt).await
+}
+
+/// Returns what hotplug asks the host for. vCPUs that were unplugged earlier are unknown to a command.
+pub(super) fn host() -> Host {
+    Host {
+        available: available_memory(Path::new("/")),
+        released_vcpus: 0,
+    }
+}
+
+/// Finds a running domain by name or UUID.
+pub(super) async fn find_running(name: &str, libvirt: &Libvirt) -> anyhow::Result<DomainRef> {
+    let domains = libvirt.running_domains().await.map_err(no_answer)?.domains;
     let is_named = |domain: &&RunningDomain| domain.id.name == name || domain.id.uuid == name;
     let Some(domain) = domains.iter().find(is_named) else {
         let mut names: Vec<&str> = domains
@@ -90,8 +119,12 @@ pub(in crate::cli) async fn running(
         )
         .into());
     };
-    let xml = libvirt.live_xml(&domain.id).await.map_err(no_answer)?;
-    CheckedDomain::parse(&format!("domain {}", domain.id.uuid), xml)
+    Ok(domain.id.clone())
+}
+
+pub(super) async fn read(id: &DomainRef, libvirt: &Libvirt) -> anyhow::Result<CheckedDomain> {
+    let xml = libvirt.live_xml(id).await.map_err(no_answer)?;
+    CheckedDomain::parse(&format!("domain {}", id.uuid), xml)
 }
 
 fn no_answer(error: CallError) -> Failure {
@@ -104,7 +137,7 @@ fn no_answer(error: CallError) -> Failure {
 
 /// Returns what the node offers to such a domain. The probe covers only the default machine type of
 /// the native architecture; for others, libvirt is asked here.
-async fn offer(domain: &Requirement, facts: &mut NodeFacts, libvirt: &Libvirt) -> Offer {
+pub(super) async fn offer(domain: &Requirement, facts: &mut NodeFacts, libvirt: &Libvirt) -> Offer {
     let plain = Offer::for_domain(facts, domain);
     if plain.cpu.is_some() && plain.cpu_features.is_some() && plain.describes(domain) {
         return plain;

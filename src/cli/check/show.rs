@@ -35,16 +35,16 @@ pub(super) fn report(report: &CheckReport) -> String {
         show_headroom(&mut text, headroom);
     }
     show_confirmation(&mut text, report);
-    line(&mut text, "\nNot checked:");
-    for NotChecked { what, why } in &report.fit.not_checked {
-        wrap(
-            &mut text,
-            "  * ",
-            "    ",
-            &format!("{}: {}", plain(what), plain(why)),
-        );
-    }
+    show_not_checked(&mut text, &report.fit.not_checked);
     text
+}
+
+pub(super) fn show_not_checked(text: &mut String, list: &[NotChecked]) {
+    line(text, "\nNot checked:");
+    for NotChecked { what, why } in list {
+        let words = format!("{}: {}", plain(what), plain(why));
+        wrap(text, "  * ", "    ", &words);
+    }
 }
 
 fn headline(report: &CheckReport) -> String {
@@ -109,7 +109,7 @@ fn show_finding(text: &mut String, finding: &RuleFinding) {
     }
 }
 
-fn show_headroom(text: &mut String, room: &Headroom) {
+pub(super) fn show_headroom(text: &mut String, room: &Headroom) {
     line(text, "\nHeadroom while the domain runs:");
     let vcpus = &room.vcpus;
     let more = if vcpus.pluggable.is_empty() {
@@ -226,7 +226,7 @@ fn is_quoted_by(dry_run: &DryRun, words: &str) -> bool {
     matches!(dry_run, DryRun::Refused { words: refusal } if refusal == words)
 }
 
-fn line(text: &mut String, words: &str) {
+pub(super) fn line(text: &mut String, words: &str) {
     text.push_str(words);
     text.push('\n');
 }

@@ -9,7 +9,8 @@ use crate::cli::input::DocumentInput;
 use crate::cli::{Exit, Failure};
 use crate::compat::{MinimalDefinition, Requirement};
 use crate::domain::VcpuTopology;
-use crate::units::Bytes;
+use crate::hotplug::HotplugRequest;
+use crate::units::{Bytes, whole_number};
 use crate::xml::MAX_BYTES;
 
 /// Memory of a described domain unless the description says otherwise.
@@ -22,8 +23,16 @@ pub(in crate::cli) struct DomainSource {
     #[arg(long, value_name = "FILE", conflicts_with_all = ["domain", "DESCRIPTION"])]
     domain_xml: Option<PathBuf>,
 
-    /// Running domain of this node, by name or UUID: checks whether it would start here again
-    #[arg(long, value_name = "NAME", conflicts_with = "DESCRIPTION")]
+    /// Running domain of this node, by name or UUID: checks whether it would start here again, or,
+    /// with --vcpus or --memory, whether hotplug can give it that total now
+    #[arg(
+        long,
+        value_name = "NAME",
+        conflicts_with_all = [
+            "machine", "arch", "domain_type", "current_vcpus", "sockets", "dies", "cores",
+            "threads", "cpu_model", "cpu_mode", "cpu_feature",
+        ]
+    )]
     domain: Option<String>,
 
     #[command(flatten)]
@@ -45,31 +54,33 @@ struct DomainDescription {
     #[arg(long, value_name = "TYPE")]
     domain_type: Option<String>,
 
-    /// Maximum number of vCPUs [default: the product of the topology, or 1]
-    #[arg(long, value_name = "N")]
+    /// Maximum number of vCPUs [default: the product of the topology, or 1]; with --domain, the
+    /// total to plug or unplug now
+    #[arg(long, value_name = "N", value_parser = whole_number(0..=u32::MAX))]
     vcpus: Option<u32>,
 
     /// Number of vCPUs at boot [default: all]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = whole_number(0..=u32::MAX))]
     current_vcpus: Option<u32>,
 
     /// CPU topology: sockets
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = whole_number(0..=u32::MAX))]
     sockets: Option<u32>,
 
     /// CPU topology: dies per socket
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = whole_number(0..=u32::MAX))]
     dies: Option<u32>,
 
     /// CPU topology: cores per die
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = whole_number(0..=u32::MAX))]
     cores: Option<u32>,
 
     /// CPU topology: threads per core
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = whole_number(0..=u32::MAX))]
     threads: Option<u32>,
 
-    /// Memory, with a binary unit: 4GiB, 4Gi [default: 1GiB]
+    /// Memory, with a binary unit: 4GiB, 4Gi [default: 1GiB]; with --domain, the total to plug or
+    /// unplug now
     #[arg(long, value_name = "SIZE")]
     memory: Option<Bytes>,
 
@@ -132,6 +143,22 @@ impl DomainSource {
     /// Returns the name of the running domain, if that is the source.
     pub(super) fn running(&self) -> Option<&str> {
         self.domain.as_deref()
+    }
+
+    /// Returns the changes of a running domain that the command line asks about.
+    pub(super) fn changes(&self) -> Vec<HotplugRequest> {
+        if self.domain.is_none() {
+            return Vec::new();
+        }
+        let vcpus = self.description.vcpus.map(|count| HotplugRequest::Vcpus {
+            count,
+            online: false,
+        });
+        let memory = self
+            .description
+            .memory
+            .map(|size| HotplugRequest::Memory { size, force: false });
+        vcpus.into_iter().chain(memory).collect()
     }
 
     /// Returns the domain from a file or a description. Returns `None` for a running domain.

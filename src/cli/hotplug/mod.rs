@@ -37,6 +37,7 @@ use crate::hotplug::{HotplugRequest, Require};
 use crate::hypervisor::Libvirt;
 use crate::monitor::now;
 use crate::operation::{AskedBy, DomainName, Order, Record};
+use crate::units::whole_number;
 
 /// Time for the executor of --direct to stop, after the verdict.
 const GRACE: Duration = Duration::from_secs(2);
@@ -68,7 +69,7 @@ struct HotplugOptions {
     persistent: bool,
 
     /// Seconds until there must be a verdict
-    #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = whole_number(1..=3600_u64))]
     timeout: u64,
 
     /// Perform the operation in this process, without a daemon

@@ -5,6 +5,7 @@ use clap::Args;
 use super::{HotplugOptions, Submission};
 use crate::hotplug::HotplugRequest;
 use crate::operation::DomainName;
+use crate::units::whole_number;
 
 #[derive(Debug, Args)]
 pub(super) struct VcpusCommand {
@@ -12,7 +13,7 @@ pub(super) struct VcpusCommand {
     domain: DomainName,
 
     /// Total number of vCPUs
-    #[arg(allow_negative_numbers = true)]
+    #[arg(allow_negative_numbers = true, value_parser = whole_number(0..=u32::MAX))]
     count: u32,
 
     /// Bring vCPUs that the guest leaves offline online, through the guest agent

@@ -137,8 +137,7 @@ const NO_X2APIC: &str = "<cpu mode='custom' check='partial'><model>EPYC</model>\
                                                                                   policy='disable'")]
 #[case("pc-q35-10.0", 1, NO_X2APIC, &[("cpu-feature.virtnode.io/x2apic", GONE)], Feasible, None, "")]
 #[case("pc-q35-10.0", 1, "<cpu mode='host-model' check='none'><feature policy='forbid' \
-                          name='x2apic'/></cpu>", &[],
-    Unknown, Some(RuleCode::CpuFeature), "")]
+                          name='x2apic'/></cpu>", &[], Feasible, None, "")]
 #[case("pc-q35-10.0", 1, INTEL, &[], Infeasible, Some(RuleCode::CpuVendor), "leave <vendor> out")]
 #[case("pc-q35-10.0", 1, HYPERV, &[], Infeasible, Some(RuleCode::Enlightenment), "leave them out \
                                                                                   of <hyperv>")]

@@ -52,13 +52,13 @@ pub(super) fn check(input: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
         return;
     };
     check_full(input, findings);
+    check_forbidden_in_host_model(input, modes, findings);
     match mode {
         "custom" => check_custom(input, modes, findings),
         "host-model" => {
             let supported = modes.host_model.as_ref().is_some_and(|mode| mode.supported);
             check_mode(input, mode, supported, findings);
             if supported {
-                check_forbidden_in_host_model(input, modes, findings);
                 check_features(input, findings);
             }
         }

@@ -169,12 +169,12 @@ fn check_blockers(input: &RuleInput<'_>, model: &CpuModel, findings: &mut Vec<Ru
     let mut missing: BTreeSet<&str> = blockers.filter(|name| !is_disabled(name)).collect();
     let lacks = |name: &&str| input.node.gives(name) == Some(false);
     missing.extend(cpu.required().filter(lacks));
-    let forbidden = cpu
-        .forbidden()
+    let forbidden = input
+        .forbidden_beyond_host_model()
         .filter(|name| input.node.gives(name) == Some(true));
     let forbidden: BTreeSet<&str> = forbidden.collect();
     report(input, model, &missing, &forbidden, findings);
-    let unknown = cpu.required().chain(cpu.forbidden());
+    let unknown = cpu.required().chain(input.forbidden_beyond_host_model());
     let unknown = unknown
         .filter(|name| input.node.gives(name).is_none())
         .collect();
@@ -228,12 +228,15 @@ fn check_own_model(
     let (missing, rest): (BTreeSet<&str>, BTreeSet<&str>) = wanted
         .into_iter()
         .partition(|name| cpu_has(input, name) == Some(false));
-    let forbidden = cpu
-        .forbidden()
+    let forbidden = input
+        .forbidden_beyond_host_model()
         .filter(|name| cpu_has(input, name) == Some(true));
     let forbidden: BTreeSet<&str> = forbidden.collect();
     report(input, model, &missing, &forbidden, findings);
-    let unknown = rest.iter().copied().chain(cpu.forbidden());
+    let unknown = rest
+        .iter()
+        .copied()
+        .chain(input.forbidden_beyond_host_model());
     report_unknown(
         unknown
             .filter(|name| cpu_has(input, name).is_none())

@@ -60,7 +60,7 @@ pub(super) fn check_features_beyond(
         return;
     }
     let forbidden: BTreeSet<&str> = match check {
-        CpuCheck::Partial => cpu.forbidden().collect(),
+        CpuCheck::Partial => input.forbidden_beyond_host_model().collect(),
         _ => BTreeSet::new(),
     };
     let unknown: Vec<&str> = requested
@@ -171,34 +171,19 @@ fn check_names(input: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
     );
 }
 
-/// Checks forbidden features against the host model: libvirt keeps the features that it writes
-/// there, regardless of `check` (`x86UpdateHostModel`).
+/// Checks forbidden features against those that the host model lists beyond its named model, which
+/// libvirt does first, for every mode (`virCPUCheckForbiddenFeatures`, libvirt 9.0 to 11.3).
 pub(super) fn check_forbidden_in_host_model(
     input: &RuleInput<'_>,
     modes: &CpuModes,
     findings: &mut Vec<RuleFinding>,
 ) {
-    let host = modes.host_model.iter().flat_map(|host| &host.features);
-    let has: BTreeSet<&str> = host
-        .filter(|f| matches!(f.policy.as_deref(), None | Some("require" | "force")))
-        .map(|feature| feature.name.as_str())
-        .collect();
-    // A summary does not list the host model's features: any feature of the node may be one.
-    let is_summary = modes.host_model.iter().all(|host| host.features.is_empty());
-    let mut forbidden = input.domain.cpu.forbidden();
-    if is_summary && effective_check(input) != CpuCheck::Partial {
-        if let Some(name) = forbidden.find(|name| input.node.gives(name) == Some(true)) {
-            findings.push(
-                RuleFinding::unknown(
-                    RuleCode::CpuFeature,
-                    format!("the host model may have CPU feature {name}, which the domain forbids"),
-                )
-                .stage(Stage::Start),
-            );
-        }
+    let check = effective_check(input);
+    if check == CpuCheck::None {
         return;
     }
-    if let Some(name) = forbidden.find(|name| has.contains(name)) {
+    let cpu = &input.domain.cpu;
+    if let Some(name) = cpu.forbidden().find(|name| modes.adds_to_host_model(name)) {
         findings.push(
             RuleFinding::blocking(
                 RuleCode::CpuFeature,
@@ -209,6 +194,21 @@ pub(super) fn check_forbidden_in_host_model(
                  '{name}'"
             ))
             .remedy("use policy='disable' to hide it from the guest"),
+        );
+    }
+    // A summary does not list the host model's features: any feature of the node may be one.
+    let is_summary = modes.host_model.iter().all(|host| host.features.is_empty());
+    let has = |name: &&str| input.node.gives(name) == Some(true);
+    if let Some(name) = cpu.forbidden().find(has)
+        && is_summary
+        && check == CpuCheck::Full
+    {
+        findings.push(
+            RuleFinding::unknown(
+                RuleCode::CpuFeature,
+                format!("the host model may have CPU feature {name}, which the domain forbids"),
+            )
+            .stage(Stage::Start),
         );
     }
 }

@@ -1,11 +1,13 @@
 //! Rules for guest type, architecture, accelerator and machine type.
 
 use super::{RuleInput, named, unsupported};
-use crate::capability::Version;
+use crate::capability::{Version, is_x86};
 use crate::compat::{OfferedMachine, RuleCode, RuleFinding, RuleSeverity, Stage};
 
 /// x86 machine types without PCI.
-pub(super) const WITHOUT_PCI: [&str; 2] = ["isapc", "microvm"];
+pub(super) const WITHOUT_PCI: [&str; 2] = [ISAPC, "microvm"];
+/// The machine type with an ISA bus alone.
+const ISAPC: &str = "isapc";
 /// libvirt's message when it finds no address for a PCI device.
 const NO_PCI: &str = "XML error: No PCI buses available";
 
@@ -111,7 +113,18 @@ fn check_accelerator(input: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
     if types.iter().any(|have| have == wanted) {
         return;
     }
+    let native = input.node.native_arch.as_deref();
     let remedy = match wanted {
+        "kvm"
+            if native.is_some_and(|native| native != arch && !(is_x86(native) && is_x86(arch))) =>
+        {
+            "choose a node of that architecture, or write <domain type='qemu'> for slow software \
+             emulation"
+        }
+        "kvm" if native.is_some_and(|native| !is_x86(native)) => {
+            "see that libvirt's user may open /dev/kvm (`virtnode doctor` finds the cause), or write \
+             <domain type='qemu'> for slow software emulation"
+        }
         "kvm" => {
             "load kvm_amd or kvm_intel and see that libvirt's user may open /dev/kvm (`virtnode \
              doctor` finds the cause), or write <domain type='qemu'> for slow software emulation"
@@ -157,7 +170,7 @@ fn check_machine(input: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
         ),
     }
     let distinguishes_pci = distinguishes_pci(input);
-    if adds_pci_devices(input)
+    if adds_pci_devices(input, canonical)
         && WITHOUT_PCI.contains(&canonical)
         && distinguishes_pci != Some(true)
     {
@@ -170,22 +183,25 @@ fn check_machine(input: &RuleInput<'_>, findings: &mut Vec<RuleFinding>) {
                 severity,
                 RuleCode::Machine,
                 format!(
-                    "machine type {canonical} has no PCI, but {adds} a USB controller and a \
-                     balloon, which require PCI"
+                    "machine type {canonical} has no PCI, but {adds} devices that require PCI, such \
+                     as a balloon"
                 ),
             )
             .at_define(NO_PCI)
             .remedy(
-                "suppress both with <controller type='usb' model='none'/> and <memballoon \
+                "suppress them with <memballoon model='none'/> and <controller type='usb' \
                  model='none'/>, or use q35",
             ),
         );
     }
 }
 
-/// True if libvirt adds default devices that require PCI.
-fn adds_pci_devices(input: &RuleInput<'_>) -> bool {
-    input.is_x86() && input.domain.pci.suppressed_defaults < 2
+/// True if libvirt adds default devices that require PCI: a balloon, and a USB controller except to
+/// isapc (`qemuDomainDefAddDefaultDevices`).
+fn adds_pci_devices(input: &RuleInput<'_>, canonical: &str) -> bool {
+    let pci = &input.domain.pci;
+    let adds_usb = !pci.no_usb && canonical != ISAPC;
+    input.is_x86() && (adds_usb || !pci.no_balloon)
 }
 
 fn not_listed(input: &RuleInput<'_>, canonical: &str) -> RuleFinding {
@@ -196,7 +212,7 @@ fn not_listed(input: &RuleInput<'_>, canonical: &str) -> RuleFinding {
             "Machine type '{canonical}' supports PCI but no PCI controller added"
         )),
         None if is_unknown => None,
-        _ if is_unknown && adds_pci_devices(input) => Some(NO_PCI.to_owned()),
+        _ if is_unknown && adds_pci_devices(input, canonical) => Some(NO_PCI.to_owned()),
         _ => Some(unsupported(format!(
             "Emulator '{}' does not support machine type '{canonical}'",
             input.emulator()

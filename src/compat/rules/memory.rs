@@ -7,7 +7,7 @@ use crate::domain::{Memory, MemoryDevice, MemoryModel};
 use crate::units::Bytes;
 
 /// First libvirt that adds the NUMA cell that pluggable memory requires (NEWS of 9.6.0).
-const FIRST_TO_ADD_CELL: Version = Version::new(9, 6, 0);
+pub(super) const FIRST_TO_ADD_CELL: Version = Version::new(9, 6, 0);
 /// Maximum number of memory slots in QEMU (`ACPI_MAX_RAM_SLOTS`, include/hw/acpi/acpi.h).
 const MAX_SLOTS: u32 = 256;
 /// Minimum block size of virtio-mem: a transparent huge page on x86 (`virDomainMemoryDefValidate`).

@@ -154,9 +154,9 @@ pub(super) fn no_balloon() -> Diagnosis {
         "no-source",
         "no source shows how much memory the guest uses: the domain has no memory balloon, whose \
          driver would report it",
-        "add <memballoon model='virtio'><stats period='5'/></memballoon> to <devices> of its \
-         definition, start it again, and load virtio_balloon in the guest; or look in the guest \
-         itself (free, lsmem)",
+        "write <memballoon model='virtio'><stats period='5'/></memballoon> for <memballoon \
+         model='none'/> in its definition, start it again, and load virtio_balloon in the guest; or \
+         look in the guest itself (free, lsmem)",
     )
 }
 
@@ -270,5 +270,17 @@ pub(super) fn not_reporting(age: Duration, figures: Option<(MemoryReport, Bytes)
         ),
         "look at its console (virsh console, virsh screenshot); a guest that has crashed needs a \
          reset (virsh reset), and with a <panic> device libvirt notices a crash by itself",
+    )
+}
+
+/// Another client changed the memory during the operation.
+pub(super) fn changed_by_another(shown: Bytes) -> Diagnosis {
+    Diagnosis::new(
+        "changed-by-another-client",
+        format!(
+            "libvirt serves other clients too, and one of them set the domain's memory to {shown} \
+             during the operation"
+        ),
+        "decide which amount is right, and ask again if it is this operation's",
     )
 }

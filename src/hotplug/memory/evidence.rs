@@ -27,6 +27,8 @@ pub(super) struct MemoryFacts<'h> {
     /// The guest's answer through ACPI for the attached DIMM.
     pub(super) dimm: Option<(Timestamp, AcpiAnswer, &'h Ost)>,
     pub(super) total: GuestTotal,
+    /// The time since which the guest's total and the size of its balloon have been what they are.
+    pub(super) still: Option<Timestamp>,
 }
 
 /// The guest's own total compared to the plugged memory.
@@ -54,6 +56,7 @@ impl<'h> MemoryFacts<'h> {
         let seen = latest.unwrap_or(&history.before);
         let mut moved = None;
         let mut reached: Option<&Observation> = None;
+        let mut still: Option<&Observation> = None;
         let mut last = history.before.domain.memory.plugged();
         for seen in history.since_epoch() {
             let plugged = seen.domain.memory.plugged();
@@ -66,6 +69,9 @@ impl<'h> MemoryFacts<'h> {
             } else {
                 None
             };
+            still = still
+                .filter(|then| figures(then) == figures(seen))
+                .or(Some(seen));
         }
         let by_event = history.events().filter_map(|(at, event)| match event {
             Event::MemorySize { .. } => Some(at),
@@ -79,6 +85,7 @@ impl<'h> MemoryFacts<'h> {
             reached: reached.map(|seen| seen.at),
             dimm: dimm_answer(history),
             total: total(history, target, reached),
+            still: still.map(|seen| seen.at),
         }
     }
 }
@@ -209,6 +216,11 @@ pub(super) fn held(seen: &Observation) -> Bytes {
     let plugged = seen.domain.memory.plugged();
     let current = seen.stats.as_ref().and_then(|stats| stats.balloon.current);
     plugged.saturating_sub(current.unwrap_or(plugged))
+}
+
+/// Returns what the guest's total is made of: the total, and what the balloon has taken of it.
+fn figures(seen: &Observation) -> (Option<Bytes>, Bytes) {
+    (seen.guest_total(), held(seen))
 }
 
 /// Returns the smallest unit that can be plugged and not used. If less is missing, the guest uses

@@ -7,6 +7,8 @@ mod prepare;
 mod timeline;
 mod verdict;
 
+pub use preflight::attachable_memory;
+
 use super::kind::{ResourceKind, Wanted};
 use super::outcome::{Conclusion, Ruling};
 use super::resource::Resource;

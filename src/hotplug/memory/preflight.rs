@@ -31,7 +31,7 @@ pub(super) fn preflight(
         });
     }
     let actions = match memory.virtio_mem().next() {
-        Some(_) => resize(size, memory)?,
+        Some(_) => resize(size, &seen.domain)?,
         None => vec![attach(size, &seen.domain)?],
     };
     check_node(size, memory, host)?;
@@ -101,7 +101,8 @@ fn check_node(size: Bytes, memory: &Memory, host: &Host) -> Result<(), Infeasibl
 }
 
 /// Spreads the difference over the virtio-mem devices: grows from the first, shrinks from the last.
-fn resize(size: Bytes, memory: &Memory) -> Result<Vec<Action>, Infeasible> {
+fn resize(size: Bytes, domain: &Domain) -> Result<Vec<Action>, Infeasible> {
+    let memory = &domain.memory;
     let fixed = memory
         .dimms()
         .fold(memory.boot, |sum, dimm| sum.saturating_add(dimm.size));
@@ -118,7 +119,7 @@ fn resize(size: Bytes, memory: &Memory) -> Result<Vec<Action>, Infeasible> {
         return Err(Infeasible::AboveMaximumMemory {
             asked: size,
             reachable,
-            remedy: "raise the <size> of its virtio-mem device, and <maxMemory> with it",
+            remedy: beyond_virtio_mem(size.saturating_sub(reachable), domain),
         });
     }
     let has = memory.asked();
@@ -180,6 +181,50 @@ fn resize(size: Bytes, memory: &Memory) -> Result<Vec<Action>, Infeasible> {
     Ok(actions)
 }
 
+/// Returns the maximum size of a virtio-mem device that can be attached while the domain runs
+/// (tried with libvirt 11.3 on q35). It needs no DIMM slot, but room below `<maxMemory>`, a NUMA
+/// cell and a PCI slot. Linux on x86 uses it in blocks of 128 MiB.
+pub fn attachable_memory(domain: &Domain) -> Option<Bytes> {
+    let machine = domain.machine.as_deref().unwrap_or_default();
+    let has_pci = ["pc", "q35", "virt"]
+        .iter()
+        .any(|name| machine.starts_with(name));
+    let has_model = matches!(domain.arch.as_deref(), Some("x86_64" | "aarch64"));
+    let size = domain
+        .memory
+        .unused_maximum()
+        .round_down(Bytes::new(128 << 20));
+    let has_cell = !domain.memory.cells.is_empty();
+    (has_pci && has_model && has_cell && size > Bytes::ZERO).then_some(size)
+}
+
+/// Returns the remedy for a request beyond the virtio-mem devices.
+fn beyond_virtio_mem(missing: Bytes, domain: &Domain) -> String {
+    let raise =
+        "raise the <size> of its virtio-mem device, and <maxMemory> with it, and start it again";
+    match attachable_memory(domain) {
+        Some(size) if size >= missing => format!(
+            "attach another virtio-mem device of up to {size} to a free PCI slot while it runs (virsh \
+             attach-device, see docs/hotplug.md), or {raise}"
+        ),
+        _ => raise.to_owned(),
+    }
+}
+
+/// Returns the remedy for a domain without a free DIMM slot.
+fn without_slot(domain: &Domain) -> String {
+    match attachable_memory(domain) {
+        Some(size) => format!(
+            "attach a virtio-mem device of up to {size} to a free PCI slot while it runs (virsh \
+             attach-device, see docs/hotplug.md), or give <maxMemory> more slots and start it again"
+        ),
+        None => {
+            "give <maxMemory> more slots, or the domain a virtio-mem device, and start it again"
+                .to_owned()
+        }
+    }
+}
+
 /// libvirt always reports the block; 2 MiB is the minimum (`virDomainMemoryDefValidate`).
 fn block(device: &MemoryDevice) -> Bytes {
     let least = Bytes::new(2 << 20);
@@ -210,16 +255,12 @@ fn attach(size: Bytes, domain: &Domain) -> Result<Action, Infeasible> {
     }
     check_machine(domain)?;
     let more = size.saturating_sub(has);
-    let used = memory
-        .devices
-        .iter()
-        .fold(memory.boot, |sum, device| sum.saturating_add(device.size));
-    let free = memory.maximum.unwrap_or_default().saturating_sub(used);
+    let free = memory.unused_maximum();
     if more > free {
         return Err(Infeasible::AboveMaximumMemory {
             asked: size,
             reachable: has.saturating_add(free),
-            remedy: "raise <maxMemory> in its definition",
+            remedy: "raise <maxMemory> in its definition and start it again".to_owned(),
         });
     }
     let is_slotted = |device: &&MemoryDevice| match &device.model {
@@ -231,6 +272,7 @@ fn attach(size: Bytes, domain: &Domain) -> Result<Action, Infeasible> {
     if taken >= usize::try_from(memory.slots).unwrap_or(usize::MAX) {
         return Err(Infeasible::NoSlot {
             slots: memory.slots,
+            remedy: without_slot(domain),
         });
     }
     let arch = domain.arch.as_deref().unwrap_or_default();

@@ -5,9 +5,15 @@ use std::time::Duration;
 
 use super::diagnosis;
 use super::evidence::{GuestTotal, MemoryFacts, Need, held, planned_dimm};
+use crate::hotplug::history::Return;
 use crate::hotplug::outcome::{Conclusion, Diagnosis, Ruling};
 use crate::hotplug::{AcpiAnswer, Action, History, Require, Verdict, lifecycle};
 use crate::units::{Bytes, Timestamp, seconds};
+
+/// Minimum time since the last change of a balloon that is idle. QEMU sends `BALLOON_CHANGE` at most once
+/// per second (`monitor_qapi_event_conf`, monitor/monitor.c); until it arrives, the guest's total
+/// lacks memory that no figure explains.
+const BALLOON_IDLE: Duration = Duration::from_secs(2);
 
 /// Returns the next step of a request for `size` of memory.
 pub(super) fn judge(history: &History, size: Bytes, now: Timestamp) -> Ruling {
@@ -33,6 +39,15 @@ pub(super) fn judge(history: &History, size: Bytes, now: Timestamp) -> Ruling {
     }
     if rules.facts.asked != size {
         let shown = rules.facts.asked;
+        if rules.is_changed_by_another() {
+            return Ruling::Conclude(
+                Conclusion::new(
+                    Verdict::HypervisorError,
+                    format!("another client of libvirt changed the memory to {shown} meanwhile"),
+                )
+                .because(diagnosis::changed_by_another(shown)),
+            );
+        }
         return rules.wait_or("libvirt to change the memory", || {
             Conclusion::new(
                 Verdict::HypervisorError,
@@ -65,6 +80,18 @@ impl MemoryRules<'_> {
         self.size.cmp(&self.before)
     }
 
+    /// True if the amount in the live XML is not what the completed calls of this operation set.
+    fn is_changed_by_another(&self) -> bool {
+        let latest = self.history.latest();
+        let is_settled = match self.history.changes().next_back() {
+            Some(call) => {
+                matches!(&call.returned, Some((at, Return::Done)) if latest.at >= *at)
+            }
+            None => latest.at > self.history.before.at,
+        };
+        is_settled && !self.history.plan_is_running()
+    }
+
     /// Returns the reason why the request is proven.
     fn proof(&self) -> Option<String> {
         let facts = &self.facts;
@@ -78,7 +105,8 @@ impl MemoryRules<'_> {
             Ordering::Less => format!("{difference} returned"),
         };
         let taken = facts.plugged == self.size;
-        let online = taken && (direction == Ordering::Less || facts.total == GuestTotal::Fits);
+        let fits = facts.total == GuestTotal::Fits && self.balloon_is_idle();
+        let online = taken && (direction == Ordering::Less || fits);
         let moved = match direction {
             Ordering::Greater => facts.plugged > self.before,
             Ordering::Less => facts.plugged < self.before,
@@ -103,6 +131,16 @@ impl MemoryRules<'_> {
                 format!("{what}, and the guest confirmed it{}", self.elapsed())
             }
         })
+    }
+
+    /// True unless nothing was added and the balloon may be taking memory just now.
+    fn balloon_is_idle(&self) -> bool {
+        let latest = self.history.latest();
+        if self.over || self.direction() != Ordering::Equal || held(latest) == Bytes::ZERO {
+            return true;
+        }
+        let still = self.facts.still.map(|since| since.after(BALLOON_IDLE));
+        still.is_some_and(|until| latest.at >= until)
     }
 
     /// True if the request depends on DIMMs: libvirt shows their size, not their use.
@@ -217,16 +255,19 @@ impl MemoryRules<'_> {
                 )
                 .because(self.no_source()),
             ),
-            GuestTotal::Unclear(missing) => Ruling::Conclude(
-                Conclusion::new(
-                    Verdict::Unverifiable,
-                    format!(
-                        "the memory is plugged, and {missing} are missing from the guest's own \
-                         total, which its kernel may have reserved at boot"
-                    ),
-                )
-                .because(diagnosis::unclear()),
-            ),
+            GuestTotal::Unclear(missing) => {
+                let still = facts.still.max(since);
+                self.after(still, BALLOON_IDLE, "the balloon to become idle", || {
+                    Conclusion::new(
+                        Verdict::Unverifiable,
+                        format!(
+                            "the memory is plugged, and {missing} are missing from the guest's \
+                             own total, which its kernel may have reserved at boot"
+                        ),
+                    )
+                    .because(diagnosis::unclear())
+                })
+            }
             GuestTotal::Short { grew, missing } => self.after(
                 since,
                 offline,
@@ -244,7 +285,10 @@ impl MemoryRules<'_> {
                     || self.stale(),
                 )
             }
-            GuestTotal::Fits => Ruling::wait("another observation of the domain"),
+            GuestTotal::Fits => {
+                let until = facts.still.map(|since| since.after(BALLOON_IDLE));
+                Ruling::wait_until_observed_after("the balloon to become idle", until, self.now)
+            }
         }
     }
 

@@ -100,6 +100,7 @@ impl World {
         match effect {
             Effect::Return(how) => self.returned.push((self.now, how)),
             Effect::Scheduled(change) => self.change(change),
+            Effect::ShowsBalloon(more) => self.held = self.held.saturating_add(more),
             Effect::ReportsTotal => {
                 let Some(period) = self.domain.balloon.stats_period else {
                     return;
@@ -232,9 +233,13 @@ impl World {
                 self.later(ms(10), Effect::GuestResizes("ua-mem0".to_owned()));
             }
             WorldChange::Hangs => self.behavior.unresponsive = true,
-            WorldChange::Inflates(held) => {
-                self.held = held;
-                self.total = self.total.saturating_sub(held);
+            WorldChange::Resizes(requested) => {
+                self.domain.memory.devices[0].requested = Some(requested);
+                self.later(ms(100), Effect::GuestResizes("ua-mem0".to_owned()));
+            }
+            WorldChange::Inflates(more) => {
+                self.total = self.total.saturating_sub(more);
+                self.later(ms(1000), Effect::ShowsBalloon(more));
             }
             WorldChange::Runs(id) => *self.times.entry(id).or_default() += 50,
             WorldChange::Claims(count) => self.claims = Some(count),

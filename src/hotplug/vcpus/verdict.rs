@@ -134,7 +134,10 @@ impl VcpuRules<'_> {
                 let answered =
                     !facts.added.is_empty() && facts.answered(AcpiAnswer::Added) == facts.added;
                 let has = facts.guest.is_some_and(|guest| guest.vcpus.len() >= *count);
-                (seen_by_guest && (answered || has))
+                // The agent of a paused guest may have fewer CPUs to tell of when it runs again.
+                let latest = &self.history.latest().domain;
+                let is_muted = !latest.state.runs() && latest.agent.may_answer();
+                (seen_by_guest && (has || answered && !is_muted))
                     .then(|| format!("{what}, confirmed by the guest{}", self.elapsed()))
             }),
             Require::Online => used,

@@ -74,10 +74,15 @@ pub(crate) fn generate(seed: u64) -> String {
             "<ioapic driver='kvm'/>",
         ],
     ));
-    let declined = if bare && rng.u8(..4) > 0 {
-        "<controller type='usb' model='none'/><memballoon model='none'/>"
-    } else {
-        ""
+    let (usb, balloon) = (
+        "<controller type='usb' model='none'/>",
+        "<memballoon model='none'/>",
+    );
+    let declined = match rng.u8(..8) {
+        0..5 if bare => format!("{usb}{balloon}"),
+        5 if bare => usb.to_owned(),
+        6 if bare => balloon.to_owned(),
+        _ => String::new(),
     };
     format!(
         "<domain type='qemu'><name>generated-{seed}</name>{memory}\

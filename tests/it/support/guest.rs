@@ -81,6 +81,8 @@ pub(crate) struct GuestConfig<'c> {
     pub(crate) statistics: Statistics,
     /// True for a persistent domain.
     pub(crate) persistent: bool,
+    /// True for a device that reports a panic of the guest's kernel.
+    pub(crate) panic: bool,
 }
 
 impl Default for GuestConfig<'_> {
@@ -93,6 +95,7 @@ impl Default for GuestConfig<'_> {
             memory: MorePossible::VirtioMem,
             statistics: Statistics::Every(1),
             persistent: false,
+            panic: false,
         }
     }
 }
@@ -111,6 +114,11 @@ impl GuestConfig<'_> {
         let console = escape(self.console(files).to_string_lossy()).into_owned();
         let (name, words) = (escape(name), escape(words));
         let balloon = self.statistics.xml();
+        let panic = if self.panic {
+            "<panic model='isa'/>"
+        } else {
+            ""
+        };
         let last = maximum - 1;
         let (max_memory, numa) = match self.memory {
             MorePossible::No => (String::new(), String::new()),
@@ -154,7 +162,7 @@ impl GuestConfig<'_> {
              <devices>{device}<channel type='unix'>\
              <target type='virtio' name='org.qemu.guest_agent.0'/></channel>\
              <serial type='file'><source path='{console}'/></serial>\
-             {balloon}\
+             {balloon}{panic}\
              <controller type='usb' model='none'/></devices></domain>"
         )
     }

@@ -96,6 +96,25 @@ async fn domain_saved_or_crashed_during_operation_is_not_running() {
 }
 
 #[tokio::test]
+async fn panic_of_the_guests_kernel_is_not_running() {
+    let node = Node::start().await;
+    let config = GuestConfig {
+        panic: true,
+        ..words("lab.cpus=offline")
+    };
+    let guest = node.guest(config).await;
+    let id = node.submit(vcpus(3)).await;
+    node.sees_offline(&id).await;
+    let panic = "echo 1 > /proc/sys/kernel/sysrq; echo c > /proc/sysrq-trigger";
+    // The agent ends with the kernel, often before it answers.
+    guest.runs("/bin/busybox", &["sh", "-c", panic]).ok();
+    let record = node.ends(&id).await;
+    is(&record, Verdict::DomainNotRunning);
+    says(&record, "crashed");
+    assert!(record.finished < Some(record.deadline));
+}
+
+#[tokio::test]
 async fn guest_shutdown_during_operation_is_not_running() {
     let node = Node::start().await;
     let guest = node.guest(words("lab.cpus=offline")).await;
