@@ -15,7 +15,6 @@ mod hotplugs;
 mod inventory;
 mod managed_fields;
 pub mod objects;
-mod pods;
 mod retry;
 mod virtualization;
 mod watch;
@@ -47,7 +46,6 @@ pub use hotplugs::{
     HotplugChange, HotplugObject, HotplugObjects, ListOptions, ObjectId, ObjectStub,
 };
 pub use inventory::{NodeInventory, NodeSummary, Virtualizations};
-pub use pods::{IdentityError, LauncherPod, LauncherPods};
 pub use retry::Retry;
 pub use watch::NodeChange;
 
