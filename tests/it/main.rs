@@ -38,6 +38,7 @@ mod label_documents;
 mod label_source;
 mod labeller;
 mod launcher_lab;
+mod launcher_pods;
 mod launchers;
 mod libvirt;
 mod manifests;
