@@ -94,6 +94,7 @@ impl<C: DomainBackend> Driver<C, Unstarted> {
         let (domain, ticket) = match found {
             Ok(found) => found,
             Err(CallError::NotFound(_)) => return self.end_absent().await,
+            Err(CallError::Ambiguous(which)) => return self.end(Verdict::Infeasible, which).await,
             Err(error) => return self.end_unreachable(&error.to_string()).await,
         };
         if !ticket.is_served() {
@@ -184,7 +185,8 @@ impl<C: DomainBackend> Driver<C, Unstarted> {
                 Err(error) => error,
             };
             let gives_up = !self.has_events() && Instant::now() >= give_up_at;
-            if matches!(error, CallError::NotFound(_)) || gives_up {
+            let is_final = matches!(error, CallError::NotFound(_) | CallError::Ambiguous(_));
+            if is_final || gives_up {
                 return Err(error);
             }
             self.awaits(&format!("the hypervisor: {error}"));
