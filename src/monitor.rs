@@ -82,7 +82,7 @@ pub struct Monitor<C> {
     agents: Agents,
     observed: watch::Sender<ObservedDomains>,
     sightings: watch::Sender<Sightings>,
-    readings: FuturesUnordered<BoxFuture<'static, Reading>>,
+    readings: FuturesUnordered<BoxFuture<'static, ReadingStep>>,
     publish_at: Option<Instant>,
 }
 
@@ -97,7 +97,7 @@ struct KnownDomain {
 type Observations = Vec<(DomainRef, Instant, Result<DomainDetails, Undetailed>)>;
 
 /// A step of reading a connection. Statistics have the time of their start.
-enum Reading {
+enum ReadingStep {
     Statistics(ConnectionId, Instant, Result<Vec<DomainStats>, CallError>),
     Observations(ConnectionId, Observations),
 }
@@ -202,31 +202,31 @@ impl<C: DomainBackend> Monitor<C> {
             let began = Instant::now();
             let reading = async move {
                 let running = backend.statistics_of(&connection).await;
-                Reading::Statistics(connection, began, running)
+                ReadingStep::Statistics(connection, began, running)
             };
             self.readings.push(reading.boxed());
         }
     }
 
-    fn advance(&mut self, reading: Reading) {
+    fn advance(&mut self, reading: ReadingStep) {
         let connection = match reading {
-            Reading::Statistics(connection, began, Ok(running)) => {
+            ReadingStep::Statistics(connection, began, Ok(running)) => {
                 let stale = self.take_statistics(&connection, began, running);
                 if !stale.is_empty() {
                     let backend = Arc::clone(&self.backend);
                     let reading = async move {
                         let observations = observe_all(&*backend, stale).await;
-                        Reading::Observations(connection, observations)
+                        ReadingStep::Observations(connection, observations)
                     };
                     return self.readings.push(reading.boxed());
                 }
                 connection
             }
-            Reading::Statistics(connection, began, Err(error)) => {
+            ReadingStep::Statistics(connection, began, Err(error)) => {
                 self.take_failure(&connection, began, &error);
                 return self.sources.end(&connection, Instant::now());
             }
-            Reading::Observations(connection, observations) => {
+            ReadingStep::Observations(connection, observations) => {
                 self.take_observations(observations);
                 connection
             }

@@ -27,9 +27,9 @@ const MIN_PERIOD: Duration = Duration::from_secs(1);
 const LAUNCHERS_AT_A_TIME: usize = 4;
 
 #[derive(Default)]
-pub(super) struct Sources(BTreeMap<ConnectionId, Source>);
+pub(super) struct Sources(BTreeMap<ConnectionId, ConnectionReadings>);
 
-struct Source {
+struct ConnectionReadings {
     running: Vec<DomainStats>,
     /// Start of the last reading that succeeded.
     read: Instant,
@@ -54,15 +54,17 @@ impl Sources {
             self.0.remove(connection);
         }
         for connection in present {
-            self.0.entry(connection.clone()).or_insert_with(|| Source {
-                running: Vec::new(),
-                read: now,
-                next: now,
-                earliest: now,
-                is_reading: false,
-                is_known: false,
-                failure: None,
-            });
+            self.0
+                .entry(connection.clone())
+                .or_insert_with(|| ConnectionReadings {
+                    running: Vec::new(),
+                    read: now,
+                    next: now,
+                    earliest: now,
+                    is_reading: false,
+                    is_known: false,
+                    failure: None,
+                });
         }
         gone
     }
