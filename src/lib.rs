@@ -3,7 +3,7 @@
 //! ```text
 //! main → cli → daemon                                   wiring, supervision, exit codes
 //!          │
-//! probe · labeller · executor · monitor · doctor · controller        services
+//! probe · labeller · executor · monitor · doctor · controller · launchers        services
 //!          │
 //! hypervisor · host · cluster · publish · journal                    adapters
 //!          │

@@ -74,7 +74,7 @@ fn show(operations: &[Record]) -> String {
         vec![
             record.id.to_string(),
             record.created.to_string(),
-            shortened(&plain(&record.domain.name), CELL_MAX),
+            shortened(&plain(&record.domain.display_name()), CELL_MAX),
             request(&record.request),
             end.to_owned(),
             shortened(&plain(&record.asked_by.to_string()), CELL_MAX),

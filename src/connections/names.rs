@@ -55,13 +55,9 @@ pub(super) fn choose(text: &str, mut found: Vec<Candidate>) -> Result<DomainRef,
             domain.uuid
         )
     };
-    Err(CallError::Failed {
-        call: "find-domain".into(),
-        code: "ambiguous".to_owned(),
-        text: format!(
-            "{text:?} is both {} and {}: use a name that only one of them has",
-            described(&first),
-            described(&second)
-        ),
-    })
+    Err(CallError::Ambiguous(format!(
+        "{text:?} is both {} and {}: use a name that only one of them has",
+        described(&first),
+        described(&second)
+    )))
 }

@@ -109,14 +109,22 @@ fn parse_spec(value: &Value) -> Result<DomainHotplugSpec, ObjectError> {
 fn domain(reference: DomainReference) -> Result<DomainName, ObjectError> {
     let (text, field) = match reference {
         DomainReference {
+            namespace: Some(namespace),
+            name: Some(name),
+            uuid: None,
+        } => (format!("{namespace}/{name}"), "name"),
+        DomainReference {
+            namespace: None,
             name: Some(name),
             uuid: None,
         } => (name, "name"),
         DomainReference {
+            namespace: None,
             name: None,
             uuid: Some(uuid),
         } if is_uuid(&uuid) => (uuid.to_lowercase(), "uuid"),
         DomainReference {
+            namespace: None,
             name: None,
             uuid: Some(uuid),
         } => {
@@ -127,7 +135,7 @@ fn domain(reference: DomainReference) -> Result<DomainName, ObjectError> {
         }
         _ => {
             return Err(invalid(
-                "spec.domain must have exactly one of name and uuid",
+                "spec.domain must have exactly one of name and uuid, and a namespace only with a name",
             ));
         }
     };

@@ -63,7 +63,7 @@ use tracing::{error, info, warn};
 use self::cluster::ClusterTasks;
 pub use self::metrics::Metrics;
 use self::tasks::Tasks;
-use crate::cluster::Cluster;
+use crate::cluster::{Cluster, LauncherPods};
 use crate::config::{Config, ConfigError, PublishTarget};
 use crate::connections::ConnectionSet;
 use crate::doctor::{DoctorScope, DoctorTask};
@@ -166,9 +166,18 @@ async fn start(config: &Config, listener: TcpListener, tasks: &mut Tasks) -> any
     };
 
     let events = cluster_tasks.as_ref().map(ClusterTasks::events);
+    let pods = cluster_tasks.as_ref().and_then(ClusterTasks::launcher_pods);
     let verifies = config.external_changes.enabled;
     let own = verifies.then(Arc::<OwnOperations>::default);
-    let executor = start_hotplug(config, &connections, &metrics, events, own.clone(), tasks);
+    let executor = start_hotplug(
+        config,
+        &connections,
+        &metrics,
+        events,
+        own.clone(),
+        pods,
+        tasks,
+    );
     if let Err(error) = &executor {
         error!("hotplug is off until the next start: {error:#}");
     }
@@ -279,6 +288,7 @@ fn start_hotplug(
     metrics: &Arc<Metrics>,
     events: Option<(EventRecorder, ObjectReference)>,
     own: Option<Arc<OwnOperations>>,
+    pods: Option<LauncherPods>,
     tasks: &mut Tasks,
 ) -> anyhow::Result<Option<Arc<Executor<ConnectionSet<Libvirt>>>>> {
     // Before the journal, because the socket excludes a second daemon, which would resume the same
@@ -287,9 +297,15 @@ fn start_hotplug(
     let socket = api::bind(&config.socket, gid)
         .with_context(|| format!("cannot serve the local API at {}", config.socket.display()))?;
     let executor = if config.hotplug {
-        let domains = Arc::clone(connections);
-        let executor = hotplug::start_executor(config, domains, &metrics.hotplug, events, own)
-            .context("cannot start hotplug (hotplug.enabled: false disables it)")?;
+        let executor = hotplug::start_executor(
+            config,
+            Arc::clone(connections),
+            &metrics.hotplug,
+            events,
+            own,
+            pods,
+        )
+        .context("cannot start hotplug (hotplug.enabled: false disables it)")?;
         let (metrics, running) = (Arc::clone(metrics), Arc::clone(&executor));
         tasks.start("the executor", |stop: CancellationToken| async move {
             let counting = hotplug::count_operations(&running, &metrics.hotplug);

@@ -28,7 +28,7 @@ use crate::doctor::checks::observed::{
     Undetailed,
 };
 use crate::doctor::checks::{Check, DoctorReport, Severity, diagnose};
-use crate::domain::MemoryDevice;
+use crate::domain::{ConnectionId, MemoryDevice};
 use crate::host;
 use crate::hotplug::Agent;
 use crate::hypervisor::{DomainBackend, DomainRef, NodeSource};
@@ -185,7 +185,8 @@ async fn observe_domains<C: DomainBackend>(control: &C) -> Result<Vec<ObservedDo
     let mut seen: Vec<ObservedDomain> = running
         .into_iter()
         .map(|stats| ObservedDomain {
-            name: stats.id.name,
+            name: stats.id.display_name().into_owned(),
+            connection: stats.id.connection,
             uuid: stats.id.uuid,
             state: stats.state,
             stats: stats.stats,
@@ -271,8 +272,8 @@ pub struct DoctorTask {
     latest: watch::Receiver<Option<Arc<LatestProbe>>>,
     sight: watch::Receiver<ObservedDomains>,
     metrics: Arc<DoctorMetrics>,
-    /// Plugged virtio-mem sizes of guests that lack memory, by UUID, with the time of the last change.
-    memory: HashMap<String, (Instant, BTreeMap<String, Bytes>)>,
+    /// Plugged virtio-mem sizes of guests that lack memory, with the time of the last change.
+    memory: HashMap<(ConnectionId, String), (Instant, BTreeMap<String, Bytes>)>,
     /// Errors already logged.
     logged: Vec<String>,
 }
@@ -371,14 +372,15 @@ impl DoctorTask {
         let mut memory = HashMap::new();
         for seen in domains.iter_mut().filter(|seen| lacks_memory(seen)) {
             let plugged = plugged_memory(seen);
-            let since = match self.memory.remove(&seen.uuid) {
+            let key = (seen.connection.clone(), seen.uuid.clone());
+            let since = match self.memory.remove(&key) {
                 Some((since, before)) if before == plugged => since,
                 _ => Instant::now(),
             };
             if since.elapsed() >= RECHECK {
                 seen.earlier.clone_from(&plugged);
             }
-            memory.insert(seen.uuid.clone(), (since, plugged));
+            memory.insert(key, (since, plugged));
         }
         self.memory = memory;
     }

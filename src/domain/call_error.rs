@@ -34,6 +34,9 @@ pub enum CallError {
     /// The domain does not exist (`VIR_ERR_NO_DOMAIN`).
     #[error("libvirt has no such domain: {0}")]
     NotFound(String),
+    /// Several domains have the name or UUID.
+    #[error("{0}")]
+    Ambiguous(String),
     /// The domain is not running (`VIR_ERR_OPERATION_INVALID` of a domain that is not active).
     #[error("the domain is not running: {0}")]
     NotRunning(String),
@@ -115,6 +118,7 @@ impl CallError {
             Self::Unsupported { .. } => "unsupported",
             Self::Denied { .. } => "denied",
             Self::NotFound(_) => "domain-not-found",
+            Self::Ambiguous(_) => "domain-ambiguous",
             Self::NotRunning(_) => "domain-not-running",
             Self::AgentSilent { .. } => "agent-unavailable",
             Self::AgentRefused { .. } => "agent-refused",
@@ -130,6 +134,7 @@ impl CallError {
         match self {
             Self::Unavailable(_) | Self::Overdue { .. } | Self::Lost(_) => None,
             Self::NotFound(text)
+            | Self::Ambiguous(text)
             | Self::NotRunning(text)
             | Self::Busy { text, .. }
             | Self::UnplugPending { text, .. }

@@ -44,7 +44,7 @@ use self::lives::VcpuLives;
 pub use self::metrics::HotplugMetrics;
 pub(crate) use self::observer::observation;
 pub use self::observer::observe_once;
-pub use self::options::{AvailableMemory, Listener, Options};
+pub use self::options::{AvailableMemory, LauncherRights, Listener, Options};
 use self::queues::Queues;
 use self::registry::{Registered, Registry};
 use crate::domain::DomainRef;

@@ -93,6 +93,8 @@ struct TrackedDomain {
     changes: DomainChanges,
     is_looked_at: bool,
     is_missing: bool,
+    /// Start of the last compared reading, and of its observation.
+    compared: Option<(Instant, Option<Instant>)>,
 }
 
 type Look = (DomainRef, Result<LookResult, Contact>);
@@ -298,6 +300,7 @@ impl<C: DomainBackend> ExternalChanges<C> {
             changes: DomainChanges::new(options, now),
             is_looked_at: false,
             is_missing: false,
+            compared: None,
         };
         self.domains.insert(domain.clone(), tracked);
         true
@@ -305,11 +308,10 @@ impl<C: DomainBackend> ExternalChanges<C> {
 
     /// Compares every domain with the monitor's last reading.
     fn compare(&mut self) {
-        let Some((read, sightings)) = self.sightings.borrow_and_update().clone() else {
+        let Some(sightings) = self.sightings.borrow_and_update().clone() else {
             return;
         };
         let now = self.clock.now();
-        let read = self.clock.received(read.into_std());
         for sighting in sightings.iter() {
             let stats = &sighting.stats;
             if !self.domains.contains_key(&stats.id) && !self.track(&stats.id, now) {
@@ -319,6 +321,12 @@ impl<C: DomainBackend> ExternalChanges<C> {
                 continue;
             };
             tracked.is_missing = false;
+            // Each connection is read at its own time, so most domains were compared before.
+            let version = (sighting.read, sighting.details.as_ref().map(|(at, _)| *at));
+            if tracked.compared.replace(version) == Some(version) {
+                continue;
+            }
+            let read = self.clock.received(sighting.read.into_std());
             let details = sighting.details.as_ref().map(|(at, details)| {
                 let at = self.clock.received(at.into_std());
                 (at, &details.domain, &details.agent)

@@ -82,6 +82,7 @@ pub(super) fn after_call(history: &History, now: Timestamp, done: bool) -> Optio
         | CallError::Denied { text, .. }
         | CallError::Unsupported { text, .. }
         | CallError::Unreadable { text, .. }
+        | CallError::Ambiguous(text)
         | CallError::Failed { text, .. } => {
             if history.latest().at < at && !over {
                 return Some(Ruling::wait("an observation after the failed call"));
@@ -109,6 +110,7 @@ pub(super) fn repeated_unplug_error(history: &History) -> Option<(&Call, &str)> 
         | CallError::Denied { text, .. }
         | CallError::Unsupported { text, .. }
         | CallError::Unreadable { text, .. }
+        | CallError::Ambiguous(text)
         | CallError::Failed { text, .. } => text,
         _ => return None,
     };

@@ -52,6 +52,9 @@ mod external_tests;
 mod history;
 mod infeasible;
 mod kind;
+mod launcher;
+#[cfg(test)]
+mod launcher_tests;
 mod lifecycle;
 #[cfg(test)]
 mod lifecycle_tests;
@@ -85,6 +88,7 @@ pub use evidence::{Evidence, Source};
 pub use history::{Call, Contact, Earlier, History, Return};
 pub use infeasible::Infeasible;
 pub use kind::{ResourceKind, Wanted};
+pub use launcher::{LauncherRight, check_launcher};
 pub use observation::{Agent, AnswerTimes, GuestVcpus, Host, Observation};
 pub use outcome::{AGENT_SETTINGS, Diagnosis, Outcome, Step};
 pub use plan::{Action, Plan, Preflight, Rejection, Scope};

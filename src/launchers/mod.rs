@@ -39,7 +39,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
 use self::metrics::{CONFLICT, OPENED, SURPLUS};
-use self::table::{Next, Table, sightings};
+use self::table::{NextStep, Table, sightings};
 use crate::config::LauncherConfig;
 use crate::connections::ConnectionSet;
 use crate::domain::ConnectionId;
@@ -71,13 +71,13 @@ pub struct Census {
 /// The launchers of this node, as other services see them.
 #[derive(Default)]
 pub struct Launchers {
-    present: Mutex<Present>,
+    present: Mutex<PresentLaunchers>,
     /// The number of changes of the census.
     changes: watch::Sender<u64>,
 }
 
 #[derive(Default)]
-struct Present {
+struct PresentLaunchers {
     scanned: bool,
     states: BTreeMap<String, LauncherState>,
     connections: BTreeMap<String, Arc<Libvirt>>,
@@ -118,13 +118,13 @@ impl Launchers {
         self.changes.subscribe()
     }
 
-    fn lock(&self) -> MutexGuard<'_, Present> {
+    fn lock(&self) -> MutexGuard<'_, PresentLaunchers> {
         self.present.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// The end of something that was in progress.
-enum Event {
+enum ScanEvent {
     Opened(String, SocketFile, Result<Libvirt, OpenError>),
     /// The file in the place of the socket changed since the scan.
     NotOpened(String, io::Error),
@@ -144,7 +144,7 @@ pub struct LauncherScan {
     launchers: Arc<Launchers>,
     table: Table,
     connections: BTreeMap<String, Arc<Libvirt>>,
-    in_progress: FuturesUnordered<BoxFuture<'static, Event>>,
+    in_progress: FuturesUnordered<BoxFuture<'static, ScanEvent>>,
     late: mpsc::UnboundedSender<String>,
     late_pods: mpsc::UnboundedReceiver<String>,
     /// Time at which states are published that changed since.
@@ -286,7 +286,7 @@ impl LauncherScan {
             let socket = match self.sockets.open(&pod) {
                 Ok(socket) => socket,
                 Err(error) => {
-                    let event = std::future::ready(Event::NotOpened(pod, error));
+                    let event = std::future::ready(ScanEvent::NotOpened(pod, error));
                     self.in_progress.push(event.boxed());
                     continue;
                 }
@@ -298,28 +298,28 @@ impl LauncherScan {
                 let is_late = || drop(late.send(pod.clone()));
                 let opened =
                     Libvirt::open_launcher(socket, workers, &opening, calls, is_late).await;
-                Event::Opened(pod, file, opened)
+                ScanEvent::Opened(pod, file, opened)
             };
             self.in_progress.push(attempt.boxed());
         }
     }
 
-    fn handle(&mut self, event: Event) {
+    fn handle(&mut self, event: ScanEvent) {
         let now = Instant::now();
         match event {
-            Event::Opened(pod, file, Ok(libvirt)) => {
+            ScanEvent::Opened(pod, file, Ok(libvirt)) => {
                 self.count(OPENED);
                 let libvirt = Arc::new(libvirt);
                 let next = self.table.opened(&pod, Ok(file), now);
                 self.connections.insert(pod.clone(), Arc::clone(&libvirt));
-                if next == Next::Use {
+                if next == NextStep::Use {
                     info!(pod, "connected to a launcher");
                     self.add(pod, libvirt, file.age_rank());
                 } else {
                     self.close(pod);
                 }
             }
-            Event::Opened(pod, _, Err(error)) => {
+            ScanEvent::Opened(pod, _, Err(error)) => {
                 let failure = match &error {
                     OpenError::Refused(_) => OpenFailure::Refused,
                     OpenError::Silent => OpenFailure::Silent,
@@ -327,7 +327,7 @@ impl LauncherScan {
                 };
                 self.failed(&pod, failure, &error.to_string());
             }
-            Event::NotOpened(pod, error) => {
+            ScanEvent::NotOpened(pod, error) => {
                 let failure = match error.kind() {
                     io::ErrorKind::InvalidInput => OpenFailure::Odd,
                     io::ErrorKind::PermissionDenied => OpenFailure::Refused,
@@ -335,19 +335,19 @@ impl LauncherScan {
                 };
                 self.failed(&pod, failure, &error.to_string());
             }
-            Event::Lost(pod) => {
+            ScanEvent::Lost(pod) => {
                 if self.table.lost(&pod, now) {
                     info!(pod, "connection to a launcher ended");
                     self.close(pod);
                 }
             }
-            Event::Closed(pod) => self.table.closed(&pod, now),
+            ScanEvent::Closed(pod) => self.table.closed(&pod, now),
         }
     }
 
     fn failed(&mut self, pod: &str, failure: OpenFailure, error: &str) {
         self.count(failure.as_str());
-        let is_new = self.table.opened(pod, Err(failure), Instant::now()) == Next::Report;
+        let is_new = self.table.opened(pod, Err(failure), Instant::now()) == NextStep::Report;
         if is_new {
             warn!(pod, error, "cannot connect to a launcher; retrying");
         } else {
@@ -369,7 +369,7 @@ impl LauncherScan {
                 .wait_for(|state| *state == ConnectionState::Down)
                 .await
                 .ok();
-            Event::Lost(pod)
+            ScanEvent::Lost(pod)
         };
         self.in_progress.push(end.boxed());
     }
@@ -382,7 +382,7 @@ impl LauncherScan {
             if let Some(connection) = connection {
                 connection.close(&opening).await;
             }
-            Event::Closed(pod)
+            ScanEvent::Closed(pod)
         };
         self.in_progress.push(close.boxed());
     }
@@ -427,7 +427,7 @@ impl LauncherScan {
             && present.scanned == self.table.is_scanned()
             && present.surplus == surplus;
         if !is_same {
-            *present = Present {
+            *present = PresentLaunchers {
                 scanned: self.table.is_scanned(),
                 states,
                 connections: self.connections.clone(),

@@ -31,7 +31,7 @@ const MAX_PAUSE: Duration = Duration::from_secs(30);
 
 /// A launcher's socket as a scan finds it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Sighting {
+pub(super) enum SocketSighting {
     Socket(SocketFile),
     /// The volume exists and the socket does not: the daemon starts, or ended.
     Missing,
@@ -42,16 +42,16 @@ pub(super) enum Sighting {
 }
 
 /// Returns the launchers of a scan, by pod UID.
-pub(super) fn sightings(scan: Scan) -> BTreeMap<String, Sighting> {
+pub(super) fn sightings(scan: Scan) -> BTreeMap<String, SocketSighting> {
     let sockets = scan.sockets.into_iter().map(|(pod, file)| {
-        let sighting = file.map_or(Sighting::Odd, Sighting::Socket);
+        let sighting = file.map_or(SocketSighting::Odd, SocketSighting::Socket);
         (pod, sighting)
     });
     let missing = scan.without_socket.into_iter();
     let unknown = scan.unreadable.into_iter();
     sockets
-        .chain(missing.map(|pod| (pod, Sighting::Missing)))
-        .chain(unknown.map(|pod| (pod, Sighting::Unknown)))
+        .chain(missing.map(|pod| (pod, SocketSighting::Missing)))
+        .chain(unknown.map(|pod| (pod, SocketSighting::Unknown)))
         .collect()
 }
 
@@ -89,7 +89,7 @@ words! {
 
 /// The next thing to do about a launcher after an attempt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Next {
+pub(super) enum NextStep {
     Nothing,
     /// The failure is another one than the last.
     Report,
@@ -103,13 +103,13 @@ pub(super) enum Next {
 #[derive(Debug)]
 pub(super) struct Table {
     most: usize,
-    launchers: BTreeMap<String, Launcher>,
+    launchers: BTreeMap<String, KnownLauncher>,
     surplus: Vec<String>,
     scanned: bool,
 }
 
 #[derive(Debug)]
-struct Launcher {
+struct KnownLauncher {
     state: LauncherState,
     /// The socket at the last scan.
     socket: Option<SocketFile>,
@@ -124,7 +124,7 @@ struct Launcher {
     failure: Option<OpenFailure>,
 }
 
-impl Launcher {
+impl KnownLauncher {
     fn new() -> Self {
         Self {
             state: LauncherState::Found,
@@ -144,17 +144,17 @@ impl Launcher {
     }
 
     /// Takes a sighting. Returns true if the connection is to be closed.
-    fn seen(&mut self, sighting: Sighting, now: Instant) -> bool {
+    fn seen(&mut self, sighting: SocketSighting, now: Instant) -> bool {
         let is_up = self.state == LauncherState::Up;
         let socket = match sighting {
-            Sighting::Socket(socket) => Some(socket),
-            Sighting::Missing => None,
-            Sighting::Odd => {
+            SocketSighting::Socket(socket) => Some(socket),
+            SocketSighting::Missing => None,
+            SocketSighting::Odd => {
                 self.state = LauncherState::Odd;
                 (self.socket, self.due) = (None, None);
                 return is_up;
             }
-            Sighting::Unknown => return false,
+            SocketSighting::Unknown => return false,
         };
         if matches!(self.state, LauncherState::Odd | LauncherState::Gone) {
             self.state = LauncherState::Found;
@@ -186,7 +186,7 @@ impl Table {
     /// then counts as busy until [`Self::closed`].
     pub(super) fn scanned(
         &mut self,
-        found: &BTreeMap<String, Sighting>,
+        found: &BTreeMap<String, SocketSighting>,
         now: Instant,
     ) -> Vec<String> {
         self.scanned = true;
@@ -206,14 +206,14 @@ impl Table {
         self.surplus.clear();
         for (pod, sighting) in found {
             if !self.launchers.contains_key(pod) {
-                if *sighting == Sighting::Unknown {
+                if *sighting == SocketSighting::Unknown {
                     continue;
                 }
                 if self.launchers.len() >= self.most {
                     self.surplus.push(pod.clone());
                     continue;
                 }
-                self.launchers.insert(pod.clone(), Launcher::new());
+                self.launchers.insert(pod.clone(), KnownLauncher::new());
             }
             if let Some(launcher) = self.launchers.get_mut(pod)
                 && launcher.seen(*sighting, now)
@@ -261,12 +261,12 @@ impl Table {
         pod: &str,
         result: Result<SocketFile, OpenFailure>,
         now: Instant,
-    ) -> Next {
+    ) -> NextStep {
         let Some(launcher) = self.launchers.get_mut(pod) else {
             return if result.is_ok() {
-                Next::Close
+                NextStep::Close
             } else {
-                Next::Nothing
+                NextStep::Nothing
             };
         };
         let is_gone = launcher.state == LauncherState::Gone;
@@ -275,17 +275,17 @@ impl Table {
                 launcher.used = Some(used);
                 let is_replaced = launcher.socket.is_some_and(|socket| socket != used);
                 if is_gone || is_replaced || launcher.state == LauncherState::Odd {
-                    return Next::Close;
+                    return NextStep::Close;
                 }
                 launcher.is_busy = false;
                 launcher.state = LauncherState::Up;
                 (launcher.due, launcher.pause) = (None, MIN_PAUSE);
                 launcher.failure = None;
-                Next::Use
+                NextStep::Use
             }
             Err(_) if is_gone => {
                 self.launchers.remove(pod);
-                Next::Nothing
+                NextStep::Nothing
             }
             Err(failure) => {
                 launcher.is_busy = false;
@@ -303,9 +303,9 @@ impl Table {
                     launcher.retry(state, now);
                 }
                 if launcher.failure.replace(failure) == Some(failure) {
-                    Next::Nothing
+                    NextStep::Nothing
                 } else {
-                    Next::Report
+                    NextStep::Report
                 }
             }
         }

@@ -182,7 +182,7 @@ impl<H: NodeSource> LabelSource<H> {
             return;
         };
         if !seen.scanned {
-            let reason = "the directory of the pods has not been read".to_owned();
+            let reason = "is unknown: the directory of the pods has not been read".to_owned();
             running.unreachable.push((every_launcher(), reason));
         }
         let until = Instant::now() + DOMAINS_TIMEOUT;
@@ -216,7 +216,7 @@ impl<H: NodeSource> LabelSource<H> {
 /// Returns the connection that stands for launchers of which nothing is known.
 fn every_launcher() -> ConnectionId {
     ConnectionId::Launcher {
-        pod: "any".to_owned(),
+        pod: "*".to_owned(),
     }
 }
 
@@ -317,7 +317,7 @@ impl<H: NodeSource> NodeSource for LabelSource<H> {
             },
         };
         if self.host.is_none() && self.launchers.is_none() {
-            let reason = "not connected (launchers.enabled: false)".to_owned();
+            let reason = "is not connected (launchers.enabled, by the daemon only)".to_owned();
             running.unreachable.push((every_launcher(), reason));
         }
         self.read_launchers(&mut running).await;

@@ -96,7 +96,7 @@ pub fn of_operation(node: &ObjectReference, record: &Record) -> Option<ObjectEve
         reason: format!("Hotplug{verdict}"),
         action: "Hotplug",
         // Quoted, because the tenant chose the name.
-        note: format!("domain {:?}: {message}", record.domain.name),
+        note: format!("domain {:?}: {message}", record.domain.display_name()),
     })
 }
 

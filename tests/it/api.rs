@@ -133,6 +133,8 @@ fn figures(name: &str) -> DomainFigures {
     DomainFigures {
         connection: virtnode::domain::ConnectionId::Host,
         name: name.to_owned(),
+        namespace: None,
+        virtual_machine_instance: None,
         uuid: None,
         state: DomainState::Running,
         vcpus: VcpuFigures {

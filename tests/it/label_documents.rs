@@ -24,7 +24,7 @@ use crate::support::launchers::{Launchers, pod_uid};
 use crate::support::libvirtd::Libvirtd;
 
 /// Writes the documents by the commands of KubeVirt's node-labeller.sh, without KVM.
-fn write_documents(
+pub(crate) fn write_documents(
     directory: &Path,
     virsh: impl Fn(&[&str]) -> anyhow::Result<String>,
 ) -> anyhow::Result<()> {

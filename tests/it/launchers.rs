@@ -2,12 +2,15 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
+use tokio::io::copy_bidirectional;
+use tokio::net::{UnixListener, UnixStream};
 use virtnode::config::LauncherConfig;
 use virtnode::connections::ConnectionSet;
 use virtnode::domain::ConnectionId;
@@ -17,11 +20,12 @@ use virtnode::hypervisor::{
 use virtnode::launchers::{Census, LauncherMetrics, LauncherScan};
 use virtnode::telemetry::MetricRegistry;
 
+use crate::support::daemon::{self, Daemon};
 use crate::support::eventually;
 use crate::support::guest::Host as _;
 use crate::support::launchers::vm::Vm;
 use crate::support::launchers::{
-    LIBVIRT_SOCK, LauncherConfig as Pod, Launchers, VIRTQEMUD_SOCK, pod_uid,
+    Identity, LIBVIRT_SOCK, LauncherConfig as Pod, Launchers, QEMU, VIRTQEMUD_SOCK, pod_uid,
 };
 
 /// Timeout that only a failing test reaches.
@@ -345,4 +349,125 @@ async fn many_launchers_are_connected_at_once_up_to_the_maximum() {
         node.count(state, 0.0).await;
     }
     assert!(node.set.connections().is_empty());
+}
+
+/// Listens in the broker's layout and forwards to a launcher. Counts the open connections.
+fn relay(directory: &Path, pod: &str, to: &Path) -> Arc<AtomicUsize> {
+    let listener = UnixListener::bind(directory.join(format!("{pod}.sock"))).unwrap();
+    let to = to.to_owned();
+    let open = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&open);
+    tokio::spawn(async move {
+        while let Ok((mut client, _)) = listener.accept().await {
+            let mut daemon = UnixStream::connect(&to).await.unwrap();
+            count.fetch_add(1, Ordering::Relaxed);
+            let count = Arc::clone(&count);
+            tokio::spawn(async move {
+                copy_bidirectional(&mut client, &mut daemon).await.ok();
+                count.fetch_sub(1, Ordering::Relaxed);
+            });
+        }
+    });
+    open
+}
+
+#[tokio::test]
+async fn connection_of_a_pod_that_is_gone_is_really_closed() {
+    let pods = Launchers::new().unwrap();
+    let launcher = pods.start(&pod_uid(1)).await.unwrap();
+    launcher.start_paused(&vm("tenant-a")).unwrap();
+    let served = tempfile::tempdir().unwrap();
+    let short = served.path().join("l");
+    symlink(launcher.socket().parent().unwrap(), &short).unwrap();
+    let sockets = served.path().join("sockets");
+    fs::create_dir(&sockets).unwrap();
+    let open = relay(&sockets, "pod-a", &short.join(VIRTQEMUD_SOCK));
+
+    let node = Node::scan(&sockets);
+    node.shows(&["tenant-a/web"]).await;
+    // The greeting's connection is closed, and one carries events and calls.
+    let connections = async |wanted| {
+        let counted = eventually(LONG, async || {
+            let open = open.load(Ordering::Relaxed);
+            ensure!(open == wanted, "{open} connections");
+            Ok(())
+        });
+        counted.await.unwrap();
+    };
+    connections(1).await;
+    fs::remove_file(sockets.join("pod-a.sock")).unwrap();
+    connections(0).await;
+    node.count("gone", 0.0).await;
+    assert!(node.set.connections().is_empty());
+}
+
+#[tokio::test]
+async fn daemon_of_user_107_without_capabilities_shows_what_it_may_and_counts_the_rest() {
+    let pods = Launchers::new().unwrap();
+    let (first, second) = (pod_uid(1), pod_uid(2));
+    let of_qemu = pods.start(&first).await.unwrap();
+    of_qemu.start_paused(&vm("tenant-a")).unwrap();
+    let of_root = Pod {
+        user: 0,
+        socket: LIBVIRT_SOCK,
+        ..Pod::new(&second)
+    };
+    let _of_root = pods.start_with(of_root).await.unwrap();
+
+    let directory = tempfile::Builder::new().tempdir_in("/tmp").unwrap();
+    let everyone = fs::Permissions::from_mode(0o777);
+    fs::set_permissions(directory.path(), everyone.clone()).unwrap();
+    let program = directory.path().join("virtnode");
+    fs::copy(env!("CARGO_BIN_EXE_virtnode"), &program).unwrap();
+    fs::set_permissions(&program, everyone).unwrap();
+    let config = directory.path().join("config.yaml");
+    let text = format!(
+        "launchers: {{enabled: true, directory: {}, scanSeconds: 1}}\n",
+        pods.pods().display()
+    );
+    fs::write(&config, text).unwrap();
+    let identity = Identity {
+        user: QEMU,
+        group: 0,
+    };
+    let mut command = identity.command(&program);
+    command.arg("run").arg("--config").arg(&config);
+    let arguments = ["--publish", "none"];
+    let daemon = Daemon::spawn(directory, command, "none", &arguments)
+        .await
+        .unwrap();
+    let shows = async |series: &str, value: f64| {
+        let shown = eventually(LONG, async || {
+            let shown = daemon.metric(series)?;
+            ensure!(shown == value, "{series} is {shown}");
+            Ok(())
+        });
+        shown.await.unwrap();
+    };
+    shows("virtnode_launchers{state=\"up\"}", 1.0).await;
+    shows("virtnode_launchers{state=\"refused\"}", 1.0).await;
+    let series = "virtnode_domain_vcpus{connection=\"launcher\",domain=\"tenant-a_web\",\
+                  name=\"web\",namespace=\"tenant-a\",state=\"maximum\"}";
+    shows(series, 16.0).await;
+    shows("virtnode_domains{state=\"paused\"}", 1.0).await;
+
+    // Commands and API know the name in both forms; changes are off by default.
+    let socket = daemon.socket();
+    for name in ["tenant-a/web", "tenant-a_web", vm("tenant-a").uuid] {
+        let arguments = ["hotplug", "vcpus", name, "2", "--output", "json"];
+        let (_, output, error) = daemon::run(&socket, &arguments).unwrap();
+        let record: serde_json::Value = serde_json::from_str(&output).expect(&error);
+        assert_eq!(record["domain"]["name"], "tenant-a_web", "{record}");
+        assert_ne!(record["verdict"], "Verified", "{record}");
+    }
+    let count = of_qemu.virsh(&["vcpucount", "tenant-a_web", "--live", "--active"]);
+    assert_eq!(count.unwrap().trim(), "1");
+    let (code, listed, error) = daemon::run(&socket, &["operations"]).unwrap();
+    assert_eq!(code, 0, "{error}");
+    assert!(listed.contains("tenant-a/web"), "{listed}");
+
+    drop(of_qemu);
+    shows("virtnode_launchers{state=\"lost\"}", 1.0).await;
+    // The pod still exists, so what is known of its domain stays.
+    shows(series, 16.0).await;
 }

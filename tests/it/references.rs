@@ -291,6 +291,8 @@ fn metric_reference_matches_served_metrics() {
     metrics.inventory.replace(vec![DomainFigures {
         connection: virtnode::domain::ConnectionId::Host,
         name: "vm".to_owned(),
+        namespace: None,
+        virtual_machine_instance: None,
         uuid: None,
         state: DomainState::Running,
         vcpus: VcpuFigures {

@@ -167,7 +167,7 @@ impl CheckedChange {
             Preflight::Rejected(rejection) => {
                 let code = match &rejection {
                     Rejection::Infeasible(limit) => Some(limit.code()),
-                    Rejection::NotRunning(..) => None,
+                    Rejection::NotRunning(..) | Rejection::Migrating => None,
                 };
                 (Feasibility::Infeasible, code, Some(rejection.to_string()))
             }

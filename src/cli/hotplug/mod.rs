@@ -148,8 +148,14 @@ impl Submission {
         let options = libvirt_config(config).map_err(no_libvirt)?;
         let metrics = Metrics::new();
         let libvirt = Libvirt::start(options, Arc::clone(&metrics.hypervisor));
-        let executor =
-            hotplug::start_executor(config, Arc::new(libvirt), &metrics.hotplug, None, None)?;
+        let executor = hotplug::start_executor(
+            config,
+            Arc::new(libvirt),
+            &metrics.hotplug,
+            None,
+            None,
+            None,
+        )?;
         let order = Order {
             domain: self.domain.clone(),
             request: self.request.clone(),

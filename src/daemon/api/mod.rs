@@ -229,10 +229,28 @@ async fn domain<O: OperationService>(
     let Path(name) = name?;
     let name = body::domain_name(name)?;
     let domains = shared.inventory.domains();
-    let found = domains.iter().find(|domain| domain.name == name.as_str());
-    let found =
-        found.ok_or_else(|| ApiError::not_found("domain-not-found", not_running(name.as_str())))?;
-    Ok(Json(found.clone()))
+    let mut found = domains
+        .iter()
+        .filter(|domain| domain.is_called(name.as_str()));
+    match (found.next(), found.next()) {
+        (Some(found), None) => Ok(Json(found.clone())),
+        (Some(one), Some(other)) => {
+            let message = format!(
+                "{name} is both {:?} and {:?}: use a name that only one of them has",
+                one.display_name(),
+                other.display_name()
+            );
+            Err(ApiError::new(
+                StatusCode::CONFLICT,
+                "ambiguous-name",
+                message,
+            ))
+        }
+        (None, _) => {
+            let message = not_running(name.as_str());
+            Err(ApiError::not_found("domain-not-found", message))
+        }
+    }
 }
 
 fn not_running(name: &str) -> String {

@@ -6,6 +6,7 @@ pub(super) use crate::units::counted;
 use serde::Serialize;
 
 use super::observed::ObservedDomain;
+use crate::domain::ConnectionId;
 use crate::units::words;
 
 macro_rules! checks {
@@ -82,6 +83,19 @@ pub struct Remedy {
 }
 
 impl Remedy {
+    /// Omits commands on the host for the domain of a launcher: virsh reaches it only inside the pod.
+    fn for_domain_on(self, connection: &ConnectionId) -> Self {
+        let is_elsewhere = connection.is_launcher() && self.place == Place::Host;
+        if !is_elsewhere || self.commands.is_empty() {
+            return self;
+        }
+        let text = format!(
+            "In the container compute of the virt-launcher pod, use virsh: {}",
+            self.text
+        );
+        Self::words(Place::Outside, text.trim_end_matches([' ', ':']))
+    }
+
     pub fn on_host<C: Into<String>>(
         commands: impl IntoIterator<Item = C>,
         text: impl Into<String>,
@@ -193,7 +207,7 @@ impl DoctorReport {
         why: &str,
         remedy: Remedy,
     ) {
-        let problem = Some((why, remedy));
+        let problem = Some((why, remedy.for_domain_on(&domain.connection)));
         self.add(check, severity, Some(&domain.name), what.into(), problem);
     }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::capability::NodeFacts;
-use crate::domain::{Domain, DomainState, Stats};
+use crate::domain::{ConnectionId, Domain, DomainState, Stats};
 use crate::hotplug::Agent;
 use crate::label::RejectedLabel;
 use crate::units::Bytes;
@@ -233,7 +233,8 @@ pub struct LibvirtFailure {
 
 #[derive(Debug, Clone, PartialEq)]
 pub struct ObservedDomain {
-    /// Chosen by a tenant.
+    pub connection: ConnectionId,
+    /// Chosen by a tenant; `namespace/name` for the domain of a launcher.
     pub name: String,
     pub uuid: String,
     pub state: DomainState,

@@ -7,7 +7,7 @@ use rstest::rstest;
 use super::observed::*;
 use super::*;
 use crate::capability::{Capabilities, Eim, NodeFacts, Version};
-use crate::domain::{Domain, DomainState, Stats};
+use crate::domain::{ConnectionId, Domain, DomainState, Stats};
 use crate::hotplug::{Agent, GuestVcpus};
 use crate::label::{InvalidLabel, RejectedLabel};
 use crate::units::Bytes;
@@ -373,6 +373,7 @@ fn domain(name: &str, machine: &str, inner: &str) -> ObservedDomain {
     );
     let parsed = Domain::parse("d", xml.as_bytes(), DomainState::Running).unwrap();
     ObservedDomain {
+        connection: ConnectionId::Host,
         name: name.to_owned(),
         uuid: "2c298bd7-db31-43ec-8ced-225aa039f21b".to_owned(),
         state: DomainState::Running,

@@ -14,7 +14,8 @@ use crate::executor::Executor;
 use crate::executor::observer::Observer;
 use crate::executor::queues::Ticket;
 use crate::hotplug::{
-    Contact, Event, History, Host, Preflight, Scope, Step, Terms, Verdict, judge, preflight,
+    Contact, Event, History, Host, Observation, Preflight, Rejection, Scope, Step, Terms, Verdict,
+    check_launcher, judge, preflight,
 };
 use crate::hypervisor::{Change, ConnectionState, DomainBackend, Notice, Notices};
 use crate::journal::Entry;
@@ -30,7 +31,7 @@ const UNEXPLAINED_PAUSE: Duration = Duration::from_secs(3);
 
 /// Reason why an operation ends without a call.
 enum Refusal {
-    Rejected(crate::hotplug::Rejection),
+    Rejected(Rejection),
     DomainEnded,
     Unreachable(String),
 }
@@ -93,6 +94,7 @@ impl<C: DomainBackend> Driver<C, Unstarted> {
         let (domain, ticket) = match found {
             Ok(found) => found,
             Err(CallError::NotFound(_)) => return self.end_absent().await,
+            Err(CallError::Ambiguous(which)) => return self.end(Verdict::Infeasible, which).await,
             Err(error) => return self.end_unreachable(&error.to_string()).await,
         };
         if !ticket.is_served() {
@@ -183,7 +185,8 @@ impl<C: DomainBackend> Driver<C, Unstarted> {
                 Err(error) => error,
             };
             let gives_up = !self.has_events() && Instant::now() >= give_up_at;
-            if matches!(error, CallError::NotFound(_)) || gives_up {
+            let is_final = matches!(error, CallError::NotFound(_) | CallError::Ambiguous(_));
+            if is_final || gives_up {
                 return Err(error);
             }
             self.awaits(&format!("the hypervisor: {error}"));
@@ -212,7 +215,7 @@ impl<C: DomainBackend> Driver<C, Unstarted> {
         let observer = self.observer(&domain);
         let history = match self.entry.history.take() {
             Some(history) => self.restore(history, &observer, deadline).await,
-            None => match timeout_at(deadline, self.preflight(&observer)).await {
+            None => match timeout_at(deadline, self.preflight(&domain, &observer)).await {
                 Ok(Ok(history)) => history,
                 Ok(Err(refusal)) => {
                     self.end_refused(refusal, &domain, &mut notices).await;
@@ -228,7 +231,11 @@ impl<C: DomainBackend> Driver<C, Unstarted> {
     }
 
     /// Observes the domain until the request can be planned or rejected.
-    async fn preflight(&mut self, observer: &Observer<C>) -> Result<Box<History>, Refusal> {
+    async fn preflight(
+        &mut self,
+        domain: &DomainRef,
+        observer: &Observer<C>,
+    ) -> Result<Box<History>, Refusal> {
         let mut backoff = self.backoff();
         let give_up_at = self.give_up_at();
         let mut unexplained: Option<Instant> = None;
@@ -237,7 +244,11 @@ impl<C: DomainBackend> Driver<C, Unstarted> {
                 Ok(observation) => {
                     let request = &self.entry.order.request;
                     let scope = Scope::of(self.entry.order.persistent);
-                    match preflight(request, scope, &observation, &self.host()) {
+                    let result = match self.check_launcher(domain, &observation) {
+                        Some(rejection) => Preflight::Rejected(rejection),
+                        None => preflight(request, scope, &observation, &self.host()),
+                    };
+                    match result {
                         Preflight::Ready(plan) => {
                             let terms = Terms {
                                 require: self.entry.order.require,
@@ -321,6 +332,17 @@ impl<C: DomainBackend> Driver<C, Unstarted> {
         };
         timeout_at(deadline, until_settled).await.ok();
         Box::new(history)
+    }
+
+    /// Returns the reason against the request if the domain is in a launcher.
+    fn check_launcher(&self, domain: &DomainRef, seen: &Observation) -> Option<Rejection> {
+        if !domain.connection.is_launcher() {
+            return None;
+        }
+        let right = (self.executor.options.launcher_rights)(domain);
+        let order = &self.entry.order;
+        let claimed = domain.namespace_and_name();
+        check_launcher(&order.request, order.persistent, &right, claimed, seen)
     }
 
     fn host(&self) -> Host {

@@ -1,0 +1,215 @@
+//! Launchers in a cluster: their identity by the API server's word, and changes of their vCPUs through
+//! the broker, on real guests.
+
+use std::fs;
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use k8s_openapi::api::core::v1::{Namespace, Pod, ServiceAccount};
+use kube::api::{Api, DeleteParams, PostParams};
+use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
+use virtnode::cluster::{Cluster, ClusterConfig, IdentityError, LauncherPods};
+
+use crate::support::daemon::{Daemon, run};
+use crate::support::eventually;
+use crate::support::guest::Host as _;
+use crate::support::kube::{KubeServer, RIGHTS};
+use crate::support::launchers::Launchers;
+use crate::support::launchers::broker::Broker;
+use crate::support::launchers::vm::Vm;
+
+const CRDS: &str = include_str!("../../manifests/base/crds.yaml");
+const LAUNCHER_RIGHTS: &str = include_str!("../../manifests/overlays/kubevirt/rbac.yaml");
+/// Timeout that only a failing test reaches.
+const LONG: Duration = Duration::from_secs(90);
+const INSTANCE: &str = "2f6fda6e-8c0f-4b2e-a7f1-0f7a3c1f9b11";
+
+/// Creates a namespace with its account.
+async fn namespace(server: &KubeServer, name: &str) -> anyhow::Result<()> {
+    let namespaces: Api<Namespace> = Api::all(server.client());
+    let namespace = serde_json::from_value(json!({"metadata": {"name": name}}))?;
+    namespaces
+        .create(&PostParams::default(), &namespace)
+        .await?;
+    let accounts: Api<ServiceAccount> = Api::namespaced(server.client(), name);
+    let account = serde_json::from_value(json!({"metadata": {"name": "default"}}))?;
+    accounts.create(&PostParams::default(), &account).await?;
+    Ok(())
+}
+
+/// Creates the Pod of a launcher, as KubeVirt does, and returns its UID.
+async fn launcher_pod(
+    server: &KubeServer,
+    namespace: &str,
+    node: &str,
+    instance: &str,
+) -> anyhow::Result<String> {
+    let pod = json!({
+        "metadata": {
+            "name": format!("virt-launcher-{instance}-x7k2p"),
+            "labels": {"kubevirt.io": "virt-launcher", "kubevirt.io/created-by": INSTANCE},
+            "ownerReferences": [{"apiVersion": "kubevirt.io/v1", "kind": "VirtualMachineInstance",
+                "name": instance, "uid": INSTANCE, "controller": true}],
+        },
+        "spec": {
+            "nodeName": node, "automountServiceAccountToken": false,
+            "containers": [{"name": "compute", "image": "virt-launcher"}],
+        },
+    });
+    let pods: Api<Pod> = Api::namespaced(server.client(), namespace);
+    let pod = serde_json::from_value(pod)?;
+    let created = pods.create(&PostParams::default(), &pod).await?;
+    created.metadata.uid.context("a UID")
+}
+
+async fn server() -> anyhow::Result<KubeServer> {
+    let server = KubeServer::start().await?;
+    for manifest in [CRDS, RIGHTS, LAUNCHER_RIGHTS] {
+        server.apply_manifest(manifest).await?;
+    }
+    for node in ["n1", "n2"] {
+        server.create_node(node).await?;
+    }
+    for name in ["tenant-a", "tenant-b"] {
+        namespace(&server, name).await?;
+    }
+    Ok(server)
+}
+
+#[tokio::test]
+async fn pods_of_this_node_are_known_by_their_metadata_alone() -> anyhow::Result<()> {
+    let server = server().await?;
+    let here = launcher_pod(&server, "tenant-a", "n1", "web").await?;
+    let elsewhere = launcher_pod(&server, "tenant-a", "n2", "db").await?;
+    let kubeconfig = server.pod_kubeconfig("virtnode", "virtnode", "n1").await?;
+    let config = ClusterConfig {
+        kubeconfig: Some(kubeconfig),
+        ..ClusterConfig::new("n1")
+    };
+    let pods = LauncherPods::default();
+    assert_eq!(pods.find(&here), Err(IdentityError::NotListed));
+    let stop = CancellationToken::new();
+    let _stop = stop.clone().drop_guard();
+    tokio::spawn(pods.clone().follow(Cluster::connect(config).await?, stop));
+
+    let found = eventually(LONG, async || Ok(pods.find(&here)?)).await?;
+    assert_eq!((&*found.namespace, &*found.instance), ("tenant-a", "web"));
+    assert_eq!(found.instance_uid, INSTANCE);
+    assert!(pods.find(&elsewhere).is_err());
+    let later = launcher_pod(&server, "tenant-b", "n1", "web").await?;
+    eventually(LONG, async || Ok(pods.find(&later)?)).await?;
+    let api: Api<Pod> = Api::namespaced(server.client(), "tenant-a");
+    let at_once = DeleteParams::default().grace_period(0);
+    api.delete("virt-launcher-web-x7k2p", &at_once).await?;
+    eventually(LONG, async || {
+        ensure!(pods.find(&here).is_err(), "known still");
+        Ok(())
+    })
+    .await?;
+    Ok(())
+}
+
+/// The daemon has the rights of its account, and the launchers only by way of the broker.
+#[tokio::test]
+async fn vcpus_in_a_launcher_change_only_for_a_verified_instance() -> anyhow::Result<()> {
+    let server = server().await?;
+    let uid = launcher_pod(&server, "tenant-a", "n1", "web").await?;
+    let node = Launchers::new()?;
+    let launcher = node.start(&uid).await?;
+    let vm = Vm {
+        namespace: "tenant-a",
+        words: "lab.cpus=online",
+        ..Vm::default()
+    };
+    let guest = launcher.guest(&vm).await?;
+    let broker = Broker::start(&node, &["--allow-changes"]).await?;
+    broker.uri(&uid).await?;
+
+    let kubeconfig = server.pod_kubeconfig("virtnode", "virtnode", "n1").await?;
+    let daemon = |hotplug: bool| {
+        let directory = tempfile::tempdir()?;
+        let config = directory.path().join("config.yaml");
+        let text = json!({
+            "connect": "none", "publish": ["node"], "nodeName": "n1", "kubeconfig": kubeconfig,
+            "launchers": {"enabled": true, "directory": broker.directory(), "verifyPods": true,
+                "hotplug": hotplug},
+        });
+        fs::write(&config, text.to_string())?;
+        anyhow::Ok((directory, config))
+    };
+    let start = async |hotplug: bool| {
+        let (directory, config) = daemon(hotplug)?;
+        let config = config.to_string_lossy().into_owned();
+        let arguments = ["--config", &config, "--start-jitter", "0"];
+        let daemon = Daemon::start_in(directory, "none", &arguments).await?;
+        // The domain is known once its launcher is.
+        eventually(LONG, async || {
+            let running = daemon.metric("virtnode_launchers{state=\"up\"}")?;
+            ensure!(running == 1.0, "{running} up: {:#?}", daemon.log());
+            Ok(())
+        })
+        .await?;
+        anyhow::Ok(daemon)
+    };
+    let ask = |daemon: &Daemon, arguments: &[&str]| {
+        let words = [&["hotplug"], arguments, &["--output", "json"]].concat();
+        let (code, out, err) = run(&daemon.socket(), &words)?;
+        let record: Value = serde_json::from_str(&out).with_context(|| format!("{out}{err}"))?;
+        let message = record["message"].as_str().unwrap_or_default().to_owned();
+        anyhow::Ok((code, message))
+    };
+    let vcpus = ["vcpus", "tenant-a/web", "2"];
+    let memory = ["memory", "tenant-a/web", "1GiB"];
+
+    let off = start(false).await?;
+    let (code, message) = ask(&off, &vcpus)?;
+    assert_eq!(code, 4, "{message}");
+    let command = r#"kubectl -n tenant-a patch vm web --type merge -p '{"spec":{"template":{"spec":{"domain":{"cpu":{"sockets":2}}}}}}'"#;
+    assert!(message.ends_with(command), "{message}");
+    off.stop().await?;
+
+    let on = start(true).await?;
+    let (code, message) = eventually(LONG, async || {
+        let answer = ask(&on, &vcpus)?;
+        // The Pods are listed a moment later.
+        ensure!(!answer.1.contains("has not listed"), "{}", answer.1);
+        Ok(answer)
+    })
+    .await?;
+    assert_eq!(code, 0, "{message}");
+    guest.sees(|guest| guest.online == "0-1").await?;
+    let count = |which: &str| launcher.virsh(&["vcpucount", &vm.domain(), which, "--current"]);
+    assert_eq!(
+        (count("--live")?.trim(), count("--config")?.trim()),
+        ("2", "1")
+    );
+    for arguments in [
+        &memory[..],
+        &[&vcpus[..], &["--persistent"]].concat(),
+        &[&vcpus[..], &["--online"]].concat(),
+    ] {
+        let (code, message) = ask(&on, arguments)?;
+        assert_eq!(code, 4, "{message}");
+        assert!(
+            message.contains("kubectl -n tenant-a patch vm web"),
+            "{message}"
+        );
+    }
+
+    let api: Api<Pod> = Api::namespaced(server.client(), "tenant-a");
+    let at_once = DeleteParams::default().grace_period(0);
+    api.delete("virt-launcher-web-x7k2p", &at_once).await?;
+    eventually(LONG, async || {
+        let (code, message) = ask(&on, &["vcpus", "tenant-a/web", "3"])?;
+        ensure!(
+            code == 4 && message.contains("no launcher Pod"),
+            "{code}: {message}"
+        );
+        Ok(())
+    })
+    .await?;
+    assert_eq!(count("--live")?.trim(), "2");
+    assert!(!broker.log().contains("refused"), "{}", broker.log());
+    Ok(())
+}
