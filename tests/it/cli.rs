@@ -479,7 +479,10 @@ const COMMANDS: [(&str, &[&str]); 16] = [
             "force require persistent timeout direct output",
         ],
     ),
-    ("operations", &["config external output socket state-directory"]),
+    (
+        "operations",
+        &["config external output socket state-directory"],
+    ),
     (
         "sockets",
         &["directory serve allow-changes volume names log-format log"],

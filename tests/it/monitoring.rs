@@ -237,7 +237,11 @@ async fn real_prometheus_has_all_metrics_of_rules_and_dashboard() -> anyhow::Res
         assert_eq!(rule["health"], "ok", "{rule}");
         // The doctor may report errors about the machine that runs the tests, and a guest has not taken
         // a change.
-        let names = ["VirtnodeDoctorError", "VirtnodeChangeNotTaken", "VirtnodeGuestLags"];
+        let names = [
+            "VirtnodeDoctorError",
+            "VirtnodeChangeNotTaken",
+            "VirtnodeGuestLags",
+        ];
         let may_wait = names.iter().any(|name| rule["name"] == *name);
         let states: &[&str] = if may_wait {
             &["inactive", "pending"]
