@@ -29,7 +29,7 @@ use std::time::Duration;
 
 use futures::future::join_all;
 use tokio::sync::{broadcast, watch};
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use self::names::{Candidate, choose, libvirt_name};
@@ -42,6 +42,11 @@ use crate::hypervisor::{
 
 /// Maximum number of events that a subscriber may be behind, as of a single connection.
 const BACKLOG: usize = 1024;
+
+/// Maximum number of a launcher's events in a [`FLOOD_WINDOW`]. Those of a guest that takes hundreds of
+/// vCPUs are fewer; more would make other connections' subscribers lose events.
+const MAX_EVENTS: u32 = 256;
+const FLOOD_WINDOW: Duration = Duration::from_secs(1);
 
 /// Timeout for a launcher's part of a question to all connections. A launcher answers within
 /// milliseconds, also on a busy node.
@@ -402,9 +407,18 @@ impl<B: DomainBackend> DomainBackend for ConnectionSet<B> {
     }
 }
 
-/// Forwards a connection's events.
+/// Forwards a connection's events. Of a launcher that sends too many, the rest becomes a gap.
 async fn forward(connection: ConnectionId, mut from: Notices, to: broadcast::Sender<Notice>) {
+    let (mut since, mut count) = (Instant::now(), 0);
     while let Some(notice) = from.next().await {
+        if since.elapsed() >= FLOOD_WINDOW {
+            (since, count) = (Instant::now(), 0);
+        }
+        count += 1;
+        if count > MAX_EVENTS && connection.is_launcher() {
+            // The backend keeps few events meanwhile, and then reports the gap.
+            sleep_until(since + FLOOD_WINDOW).await;
+        }
         let notice = match notice {
             Notice::Gap { .. } => Notice::Gap {
                 connection: Some(connection.clone()),

@@ -244,3 +244,37 @@ async fn events_carry_their_connection() {
     };
     assert_eq!(domain.connection, launcher("b"));
 }
+
+#[tokio::test(start_paused = true)]
+async fn flood_of_a_launchers_events_becomes_a_gap_of_that_launcher() {
+    let flooding = OneDomain::of(Some(("ns_web", "u")));
+    let set = ConnectionSet::new(vec![(launcher("a"), Arc::clone(&flooding))]);
+    let mut notices = set.events();
+    let counting = async {
+        let (mut changes, mut gaps) = (0, 0);
+        for _ in 0..10_000 {
+            flooding
+                .events
+                .send(Notice::Change {
+                    domain: DomainRef::on_host("ns_web", "u"),
+                    at: std::time::Instant::now(),
+                    change: crate::hypervisor::Change::Defined,
+                })
+                .ok();
+            tokio::task::yield_now().await;
+        }
+        tokio::time::sleep(FLOOD_WINDOW).await;
+        while let Ok(Some(notice)) = timeout(FLOOD_WINDOW, notices.next()).await {
+            if notice.is_gap_of(&launcher("a")) {
+                assert!(!notice.is_gap_of(&ConnectionId::Host));
+                gaps += 1;
+            } else {
+                changes += 1;
+            }
+        }
+        (changes, gaps)
+    };
+    let (changes, gaps) = counting.await;
+    assert!((250..300).contains(&changes), "{changes} changes");
+    assert!((1..3).contains(&gaps), "{gaps} gaps");
+}

@@ -35,6 +35,7 @@
 
 pub mod api;
 mod cluster;
+mod external;
 mod health;
 pub mod hotplug;
 mod http;
@@ -167,6 +168,8 @@ async fn start(config: &Config, listener: TcpListener, tasks: &mut Tasks) -> any
 
     let events = cluster_tasks.as_ref().map(ClusterTasks::events);
     let pods = cluster_tasks.as_ref().and_then(ClusterTasks::launcher_pods);
+    let on_instance = events.clone().zip(pods.clone());
+    let on_verdict = on_instance.map(|((events, _), pods)| external::record_events(events, pods));
     let verifies = config.external_changes.enabled;
     let own = verifies.then(Arc::<OwnOperations>::default);
     let executor = start_hotplug(
@@ -223,6 +226,7 @@ async fn start(config: &Config, listener: TcpListener, tasks: &mut Tasks) -> any
         };
         let metrics = Arc::clone(&metrics.external);
         let changes = ExternalChanges::new(connections, options, monitor.sightings(), own, metrics);
+        let changes = changes.with_listener(on_verdict);
         tasks.start("the verifier of external changes", |stop| changes.run(stop));
     }
     let scope = DoctorScope {

@@ -84,8 +84,12 @@ pub struct ExternalChanges<C> {
     clock: Clock,
     domains: HashMap<DomainRef, TrackedDomain>,
     looks: FuturesUnordered<BoxFuture<'static, Look>>,
+    listener: Option<ChangeListener>,
     is_full: bool,
 }
+
+/// Receives each change with a verdict, and its correction. Must return at once.
+pub type ChangeListener = Box<dyn Fn(&DomainRef, &ExternalChange) + Send + Sync>;
 
 struct TrackedDomain {
     /// The domain with its present name.
@@ -117,8 +121,15 @@ impl<C: DomainBackend> ExternalChanges<C> {
             clock: Clock::start(),
             domains: HashMap::new(),
             looks: FuturesUnordered::new(),
+            listener: None,
             is_full: false,
         }
+    }
+
+    /// Passes every verdict on.
+    #[must_use]
+    pub fn with_listener(self, listener: Option<ChangeListener>) -> Self {
+        Self { listener, ..self }
     }
 
     /// Runs until stopped.
@@ -374,6 +385,10 @@ impl<C: DomainBackend> ExternalChanges<C> {
             if let Some(change) = &change {
                 self.metrics.count(change);
                 log_verdict(id, change);
+                if let Some(listener) = self.listener.as_ref().filter(|_| change.verdict.is_some())
+                {
+                    listener(id, change);
+                }
             }
             self.metrics.log.update(id, number, change);
         }

@@ -401,6 +401,31 @@ fn disk_of_the_running_domain_only_is_no_detach() {
 }
 
 #[test]
+fn definition_that_changes_during_a_look_is_read_again() {
+    let mut watched = with_disk();
+    let mut seen = watched.world.observe();
+    undefine_disk(&mut watched);
+    // The look was started before the change and ends after it.
+    seen.at = watched.world.now;
+    watched.world.now = watched.world.now.after(ms(20));
+    watched.changes.redefined(watched.world.now);
+    let look = LookResult {
+        seen,
+        attached: vec![disk()],
+        defined: Some(vec![disk()]),
+    };
+    watched
+        .changes
+        .observed(watched.world.now, look, &watched.own);
+    assert!(watched.changes.asks_definition());
+    // The next look is due at once, and not at the next reading of the statistics.
+    watched.run(ms(2_000));
+    assert_eq!(watched.changes.open(), 1);
+    watched.run(ms(80_000));
+    assert_eq!(watched.verdict(), Some(Verdict::GuestSilent));
+}
+
+#[test]
 fn disk_that_is_defined_again_has_no_verdict() {
     let mut watched = with_disk();
     undefine_disk(&mut watched);

@@ -5,7 +5,7 @@
 //!
 //! ```text
 //! client ──▶ Requests: a message passes when it is complete, its procedure is in the list and its
-//!                      arguments meet the procedure's condition; at most 16 KiB are held
+//!                      arguments meet the procedure's condition; at most 64 KiB are held
 //! daemon ──▶ Replies:  a message passes after its header is checked; its length is at most 1 MiB
 //! ```
 //! Any other message is a [`Refusal`], after which the connection must end: nothing of the refused
@@ -21,8 +21,9 @@ use arguments::are_allowed;
 
 /// Length of a header, and so the minimum of a message.
 pub const HEADER: usize = 28;
-/// Maximum length of a request: the longest of virtnode's describes a CPU, with about 8 KiB.
-pub const MAX_REQUEST: usize = 16 * 1024;
+/// Maximum length of a request: the longest of virtnode's describes a CPU with all its features, about 16
+/// KiB.
+pub const MAX_REQUEST: usize = 64 * 1024;
 /// Maximum length of a reply or an event. libvirt allows 32 MiB; capabilities and definitions have
 /// about 100 KiB.
 pub const MAX_REPLY: usize = 1024 * 1024;

@@ -8,16 +8,14 @@ use std::time::Duration;
 use anyhow::{Context as _, ensure};
 use serde_json::Value;
 use tempfile::TempDir;
-use tokio::time::timeout;
-use tokio_util::sync::{CancellationToken, DropGuard};
-use virtnode::connections::ConnectionSet;
+use tokio_util::sync::CancellationToken;
 use virtnode::daemon::Metrics;
-use virtnode::domain::{ConnectionId, PauseReason};
+use virtnode::domain::PauseReason;
 use virtnode::executor::{AskedBy, Executor, Listener, Options, Order, Record};
 use virtnode::external::{ExternalChanges, ExternalRecord, OwnOperations, ServiceOptions};
-use virtnode::hotplug::external::{ChangedResource, ExternalAction};
+use virtnode::hotplug::external::ExternalAction;
 use virtnode::hotplug::{Action, HotplugRequest, Patience, Require, Verdict};
-use virtnode::hypervisor::{ConnectionState, DomainBackend, Libvirt, LibvirtConfig};
+use virtnode::hypervisor::DomainBackend;
 use virtnode::journal::Journal;
 use virtnode::monitor::Monitor;
 
@@ -25,25 +23,31 @@ use crate::support::daemon::{Daemon, run};
 use crate::support::eventually;
 use crate::support::fake_domains::{Cpus, FakeControl, FakeGuest};
 use crate::support::guest::{Guest, GuestConfig, Host as _};
-use crate::support::launchers::vm::Vm;
+use crate::support::launchers::vm::{Vm, disk};
 use crate::support::launchers::{Launchers, pod_uid};
 use crate::support::libvirtd::Libvirtd;
 
 /// Timeout that only a failing test reaches.
 const LONG: Duration = Duration::from_secs(120);
 
-/// Starts a daemon that verifies changes with a short grace period.
-async fn daemon(libvirtd: &Libvirtd) -> anyhow::Result<(Daemon, TempDir)> {
+/// Starts a daemon that verifies changes with a short grace period, and has this configuration besides.
+async fn daemon(uri: &str, more: &str) -> anyhow::Result<(Daemon, TempDir)> {
     let directory = tempfile::tempdir()?;
     let config = directory.path().join("config.yaml");
-    fs::write(
-        &config,
-        "externalChanges: {enabled: true, graceSeconds: 12}\n",
-    )?;
-    let arguments = ["--config", &config.to_string_lossy()];
-    let daemon = Daemon::start(&libvirtd.uri(), &arguments).await?;
-    daemon.ready().await?;
+    let changes = "externalChanges: {enabled: true, graceSeconds: 12}\n";
+    fs::write(&config, format!("{changes}{more}"))?;
+    let daemon = Daemon::start(uri, &["--config", &config.to_string_lossy()]).await?;
     Ok((daemon, directory))
+}
+
+/// Waits until so many agents were asked: the baseline of each domain is known after the first look.
+async fn looked_at(daemon: &Daemon, agents: f64) -> anyhow::Result<()> {
+    eventually(LONG, async || {
+        let looks = "virtnode_hypervisor_call_duration_seconds_count{call=\"guest-vcpus\"}";
+        ensure!(daemon.metric(looks)? >= 2.0 * agents, "not looked at yet");
+        Ok(())
+    })
+    .await
 }
 
 fn changes(daemon: &Daemon) -> anyhow::Result<Vec<Value>> {
@@ -137,14 +141,8 @@ async fn changes_by_virsh_are_verified_on_real_guests() -> anyhow::Result<()> {
     );
     let (taking, _narrow, leaving) = (taking?, narrow?, leaving?);
     let disk = start_without_guest(&libvirtd, "stuck")?;
-    let (daemon, _directory) = daemon(&libvirtd).await?;
-    // The baseline of each domain is known after the first look.
-    eventually(LONG, async || {
-        let looks = "virtnode_hypervisor_call_duration_seconds_count{call=\"guest-vcpus\"}";
-        ensure!(daemon.metric(looks)? >= 3.0, "not looked at yet");
-        Ok(())
-    })
-    .await?;
+    let (daemon, _directory) = daemon(&libvirtd.uri(), "").await?;
+    looked_at(&daemon, 3.0).await?;
 
     for (name, count) in [("takes", "3"), ("narrow", "3"), ("leaves", "2")] {
         libvirtd.virsh(&["setvcpus", name, count, "--live"])?;
@@ -241,22 +239,6 @@ async fn changes_by_virsh_are_verified_on_real_guests() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Waits for the verdict of the newest change of a domain.
-async fn verdict(
-    metrics: &Metrics,
-    domain: &str,
-    expected: Verdict,
-) -> anyhow::Result<ExternalRecord> {
-    eventually(LONG, async || {
-        let all = metrics.external.log.records();
-        let newest = all.iter().find(|record| record.domain.name == domain);
-        let newest = newest.with_context(|| format!("no change of {domain}: {all:#?}"))?;
-        ensure!(newest.change.verdict == Some(expected), "{newest:#?}");
-        Ok(newest.clone())
-    })
-    .await
-}
-
 /// A service on connections of its own.
 struct Verifier<C> {
     metrics: Arc<Metrics>,
@@ -267,10 +249,7 @@ struct Verifier<C> {
 
 impl<C: DomainBackend> Verifier<C> {
     fn start(backend: Arc<C>, grace: Duration) -> Self {
-        Self::start_with(backend, grace, Arc::new(Metrics::new()))
-    }
-
-    fn start_with(backend: Arc<C>, grace: Duration, metrics: Arc<Metrics>) -> Self {
+        let metrics = Arc::new(Metrics::new());
         let monitor = Monitor::new(Arc::clone(&backend), Arc::clone(&metrics.inventory));
         let own = Arc::<OwnOperations>::default();
         let options = ServiceOptions {
@@ -299,8 +278,16 @@ impl<C: DomainBackend> Verifier<C> {
         self.metrics.external.log.records()
     }
 
+    /// Waits for the verdict of the newest change of a domain.
     async fn verdict(&self, domain: &str, expected: Verdict) -> anyhow::Result<ExternalRecord> {
-        verdict(&self.metrics, domain, expected).await
+        eventually(LONG, async || {
+            let all = self.changes();
+            let newest = all.iter().find(|record| record.domain.name == domain);
+            let newest = newest.with_context(|| format!("no change of {domain}: {all:#?}"))?;
+            ensure!(newest.change.verdict == Some(expected), "{newest:#?}");
+            Ok(newest.clone())
+        })
+        .await
     }
 
     async fn set_vcpus(&self, domain: &str, count: u32) {
@@ -317,41 +304,8 @@ impl<C> Drop for Verifier<C> {
     }
 }
 
-/// Runs a service for launchers on a thread of its own, since virsh blocks that of a test.
-fn verify_launchers(
-    launchers: Vec<(ConnectionId, String)>,
-) -> anyhow::Result<(Arc<Metrics>, DropGuard)> {
-    let metrics = Arc::new(Metrics::new());
-    let stop = CancellationToken::new();
-    let (ready, is_ready) = std::sync::mpsc::channel();
-    let (shown, stopped) = (Arc::clone(&metrics), stop.clone());
-    let service = async move {
-        let mut members = Vec::new();
-        for (connection, uri) in launchers {
-            let config = LibvirtConfig::new(uri);
-            let libvirt = Arc::new(Libvirt::start(config, Arc::clone(&shown.hypervisor)));
-            let mut health = libvirt.health();
-            let up = health.wait_for(|state| matches!(state, ConnectionState::Up(_)));
-            timeout(LONG, up).await.unwrap().unwrap();
-            members.push((connection, libvirt));
-        }
-        let backend = Arc::new(ConnectionSet::new(members));
-        let _verifier = Verifier::start_with(backend, Duration::from_secs(12), shown);
-        ready.send(()).unwrap();
-        stopped.cancelled().await;
-    };
-    std::thread::spawn(move || {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build();
-        runtime.unwrap().block_on(service);
-    });
-    is_ready.recv_timeout(LONG)?;
-    Ok((metrics, stop.drop_guard()))
-}
-
 #[tokio::test]
-async fn vcpus_after_a_migration_between_launchers_are_verified_as_kubevirt_adds_them() {
+async fn changes_in_launchers_are_verified_as_kubevirt_makes_them() {
     let node = Launchers::new().unwrap();
     let pods: Vec<String> = (1..=2).map(pod_uid).collect();
     let launchers = node.start_all(&pods).await.unwrap();
@@ -367,36 +321,75 @@ async fn vcpus_after_a_migration_between_launchers_are_verified_as_kubevirt_adds
     let narrow = Vm {
         namespace: "tenant-b",
         name: "narrow",
-        words: "nr_cpus=1",
+        // It has no driver for the removal of PCI devices.
+        words: "nr_cpus=1 pcie_ports=compat acpiphp.disable=1",
         uuid: "6f9b2ad6-6b68-4c6c-9e7e-0d1f2c3b4a59",
+        volumes: &["vol1"],
         ..Vm::default()
     };
     let (taking, narrowed) = tokio::join!(source.guest(&takes), source.guest(&narrow));
     let (taking, _narrowed) = (taking.unwrap(), narrowed.unwrap());
 
-    let members = std::iter::zip(&pods, [source, target])
-        .map(|(pod, launcher)| (ConnectionId::launcher(pod), launcher.uri()));
-    let (metrics, _service) = verify_launchers(members.collect()).unwrap();
+    let directory = format!("directory: {}", node.pods().display());
+    let launchers = format!("launchers: {{enabled: true, {directory}}}\nconnect: none\n");
+    let (daemon, _directory) = daemon("none", &launchers).await.unwrap();
+    looked_at(&daemon, 2.0).await.unwrap();
     for vm in [&takes, &narrow] {
         let domain = vm.domain();
         source.migrate(&domain, target).unwrap();
         let more = ["setvcpus", &domain, "3", "--live", "--config"];
         target.virsh(&more).unwrap();
     }
-    let change = verdict(&metrics, &takes.domain(), Verdict::Verified).await;
-    let change = change.unwrap().change;
-    assert_eq!(change.resource, ChangedResource::Vcpus);
-    assert!(!change.found, "{change:#?}");
-    taking.sees(|guest| guest.online == "0-2").await.unwrap();
-    let refused = verdict(&metrics, &narrow.domain(), Verdict::GuestRefused)
+    let domain = takes.domain();
+    let change = verdict_of(&daemon, &domain, "vcpus", "Verified")
         .await
         .unwrap();
-    assert_eq!(refused.domain.connection, ConnectionId::launcher(&pods[1]));
-    assert!(!refused.change.found, "{refused:#?}");
-    let text = metrics.registry.encode().unwrap();
-    let series = "virtnode_domain_change_not_taken{domain=\"tenant-b_narrow\",name=\"narrow\",\
-                  namespace=\"tenant-b\",resource=\"vcpus\"} 1";
-    assert!(text.contains(series), "{text}");
+    assert!(change["found"].is_null(), "{change:#}");
+    taking.sees(|guest| guest.online == "0-2").await.unwrap();
+    let domain = narrow.domain();
+    let change = verdict_of(&daemon, &domain, "vcpus", "GuestRefused")
+        .await
+        .unwrap();
+    assert!(change["found"].is_null(), "{change:#}");
+    assert_eq!(
+        change["domain"]["connection"],
+        format!("launcher:{}", pods[1])
+    );
+    let series = |domain: &str, namespace: &str, name: &str, resource: &str| {
+        format!(
+            "virtnode_domain_change_not_taken{{domain=\"{domain}\",name=\"{name}\",\
+             namespace=\"{namespace}\",resource=\"{resource}\"}}"
+        )
+    };
+    let refused = series(&domain, "tenant-b", "narrow", "vcpus");
+    assert_eq!(daemon.metric(&refused).unwrap(), 1.0);
+
+    // A disk of a guest that does not answer.
+    let volume = disk(target.directory(), "vol1", "vda").unwrap();
+    target.detach(&domain, &volume).unwrap();
+    verdict_of(&daemon, &domain, "disk", "GuestSilent")
+        .await
+        .unwrap();
+    let lacking = series(&domain, "tenant-b", "narrow", "disk");
+    assert_eq!(daemon.metric(&lacking).unwrap(), 1.0);
+    let (code, text, _) = run(&daemon.socket(), &["operations", "--external"]).unwrap();
+    assert_eq!(code, 0);
+    assert!(text.contains("tenant-b/narrow"), "{text}");
+
+    // A restarted daemon finds both again, and counts neither.
+    drop(daemon);
+    let (daemon, _directory) = self::daemon("none", &launchers).await.unwrap();
+    let found = verdict_of(&daemon, &domain, "disk", "GuestSilent")
+        .await
+        .unwrap();
+    assert_eq!(found["found"], true);
+    assert_eq!(
+        daemon
+            .metric(&counted("disk", "detach", "GuestSilent"))
+            .unwrap(),
+        0.0
+    );
+    assert_eq!(daemon.metric(&lacking).unwrap(), 1.0);
 }
 
 fn guest(cpus: Cpus) -> FakeGuest {

@@ -76,7 +76,11 @@ pub struct DomainChanges {
     detaches: Vec<DetachWatch>,
     standstill: Standstill,
     look_at: Option<Timestamp>,
+    /// Time of the last reason for a look. A look that was started before does not settle it.
+    wanted: Option<Timestamp>,
     reads_definition: bool,
+    /// Time of the last change of the definition: an earlier look does not show it.
+    redefined_at: Option<Timestamp>,
     looked: Option<Timestamp>,
     /// Number of looks in a row that found nothing.
     idle: u32,
@@ -111,7 +115,9 @@ impl DomainChanges {
             detaches: Vec::new(),
             standstill: Standstill::default(),
             look_at: Some(first_look),
+            wanted: None,
             reads_definition: true,
+            redefined_at: None,
             looked: None,
             idle: 0,
             retry: RETRY_PAUSES.0,
@@ -251,6 +257,7 @@ impl DomainChanges {
     /// The definition of the domain changed.
     pub fn redefined(&mut self, now: Timestamp) {
         self.reads_definition = true;
+        self.redefined_at = Some(now);
         self.look_soon(now);
     }
 
@@ -388,11 +395,7 @@ impl DomainChanges {
             defined,
         } = look;
         self.take_agent(now, &mut seen);
-        if !matches!(
-            seen.domain.state,
-            DomainState::ShutOff | DomainState::Crashed
-        ) && seen.domain.vcpus.each.len() > MAX_VCPUS
-        {
+        if seen.domain.vcpus.each.len() > MAX_VCPUS {
             return self.end(now);
         }
         let restarted = self
@@ -409,7 +412,9 @@ impl DomainChanges {
             self.idle = 0;
         }
         self.looked = Some(seen.at);
-        self.look_at = None;
+        if self.wanted.is_none_or(|wanted| wanted <= seen.at) {
+            self.look_at = None;
+        }
         self.retry = RETRY_PAUSES.0;
         self.standstill.observed(&seen);
         self.set_clocks(now);
@@ -586,6 +591,7 @@ impl DomainChanges {
             .saturating_mul(1 << doubled)
             .min(LOOK_PAUSES.1);
         let earliest = self.looked.map_or(now, |looked| looked.after(pause));
+        self.wanted = Some(now);
         let at = now.after(GATHER).max(earliest);
         self.look_at = Some(self.look_at.map_or(at, |due| due.min(at)));
     }

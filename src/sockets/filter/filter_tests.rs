@@ -151,7 +151,8 @@ fn arguments_that_execute_change_or_reveal_are_refused() {
 
 #[test]
 fn lengths_and_kinds_out_of_range_are_refused() {
-    for length in [0, 27, u32::MAX, 16 * 1024 + 1] {
+    let too_long = u32::try_from(MAX_REQUEST + 1).unwrap();
+    for length in [0, 27, u32::MAX, too_long] {
         let mut bytes = call(4, &[]);
         bytes[..4].copy_from_slice(&length.to_be_bytes());
         assert_eq!(request(&bytes, false), Err(Refusal::Length(length)));

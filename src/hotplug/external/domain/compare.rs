@@ -164,7 +164,8 @@ impl DomainChanges {
         attached: Vec<AttachedDevice>,
         defined: Option<Vec<AttachedDevice>>,
     ) {
-        let first = self.last.is_none();
+        let is_current = self.redefined_at.is_none_or(|at| seen.at >= at);
+        let first = self.defined.is_none();
         let has = |list: &[AttachedDevice], device: &AttachedDevice| {
             list.iter().any(|other| other.is(device))
         };
@@ -175,7 +176,7 @@ impl DomainChanges {
             }
         }
         if let Some(defined) = defined {
-            self.reads_definition = false;
+            self.reads_definition &= !is_current;
             for device in &attached {
                 let was_defined = self.defined.as_ref().is_some_and(|old| has(old, device));
                 let is_pending = !has(&defined, device)
@@ -197,7 +198,7 @@ impl DomainChanges {
             }
             self.defined = Some(defined);
         } else if !seen.persistent {
-            self.reads_definition = false;
+            self.reads_definition &= !is_current;
             self.defined = None;
         } else if self.reads_definition {
             // The domain was started since this look began.
