@@ -586,7 +586,7 @@ async fn external(libvirtd: &Arc<Libvirtd>) -> anyhow::Result<()> {
         let cpus = format!("0-{}", count - 1);
         let mut has_it = None;
         let judged = loop {
-            if has_it.is_none() && guest.witness()?.online == cpus {
+            if has_it.is_none() && guest.witness().is_ok_and(|sees| sees.online == cpus) {
                 has_it = Some(Instant::now());
             }
             let newest = metrics.external.log.records().into_iter().next();
