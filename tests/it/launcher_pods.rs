@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use k8s_openapi::api::core::v1::{Namespace, Pod, ServiceAccount};
-use kube::api::{Api, DeleteParams, PostParams};
+use k8s_openapi::api::events::v1::Event;
+use kube::api::{Api, DeleteParams, ListParams, PostParams};
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 use virtnode::cluster::{Cluster, ClusterConfig, IdentityError, LauncherPods};
@@ -107,6 +108,68 @@ async fn pods_of_this_node_are_known_by_their_metadata_alone() -> anyhow::Result
         Ok(())
     })
     .await?;
+    Ok(())
+}
+
+/// With the overlay's rights, and the launcher by way of a broker that permits reading alone.
+#[tokio::test]
+async fn change_that_a_guest_has_not_taken_is_an_event_about_its_instance() -> anyhow::Result<()> {
+    let server = server().await?;
+    let uid = launcher_pod(&server, "tenant-a", "n1", "web").await?;
+    let node = Launchers::new()?;
+    let launcher = node.start(&uid).await?;
+    let vm = Vm {
+        namespace: "tenant-a",
+        words: "nr_cpus=1",
+        ..Vm::default()
+    };
+    let _guest = launcher.guest(&vm).await?;
+    let broker = Broker::start(&node, &[]).await?;
+    broker.uri(&uid).await?;
+    let directory = tempfile::tempdir()?;
+    let config = directory.path().join("config.yaml");
+    let text = json!({
+        "connect": "none", "publish": ["node"], "nodeName": "n1",
+        "kubeconfig": server.pod_kubeconfig("virtnode", "virtnode", "n1").await?,
+        "launchers": {"enabled": true, "directory": broker.directory(), "verifyPods": true},
+        "externalChanges": {"enabled": true},
+    });
+    fs::write(&config, text.to_string())?;
+    let config = config.to_string_lossy().into_owned();
+    let arguments = ["--config", &config, "--start-jitter", "0"];
+    let daemon = Daemon::start_in(directory, "none", &arguments).await?;
+    eventually(LONG, async || {
+        let metrics = daemon.get("/metrics")?.text();
+        let mut lines = metrics.lines();
+        let seen = |line: &str| line.contains("name=\"web\"") && line.contains("\"online\"");
+        ensure!(lines.any(seen), "{metrics}");
+        Ok(())
+    })
+    .await?;
+
+    launcher.virsh(&["setvcpus", &vm.domain(), "2", "--live", "--config"])?;
+    let events: Api<Event> = Api::namespaced(server.client(), "tenant-a");
+    let event = eventually(LONG, async || {
+        let all = events.list(&ListParams::default()).await?;
+        let ours = |event: &Event| event.reporting_controller.as_deref() == Some("virtnode");
+        let event = all.items.into_iter().find(ours);
+        event.with_context(|| format!("no event: {:#?}", daemon.log()))
+    })
+    .await?;
+    assert_eq!(event.reason.as_deref(), Some("GuestRefused"));
+    assert_eq!(event.type_.as_deref(), Some("Warning"));
+    let note = event.note.context("a note")?;
+    assert!(
+        note.starts_with("plug vcpus: ") && note.contains("Remedy: "),
+        "{note}"
+    );
+    let about = event.regarding.context("an object")?;
+    assert_eq!(about.kind.as_deref(), Some("VirtualMachineInstance"));
+    assert_eq!(about.name.as_deref(), Some("web"));
+    assert_eq!(about.uid.as_deref(), Some(INSTANCE));
+    let related = event.related.context("a second object")?;
+    assert_eq!(related.kind.as_deref(), Some("Pod"));
+    assert_eq!(related.uid, Some(uid));
     Ok(())
 }
 
