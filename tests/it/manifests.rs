@@ -33,11 +33,11 @@ const OVERLAYS: [&str; 4] = [
     "overlays/labels-only",
     KUBEVIRT,
 ];
-const KUBEVIRT: &str = "overlays/kubevirt";
+pub(crate) const KUBEVIRT: &str = "overlays/kubevirt";
 /// The directory that the two containers of that overlay share.
 const SERVED: &str = "/run/virtnode-launchers";
 
-fn manifests(overlay: &str) -> anyhow::Result<Vec<Value>> {
+pub(crate) fn manifests(overlay: &str) -> anyhow::Result<Vec<Value>> {
     render(
         &Path::new(env!("CARGO_MANIFEST_DIR"))
             .join("manifests")
