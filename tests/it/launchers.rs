@@ -322,7 +322,13 @@ async fn pod_that_is_created_again_replaces_the_earlier_one() {
     first.remove().unwrap();
     node.count("conflict", 0.0).await;
     node.count("up", 1.0).await;
-    assert_eq!(node.set.connections(), [newer]);
+    // Until a scan finds its pod gone, it is lost.
+    let alone = eventually(LONG, async || {
+        let connections = node.set.connections();
+        ensure!(connections == [newer.clone()], "{connections:?}");
+        Ok(())
+    });
+    alone.await.unwrap();
     let gone = ConnectionId::launcher(pod_uid(1));
     let gap = eventually(LONG, async || {
         while !notices.next().await.context("ended")?.is_gap_of(&gone) {}
