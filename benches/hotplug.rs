@@ -1,8 +1,8 @@
 //! Figures of verified hotplug, each measured in the same run as its comparison.
 //!
 //! The output has the format of `benches/daemon.rs`. A run takes about twenty minutes, most of it for
-//! ten thousand readings of the statistics. Arguments (`verdicts`, `readings`, `growth`, `requests`,
-//! `scrapes`) select parts.
+//! ten thousand readings of the statistics. Arguments (`verdicts`, `external`, `readings`, `growth`,
+//! `requests`, `scrapes`) select parts.
 
 #[allow(dead_code, reason = "no benchmark uses all of it")]
 mod parts;
@@ -29,9 +29,11 @@ use anyhow::{Context as _, ensure};
 use serde_json::Value;
 use tempfile::TempDir;
 use tokio::time::{sleep, timeout};
+use tokio_util::sync::CancellationToken;
 use virtnode::daemon::Metrics;
 use virtnode::executor::{AskedBy, Executor, Listener, Options, Order, Record};
-use virtnode::hotplug::{HotplugRequest, Require, Verdict};
+use virtnode::external::{ExternalChanges, ServiceOptions};
+use virtnode::hotplug::{HotplugRequest, Patience, Require, Verdict};
 use virtnode::hypervisor::{ConnectionState, DomainBackend as _, Libvirt, LibvirtConfig};
 use virtnode::journal::Journal;
 use virtnode::monitor::Monitor;
@@ -77,6 +79,9 @@ async fn measure() -> anyhow::Result<()> {
     let libvirtd = Arc::new(Libvirtd::start()?);
     if wanted("verdicts") {
         verdicts(&libvirtd).await?;
+    }
+    if wanted("external") {
+        external(&libvirtd).await?;
     }
     if ["readings", "growth", "requests"].into_iter().any(wanted) {
         progress(&format!("starting {DOMAINS} domains"));
@@ -534,6 +539,91 @@ async fn verdicts(libvirtd: &Libvirtd) -> anyhow::Result<()> {
         "<= 20 ms",
         median <= Duration::from_millis(20),
         &format!("{} operations", spans.len()),
+    );
+    Ok(())
+}
+
+/// Measures the time from a guest's own report of a vCPU that virsh plugged to the verdict.
+async fn external(libvirtd: &Arc<Libvirtd>) -> anyhow::Result<()> {
+    progress(&format!("{PROOFS} changes by virsh on a real guest"));
+    let config = GuestConfig {
+        name: "external",
+        words: "lab.cpus=online",
+        maximum: PROOFS + 1,
+        ..GuestConfig::default()
+    };
+    let guest = Guest::start(libvirtd, &config).await?;
+    let metrics = Arc::new(Metrics::new());
+    let backend = Arc::new(connect(libvirtd, &metrics).await?);
+    let monitor = Monitor::new(Arc::clone(&backend), Arc::clone(&metrics.inventory));
+    let options = ServiceOptions {
+        grace: PATIENCE,
+        patience: Patience::default(),
+    };
+    let service = ExternalChanges::new(
+        backend,
+        options,
+        monitor.sightings(),
+        Arc::default(),
+        Arc::clone(&metrics.external),
+    );
+    let stop = CancellationToken::new();
+    let running = [
+        tokio::spawn(monitor.run(stop.clone())),
+        tokio::spawn(service.run(stop.clone())),
+    ];
+    // The first look.
+    sleep(Duration::from_secs(3)).await;
+    let (mut after_guest, mut after_call) = (Vec::new(), Vec::new());
+    for count in 2..=PROOFS + 1 {
+        let called = Instant::now();
+        let client = Arc::clone(libvirtd);
+        let call = tokio::task::spawn_blocking(move || {
+            let count = count.to_string();
+            client.virsh(&["setvcpus", "external", &count, "--live"])
+        });
+        call.await??;
+        let cpus = format!("0-{}", count - 1);
+        let mut has_it = None;
+        let judged = loop {
+            if has_it.is_none() && guest.witness().is_ok_and(|sees| sees.online == cpus) {
+                has_it = Some(Instant::now());
+            }
+            let newest = metrics.external.log.records().into_iter().next();
+            let judged = newest.is_some_and(|record| {
+                let requested = record.change.requested.map(|amount| amount.to_string());
+                record.change.verdict == Some(Verdict::Verified)
+                    && requested == Some(count.to_string())
+            });
+            if judged && has_it.is_some() {
+                break Instant::now();
+            }
+            ensure!(
+                called.elapsed() < PATIENCE,
+                "no verdict about {count} vCPUs"
+            );
+            sleep(Duration::from_millis(5)).await;
+        };
+        after_guest.push(judged.duration_since(has_it.unwrap_or(judged)));
+        after_call.push(judged.duration_since(called));
+        // The next change is one of its own.
+        sleep(Duration::from_secs(1)).await;
+    }
+    stop.cancel();
+    for task in running {
+        task.await?;
+    }
+    let (median_guest, median_call) = (median(&mut after_guest), median(&mut after_call));
+    let slowest = after_guest.last().copied().unwrap_or_default();
+    report(
+        "change by virsh to verdict, after the guest's own report",
+        &format!("{}, at most {}", ms(median_guest), ms(slowest)),
+        "<= 2 s",
+        slowest <= Duration::from_secs(2),
+        &format!(
+            "{PROOFS} vCPUs; {} after the call of virsh",
+            ms(median_call)
+        ),
     );
     Ok(())
 }

@@ -146,6 +146,7 @@ fn idle(criterion: &mut Criterion) {
             published.update(ProbeResult {
                 labels: black_box(&derived),
                 failed: &[],
+                unread: &[],
                 in_use: &in_use,
             })
         });

@@ -3,8 +3,12 @@
 //! [`Settings`] is one layer as written, with every field optional. [`Config`] is the validated
 //! merge of all layers.
 
+mod external;
+mod launchers;
 mod messages;
 
+pub use self::external::{ExternalChangesConfig, ExternalChangesSettings};
+pub use self::launchers::{LauncherConfig, LauncherSettings};
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::ops::RangeInclusive;
@@ -21,6 +25,9 @@ use crate::units::whole_number;
 
 /// The configuration file that is read if no other is named. It may be missing.
 pub const DEFAULT_PATH: &str = "/etc/virtnode/config.yaml";
+
+/// The word for `connect` on a machine without a libvirt of its own: an empty URI has another meaning.
+const NO_LIBVIRT: &str = "none";
 
 /// Maximum size of a configuration file.
 const MAX_BYTES: u64 = 1024 * 1024;
@@ -73,6 +80,19 @@ pub enum PublishTarget {
     None,
 }
 
+/// Origin of the documents that labels are derived from.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LabelOrigin {
+    /// The documents of KubeVirt's node-labeller if there are any, else the libvirt of the host
+    #[default]
+    Auto,
+    /// The libvirt of the host
+    Libvirt,
+    /// The documents of KubeVirt's node-labeller
+    Files,
+}
+
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum LogFormat {
@@ -90,7 +110,7 @@ pub enum LogFormat {
 #[derive(Debug, Clone, Default, Deserialize, Args)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct Settings {
-    /// libvirt connection URI [default: qemu:///system]
+    /// libvirt connection URI, or none [default: qemu:///system]
     #[arg(
         short = 'c',
         long,
@@ -196,6 +216,12 @@ pub struct Settings {
 
     #[arg(skip)]
     pub hotplug: HotplugSettings,
+
+    #[arg(skip)]
+    pub launchers: LauncherSettings,
+
+    #[arg(skip)]
+    pub external_changes: ExternalChangesSettings,
 }
 
 /// The file's section `labels`.
@@ -206,6 +232,10 @@ pub struct LabelSettings {
     pub obsolete_cpu_models: Option<Vec<String>>,
     /// Guest architectures in addition to the host's own.
     pub guest_architectures: Vec<String>,
+    /// Origin of the documents: `auto`, `libvirt`, `files`. Default: `auto`.
+    pub source: Option<LabelOrigin>,
+    /// Directory of KubeVirt's node-labeller. Default: `/var/lib/kubevirt-node-labeller`.
+    pub documents: Option<PathBuf>,
 }
 
 /// The file's section `api`.
@@ -234,10 +264,14 @@ pub struct HotplugSettings {
 /// The validated merge of all layers. Fields are documented where [`Settings`] has them.
 #[derive(Debug, Clone)]
 pub struct Config {
-    pub connect: String,
+    /// `None` if this machine has no libvirt of its own. An empty URI is libvirt's own choice.
+    pub connect: Option<String>,
     /// Empty if labels are published nowhere.
     pub publish: Vec<PublishTarget>,
     pub policy: Policy,
+    pub label_origin: LabelOrigin,
+    /// The directory of KubeVirt's documents.
+    pub documents: PathBuf,
     pub force_conflicts: bool,
     pub node_name: Option<String>,
     pub kubeconfig: Option<PathBuf>,
@@ -252,6 +286,8 @@ pub struct Config {
     pub hotplug: bool,
     pub hotplug_objects: bool,
     pub deep_verify: bool,
+    pub launchers: LauncherConfig,
+    pub external_changes: ExternalChangesConfig,
     pub probe_interval: Duration,
     pub start_jitter: Duration,
     pub call_deadline: Duration,
@@ -297,13 +333,15 @@ impl Config {
         let features = "/etc/kubernetes/node-feature-discovery/features.d";
         let obsolete_cpu_models = file.labels.obsolete_cpu_models;
         Ok(Self {
-            connect: text(chosen!(connect), "qemu:///system"),
+            connect: Some(text(chosen!(connect), "qemu:///system")).filter(|uri| uri != NO_LIBVIRT),
             publish: publish_targets(chosen!(publish), default_target)?,
             policy: Policy {
                 schema: chosen!(schema).unwrap_or_default(),
                 obsolete_cpu_models: obsolete_cpu_models.map(BTreeSet::from_iter),
                 guest_architectures: file.labels.guest_architectures,
             },
+            label_origin: file.labels.source.unwrap_or_default(),
+            documents: path(file.labels.documents, "/var/lib/kubevirt-node-labeller"),
             force_conflicts: chosen!(force_conflicts).unwrap_or(false),
             node_name: chosen!(node_name),
             kubeconfig,
@@ -317,6 +355,8 @@ impl Config {
             hotplug: file.hotplug.enabled.unwrap_or(true),
             hotplug_objects: file.hotplug.objects.unwrap_or(true),
             deep_verify: file.hotplug.deep_verify.unwrap_or(false),
+            launchers: file.launchers.validate()?,
+            external_changes: file.external_changes.validate()?,
             probe_interval: seconds("probeIntervalSeconds", probe_interval, 60, 1..=86_400)?,
             start_jitter: seconds(
                 "startJitterSeconds",
@@ -430,7 +470,7 @@ mod tests {
             ..Settings::default()
         };
         let config = merge("connect: qemu:///session\nnodeName: a\n", later).unwrap();
-        assert_eq!(config.connect, "test:///default");
+        assert_eq!(config.connect.as_deref(), Some("test:///default"));
         assert_eq!(config.node_name.as_deref(), Some("a"));
         assert_eq!(config.publish, [PublishTarget::File]);
         assert!(config.hotplug && !config.deep_verify);
@@ -439,10 +479,10 @@ mod tests {
 
     #[test]
     fn empty_file_yields_defaults() {
-        assert_eq!(
-            merge("", Settings::default()).unwrap().connect,
-            "qemu:///system"
-        );
+        let connect = |file| merge(file, Settings::default()).unwrap().connect;
+        assert_eq!(connect("").as_deref(), Some("qemu:///system"));
+        assert_eq!(connect("connect: none"), None);
+        assert_eq!(connect("connect: ''").as_deref(), Some(""));
         assert_eq!(
             merge("# nothing\n\n", Settings::default()).unwrap().publish,
             [PublishTarget::File]
@@ -459,6 +499,8 @@ listen: 127.0.0.1:1
 labels:
   obsoleteCpuModels: [qemu64]
   guestArchitectures: [aarch64]
+  source: files
+  documents: /documents
 socket: /run/x.sock
 api:
   allowedUids: [0, 107]
@@ -467,6 +509,12 @@ hotplug:
   enabled: false
   objects: false
   deepVerify: true
+launchers:
+  enabled: true
+  directory: /pods
+externalChanges:
+  enabled: true
+  graceSeconds: 30
 ";
         let config = merge(text, Settings::default()).unwrap();
         assert_eq!(config.publish, [PublishTarget::File, PublishTarget::Node]);
@@ -476,7 +524,13 @@ hotplug:
         assert_eq!(config.socket, Path::new("/run/x.sock"));
         assert!(!config.hotplug && !config.hotplug_objects);
         assert!(!config.hotplug && config.deep_verify);
+        assert!(config.launchers.enabled);
+        assert!(config.external_changes.enabled);
+        assert_eq!(config.external_changes.grace.as_secs(), 30);
+        assert_eq!(config.launchers.directory, Path::new("/pods"));
         assert_eq!(config.policy.guest_architectures, ["aarch64"]);
+        assert_eq!(config.label_origin, LabelOrigin::Files);
+        assert_eq!(config.documents, Path::new("/documents"));
         assert!(
             config
                 .policy
@@ -495,8 +549,11 @@ hotplug:
             error("conect: x")
         );
         assert!(error("labels: {schema: native}").contains("schema"));
+        assert!(error("labels: {source: qemu}").contains("qemu"));
         assert!(error("api: {allowedUsers: [0]}").contains("allowedUsers"));
         assert!(error("hotplug: {enable: false}").contains("enable"));
+        assert!(error("externalChanges: {graceSeconds: 4}").contains("from 5 to 600"));
+        assert!(error("launchers: {scanSeconds: 61}").contains("from 1 to 60"));
         assert!(error("publish: [none, file]").contains("'none' cannot be combined"));
         assert!(error("publish: []").contains("at least one"));
         assert!(error("probeIntervalSeconds: 0").contains("from 1 to 86400"));

@@ -3,6 +3,8 @@
 //! Only regular files are opened: a FIFO would block the process, and a symbolic link would lead
 //! out of the directory. Modes are set explicitly, so they do not depend on the umask.
 
+pub mod pods;
+
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
@@ -10,6 +12,7 @@ use std::path::Path;
 
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 /// Mode of a directory that everyone may read.
 pub const PUBLIC_DIRECTORY: u32 = 0o755;
@@ -69,6 +72,15 @@ pub fn create_directory(path: &Path, mode: u32) -> io::Result<()> {
     }
     DirBuilder::new().recursive(true).mode(mode).create(path)?;
     fs::set_permissions(path, Permissions::from_mode(mode))
+}
+
+/// Raises the soft limit of open descriptors to the hard limit. Both stay as they are on failure.
+///
+/// # Errors
+/// The kernel's own.
+pub fn raise_descriptor_limit() -> io::Result<()> {
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    Ok(setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?)
 }
 
 fn is(error: &io::Error, number: Errno) -> bool {

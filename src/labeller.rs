@@ -3,7 +3,7 @@
 //! ```text
 //! timer ────────────────────────────────┐
 //! new connection of the source ─────────┤      ┌───────┐ derive   ┌─────────────────┐
-//! emulator, /dev/kvm or module changed ─┴────▶ │ probe │ ───────▶ │ PublishedLabels │
+//! emulator, /dev/kvm, module, document ──┴────▶ │ probe │ ───────▶ │ PublishedLabels │
 //!                                              └───────┘          └─────────────────┘
 //! labels already on the Node (once) ─────────────────────────────────▶ adopt │
 //!                        ┌──────────────────────┬───────────────────────────┤
@@ -19,7 +19,8 @@
 //! fingerprint (about twenty system calls) and for replacing the label file.
 //!
 //! A domain that cannot be read is logged once, counted in `virtnode_domains_unreadable`, and keeps
-//! labels from being removed; it does not delay readiness.
+//! labels from being removed; it does not delay readiness. Neither does a launcher that cannot be
+//! reached: as part of the source `domains` it is a failure, which the usual interval suffices for.
 //!
 //! A failed source leaves labels as they are and brings the next probe forward to
 //! [`RETRY_AFTER_FAILURE`]. A failure to write the file is reported in [`LabellerProgress`] and
@@ -29,7 +30,7 @@ mod metrics;
 
 pub use self::metrics::LabellerMetrics;
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -41,6 +42,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
 use crate::capability::{CanonicalMachine, NodeFacts};
+use crate::domain::DomainRef;
 use crate::host;
 use crate::hypervisor::{ConnectionState, NodeSource};
 use crate::label::{
@@ -91,6 +93,8 @@ pub struct LatestProbe {
     pub facts: Arc<NodeFacts>,
     pub failures: Vec<SourceFailure>,
     pub rejected: Vec<RejectedLabel>,
+    /// True if documents were read from files and not from libvirt.
+    pub from_files: bool,
 }
 
 pub struct Labeller<S> {
@@ -108,8 +112,10 @@ pub struct Labeller<S> {
     rejected: Vec<RejectedLabel>,
     /// Paths of the emulators that the capabilities describe.
     emulators: Vec<String>,
-    /// The domains that could not be read by the last probe, by UUID.
-    unreadable: BTreeMap<String, UnreadDomain>,
+    /// The files that the source reads its documents from.
+    documents: Vec<PathBuf>,
+    /// The domains that could not be read by the last probe.
+    unreadable: BTreeMap<DomainRef, UnreadDomain>,
 }
 
 impl<S: NodeSource> Labeller<S> {
@@ -134,6 +140,7 @@ impl<S: NodeSource> Labeller<S> {
         };
         Self {
             connection: node_source.connection(),
+            documents: node_source.files(),
             prober: Prober::new(node_source, Arc::clone(&metrics.probe), root.clone()),
             policy,
             interval,
@@ -169,7 +176,7 @@ impl<S: NodeSource> Labeller<S> {
         let mut may_write_node = existing_labels.is_none();
         let mut check_files = interval(FINGERPRINT_INTERVAL);
         check_files.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut fingerprint = host::fingerprint(&self.root, &self.emulators);
+        let mut fingerprint = self.fingerprint();
         let mut next = Instant::now();
         self.connection.mark_unchanged();
         loop {
@@ -185,10 +192,10 @@ impl<S: NodeSource> Labeller<S> {
                     self.prober.invalidate();
                 }
                 _ = check_files.tick() => {
-                    if host::fingerprint(&self.root, &self.emulators) == fingerprint {
+                    if self.fingerprint() == fingerprint {
                         continue;
                     }
-                    info!("emulator, /dev/kvm or kvm module changed, probing");
+                    info!("emulator, document, /dev/kvm or kvm module changed, probing");
                     self.prober.invalidate();
                 }
                 existing = receive_once(&mut existing_labels) => {
@@ -203,6 +210,8 @@ impl<S: NodeSource> Labeller<S> {
                 self.prober.invalidate();
             }
             let was_down = *self.connection.borrow_and_update() == ConnectionState::Down;
+            // A file that changes during the probe is a reason for another one.
+            let (_, documents) = self.fingerprint();
             let reading = self.prober.read().await;
             if was_down && reading.failures.is_empty() {
                 // The probe waited for the connection and used it.
@@ -217,10 +226,17 @@ impl<S: NodeSource> Labeller<S> {
                 facts: Arc::new(reading.facts),
                 failures: reading.failures,
                 rejected: self.rejected.clone(),
+                from_files: reading.from_files,
             })));
-            fingerprint = host::fingerprint(&self.root, &self.emulators);
+            fingerprint = (self.fingerprint().0, documents);
             next = Instant::now() + wait;
         }
+    }
+
+    fn fingerprint(&self) -> (host::Fingerprint, host::Fingerprint) {
+        // Unlike emulators, documents are not below the root that a container mounts.
+        let documents = host::fingerprint(Path::new("/"), &self.documents);
+        (host::fingerprint(&self.root, &self.emulators), documents)
     }
 
     /// Updates the published set, and returns the time to the next probe.
@@ -230,6 +246,7 @@ impl<S: NodeSource> Labeller<S> {
         let changes = self.published.update(ProbeResult {
             labels: &derivation.labels,
             failed: &failed,
+            unread: &reading.unread,
             in_use: &reading.in_use,
         });
         self.rejected = derivation.rejected;
@@ -247,7 +264,8 @@ impl<S: NodeSource> Labeller<S> {
         if !emulators.is_empty() {
             self.emulators = emulators;
         }
-        let wait = if failed.is_empty() {
+        let is_whole = reading.failures.iter().all(|failure| failure.is_partial);
+        let wait = if is_whole {
             self.interval
         } else {
             self.interval.min(RETRY_AFTER_FAILURE)
@@ -365,7 +383,7 @@ impl<S: NodeSource> Labeller<S> {
                     info!("all probe sources succeed again");
                 }
             }
-            let probed = progress.probed || failures.is_empty();
+            let probed = progress.probed || failures.iter().all(|failure| failure.is_partial);
             let changed = !same || probed != progress.probed;
             progress.failures = failures.to_vec();
             progress.probed = probed;
@@ -380,13 +398,14 @@ impl<S: NodeSource> Labeller<S> {
         }
         let unreadable = reading.unreadable.iter();
         let unreadable: BTreeMap<_, _> = unreadable
-            .map(|domain| (domain.uuid.clone(), domain.clone()))
+            .map(|domain| (domain.id.clone(), domain.clone()))
             .collect();
-        for (uuid, domain) in &unreadable {
-            if !self.unreadable.contains_key(uuid) {
+        for (id, domain) in &unreadable {
+            if !self.unreadable.contains_key(id) {
                 warn!(
-                    domain = domain.name,
-                    uuid,
+                    domain = %id.display_name(),
+                    uuid = id.uuid,
+                    connection = %id.connection,
                     reason = domain.code,
                     "cannot read the definition of a running domain, so no label of a machine \
                      type, CPU model or CPU feature is removed while it runs: {}",
@@ -394,11 +413,13 @@ impl<S: NodeSource> Labeller<S> {
                 );
             }
         }
-        for (uuid, domain) in &self.unreadable {
-            if !unreadable.contains_key(uuid) {
+        for id in self.unreadable.keys() {
+            if !unreadable.contains_key(id) {
                 info!(
-                    domain = domain.name,
-                    uuid, "domain was read again, or ended"
+                    domain = %id.display_name(),
+                    uuid = id.uuid,
+                    connection = %id.connection,
+                    "domain was read again, or ended"
                 );
             }
         }

@@ -3,7 +3,7 @@
 //! ```text
 //! main → cli → daemon                                   wiring, supervision, exit codes
 //!          │
-//! probe · labeller · executor · monitor · doctor · controller        services
+//! probe · labeller · executor · monitor · doctor · controller · launchers        services
 //!          │
 //! hypervisor · host · cluster · publish · journal                    adapters
 //!          │
@@ -29,8 +29,10 @@ pub mod connections;
 pub mod controller;
 pub mod daemon;
 pub mod doctor;
+pub mod documents;
 pub mod domain;
 pub mod executor;
+pub mod external;
 #[allow(unsafe_code)]
 pub mod ffi;
 pub mod files;
@@ -40,10 +42,12 @@ pub mod hypervisor;
 pub mod journal;
 pub mod label;
 pub mod labeller;
+pub mod launchers;
 pub mod monitor;
 pub mod operation;
 pub mod probe;
 pub mod publish;
+pub mod sockets;
 pub mod targets;
 pub mod telemetry;
 pub mod units;

@@ -182,6 +182,15 @@ pub struct TargetDomain {
 }
 
 impl TargetDomain {
+    /// Returns the name for people: `namespace/name` for the domain of a launcher.
+    pub fn display_name(&self) -> String {
+        let domain = self.identity();
+        domain.map_or_else(
+            || self.name.clone(),
+            |domain| domain.display_name().into_owned(),
+        )
+    }
+
     /// Returns the domain's identity once it is found.
     pub fn identity(&self) -> Option<DomainRef> {
         Some(DomainRef {

@@ -3,6 +3,7 @@
 //! ```text
 //! host::read ─────────── files and devices of the host, below the root
 //! NodeSource::versions ─ unreachable? ──▶ all sources below fail for the same reason
+//!   │                    nothing runs that has any? ──▶ not read, which is no failure
 //!   ├─ capabilities ──── choose the query: native architecture, usual machine type, best domain type
 //!   ├─ domain_capabilities(query)
 //!   │    └─ baseline_cpu(host model) ── skipped without a host model
@@ -12,18 +13,24 @@
 //!
 //! A [`NodeSource`] returns documents as text; [`crate::capability`] and [`crate::domain`] parse
 //! them. Any implementation serves, whether it calls libvirt, reads files or runs an emulator.
+//! [`LabelSource`] is the one of the labels.
 //!
 //! A running domain that cannot be read is in [`Reading::unreadable`] and is no failure: its owner
-//! may have written what cannot be read.
+//! may have written what cannot be read. A connection whose domains cannot be read makes the source
+//! `domains` fail, so that no label is removed; the domains of the others are known, and readiness
+//! does not wait for it: the connection may be a tenant's.
 //!
 //! Every call of the source has its own deadline. Reading the host takes some dozen short system
 //! calls, which do not wait for a device. A source that fails, or whose document is malformed, is
 //! recorded in [`Reading::failures`], and its facts stay unknown. The prober does not retry: its
 //! caller decides when to probe again.
 
+mod launcher_versions;
 mod metrics;
+mod source;
 
 pub use self::metrics::ProbeMetrics;
+pub use self::source::{LabelSource, LaunchersSeen, ObserveLaunchers};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -31,11 +38,12 @@ use tracing::debug;
 
 use crate::capability::eim::{dry_run_domain, from_native_arguments};
 use crate::capability::{
-    Capabilities, CpuDefinition, DomainCapabilities, Eim, NodeFacts, Version, is_q35, is_x86,
+    Capabilities, CpuDefinition, DomainCapabilities, Eim, NodeFacts, Version, is_q35,
 };
+use crate::domain::{DomainRef, NodeRequirements};
 use crate::host;
 use crate::hypervisor::{
-    CallError, DomainCapabilitiesQuery, NodeSource, UnreadableDomain, Versions,
+    CallError, ConnectionId, DomainCapabilitiesQuery, NodeSource, UnreadableDomain, Versions,
 };
 use crate::label::{CapabilitiesInUse, FactSource};
 use crate::telemetry::now_seconds;
@@ -44,6 +52,9 @@ use crate::xml::DocumentError;
 /// First libvirt whose domain capabilities can list features that the hypervisor supports and does
 /// not enable by default. hypervisor-cpu-baseline then returns all supported features.
 const LISTS_SUPPORTED_FEATURES: Version = Version::new(12, 5, 0);
+
+/// Maximum number of connections that a failure names.
+const NAMED: usize = 3;
 
 /// `VIR_ERR_CONFIG_UNSUPPORTED`, libvirt's error for a definition that it would not start.
 const CONFIG_UNSUPPORTED: &str = "67";
@@ -55,6 +66,8 @@ pub struct SourceFailure {
     /// The label value in metrics.
     pub code: &'static str,
     pub message: String,
+    /// True if the rest of the source was read, so that readiness does not wait for it.
+    pub is_partial: bool,
 }
 
 impl SourceFailure {
@@ -63,6 +76,26 @@ impl SourceFailure {
             source,
             code: error.code(),
             message: error.to_string(),
+            is_partial: false,
+        }
+    }
+
+    /// Returns the failure of connections whose domains are unknown.
+    fn of_connections(unreachable: &[(ConnectionId, String)]) -> Self {
+        let named = unreachable.iter().take(NAMED);
+        let named: Vec<String> = named.map(|(id, why)| format!("{id} {why}")).collect();
+        let others = match unreachable.len().saturating_sub(NAMED) {
+            0 => String::new(),
+            others => format!("; and {others} more"),
+        };
+        Self {
+            source: FactSource::Domains,
+            code: "unavailable",
+            message: format!(
+                "domains of a connection are unknown: {}{others}",
+                named.join("; ")
+            ),
+            is_partial: true,
         }
     }
 
@@ -71,6 +104,7 @@ impl SourceFailure {
             source,
             code: "malformed",
             message: error.to_string(),
+            is_partial: false,
         }
     }
 }
@@ -87,22 +121,23 @@ pub struct Reading {
     /// The running domains whose definitions cannot be read. Each is in `domains` too.
     pub unreadable: Vec<UnreadDomain>,
     pub failures: Vec<SourceFailure>,
+    /// Sources that were not read, because nothing can answer at present.
+    pub unread: Vec<FactSource>,
+    /// True if documents were read from files and not from libvirt.
+    pub from_files: bool,
 }
 
 /// The capabilities that one running domain uses.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DomainUsage {
-    pub name: String,
-    pub uuid: String,
+    pub id: DomainRef,
     pub in_use: CapabilitiesInUse,
 }
 
 /// A running domain whose definition cannot be read, so that its use of capabilities is unknown.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct UnreadDomain {
-    /// Tenant-controlled text.
-    pub name: String,
-    pub uuid: String,
+    pub id: DomainRef,
     /// The label value in metrics.
     pub code: &'static str,
     pub message: String,
@@ -142,7 +177,8 @@ impl<S: NodeSource> Prober<S> {
         self.succeeded(FactSource::Host);
 
         match self.node_source.versions().await {
-            Ok(versions) => {
+            Ok(None) => self.not_read(&mut reading, FactSource::Versions),
+            Ok(Some(versions)) => {
                 self.succeeded(FactSource::Versions);
                 reading.facts.libvirt_version = Some(versions.libvirt);
                 reading.facts.hypervisor_version = versions.hypervisor;
@@ -161,6 +197,7 @@ impl<S: NodeSource> Prober<S> {
                 self.failed(&mut reading, failure);
             }
         }
+        reading.from_files = self.node_source.reads_files();
         self.read_documents(&mut reading).await;
         self.read_domains(&mut reading).await;
         reading
@@ -174,7 +211,7 @@ impl<S: NodeSource> Prober<S> {
             answer,
             Capabilities::parse,
         );
-        let query = default_query(&reading.facts);
+        let mut query = default_query(&reading.facts);
         let answer = self.node_source.domain_capabilities(query.clone()).await;
         let document = self.parse(
             reading,
@@ -183,6 +220,11 @@ impl<S: NodeSource> Prober<S> {
             DomainCapabilities::parse,
         );
         if let Some(document) = document {
+            // Documents on disk are for a domain type that was chosen when they were written.
+            if document.virt_type.is_some() && document.virt_type != query.virt_type {
+                query.virt_type.clone_from(&document.virt_type);
+                reading.facts.domain_type.clone_from(&document.virt_type);
+            }
             self.read_baseline(reading, &query, &document).await;
             reading.facts.domain_capabilities.push(document);
         } else {
@@ -190,6 +232,7 @@ impl<S: NodeSource> Prober<S> {
                 source: FactSource::CpuBaseline,
                 code: "unavailable",
                 message: "hypervisor-cpu-baseline needs the domain capabilities".to_owned(),
+                is_partial: false,
             };
             self.failed(reading, failure);
         }
@@ -282,28 +325,28 @@ impl<S: NodeSource> Prober<S> {
     }
 
     async fn read_domains(&self, reading: &mut Reading) {
-        let domains = match self.node_source.running_domains().await {
-            Ok(domains) => domains,
+        let running = match self.node_source.running_domains().await {
+            Ok(running) => running,
             Err(error) => {
                 let failure = SourceFailure::of_call(FactSource::Domains, &error);
                 return self.failed(reading, failure);
             }
         };
-        self.succeeded(FactSource::Domains);
-        reading.running_domains = Some(domains.len());
-        for domain in domains {
+        if running.unreachable.is_empty() {
+            self.succeeded(FactSource::Domains);
+        } else {
+            let failure = SourceFailure::of_connections(&running.unreachable);
+            self.failed(reading, failure);
+            reading.in_use.extend(&CapabilitiesInUse::unknown());
+        }
+        reading.running_domains = Some(running.domains.len());
+        for domain in running.domains {
             let in_use = match domain.requirements {
-                Ok(requirements) => CapabilitiesInUse {
-                    machines: requirements.machine.into_iter().collect(),
-                    cpu_models: requirements.cpu_model.into_iter().collect(),
-                    cpu_features: requirements.cpu_features.into_iter().collect(),
-                    unknown: false,
-                },
+                Ok(requirements) => in_use_by(requirements),
                 // A tenant's domain is no failure of the node's source.
                 Err(error) => {
                     reading.unreadable.push(UnreadDomain {
-                        name: domain.id.name.clone(),
-                        uuid: domain.id.uuid.clone(),
+                        id: domain.id.clone(),
                         code: match &error {
                             UnreadableDomain::Malformed(_) => "malformed",
                             UnreadableDomain::Call(error) => error.code(),
@@ -315,8 +358,7 @@ impl<S: NodeSource> Prober<S> {
             };
             reading.in_use.extend(&in_use);
             reading.domains.push(DomainUsage {
-                name: domain.id.name,
-                uuid: domain.id.uuid,
+                id: domain.id,
                 in_use,
             });
         }
@@ -357,6 +399,14 @@ impl<S: NodeSource> Prober<S> {
             .set(now_seconds());
     }
 
+    /// Records a source that nothing can answer at present: it has no age.
+    fn not_read(&self, reading: &mut Reading, source: FactSource) {
+        let labels = &[source.as_str()];
+        // Fails only if the series does not exist.
+        let _absent = self.metrics.last_success.remove_label_values(labels);
+        reading.unread.push(source);
+    }
+
     fn failed(&self, reading: &mut Reading, failure: SourceFailure) {
         let source = failure.source.as_str();
         self.metrics.attempts.with_label_values(&[source]).inc();
@@ -365,6 +415,18 @@ impl<S: NodeSource> Prober<S> {
             .with_label_values(&[source, failure.code])
             .inc();
         reading.failures.push(failure);
+    }
+}
+
+fn in_use_by(requirements: NodeRequirements) -> CapabilitiesInUse {
+    CapabilitiesInUse {
+        machines: requirements.machine.into_iter().collect(),
+        cpu_models: requirements.cpu_model.into_iter().collect(),
+        cpu_features: requirements.cpu_features.into_iter().collect(),
+        enlightenments: requirements.enlightenments.into_iter().collect(),
+        security: requirements.launch_security.into_iter().collect(),
+        real_time: requirements.real_time,
+        unknown: false,
     }
 }
 
@@ -380,19 +442,9 @@ fn is_rejection(error: &CallError) -> bool {
 /// domain type. The source chooses whatever is unknown.
 fn default_query(facts: &NodeFacts) -> DomainCapabilitiesQuery {
     let arch = facts.native_arch();
-    let listed = arch.map(|arch| facts.machines(arch)).unwrap_or_default();
-    let usual: &[&str] = match arch {
-        Some(arch) if is_x86(arch) => &["q35", "pc"],
-        Some("s390x") => &["s390-ccw-virtio"],
-        Some("ppc64" | "ppc64le") => &["pseries"],
-        _ => &["virt"],
-    };
-    let machine = usual
-        .iter()
-        .find(|name| listed.iter().any(|machine| machine.name == **name));
     DomainCapabilitiesQuery {
         arch: arch.map(str::to_owned),
-        machine: machine.map(|name| (*name).to_owned()),
+        machine: facts.usual_machine().map(|machine| machine.name),
         virt_type: arch
             .and_then(|arch| facts.best_domain_type(arch))
             .map(str::to_owned),

@@ -28,6 +28,9 @@ pub struct NodeFacts {
     pub capabilities: Option<Capabilities>,
     /// One document per query.
     pub domain_capabilities: Vec<DomainCapabilities>,
+    /// The domain type of the host's architecture, if the source of the documents chose it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub domain_type: Option<String>,
     /// The `<cpu>` from hypervisor-cpu-baseline: every feature that the hypervisor supports.
     pub baseline_cpu: Option<CpuDefinition>,
     /// Result of the dry run; [`NodeFacts::eim`] falls back to the versions.
@@ -137,9 +140,14 @@ impl NodeFacts {
             .filter(|arch| !arch.is_empty())
     }
 
-    /// Returns the best domain type for an architecture, in the order of [`Accelerator`]; types of
-    /// other drivers come last.
+    /// Returns the domain type that the source chose, else the best one for an architecture, in the
+    /// order of [`Accelerator`]; types of other drivers come last.
     pub fn best_domain_type(&self, arch: &str) -> Option<&str> {
+        if let Some(chosen) = &self.domain_type
+            && self.native_arch() == Some(arch)
+        {
+            return Some(chosen);
+        }
         let guests = self.capabilities.iter().flat_map(|c| &c.guests);
         let offered = guests
             .filter(|guest| guest.arch == arch)
@@ -218,6 +226,23 @@ impl NodeFacts {
             }
         }
         machines.into_values().collect()
+    }
+
+    /// Returns the machine type that new guests of the native architecture usually have, as an alias
+    /// if it has one.
+    pub fn usual_machine(&self) -> Option<MachineType> {
+        let arch = self.native_arch()?;
+        let usual: &[&str] = match arch {
+            arch if is_x86(arch) => &["q35", "pc"],
+            "s390x" => &["s390-ccw-virtio"],
+            "ppc64" | "ppc64le" => &["pseries"],
+            _ => &["virt"],
+        };
+        let machines = self.machines(arch);
+        let mut found = usual
+            .iter()
+            .filter_map(|name| machines.iter().find(|m| m.name == **name));
+        found.next().cloned()
     }
 
     /// Returns the machine types of an architecture, sorted by canonical name, with their effective

@@ -15,7 +15,8 @@ use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
 use super::{Exit, Failure};
-use crate::daemon::api::{ApiProblem, OperationList};
+use crate::daemon::api::{ApiProblem, ExternalChangeList, OperationList};
+use crate::external::ExternalRecord;
 use crate::operation::Record;
 
 /// Maximum size of an answer. A thousand operations with all their evidence are smaller.
@@ -86,6 +87,12 @@ impl ApiClient {
         let answer = self.send(Method::GET, "/v1/operations", String::new());
         let list: OperationList = read(answer.await?).await?;
         Ok(list.operations)
+    }
+
+    pub(super) async fn external_changes(&mut self) -> anyhow::Result<Vec<ExternalRecord>> {
+        let answer = self.send(Method::GET, "/v1/external-changes", String::new());
+        let list: ExternalChangeList = read(answer.await?).await?;
+        Ok(list.changes)
     }
 
     /// Returns the states of an operation, as they change.

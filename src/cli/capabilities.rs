@@ -4,7 +4,7 @@ use clap::Args;
 
 use super::offline::OfflineDocuments;
 use super::output::{OutputOption, table};
-use super::{Exit, conclude, probe, runtime};
+use super::{Exit, conclude, probe_labels, runtime};
 use crate::capability::{CanonicalMachine, NodeFacts, Usable};
 use crate::config::Config;
 
@@ -22,7 +22,7 @@ impl CapabilitiesCommand {
         let (facts, exit) = match self.offline.read([])? {
             Some(facts) => (facts, Exit::Done),
             None => {
-                let (reading, _) = runtime()?.block_on(probe(config));
+                let reading = runtime()?.block_on(probe_labels(config));
                 let exit = conclude(&reading, config);
                 (reading.facts, exit)
             }

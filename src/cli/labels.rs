@@ -4,7 +4,7 @@ use clap::Args;
 
 use super::offline::OfflineDocuments;
 use super::output::{OutputOption, complain, table};
-use super::{Exit, conclude, probe, runtime};
+use super::{Exit, conclude, probe_labels, runtime};
 use crate::config::Config;
 use crate::label::{
     CapabilitiesInUse, FactSource, LabelSet, ProbeResult, PublishedLabels, RejectedLabel, derive,
@@ -30,6 +30,7 @@ impl LabelsCommand {
             published.update(ProbeResult {
                 labels: &derivation.labels,
                 failed: &[],
+                unread: &[],
                 in_use: &CapabilitiesInUse::default(),
             });
             let notes = notes(&facts, &config.policy, &derivation.labels);
@@ -44,7 +45,7 @@ impl LabelsCommand {
                 Exit::Done
             });
         }
-        let (reading, _) = runtime()?.block_on(probe(config));
+        let reading = runtime()?.block_on(probe_labels(config));
         let exit = conclude(&reading, config);
         // Without libvirt an empty table would look like an answer.
         if exit == Exit::Unreachable {
@@ -86,6 +87,7 @@ fn decide(reading: &Reading, config: &Config) -> (PublishedLabels, Vec<RejectedL
     published.update(ProbeResult {
         labels: &derivation.labels,
         failed: &failed,
+        unread: &reading.unread,
         in_use: &reading.in_use,
     });
     (published, derivation.rejected)

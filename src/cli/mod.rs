@@ -1,7 +1,7 @@
 //! The command line: one file per command.
 //!
 //! ```text
-//! main → parse → run          no configuration: crd, completions, man
+//! main → parse → run          no configuration: crd, completions, man, sockets
 //!                 └ load Config ┬ one-shot libvirt connection: labels, capabilities, check, targets, doctor
 //!                               ├ daemon's local API (`api_client`): hotplug, operations, doctor
 //!                               └ daemon: run
@@ -24,6 +24,7 @@ mod operations;
 mod options;
 mod output;
 mod run;
+mod sockets;
 mod targets;
 
 use std::path::{Path, PathBuf};
@@ -36,9 +37,11 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 pub use exit::{Exit, Failure};
 
 use crate::config::{Config, Settings};
-use crate::daemon::{Metrics, one_shot_libvirt_config};
+use crate::daemon::{Metrics, NoLibvirt, one_shot_libvirt_config};
+use crate::documents::DocumentDirectory;
 use crate::hypervisor::Libvirt;
-use crate::probe::{Prober, Reading};
+use crate::label::FactSource;
+use crate::probe::{LabelSource, Prober, Reading};
 
 /// Publish the capabilities of a libvirt node as labels, and verify hotplug in its guests
 #[derive(Debug, Parser)]
@@ -79,6 +82,8 @@ enum CliCommand {
     Doctor(doctor::DoctorCommand),
     /// List the cluster's nodes that can run a domain, and the node affinity for its pod
     Targets(targets::TargetsCommand),
+    /// Serve the sockets of KubeVirt's launchers for reading, to a daemon without access to them
+    Sockets(sockets::SocketsCommand),
     /// Remove everything that virtnode published
     Cleanup,
     /// Print the CustomResourceDefinitions, for `kubectl apply`
@@ -146,6 +151,7 @@ impl Cli {
                 arguments.run(options::remove_without_effect(definition()))
             }
             CliCommand::Man(arguments) => arguments.run(command()),
+            CliCommand::Sockets(arguments) => arguments.run(&settings),
             CliCommand::Run(arguments) => arguments.run(config()?, || load().map(drop)),
             CliCommand::Labels(arguments) => arguments.run(&config()?),
             CliCommand::Capabilities(arguments) => arguments.run(&config()?),
@@ -179,25 +185,63 @@ fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
 
 /// Probes this machine once, and returns the connection for further questions. Must be called
 /// within a runtime.
-async fn probe(config: &Config) -> (Reading, Arc<Libvirt>) {
+///
+/// # Errors
+/// The node has no libvirt of its own.
+async fn probe(config: &Config) -> Result<(Reading, Arc<Libvirt>), Failure> {
+    let options = one_shot_libvirt_config(config).map_err(no_libvirt)?;
     let metrics = Metrics::new();
-    let libvirt = Libvirt::start(one_shot_libvirt_config(config), metrics.hypervisor);
+    let libvirt = Libvirt::start(options, metrics.hypervisor);
     let libvirt = Arc::new(libvirt);
     let mut prober = Prober::new(
         Arc::clone(&libvirt),
         Arc::clone(&metrics.labeller.probe),
         Path::new("/").to_owned(),
     );
-    (prober.read().await, libvirt)
+    Ok((prober.read().await, libvirt))
+}
+
+/// Returns the failure of a command that needs a libvirt which does not exist.
+fn no_libvirt(error: NoLibvirt) -> Failure {
+    Failure::new(Exit::Unreachable, error)
+}
+
+/// Probes this machine once for its labels, which KubeVirt's documents may describe. Must be called
+/// within a runtime.
+async fn probe_labels(config: &Config) -> Reading {
+    let metrics = Metrics::new();
+    let options = one_shot_libvirt_config(config).ok();
+    let libvirt = options.map(|options| Arc::new(Libvirt::start(options, metrics.hypervisor)));
+    let source = LabelSource::new(
+        config.label_origin,
+        DocumentDirectory::new(&config.documents),
+        libvirt,
+        None,
+    );
+    let mut prober = Prober::new(
+        Arc::new(source),
+        Arc::clone(&metrics.labeller.probe),
+        Path::new("/").to_owned(),
+    );
+    prober.read().await
 }
 
 /// Prints the failures of a probe, a line each, and returns the exit code of the worst.
 fn conclude(reading: &Reading, config: &Config) -> Exit {
-    let failed_with = |code| reading.failures.iter().find(|failure| failure.code == code);
+    let failed_with = |code| {
+        let whole = reading
+            .failures
+            .iter()
+            .filter(|failure| !failure.is_partial);
+        // The CPU baseline is also unavailable if the document that it depends on is.
+        let mut whole = whole.filter(|failure| failure.source != FactSource::CpuBaseline);
+        whole.find(|failure| failure.code == code)
+    };
     if let Some(failure) = failed_with("unavailable") {
         output::complain(&format!(
             "virtnode: {} (connecting to {})",
-            failure.message, config.connect
+            failure.message,
+            config.connect.as_deref().unwrap_or_default()
         ));
         return Exit::Unreachable;
     }
@@ -210,7 +254,7 @@ fn conclude(reading: &Reading, config: &Config) -> Exit {
     }
     if failed_with("timeout").is_some() {
         Exit::Unreachable
-    } else if reading.failures.is_empty() {
+    } else if reading.failures.iter().all(|failure| failure.is_partial) {
         Exit::Done
     } else {
         Exit::Failed

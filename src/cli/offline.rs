@@ -8,6 +8,7 @@ use clap::Args;
 use super::Failure;
 use super::input::{DocumentInput, ensure_one_stdin};
 use crate::capability::{Capabilities, CpuDefinition, DomainCapabilities, Eim, NodeFacts, Version};
+use crate::documents::DocumentFile;
 use crate::units::whole_number;
 use crate::xml::MAX_BYTES;
 
@@ -15,6 +16,14 @@ use crate::xml::MAX_BYTES;
 #[derive(Debug, Clone, Default, Args)]
 #[command(next_help_heading = "Offline documents (with any of these, this machine is not probed)")]
 pub(super) struct OfflineDocuments {
+    /// Directory with the three documents that KubeVirt's node-labeller writes
+    #[arg(
+        long,
+        value_name = "DIR",
+        conflicts_with_all = ["capabilities", "domain_capabilities", "supported_features"]
+    )]
+    documents: Option<PathBuf>,
+
     /// Output of `virsh capabilities`; - reads standard input
     #[arg(long, value_name = "FILE")]
     capabilities: Option<PathBuf>,
@@ -52,9 +61,41 @@ impl OfflineDocuments {
         other: impl IntoIterator<Item = (&'a str, &'a Path)>,
     ) -> anyhow::Result<Option<NodeFacts>> {
         self.check_stdin(other)?;
+        if let Some(directory) = &self.documents {
+            let mut facts = self.in_directory(directory).facts()?;
+            let document = facts.domain_capabilities.first();
+            facts.domain_type = document.and_then(|document| document.virt_type.clone());
+            return Ok(Some(facts));
+        }
+        let facts = self.facts()?;
+        // An empty document is a document.
+        let has_document = self.capabilities.is_some() || self.supported_features.is_some();
+        Ok((has_document || facts != NodeFacts::default()).then_some(facts))
+    }
+
+    /// Returns these options with the documents of KubeVirt's node-labeller, which writes no
+    /// features on some architectures.
+    fn in_directory(&self, directory: &Path) -> Self {
+        let file = |file: DocumentFile| directory.join(file.name());
+        let supported_features = file(DocumentFile::SupportedFeatures);
+        Self {
+            documents: None,
+            capabilities: Some(file(DocumentFile::Capabilities)),
+            domain_capabilities: vec![file(DocumentFile::DomainCapabilities)],
+            supported_features: supported_features.exists().then_some(supported_features),
+            ..self.clone()
+        }
+    }
+
+    fn facts(&self) -> anyhow::Result<NodeFacts> {
         let capabilities = self.capabilities.as_deref();
         let supported_features = self.supported_features.as_deref();
-        let facts = NodeFacts {
+        let domain_capabilities: Vec<DomainCapabilities> = self
+            .domain_capabilities
+            .iter()
+            .map(|path| read(path, DomainCapabilities::parse))
+            .collect::<anyhow::Result<_>>()?;
+        Ok(NodeFacts {
             libvirt_version: self.libvirt_version,
             hypervisor_version: self.qemu_version,
             eim: self.eim,
@@ -62,19 +103,13 @@ impl OfflineDocuments {
             capabilities: capabilities
                 .map(|path| read(path, Capabilities::parse))
                 .transpose()?,
-            domain_capabilities: self
-                .domain_capabilities
-                .iter()
-                .map(|path| read(path, DomainCapabilities::parse))
-                .collect::<anyhow::Result<_>>()?,
+            domain_capabilities,
+            domain_type: None,
             baseline_cpu: supported_features
                 .map(|path| read(path, CpuDefinition::parse))
                 .transpose()?,
             host: None,
-        };
-        // An empty document is a document.
-        let has_document = capabilities.is_some() || supported_features.is_some();
-        Ok((has_document || facts != NodeFacts::default()).then_some(facts))
+        })
     }
 
     fn check_stdin<'a>(

@@ -1,5 +1,7 @@
 //! `virtnode operations`.
 
+mod external;
+
 use clap::Args;
 
 use super::api_client::{ApiClient, DaemonLookup};
@@ -7,7 +9,7 @@ use super::hotplug::report::request;
 use super::output::{OutputOption, complain, table};
 use super::{Exit, runtime};
 use crate::config::Config;
-use crate::daemon::api::OperationList;
+use crate::daemon::api::{ExternalChangeList, OperationList};
 use crate::domain::plain;
 use crate::journal::{DIRECTORY, Journal};
 use crate::operation::Record;
@@ -20,11 +22,19 @@ const CELL_MAX: usize = 40;
 pub(super) struct OperationsCommand {
     #[command(flatten)]
     output: OutputOption,
+
+    /// List the changes that other clients of libvirt made since the daemon started, and what their
+    /// guests made of them
+    #[arg(long)]
+    external: bool,
 }
 
 impl OperationsCommand {
     /// Lists the daemon's operations, or those in the journal if no daemon runs.
     pub(super) fn run(&self, config: &Config) -> anyhow::Result<Exit> {
+        if self.external {
+            return self.external(config);
+        }
         let operations = runtime()?.block_on(async {
             match ApiClient::find(&config.socket).await? {
                 DaemonLookup::Running(mut daemon) => daemon.operations().await,
@@ -33,6 +43,24 @@ impl OperationsCommand {
         })?;
         let list = OperationList { operations };
         self.output.print(&list, || show(&list.operations))?;
+        Ok(Exit::Done)
+    }
+}
+
+impl OperationsCommand {
+    /// Lists the changes by other clients, which only the daemon knows.
+    fn external(&self, config: &Config) -> anyhow::Result<Exit> {
+        let changes = runtime()?.block_on(async {
+            match ApiClient::find(&config.socket).await? {
+                DaemonLookup::Running(mut daemon) => daemon.external_changes().await,
+                DaemonLookup::Absent(problem) => anyhow::bail!(
+                    "{problem}: changes by other clients are known only to a running daemon \
+                     (virtnode run) with externalChanges.enabled"
+                ),
+            }
+        })?;
+        let list = ExternalChangeList { changes };
+        self.output.print(&list, || external::show(&list.changes))?;
         Ok(Exit::Done)
     }
 }
@@ -46,7 +74,7 @@ fn show(operations: &[Record]) -> String {
         vec![
             record.id.to_string(),
             record.created.to_string(),
-            shortened(&plain(&record.domain.name), CELL_MAX),
+            shortened(&plain(&record.domain.display_name()), CELL_MAX),
             request(&record.request),
             end.to_owned(),
             shortened(&plain(&record.asked_by.to_string()), CELL_MAX),

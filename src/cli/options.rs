@@ -90,6 +90,8 @@ fn is_effective(command: &str, option: &str) -> bool {
             "state_directory",
             "features_directory",
         ],
+        // It has no configuration file.
+        "sockets" => &["log_format", "log"],
         // `virtnode --help` itself: the file is the only setting of interest to every command.
         "virtnode" => &["config"],
         _ => &[],

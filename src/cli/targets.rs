@@ -11,7 +11,7 @@ use serde::Serialize;
 use super::check::{CheckedDomain, running};
 use super::input::{DocumentInput, ensure_one_stdin};
 use super::output::{OutputOption, complain, table};
-use super::{Exit, Failure, runtime};
+use super::{Exit, Failure, no_libvirt, runtime};
 use crate::cluster::{Cluster, ClusterError, NodeInventory, Virtualizations};
 use crate::compat::{
     Affinity, CandidateState, Feasibility, NodeAssessment, Placement, Requirement, RuleSeverity,
@@ -130,7 +130,8 @@ impl TargetsCommand {
         let name = self.domain.as_deref().unwrap_or_default();
         runtime()?.block_on(async {
             let metrics = Metrics::new().hypervisor;
-            let libvirt = Libvirt::start(one_shot_libvirt_config(config), metrics);
+            let options = one_shot_libvirt_config(config).map_err(no_libvirt)?;
+            let libvirt = Libvirt::start(options, metrics);
             Ok(running(name, &libvirt).await?.requirement)
         })
     }

@@ -31,6 +31,8 @@ pub enum EventKind {
 pub struct ObjectEvent {
     /// The object. Events about objects without a namespace are written to `default`.
     pub about: ObjectReference,
+    /// A second object that it is about.
+    pub related: Option<ObjectReference>,
     pub kind: EventKind,
     /// Cause of the event in CamelCase: `LabelConflict`.
     pub reason: String,
@@ -140,6 +142,7 @@ impl Cluster {
             action: Some(event.action.to_owned()),
             note: Some(truncate(&event.note)),
             regarding: Some(event.about.clone()),
+            related: event.related.clone(),
             reporting_controller: Some(FIELD_MANAGER.to_owned()),
             reporting_instance: Some(self.node.chars().take(WORD_MAX).collect()),
             ..Event::default()

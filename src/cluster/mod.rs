@@ -15,6 +15,7 @@ mod hotplugs;
 mod inventory;
 mod managed_fields;
 pub mod objects;
+mod pods;
 mod retry;
 mod virtualization;
 mod watch;
@@ -46,6 +47,7 @@ pub use hotplugs::{
     HotplugChange, HotplugObject, HotplugObjects, ListOptions, ObjectId, ObjectStub,
 };
 pub use inventory::{NodeInventory, NodeSummary, Virtualizations};
+pub use pods::{IdentityError, LauncherPod, LauncherPods};
 pub use retry::Retry;
 pub use watch::NodeChange;
 

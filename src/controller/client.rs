@@ -77,6 +77,7 @@ impl ObjectClient {
     pub(super) fn record_event(&self, id: ObjectId<'_>, kind: EventKind, reason: &str, note: &str) {
         self.events.record(ObjectEvent {
             about: self.objects.reference(id),
+            related: None,
             kind,
             reason: reason.to_owned(),
             action: "Hotplug",

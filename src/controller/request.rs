@@ -109,14 +109,22 @@ fn parse_spec(value: &Value) -> Result<DomainHotplugSpec, ObjectError> {
 fn domain(reference: DomainReference) -> Result<DomainName, ObjectError> {
     let (text, field) = match reference {
         DomainReference {
+            namespace: Some(namespace),
+            name: Some(name),
+            uuid: None,
+        } => (format!("{namespace}/{name}"), "name"),
+        DomainReference {
+            namespace: None,
             name: Some(name),
             uuid: None,
         } => (name, "name"),
         DomainReference {
+            namespace: None,
             name: None,
             uuid: Some(uuid),
         } if is_uuid(&uuid) => (uuid.to_lowercase(), "uuid"),
         DomainReference {
+            namespace: None,
             name: None,
             uuid: Some(uuid),
         } => {
@@ -127,7 +135,7 @@ fn domain(reference: DomainReference) -> Result<DomainName, ObjectError> {
         }
         _ => {
             return Err(invalid(
-                "spec.domain must have exactly one of name and uuid",
+                "spec.domain must have exactly one of name and uuid, and a namespace only with a name",
             ));
         }
     };
@@ -219,6 +227,11 @@ mod tests {
         assert_eq!(order.asked_by.to_string(), "domainhotplug/vm1-to-4");
         assert_eq!(in_words(&order.request), "vcpus=4");
 
+        let kubevirt = order_with(|spec| {
+            spec["domain"] = json!({"namespace": "tenant-a", "name": "web"});
+        });
+        assert_eq!(kubevirt.unwrap().domain.as_str(), "tenant-a/web");
+
         let memory = order_with(|spec| {
             spec["vcpus"] = Value::Null;
             spec["memory"] = json!({"size": "1536Mi"});
@@ -244,6 +257,7 @@ mod tests {
     #[case::later(|spec: &mut Value| spec["attach"] = json!({"disk": {}}), "unknown field `attach`")]
     #[case::no_domain(|spec: &mut Value| spec["domain"] = json!({}), "exactly one of name and uuid")]
     #[case::both(|spec: &mut Value| spec["domain"]["uuid"] = "x".into(), "exactly one of name and uuid")]
+    #[case::namespace_of_a_uuid(|spec: &mut Value| spec["domain"] = json!({"namespace": "tenant-a", "uuid": "2c298bd7-db31-43ec-8ced-225aa039f21b"}), "a namespace only with a name")]
     #[case::uuid(|spec: &mut Value| spec["domain"] = json!({"uuid": "x"}), "not a valid UUID: \"x\"")]
     #[case::name(|spec: &mut Value| spec["domain"]["name"] = "a\nb".into(), "is not a domain's name")]
     #[case::deadline(|spec: &mut Value| spec["deadlineSeconds"] = 3601.into(), "from 1 to 3600")]

@@ -16,7 +16,7 @@ use super::Metrics;
 use super::tasks::Tasks;
 use crate::cluster::objects::Condition;
 use crate::cluster::objects::node_virtualization::HOTPLUG_OBJECTS_WATCHED;
-use crate::cluster::{Cluster, HotplugObjects};
+use crate::cluster::{Cluster, HotplugObjects, LauncherPods};
 use crate::config::Config;
 use crate::controller::{Controller, ControllerOptions};
 use crate::executor::Executor;
@@ -39,10 +39,11 @@ pub(super) struct ClusterTasks {
     events: EventRecorder,
     metrics: Arc<Metrics>,
     start_jitter: Duration,
+    launcher_pods: Option<LauncherPods>,
 }
 
 impl ClusterTasks {
-    /// Starts the event writer.
+    /// Starts the event writer, and the watch of launcher Pods if the configuration enables it.
     pub(super) fn start(
         cluster: Cluster,
         config: &Config,
@@ -51,12 +52,27 @@ impl ClusterTasks {
     ) -> Self {
         let (events, writer) = EventRecorder::new(cluster.clone(), Arc::clone(&metrics.events));
         tasks.start("the event writer", |stop| writer.run(stop));
+        let launchers = &config.launchers;
+        let launcher_pods = (launchers.enabled && launchers.verify_pods).then(|| {
+            let pods = LauncherPods::default();
+            let (following, cluster) = (pods.clone(), cluster.clone());
+            tasks.start("the watch of launcher Pods", |stop| {
+                following.follow(cluster, stop)
+            });
+            pods
+        });
         Self {
             cluster,
             events,
             metrics: Arc::clone(metrics),
             start_jitter: config.start_jitter,
+            launcher_pods,
         }
+    }
+
+    /// Returns the launcher Pods of the node, if the configuration enables their verification.
+    pub(super) fn launcher_pods(&self) -> Option<LauncherPods> {
+        self.launcher_pods.clone()
     }
 
     /// Returns the recorder of events, and the Node to record them on.
@@ -113,7 +129,10 @@ impl ClusterTasks {
             Arc::clone(&self.metrics.virtualization),
         );
         let publisher = VirtualizationPublisher::new(cluster, metrics, options);
-        let publisher = publisher.with_hotplug(hotplug_watched);
+        let mut publisher = publisher.with_hotplug(hotplug_watched);
+        if config.external_changes.enabled {
+            publisher = publisher.with_domains(self.metrics.external.log.not_taken());
+        }
         let connection = hypervisor.connection();
         tasks.start("the NodeVirtualization publisher", |stop| {
             publisher.run(to_publish, connection, stop)
@@ -132,6 +151,7 @@ impl ClusterTasks {
             events,
             metrics,
             start_jitter,
+            ..
         } = self;
         let options = NodePublisherOptions {
             force_conflicts: config.force_conflicts,

@@ -11,6 +11,7 @@ use tokio::sync::watch;
 use tokio::time::{Duration, Instant};
 
 use crate::labeller::LabellerProgress;
+use crate::launchers::Launchers;
 use crate::monitor::Inventory;
 use crate::publish::node::{SyncProblem, SyncState};
 
@@ -25,6 +26,7 @@ pub struct Health {
     progress: watch::Receiver<LabellerProgress>,
     node: Option<watch::Receiver<SyncState>>,
     domains: Option<Arc<Inventory>>,
+    launchers: Option<Arc<Launchers>>,
 }
 
 impl Health {
@@ -39,6 +41,7 @@ impl Health {
             progress,
             node,
             domains: None,
+            launchers: None,
         }
     }
 
@@ -48,6 +51,11 @@ impl Health {
             domains: Some(domains),
             ..self
         }
+    }
+
+    /// Makes readiness depend on the first scan for launchers, if there is one.
+    pub fn with_launchers(self, launchers: Option<Arc<Launchers>>) -> Self {
+        Self { launchers, ..self }
     }
 
     /// Records that the event loop runs.
@@ -91,6 +99,10 @@ impl Health {
             .is_some_and(|domains| !domains.is_known())
         {
             missing.push("first observation of the running domains".to_owned());
+        }
+        let launchers = self.launchers.as_ref();
+        if launchers.is_some_and(|launchers| !launchers.is_scanned()) {
+            missing.push("first scan for launchers".to_owned());
         }
         if let Some(node) = &self.node {
             let state = node.borrow();

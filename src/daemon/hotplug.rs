@@ -9,10 +9,14 @@ use k8s_openapi::api::core::v1::ObjectReference;
 use tokio::sync::watch;
 
 use super::api::OperationService;
+use crate::cluster::LauncherPods;
 use crate::config::Config;
+use crate::domain::{ConnectionId, DomainRef};
 use crate::executor::HotplugMetrics;
-use crate::executor::{Executor, Listener, Options, SubmitError};
+use crate::executor::{Executor, LauncherRights, Listener, Options, SubmitError};
+use crate::external::OwnOperations;
 use crate::host;
+use crate::hotplug::LauncherRight;
 use crate::hypervisor::DomainBackend;
 use crate::journal::Journal;
 use crate::operation::{OperationId, Order, Record};
@@ -24,7 +28,8 @@ use crate::publish::node_events;
 const COUNT_INTERVAL: Duration = Duration::from_secs(15);
 
 /// Starts an executor with the journal in the state directory. It resumes the journal's unfinished
-/// operations. `on_node` receives events about operations that did not succeed.
+/// operations. `on_node` receives events about operations that did not succeed, and `own` every
+/// operation, which is then not taken for a change by another client. `pods` verifies launchers.
 ///
 /// # Errors
 /// The journal cannot be opened or read.
@@ -33,18 +38,49 @@ pub fn start_executor<C: DomainBackend>(
     domains: Arc<C>,
     metrics: &Arc<HotplugMetrics>,
     on_node: Option<(EventRecorder, ObjectReference)>,
+    own: Option<Arc<OwnOperations>>,
+    pods: Option<LauncherPods>,
 ) -> anyhow::Result<Arc<Executor<C>>> {
     let journal = Journal::open(&config.state_directory).context("cannot open the journal")?;
     let options = Options {
         deep_verify: config.deep_verify,
         available_memory: Arc::new(|| host::available_memory(Path::new("/"))),
+        launcher_rights: launcher_rights(config, pods),
         ..Options::default()
     };
     let reporter = OperationReporter {
         metrics: Arc::clone(metrics),
         on_node,
+        own: own.clone(),
     };
-    Ok(Executor::start(domains, journal, options, reporter)?)
+    let executor = Executor::start(domains, journal, options, reporter)?;
+    if let Some(own) = own {
+        // Oldest first: the last operation on a domain counts.
+        executor
+            .operations()
+            .iter()
+            .rev()
+            .for_each(|record| own.record(record));
+    }
+    Ok(executor)
+}
+
+/// Returns the rights on domains in launchers: with `launchers.hotplug`, on each whose identity the
+/// API server confirms.
+fn launcher_rights(config: &Config, pods: Option<LauncherPods>) -> LauncherRights {
+    if !config.launchers.hotplug {
+        return Arc::new(|_| LauncherRight::Off);
+    }
+    Arc::new(move |domain: &DomainRef| {
+        let (Some(pods), ConnectionId::Launcher { pod }) = (&pods, &domain.connection) else {
+            let reason = "this daemon is not connected to an API server (publish: [node])";
+            return LauncherRight::Unverified(reason.to_owned());
+        };
+        match pods.verify(pod, domain.namespace_and_name()) {
+            Ok(_) => LauncherRight::Granted,
+            Err(error) => LauncherRight::Unverified(error.to_string()),
+        }
+    })
 }
 
 /// Keeps the journal's metrics up to date, forever.
@@ -82,11 +118,15 @@ impl<C: DomainBackend> OperationService for Executor<C> {
 struct OperationReporter {
     metrics: Arc<HotplugMetrics>,
     on_node: Option<(EventRecorder, ObjectReference)>,
+    own: Option<Arc<OwnOperations>>,
 }
 
 impl Listener for OperationReporter {
     fn changed(&self, record: &Record) {
         self.metrics.changed(record);
+        if let Some(own) = &self.own {
+            own.record(record);
+        }
         if let Some((events, node)) = &self.on_node
             && let Some(event) = node_events::of_operation(node, record)
         {

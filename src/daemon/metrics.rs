@@ -5,8 +5,10 @@ use std::sync::Arc;
 use crate::controller::ObjectMetrics;
 use crate::doctor::DoctorMetrics;
 use crate::executor::HotplugMetrics;
+use crate::external::ExternalMetrics;
 use crate::hypervisor::HypervisorMetrics;
 use crate::labeller::LabellerMetrics;
+use crate::launchers::LauncherMetrics;
 use crate::monitor::Inventory;
 use crate::probe::ProbeMetrics;
 use crate::publish::metrics::{EventMetrics, SyncMetrics, VirtualizationMetrics};
@@ -23,6 +25,8 @@ pub struct Metrics {
     pub objects: Arc<ObjectMetrics>,
     pub inventory: Arc<Inventory>,
     pub doctor: Arc<DoctorMetrics>,
+    pub launchers: Arc<LauncherMetrics>,
+    pub external: Arc<ExternalMetrics>,
 }
 
 impl Metrics {
@@ -46,6 +50,8 @@ impl Metrics {
             objects: Arc::new(ObjectMetrics::register(&registry)),
             inventory: Inventory::register(&registry),
             doctor: Arc::new(DoctorMetrics::register(&registry)),
+            launchers: Arc::new(LauncherMetrics::register(&registry)),
+            external: Arc::new(ExternalMetrics::register(&registry)),
             registry,
         }
     }

@@ -7,8 +7,9 @@
 //!          ├ executor ┬ controller ─────────────────────────────┤
 //!          │          ├ events ──── event writer ───────────────┘
 //!          │          └ local API
-//!          └ monitor ── inventory ┬ HTTP server, local API
-//!                                 └ doctor
+//!          ├ monitor ┬ inventory ┬ HTTP server, local API
+//!          │         │           └ doctor
+//!          └ verifier of external changes (if enabled) ── local API, metrics
 //! ```
 //!
 //! **Ownership.** [`Tasks`] owns every task; tasks share the libvirt adapter, [`Metrics`] and
@@ -34,6 +35,7 @@
 
 pub mod api;
 mod cluster;
+mod external;
 mod health;
 pub mod hotplug;
 mod http;
@@ -57,24 +59,31 @@ use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
-use tracing::{error, info};
+use tracing::{error, info, warn};
 
 use self::cluster::ClusterTasks;
 pub use self::metrics::Metrics;
 use self::tasks::Tasks;
-use crate::cluster::Cluster;
+use crate::cluster::{Cluster, LauncherPods};
 use crate::config::{Config, ConfigError, PublishTarget};
 use crate::connections::ConnectionSet;
 use crate::doctor::{DoctorScope, DoctorTask};
+use crate::documents::DocumentDirectory;
 use crate::domain::ConnectionId;
 use crate::executor::Executor;
-use crate::hypervisor::Libvirt;
+use crate::external::{ExternalChanges, OwnOperations, ServiceOptions};
+use crate::files::raise_descriptor_limit;
+use crate::hotplug::Patience;
+use crate::hypervisor::{Libvirt, Workers};
 use crate::labeller::{Labeller, Outputs};
+use crate::launchers::{LauncherScan, Launchers};
 use crate::monitor::Monitor;
+use crate::probe::{LabelSource, ObserveLaunchers};
 use crate::publish::events::EventRecorder;
 use crate::publish::file::FilePublisher;
 use api::Access;
 pub use health::Health;
+pub use options::NoLibvirt;
 pub(crate) use options::{cluster_config, libvirt_config, one_shot_libvirt_config};
 pub use signals::block_hangup;
 pub use socket::{LocalSocket, Peer};
@@ -100,7 +109,7 @@ pub async fn run(
     info!(
         version = env!("CARGO_PKG_VERSION"),
         commit = env!("VIRTNODE_COMMIT"),
-        connect = %config.connect,
+        connect = config.connect.as_deref().unwrap_or("none"),
         publish = ?config.publish,
         schema = %config.policy.schema,
         "virtnode starting"
@@ -129,10 +138,27 @@ fn notify(state: NotifyState<'_>) {
 
 async fn start(config: &Config, listener: TcpListener, tasks: &mut Tasks) -> anyhow::Result<()> {
     let metrics = Arc::new(Metrics::new());
-    let libvirt = Libvirt::start(libvirt_config(config), Arc::clone(&metrics.hypervisor));
-    let libvirt = Arc::new(libvirt);
-    let host = (ConnectionId::Host, Arc::clone(&libvirt));
-    let connections = Arc::new(ConnectionSet::new(vec![host]));
+    let workers = Workers::new();
+    let libvirt = libvirt_config(config).ok().map(|options| {
+        let calls = Arc::clone(&metrics.hypervisor);
+        Arc::new(Libvirt::start_on(workers.clone(), options, calls))
+    });
+    if libvirt.is_none() {
+        metrics.registry.remove(&metrics.hypervisor.connected);
+    }
+    let host = libvirt.clone().map(|libvirt| (ConnectionId::Host, libvirt));
+    let connections = ConnectionSet::new(host.into_iter().collect());
+    let connections = Arc::new(connections.with_launcher_changes(config.launchers.hotplug));
+    let launchers = start_launchers(config, &workers, &connections, &metrics, tasks);
+    let observed = launchers
+        .clone()
+        .map(|launchers| Box::new(move || launchers.census().into()) as ObserveLaunchers<Libvirt>);
+    let source = Arc::new(LabelSource::new(
+        config.label_origin,
+        DocumentDirectory::new(&config.documents),
+        libvirt,
+        observed,
+    ));
     let cluster_tasks = if config.publishes_to(PublishTarget::Node) {
         let cluster = Cluster::connect(cluster_config(config)?).await?;
         Some(ClusterTasks::start(cluster, config, &metrics, tasks))
@@ -141,7 +167,20 @@ async fn start(config: &Config, listener: TcpListener, tasks: &mut Tasks) -> any
     };
 
     let events = cluster_tasks.as_ref().map(ClusterTasks::events);
-    let executor = start_hotplug(config, &connections, &metrics, events, tasks);
+    let pods = cluster_tasks.as_ref().and_then(ClusterTasks::launcher_pods);
+    let on_instance = events.clone().zip(pods.clone());
+    let on_verdict = on_instance.map(|((events, _), pods)| external::record_events(events, pods));
+    let verifies = config.external_changes.enabled;
+    let own = verifies.then(Arc::<OwnOperations>::default);
+    let executor = start_hotplug(
+        config,
+        &connections,
+        &metrics,
+        events,
+        own.clone(),
+        pods,
+        tasks,
+    );
     if let Err(error) = &executor {
         error!("hotplug is off until the next start: {error:#}");
     }
@@ -168,22 +207,34 @@ async fn start(config: &Config, listener: TcpListener, tasks: &mut Tasks) -> any
                  start hotplug. Its log has the reason.",
             ),
         };
-        cluster_tasks.start_publishers(config, &libvirt, watched, &mut outputs, tasks)
+        cluster_tasks.start_publishers(config, &source, watched, &mut outputs, tasks)
     });
     let root = Path::new("/").to_owned();
     let labeller = Labeller::new(
-        Arc::clone(&libvirt),
+        source,
         config.policy.clone(),
         config.probe_interval,
         root.clone(),
         outputs,
         Arc::clone(&metrics.labeller),
     );
-    let monitor = Monitor::new(connections, Arc::clone(&metrics.inventory));
+    let monitor = Monitor::new(Arc::clone(&connections), Arc::clone(&metrics.inventory));
+    if let Some(own) = own {
+        let options = ServiceOptions {
+            grace: config.external_changes.grace,
+            patience: Patience::default(),
+        };
+        let metrics = Arc::clone(&metrics.external);
+        let changes = ExternalChanges::new(connections, options, monitor.sightings(), own, metrics);
+        let changes = changes.with_listener(on_verdict);
+        tasks.start("the verifier of external changes", |stop| changes.run(stop));
+    }
     let scope = DoctorScope {
         root,
         uri: config.connect.clone(),
         policy: config.policy.clone(),
+        label_origin: config.label_origin,
+        documents: config.documents.clone(),
     };
     let doctor = DoctorTask::new(
         scope,
@@ -193,7 +244,8 @@ async fn start(config: &Config, listener: TcpListener, tasks: &mut Tasks) -> any
         Arc::clone(&metrics.doctor),
     );
     let health = Health::new(labeller.progress(), sync_state);
-    let health = Arc::new(health.with_domains(Arc::clone(&metrics.inventory)));
+    let health = health.with_domains(Arc::clone(&metrics.inventory));
+    let health = Arc::new(health.with_launchers(launchers));
     tasks.start("the labeller", |stop| labeller.run(stop));
     tasks.start("the monitor of running domains", |stop| monitor.run(stop));
     tasks.start("the doctor", |stop| doctor.run(stop));
@@ -204,6 +256,34 @@ async fn start(config: &Config, listener: TcpListener, tasks: &mut Tasks) -> any
     Ok(())
 }
 
+/// Starts the connections to launchers, if the configuration enables them.
+fn start_launchers(
+    config: &Config,
+    workers: &Workers,
+    connections: &Arc<ConnectionSet<Libvirt>>,
+    metrics: &Arc<Metrics>,
+    tasks: &mut Tasks,
+) -> Option<Arc<Launchers>> {
+    if !config.launchers.enabled {
+        return None;
+    }
+    if let Err(error) = raise_descriptor_limit() {
+        warn!(%error, "cannot raise the limit of open files; many launchers may exceed it");
+    }
+    let scan = LauncherScan::new(
+        config.launchers.clone(),
+        workers,
+        Arc::clone(connections),
+        Arc::clone(&metrics.hypervisor),
+        Arc::clone(&metrics.launchers),
+    );
+    let launchers = scan.launchers();
+    tasks.start("the connections to launchers", |stop| scan.run(stop));
+    let directory = config.launchers.directory.display();
+    info!(%directory, "connecting to launchers");
+    Some(launchers)
+}
+
 /// Starts the executor and the local API. Returns the executor, or `None` if the configuration
 /// disables hotplug.
 fn start_hotplug(
@@ -211,6 +291,8 @@ fn start_hotplug(
     connections: &Arc<ConnectionSet<Libvirt>>,
     metrics: &Arc<Metrics>,
     events: Option<(EventRecorder, ObjectReference)>,
+    own: Option<Arc<OwnOperations>>,
+    pods: Option<LauncherPods>,
     tasks: &mut Tasks,
 ) -> anyhow::Result<Option<Arc<Executor<ConnectionSet<Libvirt>>>>> {
     // Before the journal, because the socket excludes a second daemon, which would resume the same
@@ -219,9 +301,15 @@ fn start_hotplug(
     let socket = api::bind(&config.socket, gid)
         .with_context(|| format!("cannot serve the local API at {}", config.socket.display()))?;
     let executor = if config.hotplug {
-        let executor =
-            hotplug::start_executor(config, Arc::clone(connections), &metrics.hotplug, events)
-                .context("cannot start hotplug (hotplug.enabled: false disables it)")?;
+        let executor = hotplug::start_executor(
+            config,
+            Arc::clone(connections),
+            &metrics.hotplug,
+            events,
+            own,
+            pods,
+        )
+        .context("cannot start hotplug (hotplug.enabled: false disables it)")?;
         let (metrics, running) = (Arc::clone(metrics), Arc::clone(&executor));
         tasks.start("the executor", |stop: CancellationToken| async move {
             let counting = hotplug::count_operations(&running, &metrics.hotplug);
@@ -233,7 +321,10 @@ fn start_hotplug(
         None
     };
     let access = Access::new(config.allowed_uids.clone(), config.allowed_gids.clone());
-    let router = api::router(executor.clone(), Arc::clone(&metrics.inventory), access);
+    let verifies = config.external_changes.enabled;
+    let external = verifies.then(|| Arc::clone(&metrics.external.log));
+    let inventory = Arc::clone(&metrics.inventory);
+    let router = api::router(executor.clone(), inventory, external, access);
     tasks.start_endless("the local API", api::serve(socket, router));
     info!(socket = %config.socket.display(), hotplug = config.hotplug, "serving the local API");
     Ok(executor)

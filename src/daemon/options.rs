@@ -1,25 +1,38 @@
 //! Translates the configuration into the options of each adapter, for the daemon and the commands.
 
 use anyhow::Context;
+use thiserror::Error;
 
 use crate::cluster::ClusterConfig;
 use crate::config::Config;
 use crate::hypervisor::LibvirtConfig;
 
+/// The configuration says that this machine has no libvirt of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[error("this node has no libvirt of its own (connect: none in the configuration)")]
+pub struct NoLibvirt;
+
 /// Returns the options of the daemon's libvirt connection.
-pub(crate) fn libvirt_config(config: &Config) -> LibvirtConfig {
-    LibvirtConfig {
+///
+/// # Errors
+/// The node has no libvirt.
+pub(crate) fn libvirt_config(config: &Config) -> Result<LibvirtConfig, NoLibvirt> {
+    let uri = config.connect.clone().ok_or(NoLibvirt)?;
+    Ok(LibvirtConfig {
         call_deadline: config.call_deadline,
-        ..LibvirtConfig::new(config.connect.clone())
-    }
+        ..LibvirtConfig::new(uri)
+    })
 }
 
 /// Returns the options of a libvirt connection for a few questions, without events.
-pub(crate) fn one_shot_libvirt_config(config: &Config) -> LibvirtConfig {
-    LibvirtConfig {
+///
+/// # Errors
+/// The node has no libvirt.
+pub(crate) fn one_shot_libvirt_config(config: &Config) -> Result<LibvirtConfig, NoLibvirt> {
+    Ok(LibvirtConfig {
         events: false,
-        ..libvirt_config(config)
-    }
+        ..libvirt_config(config)?
+    })
 }
 
 /// Returns the cluster and Node that a configuration names.

@@ -6,6 +6,7 @@
 //! only the host's files. Neither fails: an observation that could not be made is reported as such.
 
 pub mod checks;
+mod documents;
 mod metrics;
 
 pub use self::metrics::DoctorMetrics;
@@ -21,11 +22,13 @@ use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use crate::capability::NodeFacts;
+use crate::config::LabelOrigin;
 use crate::doctor::checks::observed::{
-    Daemon, LibvirtFailure, LibvirtStatus, Observed, ObservedDomain, Undetailed,
+    Daemon, HostSurvey, LibvirtFailure, LibvirtStatus, Observed, ObservedDocuments, ObservedDomain,
+    Undetailed,
 };
 use crate::doctor::checks::{Check, DoctorReport, Severity, diagnose};
-use crate::domain::MemoryDevice;
+use crate::domain::{ConnectionId, MemoryDevice};
 use crate::host;
 use crate::hotplug::Agent;
 use crate::hypervisor::{DomainBackend, DomainRef, NodeSource};
@@ -56,8 +59,27 @@ const RECHECK: Duration = Duration::from_secs(3);
 pub struct DoctorScope {
     /// Root of the host's file system.
     pub root: PathBuf,
-    pub uri: String,
+    /// `None` if this machine has no libvirt of its own.
+    pub uri: Option<String>,
     pub policy: Policy,
+    pub label_origin: LabelOrigin,
+    /// Directory of KubeVirt's documents.
+    pub documents: PathBuf,
+}
+
+impl DoctorScope {
+    fn survey(&self) -> HostSurvey {
+        host::survey(&self.root, self.uri.as_deref().and_then(socket_of))
+    }
+
+    /// Returns the status of a libvirt that was not asked yet.
+    fn libvirt(&self) -> LibvirtStatus {
+        LibvirtStatus {
+            uri: self.uri.clone().unwrap_or_default(),
+            is_absent: self.uri.is_none(),
+            ..LibvirtStatus::default()
+        }
+    }
 }
 
 /// Observes host, libvirt and running domains once. Never fails, and returns within about two
@@ -69,16 +91,21 @@ pub async fn observe_node<H: NodeSource, C: DomainBackend>(
     daemon: Daemon,
 ) -> Observed {
     let mut observed = Observed {
-        host: host::survey(&scope.root, socket_of(&scope.uri)),
-        libvirt: LibvirtStatus {
-            uri: scope.uri.clone(),
-            ..LibvirtStatus::default()
-        },
+        host: scope.survey(),
+        libvirt: scope.libvirt(),
         facts: Arc::new(NodeFacts::default()),
+        documents: documents::read_documents(scope).await,
         rejected: Vec::new(),
         domains: Ok(Vec::new()),
         daemon,
     };
+    if observed.libvirt.is_absent {
+        observed.domains = Err("only the daemon knows the domains of launchers".to_owned());
+        if let Some(facts) = &observed.documents.facts {
+            observed.rejected = derive(facts, &scope.policy).rejected;
+        }
+        return observed;
+    }
     // Queried first and alone: if this fails, the remaining queries would each wait for their timeout.
     if let Err(error) = hypervisor.versions().await {
         observed.libvirt.failure = Some(LibvirtFailure {
@@ -112,6 +139,9 @@ pub async fn observe_node<H: NodeSource, C: DomainBackend>(
 /// Records the prober's failures: the connection as a whole, or the unanswered queries by the name
 /// of virsh's command.
 fn record_failures(libvirt: &mut LibvirtStatus, failures: &[SourceFailure]) {
+    if libvirt.is_absent {
+        return;
+    }
     // The CPU baseline is also unavailable if the document that it depends on is.
     let lost = |failure: &&SourceFailure| {
         failure.code == "unavailable" && failure.source != FactSource::CpuBaseline
@@ -155,7 +185,8 @@ async fn observe_domains<C: DomainBackend>(control: &C) -> Result<Vec<ObservedDo
     let mut seen: Vec<ObservedDomain> = running
         .into_iter()
         .map(|stats| ObservedDomain {
-            name: stats.id.name,
+            name: stats.id.display_name().into_owned(),
+            connection: stats.id.connection,
             uuid: stats.id.uuid,
             state: stats.state,
             stats: stats.stats,
@@ -241,8 +272,8 @@ pub struct DoctorTask {
     latest: watch::Receiver<Option<Arc<LatestProbe>>>,
     sight: watch::Receiver<ObservedDomains>,
     metrics: Arc<DoctorMetrics>,
-    /// Plugged virtio-mem sizes of guests that lack memory, by UUID, with the time of the last change.
-    memory: HashMap<String, (Instant, BTreeMap<String, Bytes>)>,
+    /// Plugged virtio-mem sizes of guests that lack memory, with the time of the last change.
+    memory: HashMap<(ConnectionId, String), (Instant, BTreeMap<String, Bytes>)>,
     /// Errors already logged.
     logged: Vec<String>,
 }
@@ -286,11 +317,10 @@ impl DoctorTask {
 
     /// Combines the latest readings of labeller and monitor with a survey of the host's files.
     fn observe(&mut self, latest: &LatestProbe) -> Observed {
-        let mut libvirt = LibvirtStatus {
-            uri: self.scope.uri.clone(),
-            ..LibvirtStatus::default()
-        };
-        record_failures(&mut libvirt, &latest.failures);
+        let mut libvirt = self.scope.libvirt();
+        if !latest.from_files {
+            record_failures(&mut libvirt, &latest.failures);
+        }
         let sight = self.sight.borrow_and_update().clone();
         let domains = match sight {
             Some(Ok(domains)) => Ok(domains.to_vec()),
@@ -298,9 +328,10 @@ impl DoctorTask {
             None => Err("not observed yet".to_owned()),
         };
         let mut observed = Observed {
-            host: host::survey(&self.scope.root, socket_of(&self.scope.uri)),
+            host: self.scope.survey(),
             libvirt,
             facts: Arc::clone(&latest.facts),
+            documents: self.documents(latest),
             rejected: latest.rejected.clone(),
             domains,
             daemon: match self.metrics.registry.encode() {
@@ -316,6 +347,23 @@ impl DoctorTask {
         observed
     }
 
+    /// Returns the documents as the latest probe read them. It does not read those that it does not use.
+    fn documents(&self, latest: &LatestProbe) -> ObservedDocuments {
+        let failures = latest.failures.iter();
+        let failures = failures.filter(|failure| {
+            use FactSource::{Capabilities, CpuBaseline, DomainCapabilities};
+            let is_document = [Capabilities, DomainCapabilities, CpuBaseline];
+            is_document.contains(&failure.source)
+        });
+        ObservedDocuments {
+            directory: self.scope.documents.display().to_string(),
+            exist: latest.from_files,
+            used: latest.from_files,
+            problems: failures.map(|failure| failure.message.clone()).collect(),
+            facts: None,
+        }
+    }
+
     /// Sets `earlier` of the guests whose plugged memory has not changed for [`RECHECK`].
     fn add_earlier_memory(&mut self, observed: &mut Observed) {
         let Ok(domains) = &mut observed.domains else {
@@ -324,14 +372,15 @@ impl DoctorTask {
         let mut memory = HashMap::new();
         for seen in domains.iter_mut().filter(|seen| lacks_memory(seen)) {
             let plugged = plugged_memory(seen);
-            let since = match self.memory.remove(&seen.uuid) {
+            let key = (seen.connection.clone(), seen.uuid.clone());
+            let since = match self.memory.remove(&key) {
                 Some((since, before)) if before == plugged => since,
                 _ => Instant::now(),
             };
             if since.elapsed() >= RECHECK {
                 seen.earlier.clone_from(&plugged);
             }
-            memory.insert(seen.uuid.clone(), (since, plugged));
+            memory.insert(key, (since, plugged));
         }
         self.memory = memory;
     }
@@ -379,6 +428,7 @@ mod tests {
             source,
             code,
             message: "why".to_owned(),
+            is_partial: false,
         }
     }
 

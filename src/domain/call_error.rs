@@ -34,6 +34,9 @@ pub enum CallError {
     /// The domain does not exist (`VIR_ERR_NO_DOMAIN`).
     #[error("libvirt has no such domain: {0}")]
     NotFound(String),
+    /// Several domains have the name or UUID.
+    #[error("{0}")]
+    Ambiguous(String),
     /// The domain is not running (`VIR_ERR_OPERATION_INVALID` of a domain that is not active).
     #[error("the domain is not running: {0}")]
     NotRunning(String),
@@ -78,6 +81,9 @@ pub enum CallError {
         call: Cow<'static, str>,
         text: String,
     },
+    /// A document on disk cannot be used.
+    #[error("{document}: {text}")]
+    Unreadable { document: String, text: String },
     /// Any other error.
     #[error("libvirt failed {call}: {text} (error {code})")]
     Failed {
@@ -112,11 +118,13 @@ impl CallError {
             Self::Unsupported { .. } => "unsupported",
             Self::Denied { .. } => "denied",
             Self::NotFound(_) => "domain-not-found",
+            Self::Ambiguous(_) => "domain-ambiguous",
             Self::NotRunning(_) => "domain-not-running",
             Self::AgentSilent { .. } => "agent-unavailable",
             Self::AgentRefused { .. } => "agent-refused",
             Self::UnplugPending { .. } => "unplug-pending",
             Self::Busy { .. } => "busy",
+            Self::Unreadable { .. } => "unreadable",
             Self::Failed { .. } => "failed",
         }
     }
@@ -126,6 +134,7 @@ impl CallError {
         match self {
             Self::Unavailable(_) | Self::Overdue { .. } | Self::Lost(_) => None,
             Self::NotFound(text)
+            | Self::Ambiguous(text)
             | Self::NotRunning(text)
             | Self::Busy { text, .. }
             | Self::UnplugPending { text, .. }
@@ -133,6 +142,7 @@ impl CallError {
             | Self::AgentRefused { text, .. }
             | Self::Denied { text, .. }
             | Self::Unsupported { text, .. }
+            | Self::Unreadable { text, .. }
             | Self::Failed { text, .. } => Some(text),
         }
     }

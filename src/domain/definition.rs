@@ -6,7 +6,7 @@
 //! ```text
 //!             ┌▶ DomainDefinition ┬▶ Domain       hotplug, monitor: vCPUs, memory, agent
 //! domain XML ─┤                   └▶ Requirement  check and targets (src/compat)
-//!             └▶ NodeRequirements                 labels: machine type, CPU model and features
+//!             └▶ NodeRequirements                 labels: machine type, CPU, security, scheduler
 //! ```
 //!
 //! Element names and defaults follow docs/formatdomain.rst of libvirt 9.0 to 12.x. An unknown
@@ -118,7 +118,7 @@ impl DomainDefinition {
                 self.placement.read_vcpu(element)?;
                 self.vcpus.read_count(cursor, element)?;
             }
-            "cputune" => cursor.children(|_, child| self.placement.read_pin(child))?,
+            "cputune" => cursor.children(|_, child| self.placement.read_tune(child))?,
             "numatune" => cursor.children(|_, child| self.placement.read_numatune(child))?,
             "clock" => cursor.children(|_, child| self.read_timer(child))?,
             "vcpus" => self.vcpus.read_each(cursor)?,

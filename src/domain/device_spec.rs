@@ -25,6 +25,9 @@ pub struct DeviceSpec {
     pub backend: Option<DeviceBackend>,
     /// The number of a controller.
     pub index: Option<String>,
+    pub alias: Option<String>,
+    /// The hardware address of a network interface.
+    pub mac: Option<String>,
 }
 
 /// `<backend>` of a device.
@@ -59,6 +62,8 @@ impl DeviceSpec {
                 self.bus = child.text("bus")?.or(self.bus.take());
             }
             "driver" => self.driver = child.text("type")?,
+            "alias" => self.alias = child.text("name")?,
+            "mac" => self.mac = child.text("address")?,
             "backend" => {
                 let (kind, model) = (child.text("type")?, child.text("model")?);
                 // The type of a backend of `<rng>` is that of its character device.

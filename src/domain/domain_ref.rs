@@ -4,6 +4,7 @@
 //! its own, one libvirt in each KubeVirt launcher pod, and QEMU processes with bare QMP sockets.
 //! So the connection is part of the identity.
 
+use std::borrow::Cow;
 use std::cmp::Ordering;
 use std::fmt;
 use std::hash::{Hash, Hasher};
@@ -27,6 +28,16 @@ pub enum ConnectionId {
 }
 
 impl ConnectionId {
+    /// Returns the connection to the libvirt in a launcher pod.
+    pub fn launcher(pod: impl Into<String>) -> Self {
+        Self::Launcher { pod: pod.into() }
+    }
+
+    /// True for the libvirt of a launcher pod.
+    pub fn is_launcher(&self) -> bool {
+        matches!(self, Self::Launcher { .. })
+    }
+
     /// True for the connection that records do not mention.
     pub fn is_host(&self) -> bool {
         *self == Self::Host
@@ -93,10 +104,33 @@ impl DomainRef {
         }
     }
 
+    /// Returns the namespace and the name of the virtual machine that a launcher's domain belongs
+    /// to; `None` for any other domain. KubeVirt names the domain `namespace_name`, and neither part
+    /// can have an underscore. A launcher can choose any name, so this is a claim.
+    pub fn namespace_and_name(&self) -> Option<(&str, &str)> {
+        match self.connection {
+            ConnectionId::Launcher { .. } => split_namespace(&self.name),
+            ConnectionId::Host | ConnectionId::Qmp { .. } => None,
+        }
+    }
+
+    /// Returns the name for people: `namespace/name` for a launcher's domain.
+    pub fn display_name(&self) -> Cow<'_, str> {
+        match self.namespace_and_name() {
+            Some((namespace, name)) => format!("{namespace}/{name}").into(),
+            None => self.name.as_str().into(),
+        }
+    }
+
     /// Returns the identity: the connection and the UUID.
     pub fn key(&self) -> (&ConnectionId, &str) {
         (&self.connection, &self.uuid)
     }
+}
+
+fn split_namespace(domain: &str) -> Option<(&str, &str)> {
+    let parts = domain.split_once('_');
+    parts.filter(|(namespace, name)| !namespace.is_empty() && !name.is_empty())
 }
 
 /// True if a text is spelled like a UUID. A domain's name may be, too.
@@ -181,5 +215,25 @@ mod tests {
         let json = serde_json::to_string(&elsewhere).unwrap();
         let read: DomainRef = serde_json::from_str(&json).unwrap();
         assert_eq!(read, elsewhere);
+    }
+
+    #[test]
+    fn namespace_is_split_off_a_launchers_domain_only() {
+        let split = |connection: &str, name: &str| {
+            let domain = DomainRef {
+                connection: connection.parse().unwrap(),
+                ..DomainRef::on_host(name, "u")
+            };
+            let parts = domain.namespace_and_name();
+            let parts = parts.map(|(namespace, name)| (namespace.to_owned(), name.to_owned()));
+            (parts, domain.display_name().into_owned())
+        };
+        let (parts, shown) = split("launcher:p", "tenant-a_web");
+        assert_eq!(parts, Some(("tenant-a".to_owned(), "web".to_owned())));
+        assert_eq!(shown, "tenant-a/web");
+        assert_eq!(split("host", "tenant-a_web"), (None, "tenant-a_web".into()));
+        for odd in ["web", "_web", "tenant_", ""] {
+            assert_eq!(split("launcher:p", odd), (None, odd.to_owned()));
+        }
     }
 }

@@ -1,5 +1,6 @@
 //! Domains: the reader of their XML, the views of it, states, jobs and statistics. Pure.
 
+mod attached;
 mod call_error;
 mod cpu;
 mod definition;
@@ -21,6 +22,7 @@ mod stats;
 mod text;
 mod vcpus;
 
+pub use attached::{AttachedDevice, AttachedKind};
 pub use call_error::CallError;
 pub use cpu::{CpuCheck, CpuRequirement, DomainCpu, PhysicalAddress, VcpuTopology};
 pub use definition::{DomainDefinition, Gic, IoApicDriver};

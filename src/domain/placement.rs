@@ -50,7 +50,7 @@ impl HostPlacement {
     }
 
     /// Reads a child of `<cputune>`.
-    pub(super) fn read_pin(&mut self, element: &Element<'_>) -> Result<(), ElementError> {
+    pub(super) fn read_tune(&mut self, element: &Element<'_>) -> Result<(), ElementError> {
         let Some(cpus) = element.non_empty("cpuset")? else {
             return Ok(());
         };

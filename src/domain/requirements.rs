@@ -2,8 +2,8 @@
 
 use crate::xml::{self, Cursor, DocumentError, Element, ElementError};
 
-/// The machine type, CPU model and CPU features that a running domain depends on. libvirt writes
-/// the canonical machine type and, for host-model, the resolved model into the live XML.
+/// The capabilities of its node that a running domain depends on. libvirt writes the canonical
+/// machine type and, for host-model, the resolved model into the live XML.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct NodeRequirements {
     /// The machine type by canonical name.
@@ -11,24 +11,63 @@ pub struct NodeRequirements {
     /// `None` with host-passthrough.
     pub cpu_model: Option<String>,
     pub cpu_features: Vec<String>,
+    /// The enabled Hyper-V enlightenments, by libvirt's names.
+    pub enlightenments: Vec<String>,
+    /// The kind of confidential guest: `sev`, `sev-snp`, `tdx`, `s390-pv`.
+    pub launch_security: Option<String>,
+    /// True if vCPUs have a real-time scheduler.
+    pub real_time: bool,
 }
 
 impl NodeRequirements {
     /// Reads a domain's live XML; `document` names it in errors.
     ///
-    /// Only `<os>` and `<cpu>` are read, so a malformed value elsewhere costs no label.
+    /// Only what a label depends on is read, so a malformed value elsewhere costs no label.
     ///
     /// # Errors
     /// A document that is not a domain, or in which a value that is needed is malformed.
     pub fn parse(document: &str, bytes: &[u8]) -> Result<Self, DocumentError> {
         xml::read(document, bytes, &["domain"], |cursor, _| {
             let mut requirements = Self::default();
-            cursor.children(|cursor, child| match child.name() {
-                "os" => cursor.children(|cursor, child| requirements.read_os(cursor, child)),
-                "cpu" => cursor.children(|cursor, child| requirements.read_cpu(cursor, child)),
-                _ => cursor.skip(),
-            })?;
+            cursor.children(|cursor, child| requirements.read_child(cursor, child))?;
             Ok(requirements)
+        })
+    }
+
+    fn read_child(
+        &mut self,
+        cursor: &mut Cursor<'_>,
+        child: &Element<'_>,
+    ) -> Result<(), ElementError> {
+        match child.name() {
+            "os" => cursor.children(|cursor, child| self.read_os(cursor, child)),
+            "cpu" => cursor.children(|cursor, child| self.read_cpu(cursor, child)),
+            "features" => cursor.children(|cursor, child| self.read_feature(cursor, child)),
+            "cputune" => cursor.children(|cursor, child| {
+                self.real_time |= child.name() == "vcpusched" && is_real_time(child)?;
+                cursor.skip()
+            }),
+            "launchSecurity" => {
+                self.launch_security = child.text("type")?;
+                cursor.skip()
+            }
+            _ => cursor.skip(),
+        }
+    }
+
+    fn read_feature(
+        &mut self,
+        cursor: &mut Cursor<'_>,
+        element: &Element<'_>,
+    ) -> Result<(), ElementError> {
+        if element.name() != "hyperv" {
+            return cursor.skip();
+        }
+        cursor.children(|cursor, enlightenment| {
+            if enlightenment.attribute("state")?.as_deref() == Some("on") {
+                self.enlightenments.push(enlightenment.name().to_owned());
+            }
+            cursor.skip()
         })
     }
 
@@ -64,6 +103,12 @@ impl NodeRequirements {
     }
 }
 
+/// True if a `<vcpusched>` gives vCPUs a real-time scheduler.
+fn is_real_time(element: &Element<'_>) -> Result<bool, ElementError> {
+    let scheduler = element.attribute("scheduler")?;
+    Ok(matches!(scheduler.as_deref(), Some("fifo" | "rr")))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -85,6 +130,22 @@ mod tests {
         assert_eq!(requirements.machine.as_deref(), Some("pc-q35-10.0"));
         assert_eq!(requirements.cpu_model.as_deref(), Some("EPYC-Genoa"));
         assert_eq!(requirements.cpu_features, ["x2apic"]);
+    }
+
+    #[test]
+    fn real_time_hyperv_and_encryption_are_requirements() {
+        let requirements = |xml: &str| NodeRequirements::parse("vm", xml.as_bytes()).unwrap();
+        let all = requirements(
+            "<domain><cputune><vcpupin vcpu='0' cpuset='1'/>\
+             <vcpusched vcpus='0' scheduler='fifo' priority='1'/></cputune>\
+             <features><hyperv mode='custom'><relaxed state='on'/><vapic state='off'/></hyperv>\
+             </features><launchSecurity type='sev-snp'/></domain>",
+        );
+        assert!(all.real_time);
+        assert_eq!(all.enlightenments, ["relaxed"]);
+        assert_eq!(all.launch_security.as_deref(), Some("sev-snp"));
+        let batch = "<domain><cputune><vcpusched vcpus='0' scheduler='batch'/></cputune></domain>";
+        assert!(!requirements(batch).real_time);
     }
 
     #[test]

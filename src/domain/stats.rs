@@ -14,6 +14,9 @@ const MIN_OVERDUE: Duration = Duration::from_secs(5);
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Stats {
+    /// The number of plugged vCPUs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vcpu_count: Option<u32>,
     /// By the vCPU's number.
     pub vcpus: BTreeMap<u32, VcpuStats>,
     pub balloon: BalloonStats,
@@ -67,6 +70,7 @@ impl Stats {
         for (name, value) in parameters {
             let size = || KiB::new(value).map(Bytes::from);
             match name {
+                "vcpu.current" => stats.vcpu_count = u32::try_from(value).ok(),
                 "balloon.current" => stats.balloon.current = size(),
                 "balloon.available" => stats.balloon.total = size(),
                 "balloon.usable" => stats.balloon.usable = size(),
@@ -112,7 +116,7 @@ mod tests {
             ("balloon.available", 938_512),
             ("balloon.last-update", 1_795_260_166),
         ]);
-        assert_eq!(stats.vcpus.len(), 2);
+        assert_eq!((stats.vcpu_count, stats.vcpus.len()), (Some(3), 2));
         assert_eq!(stats.vcpus[&1].time, Some(0));
         assert_eq!(stats.vcpus[&1].exits, Some(12));
         assert_eq!(stats.balloon.total, KiB::new(938_512).map(Bytes::from));

@@ -8,13 +8,13 @@ use crate::units::Timestamp;
 
 /// A monotonic clock: it reads the wall clock once and counts from there.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Clock {
+pub(crate) struct Clock {
     origin: Timestamp,
     at: Instant,
 }
 
 impl Clock {
-    pub(super) fn start() -> Self {
+    pub(crate) fn start() -> Self {
         let since = SystemTime::now().duration_since(UNIX_EPOCH);
         let millis = since.map_or(0, |since| since.as_millis());
         Self {
@@ -24,7 +24,7 @@ impl Clock {
     }
 
     /// Returns this clock, advanced if it runs behind a timestamp of another clock.
-    pub(super) fn not_before(self, timestamp: Timestamp) -> Self {
+    pub(crate) fn not_before(self, timestamp: Timestamp) -> Self {
         let behind = timestamp.since(self.now());
         Self {
             origin: self.origin.after(behind),
@@ -32,7 +32,7 @@ impl Clock {
         }
     }
 
-    pub(super) fn now(self) -> Timestamp {
+    pub(crate) fn now(self) -> Timestamp {
         self.timestamp(Instant::now())
     }
 
@@ -41,12 +41,12 @@ impl Clock {
     }
 
     /// Returns the timestamp at which an event was received, never later than now.
-    pub(super) fn received(self, at: StdInstant) -> Timestamp {
+    pub(crate) fn received(self, at: StdInstant) -> Timestamp {
         self.timestamp(Instant::from_std(at)).min(self.now())
     }
 
     /// Returns the instant of a timestamp, or now if it has passed.
-    pub(super) fn instant(self, timestamp: Timestamp) -> Instant {
+    pub(crate) fn instant(self, timestamp: Timestamp) -> Instant {
         Instant::now() + timestamp.since(self.now())
     }
 }

@@ -64,6 +64,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::future::BoxFuture;
+use tokio::sync::watch;
 use tokio::time::Instant;
 use tracing::{Span, info, info_span};
 
@@ -180,8 +181,17 @@ impl<C: DomainBackend, S> Driver<C, S> {
         Backoff::new(options.min_pause, options.max_pause)
     }
 
+    /// Returns the state of the domain's connection; until the domain is found, of all.
+    fn health(&self) -> watch::Receiver<ConnectionState> {
+        let backend = &self.executor.backend;
+        match self.entry.record.domain.identity() {
+            Some(domain) => backend.health_of(&domain.connection),
+            None => backend.health(),
+        }
+    }
+
     fn has_events(&self) -> bool {
-        *self.executor.backend.health().borrow() != ConnectionState::Down
+        *self.health().borrow() != ConnectionState::Down
     }
 
     /// Records and publishes what the operation waits for.

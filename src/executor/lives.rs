@@ -22,7 +22,7 @@ impl VcpuLives {
                 continue;
             };
             match change {
-                Change::Started | Change::Event(Event::Stopped(_)) => {
+                Change::Started | Change::Arrived | Change::Event(Event::Stopped(_)) => {
                     self.lock().remove(&domain);
                 }
                 Change::Event(event @ (Event::DeviceDeleted { .. } | Event::Ost(_))) => {

@@ -37,13 +37,14 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{error, info};
 
-use self::clock::Clock;
+pub(crate) use self::clock::Clock;
 use self::driver::Driver;
 use self::followers::Followers;
 use self::lives::VcpuLives;
 pub use self::metrics::HotplugMetrics;
+pub(crate) use self::observer::observation;
 pub use self::observer::observe_once;
-pub use self::options::{AvailableMemory, Listener, Options};
+pub use self::options::{AvailableMemory, LauncherRights, Listener, Options};
 use self::queues::Queues;
 use self::registry::{Registered, Registry};
 use crate::domain::DomainRef;

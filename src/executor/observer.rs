@@ -10,7 +10,8 @@ use super::clock::Clock;
 use super::lives::VcpuLives;
 use super::options::Options;
 use crate::hotplug::{Agent, AnswerTimes, Contact, GuestVcpus, Observation};
-use crate::hypervisor::{CallError, DomainBackend, DomainRef, ObservationQuery};
+use crate::hypervisor::{CallError, DomainBackend, DomainRef, ObservationQuery, Seen};
+use crate::units::Timestamp;
 
 /// Pauses after an unanswered question to the guest agent, each twice as long as the one before: a
 /// silent agent occupies a place that other domains need too.
@@ -71,49 +72,17 @@ impl<C: DomainBackend> Observer<C> {
             agent: Some(self.agent_timeout).filter(|_| self.asks_agent && pause.is_none()),
             background: false,
             answers: self.asks_qemu,
+            definition: false,
         };
         let seen = self.backend.observe(&self.domain, query).await;
-        // A job on the domain blocks its description and not its statistics: if only the
-        // statistics arrive, the domain is held and libvirt is reachable.
-        let live = match seen.live {
-            Ok(live) => live,
-            Err(CallError::Busy { .. } | CallError::Overdue { .. })
-                if seen.statistics.is_some() =>
-            {
-                return Err(Contact::Held);
-            }
-            Err(CallError::NotFound(_)) => return Err(Contact::Absent),
-            Err(CallError::Overdue { after, .. }) => {
-                let why = format!("no description of the domain within {after:?}");
-                return Err(Contact::Unreachable(why));
-            }
-            Err(error) => return Err(Contact::Unreachable(error.to_string())),
-        };
-        let may_answer = live.domain.agent.may_answer() && live.domain.state.runs();
-        let agent = match (seen.agent, pause) {
+        let agent = seen.agent.clone();
+        let mut observation = observation(self.clock, at, seen)?;
+        let domain = &observation.domain;
+        let may_answer = domain.agent.may_answer() && domain.state.runs();
+        observation.agent = match (agent, pause) {
             (Some(answer), _) => self.agent_answer(answer),
             (None, Some(silent)) if self.asks_agent && may_answer => Agent::Silent(silent.error),
             (None, _) => Agent::NotAsked,
-        };
-        let received = |at| self.clock.received(at);
-        let answered = AnswerTimes {
-            live: Some(received(seen.times.live)),
-            statistics: seen
-                .statistics
-                .as_ref()
-                .map(|_| received(seen.times.statistics)),
-            agent: seen.times.agent.map(received),
-        };
-        let observation = Observation {
-            at,
-            answered,
-            domain: live.domain,
-            reason: live.reason,
-            persistent: live.persistent,
-            stats: seen.statistics.map(|statistics| statistics.stats),
-            agent,
-            job: live.job,
-            answers: seen.answers,
         };
         self.vcpu_lives.observe(&self.domain, &observation);
         Ok(observation)
@@ -144,6 +113,44 @@ impl<C: DomainBackend> Observer<C> {
         let silent = self.silent_agent.lock();
         silent.unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Converts what a backend answered since `at` into an observation, or the reason for none.
+pub(crate) fn observation(clock: Clock, at: Timestamp, seen: Seen) -> Result<Observation, Contact> {
+    // A job on the domain blocks its description and not its statistics: if only the
+    // statistics arrive, the domain is held and libvirt is reachable.
+    let live = match seen.live {
+        Ok(live) => live,
+        Err(CallError::Busy { .. } | CallError::Overdue { .. }) if seen.statistics.is_some() => {
+            return Err(Contact::Held);
+        }
+        Err(CallError::NotFound(_)) => return Err(Contact::Absent),
+        Err(CallError::Overdue { after, .. }) => {
+            let why = format!("no description of the domain within {after:?}");
+            return Err(Contact::Unreachable(why));
+        }
+        Err(error) => return Err(Contact::Unreachable(error.to_string())),
+    };
+    let received = |at| clock.received(at);
+    let answered = AnswerTimes {
+        live: Some(received(seen.times.live)),
+        statistics: seen
+            .statistics
+            .as_ref()
+            .map(|_| received(seen.times.statistics)),
+        agent: seen.times.agent.map(received),
+    };
+    Ok(Observation {
+        at,
+        answered,
+        domain: live.domain,
+        reason: live.reason,
+        persistent: live.persistent,
+        stats: seen.statistics.map(|statistics| statistics.stats),
+        agent: seen.agent.map_or(Agent::NotAsked, Agent::from_call),
+        job: live.job,
+        answers: seen.answers,
+    })
 }
 
 /// Observes a domain once, without its guest agent: for a preflight without an operation.

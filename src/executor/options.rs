@@ -3,13 +3,18 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::hotplug::Patience;
+use crate::domain::DomainRef;
+use crate::hotplug::{LauncherRight, Patience};
 use crate::operation::Record;
 use crate::units::Bytes;
 
 /// Returns the memory that the node can still hand out, or `None` if unknown. Called before
 /// memory is added; it must return at once.
 pub type AvailableMemory = Arc<dyn Fn() -> Option<Bytes> + Send + Sync>;
+
+/// Returns the right to change a domain in a launcher. Called before the first change; it must return
+/// at once.
+pub type LauncherRights = Arc<dyn Fn(&DomainRef) -> LauncherRight + Send + Sync>;
 
 /// Limits and timeouts of an executor. The program uses the defaults, tests use shorter ones.
 #[derive(Clone)]
@@ -37,6 +42,8 @@ pub struct Options {
     pub patience: Patience,
     /// Memory that the node can hand out.
     pub available_memory: AvailableMemory,
+    /// Rights on domains in launchers. Without any by default.
+    pub launcher_rights: LauncherRights,
 }
 
 impl Default for Options {
@@ -53,6 +60,7 @@ impl Default for Options {
             max_followed: 256,
             patience: Patience::default(),
             available_memory: Arc::new(|| None),
+            launcher_rights: Arc::new(|_| LauncherRight::Off),
         }
     }
 }

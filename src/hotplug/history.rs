@@ -12,6 +12,8 @@ use crate::units::Timestamp;
 /// Maximum numbers of entries, so that a long operation does not grow without bound.
 const MAX_OBSERVATIONS: usize = 96;
 const MAX_EVENTS: usize = 512;
+/// The same for a change by another client: many domains may be watched at a time.
+const MAX_EXTERNAL_OBSERVATIONS: usize = 16;
 const MAX_CALLS: usize = 256;
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -28,6 +30,9 @@ pub struct History {
     pub earlier: Option<Earlier>,
     /// True if QEMU's events are received. Without them there are no answers through ACPI.
     pub monitor_events: bool,
+    /// True if another client made the change. Its calls stand for that client's, and none is made.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub by_another: bool,
     observations: Vec<Observation>,
     events: Vec<(Timestamp, Event)>,
     calls: Vec<Call>,
@@ -111,6 +116,7 @@ impl History {
             before,
             earlier: None,
             monitor_events,
+            by_another: false,
             observations: Vec::new(),
             events: Vec::new(),
             calls: Vec::new(),
@@ -118,13 +124,44 @@ impl History {
         }
     }
 
+    /// Makes the history of a change by another client. Its calls count as carried out at `at`.
+    pub(super) fn by_another(
+        request: HotplugRequest,
+        terms: Terms,
+        before: Observation,
+        monitor_events: bool,
+    ) -> Self {
+        Self {
+            by_another: true,
+            ..Self::new(request, terms, Plan::default(), before, monitor_events)
+        }
+    }
+
+    /// Sets the target of a change by another client. Evidence counts from the first change on.
+    pub(super) fn set_target(&mut self, request: HotplugRequest, plan: Plan, at: Timestamp) {
+        let started = self.calls.first().map_or(at, |first| first.started);
+        let call = |action: &Action| Call {
+            action: action.clone(),
+            started,
+            returned: Some((started, Return::Done)),
+        };
+        self.calls = plan.actions.iter().map(call).collect();
+        self.request = request;
+        self.plan = plan;
+    }
+
     /// Appends an observation. A long history keeps the first, the last, and some in between.
     pub fn observed(&mut self, observation: Observation) {
         self.contact = None;
         self.add_remembered_answers(&observation);
         self.observations.push(observation);
-        if self.observations.len() > MAX_OBSERVATIONS {
-            let recent = MAX_OBSERVATIONS / 2;
+        let most = if self.by_another {
+            MAX_EXTERNAL_OBSERVATIONS
+        } else {
+            MAX_OBSERVATIONS
+        };
+        if self.observations.len() > most {
+            let recent = most / 2;
             let mut index = 0;
             self.observations.retain(|_| {
                 index += 1;

@@ -8,6 +8,9 @@ use crate::units::Bytes;
 /// A limit that rules a request out, whatever the guest does.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum Infeasible {
+    /// A rule for launchers' domains.
+    #[error("{reason}; {remedy}")]
+    Launcher { reason: String, remedy: String },
     #[error(
         "the domain is transient: it has no definition that could be changed; ask without --persistent (persistent: true), \
          or define it first (virsh define)"
@@ -166,6 +169,7 @@ impl Infeasible {
     /// Returns the fixed word for programs.
     pub fn code(&self) -> &'static str {
         match self {
+            Self::Launcher { .. } => "launcher",
             Self::NoDefinition => "no-definition",
             Self::NoVcpus => "no-vcpus",
             Self::AboveMaximumVcpus { .. } => "above-maximum-vcpus",

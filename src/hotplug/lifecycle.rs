@@ -10,13 +10,13 @@ use crate::units::Timestamp;
 pub(super) fn ended(history: &History) -> Option<Conclusion> {
     let stopped = |message: String| Some(Conclusion::new(Verdict::DomainNotRunning, message));
     if history.contact() == Some(&Contact::Absent) {
-        return if history.calls().is_empty() {
+        return if history.calls().is_empty() && !history.by_another {
             Some(Conclusion::new(
                 Verdict::DomainNotFound,
                 "there is no such domain",
             ))
         } else {
-            stopped("the domain ended during the operation".to_owned())
+            stopped(format!("the domain ended {}", during(history)))
         };
     }
     let end = history.all_events().find_map(|(_, event)| match event {
@@ -24,7 +24,7 @@ pub(super) fn ended(history: &History) -> Option<Conclusion> {
         _ => None,
     });
     if let Some(why) = end {
-        return stopped(format!("the domain ended during the operation: {why}"));
+        return stopped(format!("the domain ended {}: {why}", during(history)));
     }
     let (before, latest) = (&history.before.domain, &history.latest().domain);
     match latest.state {
@@ -32,9 +32,18 @@ pub(super) fn ended(history: &History) -> Option<Conclusion> {
             stopped(format!("the domain is {}", history.latest().state()))
         }
         _ if latest.id != before.id => {
-            stopped("the domain was restarted during the operation".to_owned())
+            stopped(format!("the domain was restarted {}", during(history)))
         }
         _ => None,
+    }
+}
+
+/// Returns the time of an event in words.
+fn during(history: &History) -> &'static str {
+    if history.by_another {
+        "before its guest could be judged"
+    } else {
+        "during the operation"
     }
 }
 
@@ -72,6 +81,8 @@ pub(super) fn after_call(history: &History, now: Timestamp, done: bool) -> Optio
         | CallError::AgentRefused { text, .. }
         | CallError::Denied { text, .. }
         | CallError::Unsupported { text, .. }
+        | CallError::Unreadable { text, .. }
+        | CallError::Ambiguous(text)
         | CallError::Failed { text, .. } => {
             if history.latest().at < at && !over {
                 return Some(Ruling::wait("an observation after the failed call"));
@@ -98,6 +109,8 @@ pub(super) fn repeated_unplug_error(history: &History) -> Option<(&Call, &str)> 
         | CallError::AgentRefused { text, .. }
         | CallError::Denied { text, .. }
         | CallError::Unsupported { text, .. }
+        | CallError::Unreadable { text, .. }
+        | CallError::Ambiguous(text)
         | CallError::Failed { text, .. } => text,
         _ => return None,
     };
@@ -235,7 +248,12 @@ const MAX_DEFINITION_CALLS: usize = 3;
 /// running domain at most.
 pub(super) fn with_definition(history: &History, ruling: Ruling, now: Timestamp) -> Ruling {
     let finding = match ruling {
-        Ruling::Conclude(finding) if finding.verdict == Verdict::Verified => finding,
+        // The definition is the other client's.
+        Ruling::Conclude(finding)
+            if finding.verdict == Verdict::Verified && !history.by_another =>
+        {
+            finding
+        }
         other => return other,
     };
     let persistent = history.before.persistent && !history.plan.actions.is_empty();

@@ -46,9 +46,15 @@
 mod amount;
 mod event;
 mod evidence;
+pub mod external;
+#[cfg(test)]
+mod external_tests;
 mod history;
 mod infeasible;
 mod kind;
+mod launcher;
+#[cfg(test)]
+mod launcher_tests;
 mod lifecycle;
 #[cfg(test)]
 mod lifecycle_tests;
@@ -82,6 +88,7 @@ pub use evidence::{Evidence, Source};
 pub use history::{Call, Contact, Earlier, History, Return};
 pub use infeasible::Infeasible;
 pub use kind::{ResourceKind, Wanted};
+pub use launcher::{LauncherRight, check_launcher};
 pub use observation::{Agent, AnswerTimes, GuestVcpus, Host, Observation};
 pub use outcome::{AGENT_SETTINGS, Diagnosis, Outcome, Step};
 pub use plan::{Action, Plan, Preflight, Rejection, Scope};
@@ -240,7 +247,8 @@ fn rule(history: &History, now: Timestamp) -> Ruling {
     if let Some(ruling) = lifecycle::after_call(history, now, resource.is_reached(history)) {
         return ruling;
     }
-    let prepares = history.changes().next().is_none() && !history.is_over(now);
+    let prepares =
+        history.changes().next().is_none() && !history.is_over(now) && !history.by_another;
     if let Some(ruling) = resource.prepare(history, now).filter(|_| prepares) {
         return ruling;
     }

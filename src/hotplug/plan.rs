@@ -207,6 +207,9 @@ pub enum Rejection {
     NotRunning(String, &'static str),
     #[error(transparent)]
     Infeasible(#[from] Infeasible),
+    /// A launcher's domain, which KubeVirt moves to another node.
+    #[error("KubeVirt is migrating the domain: ask again on the node where it runs afterwards")]
+    Migrating,
 }
 
 impl Rejection {
@@ -214,6 +217,7 @@ impl Rejection {
         match self {
             Self::NotRunning(..) => Verdict::DomainNotRunning,
             Self::Infeasible(_) => Verdict::Infeasible,
+            Self::Migrating => Verdict::Busy,
         }
     }
 }

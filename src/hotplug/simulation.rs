@@ -108,6 +108,8 @@ pub(super) enum WorldChange {
     Runs(u32),
     /// Another client sets the number of vCPUs.
     AnotherSets(u32),
+    /// Another client sets the requested size of the virtio-mem device.
+    AnotherResizes(Bytes),
     /// The agent begins to claim CPUs up to this number.
     Claims(u32),
 }
@@ -346,12 +348,32 @@ impl World {
             reason: (self.domain.state == DomainState::Paused).then_some(self.paused_by),
             persistent: self.persistent,
             stats: Some(Stats {
+                vcpu_count: Some(self.domain.vcpus.plugged()),
                 vcpus: times.collect(),
                 balloon,
             }),
             agent,
             job: None,
             answers: None,
+        }
+    }
+
+    /// Takes the events since the last call.
+    pub(super) fn events(&mut self) -> Vec<(Timestamp, Event)> {
+        let events = std::mem::take(&mut self.happened);
+        let is_heard = |event: &Event| self.monitor_events || matches!(event, Event::Stopped(_));
+        events
+            .into_iter()
+            .filter(|(_, event)| is_heard(event))
+            .collect()
+    }
+
+    /// Returns the reason why the domain cannot be observed.
+    pub(super) fn contact(&self) -> Option<Contact> {
+        match (self.gone, self.lost) {
+            (true, _) => Some(Contact::Absent),
+            (_, true) => Some(Contact::Unreachable("Connection refused".to_owned())),
+            _ => None,
         }
     }
 

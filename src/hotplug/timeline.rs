@@ -30,7 +30,9 @@ impl Timeline {
         describe_event: impl Fn(&Event) -> Option<(Source, String)>,
     ) -> Self {
         let mut timeline = Self::default();
-        for call in history.calls() {
+        // Those of another client are not known.
+        let calls = history.calls().iter().filter(|_| !history.by_another);
+        for call in calls {
             let Some(what) = describe(&call.action) else {
                 continue;
             };

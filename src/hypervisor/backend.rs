@@ -7,7 +7,9 @@ use tokio::sync::{broadcast, watch};
 use tokio::time::timeout;
 
 use super::{CallError, ConnectionState};
-use crate::domain::{Domain, DomainRef, DomainState, Job, PauseReason, Stats};
+use crate::domain::{
+    AttachedDevice, ConnectionId, Domain, DomainRef, DomainState, Job, PauseReason, Stats,
+};
 use crate::hotplug::{Action, Event, GuestVcpus, Ost};
 
 /// A domain as the hypervisor has it at present.
@@ -22,6 +24,10 @@ pub struct LiveDomain {
     pub persistent: bool,
     /// A job on the domain, such as a migration.
     pub job: Option<Job>,
+    /// The disks and interfaces of the live XML.
+    pub attached: Vec<AttachedDevice>,
+    /// Those of the definition; `None` if there is none or it was not queried.
+    pub defined: Option<Vec<AttachedDevice>>,
 }
 
 /// The bulk statistics of a domain.
@@ -50,6 +56,8 @@ pub struct ObservationQuery {
     /// True for QEMU's record of the guest's ACPI answers. The query *taints* the domain until it
     /// ends.
     pub answers: bool,
+    /// True for the devices of the persistent definition.
+    pub definition: bool,
 }
 
 /// An observation of a domain.
@@ -157,9 +165,10 @@ async fn within<T>(
 /// An unsolicited notification from the hypervisor.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Notice {
-    /// Notifications may have been lost: the connection is new, or the subscriber was too slow.
-    /// Everything known must be observed again.
-    Gap,
+    /// Notifications may have been lost: the connection is new or has ended, or the subscriber was
+    /// too slow. Everything known of the connection must be observed again; of all connections if
+    /// none is named.
+    Gap { connection: Option<ConnectionId> },
     /// A change of a domain.
     Change {
         domain: DomainRef,
@@ -169,14 +178,29 @@ pub enum Notice {
     },
 }
 
+impl Notice {
+    /// A gap in the notifications of every connection.
+    pub const GAP: Self = Self::Gap { connection: None };
+
+    /// True for a gap in which notifications of this connection may have been lost.
+    pub fn is_gap_of(&self, of: &ConnectionId) -> bool {
+        match self {
+            Self::Gap { connection } => connection.as_ref().is_none_or(|named| named == of),
+            Self::Change { .. } => false,
+        }
+    }
+}
+
 /// A change of a domain.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Change {
     /// An event that hotplug depends on. Some arrive twice: from QEMU, and a moment later from
     /// libvirt, which then has the change in its live XML. libvirt's `DeviceDeleted` has no path.
     Event(Event),
-    /// The domain was started, or migrated here.
+    /// The domain was started: its guest boots.
     Started,
+    /// The domain was migrated here or restored: its guest goes on.
+    Arrived,
     /// Its definition was created, changed or removed.
     Defined,
     /// The guest agent connected or disconnected.
@@ -196,7 +220,7 @@ impl Notices {
     pub async fn next(&mut self) -> Option<Notice> {
         match self.0.recv().await {
             Ok(notice) => Some(notice),
-            Err(broadcast::error::RecvError::Lagged(_)) => Some(Notice::Gap),
+            Err(broadcast::error::RecvError::Lagged(_)) => Some(Notice::GAP),
             Err(broadcast::error::RecvError::Closed) => None,
         }
     }
@@ -211,6 +235,14 @@ pub trait DomainBackend: Send + Sync + 'static {
     fn find(&self, name_or_uuid: &str)
     -> impl Future<Output = Result<DomainRef, CallError>> + Send;
 
+    /// Finds a domain that was found before, on the same connection.
+    fn find_again(
+        &self,
+        domain: &DomainRef,
+    ) -> impl Future<Output = Result<DomainRef, CallError>> + Send {
+        self.find(&domain.uuid)
+    }
+
     /// Observes a domain. A part that fails does not fail the others.
     fn observe(
         &self,
@@ -220,6 +252,19 @@ pub trait DomainBackend: Send + Sync + 'static {
 
     /// Returns the statistics of every running domain. Never waits for a job on a domain.
     fn statistics(&self) -> impl Future<Output = Result<Vec<DomainStats>, CallError>> + Send;
+
+    /// Returns the present connections, whose statistics can be read one at a time.
+    fn connections(&self) -> Vec<ConnectionId> {
+        vec![ConnectionId::Host]
+    }
+
+    /// Returns the statistics of the running domains of one connection.
+    fn statistics_of(
+        &self,
+        _connection: &ConnectionId,
+    ) -> impl Future<Output = Result<Vec<DomainStats>, CallError>> + Send {
+        self.statistics()
+    }
 
     /// Applies an action to a domain. After an error part of it may have been carried out.
     fn apply(
@@ -233,4 +278,9 @@ pub trait DomainBackend: Send + Sync + 'static {
 
     /// Returns the state of the connection, with its changes.
     fn health(&self) -> watch::Receiver<ConnectionState>;
+
+    /// Returns the state of one connection, with its changes.
+    fn health_of(&self, _connection: &ConnectionId) -> watch::Receiver<ConnectionState> {
+        self.health()
+    }
 }

@@ -53,7 +53,7 @@ impl HypervisorMetrics {
         let metrics = Self {
             connected: registry.gauge(
                 "virtnode_hypervisor_connected",
-                "1 while there is a connection to libvirt.",
+                "1 while there is a connection to the node's libvirt; absent if the node has none.",
             ),
             reconnects: registry.counter(
                 "virtnode_hypervisor_reconnects_total",

@@ -12,6 +12,7 @@ mod libvirt;
 mod metrics;
 
 use std::future::Future;
+use std::path::PathBuf;
 
 use thiserror::Error;
 use tokio::sync::watch;
@@ -20,15 +21,17 @@ pub use self::backend::{
     Change, DomainBackend, DomainStats, LiveDomain, Notice, Notices, ObservationQuery, Seen,
     SeenTimes,
 };
-pub use self::libvirt::{Keepalive, Libvirt, LibvirtConfig, Workers};
+pub use self::libvirt::{
+    DaemonKind, Keepalive, Libvirt, LibvirtConfig, MAX_LAUNCHER_DOMAINS, OpenError, Workers,
+};
 pub use self::metrics::{CALLS, HypervisorMetrics};
 use crate::capability::Version;
 use crate::compat::CpuComparison;
 use crate::domain::NodeRequirements;
-pub use crate::domain::{CallError, DomainRef};
+pub use crate::domain::{CallError, ConnectionId, DomainRef};
 
 /// The versions behind a connection.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Versions {
     /// The daemon's libvirt (`virConnectGetLibVersion`).
     pub libvirt: Version,
@@ -62,6 +65,14 @@ pub struct RunningDomain {
     pub requirements: Result<NodeRequirements, UnreadableDomain>,
 }
 
+/// The running domains of a node.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct RunningDomains {
+    pub domains: Vec<RunningDomain>,
+    /// Connections whose domains are unknown, with the reason: a text for people.
+    pub unreachable: Vec<(ConnectionId, String)>,
+}
+
 /// Reason for a domain's definition being unknown.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum UnreadableDomain {
@@ -77,6 +88,8 @@ pub enum UnreadableDomain {
 pub enum ConnectionState {
     /// The adapter reconnects by itself.
     Down,
+    /// The configuration names no such hypervisor, so there is nothing to connect to.
+    Absent,
     /// The number grows with each new connection, so that a reconnect is a change even for an
     /// observer that missed the time between.
     Up(u64),
@@ -84,7 +97,8 @@ pub enum ConnectionState {
 
 /// A source of the documents that describe a node.
 pub trait NodeSource: Send + Sync + 'static {
-    fn versions(&self) -> impl Future<Output = Result<Versions, CallError>> + Send;
+    /// Returns the versions; `None` if nothing that could answer runs at present.
+    fn versions(&self) -> impl Future<Output = Result<Option<Versions>, CallError>> + Send;
 
     /// Returns the `<capabilities>` document (`virConnectGetCapabilities`).
     fn capabilities(&self) -> impl Future<Output = Result<String, CallError>> + Send;
@@ -120,8 +134,18 @@ pub trait NodeSource: Send + Sync + 'static {
     ) -> impl Future<Output = Result<String, CallError>> + Send;
 
     /// Returns every running domain. A domain that ends meanwhile is left out.
-    fn running_domains(&self)
-    -> impl Future<Output = Result<Vec<RunningDomain>, CallError>> + Send;
+    fn running_domains(&self) -> impl Future<Output = Result<RunningDomains, CallError>> + Send;
+
+    /// Returns the files that the documents are read from: a change of one is a reason to read them
+    /// again.
+    fn files(&self) -> Vec<PathBuf> {
+        Vec::new()
+    }
+
+    /// True if documents are read from these files at present.
+    fn reads_files(&self) -> bool {
+        false
+    }
 
     /// Returns the state of the connection, with its changes.
     fn connection(&self) -> watch::Receiver<ConnectionState>;

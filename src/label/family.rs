@@ -111,6 +111,14 @@ pub fn sources(key: &LabelKey) -> &'static [FactSource] {
     }
 }
 
+/// True if the label consists of this source's answer, so that without an answer its absence proves
+/// nothing.
+pub(super) fn consists_of(key: &LabelKey, source: FactSource) -> bool {
+    source == FactSource::Versions
+        && matches!(key.name(), "eim" | "libvirt-version" | "qemu-version")
+        && key.prefix() == "virtnode.io"
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -19,6 +19,8 @@ mod published;
 
 use std::collections::BTreeMap;
 
+use family::consists_of;
+
 pub use derivation::{Derivation, Policy, RejectedLabel, Schema};
 pub use family::{
     FAMILIES, FactSource, KUBEVIRT_KEYS, KUBEVIRT_PREFIXES, family, is_ours, sources,

@@ -12,18 +12,20 @@
 //!        second complete probe in a row without it, and no running domain uses it
 //! ```
 //!
-//! A running domain whose definition cannot be read may use any machine type, CPU model and CPU
-//! feature: while it runs no label of these is removed. It affects nothing else.
+//! A running domain whose definition cannot be read may use any capability that a domain can use:
+//! while it runs no label of these is removed. It affects nothing else.
 //!
 //! A probe with a failed source, or without any label, is not complete: it restarts the count and
 //! removes nothing. It may add labels, but does not change a value that depends on a failed source.
+//! A source that was not read, because nothing can answer at present, affects only its own labels:
+//! they keep their values, and those that consist of its answer are not removed.
 //! [`PublishedLabels`] owns the set; nothing else adds to it or removes from it.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Serialize;
 
-use super::{FactSource, LabelKey, LabelSet, LabelValue, sources};
+use super::{FactSource, LabelKey, LabelSet, LabelValue, consists_of, sources};
 use crate::units::words;
 
 /// Number of consecutive complete probes without a label that prove its absence. A single
@@ -37,6 +39,11 @@ pub struct CapabilitiesInUse {
     pub machines: BTreeSet<String>,
     pub cpu_models: BTreeSet<String>,
     pub cpu_features: BTreeSet<String>,
+    /// Hyper-V enlightenments, by libvirt's names.
+    pub enlightenments: BTreeSet<String>,
+    /// Kinds of confidential guests: `sev`, `sev-snp`, `tdx`, `s390-pv`.
+    pub security: BTreeSet<String>,
+    pub real_time: bool,
     /// True if there is a running domain whose use is unknown.
     pub unknown: bool,
 }
@@ -54,30 +61,66 @@ impl CapabilitiesInUse {
         self.machines.extend(other.machines.iter().cloned());
         self.cpu_models.extend(other.cpu_models.iter().cloned());
         self.cpu_features.extend(other.cpu_features.iter().cloned());
+        let enlightenments = other.enlightenments.iter().cloned();
+        self.enlightenments.extend(enlightenments);
+        self.security.extend(other.security.iter().cloned());
+        self.real_time |= other.real_time;
         self.unknown |= other.unknown;
     }
 
     /// True if a running domain uses the capability behind this label, in either schema.
     pub fn includes(&self, key: &LabelKey) -> bool {
-        let names = self.names(key);
-        names.is_some_and(|names| names.contains(key.name()))
+        self.use_of(key) == Some(true)
     }
 
     /// True if a running domain uses the capability behind this label, or may use it.
     pub fn may_include(&self, key: &LabelKey) -> bool {
-        let names = self.names(key);
-        names.is_some_and(|names| self.unknown || names.contains(key.name()))
+        let used = self.use_of(key);
+        used.is_some_and(|is_used| self.unknown || is_used)
     }
 
-    /// Returns the names in use of the label's kind; `None` if domains do not depend on such labels.
-    fn names(&self, key: &LabelKey) -> Option<&BTreeSet<String>> {
-        match key.prefix().split('.').next().unwrap_or_default() {
-            "machine" | "machine-type" => Some(&self.machines),
-            "cpu-model" | "cpu-model-migration" | "host-model-cpu" => Some(&self.cpu_models),
-            "cpu-feature" | "host-model-required-features" => Some(&self.cpu_features),
-            _ => None,
-        }
+    /// Returns true if a domain uses the label's capability; `None` if domains do not depend on such
+    /// labels.
+    fn use_of(&self, key: &LabelKey) -> Option<bool> {
+        let name = key.name();
+        let kind = key.prefix().split('.').next().unwrap_or_default();
+        Some(match (kind, name) {
+            ("machine", _) => self.machines.contains(name),
+            // A pod selects on the name that its definition has, which may be an alias.
+            ("machine-type" | "machine-alias", _) => {
+                let mut machines = self.machines.iter();
+                machines.any(|machine| machine == name || is_alias(name, machine))
+            }
+            ("cpu-model" | "cpu-model-migration" | "host-model-cpu", _) => {
+                self.cpu_models.contains(name)
+            }
+            ("cpu-feature" | "host-model-required-features", _) => self.cpu_features.contains(name),
+            // The vendor belongs to the model.
+            ("cpu-vendor", _) | ("virtnode", "cpu-vendor") => !self.cpu_models.is_empty(),
+            // KubeVirt's keys have KVM's names, several for one enlightenment of libvirt.
+            ("hyperv", _) if key.prefix().ends_with("kubevirt.io") => {
+                !self.enlightenments.is_empty()
+            }
+            ("hyperv", _) => self.enlightenments.contains(name),
+            ("virtnode" | "kubevirt", "sev" | "sev-es" | "sev-snp") => {
+                // The policy of a guest of type `sev` decides if its registers are encrypted.
+                self.security.iter().any(|kind| kind.starts_with("sev"))
+            }
+            ("virtnode" | "kubevirt", "tdx" | "s390-pv") => self.security.contains(name),
+            ("kubevirt", "realtime") => self.real_time,
+            _ => return None,
+        })
     }
+}
+
+/// True if QEMU names its machine types so that `alias` can mean this one: `q35` and `pc-q35-10.0`,
+/// `virt` and `virt-10.0`. The current meaning of an alias is no help: the domain was started under
+/// an earlier one.
+fn is_alias(alias: &str, canonical: &str) -> bool {
+    canonical.match_indices(alias).any(|(at, _)| {
+        (at == 0 || canonical[..at].ends_with('-'))
+            && canonical[at + alias.len()..].starts_with('-')
+    })
 }
 
 /// The outcome of one probe.
@@ -87,6 +130,8 @@ pub struct ProbeResult<'p> {
     pub labels: &'p LabelSet,
     /// The sources that failed.
     pub failed: &'p [FactSource],
+    /// The sources that were not read, because nothing can answer at present.
+    pub unread: &'p [FactSource],
     pub in_use: &'p CapabilitiesInUse,
 }
 
@@ -98,6 +143,8 @@ words! {
         AwaitingSecondProbe = "awaiting-second-probe",
         /// The definition of a running domain that may use it cannot be read.
         DomainUnreadable = "domain-unreadable",
+        /// Its source was not read.
+        SourceNotRead = "source-not-read",
     }
 }
 
@@ -175,7 +222,7 @@ impl PublishedLabels {
             let uncertain = || {
                 sources(key)
                     .iter()
-                    .any(|source| probe.failed.contains(source))
+                    .any(|source| probe.failed.contains(source) || probe.unread.contains(source))
             };
             let value = match before.get(key) {
                 None => {
@@ -204,8 +251,11 @@ impl PublishedLabels {
             } else {
                 0
             };
+            let unread = |source: &FactSource| consists_of(&key, *source);
             let reason = if probe.in_use.includes(&key) {
                 RetentionReason::DomainUsesIt
+            } else if probe.unread.iter().any(unread) {
+                RetentionReason::SourceNotRead
             } else if *lacking < PROBES_TO_REMOVE {
                 RetentionReason::AwaitingSecondProbe
             } else if probe.in_use.may_include(&key) {
@@ -257,6 +307,7 @@ mod tests {
             .update(ProbeResult {
                 labels: &labels,
                 failed,
+                unread: &[],
                 in_use,
             })
             .iter()
@@ -383,6 +434,85 @@ mod tests {
             .collect();
         assert!(reasons.contains(&RetentionReason::DomainUsesIt));
         assert_eq!(update(&mut published, &[Q35, new], &[]).len(), 2);
+    }
+
+    #[test]
+    fn source_that_was_not_read_keeps_only_what_depends_on_it() {
+        let mut published = PublishedLabels::starting_from(set(&[
+            Q35,
+            ("machine.virtnode.io/pc-q35-4.0", "288"),
+            ("virtnode.io/eim", "auto"),
+            ("virtnode.io/libvirt-version", "11.3.0"),
+        ]));
+        let probe = set(&[("machine.virtnode.io/pc-q35-10.0", "255"), EPYC]);
+        let mut removed = Vec::new();
+        for _ in 0..3 {
+            let changes = published.update(ProbeResult {
+                labels: &probe,
+                failed: &[],
+                unread: &[FactSource::Versions],
+                in_use: &CapabilitiesInUse::default(),
+            });
+            removed.extend(changes.into_iter().filter_map(|change| match change {
+                LabelChange::Removed(key, _) => Some(key.to_string()),
+                _ => None,
+            }));
+        }
+        assert_eq!(removed, ["machine.virtnode.io/pc-q35-4.0"]);
+        assert_eq!(published.labels()[&Q35.0.parse().unwrap()].as_str(), "1024");
+        let retained = published.retained().iter();
+        let retained: Vec<_> = retained
+            .map(|kept| (kept.key.name(), kept.reason))
+            .collect();
+        let reason = RetentionReason::SourceNotRead;
+        assert_eq!(retained, [("eim", reason), ("libvirt-version", reason)]);
+    }
+
+    #[test]
+    fn everything_that_a_pod_of_kubevirt_selects_on_is_in_use() {
+        let in_use = CapabilitiesInUse {
+            machines: ["pc-q35-rhel9.6.0".to_owned()].into(),
+            cpu_models: ["EPYC".to_owned()].into(),
+            enlightenments: ["stimer".to_owned()].into(),
+            security: ["sev".to_owned()].into(),
+            real_time: true,
+            ..CapabilitiesInUse::default()
+        };
+        let includes = |key: &str| in_use.includes(&key.parse().unwrap());
+        for used in [
+            "machine-type.node.kubevirt.io/q35",
+            "machine-type.node.kubevirt.io/pc-q35-rhel9.6.0",
+            "machine-alias.virtnode.io/q35",
+            "cpu-model-migration.node.kubevirt.io/EPYC",
+            "cpu-vendor.node.kubevirt.io/AMD",
+            "virtnode.io/cpu-vendor",
+            "hyperv.node.kubevirt.io/synictimer",
+            "hyperv.virtnode.io/stimer",
+            "kubevirt.io/sev",
+            "kubevirt.io/sev-es",
+            "virtnode.io/sev",
+            "kubevirt.io/realtime",
+        ] {
+            assert!(includes(used), "{used}");
+        }
+        for other in [
+            "machine-type.node.kubevirt.io/virt",
+            "machine-type.node.kubevirt.io/pc-q35-rhel9.4.0",
+            "machine-type.node.kubevirt.io/pc-i440fx",
+            "machine.virtnode.io/q35",
+            "hyperv.virtnode.io/relaxed",
+            "kubevirt.io/tdx",
+            "virtnode.io/sgx",
+            "virtnode.io/vfio",
+            "cpu-timer.node.kubevirt.io/tsc-frequency",
+        ] {
+            assert!(!includes(other), "{other}");
+        }
+        let none = CapabilitiesInUse::default();
+        assert!(!none.includes(&"cpu-vendor.node.kubevirt.io/AMD".parse().unwrap()));
+        let unknown = CapabilitiesInUse::unknown();
+        assert!(unknown.may_include(&"kubevirt.io/realtime".parse().unwrap()));
+        assert!(!unknown.may_include(&"virtnode.io/vfio".parse().unwrap()));
     }
 
     #[test]

@@ -10,7 +10,7 @@ use prometheus::proto::MetricFamily;
 use prometheus::{IntGaugeVec, Opts};
 use serde::{Deserialize, Serialize};
 
-use crate::domain::{ConnectionId, Domain, DomainState};
+use crate::domain::{ConnectionId, Domain, DomainRef, DomainState};
 use crate::telemetry::MetricRegistry;
 use crate::units::{Bytes, Timestamp};
 
@@ -22,6 +22,12 @@ pub struct DomainFigures {
     pub connection: ConnectionId,
     /// The domain's name: untrusted text.
     pub name: String,
+    /// Namespace of the VirtualMachineInstance, as a launcher's domain claims it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub namespace: Option<String>,
+    /// Name of the VirtualMachineInstance.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub virtual_machine_instance: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub uuid: Option<String>,
     pub state: DomainState,
@@ -68,6 +74,8 @@ impl DomainFigures {
         Self {
             connection: ConnectionId::Host,
             name: domain.name.clone(),
+            namespace: None,
+            virtual_machine_instance: None,
             uuid: domain.uuid.clone(),
             state: domain.state,
             vcpus: VcpuFigures {
@@ -83,6 +91,39 @@ impl DomainFigures {
             },
             as_of,
         }
+    }
+
+    /// Returns these figures for a domain of this identity.
+    pub fn on(self, id: &DomainRef, state: DomainState) -> Self {
+        let names = id.namespace_and_name();
+        Self {
+            connection: id.connection.clone(),
+            namespace: names.map(|(namespace, _)| namespace.to_owned()),
+            virtual_machine_instance: names.map(|(_, name)| name.to_owned()),
+            state,
+            ..self
+        }
+    }
+
+    /// Returns the name for people: `namespace/name` for the domain of a launcher.
+    pub fn display_name(&self) -> String {
+        let instance = self.virtual_machine_instance.as_ref();
+        match self.namespace.as_ref().zip(instance) {
+            Some((namespace, name)) => format!("{namespace}/{name}"),
+            None => self.name.clone(),
+        }
+    }
+
+    /// True if the domain has this name, UUID, or name in the form `namespace/name`.
+    pub fn is_called(&self, text: &str) -> bool {
+        let parts = self
+            .namespace
+            .as_ref()
+            .zip(self.virtual_machine_instance.as_ref());
+        self.name == text
+            || self.uuid.as_deref() == Some(text)
+            || parts
+                .is_some_and(|(namespace, name)| text.split_once('/') == Some((namespace, name)))
     }
 }
 
@@ -100,7 +141,7 @@ impl Inventory {
 
     /// Replaces the domains.
     pub fn replace(&self, mut domains: Vec<DomainFigures>) {
-        domains.sort_unstable_by(|a, b| a.name.cmp(&b.name));
+        domains.sort_by(|a, b| (&a.name, &a.connection).cmp(&(&b.name, &b.connection)));
         *self.0.write().unwrap_or_else(PoisonError::into_inner) = Some(domains.into());
     }
 
@@ -129,11 +170,23 @@ struct InventoryCollector {
     inventory: Arc<Inventory>,
     vcpus: IntGaugeVec,
     memory: IntGaugeVec,
+    /// The same two for domains of launchers, which have more labels.
+    in_launchers: [IntGaugeVec; 2],
     domains: IntGaugeVec,
     scrape: Mutex<()>,
 }
 
 const DOMAIN_LABELS: [&str; 3] = ["connection", "domain", "state"];
+/// The connection is always `launcher`: a pod's UID would make other series after each migration.
+const LAUNCHER_LABELS: [&str; 5] = ["connection", "domain", "name", "namespace", "state"];
+const VCPUS: (&str, &str) = (
+    "virtnode_domain_vcpus",
+    "vCPUs of a running domain: maximum, plugged, and used by the guest.",
+);
+const MEMORY: (&str, &str) = (
+    "virtnode_domain_memory_bytes",
+    "Memory of a running domain: maximum, requested, accepted by the guest, and total in the guest.",
+);
 
 /// Every state of a domain that is not shut off: values of the label `state`.
 const STATES: [(DomainState, &str); 7] = [
@@ -149,26 +202,20 @@ const STATES: [(DomainState, &str); 7] = [
 impl InventoryCollector {
     #[expect(clippy::expect_used, reason = "names and labels are constants")]
     fn new(inventory: Arc<Inventory>) -> Self {
-        let gauges = |name, help, labels: &[&str]| {
+        let gauges = |(name, help), labels: &[&str]| {
             let gauges = IntGaugeVec::new(Opts::new(name, help), labels);
             gauges.expect("the name and labels are valid")
         };
         Self {
             inventory,
-            vcpus: gauges(
-                "virtnode_domain_vcpus",
-                "vCPUs of a running domain: maximum, plugged, and used by the guest.",
-                &DOMAIN_LABELS,
-            ),
-            memory: gauges(
-                "virtnode_domain_memory_bytes",
-                "Memory of a running domain: maximum, requested, accepted by the guest, and total \
-                 in the guest.",
-                &DOMAIN_LABELS,
-            ),
+            vcpus: gauges(VCPUS, &DOMAIN_LABELS),
+            memory: gauges(MEMORY, &DOMAIN_LABELS),
+            in_launchers: [VCPUS, MEMORY].map(|metric| gauges(metric, &LAUNCHER_LABELS)),
             domains: gauges(
-                "virtnode_domains",
-                "Domains that are not shut off, by state.",
+                (
+                    "virtnode_domains",
+                    "Domains that are not shut off, by state.",
+                ),
                 &["state"],
             ),
             scrape: Mutex::default(),
@@ -186,23 +233,41 @@ impl Collector for InventoryCollector {
         let _alone = self.scrape.lock().unwrap_or_else(PoisonError::into_inner);
         let domains = self.inventory.domains();
         for domain in domains.iter() {
-            let connection = domain.connection.to_string();
+            let is_host = !domain.connection.is_launcher();
+            let connection = if is_host {
+                domain.connection.to_string()
+            } else {
+                domain.connection.kind().to_owned()
+            };
+            let name = domain.name.as_str();
             let set = |gauges: &IntGaugeVec, state, value: Option<u64>| {
-                if let Some(value) = value {
-                    let labels = [connection.as_str(), domain.name.as_str(), state];
-                    let value = i64::try_from(value).unwrap_or(i64::MAX);
-                    gauges.with_label_values(&labels).set(value);
-                }
+                let Some(value) = value else { return };
+                let value = i64::try_from(value).unwrap_or(i64::MAX);
+                let gauge = if is_host {
+                    gauges.with_label_values(&[connection.as_str(), name, state])
+                } else {
+                    let part = |part: &'_ Option<String>| part.clone().unwrap_or_default();
+                    let instance = part(&domain.virtual_machine_instance);
+                    let namespace = part(&domain.namespace);
+                    let labels = [&connection, name, &instance, &namespace, state];
+                    gauges.with_label_values(&labels)
+                };
+                gauge.set(value);
+            };
+            let [vcpu_gauges, memory_gauges] = if is_host {
+                [&self.vcpus, &self.memory]
+            } else {
+                self.in_launchers.each_ref()
             };
             let (vcpus, memory) = (domain.vcpus, domain.memory);
-            set(&self.vcpus, "maximum", Some(vcpus.maximum.into()));
-            set(&self.vcpus, "plugged", Some(vcpus.plugged.into()));
-            set(&self.vcpus, "online", vcpus.online.map(u64::from));
-            set(&self.memory, "maximum", Some(memory.maximum.get()));
-            set(&self.memory, "requested", Some(memory.requested.get()));
-            set(&self.memory, "plugged", Some(memory.plugged.get()));
+            set(vcpu_gauges, "maximum", Some(vcpus.maximum.into()));
+            set(vcpu_gauges, "plugged", Some(vcpus.plugged.into()));
+            set(vcpu_gauges, "online", vcpus.online.map(u64::from));
+            set(memory_gauges, "maximum", Some(memory.maximum.get()));
+            set(memory_gauges, "requested", Some(memory.requested.get()));
+            set(memory_gauges, "plugged", Some(memory.plugged.get()));
             set(
-                &self.memory,
+                memory_gauges,
                 "guest_total",
                 memory.guest_total.map(Bytes::get),
             );
@@ -215,22 +280,66 @@ impl Collector for InventoryCollector {
             let count = i64::try_from(count).unwrap_or(i64::MAX);
             self.domains.with_label_values(&[word]).set(count);
         }
-        let all = [&self.domains, &self.vcpus, &self.memory];
-        let families = all.into_iter().flat_map(Collector::collect).collect();
-        self.vcpus.reset();
-        self.memory.reset();
+        let mut families = self.domains.collect();
+        for (host, launchers) in [&self.vcpus, &self.memory]
+            .into_iter()
+            .zip(&self.in_launchers)
+        {
+            families.extend(merged(host.collect(), launchers.collect()));
+            host.reset();
+            launchers.reset();
+        }
         families
     }
+}
+
+/// Returns the families with the series of two collectors of one metric.
+fn merged(mut one: Vec<MetricFamily>, other: Vec<MetricFamily>) -> Vec<MetricFamily> {
+    for mut family in other {
+        let known = one.iter_mut().find(|known| known.name() == family.name());
+        match known {
+            Some(known) => known.mut_metric().append(&mut family.take_metric()),
+            None => one.push(family),
+        }
+    }
+    one
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    #[test]
+    fn launchers_domain_has_namespace_and_name_and_no_pod() {
+        let registry = MetricRegistry::new();
+        let inventory = Inventory::register(&registry);
+        let id = DomainRef {
+            connection: ConnectionId::launcher("0a1b"),
+            ..DomainRef::on_host("tenant-a_web", "u")
+        };
+        let in_launcher = figures("tenant-a_web", None).on(&id, DomainState::Running);
+        assert!(in_launcher.is_called("tenant-a/web") && in_launcher.is_called("tenant-a_web"));
+        assert!(!in_launcher.is_called("web") && !in_launcher.is_called("tenant-a"));
+        inventory.replace(vec![figures("tenant-a_web", None), in_launcher]);
+        let text = registry.encode().unwrap();
+        for line in [
+            "virtnode_domain_vcpus{connection=\"host\",domain=\"tenant-a_web\",state=\"plugged\"} 2",
+            "virtnode_domain_vcpus{connection=\"launcher\",domain=\"tenant-a_web\",name=\"web\",namespace=\"tenant-a\",state=\"plugged\"} 2",
+        ] {
+            assert!(text.lines().any(|have| have == line), "{line} in\n{text}");
+        }
+        assert_eq!(text.matches("# TYPE virtnode_domain_vcpus ").count(), 1);
+        assert!(!text.contains("0a1b"));
+        inventory.replace(Vec::new());
+        assert!(!registry.encode().unwrap().contains("tenant-a"));
+    }
+
     fn figures(name: &str, online: Option<u32>) -> DomainFigures {
         DomainFigures {
             connection: ConnectionId::Host,
             name: name.to_owned(),
+            namespace: None,
+            virtual_machine_instance: None,
             uuid: None,
             state: DomainState::Running,
             vcpus: VcpuFigures {

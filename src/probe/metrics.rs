@@ -15,8 +15,8 @@ pub struct ProbeMetrics {
 impl ProbeMetrics {
     pub fn register(registry: &MetricRegistry) -> Self {
         let sources = FactSource::ALL.map(FactSource::as_str);
-        // a document can also be unreadable
-        let reasons = [&CallError::CODES[..], &["malformed"]].concat();
+        // Of documents.
+        let reasons = [&CallError::CODES[..], &["malformed", "unreadable"]].concat();
         Self {
             attempts: registry.counters(
                 "virtnode_probe_attempts_total",
@@ -30,7 +30,8 @@ impl ProbeMetrics {
             ),
             last_success: registry.float_gauges(
                 "virtnode_probe_last_success_timestamp_seconds",
-                "When a source of facts was last read; 0 before the first time.",
+                "When a source of facts was last read; 0 before the first time, absent while nothing runs \
+                 that has these facts.",
                 &[("source", &sources)],
             ),
         }

@@ -1,5 +1,6 @@
 //! Publishers: services that write the node's labels, its `NodeVirtualization` and events.
 
+pub mod change_events;
 pub mod events;
 pub mod file;
 pub mod metrics;

@@ -74,6 +74,7 @@ fn hypervisor_event(node: &ObjectReference, lost: bool) -> ObjectEvent {
     };
     ObjectEvent {
         about: node.clone(),
+        related: None,
         kind,
         reason: reason.to_owned(),
         action: "Connect",
@@ -92,11 +93,12 @@ pub fn of_operation(node: &ObjectReference, record: &Record) -> Option<ObjectEve
     let message = record.message.as_deref().unwrap_or_default();
     Some(ObjectEvent {
         about: node.clone(),
+        related: None,
         kind: EventKind::Warning,
         reason: format!("Hotplug{verdict}"),
         action: "Hotplug",
         // Quoted, because the tenant chose the name.
-        note: format!("domain {:?}: {message}", record.domain.name),
+        note: format!("domain {:?}: {message}", record.domain.display_name()),
     })
 }
 

@@ -13,6 +13,7 @@
 //!   no definition of the kind, or the daemon no right to write it.
 
 mod describe;
+mod domains;
 mod snapshot;
 mod truncate;
 
@@ -25,11 +26,14 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use self::domains::domain_changes;
 pub use self::snapshot::Snapshot;
+use self::truncate::{STATUS_MAX, truncate};
 use super::wait_until;
 use crate::cluster::objects::node_virtualization::HOTPLUG_OBJECTS_WATCHED;
 use crate::cluster::objects::{Condition, NodeVirtualization, NodeVirtualizationStatus};
 use crate::cluster::{Cluster, ClusterError, Retry};
+use crate::external::NotTaken;
 use crate::hypervisor::ConnectionState;
 use crate::publish::metrics::VirtualizationMetrics;
 use crate::units::Timestamp;
@@ -70,6 +74,7 @@ pub struct VirtualizationPublisher {
     published: Option<PublishedObject>,
     versions: Option<ObjectVersions>,
     hotplug: Option<watch::Receiver<Option<Condition>>>,
+    not_taken: Option<watch::Receiver<Arc<[NotTaken]>>>,
     write_from: Instant,
     due: Option<Instant>,
     failures: u32,
@@ -103,6 +108,7 @@ impl VirtualizationPublisher {
             published: None,
             versions: None,
             hotplug: None,
+            not_taken: None,
             write_from,
             due: None,
             failures: 0,
@@ -115,6 +121,15 @@ impl VirtualizationPublisher {
     pub fn with_hotplug(self, condition: watch::Receiver<Option<Condition>>) -> Self {
         Self {
             hotplug: Some(condition),
+            ..self
+        }
+    }
+
+    /// Adds the domains whose guests have not taken a change to the status.
+    #[must_use]
+    pub fn with_domains(self, not_taken: watch::Receiver<Arc<[NotTaken]>>) -> Self {
+        Self {
+            not_taken: Some(not_taken),
             ..self
         }
     }
@@ -157,6 +172,7 @@ impl VirtualizationPublisher {
                     self.schedule(self.options.settle);
                 }
                 () = changed(&mut self.hotplug) => self.schedule(self.options.settle),
+                () = changed(&mut self.not_taken) => self.schedule(self.options.settle),
                 version = next(&mut self.versions) => self.handle(version),
                 () = wait_until(self.due) => {
                     self.due = None;
@@ -204,6 +220,10 @@ impl VirtualizationPublisher {
         // Shortly after a start the condition is not known yet.
         let former = || Condition::find(&before.conditions, HOTPLUG_OBJECTS_WATCHED).cloned();
         status.conditions.extend(hotplug.or_else(former));
+        if let Some(not_taken) = &self.not_taken {
+            status.domains = domain_changes(&not_taken.borrow());
+            truncate(&mut status, STATUS_MAX);
+        }
         status
     }
 
@@ -334,10 +354,10 @@ impl PublishedObject {
     }
 }
 
-/// Waits for a change of the condition.
-async fn changed(condition: &mut Option<watch::Receiver<Option<Condition>>>) {
-    if let Some(condition) = condition
-        && condition.changed().await.is_ok()
+/// Waits for a change of a value.
+async fn changed<T>(value: &mut Option<watch::Receiver<T>>) {
+    if let Some(value) = value
+        && value.changed().await.is_ok()
     {
         return;
     }

@@ -108,6 +108,12 @@ impl MetricRegistry {
         collector
     }
 
+    /// Removes a metric that does not apply to this node, so that its value cannot be misread.
+    pub fn remove(&self, collector: &(impl Collector + Clone + 'static)) {
+        // Fails only for a metric that is not registered.
+        let _absent = self.0.unregister(Box::new(collector.clone()));
+    }
+
     /// Registers a collector of several metrics.
     #[expect(clippy::expect_used, reason = "names are constants")]
     pub fn collect(&self, collector: impl Collector + 'static) {

@@ -58,7 +58,12 @@ impl Served {
         let operations = Arc::new(InMemory::default());
         let metrics = Arc::new(Metrics::new());
         let operations_enabled = hotplug.then(|| Arc::clone(&operations));
-        let router = api::router(operations_enabled, Arc::clone(&metrics.inventory), access);
+        let router = api::router(
+            operations_enabled,
+            Arc::clone(&metrics.inventory),
+            hotplug.then(|| Arc::clone(&metrics.external.log)),
+            access,
+        );
         let socket = api::bind(&directory.path().join("api.sock"), None).unwrap();
         let served = api::serve(socket, router);
         Self {
@@ -128,6 +133,8 @@ fn figures(name: &str) -> DomainFigures {
     DomainFigures {
         connection: virtnode::domain::ConnectionId::Host,
         name: name.to_owned(),
+        namespace: None,
+        virtual_machine_instance: None,
         uuid: None,
         state: DomainState::Running,
         vcpus: VcpuFigures {

@@ -438,14 +438,14 @@ fn options(help: &str) -> BTreeSet<&str> {
 
 const CONNECTION: &str = "config connect call-deadline";
 const KUBERNETES: &str = "node-name kubeconfig context";
-const DOCUMENTS: &str = "capabilities domain-capabilities supported-features kvm-max-vcpus eim \
+const DOCUMENTS: &str = "documents capabilities domain-capabilities supported-features kvm-max-vcpus eim \
                          libvirt-version qemu-version";
 const DOMAIN: &str = "domain-xml domain machine arch domain-type vcpus current-vcpus sockets dies \
                       cores threads memory cpu-model cpu-mode cpu-feature";
 const HOTPLUG: &str = "socket state-directory";
 
 /// Every command with the options in its help.
-const COMMANDS: [(&str, &[&str]); 15] = [
+const COMMANDS: [(&str, &[&str]); 16] = [
     ("", &["config"]),
     (
         "run",
@@ -479,7 +479,14 @@ const COMMANDS: [(&str, &[&str]); 15] = [
             "force require persistent timeout direct output",
         ],
     ),
-    ("operations", &["config output socket state-directory"]),
+    (
+        "operations",
+        &["config external output socket state-directory"],
+    ),
+    (
+        "sockets",
+        &["directory serve allow-changes volume names log-format log"],
+    ),
     (
         "doctor",
         &[

@@ -387,7 +387,7 @@ async fn killed_libvirtd_delivers_events_again_after_restart() {
         assert!(took < LONG / 3, "{took:?}");
 
         libvirtd.restart().unwrap();
-        let gap = async { while notices.next().await != Some(Notice::Gap) {} };
+        let gap = async { while notices.next().await != Some(Notice::GAP) {} };
         timeout(LONG, gap).await.unwrap();
         assert_eq!(live(&control, &id).await.unwrap().id, id);
         assert!(control.apply(&id, &set_vcpus(1, false)).await.is_ok());

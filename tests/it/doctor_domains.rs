@@ -10,6 +10,7 @@ use std::time::Duration;
 use anyhow::{Context as _, ensure};
 use serde_json::Value;
 use tokio::time::Instant;
+use virtnode::config::LabelOrigin;
 use virtnode::doctor::checks::observed::Daemon as Seen;
 use virtnode::doctor::{DoctorScope, observe_node};
 use virtnode::hotplug::Agent;
@@ -325,8 +326,10 @@ async fn stuck_agents_do_not_delay_other_domains() -> anyhow::Result<()> {
     }
     let scope = DoctorScope {
         root: Path::new("/nonexistent").to_owned(),
-        uri: "qemu:///system".to_owned(),
+        uri: Some("qemu:///system".to_owned()),
         policy: Policy::default(),
+        label_origin: LabelOrigin::Libvirt,
+        documents: Path::new("/nonexistent").to_owned(),
     };
     let began = Instant::now();
     let hypervisor = Arc::new(InMemory::debian_13());

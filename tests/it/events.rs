@@ -49,6 +49,7 @@ impl Told {
     fn tell(&self, note: &str) {
         self.events.record(ObjectEvent {
             about: self.cluster.node_reference(),
+            related: None,
             kind: EventKind::Warning,
             reason: "HypervisorLost".to_owned(),
             action: "Connect",

@@ -100,7 +100,7 @@ fn domain(machine: &str, model: &str) -> RunningDomain {
         requirements: Ok(NodeRequirements {
             machine: Some(machine.to_owned()),
             cpu_model: Some(model.to_owned()),
-            cpu_features: Vec::new(),
+            ..NodeRequirements::default()
         }),
     }
 }

@@ -64,7 +64,7 @@ async fn each_document_equals_that_of_virsh() {
     let libvirtd = Libvirtd::start().unwrap();
     let (libvirt, metrics) = start(&libvirtd.uri(), |_| {});
 
-    let versions = libvirt.versions().await.unwrap();
+    let versions = libvirt.versions().await.unwrap().unwrap();
     let said = libvirtd.virsh(&["version", "--daemon"]).unwrap();
     assert!(
         said.contains(&format!("Running against daemon: {}", versions.libvirt)),
@@ -114,7 +114,7 @@ async fn each_document_equals_that_of_virsh() {
     let expected = eim::Eim::from_versions(versions.libvirt, versions.hypervisor);
     assert_eq!(added, expected == eim::Eim::Auto);
 
-    assert_eq!(libvirt.running_domains().await.unwrap(), []);
+    assert_eq!(libvirt.running_domains().await.unwrap().domains, []);
     assert_eq!(metrics.connected.get(), 1);
     assert_eq!(metrics.reconnects.get(), 0);
     let answered = metrics
@@ -191,7 +191,7 @@ async fn definition_is_read_once_per_start_of_a_domain() {
     libvirtd.start_domain("one").unwrap();
     libvirtd.start_domain("two").unwrap();
 
-    let mut domains = libvirt.running_domains().await.unwrap();
+    let mut domains = libvirt.running_domains().await.unwrap().domains;
     domains.sort_by(|a, b| a.id.name.cmp(&b.id.name));
     let names: Vec<&str> = domains
         .iter()
@@ -215,15 +215,15 @@ async fn definition_is_read_once_per_start_of_a_domain() {
 
     // The definition is not read again,
     libvirtd.end_domain("two").unwrap();
-    let again = libvirt.running_domains().await.unwrap();
+    let again = libvirt.running_domains().await.unwrap().domains;
     assert_eq!(again, domains[..1]);
     assert_eq!(reads(), 2);
 
     // except after a new start.
     libvirtd.end_domain("one").unwrap();
-    assert_eq!(libvirt.running_domains().await.unwrap(), []);
+    assert_eq!(libvirt.running_domains().await.unwrap().domains, []);
     libvirtd.start_domain("one").unwrap();
-    let anew = libvirt.running_domains().await.unwrap();
+    let anew = libvirt.running_domains().await.unwrap().domains;
     assert_eq!(anew.len(), 1);
     assert_ne!(anew[0].id.uuid, domains[0].id.uuid);
     assert_eq!(reads(), 3);

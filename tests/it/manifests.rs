@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, ensure};
+use anyhow::Context as _;
 use k8s_openapi::api::core::v1::{Node, Pod};
 use kube::Client;
 use kube::api::{
@@ -27,9 +27,17 @@ const LONG: Duration = Duration::from_secs(60);
 /// The first API server version with them. With an older one `kubectl apply` reports an unknown kind and
 /// applies the rest.
 const ADMISSION_POLICIES: (u32, u32) = (1, 30);
-const OVERLAYS: [&str; 3] = [".", "overlays/kubevirt-labels", "overlays/labels-only"];
+const OVERLAYS: [&str; 4] = [
+    ".",
+    "overlays/kubevirt-labels",
+    "overlays/labels-only",
+    KUBEVIRT,
+];
+pub(crate) const KUBEVIRT: &str = "overlays/kubevirt";
+/// The directory that the two containers of that overlay share.
+const SERVED: &str = "/run/virtnode-launchers";
 
-fn manifests(overlay: &str) -> anyhow::Result<Vec<Value>> {
+pub(crate) fn manifests(overlay: &str) -> anyhow::Result<Vec<Value>> {
     render(
         &Path::new(env!("CARGO_MANIFEST_DIR"))
             .join("manifests")
@@ -37,11 +45,17 @@ fn manifests(overlay: &str) -> anyhow::Result<Vec<Value>> {
     )
 }
 
+/// Returns the daemon's container.
 fn container(objects: &[Value]) -> anyhow::Result<&Value> {
+    let mut named = containers(objects)?.iter();
+    let container = named.find(|container| container["name"] == "virtnode");
+    container.context("no container virtnode")
+}
+
+fn containers(objects: &[Value]) -> anyhow::Result<&Vec<Value>> {
     let daemonset = only(objects, "DaemonSet")?;
     let containers = &daemonset["spec"]["template"]["spec"]["containers"];
-    ensure!(containers.as_array().is_some_and(|list| list.len() == 1));
-    Ok(&containers[0])
+    containers.as_array().context("no containers")
 }
 
 fn texts(list: &Value) -> Vec<&str> {
@@ -168,10 +182,8 @@ async fn every_overlay_applies_and_the_daemon_runs_under_its_account() -> anyhow
         let directory = tempfile::tempdir()?;
         let config = directory.path().join("config.yaml");
         let map = only(&objects, "ConfigMap")?;
-        fs::write(
-            &config,
-            map["data"]["config.yaml"].as_str().context("no file")?,
-        )?;
+        let text = map["data"]["config.yaml"].as_str().context("no file")?;
+        fs::write(&config, text.replace(SERVED, path(directory.path())?))?;
         // Settings that differ from those in a pod.
         let elsewhere = [
             "--kubeconfig",
@@ -251,11 +263,20 @@ fn daemonset_refers_only_to_settings_of_the_program() -> anyhow::Result<()> {
     let expected: BTreeSet<PathBuf> = [
         parent(Path::new(DEFAULT_PATH))?,
         parent(&defaults.socket)?,
-        defaults.state_directory,
+        defaults.state_directory.clone(),
         "/run/libvirt".into(),
     ]
     .into();
     for overlay in OVERLAYS {
+        let mut expected = expected.clone();
+        if overlay == KUBEVIRT {
+            expected.remove(Path::new("/run/libvirt"));
+            expected.extend([
+                SERVED.into(),
+                defaults.documents.clone(),
+                "/var/run/secrets/kubernetes.io/serviceaccount".into(),
+            ]);
+        }
         let objects = manifests(overlay)?;
         let pod = &only(&objects, "DaemonSet")?["spec"]["template"]["spec"];
         let container = container(&objects)?;
@@ -289,7 +310,11 @@ fn daemonset_refers_only_to_settings_of_the_program() -> anyhow::Result<()> {
             list.filter_map(|value| value["name"].as_str().map(str::to_owned))
                 .collect()
         };
-        assert_eq!(named(&pod["volumes"]), named(&container["volumeMounts"]));
+        let mounted = containers(&objects)?.iter();
+        let mounted: BTreeSet<String> = mounted
+            .flat_map(|container| named(&container["volumeMounts"]))
+            .collect();
+        assert_eq!(named(&pod["volumes"]), mounted);
         let writable: BTreeSet<&str> = mounts
             .iter()
             .filter(|mount| mount["readOnly"] != true)
@@ -305,11 +330,23 @@ fn pod_has_no_more_permissions_than_documented() -> anyhow::Result<()> {
     for overlay in OVERLAYS {
         let objects = manifests(overlay)?;
         let pod = &only(&objects, "DaemonSet")?["spec"]["template"]["spec"];
-        let security = &container(&objects)?["securityContext"];
-        assert_eq!(security["capabilities"], json!({"drop": ["ALL"]}));
-        assert_eq!(security["readOnlyRootFilesystem"], true);
-        assert_eq!(security["allowPrivilegeEscalation"], false);
-        assert_eq!(security["privileged"], Value::Null);
+        for container in containers(&objects)? {
+            let security = &container["securityContext"];
+            assert_eq!(security["capabilities"], json!({"drop": ["ALL"]}));
+            assert_eq!(security["readOnlyRootFilesystem"], true);
+            assert_eq!(security["allowPrivilegeEscalation"], false);
+            assert_eq!(security["privileged"], Value::Null);
+        }
+        let roles: Vec<&str> = objects
+            .iter()
+            .filter(|object| object["kind"] == "ClusterRoleBinding")
+            .filter_map(|object| object["roleRef"]["name"].as_str())
+            .collect();
+        if overlay == KUBEVIRT {
+            assert_eq!(roles, ["virtnode", "virtnode-launchers"]);
+        } else {
+            assert_eq!(roles, ["virtnode"], "{overlay}");
+        }
         assert_eq!(
             pod["securityContext"]["seccompProfile"]["type"],
             "RuntimeDefault"
@@ -350,4 +387,82 @@ fn daemons_role(objects: &[Value]) -> anyhow::Result<&Value> {
         .iter()
         .find(|object| object["kind"] == "ClusterRole" && object["metadata"]["name"] == "virtnode")
         .context("no ClusterRole virtnode")
+}
+
+/// The container that can enter every pod's volumes has nothing else, and the one with the token cannot
+/// enter them.
+#[test]
+fn broker_has_the_pods_directory_and_no_token_and_the_daemon_the_reverse() -> anyhow::Result<()> {
+    let objects = manifests(KUBEVIRT)?;
+    let pod = &only(&objects, "DaemonSet")?["spec"]["template"]["spec"];
+    assert_eq!(pod["automountServiceAccountToken"], false);
+    let volumes = pod["volumes"].as_array().context("no volumes")?;
+    assert!(volumes.iter().all(|volume| volume["name"] != "libvirt"));
+    let [broker, daemon] = &containers(&objects)?[..] else {
+        anyhow::bail!("two containers");
+    };
+    let mounts = |container: &Value| -> BTreeMap<String, (String, bool)> {
+        let mounts = container["volumeMounts"].as_array().into_iter().flatten();
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        mounts
+            .map(|mount| {
+                let is_read_only = mount["readOnly"] == true;
+                (
+                    text(&mount["name"]),
+                    (text(&mount["mountPath"]), is_read_only),
+                )
+            })
+            .collect()
+    };
+    let expected = [
+        ("launchers".to_owned(), (SERVED.to_owned(), false)),
+        ("pods".to_owned(), ("/pods".to_owned(), true)),
+    ];
+    assert_eq!(mounts(broker), expected.into());
+    let pods = &broker["volumeMounts"][0];
+    assert_eq!(pods["mountPropagation"], "HostToContainer");
+    assert!(!mounts(daemon).contains_key("pods"));
+    assert_eq!(mounts(daemon)["launchers"], (SERVED.to_owned(), true));
+
+    let security = &broker["securityContext"];
+    assert_eq!(
+        (&security["runAsUser"], &security["runAsGroup"]),
+        (&json!(107), &json!(0))
+    );
+    assert_eq!(daemon["securityContext"]["runAsUser"], 65534);
+    assert_eq!(broker["image"], daemon["image"]);
+    assert_eq!(broker["ports"], Value::Null);
+    // The program accepts these arguments, and no change is allowed by default.
+    let arguments = texts(&broker["args"]);
+    assert!(!arguments.contains(&"--allow-changes"));
+    let help = Command::new(env!("CARGO_BIN_EXE_virtnode"))
+        .args(&arguments)
+        .arg("--help")
+        .output()?;
+    assert!(help.status.success(), "{help:?}");
+    Ok(())
+}
+
+/// The overlay replaces the last validation of the policy, and only adds to it.
+#[test]
+fn kubevirt_overlay_allows_events_about_instances_in_addition() -> anyhow::Result<()> {
+    let validations = |overlay| -> anyhow::Result<Vec<String>> {
+        let objects = manifests(overlay)?;
+        let policy = objects.iter().find(|object| {
+            object["kind"] == "ValidatingAdmissionPolicy"
+                && object["metadata"]["name"] == "virtnode-events"
+        });
+        let validations = &policy.context("no policy")?["spec"]["validations"];
+        let validations = validations.as_array().context("no validations")?.iter();
+        let expression = |validation: &Value| validation["expression"].as_str().map(str::to_owned);
+        Ok(validations.filter_map(expression).collect())
+    };
+    let (base, kubevirt) = (validations(".")?, validations(KUBEVIRT)?);
+    assert_eq!(base.len(), kubevirt.len());
+    let (last, others) = base.split_last().context("none")?;
+    assert_eq!(others, &kubevirt[..others.len()]);
+    let added = kubevirt[others.len()].strip_prefix(last.trim_end());
+    let added = added.context("it allows less than the base")?;
+    assert!(added.contains("'VirtualMachineInstance'") && added.contains("'kubevirt.io/'"));
+    Ok(())
 }

@@ -158,7 +158,15 @@ async fn real_prometheus_has_all_metrics_of_rules_and_dashboard() -> anyhow::Res
     let rules = rules(&objects)?;
     let dashboard = dashboard(&objects)?;
     let mut libvirtd = Libvirtd::start()?;
-    let daemon = Daemon::start(&libvirtd.uri(), &["--probe-interval", "5"]).await?;
+    let directory = tempfile::tempdir()?;
+    let config = directory.path().join("config.yaml");
+    fs::write(
+        &config,
+        "externalChanges: {enabled: true, graceSeconds: 5}\n",
+    )?;
+    let config = config.to_string_lossy();
+    let arguments = ["--config", &config, "--probe-interval", "5"];
+    let daemon = Daemon::start(&libvirtd.uri(), &arguments).await?;
     daemon.ready().await?;
     let spec = &only(&objects, "PrometheusRule")?["spec"];
     let prometheus = Prometheus::start(daemon.address(), spec).await?;
@@ -172,11 +180,25 @@ async fn real_prometheus_has_all_metrics_of_rules_and_dashboard() -> anyhow::Res
 
     // Paused, so that the number of online vCPUs is unknown.
     libvirtd.start_domain("vm")?;
+    // A change that its guest does not take.
+    let narrow = GuestConfig {
+        name: "narrow",
+        words: "nr_cpus=1",
+        ..Default::default()
+    };
+    let _narrow = Guest::start(&libvirtd, &narrow).await?;
     eventually(LONG, async || {
         ensure!(
             prometheus.names()?.contains("virtnode_domain_vcpus"),
             "no domain yet"
         );
+        Ok(())
+    })
+    .await?;
+    libvirtd.virsh(&["setvcpus", "narrow", "2", "--live"])?;
+    eventually(LONG, async || {
+        let metric = "virtnode_domain_change_not_taken";
+        ensure!(prometheus.names()?.contains(metric), "taken, or no verdict");
         Ok(())
     })
     .await?;
@@ -213,9 +235,15 @@ async fn real_prometheus_has_all_metrics_of_rules_and_dashboard() -> anyhow::Res
     assert_eq!(evaluated.len(), rules.len());
     for rule in evaluated {
         assert_eq!(rule["health"], "ok", "{rule}");
-        // The doctor may report errors about the machine that runs the tests.
-        let is_doctors = rule["name"] == "VirtnodeDoctorError";
-        let states: &[&str] = if is_doctors {
+        // The doctor may report errors about the machine that runs the tests, and a guest has not taken
+        // a change.
+        let names = [
+            "VirtnodeDoctorError",
+            "VirtnodeChangeNotTaken",
+            "VirtnodeGuestLags",
+        ];
+        let may_wait = names.iter().any(|name| rule["name"] == *name);
+        let states: &[&str] = if may_wait {
             &["inactive", "pending"]
         } else {
             &["inactive"]

@@ -149,6 +149,14 @@ async fn api_server_rejects_invalid_specs() -> anyhow::Result<()> {
             wrong(|spec| spec["domain"]["uuid"] = "2c298bd7-db31-43ec-8ced-225aa039f21b".into()),
             "exactly one of name and uuid",
         ),
+        (
+            "no-name",
+            wrong(|spec| {
+                let uuid = "2c298bd7-db31-43ec-8ced-225aa039f21b";
+                spec["domain"] = json!({"namespace": "tenant-a", "uuid": uuid});
+            }),
+            "a namespace needs a name",
+        ),
     ];
     for (name, spec, expected) in by_rules {
         match create(&server, name, spec).await {
@@ -181,7 +189,9 @@ async fn printer_columns_show_request_and_verdict() -> anyhow::Result<()> {
     define(&server).await?;
     let objects: Api<DomainHotplug> = Api::all(server.client());
     let post = PostParams::default();
-    objects.create(&post, &hotplug("a", vcpus())).await?;
+    let mut by_name = vcpus();
+    by_name["domain"]["namespace"] = "tenant-a".into();
+    objects.create(&post, &hotplug("a", by_name)).await?;
     let uuid = "2c298bd7-db31-43ec-8ced-225aa039f21b";
     let by_uuid =
         json!({"nodeName": "node-b", "domain": {"uuid": uuid}, "memory": {"size": "2Gi"}});

@@ -281,13 +281,13 @@ async fn daemon_uses_exactly_its_rights() -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn has_policies(server: &KubeServer) -> anyhow::Result<bool> {
+pub(crate) async fn has_policies(server: &KubeServer) -> anyhow::Result<bool> {
     let version = "admissionregistration.k8s.io/v1";
     server.has(version, "validatingadmissionpolicies").await
 }
 
 /// Returns the denial of one of virtnode's policies; any other answer is an error.
-fn is_denied<T: std::fmt::Debug>(answer: kube::Result<T>) -> anyhow::Result<String> {
+pub(crate) fn is_denied<T: std::fmt::Debug>(answer: kube::Result<T>) -> anyhow::Result<String> {
     match answer {
         Err(kube::Error::Api(status))
             if status

@@ -11,7 +11,10 @@ use virtnode::capability::{
     Version,
 };
 use virtnode::daemon::Metrics;
-use virtnode::domain::DomainState;
+use virtnode::domain::{DomainRef, DomainState};
+use virtnode::external::NotTaken;
+use virtnode::hotplug::Verdict;
+use virtnode::hotplug::external::{ChangedResource, ExternalAction};
 use virtnode::label::{LabelKey, LabelSet, Policy, Schema, derive, family, sources};
 use virtnode::monitor::{DomainFigures, MemoryFigures, VcpuFigures};
 use virtnode::units::{Bytes, Timestamp};
@@ -139,8 +142,12 @@ fn label_reference_matches_derived_labels() {
          Generated from `tests/it/support/label_reference.rs` by tests/it/references.rs, which also compares it with \
          the code; do not edit.\n\n\
          A label keeps its last value while one of its sources fails. It is removed after two complete \
-         probes in a row without it, but not while a running domain uses it (machine types, CPU models, \
-         CPU features).\n",
+         probes in a row without it, but not while a running domain uses it (machine types and their \
+         aliases, CPU models, features and vendor, enlightenments, `realtime`, confidential guests).\n\n\
+         With the documents of KubeVirt's node-labeller (`labels.source`) the versions are those of a \
+         connected launcher. While there is none, the source `versions` is not read: `eim` and the \
+         version labels stay, and numbers of vCPUs keep their values; a new machine type gets the number \
+         that needs no extended interrupt mode.\n",
     );
     for (schema, title) in [
         (
@@ -284,6 +291,8 @@ fn metric_reference_matches_served_metrics() {
     metrics.inventory.replace(vec![DomainFigures {
         connection: virtnode::domain::ConnectionId::Host,
         name: "vm".to_owned(),
+        namespace: None,
+        virtual_machine_instance: None,
         uuid: None,
         state: DomainState::Running,
         vcpus: VcpuFigures {
@@ -299,6 +308,17 @@ fn metric_reference_matches_served_metrics() {
         },
         as_of: Timestamp::from_millis(0),
     }]);
+    let domain = DomainRef::on_host("web", "u");
+    let not_taken = NotTaken {
+        domain: domain.clone(),
+        resource: ChangedResource::Vcpus,
+        action: ExternalAction::Plug,
+        device: None,
+        verdict: Verdict::GuestRefused,
+        message: String::new(),
+        since: Timestamp::from_millis(0),
+    };
+    metrics.external.log.set_not_taken(&domain, vec![not_taken]);
     let served = metrics.registry.encode().unwrap();
     let (mut helps, mut types) = (BTreeMap::new(), BTreeMap::new());
     for line in served.lines() {
@@ -348,7 +368,9 @@ fn metric_reference_matches_served_metrics() {
         let labels: Vec<String> = labels
             .iter()
             .map(|(label, values)| match values.len() {
-                _ if ["domain", "version", "commit"].contains(label) => format!("`{label}`"),
+                _ if ["domain", "name", "namespace", "version", "commit"].contains(label) => {
+                    format!("`{label}`")
+                }
                 1..=MAX_LISTED_VALUES => format!(
                     "`{label}`: {}",
                     values.iter().copied().collect::<Vec<_>>().join(", ")

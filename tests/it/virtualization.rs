@@ -12,6 +12,7 @@ use virtnode::capability::{
 use virtnode::cluster::objects::node_virtualization::{GuestStatus, HYPERVISOR_CONNECTED, PROBED};
 use virtnode::cluster::objects::{Condition, NodeVirtualization, NodeVirtualizationStatus};
 use virtnode::hypervisor::ConnectionState;
+use virtnode::hypervisor::DomainRef;
 use virtnode::label::{CapabilitiesInUse, FactSource, RetainedLabel, RetentionReason};
 use virtnode::probe::{DomainUsage, Reading, SourceFailure};
 use virtnode::publish::virtualization::Snapshot;
@@ -244,6 +245,7 @@ fn facts_of_failed_sources_are_kept() {
         source,
         code: "unavailable",
         message: message.to_owned(),
+        is_partial: false,
     };
     let lost = Reading {
         facts: NodeFacts {
@@ -304,8 +306,7 @@ fn facts_of_failed_sources_are_kept() {
 fn domain_that_depends_on_labels_is_listed() {
     let mut reading = reading();
     let domain = |name: &str, machine: &str| DomainUsage {
-        name: name.to_owned(),
-        uuid: "1b4e28ba-2fa1-11d2-883f-b9a761bde3fb".to_owned(),
+        id: DomainRef::on_host(name, "1b4e28ba-2fa1-11d2-883f-b9a761bde3fb"),
         in_use: CapabilitiesInUse {
             machines: [machine.to_owned()].into(),
             ..CapabilitiesInUse::default()

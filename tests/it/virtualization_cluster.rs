@@ -72,6 +72,7 @@ impl Writer {
         self.pictures.send_replace(Some(Arc::new(Snapshot {
             facts,
             failures,
+            unread: Vec::new(),
             unreadable: Vec::new(),
             at: Timestamp::now(),
         })));
@@ -171,6 +172,7 @@ async fn node_virtualization_is_written_only_after_changes() -> anyhow::Result<(
         source: FactSource::Capabilities,
         code: "unavailable",
         message: "no connection to libvirt".to_owned(),
+        is_partial: false,
     };
     writer.connection.send_replace(ConnectionState::Down);
     shown(&objects, |object| {

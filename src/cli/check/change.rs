@@ -61,7 +61,7 @@ pub(super) fn check(
     }
     let requests = source.changes();
     let report = runtime()?.block_on(async {
-        let (reading, libvirt) = probe(config).await;
+        let (reading, libvirt) = probe(config).await?;
         if conclude(&reading, config) == Exit::Unreachable {
             return Ok(Err(Exit::Unreachable));
         }
@@ -167,7 +167,7 @@ impl CheckedChange {
             Preflight::Rejected(rejection) => {
                 let code = match &rejection {
                     Rejection::Infeasible(limit) => Some(limit.code()),
-                    Rejection::NotRunning(..) => None,
+                    Rejection::NotRunning(..) | Rejection::Migrating => None,
                 };
                 (Feasibility::Infeasible, code, Some(rejection.to_string()))
             }

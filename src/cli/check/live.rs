@@ -29,7 +29,7 @@ pub(super) fn check(
     config: &Config,
 ) -> anyhow::Result<Result<CheckReport, Exit>> {
     runtime()?.block_on(async {
-        let (reading, libvirt) = probe(config).await;
+        let (reading, libvirt) = probe(config).await?;
         // Facts that could not be read are unknown below. Without libvirt there is no answer.
         if conclude(&reading, config) == Exit::Unreachable {
             return Ok(Err(Exit::Unreachable));
@@ -96,7 +96,7 @@ pub(super) fn host() -> Host {
 
 /// Finds a running domain by name or UUID.
 pub(super) async fn find_running(name: &str, libvirt: &Libvirt) -> anyhow::Result<DomainRef> {
-    let domains = libvirt.running_domains().await.map_err(no_answer)?;
+    let domains = libvirt.running_domains().await.map_err(no_answer)?.domains;
     let is_named = |domain: &&RunningDomain| domain.id.name == name || domain.id.uuid == name;
     let Some(domain) = domains.iter().find(is_named) else {
         let mut names: Vec<&str> = domains

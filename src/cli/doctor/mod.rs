@@ -64,11 +64,16 @@ impl DoctorCommand {
                 root: self.root.clone(),
                 uri: config.connect.clone(),
                 policy: config.policy.clone(),
+                label_origin: config.label_origin,
+                documents: config.documents.clone(),
             };
             let metrics = Metrics::new().hypervisor;
+            // Without a libvirt it is not asked.
+            let libvirt =
+                one_shot_libvirt_config(config).unwrap_or_else(|_| LibvirtConfig::new(""));
             let libvirt = LibvirtConfig {
                 call_deadline: config.call_deadline.min(LIBVIRT_TIMEOUT),
-                ..one_shot_libvirt_config(config)
+                ..libvirt
             };
             let libvirt = Arc::new(Libvirt::start(libvirt, metrics));
             observe_node(&scope, Arc::clone(&libvirt), &*libvirt, daemon).await

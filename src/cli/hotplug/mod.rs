@@ -28,7 +28,7 @@ use tokio::time::{MissedTickBehavior, interval, timeout};
 
 use super::api_client::{ApiClient, DaemonLookup};
 use super::output::{OutputOption, StatusLine};
-use super::{Exit, Failure, runtime};
+use super::{Exit, Failure, no_libvirt, runtime};
 use crate::config::Config;
 use crate::daemon::Metrics;
 use crate::daemon::api::states;
@@ -145,9 +145,17 @@ impl Submission {
                 config.socket.display()
             );
         }
+        let options = libvirt_config(config).map_err(no_libvirt)?;
         let metrics = Metrics::new();
-        let libvirt = Libvirt::start(libvirt_config(config), Arc::clone(&metrics.hypervisor));
-        let executor = hotplug::start_executor(config, Arc::new(libvirt), &metrics.hotplug, None)?;
+        let libvirt = Libvirt::start(options, Arc::clone(&metrics.hypervisor));
+        let executor = hotplug::start_executor(
+            config,
+            Arc::new(libvirt),
+            &metrics.hotplug,
+            None,
+            None,
+            None,
+        )?;
         let order = Order {
             domain: self.domain.clone(),
             request: self.request.clone(),

@@ -24,7 +24,10 @@ fn write(text: &mut String, record: &Record) -> std::fmt::Result {
     let mut fact = |name: &str, value: &str| writeln!(text, "  {name:<10} {value}");
     let uuid = record.domain.uuid.as_ref();
     let uuid = uuid.map_or_else(String::new, |uuid| format!(" ({})", plain(uuid)));
-    fact("domain", &format!("{}{uuid}", plain(&record.domain.name)))?;
+    fact(
+        "domain",
+        &format!("{}{uuid}", plain(&record.domain.display_name())),
+    )?;
     fact(record.requested.kind().title(), &change(record))?;
     fact(
         "operation",
@@ -78,7 +81,7 @@ fn write(text: &mut String, record: &Record) -> std::fmt::Result {
 
 /// Formats the state of an operation at `now`, on one line.
 pub(super) fn progress(record: &Record, now: Timestamp) -> String {
-    let name = plain(&record.domain.name);
+    let name = plain(&record.domain.display_name());
     let since = record.awaiting.as_ref().map(|awaiting| awaiting.since);
     let since = since.unwrap_or(record.created);
     let passed = now.since(since).as_secs();

@@ -47,7 +47,7 @@ use crate::units::Timestamp;
     printcolumn(
         name = "DOMAIN",
         type_ = "string",
-        json_path = ".spec.domain.*",
+        json_path = ".spec.domain['name','uuid']",
         description = "The name or UUID of the domain."
     ),
     printcolumn(
@@ -119,12 +119,23 @@ fn deadline_seconds() -> u32 {
     120
 }
 
-/// Identifies a domain by exactly one of its name and its UUID.
+/// Identifies a domain by exactly one of its name and its UUID. A name may have a namespace.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
 #[serde(deny_unknown_fields)]
-#[x_kube(validation = Rule::new("has(self.name) != has(self.uuid)").message("exactly one of name and uuid must be given"))]
+#[x_kube(
+    validation = Rule::new("has(self.name) != has(self.uuid)").message("exactly one of name and uuid must be given"),
+    validation = Rule::new("!has(self.__namespace__) || has(self.name)").message("a namespace needs a name")
+)]
 pub struct DomainReference {
-    /// The name that `virsh list` shows.
+    /// The namespace of a KubeVirt virtual machine with the name. Without it, name is the name that
+    /// libvirt has for the domain, which for a KubeVirt virtual machine is namespace_name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(
+        length(min = 1, max = 63),
+        regex(pattern = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")
+    )]
+    pub namespace: Option<String>,
+    /// The name that `virsh list` shows, or with a namespace that of the virtual machine.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 255))]
     pub name: Option<String>,

@@ -67,7 +67,7 @@ pub struct NodeVirtualizationStatus {
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub conditions: Vec<Condition>,
     /// Parts that were omitted because the object would have exceeded 56 KiB, in the order of
-    /// omission: `foreignMachines`, `blockers`, `unusableModels`, `features`.
+    /// omission: `foreignMachines`, `blockers`, `unusableModels`, `features`, `domains`.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub omitted: Vec<String>,
     /// The host's own architecture in libvirt's spelling, `x86_64`.
@@ -112,6 +112,11 @@ pub struct NodeVirtualizationStatus {
     /// label is removed after they have stopped. At most 32 are listed.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub holds: Vec<LabelHolder>,
+    /// Running domains whose guests have not taken a change that another client of libvirt made, such
+    /// as KubeVirt or virsh. At most 32 are listed. Empty if the daemon's configuration does not enable
+    /// externalChanges.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub domains: Vec<DomainChangeStatus>,
 }
 
 /// Software versions.
@@ -241,6 +246,35 @@ pub struct LabelHolder {
     pub uuid: String,
     /// The keys of these labels.
     pub labels: Vec<String>,
+}
+
+/// A change that the guest of a running domain has not taken.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct DomainChangeStatus {
+    /// The namespace of the virtual machine, as the domain's name says; absent for a domain of the
+    /// node's own libvirt.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub namespace: Option<String>,
+    /// The name of the virtual machine, or of the domain.
+    pub name: String,
+    /// The domain's UUID.
+    pub uuid: String,
+    /// `vcpus`, `memory`, `disk` or `interface`.
+    pub resource: String,
+    /// `plug`, `unplug` or `detach`.
+    pub action: String,
+    /// The device, if it is one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub device: Option<String>,
+    /// The verdict about the guest, such as `GuestRefused` or `GuestOffline`.
+    pub verdict: String,
+    /// The reason for the verdict.
+    pub message: String,
+    /// Time of the verdict.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<Time>")]
+    pub since: Option<Timestamp>,
 }
 
 /// Removes the default values from a schema: a missing field means unknown, and the API server must

@@ -7,6 +7,7 @@
 mod access;
 mod body;
 mod error;
+mod external;
 mod memory;
 mod operations;
 mod vcpus;
@@ -31,6 +32,7 @@ use tokio::time::timeout;
 
 pub use access::Access;
 pub use error::ApiProblem;
+pub use external::ExternalChangeList;
 pub use operations::{OperationService, states};
 
 use self::body::HotplugBody;
@@ -39,6 +41,7 @@ use self::memory::MemoryBody;
 use self::vcpus::VcpusBody;
 use super::listener::{self, ConnectionLimits, WhenFull};
 use super::socket::{LocalSocket, Peer};
+use crate::external::ChangeLog;
 use crate::hotplug::Verdict;
 use crate::monitor::{DomainFigures, Inventory};
 use crate::operation::{AskedBy, OperationId, Record};
@@ -47,7 +50,7 @@ use crate::operation::{AskedBy, OperationId, Record};
 pub const OPENAPI: &str = include_str!("../../../docs/openapi.json");
 
 /// Method and path of every route, for the tests that compare them with the description.
-pub const ROUTES: [(&str, &str); 8] = [
+pub const ROUTES: [(&str, &str); 9] = [
     ("post", VcpusBody::PATH),
     ("post", MemoryBody::PATH),
     ("get", "/v1/domains"),
@@ -55,6 +58,7 @@ pub const ROUTES: [(&str, &str); 8] = [
     ("get", "/v1/operations"),
     ("get", "/v1/operations/{id}"),
     ("get", "/v1/operations/{id}/progress"),
+    ("get", "/v1/external-changes"),
     ("get", "/openapi.json"),
 ];
 
@@ -91,6 +95,8 @@ struct ApiState<O> {
     /// `None` if the configuration disables hotplug.
     operations: Option<Arc<O>>,
     inventory: Arc<Inventory>,
+    /// `None` if the configuration disables it.
+    external: Option<Arc<ChangeLog>>,
     access: Access,
 }
 
@@ -109,11 +115,13 @@ type Api<O> = State<Arc<ApiState<O>>>;
 pub fn router<O: OperationService>(
     operations: Option<Arc<O>>,
     inventory: Arc<Inventory>,
+    external: Option<Arc<ChangeLog>>,
     access: Access,
 ) -> Router {
     let shared = Arc::new(ApiState {
         operations,
         inventory,
+        external,
         access,
     });
     Router::new()
@@ -124,6 +132,7 @@ pub fn router<O: OperationService>(
         .route("/v1/operations", get(list_operations::<O>))
         .route("/v1/operations/{id}", get(operation::<O>))
         .route("/v1/operations/{id}/progress", get(progress::<O>))
+        .route("/v1/external-changes", get(external_changes::<O>))
         .route("/openapi.json", get(openapi))
         .fallback(no_such_route)
         .method_not_allowed_fallback(no_such_method)
@@ -220,10 +229,28 @@ async fn domain<O: OperationService>(
     let Path(name) = name?;
     let name = body::domain_name(name)?;
     let domains = shared.inventory.domains();
-    let found = domains.iter().find(|domain| domain.name == name.as_str());
-    let found =
-        found.ok_or_else(|| ApiError::not_found("domain-not-found", not_running(name.as_str())))?;
-    Ok(Json(found.clone()))
+    let mut found = domains
+        .iter()
+        .filter(|domain| domain.is_called(name.as_str()));
+    match (found.next(), found.next()) {
+        (Some(found), None) => Ok(Json(found.clone())),
+        (Some(one), Some(other)) => {
+            let message = format!(
+                "{name} is both {:?} and {:?}: use a name that only one of them has",
+                one.display_name(),
+                other.display_name()
+            );
+            Err(ApiError::new(
+                StatusCode::CONFLICT,
+                "ambiguous-name",
+                message,
+            ))
+        }
+        (None, _) => {
+            let message = not_running(name.as_str());
+            Err(ApiError::not_found("domain-not-found", message))
+        }
+    }
 }
 
 fn not_running(name: &str) -> String {
@@ -235,6 +262,12 @@ async fn list_operations<O: OperationService>(
 ) -> Result<Json<OperationList>, ApiError> {
     let operations = shared.operations()?.operations();
     Ok(Json(OperationList { operations }))
+}
+
+async fn external_changes<O: OperationService>(
+    State(shared): Api<O>,
+) -> Result<Json<ExternalChangeList>, ApiError> {
+    external::list(shared.external.as_ref())
 }
 
 async fn operation<O: OperationService>(

@@ -1,5 +1,6 @@
 //! The node's daemon: age of its readings, and its labels.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use super::finding::{Check, DoctorReport, Place, Remedy, Severity, counted};
@@ -147,6 +148,53 @@ pub(super) fn check_labels(observed: &Observed, report: &mut DoctorReport) {
             None,
         ),
     }
+}
+
+pub(super) fn check_external_changes(observed: &Observed, report: &mut DoctorReport) {
+    let check = Check::ExternalChanges;
+    let metrics = match &observed.daemon {
+        Daemon::Runs { metrics, .. } => metrics,
+        Daemon::None | Daemon::Unreadable(_) => {
+            return report.unseen(
+                check,
+                "only a running daemon verifies them: see probe-age",
+                None,
+            );
+        }
+    };
+    let mut by_resource: BTreeMap<&str, usize> = BTreeMap::new();
+    for (labels, value) in series(metrics, "virtnode_domain_change_not_taken") {
+        // The last label. The others have names that tenants chose.
+        let resource = labels.rsplit_once("resource=").map(|(_, word)| word);
+        let resource = resource.unwrap_or_default().trim_matches('"');
+        *by_resource.entry(resource).or_default() += usize::from(value > 0.0);
+    }
+    let all: usize = by_resource.values().sum();
+    if all == 0 {
+        return report.ok(
+            check,
+            "no guest is known to lack a change that another client made",
+        );
+    }
+    let listed = by_resource
+        .iter()
+        .map(|(word, count)| format!("{word} {count}"));
+    let listed: Vec<String> = listed.collect();
+    report.problem(
+        check,
+        Severity::Warning,
+        format!(
+            "{} by other clients not taken by the guest: {}",
+            counted(all, "change"),
+            listed.join(", ")
+        ),
+        "libvirt, and whatever made the change, report success; the guest does not use what it was \
+         given, or still has the device that was detached.",
+        Remedy::on_host(
+            ["virtnode operations --external"],
+            "This lists each with its domain, the cause and the remedy.",
+        ),
+    );
 }
 
 /// Returns the number of labels left to other owners, at most 1,000.

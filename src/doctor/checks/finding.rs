@@ -6,6 +6,7 @@ pub(super) use crate::units::counted;
 use serde::Serialize;
 
 use super::observed::ObservedDomain;
+use crate::domain::ConnectionId;
 use crate::units::words;
 
 macro_rules! checks {
@@ -38,6 +39,7 @@ checks! {
     LibvirtConnection, "libvirt-connection", "libvirt answers: socket, permissions, polkit";
     LibvirtDaemons, "libvirt-daemons", "the daemons that a domain needs are running, and libvirtd and virtqemud do not run at the same time";
     Versions, "versions", "features missing from these versions of libvirt and QEMU: more than 255 vCPUs (EIM) without additional XML, virtio-mem";
+    LabelDocuments, "label-documents", "the documents of KubeVirt's node-labeller, where labels follow them: readable, and for the same QEMU as the host's libvirt";
     ProbeAge, "probe-age", "age of the daemon's last reading of each label source";
     Labels, "labels", "labels rejected as invalid, and labels left to another owner";
     Domains, "domains", "libvirt answers queries about each running domain, and its definition can be read";
@@ -45,6 +47,7 @@ checks! {
     VcpusOnline, "vcpus-online", "each guest uses its plugged vCPUs (`nr_cpus`, offline CPUs)";
     VirtioMem, "virtio-mem", "each guest has taken the memory that its virtio-mem devices request";
     MachineTypes, "machine-types", "running domains whose machine type is deprecated, or no longer exists in this QEMU";
+    ExternalChanges, "external-changes", "changes that other clients of libvirt made and that guests have not taken, as the daemon verified them (`externalChanges.enabled`)";
 }
 
 words! {
@@ -80,6 +83,19 @@ pub struct Remedy {
 }
 
 impl Remedy {
+    /// Omits commands on the host for the domain of a launcher: virsh reaches it only inside the pod.
+    fn for_domain_on(self, connection: &ConnectionId) -> Self {
+        let is_elsewhere = connection.is_launcher() && self.place == Place::Host;
+        if !is_elsewhere || self.commands.is_empty() {
+            return self;
+        }
+        let text = format!(
+            "In the container compute of the virt-launcher pod, use virsh: {}",
+            self.text
+        );
+        Self::words(Place::Outside, text.trim_end_matches([' ', ':']))
+    }
+
     pub fn on_host<C: Into<String>>(
         commands: impl IntoIterator<Item = C>,
         text: impl Into<String>,
@@ -191,7 +207,7 @@ impl DoctorReport {
         why: &str,
         remedy: Remedy,
     ) {
-        let problem = Some((why, remedy));
+        let problem = Some((why, remedy.for_domain_on(&domain.connection)));
         self.add(check, severity, Some(&domain.name), what.into(), problem);
     }
 

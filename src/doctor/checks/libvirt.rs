@@ -11,6 +11,9 @@ const DAEMONS: [(&str, &str); 2] = [
     ("virtqemud", "virtqemud-sock"),
 ];
 
+/// Finding about a libvirt that the configuration says does not exist.
+const ABSENT: &str = "this node has no libvirt of its own (connect: none)";
+
 const LOG_SOCKET: &str = "virtlogd-sock";
 
 /// Returns the daemon that serves QEMU's domains here: the one that answers, else the one whose
@@ -51,6 +54,9 @@ pub(super) fn restart(host: &HostSurvey) -> String {
 pub(super) fn check_connection(observed: &Observed, report: &mut DoctorReport) {
     let check = Check::LibvirtConnection;
     let libvirt = &observed.libvirt;
+    if libvirt.is_absent {
+        return report.ok(check, ABSENT);
+    }
     let Some(failure) = &libvirt.failure else {
         for (query, why) in &libvirt.unanswered {
             report.problem(
@@ -196,6 +202,9 @@ fn grant_permission(host: &HostSurvey, message: &str) -> Remedy {
 pub(super) fn check_daemons(observed: &Observed, report: &mut DoctorReport) {
     let check = Check::LibvirtDaemons;
     let host = &observed.host;
+    if observed.libvirt.is_absent {
+        return report.ok(check, ABSENT);
+    }
     if !is_system(&observed.libvirt.uri) {
         let uri = &observed.libvirt.uri;
         return report.ok(

@@ -6,6 +6,7 @@
 mod accounts;
 mod daemon;
 mod device;
+mod documents;
 mod domains;
 mod finding;
 mod libvirt;
@@ -31,9 +32,11 @@ pub fn diagnose(observed: &Observed) -> DoctorReport {
     libvirt::check_connection(observed, &mut report);
     libvirt::check_daemons(observed, &mut report);
     libvirt::check_versions(observed, &mut report);
+    documents::check(observed, &mut report);
     daemon::check_probes(observed, &mut report);
     daemon::check_labels(observed, &mut report);
     domains::check(observed, &mut report);
+    daemon::check_external_changes(observed, &mut report);
     for check in Check::ALL {
         if !report.covers(check) {
             report.unseen(check, "the check produced no result", None);

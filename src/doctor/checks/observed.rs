@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::capability::NodeFacts;
-use crate::domain::{Domain, DomainState, Stats};
+use crate::domain::{ConnectionId, Domain, DomainState, Stats};
 use crate::hotplug::Agent;
 use crate::label::RejectedLabel;
 use crate::units::Bytes;
@@ -19,10 +19,25 @@ pub struct Observed {
     pub host: HostSurvey,
     pub libvirt: LibvirtStatus,
     pub facts: Arc<NodeFacts>,
+    pub documents: ObservedDocuments,
     pub rejected: Vec<RejectedLabel>,
     /// The running domains, or the reason why they could not be listed.
     pub domains: Result<Vec<ObservedDomain>, String>,
     pub daemon: Daemon,
+}
+
+/// The documents of KubeVirt's node-labeller.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct ObservedDocuments {
+    pub directory: String,
+    /// True if the directory has any of them.
+    pub exist: bool,
+    /// True if labels are derived from them.
+    pub used: bool,
+    /// Documents that cannot be used, with the reason.
+    pub problems: Vec<String>,
+    /// Facts from the documents; `None` if they were not read.
+    pub facts: Option<Arc<NodeFacts>>,
 }
 
 /// This machine, observed without changing or starting anything.
@@ -202,6 +217,8 @@ pub struct Accounts {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct LibvirtStatus {
     pub uri: String,
+    /// True if the configuration says that this machine has no libvirt of its own.
+    pub is_absent: bool,
     /// `None` if libvirt answers.
     pub failure: Option<LibvirtFailure>,
     /// Queries that failed although libvirt is connected, each with the reason.
@@ -216,7 +233,8 @@ pub struct LibvirtFailure {
 
 #[derive(Debug, Clone, PartialEq)]
 pub struct ObservedDomain {
-    /// Chosen by a tenant.
+    pub connection: ConnectionId,
+    /// Chosen by a tenant; `namespace/name` for the domain of a launcher.
     pub name: String,
     pub uuid: String,
     pub state: DomainState,

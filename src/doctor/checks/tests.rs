@@ -7,7 +7,7 @@ use rstest::rstest;
 use super::observed::*;
 use super::*;
 use crate::capability::{Capabilities, Eim, NodeFacts, Version};
-use crate::domain::{Domain, DomainState, Stats};
+use crate::domain::{ConnectionId, Domain, DomainState, Stats};
 use crate::hotplug::{Agent, GuestVcpus};
 use crate::label::{InvalidLabel, RejectedLabel};
 use crate::units::Bytes;
@@ -81,6 +81,10 @@ fn healthy_host() -> Observed {
         libvirt: LibvirtStatus {
             uri: "qemu:///system".to_owned(),
             ..LibvirtStatus::default()
+        },
+        documents: ObservedDocuments {
+            directory: "/documents".to_owned(),
+            ..ObservedDocuments::default()
         },
         facts: Arc::new(NodeFacts {
             libvirt_version: Some(Version::new(11, 3, 0)),
@@ -369,6 +373,7 @@ fn domain(name: &str, machine: &str, inner: &str) -> ObservedDomain {
     );
     let parsed = Domain::parse("d", xml.as_bytes(), DomainState::Running).unwrap();
     ObservedDomain {
+        connection: ConnectionId::Host,
         name: name.to_owned(),
         uuid: "2c298bd7-db31-43ec-8ced-225aa039f21b".to_owned(),
         state: DomainState::Running,
@@ -536,4 +541,58 @@ fn silent_agent_is_a_warning_with_the_reason() {
     assert_eq!(finding.severity, Severity::Warning);
     assert!(finding.what.ends_with("no answer within 7s"));
     assert_eq!(commands(&finding), ["systemctl restart qemu-guest-agent"]);
+}
+
+/// Returns facts of the captured Debian sid as documents of KubeVirt.
+fn documents_of_sid() -> Arc<NodeFacts> {
+    let capabilities = include_bytes!(
+        "../../../tests/fixtures/debian-sid-libvirt-12.8.0-qemu-11.1/capabilities.xml"
+    );
+    Arc::new(NodeFacts {
+        capabilities: Some(Capabilities::parse("c", capabilities).unwrap()),
+        ..NodeFacts::default()
+    })
+}
+
+#[test]
+fn documents_that_differ_from_libvirt_are_a_warning() {
+    let mut observed = healthy_host();
+    let check = Check::LabelDocuments;
+    assert_eq!(of(&observed, check).severity, Severity::Ok);
+    observed.documents.exist = true;
+    observed.documents.facts = Some(Arc::clone(&observed.facts));
+    for used in [true, false] {
+        observed.documents.used = used;
+        assert_eq!(of(&observed, check).severity, Severity::Ok);
+    }
+    observed.documents.facts = Some(documents_of_sid());
+    let finding = of(&observed, check);
+    assert_eq!(finding.severity, Severity::Warning);
+    let expected = "q35 means pc-q35-11.1 in the documents and pc-q35-10.0 in libvirt";
+    assert!(finding.what.contains(expected), "{}", finding.what);
+    assert!(finding.remedy.unwrap().text.contains("labels.source: auto"));
+    observed.documents.used = true;
+    let remedy = of(&observed, check).remedy.unwrap().text;
+    assert!(remedy.contains("labels.source: libvirt"), "{remedy}");
+    // A node without a libvirt of its own has nothing to compare.
+    observed.facts = Arc::default();
+    assert_eq!(of(&observed, check).severity, Severity::Ok);
+}
+
+#[test]
+fn document_that_cannot_be_used_is_an_error_where_labels_follow_it() {
+    let mut observed = healthy_host();
+    observed.documents.exist = true;
+    observed.documents.problems = vec!["/documents/capabilities.xml: is empty".to_owned()];
+    let check = Check::LabelDocuments;
+    assert_eq!(of(&observed, check).severity, Severity::Ok);
+    observed.documents.used = true;
+    let finding = of(&observed, check);
+    assert_eq!(finding.severity, Severity::Error);
+    assert!(finding.what.ends_with("is empty"), "{}", finding.what);
+    observed.documents = ObservedDocuments {
+        used: true,
+        ..ObservedDocuments::default()
+    };
+    assert_eq!(of(&observed, check).severity, Severity::Error);
 }

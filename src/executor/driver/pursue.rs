@@ -245,7 +245,11 @@ impl<C: DomainBackend> Driver<C, Attached<C>> {
     fn noticed(&mut self, notice: Option<Notice>) {
         match notice {
             None => self.stage.notices = None,
-            Some(Notice::Gap) => self.observe_soon(),
+            Some(gap @ Notice::Gap { .. }) => {
+                if gap.is_gap_of(&self.stage.domain.connection) {
+                    self.observe_soon();
+                }
+            }
             Some(Notice::Change { domain, at, change }) if domain == self.stage.domain => {
                 if let Change::Event(event) = change {
                     self.happened(self.clock.received(at), event);

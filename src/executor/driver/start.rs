@@ -14,7 +14,8 @@ use crate::executor::Executor;
 use crate::executor::observer::Observer;
 use crate::executor::queues::Ticket;
 use crate::hotplug::{
-    Contact, Event, History, Host, Preflight, Scope, Step, Terms, Verdict, judge, preflight,
+    Contact, Event, History, Host, Observation, Preflight, Rejection, Scope, Step, Terms, Verdict,
+    check_launcher, judge, preflight,
 };
 use crate::hypervisor::{Change, ConnectionState, DomainBackend, Notice, Notices};
 use crate::journal::Entry;
@@ -30,7 +31,7 @@ const UNEXPLAINED_PAUSE: Duration = Duration::from_secs(3);
 
 /// Reason why an operation ends without a call.
 enum Refusal {
-    Rejected(crate::hotplug::Rejection),
+    Rejected(Rejection),
     DomainEnded,
     Unreachable(String),
 }
@@ -93,6 +94,7 @@ impl<C: DomainBackend> Driver<C, Unstarted> {
         let (domain, ticket) = match found {
             Ok(found) => found,
             Err(CallError::NotFound(_)) => return self.end_absent().await,
+            Err(CallError::Ambiguous(which)) => return self.end(Verdict::Infeasible, which).await,
             Err(error) => return self.end_unreachable(&error.to_string()).await,
         };
         if !ticket.is_served() {
@@ -128,7 +130,7 @@ impl<C: DomainBackend> Driver<C, Unstarted> {
     /// Waits until `give_up_at` and then for the connection to be down.
     async fn unavailable_since(&self, give_up_at: Instant) {
         sleep_until(give_up_at).await;
-        let mut health = self.executor.backend.health();
+        let mut health = self.health();
         let down = health.wait_for(|state| *state == ConnectionState::Down);
         if down.await.is_err() {
             // The backend ended, and its calls end with it.
@@ -145,14 +147,18 @@ impl<C: DomainBackend> Driver<C, Unstarted> {
         name_ticket.turn().await;
         let backend = Arc::clone(&self.executor.backend);
         let target = &self.entry.record.domain;
-        let text = target.uuid.as_deref().unwrap_or(&target.name).to_owned();
+        let (known, text) = (target.identity(), target.name.clone());
+        let find = async || match &known {
+            Some(known) => backend.find_again(known).await,
+            None => backend.find(&text).await,
+        };
         let mut backoff = self.backoff();
         let give_up_at = self.give_up_at();
         let mut last_error = None;
         loop {
             let found = tokio::select! {
                 biased;
-                found = backend.find(&text) => found,
+                found = find() => found,
                 // A connected libvirt that is slow has until the operation's deadline.
                 () = self.unavailable_since(give_up_at) => {
                     // An earlier error says more than a timeout that was cut short.
@@ -179,7 +185,8 @@ impl<C: DomainBackend> Driver<C, Unstarted> {
                 Err(error) => error,
             };
             let gives_up = !self.has_events() && Instant::now() >= give_up_at;
-            if matches!(error, CallError::NotFound(_)) || gives_up {
+            let is_final = matches!(error, CallError::NotFound(_) | CallError::Ambiguous(_));
+            if is_final || gives_up {
                 return Err(error);
             }
             self.awaits(&format!("the hypervisor: {error}"));
@@ -208,7 +215,7 @@ impl<C: DomainBackend> Driver<C, Unstarted> {
         let observer = self.observer(&domain);
         let history = match self.entry.history.take() {
             Some(history) => self.restore(history, &observer, deadline).await,
-            None => match timeout_at(deadline, self.preflight(&observer)).await {
+            None => match timeout_at(deadline, self.preflight(&domain, &observer)).await {
                 Ok(Ok(history)) => history,
                 Ok(Err(refusal)) => {
                     self.end_refused(refusal, &domain, &mut notices).await;
@@ -224,7 +231,11 @@ impl<C: DomainBackend> Driver<C, Unstarted> {
     }
 
     /// Observes the domain until the request can be planned or rejected.
-    async fn preflight(&mut self, observer: &Observer<C>) -> Result<Box<History>, Refusal> {
+    async fn preflight(
+        &mut self,
+        domain: &DomainRef,
+        observer: &Observer<C>,
+    ) -> Result<Box<History>, Refusal> {
         let mut backoff = self.backoff();
         let give_up_at = self.give_up_at();
         let mut unexplained: Option<Instant> = None;
@@ -233,7 +244,11 @@ impl<C: DomainBackend> Driver<C, Unstarted> {
                 Ok(observation) => {
                     let request = &self.entry.order.request;
                     let scope = Scope::of(self.entry.order.persistent);
-                    match preflight(request, scope, &observation, &self.host()) {
+                    let result = match self.check_launcher(domain, &observation) {
+                        Some(rejection) => Preflight::Rejected(rejection),
+                        None => preflight(request, scope, &observation, &self.host()),
+                    };
+                    match result {
                         Preflight::Ready(plan) => {
                             let terms = Terms {
                                 require: self.entry.order.require,
@@ -317,6 +332,17 @@ impl<C: DomainBackend> Driver<C, Unstarted> {
         };
         timeout_at(deadline, until_settled).await.ok();
         Box::new(history)
+    }
+
+    /// Returns the reason against the request if the domain is in a launcher.
+    fn check_launcher(&self, domain: &DomainRef, seen: &Observation) -> Option<Rejection> {
+        if !domain.connection.is_launcher() {
+            return None;
+        }
+        let right = (self.executor.options.launcher_rights)(domain);
+        let order = &self.entry.order;
+        let claimed = domain.namespace_and_name();
+        check_launcher(&order.request, order.persistent, &right, claimed, seen)
     }
 
     fn host(&self) -> Host {

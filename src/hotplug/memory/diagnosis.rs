@@ -183,7 +183,7 @@ pub(super) fn no_balloon_driver() -> Diagnosis {
 }
 
 /// The guest's last report is older than the change.
-pub(super) fn no_report(period: Option<u32>) -> Diagnosis {
+pub(super) fn no_report(period: Option<u32>, by_another: bool) -> Diagnosis {
     let period = match period {
         Some(period) => format!("every {period} s"),
         None => "only when the statistics are switched on".to_owned(),
@@ -191,9 +191,15 @@ pub(super) fn no_report(period: Option<u32>) -> Diagnosis {
     Diagnosis::new(
         "no-report",
         format!("the guest reports its memory {period}, and no report came after the change"),
-        "ask again with a longer --timeout; if it still does not report, look at the guest's \
-         console, and if it runs, load virtio_balloon again (modprobe -r virtio_balloon; modprobe \
-         virtio_balloon)",
+        if by_another {
+            "switch the balloon statistics on (virsh dommemstat DOMAIN --period 5 --live, or <stats \
+             period='5'/> in <memballoon>); if they are on, look at the guest's console, and if it \
+             runs, load virtio_balloon again (modprobe -r virtio_balloon; modprobe virtio_balloon)"
+        } else {
+            "ask again with a longer --timeout; if it still does not report, look at the guest's \
+             console, and if it runs, load virtio_balloon again (modprobe -r virtio_balloon; \
+             modprobe virtio_balloon)"
+        },
     )
 }
 

@@ -319,7 +319,8 @@ impl MemoryRules<'_> {
                      reset"
                 .to_owned(),
         };
-        Conclusion::new(Verdict::Unverifiable, message).because(diagnosis::no_report(period))
+        Conclusion::new(Verdict::Unverifiable, message)
+            .because(diagnosis::no_report(period, self.history.by_another))
     }
 
     /// Returns the finding for a total that is not what it should be.

@@ -1,6 +1,7 @@
 //! The reactions of the simulated hypervisor and its guest.
 
 use super::*;
+use crate::units::KiB;
 
 impl World {
     pub(super) fn call(&mut self, action: &Action) {
@@ -243,20 +244,32 @@ impl World {
             WorldChange::Runs(id) => *self.times.entry(id).or_default() += 50,
             WorldChange::Claims(count) => self.claims = Some(count),
             WorldChange::AnotherSets(count) => {
-                let (made, pending) = (self.made.len(), self.pending.len());
-                self.call(&Action::SetVcpus {
-                    count,
-                    persist: false,
-                });
-                self.made.truncate(made);
-                // The other client gets the answer.
-                let mut index = 0;
-                self.pending.retain(|(_, effect)| {
-                    index += 1;
-                    index <= pending || !matches!(effect, Effect::Return(_))
+                let persist = false;
+                self.by_another(&Action::SetVcpus { count, persist });
+            }
+            WorldChange::AnotherResizes(size) => {
+                let alias = "ua-mem0".to_owned();
+                let requested = KiB::try_from(size).unwrap();
+                let persist = false;
+                self.by_another(&Action::ResizeVirtioMem {
+                    alias,
+                    requested,
+                    persist,
                 });
             }
             WorldChange::Onlines(id) => self.apply(Effect::GuestOnlines(id)),
         }
+    }
+
+    fn by_another(&mut self, action: &Action) {
+        let (made, pending) = (self.made.len(), self.pending.len());
+        self.call(action);
+        self.made.truncate(made);
+        // The other client gets the answer.
+        let mut index = 0;
+        self.pending.retain(|(_, effect)| {
+            index += 1;
+            index <= pending || !matches!(effect, Effect::Return(_))
+        });
     }
 }

@@ -104,7 +104,8 @@ pub(super) fn not_added(ids: &IdSet, status: &str) -> Diagnosis {
 }
 
 /// The guest has the CPUs and, as its agent reports, does not use them.
-pub(super) fn offline(offline: &IdSet) -> Diagnosis {
+pub(super) fn offline(offline: &IdSet, by_another: bool) -> Diagnosis {
+    const RULE: &str = "SUBSYSTEM==\"cpu\", ACTION==\"add\", ATTR{online}=\"1\"";
     Diagnosis::new(
         "cpus-offline",
         format!(
@@ -112,8 +113,17 @@ pub(super) fn offline(offline: &IdSet) -> Diagnosis {
             offline.named("CPU"),
             them(offline)
         ),
-        "ask again with online, so that they are brought online through the guest agent; or add \
-         a udev rule to the guest: SUBSYSTEM==\"cpu\", ACTION==\"add\", ATTR{online}=\"1\"",
+        if by_another {
+            format!(
+                "in the guest, as root: echo 1 > /sys/devices/system/cpu/cpuN/online for each of \
+                 them; for later CPUs add a udev rule to the guest: {RULE}"
+            )
+        } else {
+            format!(
+                "ask again with online, so that they are brought online through the guest agent; \
+                 or add a udev rule to the guest: {RULE}"
+            )
+        },
     )
 }
 
@@ -199,7 +209,16 @@ pub(super) fn miscounted(words: &str) -> Diagnosis {
 }
 
 /// The guest had fewer CPUs than libvirt counts when the operation started, and lost none since.
-pub(super) fn fewer_than_counted() -> Diagnosis {
+pub(super) fn fewer_than_counted(by_another: bool) -> Diagnosis {
+    if by_another {
+        return Diagnosis::new(
+            "fewer-than-counted",
+            "the guest has fewer CPUs than libvirt counts: it dropped some (nr_cpus), or released \
+             some that libvirt still counts, as it does before 12.4",
+            "check nr_cpus= and possible_cpus= on the guest's kernel command line; if they leave \
+             room, boot the guest again, which then finds the CPUs that QEMU has",
+        );
+    }
     Diagnosis::new(
         "fewer-than-counted",
         "the guest had fewer CPUs than libvirt counts before this operation: it dropped some \

@@ -174,13 +174,13 @@ fn never_ran(seen: &Observation, ids: &IdSet) -> IdSet {
 }
 
 /// Parses libvirt's name of a vCPU in QEMU: `vcpu2`.
-pub(super) fn vcpu_of(device: &str) -> Option<u32> {
+pub(in crate::hotplug) fn vcpu_of(device: &str) -> Option<u32> {
     device.strip_prefix("vcpu")?.parse().ok()
 }
 
 /// Returns the device in `/machine/peripheral/vcpu2/lapic`. QEMU 10 reports the removal of only
 /// this part of a vCPU (measured).
-pub(super) fn peripheral(path: &str) -> Option<&str> {
+pub(in crate::hotplug) fn peripheral(path: &str) -> Option<&str> {
     path.strip_prefix("/machine/peripheral/")?.split('/').next()
 }
 

@@ -7,6 +7,7 @@ mod preflight;
 mod timeline;
 mod verdict;
 
+pub(super) use evidence::{peripheral, vcpu_of};
 pub use life::VcpuLife;
 
 use super::kind::{ResourceKind, Wanted};

@@ -73,8 +73,10 @@ impl VcpuRules<'_> {
         if *count < self.before {
             let needed = self.before - count;
             let let_go = facts.released_count() >= needed && facts.kept.is_empty();
+            let observed = facts.latest.is_some();
             return match require {
-                Require::Online => shown,
+                // Nobody makes an older libvirt notice it.
+                Require::Online => shown || (self.history.by_another && let_go && observed),
                 Require::Acknowledged => shown || let_go,
                 Require::Accepted => shown || self.submitted(),
             }
@@ -83,6 +85,13 @@ impl VcpuRules<'_> {
                     format!(
                         "{} unplugged, {count} left{}",
                         counted(needed, "vCPU"),
+                        self.elapsed()
+                    )
+                } else if let_go && self.history.by_another {
+                    format!(
+                        "the guest released {}, and libvirt still counts {}{}",
+                        counted(needed, "vCPU"),
+                        facts.plugged,
                         self.elapsed()
                     )
                 } else if let_go {
@@ -138,6 +147,10 @@ impl VcpuRules<'_> {
     /// Returns a finding if another client changed the vCPUs after libvirt had what was requested, or
     /// while the guest was to take it. The guest is not to blame for that.
     fn changed_by_another(&self) -> Option<Conclusion> {
+        // Then a further change is another target.
+        if self.history.by_another {
+            return None;
+        }
         let (facts, count, before) = (&self.facts, self.count, self.before);
         let latest = facts.latest?;
         let reached = self.reached_at();

@@ -3,7 +3,7 @@
 use tokio::sync::watch;
 
 use super::Libvirt;
-use super::connection::Call;
+use super::call::Call;
 use super::limits::{AgentPlace, Class};
 use super::session::Session;
 use crate::hotplug::Action;
@@ -39,10 +39,13 @@ impl DomainBackend for Libvirt {
         self.connection
             .call(call, move |session| session.find_domain(&name_or_uuid))
             .await
+            .and_then(|domain| self.if_taken(domain))
     }
 
     async fn observe(&self, domain: &DomainRef, query: ObservationQuery) -> Seen {
-        let live = self.about(Class::Change, "domain", domain, Session::domain);
+        let definition = query.definition;
+        let read = move |session: &Session, domain: &_| session.domain(domain, definition);
+        let live = self.about(Class::Change, "domain", domain, read);
         let statistics = self.about(
             Class::Statistics,
             "domain-stats",
@@ -66,7 +69,11 @@ impl DomainBackend for Libvirt {
 
     async fn statistics(&self) -> Result<Vec<DomainStats>, CallError> {
         let call = self.call("all-domain-stats", Class::Statistics);
-        self.connection.call(call, Session::all_domain_stats).await
+        let domains = self
+            .connection
+            .call(call, Session::all_domain_stats)
+            .await?;
+        Ok(self.take(domains))
     }
 
     async fn apply(&self, domain: &DomainRef, action: &Action) -> Result<(), CallError> {

@@ -12,7 +12,6 @@
 //! takes, so an agent that was slow is asked only in the places kept for those.
 
 use std::collections::HashMap;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
@@ -21,7 +20,7 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch}
 use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use super::LibvirtConfig;
+use super::call::{Call, Lost, Primary, no_panic, worker_ended};
 use super::events::Publisher;
 use super::limits::{
     AgentPlace, CALLS_PER_HANDLE, Class, HANDLE_IDLE, LATE_AGENT_CALLS, LATE_CALLS, SLOW_AGENT,
@@ -29,6 +28,7 @@ use super::limits::{
 };
 use super::session::Session;
 use super::workers::{Permits, Workers};
+use super::{DaemonKind, LibvirtConfig};
 use crate::hypervisor::{CallError, ConnectionState, HypervisorMetrics};
 
 /// A connection that is opened again whenever it is lost, until this is dropped. Dropping waits
@@ -61,23 +61,6 @@ pub(super) struct Shared {
     lost: mpsc::UnboundedSender<Lost>,
 }
 
-/// The state of the primary handle, which carries the events.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Primary {
-    /// Calls wait.
-    Opening,
-    /// Calls are made. The number is the connection's generation.
-    Up(u64),
-    /// Calls are answered at once, with this reason.
-    Down(String),
-}
-
-/// The end of a handle.
-pub(super) struct Lost {
-    pub(super) generation: u64,
-    pub(super) reason: String,
-}
-
 /// A virConnect, or the room for one that is being opened.
 struct Handle {
     slot: Arc<Slot>,
@@ -96,21 +79,6 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A call's name in the metrics, and what it may wait for.
-#[derive(Debug, Clone)]
-pub(super) struct Call {
-    pub(super) name: &'static str,
-    pub(super) class: Class,
-    /// The UUID of the domain that the call is about.
-    pub(super) domain: Option<String>,
-    pub(super) deadline: Duration,
-    /// Maximum time until the call is made; its deadline then counts from there. `None` if the
-    /// deadline is for both.
-    pub(super) wait: Option<Duration>,
-    /// The place of a call to a guest agent, if it is not any.
-    pub(super) agent_place: Option<AgentPlace>,
-}
-
 impl LibvirtConnection {
     /// Starts the task `keep`, which opens and reopens the connection, and returns at once.
     pub(super) fn start<K: Future<Output = ()> + Send + 'static>(
@@ -119,15 +87,15 @@ impl LibvirtConnection {
         metrics: Arc<HypervisorMetrics>,
         keep: impl FnOnce(Arc<Shared>, mpsc::UnboundedReceiver<Lost>) -> K,
     ) -> Self {
-        metrics.connected.set(0);
         let (lost, losses) = mpsc::unbounded_channel();
-        let limit = |class: Class| (class, Arc::new(Semaphore::new(class.limit())));
+        let daemon = config.daemon;
+        let limit = |class: Class| (class, Arc::new(Semaphore::new(class.limit(daemon))));
         let agent_limit = |place: AgentPlace| (place, Arc::new(Semaphore::new(place.limit())));
         let shared = Arc::new(Shared {
             config,
             metrics,
             workers,
-            publisher: Publisher::new(),
+            publisher: Publisher::new(daemon),
             health: watch::Sender::new(ConnectionState::Down),
             primary: watch::Sender::new(Primary::Opening),
             handles: Mutex::default(),
@@ -200,6 +168,7 @@ impl Shared {
     /// Waits for the call's turn, room in its class, and a worker.
     async fn seat(&self, call: &Call, until: Instant) -> Result<Seat, CallError> {
         let generation = self.up(call, until).await?;
+        self.admit(call)?;
         let is_late = |text: &str| match call.domain {
             Some(_) => CallError::Busy {
                 call: call.name.into(),
@@ -227,15 +196,38 @@ impl Shared {
             }
             let limit = self.limits.get(&call.class).map(Arc::clone)?;
             places.push(limit.acquire_owned().await.ok()?);
-            let mut permits = self.workers.acquire(call.class.waits_for_domain()).await?;
+            let mut permits = self.workers.acquire(call.class).await?;
             permits.append(&mut places);
             Some(permits)
         };
         let permits = timeout_at(until, room)
             .await
             .map_err(|_| is_late("calls for other domains have not returned"))?
-            .ok_or_else(worker_ended)?;
+            .ok_or_else(|| {
+                let text = "the calls of too many launchers have not returned";
+                CallError::Unavailable(text.to_owned())
+            })?;
+        self.admit(call)?;
         Ok(Seat::new(generation, call.class, turn, permits))
+    }
+
+    /// Rejects a call to a launcher that has a late one: it would take another thread, or a handle that
+    /// does not exist. A late call to a guest agent delays only those to the agent.
+    fn admit(&self, call: &Call) -> Result<(), CallError> {
+        let late = match call.class {
+            Class::Agent => self.late_calls() + self.late_agents.load(Ordering::Acquire),
+            Class::Control | Class::Statistics | Class::Change => self.late_calls(),
+        };
+        if self.config.daemon == DaemonKind::Host || late == 0 {
+            return Ok(());
+        }
+        let text = "an earlier call to this launcher has not returned";
+        Err(CallError::Unavailable(text.to_owned()))
+    }
+
+    /// Returns the number of calls, except to guest agents, that have not returned by their deadline.
+    pub(super) fn late_calls(&self) -> usize {
+        self.late.load(Ordering::Acquire)
     }
 
     /// Returns the place that a call to a guest agent is restricted to.
@@ -367,6 +359,11 @@ impl Shared {
         lock(&self.handles).push(Handle::new(slot));
     }
 
+    /// Removes all handles, for the caller to drop where it may block.
+    pub(super) fn take_handles(&self) -> impl Send + 'static + use<> {
+        std::mem::take(&mut *lock(&self.handles))
+    }
+
     /// Removes all handles. Calls in progress go on; each handle is closed after its last one.
     pub(super) fn close_handles(&self) {
         self.close(std::mem::take(&mut *lock(&self.handles)));
@@ -389,6 +386,10 @@ impl Shared {
             let has_room = |handle: &Handle| handle.calls < CALLS_PER_HANDLE && !handle.is_closed();
             let index = match handles.iter().position(has_room) {
                 Some(index) => index,
+                None if self.config.daemon == DaemonKind::Launcher => {
+                    let text = "the launcher's only handle is in use";
+                    return Err(CallError::Unavailable(text.to_owned()));
+                }
                 None => {
                     handles.push(Handle::new(Slot {
                         generation,
@@ -568,23 +569,4 @@ impl Drop for Occupied {
     fn drop(&mut self) {
         self.0.set_returned(&self.1);
     }
-}
-
-/// Turns a panic of the crate `virt` into an error of this call.
-fn no_panic<T>(
-    call: &'static str,
-    work: impl FnOnce() -> Result<T, CallError>,
-) -> Result<T, CallError> {
-    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| {
-        Err(CallError::Failed {
-            call: call.into(),
-            code: virt::sys::VIR_ERR_INTERNAL_ERROR.to_string(),
-            text: "the call panicked".to_owned(),
-        })
-    })
-}
-
-/// Returns the error of a call whose worker will not answer.
-pub(super) fn worker_ended() -> CallError {
-    CallError::Unavailable("the thread that makes the call ended".to_owned())
 }

@@ -11,12 +11,14 @@ use super::session::{Session, no_nul};
 use super::{failure, xml};
 use crate::capability::Version;
 use crate::domain::{
-    Domain, DomainState, IdSet, Job, NodeRequirements, PauseReason, Stats, is_uuid,
+    Domain, DomainDefinition, DomainState, IdSet, Job, NodeRequirements, PauseReason, Stats,
+    is_uuid,
 };
 use crate::ffi::{self, DomainRecord};
 use crate::hotplug::{GuestVcpus, Ost};
 use crate::hypervisor::{CallError, DomainRef, DomainStats, LiveDomain, UnreadableDomain};
 use crate::units::KiB;
+use crate::xml::DocumentError;
 
 /// The first libvirt with `VIR_ERR_AGENT_COMMAND_FAILED`.
 const NUMBERS_AGENT_ERRORS: Version = Version::new(11, 2, 0);
@@ -83,31 +85,50 @@ impl Session {
             .map_err(|error| self.classify_domain(CALL, None, &error, began))
     }
 
-    pub(super) fn domain(&self, domain: &DomainRef) -> Result<LiveDomain, CallError> {
-        self.with("domain", domain, |domain| {
+    /// Reads the live domain and, if `definition` is true, the devices of its persistent definition.
+    pub(super) fn domain(
+        &self,
+        domain: &DomainRef,
+        definition: bool,
+    ) -> Result<LiveDomain, CallError> {
+        let answers = self.with("domain", domain, |domain| {
             let (state, reason) = ffi::state(domain)?;
             let state = DomainState::from_libvirt(state);
+            let persistent = domain.is_persistent()?;
             let live = (
                 identity(domain)?,
                 state,
                 PauseReason::from_libvirt(state, reason),
-                domain.is_persistent()?,
+                persistent,
                 domain.xml_desc(0)?,
             );
-            Ok((live, job(domain)))
+            let defined = if definition && persistent {
+                Some(domain.xml_desc(sys::VIR_DOMAIN_XML_INACTIVE)?)
+            } else {
+                None
+            };
+            Ok((live, defined, job(domain)))
+        })?;
+        let ((id, state, reason, persistent, xml), defined, job) = answers;
+        let invalid = |error: DocumentError| malformed("domain", error.to_string());
+        let (mut domain, attached) = DomainDefinition::parse(&id.name, xml.as_bytes(), |live| {
+            let attached = live.attached();
+            Ok((Domain::from_definition(live, state)?, attached))
         })
-        .and_then(|((id, state, reason, persistent, xml), job)| {
-            let mut domain = Domain::parse(&id.name, xml.as_bytes(), state)
-                .map_err(|error| malformed("domain", error.to_string()))?;
-            // The reader of the XML trims white space around the name.
-            domain.name.clone_from(&id.name);
-            Ok(LiveDomain {
-                id,
-                domain,
-                reason,
-                persistent,
-                job,
-            })
+        .map_err(invalid)?;
+        let defined = defined.map(|xml| {
+            DomainDefinition::parse(&id.name, xml.as_bytes(), |defined| Ok(defined.attached()))
+        });
+        // The reader of the XML trims white space around the name.
+        domain.name.clone_from(&id.name);
+        Ok(LiveDomain {
+            id,
+            domain,
+            reason,
+            persistent,
+            job,
+            attached,
+            defined: defined.transpose().map_err(invalid)?,
         })
     }
 

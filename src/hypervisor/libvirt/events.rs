@@ -9,6 +9,7 @@ use tokio::sync::broadcast;
 use tracing::{debug, warn};
 use virt::sys;
 
+use super::DaemonKind;
 use crate::ffi::{RawEvent, RawEventKind};
 use crate::hotplug::Event;
 use crate::hypervisor::{Change, DomainRef, Notice, Notices};
@@ -17,6 +18,9 @@ use crate::units::{Bytes, KiB};
 /// Maximum number of events that a subscriber may be behind before it loses some: several bursts of
 /// a node with hundreds of domains.
 const BACKLOG: usize = 1024;
+
+/// The same for a launcher, which has few domains: the memory is reserved, and there are hundreds.
+const LAUNCHER_BACKLOG: usize = 32;
 
 /// Returns a regular expression for the QEMU events to subscribe to.
 pub(super) fn monitor_events() -> String {
@@ -28,8 +32,11 @@ pub(super) fn monitor_events() -> String {
 pub(super) struct Publisher(broadcast::Sender<Notice>);
 
 impl Publisher {
-    pub(super) fn new() -> Self {
-        Self(broadcast::Sender::new(BACKLOG))
+    pub(super) fn new(daemon: DaemonKind) -> Self {
+        Self(broadcast::Sender::new(match daemon {
+            DaemonKind::Host => BACKLOG,
+            DaemonKind::Launcher => LAUNCHER_BACKLOG,
+        }))
     }
 
     pub(super) fn subscribe(&self) -> Notices {
@@ -38,7 +45,7 @@ impl Publisher {
 
     /// Publishes a gap: events may have been lost.
     pub(super) fn gap(&self) {
-        self.send(Notice::Gap);
+        self.send(Notice::GAP);
     }
 
     /// Publishes an event of libvirt, if it concerns hotplug.
@@ -106,6 +113,12 @@ fn lifecycle(event: u32, detail: u32) -> Option<Change> {
         (sys::VIR_DOMAIN_EVENT_DEFINED | sys::VIR_DOMAIN_EVENT_UNDEFINED, _) => Change::Defined,
         (sys::VIR_DOMAIN_EVENT_STARTED, sys::VIR_DOMAIN_EVENT_STARTED_WAKEUP)
         | (sys::VIR_DOMAIN_EVENT_RESUMED, _) => Change::Event(Event::Resumed),
+        (
+            sys::VIR_DOMAIN_EVENT_STARTED,
+            sys::VIR_DOMAIN_EVENT_STARTED_MIGRATED
+            | sys::VIR_DOMAIN_EVENT_STARTED_RESTORED
+            | sys::VIR_DOMAIN_EVENT_STARTED_FROM_SNAPSHOT,
+        ) => Change::Arrived,
         (sys::VIR_DOMAIN_EVENT_STARTED, _) => Change::Started,
         // A crashed guest stays paused until its on_crash action.
         (
@@ -151,18 +164,18 @@ mod tests {
 
     #[tokio::test]
     async fn slow_subscriber_receives_gap() {
-        let publisher = Publisher::new();
+        let publisher = Publisher::new(DaemonKind::Host);
         let mut notices = publisher.subscribe();
         for _ in 0..=BACKLOG {
             publisher.publish(notification(RawEventKind::Reboot));
         }
-        assert_eq!(notices.next().await, Some(Notice::Gap));
+        assert_eq!(notices.next().await, Some(Notice::GAP));
         let next = notices.next().await;
         let expected = Change::Event(Event::Reset);
         assert!(matches!(next, Some(Notice::Change { change, .. }) if change == expected));
         drop(publisher);
         while let Some(notice) = notices.next().await {
-            assert_ne!(notice, Notice::Gap);
+            assert_ne!(notice, Notice::GAP);
         }
     }
 

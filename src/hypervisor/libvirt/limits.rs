@@ -2,17 +2,51 @@
 
 use std::time::Duration;
 
-use super::LibvirtConfig;
+use super::{DaemonKind, LibvirtConfig};
 
-/// Maximum number of calls that are inside libvirt at a time and not late, for all connections of
-/// the process: libvirtd itself serves 20 for all its clients (`max_workers`), and other clients
-/// must get some of them whatever happens to ours.
-pub(super) const WORKERS: usize = 9;
+/// Bounds on the calls of one kind of connection that are inside libvirt at a time.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct LaneLimits {
+    /// Maximum number of calls that are not late.
+    pub(super) workers: usize,
+    /// Maximum number of those that may wait for a domain or its guest agent. The rest is left to
+    /// documents and statistics.
+    pub(super) waiting: usize,
+    /// Maximum number of those that read statistics.
+    pub(super) statistics: usize,
+    /// Maximum number of late calls whose workers are replaced: each is a thread.
+    pub(super) late: usize,
+}
 
-/// Maximum number of those calls that may wait for a domain or its guest agent: as many as the two
-/// classes of them have at most over one connection, so that neither takes the workers of the other.
-/// The rest is left to documents and statistics.
-pub(super) const WAITING_WORKERS: usize = 8;
+impl LaneLimits {
+    /// libvirtd itself serves 20 calls for all its clients (`max_workers`), and other clients must get
+    /// some of them whatever happens to ours. As many may wait for domains as the two classes of
+    /// such calls have at most over one connection, so that neither takes the workers of the other.
+    pub(super) const HOST: Self = Self {
+        workers: 9,
+        waiting: 8,
+        statistics: 9,
+        late: 8,
+    };
+
+    /// Each launcher has at most one late call at a time, so this many hung ones delay no other.
+    /// Storage that hangs takes many of a node's emulators along.
+    pub(super) const LAUNCHERS: Self = Self {
+        workers: 6,
+        waiting: 5,
+        statistics: 3,
+        late: 16,
+    };
+
+    /// A daemon that hangs is detected before a thread is used for it (greeting.rs), so only one that
+    /// hangs between two messages occupies a thread.
+    pub(super) const OPENING: Self = Self {
+        workers: 4,
+        waiting: 0,
+        statistics: 0,
+        late: 8,
+    };
+}
 
 /// Maximum number of late calls of one connection whose workers are replaced. A late call beyond
 /// that keeps its worker until libvirt returns.
@@ -21,9 +55,6 @@ pub(super) const LATE_CALLS: usize = 4;
 /// Maximum number of late calls to guest agents over one connection that release their place. They
 /// are not counted in [`LATE_CALLS`]: no guest costs the places of changes.
 pub(super) const LATE_AGENT_CALLS: usize = 2;
-
-/// Maximum number of late calls of the process whose workers are replaced: each is a thread.
-pub(super) const LATE_WORKERS: usize = 8;
 
 /// Maximum number of calls at a time over one virConnect. libvirtd reads nothing more from a client
 /// with five calls in progress (`max_client_requests`, virNetServerClientDispatchRead), not even
@@ -109,16 +140,14 @@ impl Class {
     /// Returns the maximum number of calls of this class at a time over one connection, late calls
     /// apart. Two unplugs and three silent agents leave room for another plug, a question to an
     /// agent that answers, and a document.
-    pub(super) const fn limit(self) -> usize {
-        match self {
-            Self::Control | Self::Statistics => 2,
-            Self::Change | Self::Agent => 4,
+    ///
+    /// A launcher has few domains and one handle, on which one call of each class has room.
+    pub(super) const fn limit(self, daemon: DaemonKind) -> usize {
+        match (daemon, self) {
+            (DaemonKind::Launcher, _) => 1,
+            (DaemonKind::Host, Self::Control | Self::Statistics) => 2,
+            (DaemonKind::Host, Self::Change | Self::Agent) => 4,
         }
-    }
-
-    /// True if a single domain can delay the call.
-    pub(super) const fn waits_for_domain(self) -> bool {
-        matches!(self, Self::Change | Self::Agent)
     }
 
     pub(super) const fn deadline(self, config: &LibvirtConfig) -> Duration {

@@ -5,6 +5,7 @@
 //!        │ NodeSource (node.rs), DomainBackend (backend.rs)
 //!        ▼
 //!   Libvirt ── owns ──▶ LibvirtConnection ◀── reopens ── reconnect.rs (one task)
+//!                           │            ◀── opened once: launcher.rs, after greeting.rs
 //!                           │ queues, limits, virConnect handles (connection.rs)
 //!                           ▼
 //!                       Workers: at most 9 threads for all connections (workers.rs)
@@ -28,11 +29,14 @@
 //!   never by their text.
 
 mod backend;
+mod call;
 mod connection;
 mod domains;
 mod event_loop;
 mod events;
 mod failure;
+mod greeting;
+mod launcher;
 mod limits;
 mod node;
 mod reconnect;
@@ -40,13 +44,20 @@ mod session;
 mod workers;
 mod xml;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use self::connection::LibvirtConnection;
+pub use self::greeting::OpenError;
 use self::node::Definitions;
 pub use self::workers::Workers;
 use crate::hypervisor::HypervisorMetrics;
+
+/// Maximum number of domains taken of one launcher: it normally has one.
+pub const MAX_LAUNCHER_DOMAINS: usize = 4;
+
+/// Timeout for a launcher's statistics, which take milliseconds.
+const LAUNCHER_STATISTICS: Duration = Duration::from_secs(2);
 
 /// Address of a libvirtd and timeouts of calls to it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -72,6 +83,18 @@ pub struct LibvirtConfig {
     pub keepalive: Keepalive,
     /// True if events are subscribed to.
     pub events: bool,
+    pub daemon: DaemonKind,
+}
+
+/// The owner of a libvirtd.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DaemonKind {
+    /// The node's own.
+    Host,
+    /// That of a KubeVirt launcher, which a tenant may control. It gets one handle, one call of each
+    /// class at a time, no further call while one is late, and at most [`MAX_LAUNCHER_DOMAINS`] of
+    /// its domains are taken.
+    Launcher,
 }
 
 /// libvirt's keepalive messages (`virConnectSetKeepAlive`): the connection is closed after `count`
@@ -97,6 +120,20 @@ impl LibvirtConfig {
                 count: 3,
             },
             events: true,
+            daemon: DaemonKind::Host,
+        }
+    }
+
+    /// Returns the configuration for a launcher's libvirt.
+    pub fn launcher(uri: impl Into<String>) -> Self {
+        Self {
+            statistics_deadline: LAUNCHER_STATISTICS,
+            keepalive: Keepalive {
+                interval: Duration::from_secs(15),
+                count: 3,
+            },
+            daemon: DaemonKind::Launcher,
+            ..Self::new(uri)
         }
     }
 }
@@ -105,6 +142,8 @@ impl LibvirtConfig {
 pub struct Libvirt {
     connection: LibvirtConnection,
     definitions: Definitions,
+    /// The domains taken of a launcher that has too many, by UUID, and the number of the others.
+    taken: Mutex<(Vec<String>, usize)>,
 }
 
 impl Libvirt {
@@ -126,6 +165,7 @@ impl Libvirt {
         Self {
             connection: LibvirtConnection::start(config, workers, metrics, reconnect::keep),
             definitions: Definitions::default(),
+            taken: Mutex::default(),
         }
     }
 }

@@ -9,14 +9,14 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::Libvirt;
-use super::connection::Call;
+use super::call::Call;
 use super::limits::Class;
 use super::session::Session;
 use crate::compat::CpuComparison;
 use crate::domain::NodeRequirements;
 use crate::hypervisor::{
     CallError, ConnectionState, DomainCapabilitiesQuery, DomainRef, NodeSource, RunningDomain,
-    UnreadableDomain, Versions,
+    RunningDomains, UnreadableDomain, Versions,
 };
 
 /// Maximum number of definitions read at a time: leaves room in the class for changes.
@@ -90,8 +90,8 @@ impl Libvirt {
 }
 
 impl NodeSource for Libvirt {
-    async fn versions(&self) -> Result<Versions, CallError> {
-        self.document("versions", Session::versions).await
+    async fn versions(&self) -> Result<Option<Versions>, CallError> {
+        self.document("versions", Session::versions).await.map(Some)
     }
 
     async fn capabilities(&self) -> Result<String, CallError> {
@@ -137,7 +137,7 @@ impl NodeSource for Libvirt {
         .await
     }
 
-    async fn running_domains(&self) -> Result<Vec<RunningDomain>, CallError> {
+    async fn running_domains(&self) -> Result<RunningDomains, CallError> {
         let call = self.call("running-domains", Class::Control);
         let until = Instant::now() + call.deadline;
         let running = self.connection.call(call, Session::running).await?;
@@ -175,7 +175,10 @@ impl NodeSource for Libvirt {
             });
         }
         self.definitions.replace(running.generation, read);
-        Ok(answer)
+        Ok(RunningDomains {
+            domains: answer,
+            unreachable: Vec::new(),
+        })
     }
 
     fn connection(&self) -> watch::Receiver<ConnectionState> {

@@ -21,7 +21,8 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep, timeout};
 use tracing::{info, warn};
 
-use super::connection::{Lost, Occupied, Primary, Seat, Shared, worker_ended};
+use super::call::{Lost, Primary, worker_ended};
+use super::connection::{Occupied, Seat, Shared};
 use super::limits::{Class, FIRST_RETRY, LATE_CALLS, MAX_RETRY};
 use super::session::Session;
 use crate::hypervisor::{CallError, ConnectionState};
@@ -31,6 +32,7 @@ type Attempts = FuturesUnordered<future::BoxFuture<'static, Opened>>;
 
 /// Keeps a connection open until cancelled.
 pub(super) async fn keep(shared: Arc<Shared>, mut losses: mpsc::UnboundedReceiver<Lost>) {
+    shared.metrics.connected.set(0);
     let mut reopening = Reopening {
         shared,
         attempts: FuturesUnordered::new(),
@@ -115,7 +117,7 @@ impl Reopening {
     async fn attempt(&mut self) -> Option<Arc<Seat>> {
         let shared = &self.shared;
         let deadline = shared.config.open_deadline;
-        let permits = timeout(deadline, shared.workers.acquire(false))
+        let permits = timeout(deadline, shared.workers.acquire(Class::Control))
             .await
             .ok()??;
         self.generation += 1;

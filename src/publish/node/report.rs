@@ -65,6 +65,7 @@ impl NodePublisher {
     fn record_event(&self, kind: EventKind, reason: &str, action: &'static str, note: String) {
         self.events.record(ObjectEvent {
             about: self.cluster.node_reference(),
+            related: None,
             kind,
             reason: reason.to_owned(),
             action,

@@ -67,8 +67,8 @@ pub(super) fn label_holders(
     let holder = |domain: &DomainUsage| {
         let labels = kept().filter(|label| domain.in_use.may_include(&label.key));
         LabelHolder {
-            domain: domain.name.chars().take(NAME_MAX).collect(),
-            uuid: domain.uuid.clone(),
+            domain: domain.id.display_name().chars().take(NAME_MAX).collect(),
+            uuid: domain.id.uuid.clone(),
             labels: labels.map(|label| label.key.to_string()).collect(),
         }
     };

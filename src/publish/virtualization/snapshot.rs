@@ -18,6 +18,8 @@ pub struct Snapshot {
     /// The facts from the sources that could be read.
     pub facts: NodeVirtualizationStatus,
     pub failures: Vec<SourceFailure>,
+    /// Sources that were not read, because nothing can answer at present.
+    pub unread: Vec<FactSource>,
     /// Names of running domains that cannot be read: untrusted text.
     pub unreadable: Vec<String>,
     /// Time of the probe.
@@ -38,6 +40,7 @@ impl Snapshot {
         Self {
             facts,
             failures: reading.failures.clone(),
+            unread: reading.unread.clone(),
             unreadable: unreadable_names(reading),
             at,
         }
@@ -54,7 +57,7 @@ impl Snapshot {
         let now = Timestamp::from(now);
         let mut status = self.facts.clone();
         let failed: Vec<FactSource> = self.failures.iter().map(|failure| failure.source).collect();
-        keep_failed_sources(&mut status, before, &failed);
+        keep_failed_sources(&mut status, before, &[&failed[..], &self.unread].concat());
         status.last_probe_time = if failed.is_empty() {
             Some(self.at.into())
         } else {
@@ -111,7 +114,7 @@ fn unreadable_names(reading: &Reading) -> Vec<String> {
     let mut names: Vec<String> = reading
         .unreadable
         .iter()
-        .map(|domain| format!("{:?}", domain.name))
+        .map(|domain| format!("{:?}", domain.id.display_name()))
         .collect();
     names.sort_unstable();
     names
@@ -120,6 +123,11 @@ fn unreadable_names(reading: &Reading) -> Vec<String> {
 fn connected(connection: ConnectionState, now: Timestamp) -> Condition {
     let (holds, reason, message) = match connection {
         ConnectionState::Up(_) => (true, "Connected", "libvirt is connected."),
+        ConnectionState::Absent => (
+            true,
+            "NotNeeded",
+            "The node has no libvirt of its own; its facts have other sources.",
+        ),
         ConnectionState::Down => (
             false,
             "NotConnected",

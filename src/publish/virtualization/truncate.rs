@@ -22,7 +22,7 @@ type OptionalPart = (&'static str, fn(&mut NodeVirtualizationStatus));
 
 /// The parts that may be removed, least important first. The host's own machine types and the usable
 /// models are always kept.
-const OPTIONAL_PARTS: [OptionalPart; 4] = [
+const OPTIONAL_PARTS: [OptionalPart; 5] = [
     ("foreignMachines", |status| {
         for guest in status.guests.iter_mut().skip(1) {
             guest.machines.clear();
@@ -37,6 +37,7 @@ const OPTIONAL_PARTS: [OptionalPart; 4] = [
         status.cpu.models.retain(|model| model.usable == "yes");
     }),
     ("features", |status| status.cpu.features.clear()),
+    ("domains", |status| status.domains.clear()),
 ];
 
 fn size(status: &NodeVirtualizationStatus) -> usize {

@@ -32,6 +32,7 @@ pub(crate) const PLAIN: ObservationQuery = ObservationQuery {
     agent: None,
     background: false,
     answers: false,
+    definition: false,
 };
 
 /// Observes everything. Taints the domain.
@@ -41,6 +42,7 @@ pub(crate) const EVERYTHING: ObservationQuery = ObservationQuery {
     agent: Some(LONG),
     background: false,
     answers: true,
+    definition: false,
 };
 
 /// Timeout that only a failing test reaches.

@@ -317,7 +317,7 @@ impl FakeControl {
         };
         self.connection.send_replace(connection);
         // Without a subscriber this fails, which is no problem.
-        self.notices.send(Notice::Gap).ok();
+        self.notices.send(Notice::GAP).ok();
     }
 
     fn domains(&self) -> MutexGuard<'_, BTreeMap<String, FakeDomain>> {
@@ -360,7 +360,9 @@ impl FakeControl {
         sleep(QUESTION).await;
         match *self.connection.borrow() {
             ConnectionState::Up(_) => Ok(()),
-            ConnectionState::Down => Err(CallError::Unavailable("it is gone".to_owned())),
+            ConnectionState::Down | ConnectionState::Absent => {
+                Err(CallError::Unavailable("it is gone".to_owned()))
+            }
         }
     }
 

@@ -175,9 +175,31 @@ impl GuestConfig<'_> {
     }
 }
 
+/// A libvirt on which guests run.
+pub(crate) trait Host: Sync {
+    /// Returns the output of virsh.
+    ///
+    /// # Errors
+    /// virsh fails; with its output and the daemon's.
+    fn virsh(&self, arguments: &[&str]) -> anyhow::Result<String>;
+
+    /// Returns a directory for files of QEMU.
+    fn directory(&self) -> &Path;
+}
+
+impl Host for Libvirtd {
+    fn virsh(&self, arguments: &[&str]) -> anyhow::Result<String> {
+        Self::virsh(self, arguments)
+    }
+
+    fn directory(&self) -> &Path {
+        Self::directory(self)
+    }
+}
+
 /// A running guest; ended when dropped.
 pub(crate) struct Guest<'l> {
-    libvirtd: &'l Libvirtd,
+    host: &'l dyn Host,
     name: String,
     persistent: bool,
     console: PathBuf,
@@ -205,21 +227,49 @@ impl<'l> Guest<'l> {
     ) -> anyhow::Result<Self> {
         let guest = Self::boot(libvirtd, config)?;
         guest.ready().await?;
-        let words = config.words;
+        guest.agent(config.words).await?;
+        Ok(guest)
+    }
+
+    /// Waits for the agent that a guest with these words has.
+    ///
+    /// # Errors
+    /// A timeout.
+    pub(crate) async fn agent(&self, words: &str) -> anyhow::Result<()> {
         if words.contains("lab.agent=sync") || words.contains("lab.block=") {
             eventually(BOOT, async || {
-                let xml = libvirtd.virsh(&["dumpxml", config.name])?;
+                let xml = self.host.virsh(&["dumpxml", &self.name])?;
                 ensure!(xml.contains("state='connected'"), "no agent: {xml}");
                 Ok(())
             })
             .await?;
         } else if !words.contains("lab.agent=no") {
             eventually(BOOT, async || {
-                libvirtd.virsh(&["guestvcpus", config.name]).map(drop)
+                self.host.virsh(&["guestvcpus", &self.name]).map(drop)
             })
             .await?;
         }
-        Ok(guest)
+        Ok(())
+    }
+
+    /// Returns a guest that is not started yet, with an empty console.
+    ///
+    /// # Errors
+    /// The console's file cannot be written.
+    pub(crate) fn new(
+        host: &'l dyn Host,
+        name: &str,
+        persistent: bool,
+        console: PathBuf,
+    ) -> anyhow::Result<Self> {
+        fs::write(&console, "")?;
+        fs::set_permissions(&console, fs::Permissions::from_mode(0o666))?;
+        Ok(Self {
+            host,
+            name: name.to_owned(),
+            persistent,
+            console,
+        })
     }
 
     /// Starts a guest and returns while it is still in its firmware.
@@ -229,14 +279,8 @@ impl<'l> Guest<'l> {
     pub(crate) fn boot(libvirtd: &'l Libvirtd, config: &GuestConfig<'_>) -> anyhow::Result<Self> {
         let files = libvirtd.directory().join("guest");
         provide(&files)?;
-        let guest = Self {
-            libvirtd,
-            name: config.name.to_owned(),
-            persistent: config.persistent,
-            console: config.console(&files),
-        };
-        fs::write(&guest.console, "")?;
-        fs::set_permissions(&guest.console, fs::Permissions::from_mode(0o666))?;
+        let console = config.console(&files);
+        let guest = Self::new(libvirtd, config.name, config.persistent, console)?;
         let definition = guest.console.with_extension("xml");
         fs::write(&definition, config.xml(&files))?;
         let definition = definition.to_string_lossy();
@@ -283,7 +327,7 @@ impl<'l> Guest<'l> {
             "arguments": {"path": program, "arg": arguments},
         });
         let command = command.to_string();
-        self.libvirtd
+        self.host
             .virsh(&["qemu-agent-command", &self.name, &command])
             .map(drop)
     }
@@ -336,16 +380,16 @@ impl<'l> Guest<'l> {
 impl Drop for Guest<'_> {
     fn drop(&mut self) {
         // The test may have ended it already.
-        self.libvirtd.virsh(&["destroy", &self.name]).ok();
+        self.host.virsh(&["destroy", &self.name]).ok();
         if self.persistent {
-            self.libvirtd.virsh(&["undefine", &self.name]).ok();
+            self.host.virsh(&["undefine", &self.name]).ok();
         }
     }
 }
 
 /// Copies the guest's kernel and initramfs to where the daemon's user can read them: the cache may be
 /// in a private home directory.
-fn provide(files: &Path) -> anyhow::Result<()> {
+pub(crate) fn provide(files: &Path) -> anyhow::Result<()> {
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
     let guard = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     if !files.is_dir() {

@@ -152,8 +152,8 @@ fn same(object: &Value, patch: &Value) -> bool {
     .all(|pointer| of(object, pointer) == of(patch, pointer))
 }
 
-/// Strategic merge: maps by key, `null` removes, lists of named items by name (new items first), other
-/// lists are replaced.
+/// Strategic merge: maps by key, `null` removes, lists of mounts by path and of other named items by
+/// name (new items first, `$patch: delete` removes), other lists are replaced.
 fn merge(into: &mut Value, patch: Value) {
     match (into, patch) {
         (Value::Object(into), Value::Object(patch)) => {
@@ -164,11 +164,14 @@ fn merge(into: &mut Value, patch: Value) {
                 }
             }
         }
-        (Value::Array(into), Value::Array(patch)) if by_name(into) && by_name(&patch) => {
+        (Value::Array(into), Value::Array(patch)) if merge_key(into, &patch).is_some() => {
+            let key = merge_key(into, &patch).unwrap_or_default();
             let mut added = 0;
             for value in patch {
-                match into.iter_mut().find(|old| old["name"] == value["name"]) {
-                    Some(old) => merge(old, value),
+                let at = into.iter().position(|old| old[key] == value[key]);
+                match at {
+                    Some(at) if value["$patch"] == "delete" => drop(into.remove(at)),
+                    Some(at) => merge(&mut into[at], value),
                     None => {
                         into.insert(added, value);
                         added += 1;
@@ -180,8 +183,9 @@ fn merge(into: &mut Value, patch: Value) {
     }
 }
 
-fn by_name(list: &[Value]) -> bool {
-    // Mounts have names too, but are identified by their path.
-    list.iter()
-        .all(|value| value["name"].is_string() && value["mountPath"].is_null())
+/// Returns the field that identifies the items of both lists.
+fn merge_key(into: &[Value], patch: &[Value]) -> Option<&'static str> {
+    let have = |key: &str| into.iter().chain(patch).all(|value| value[key].is_string());
+    // Mounts have names too.
+    ["mountPath", "name"].into_iter().find(|key| have(key))
 }

@@ -29,7 +29,7 @@ use super::eventually;
 const OTHER: u32 = 65534;
 /// The environment variable with the root file system whose libvirtd is run. This machine's /tmp
 /// has to be mounted there, and /dev, /proc and /sys.
-const ROOT: &str = "VIRTNODE_TEST_LIBVIRT_ROOT";
+pub(super) const ROOT: &str = "VIRTNODE_TEST_LIBVIRT_ROOT";
 /// Timeout for the first start, at which libvirt probes each installed emulator for seconds.
 const START: Duration = Duration::from_secs(120);
 
@@ -482,7 +482,7 @@ fn give_away(path: &Path) -> anyhow::Result<()> {
 }
 
 /// Copies a directory's files, each atomically, because tests copy concurrently.
-fn copy_files(from: &Path, to: &Path) -> anyhow::Result<()> {
+pub(super) fn copy_files(from: &Path, to: &Path) -> anyhow::Result<()> {
     fs::create_dir_all(to)?;
     let Ok(files) = fs::read_dir(from) else {
         return Ok(());

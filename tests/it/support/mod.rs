@@ -12,6 +12,7 @@ pub(crate) mod hypervisor;
 pub(crate) mod kube;
 pub(crate) mod kustomize;
 pub(crate) mod label_reference;
+pub(crate) mod launchers;
 pub(crate) mod libvirtd;
 pub(crate) mod nbd;
 pub(crate) mod operations;

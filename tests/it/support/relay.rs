@@ -79,8 +79,11 @@ enum Direction {
 impl Relay {
     /// Listens next to this libvirtd's socket.
     pub(crate) fn start(libvirtd: &Libvirtd) -> anyhow::Result<Self> {
-        let path = libvirtd.directory().join("relay");
-        let uri = libvirtd.uri();
+        Self::before(&libvirtd.uri(), libvirtd.directory().join("relay"))
+    }
+
+    /// Listens at a path, for a libvirt with this URI.
+    pub(crate) fn before(uri: &str, path: PathBuf) -> anyhow::Result<Self> {
         let (head, socket) = uri.rsplit_once("socket=").context("a URI with a socket")?;
         let (uri, socket) = (
             format!("{head}socket={}", path.display()),
@@ -157,6 +160,11 @@ impl Relay {
     pub(crate) fn passed(&self, procedure: u32) -> usize {
         let state = self.shared.lock();
         state.passed.get(&procedure).copied().unwrap_or(0)
+    }
+
+    /// Returns the procedures of which libvirt received requests.
+    pub(crate) fn procedures(&self) -> Vec<u32> {
+        self.shared.lock().passed.keys().copied().collect()
     }
 }
 

@@ -88,7 +88,7 @@ impl VcpuRules<'_> {
             );
             return Some(
                 self.partial_or(Verdict::GuestSilent, message)
-                    .because(diagnosis::fewer_than_counted()),
+                    .because(diagnosis::fewer_than_counted(self.history.by_another)),
             );
         }
         let message = format!(
@@ -145,7 +145,7 @@ impl VcpuRules<'_> {
                 offline
             );
             let diagnosis = if calls.is_empty() {
-                diagnosis::offline(offline)
+                diagnosis::offline(offline, self.history.by_another)
             } else {
                 diagnosis::cannot_be_onlined(offline, error)
             };
@@ -287,7 +287,7 @@ impl VcpuRules<'_> {
                     guest.vcpus.len()
                 ),
             )
-            .because(diagnosis::fewer_than_counted());
+            .because(diagnosis::fewer_than_counted(self.history.by_another));
         }
         let message = match (facts.all_answered() && !facts.added.is_empty(), facts.guest) {
             (true, Some(_)) => "the guest confirmed the vCPUs, and its agent does not see them yet",

@@ -98,6 +98,8 @@ impl FakeControl {
             reason: have.reason,
             persistent: false,
             job: have.job,
+            attached: Vec::new(),
+            defined: None,
         })
     }
 

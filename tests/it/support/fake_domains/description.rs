@@ -137,6 +137,7 @@ impl FakeDomain {
             told
         };
         Stats {
+            vcpu_count: Some(self.by_libvirt),
             vcpus: (0..self.by_libvirt)
                 .map(|id| {
                     let stats = VcpuStats {
