@@ -365,16 +365,12 @@ impl<C: DomainBackend> ExternalChanges<C> {
 
     /// Passes the news of a domain on, and forgets a domain that ended.
     fn report(&mut self, id: &DomainRef) {
-        let open: usize = self
-            .domains
-            .values()
-            .map(|tracked| tracked.changes.open())
-            .sum();
+        let open = self.domains.values().map(|tracked| tracked.changes.open());
+        let mut open: usize = open.sum();
         let now = self.clock.now();
         let Some(tracked) = self.domains.get_mut(id) else {
             return;
         };
-        let mut open = open;
         if open > MAX_OPEN {
             open -= tracked.changes.open();
             tracked.changes.overload(now);

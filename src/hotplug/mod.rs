@@ -48,6 +48,8 @@ mod event;
 mod evidence;
 pub mod external;
 #[cfg(test)]
+mod external_property_tests;
+#[cfg(test)]
 mod external_tests;
 mod history;
 mod infeasible;

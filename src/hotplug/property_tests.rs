@@ -10,7 +10,7 @@ use super::*;
 use crate::domain::{CallError, MemoryModel, VcpuStats};
 use crate::units::{Bytes, KiB};
 
-fn behavior() -> impl Strategy<Value = GuestBehavior> {
+pub(super) fn behavior() -> impl Strategy<Value = GuestBehavior> {
     (
         (
             proptest::option::of(0_u64..12_000),

@@ -16,7 +16,7 @@
 //! socket takes a few system calls. All attempts greet at once, without a thread, and then wait for one of
 //! the few threads that open and close connections.
 //!
-//! **OpenFailure.** A scan that fails or hangs changes nothing and is visible by its age. A launcher that
+//! **Failure.** A scan that fails or hangs changes nothing and is visible by its age. A launcher that
 //! refuses, hangs or lies delays its own connection only; the states are drawn in table.rs.
 
 mod metrics;
@@ -423,7 +423,9 @@ impl LauncherScan {
         self.metrics.ignored_domains.set(ignored);
 
         let mut present = self.launchers.lock();
+        // A daemon that restarts is up again at once, with another connection.
         let is_same = present.states == states
+            && holds_same(&present.connections, &self.connections)
             && present.scanned == self.table.is_scanned()
             && present.surplus == surplus;
         if !is_same {
@@ -437,6 +439,16 @@ impl LauncherScan {
             self.launchers.changes.send_modify(|changes| *changes += 1);
         }
     }
+}
+
+/// True if both have the same connections of the same pods.
+fn holds_same(
+    before: &BTreeMap<String, Arc<Libvirt>>,
+    now: &BTreeMap<String, Arc<Libvirt>>,
+) -> bool {
+    let mut both = before.iter().zip(now);
+    before.len() == now.len()
+        && both.all(|((pod, had), (other, has))| pod == other && Arc::ptr_eq(had, has))
 }
 
 async fn wait_until(at: Option<Instant>) {

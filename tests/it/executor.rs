@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use anyhow::ensure;
 use tempfile::TempDir;
 use tokio::time::Instant;
 use virtnode::domain::{Job, PauseReason};
@@ -16,6 +17,7 @@ use virtnode::hypervisor::CallError;
 use virtnode::journal::Journal;
 use virtnode::units::Bytes;
 
+use crate::support::eventually;
 use crate::support::fake_domains::{Blocks, Calls, Cpus, FakeControl, FakeGuest};
 
 struct Node {
@@ -515,9 +517,12 @@ async fn connection_lost_during_a_call_is_reported() {
     };
     node.control.add("vm", breaks);
     let id = node.executor.submit(vcpus("vm", 3)).await.unwrap();
-    while node.control.online("vm") < 3 {
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
+    let online = eventually(Duration::from_secs(30), async || {
+        let online = node.control.online("vm");
+        ensure!(online == 3, "{online} online");
+        Ok(())
+    });
+    online.await.unwrap();
     node.control.connect(false);
     let record = node.ends(&id).await;
     assert_eq!(

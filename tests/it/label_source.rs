@@ -18,10 +18,11 @@ use virtnode::documents::{DocumentDirectory, DocumentFile};
 use virtnode::domain::{ConnectionId, NodeRequirements};
 use virtnode::hypervisor::{CallError, DomainRef, RunningDomain, Versions};
 use virtnode::label::{LabelSet, Policy, Schema};
-use virtnode::labeller::{Labeller, LabellerProgress, Outputs};
+use virtnode::labeller::{Labeller, LabellerProgress, LatestProbe, Outputs};
 use virtnode::probe::{LabelSource, LaunchersSeen};
 
 use crate::support::hypervisor::InMemory;
+use crate::support::probes::published;
 
 const INTERVAL: Duration = Duration::from_secs(60);
 const Q35: &str = "machine.virtnode.io/pc-q35-10.0";
@@ -75,6 +76,7 @@ struct Node {
     metrics: Arc<Metrics>,
     labels: watch::Receiver<Option<Arc<LabelSet>>>,
     progress: watch::Receiver<LabellerProgress>,
+    latest: watch::Receiver<Option<Arc<LatestProbe>>>,
     _stop: tokio_util::sync::DropGuard,
 }
 
@@ -123,7 +125,7 @@ impl Node {
             outputs,
             Arc::clone(&metrics.labeller),
         );
-        let progress = labeller.progress();
+        let (progress, latest) = (labeller.progress(), labeller.latest());
         let stop = CancellationToken::new();
         tokio::spawn(labeller.run(stop.clone()));
         Self {
@@ -132,6 +134,7 @@ impl Node {
             metrics,
             labels,
             progress,
+            latest,
             _stop: stop.drop_guard(),
         }
     }
@@ -141,14 +144,9 @@ impl Node {
         attempts.with_label_values(&["domains"]).get()
     }
 
-    /// Waits until `count` more probes have finished.
+    /// Waits until `count` more probes have been published.
     async fn probes(&self, count: u64) {
-        let target = self.attempts() + count;
-        while self.attempts() < target {
-            sleep(Duration::from_millis(100)).await;
-        }
-        // The attempt is counted before the labels are published.
-        sleep(Duration::from_millis(100)).await;
+        published(&self.latest, count).await;
     }
 
     fn value(&self, key: &str) -> Option<String> {

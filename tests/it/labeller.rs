@@ -11,9 +11,10 @@ use virtnode::daemon::Metrics;
 use virtnode::domain::NodeRequirements;
 use virtnode::hypervisor::{CallError, DomainRef, RunningDomain};
 use virtnode::label::{LabelSet, Policy, Schema};
-use virtnode::labeller::{Labeller, Outputs};
+use virtnode::labeller::{Labeller, LatestProbe, Outputs};
 
 use crate::support::hypervisor::InMemory;
+use crate::support::probes::published;
 
 const INTERVAL: Duration = Duration::from_secs(60);
 const OLD: &str = "machine.virtnode.io/pc-q35-5.0";
@@ -22,6 +23,7 @@ const OLD: &str = "machine.virtnode.io/pc-q35-5.0";
 struct RunningLabeller {
     hypervisor: Arc<InMemory>,
     metrics: Arc<Metrics>,
+    latest: watch::Receiver<Option<Arc<LatestProbe>>>,
     node: watch::Receiver<Option<Arc<LabelSet>>>,
     _root: TempDir,
     _stop: tokio_util::sync::DropGuard,
@@ -50,34 +52,22 @@ impl RunningLabeller {
             outputs,
             Arc::clone(&metrics.labeller),
         );
+        let latest = service.latest();
         let stop = CancellationToken::new();
         tokio::spawn(service.run(stop.clone()));
         Self {
             hypervisor,
             metrics,
+            latest,
             node,
             _root: root,
             _stop: stop.drop_guard(),
         }
     }
 
-    fn attempts(&self) -> u64 {
-        self.metrics
-            .labeller
-            .probe
-            .attempts
-            .with_label_values(&["domain-capabilities"])
-            .get()
-    }
-
-    /// Waits until `count` more probes have finished.
+    /// Waits until `count` more probes have been published.
     async fn probes(&self, count: u64) {
-        let target = self.attempts() + count;
-        while self.attempts() < target {
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
-        // The attempt is counted in the middle of a probe, the labels are published at its end.
-        tokio::time::sleep(Duration::from_millis(100)).await;
+        published(&self.latest, count).await;
     }
 
     fn value(&self, key: &str) -> Option<String> {

@@ -225,21 +225,26 @@ async fn daemon_that_ends_is_lost_and_connected_again_with_its_next_socket() {
     let mut notices = node.set.events();
     launcher.virsh(&["resume", "tenant-a_web"]).unwrap();
     launcher.virsh(&["destroy", "tenant-a_web"]).unwrap();
-    let mut resumed = 0;
+    let (mut resumed, mut has_gap) = (0, false);
     let stopped = eventually(LONG, async || {
         loop {
-            if let Notice::Change { change, .. } = notices.next().await.context("ended")? {
-                let change = format!("{change:?}");
-                resumed += usize::from(change.contains("Resumed"));
-                if change.contains("Stopped") {
-                    return Ok(());
+            match notices.next().await.context("ended")? {
+                Notice::Gap { .. } => has_gap = true,
+                Notice::Change { change, .. } => {
+                    let change = format!("{change:?}");
+                    resumed += usize::from(change.contains("Resumed"));
+                    if change.contains("Stopped") {
+                        return Ok(());
+                    }
                 }
             }
         }
     });
     stopped.await.unwrap();
-    // libvirt sends one event for the unpausing, QEMU another.
-    assert!((1..=2).contains(&resumed), "{resumed}");
+    // libvirt sends one event for the unpausing, QEMU another. The daemon changes its socket's status
+    // once more after it listens: then the connection is replaced, and a gap reported.
+    assert!(resumed <= 2, "{resumed}");
+    assert!(resumed > 0 || has_gap, "an event is missing without a gap");
 }
 
 #[tokio::test]

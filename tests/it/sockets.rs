@@ -293,16 +293,7 @@ async fn stopped_or_hostile_launcher_delays_no_other_and_sends_no_long_message()
             client
         })
         .collect();
-    eventually(LONG, async || {
-        ensure!(
-            broker.log().contains("too many connections"),
-            "{}",
-            broker.log()
-        );
-        Ok(())
-    })
-    .await
-    .unwrap();
+    logs(&broker, "too many connections").await;
     reads(&uri, &["list"]);
 
     broker.uri(&hostile).await.unwrap();
@@ -312,19 +303,20 @@ async fn stopped_or_hostile_launcher_delays_no_other_and_sends_no_long_message()
     client.read_to_end(&mut answer).ok();
     assert!(answer.is_empty(), "{answer:?}");
     answers.join().unwrap();
-    eventually(LONG, async || {
-        ensure!(
-            broker.log().contains("length of 2097152 bytes"),
-            "{}",
-            broker.log()
-        );
-        Ok(())
-    })
-    .await
-    .unwrap();
+    logs(&broker, "length of 2097152 bytes").await;
     reads(&uri, &["list"]);
     launchers[0].thaw().unwrap();
     drop(waiting);
+}
+
+/// Waits until the broker's log contains a text.
+async fn logs(broker: &Broker, text: &str) {
+    let logged = eventually(LONG, async || {
+        let log = broker.log();
+        ensure!(log.contains(text), "{log}");
+        Ok(())
+    });
+    logged.await.unwrap();
 }
 
 /// The procedures that the daemon sends are those in the list, but for the ones of virsh. Reading

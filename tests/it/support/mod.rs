@@ -16,6 +16,7 @@ pub(crate) mod launchers;
 pub(crate) mod libvirtd;
 pub(crate) mod nbd;
 pub(crate) mod operations;
+pub(crate) mod probes;
 pub(crate) mod prometheus;
 pub(crate) mod publisher;
 pub(crate) mod relay;
