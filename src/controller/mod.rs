@@ -9,7 +9,7 @@
 //! The states of an object:
 //!
 //! ```text
-//!            invalid                    spec corrected
+//!       invalid or expired              spec corrected
 //!  new ──────────────────▶ rejected ──────────────────▶ new
 //!   │  executor is full                 5 s later
 //!   ├──────────────────▶ postponed ───────────────────▶ new
@@ -55,7 +55,7 @@ use crate::cluster::{
 };
 use crate::executor::{Executor, SubmitError};
 use crate::hypervisor::DomainBackend;
-use crate::operation::Record;
+use crate::operation::{Order, Record};
 use crate::publish::events::EventRecorder;
 use crate::publish::wait_until;
 use crate::units::Timestamp;
@@ -297,12 +297,9 @@ impl<C: DomainBackend> Controller<C> {
             None => {}
             Some(NotAccepted::Postponed(_)) => self.postpone(object),
             // An API server without immutable specs lets people correct it.
-            Some(NotAccepted::Rejected(before)) => {
-                let order = request::order(&object, self.client.objects.node());
-                if order.as_ref().err() != Some(before) {
-                    self.accept(object).await;
-                }
-            }
+            Some(NotAccepted::Rejected(before))
+                if self.order(&object).as_ref().err() == Some(before) => {}
+            Some(NotAccepted::Rejected(_)) => self.accept(object).await,
         }
     }
 
@@ -318,7 +315,7 @@ impl<C: DomainBackend> Controller<C> {
         if status.is_some_and(is_finished) {
             return self.track(object, StatusSource::Past, generation);
         }
-        let order = match request::order(&object, self.client.objects.node()) {
+        let order = match self.order(&object) {
             Ok(order) => order,
             // Its label was changed after another node had accepted it.
             Err(ObjectError::WrongNode { .. }) if was_accepted => return,
@@ -366,6 +363,16 @@ impl<C: DomainBackend> Controller<C> {
             None => StatusSource::Past,
         };
         self.track(object, source, generation);
+    }
+
+    /// Validates an object, and its age unless a daemon has accepted it.
+    fn order(&self, object: &HotplugObject) -> Result<Order, ObjectError> {
+        let order = request::order(object, self.client.objects.node())?;
+        let status = object.status.as_ref();
+        if status.is_none_or(|status| status.operation.is_none()) {
+            request::check_age(object, now())?;
+        }
+        Ok(order)
     }
 
     fn record_of(&self, object: &HotplugObject) -> Option<Receiver<Record>> {

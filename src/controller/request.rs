@@ -11,7 +11,7 @@ use crate::cluster::objects::{DomainHotplugSpec, NODE_LABEL};
 use crate::domain::is_uuid;
 use crate::hotplug::HotplugRequest;
 use crate::operation::{AskedBy, DomainName, Order};
-use crate::units::{Bytes, shortened};
+use crate::units::{Bytes, Timestamp, shortened};
 
 /// Maximum deadline in seconds, as in the definition of the kind.
 const DEADLINE_MAX: u32 = 3600;
@@ -28,6 +28,16 @@ pub(super) enum ObjectError {
     WrongNode { spec: String, label: String },
     #[error("{0}")]
     InvalidSpec(String),
+    /// Only for an object that was never accepted.
+    #[error(
+        "the object was created at {created} and could not be accepted within {} s \
+         (spec.startingDeadlineSeconds): create another object if the change is still wanted",
+        .within.as_secs()
+    )]
+    Expired {
+        created: Timestamp,
+        within: Duration,
+    },
 }
 
 impl ObjectError {
@@ -36,6 +46,7 @@ impl ObjectError {
         match self {
             Self::WrongNode { .. } => "WrongNode",
             Self::InvalidSpec(_) => "InvalidSpec",
+            Self::Expired { .. } => "Expired",
         }
     }
 }
@@ -53,6 +64,11 @@ pub(super) fn order(object: &HotplugObject, node: &str) -> Result<Order, ObjectE
             label: node.to_owned(),
         });
     }
+    if spec.starting_deadline_seconds == 0 {
+        return Err(invalid(
+            "spec.startingDeadlineSeconds is 0: it must be at least 1",
+        ));
+    }
     if !(1..=DEADLINE_MAX).contains(&spec.deadline_seconds) {
         return Err(invalid(format!(
             "spec.deadlineSeconds is {}: it must be from 1 to {DEADLINE_MAX}",
@@ -67,6 +83,23 @@ pub(super) fn order(object: &HotplugObject, node: &str) -> Result<Order, ObjectE
         timeout: Duration::from_secs(spec.deadline_seconds.into()),
         idempotency_key: Some(object.uid.clone()),
         asked_by: asker(&object.name),
+    })
+}
+
+/// Checks that an object that was never accepted is not too old to be executed: nobody may still
+/// expect the change. The API server's clock gives the creation, so clocks that differ count.
+///
+/// # Errors
+/// The object is older than its `startingDeadlineSeconds`.
+pub(super) fn check_age(object: &HotplugObject, now: Timestamp) -> Result<(), ObjectError> {
+    let within = parse_spec(&object.spec)?.starting_deadline_seconds;
+    let within = Duration::from_secs(within.into());
+    if now.since(object.created) <= within {
+        return Ok(());
+    }
+    Err(ObjectError::Expired {
+        created: object.created,
+        within,
     })
 }
 
@@ -194,7 +227,6 @@ mod tests {
 
     use super::*;
     use crate::hotplug::Require;
-    use crate::units::Timestamp;
 
     fn object(spec: Value) -> HotplugObject {
         HotplugObject {
@@ -262,6 +294,7 @@ mod tests {
     #[case::name(|spec: &mut Value| spec["domain"]["name"] = "a\nb".into(), "is not a domain's name")]
     #[case::deadline(|spec: &mut Value| spec["deadlineSeconds"] = 3601.into(), "from 1 to 3600")]
     #[case::no_deadline(|spec: &mut Value| spec["deadlineSeconds"] = 0.into(), "from 1 to 3600")]
+    #[case::no_start(|spec: &mut Value| spec["startingDeadlineSeconds"] = 0.into(), "at least 1")]
     #[case::level(|spec: &mut Value| spec["require"] = "Sure".into(), "unknown variant `Sure`")]
     #[case::nothing(|spec: &mut Value| *spec = Value::Null, "cannot parse the spec")]
     #[case::no_node(|spec: &mut Value| drop(spec.as_object_mut().unwrap().remove("nodeName")), "missing field `nodeName`")]
@@ -287,6 +320,27 @@ mod tests {
         });
         let error = order.unwrap_err().to_string();
         assert!(error.contains(message), "{error}");
+    }
+
+    #[test]
+    fn object_older_than_its_starting_deadline_is_expired() {
+        let at = |seconds: i64| Timestamp::from_millis(seconds * 1000);
+        let spec = json!({"nodeName": "node-a", "domain": {"name": "vm1"}, "vcpus": {"count": 4}});
+        let mut object = object(spec);
+        assert_eq!(check_age(&object, at(600)), Ok(()));
+        let expired = check_age(&object, at(601)).unwrap_err();
+        assert_eq!(expired.reason(), "Expired");
+        let text = expired.to_string();
+        assert!(
+            text.contains("1970-01-01T00:00:00") && text.contains("600 s"),
+            "{text}"
+        );
+        // The same text each time, or the status would be written again and again.
+        assert_eq!(check_age(&object, at(700)), Err(expired));
+        object.spec["startingDeadlineSeconds"] = 86_400.into();
+        assert_eq!(check_age(&object, at(86_400)), Ok(()));
+        // A node's clock that is behind.
+        assert_eq!(check_age(&object, at(-60)), Ok(()));
     }
 
     #[test]

@@ -280,6 +280,39 @@ async fn invalid_object_is_rejected_once_and_does_not_affect_others(
 }
 
 #[tokio::test(start_paused = true)]
+async fn object_made_while_hotplug_was_off_expires() -> anyhow::Result<()> {
+    let api = FakeApi::with_node();
+    let mut patient = vcpus("vm", 3);
+    patient["startingDeadlineSeconds"] = 86_400.into();
+    api.make("late", vcpus("vm", 2));
+    api.make("patient", patient);
+    for name in ["late", "patient"] {
+        api.backdate(name, 601 + 60);
+    }
+    let mut node = HotplugNode::start(cluster(&api));
+    node.control.add("vm", FakeGuest::default());
+    assert_eq!(verdict(&finished(&api, "patient").await?), Some("Verified"));
+    let late = object(&api, "late", |it| condition(it, "Accepted").is_some()).await?;
+    assert_eq!(condition(&late, "Accepted"), pair("False", "Expired"));
+    assert_eq!(condition(&late, "Succeeded"), pair("False", "Expired"));
+    let message = late["status"]["message"].as_str().unwrap();
+    assert!(message.contains("startingDeadlineSeconds"), "{message}");
+    assert!(node.operations_of("late").is_empty());
+    let expired = [("Warning".to_owned(), "Expired".to_owned())];
+    until(|| api.events_about("DomainHotplug", "late") == expired).await?;
+    until(|| api.asked("hotplug-own") == 2).await?;
+    // It stays so, and is written once.
+    let written = api.statuses().len();
+    node.stop().await;
+    node.start_again();
+    until(|| api.asked("hotplug-list") == 2).await?;
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    assert_eq!(api.statuses().len(), written);
+    assert!(node.operations_of("late").is_empty());
+    Ok(())
+}
+
+#[tokio::test(start_paused = true)]
 async fn label_and_spec_with_different_nodes_yield_wrong_node() -> anyhow::Result<()> {
     let api = FakeApi::with_node();
     let node = HotplugNode::start(cluster(&api));

@@ -85,6 +85,7 @@ async fn api_server_rejects_invalid_specs() -> anyhow::Result<()> {
     let post = PostParams::default();
     let made = objects.create(&post, &hotplug("sound", vcpus())).await?;
     assert_eq!(made.spec.deadline_seconds, 120);
+    assert_eq!(made.spec.starting_deadline_seconds, 600);
     assert_eq!(serde_json::to_value(made.spec.require)?, "Online");
 
     let wrong = |change: fn(&mut Value)| {
@@ -97,6 +98,10 @@ async fn api_server_rejects_invalid_specs() -> anyhow::Result<()> {
         ("text", wrong(|spec| spec["vcpus"]["count"] = "4".into())),
         ("no-count", wrong(|spec| spec["vcpus"] = json!({}))),
         ("late", wrong(|spec| spec["deadlineSeconds"] = 3601.into())),
+        (
+            "no-start",
+            wrong(|spec| spec["startingDeadlineSeconds"] = 0.into()),
+        ),
         ("never", wrong(|spec| spec["deadlineSeconds"] = 0.into())),
         (
             "forever",

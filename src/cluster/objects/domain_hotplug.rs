@@ -107,6 +107,13 @@ pub struct DomainHotplugSpec {
     #[serde(default = "deadline_seconds")]
     #[schemars(range(min = 1, max = 3600))]
     pub deadline_seconds: u32,
+    /// Seconds after the object's creation (metadata.creationTimestamp, by the clock of the node) in
+    /// which the daemon may accept it. An older object that was never accepted, for example because
+    /// the daemon did not run or hotplug was off, is not executed: the condition Accepted is False with
+    /// the reason Expired. At least 1. Default: 600.
+    #[serde(default = "starting_deadline_seconds")]
+    #[schemars(range(min = 1, max = 2_147_483_647))]
+    pub starting_deadline_seconds: u32,
     /// Seconds after its completion until the node's daemon deletes the object. If missing, the object
     /// is kept until someone deletes it. 0 deletes it at once: only clients with a watch see the
     /// verdict.
@@ -117,6 +124,10 @@ pub struct DomainHotplugSpec {
 
 fn deadline_seconds() -> u32 {
     120
+}
+
+fn starting_deadline_seconds() -> u32 {
+    600
 }
 
 /// Identifies a domain by exactly one of its name and its UUID. A name may have a namespace.
@@ -254,8 +265,8 @@ pub struct DomainHotplugStatus {
     /// The problem in the guest and its remedy, if the guest is the cause.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub diagnosis: Option<DiagnosisStatus>,
-    /// Accepted: the object is valid and the daemon has accepted it; if False, the reason is InvalidSpec
-    /// or WrongNode. Progressing: the operation has no verdict yet. Succeeded: the verdict is Verified;
+    /// Accepted: the object is valid and the daemon has accepted it; if False, the reason is InvalidSpec,
+    /// WrongNode or Expired. Progressing: the operation has no verdict yet. Succeeded: the verdict is Verified;
     /// Unknown before the verdict. The reason is the verdict, or Queued or Running before it.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]

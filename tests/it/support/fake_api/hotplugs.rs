@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 
 use axum::body::{Body, Bytes};
 use http::Response;
+use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
@@ -44,15 +45,28 @@ impl FakeApi {
         let mut state = self.state();
         state.hotplugs.made += 1;
         let made = state.hotplugs.made;
+        // In the last minute, in the order of their creation.
+        let ago = SignedDuration::from_secs(60 - made.min(59).cast_signed());
+        let created = Timestamp::now().checked_sub(ago).unwrap();
         let object = json!({
             "apiVersion": "virtnode.io/v1alpha1", "kind": "DomainHotplug",
             "metadata": {"name": name, "uid": format!("hotplug-{made}"), "generation": 1,
-                "creationTimestamp": format!("2026-11-21T12:00:{:02}Z", made.min(59)),
+                "creationTimestamp": format!("{created:.0}"),
                 "labels": {"virtnode.io/node": node}},
             "spec": spec,
         });
         state.hotplugs.objects.insert(name.to_owned(), object);
         state.hotplug_changed(name, "ADDED");
+    }
+
+    /// Makes an object older, before it is listed.
+    pub(crate) fn backdate(&self, name: &str, seconds: i64) {
+        let created = Timestamp::now()
+            .checked_sub(SignedDuration::from_secs(seconds))
+            .unwrap();
+        let mut state = self.state();
+        let object = state.hotplugs.objects.get_mut(name).unwrap();
+        object["metadata"]["creationTimestamp"] = format!("{created:.0}").into();
     }
 
     /// Returns an object.
