@@ -103,6 +103,10 @@ as_root=$(run_as 0:0 $ROOT_PORT)
 as_user=$(run_as 65534:65534 $USER_PORT)
 
 tar -xf "$archive" -C "$scratch" --one-top-level=oci
+# What containerd names the image that it imports.
+name=$(sed -n 's/.*"org.opencontainers.image.ref.name":"\([^"]*\)".*/\1/p' "$scratch/oci/index.json")
+expected=localhost/virtnode:$(sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
+[[ $name == "$expected" ]] || die "the image in $archive is named '$name', not $expected"
 manifest=$scratch/oci/blobs/sha256/$(sed -n 's/.*"digest":"sha256:\([0-9a-f]*\)".*/\1/p' "$scratch/oci/index.json")
 layers=$(grep -o '"layers":.*' "$manifest" | grep -o '"size":[0-9]*' | cut -d : -f 2)
 root=$(buildah mount "$container")

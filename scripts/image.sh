@@ -6,7 +6,8 @@
 #                                 machine's release, this machine's Rust compiles, and buildah
 #                                 builds the image. Requires root; used by make image-test.
 #
-# The image is localhost/virtnode:VERSION. The OCI archive virtnode-image.tar in the target directory
+# The image is localhost/virtnode:VERSION, also in the archive: ctr imports no image without a name,
+# and says nothing. The OCI archive virtnode-image.tar in the target directory
 # can be loaded on nodes: ctr -n k8s.io images import virtnode-image.tar
 set -euo pipefail
 
@@ -34,7 +35,7 @@ public() {
     say "building $name with $tool"
     "$tool" build -t "$name" --build-arg "COMMIT=$commit" -f Containerfile .
     case $tool in
-    buildah) buildah push -q "$name" "oci-archive:$archive" ;;
+    buildah) buildah push -q "$name" "oci-archive:$archive:$name" ;;
     podman) podman save -q --format oci-archive -o "$archive" "$name" ;;
     docker) docker save -o "$archive" "$name" ;;
     esac
@@ -105,7 +106,7 @@ without_registry() {
     --volume "$target:/target" \
     -t "$name" -f Containerfile . >&2
   rm -f -- "$archive"
-  buildah push -q --signature-policy "$scratch/policy.json" "$name" "oci-archive:$archive"
+  buildah push -q --signature-policy "$scratch/policy.json" "$name" "oci-archive:$archive:$name"
 }
 
 case ${1:-} in

@@ -27,6 +27,7 @@ pub struct Health {
     node: Option<watch::Receiver<SyncState>>,
     domains: Option<Arc<Inventory>>,
     launchers: Option<Arc<Launchers>>,
+    hotplug_problem: Option<String>,
 }
 
 impl Health {
@@ -42,6 +43,16 @@ impl Health {
             node,
             domains: None,
             launchers: None,
+            hotplug_problem: None,
+        }
+    }
+
+    /// Makes the daemon unready if hotplug is configured and could not be started, so that a rollout
+    /// of such daemons stops.
+    pub fn with_hotplug_problem(self, hotplug_problem: Option<String>) -> Self {
+        Self {
+            hotplug_problem,
+            ..self
         }
     }
 
@@ -104,6 +115,10 @@ impl Health {
         if launchers.is_some_and(|launchers| !launchers.is_scanned()) {
             missing.push("first scan for launchers".to_owned());
         }
+        if let Some(problem) = &self.hotplug_problem {
+            missing.push("hotplug, which is off until the next start".to_owned());
+            missing.push(format!("  {problem}"));
+        }
         if let Some(node) = &self.node {
             let state = node.borrow();
             if !state.synced {
@@ -144,6 +159,20 @@ mod tests {
         assert!(health.stuck_for().is_some());
         health.tick();
         assert_eq!(health.stuck_for(), None);
+    }
+
+    #[test]
+    fn hotplug_that_could_not_start_makes_the_daemon_unready() {
+        let (progress, receiver) = watch::channel(LabellerProgress::default());
+        progress.send_modify(|progress| {
+            progress.probed = true;
+            progress.files_written = true;
+        });
+        let health = Health::new(receiver, None).with_hotplug_problem(Some("no room".into()));
+        assert_eq!(
+            health.missing(),
+            ["hotplug, which is off until the next start", "  no room"]
+        );
     }
 
     #[test]

@@ -1,11 +1,14 @@
 //! Starts the executor, with the journal, metrics and Node events connected to it.
 
+use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
 use k8s_openapi::api::core::v1::ObjectReference;
+use nix::unistd::geteuid;
 use tokio::sync::watch;
 
 use super::api::OperationService;
@@ -26,6 +29,33 @@ use crate::publish::node_events;
 /// Interval between updates of the journal's metrics. Dashboards do not need its size to the
 /// second.
 const COUNT_INTERVAL: Duration = Duration::from_secs(15);
+
+/// Adds to an error about missing permissions which of the directories belongs to another user: the
+/// usual cause is a package and a DaemonSet on one host.
+pub(super) fn with_owner<'d>(
+    error: anyhow::Error,
+    directories: impl IntoIterator<Item = &'d Path>,
+) -> anyhow::Error {
+    let is_denied = error.chain().any(|cause| {
+        let cause = cause.downcast_ref::<io::Error>();
+        cause.is_some_and(|cause| cause.kind() == io::ErrorKind::PermissionDenied)
+    });
+    let user = geteuid().as_raw();
+    let owner = |directory: &Path| std::fs::metadata(directory).ok().map(|it| it.uid());
+    let mut directories = directories.into_iter().filter(|_| is_denied);
+    let foreign = directories.find_map(|directory| {
+        let owner = owner(directory).filter(|owner| *owner != user)?;
+        Some((directory, owner))
+    });
+    match foreign {
+        None => error,
+        Some((directory, owner)) => error.context(format!(
+            "{} belongs to user {owner} and this daemon runs as user {user}: if a package \
+             and a DaemonSet share this host, remove one of them; then chown the directory",
+            directory.display()
+        )),
+    }
+}
 
 /// Starts an executor with the journal in the state directory. It resumes the journal's unfinished
 /// operations. `on_node` receives events about operations that did not succeed, and `own` every
@@ -138,5 +168,42 @@ impl Listener for OperationReporter {
 
     fn journal_failed(&self) {
         self.metrics.journal_failed();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::chown;
+
+    use anyhow::anyhow;
+
+    use super::*;
+
+    #[test]
+    fn denied_directory_of_another_user_is_named_with_its_owner() {
+        let own = tempfile::tempdir().unwrap();
+        let other = tempfile::tempdir().unwrap();
+        let root = Path::new("/");
+        let foreign = if geteuid().is_root() {
+            chown(other.path(), Some(12_345), None).unwrap();
+            other.path()
+        } else {
+            root
+        };
+        let directories = || [own.path(), foreign];
+        let denied = || anyhow::Error::new(io::Error::from(io::ErrorKind::PermissionDenied));
+        let text = format!(
+            "{:#}",
+            with_owner(denied().context("the journal"), directories())
+        );
+        assert!(text.contains(&foreign.display().to_string()), "{text}");
+        assert!(
+            text.contains("belongs to user") && text.contains("the journal"),
+            "{text}"
+        );
+        let text = format!("{:#}", with_owner(denied(), [own.path()]));
+        assert!(!text.contains("belongs"), "{text}");
+        let text = format!("{:#}", with_owner(anyhow!("full"), directories()));
+        assert_eq!(text, "full");
     }
 }

@@ -29,9 +29,10 @@
 //! stops and the process executes its own program again, so that no task has to support a change of
 //! configuration. A SIGHUP meanwhile stays pending until the new image handles it.
 //!
-//! **Failure.** A task that ends or panics stops the daemon with an error, for the service manager
+//! **Failure.** If the directory with libvirt's socket is deleted, which a mount of a container
+//! outlives, the daemon ends: a restarted container mounts the new one. A task that ends or panics stops the daemon with an error, for the service manager
 //! to restart. If the socket or the journal cannot be opened, hotplug stays off until the next
-//! start, and labels are published all the same.
+//! start, labels are published all the same, and the daemon is not ready.
 
 pub mod api;
 mod cluster;
@@ -41,6 +42,7 @@ pub mod hotplug;
 mod http;
 mod listener;
 mod metrics;
+mod mount;
 mod options;
 mod signals;
 mod socket;
@@ -181,8 +183,16 @@ async fn start(config: &Config, listener: TcpListener, tasks: &mut Tasks) -> any
         pods,
         tasks,
     );
-    if let Err(error) = &executor {
-        error!("hotplug is off until the next start: {error:#}");
+    let executor = executor.map_err(|error| {
+        let directories = [
+            Some(config.state_directory.as_path()),
+            config.socket.parent(),
+        ];
+        hotplug::with_owner(error, directories.into_iter().flatten())
+    });
+    let hotplug_problem = executor.as_ref().err().map(|error| format!("{error:#}"));
+    if let Some(problem) = &hotplug_problem {
+        error!("hotplug is off until the next start: {problem}");
     }
 
     let mut outputs = Outputs {
@@ -245,7 +255,11 @@ async fn start(config: &Config, listener: TcpListener, tasks: &mut Tasks) -> any
     );
     let health = Health::new(labeller.progress(), sync_state);
     let health = health.with_domains(Arc::clone(&metrics.inventory));
+    let health = health.with_hotplug_problem(hotplug_problem);
     let health = Arc::new(health.with_launchers(launchers));
+    if let Some(directory) = config.connect.as_deref().and_then(mount::socket_directory) {
+        tasks.start_endless("libvirt's directory", mount::until_deleted(directory));
+    }
     tasks.start("the labeller", |stop| labeller.run(stop));
     tasks.start("the monitor of running domains", |stop| monitor.run(stop));
     tasks.start("the doctor", |stop| doctor.run(stop));

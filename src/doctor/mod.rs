@@ -169,7 +169,7 @@ fn record_failures(libvirt: &mut LibvirtStatus, failures: &[SourceFailure]) {
 }
 
 /// Returns the path of the socket that a URI names.
-fn socket_of(uri: &str) -> Option<&Path> {
+pub fn socket_of(uri: &str) -> Option<&Path> {
     let (_, parameters) = uri.split_once('?')?;
     let socket = parameters
         .split('&')

@@ -5,7 +5,8 @@ use prometheus::{Gauge, IntCounter, IntCounterVec};
 use crate::telemetry::MetricRegistry;
 
 /// Reasons for which labels were not published.
-pub const SYNC_FAILURES: [&str; 8] = [
+pub const SYNC_FAILURES: [&str; 9] = [
+    "another-daemon",
     "file",
     "too-large",
     "api-unreachable",
@@ -20,6 +21,18 @@ const EVENT_DROPS: [&str; 3] = ["queue-full", "api-unreachable", "rejected"];
 
 /// Reasons for which a call about an object failed.
 pub const API_FAILURES: [&str; 7] = [
+    "api-unreachable",
+    "api-timeout",
+    "api-forbidden",
+    "api-node-not-found",
+    "api-not-found",
+    "api-rejected",
+    "api-conflict",
+];
+
+/// Reasons for which a NodeVirtualization was not published.
+const VIRTUALIZATION_FAILURES: [&str; 8] = [
+    "another-daemon",
     "api-unreachable",
     "api-timeout",
     "api-forbidden",
@@ -93,7 +106,7 @@ impl VirtualizationMetrics {
             failures: registry.counters(
                 "virtnode_virtualization_sync_failures_total",
                 "Attempts to bring the NodeVirtualization up to date that failed.",
-                &[("reason", &API_FAILURES)],
+                &[("reason", &VIRTUALIZATION_FAILURES)],
             ),
         }
     }

@@ -15,11 +15,14 @@
 //! * [`crate::label::ownership`] decides what to write; this module decides when.
 //! * On failure the labels stay as they are. A failure is logged once until its code changes, and
 //!   retried with backoff; the state shows it as [`SyncProblem`].
+//! * Of two daemons with one Node, the one that was started first stands back until its next start,
+//!   is not ready and says so ([`rival`]).
 //! * The watch is a hint: it may be old, stalled or failing, so each sync reads the Node. Without any
 //!   sign of life of the watch, the Node is read every ten minutes.
 
 mod failures;
 mod report;
+mod rival;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -31,6 +34,7 @@ use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use self::failures::PublishFailures;
+use self::rival::{RivalDetector, RivalWrite};
 use super::events::EventRecorder;
 use super::wait_until;
 use crate::cluster::{ApplyConflicts, Cluster, ClusterError, NodeChange, NodeState, Owners};
@@ -90,6 +94,9 @@ pub struct NodePublisher {
     /// The Node that `memory` belongs to; empty before the first read.
     uid: String,
     failures: Option<PublishFailures>,
+    rivals: RivalDetector,
+    /// True after another daemon answered the writes of this one: nothing more is written.
+    stands_back: bool,
     started: Instant,
     write_from: Instant,
     /// Time of the next sync.
@@ -131,6 +138,8 @@ enum SyncOutcome {
     InSync,
     /// A write is due before the end of the start jitter.
     TooEarly,
+    /// Another daemon publishes to this Node.
+    StandsBack,
 }
 
 impl NodePublisher {
@@ -152,6 +161,8 @@ impl NodePublisher {
             memory: OwnershipHistory::default(),
             uid: String::new(),
             failures: None,
+            rivals: RivalDetector::default(),
+            stands_back: false,
             started,
             write_from: started + options.start_jitter.mul_f64(fastrand::f64()),
             due: started,
@@ -231,7 +242,8 @@ impl NodePublisher {
 
     /// Returns the labels to publish, if any.
     fn to_publish(&self) -> Option<Arc<LabelSet>> {
-        self.desired.clone().filter(|labels| !labels.is_empty())
+        let desired = self.desired.clone().filter(|_| !self.stands_back);
+        desired.filter(|labels| !labels.is_empty())
     }
 
     /// Handles a change of the Node or an error of the watch: schedules a sync if it may help.
@@ -328,6 +340,10 @@ impl NodePublisher {
                 self.succeeded();
                 self.write_from.saturating_duration_since(Instant::now())
             }
+            Ok(SyncOutcome::StandsBack) => {
+                self.stand_back();
+                self.until_fallback()
+            }
             Err(error) => self.failed(&error),
         }
     }
@@ -337,6 +353,12 @@ impl NodePublisher {
         for round in 1.. {
             let node = self.cluster.observe().await?;
             self.node_read(&node);
+            let version = &node.resource_version;
+            match self.rivals.observe(&node.shown, version, Instant::now()) {
+                RivalWrite::None => {}
+                RivalWrite::First => self.rival_seen(),
+                RivalWrite::Repeated => return Ok(SyncOutcome::StandsBack),
+            }
             let decision = self.decide(desired, &node.shown, &refused);
             if let LabelWrite::Apply { force } = decision.action {
                 if Instant::now() < self.write_from {
@@ -349,6 +371,7 @@ impl NodePublisher {
                 } else {
                     Owners::Respect
                 };
+                self.rivals.record_sent(&decision.labels);
                 match self
                     .cluster
                     .apply(&decision.labels, &node.uid, owners)
@@ -362,6 +385,7 @@ impl NodePublisher {
                     Err(error) => return Err(error),
                 }
             }
+            self.rivals.record_sent(&decision.labels);
             self.report(&decision);
             self.memory.record(decision, self.started.elapsed());
             break;
@@ -394,6 +418,7 @@ impl NodePublisher {
                     "the Node was replaced by another one of the same name"
                 );
                 self.memory.reset();
+                self.rivals.reset();
             }
             self.uid.clone_from(&node.uid);
         }

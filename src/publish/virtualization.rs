@@ -17,6 +17,7 @@ mod domains;
 mod snapshot;
 mod truncate;
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -79,7 +80,18 @@ pub struct VirtualizationPublisher {
     due: Option<Instant>,
     failures: u32,
     logged: Option<&'static str>,
+    /// Times of writes that replaced the write of another client.
+    repairs: VecDeque<Instant>,
+    has_written: bool,
+    /// End of the time in which nothing is written, because another client keeps writing.
+    paused_until: Option<Instant>,
 }
+
+/// Maximum number of repairs within [`REPAIR_WINDOW`], as of labels.
+const MAX_REPAIRS: usize = 3;
+const REPAIR_WINDOW: Duration = Duration::from_secs(600);
+/// The fixed metrics label of an object that another client keeps writing.
+const CONTESTED: &str = "another-daemon";
 
 /// The resource versions of the object from its watch.
 type ObjectVersions = BoxStream<'static, Result<Option<String>, ClusterError>>;
@@ -113,6 +125,9 @@ impl VirtualizationPublisher {
             due: None,
             failures: 0,
             logged: None,
+            repairs: VecDeque::new(),
+            has_written: false,
+            paused_until: None,
         }
     }
 
@@ -176,6 +191,11 @@ impl VirtualizationPublisher {
                 version = next(&mut self.versions) => self.handle(version),
                 () = wait_until(self.due) => {
                     self.due = None;
+                    if let Some(until) = self.paused_until.filter(|at| Instant::now() < *at) {
+                        self.due = Some(until);
+                        continue;
+                    }
+                    self.paused_until = None;
                     let snapshot = snapshots.borrow().clone();
                     let connection = *connection.borrow();
                     if let Some(snapshot) = snapshot {
@@ -242,6 +262,7 @@ impl VirtualizationPublisher {
     async fn sync(&mut self, snapshot: &Snapshot, connection: ConnectionState) {
         self.metrics.attempts.inc();
         match self.write(snapshot, connection).await {
+            Ok(()) if self.paused_until.is_some() => self.due = self.paused_until,
             Ok(()) => {
                 self.failures = 0;
                 if self.logged.take().is_some() {
@@ -264,6 +285,7 @@ impl VirtualizationPublisher {
         snapshot: &Snapshot,
         connection: ConnectionState,
     ) -> Result<(), ClusterError> {
+        let was_known = self.published.is_some();
         let published = match self.published.take() {
             Some(published) => published,
             None => match self.cluster.virtualization().await? {
@@ -282,6 +304,9 @@ impl VirtualizationPublisher {
             self.schedule(early);
             return Ok(());
         }
+        if !was_known && self.has_written && !self.may_repair() {
+            return Ok(());
+        }
         // The owner needs the uid: without an owner the object would outlive the Node.
         let node = self.cluster.observe().await?;
         let object = self
@@ -289,8 +314,32 @@ impl VirtualizationPublisher {
             .apply_virtualization(&status, &node.uid)
             .await?;
         tracing::info!(node = self.cluster.node(), "NodeVirtualization written");
+        self.has_written = true;
         self.published = Some(PublishedObject::new(object, Some(status), &self.options));
         Ok(())
+    }
+
+    /// Counts a repair of the object that another client has changed or deleted. False if that was
+    /// repaired too often: then the repair is made up after the window.
+    fn may_repair(&mut self) -> bool {
+        let now = Instant::now();
+        self.repairs
+            .retain(|at| now.saturating_duration_since(*at) < REPAIR_WINDOW);
+        if self.repairs.len() < MAX_REPAIRS {
+            self.repairs.push_back(now);
+            return true;
+        }
+        if self.logged.replace(CONTESTED) != Some(CONTESTED) {
+            self.metrics.failures.with_label_values(&[CONTESTED]).inc();
+            tracing::warn!(
+                node = self.cluster.node(),
+                "another client keeps writing this Node's NodeVirtualization, most likely a second \
+                 virtnode daemon for this Node; leaving it for {REPAIR_WINDOW:?}"
+            );
+        }
+        let oldest = self.repairs.front().copied().unwrap_or(now);
+        self.paused_until = Some(oldest + REPAIR_WINDOW);
+        false
     }
 
     fn failed(&mut self, error: &ClusterError) {

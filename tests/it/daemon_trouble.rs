@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::{ErrorKind, Write};
 use std::net::TcpStream;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 use std::process::Command;
@@ -153,6 +154,10 @@ async fn second_daemon_on_a_state_directory_executes_nothing() -> anyhow::Result
     })
     .await?;
     assert_eq!(second.get("/healthz")?.status, 200);
+    let ready = second.get("/readyz")?;
+    assert_eq!(ready.status, 503);
+    let missing = "hotplug, which is off until the next start";
+    ensure!(ready.text().contains(missing), "{}", ready.text());
     // The command refuses as well, though the first daemon's socket is elsewhere.
     let state = state.to_string_lossy();
     let direct = [
@@ -167,6 +172,29 @@ async fn second_daemon_on_a_state_directory_executes_nothing() -> anyhow::Result
     let (code, _, said) = run(&second.socket(), &direct)?;
     assert_eq!(code, 1, "{said}");
     assert!(said.contains("another virtnode process uses"), "{said}");
+    Ok(())
+}
+
+/// A file descriptor leads to its directory like the mount of a container.
+#[tokio::test]
+async fn deleted_directory_of_libvirts_socket_ends_the_daemon() -> anyhow::Result<()> {
+    let parent = tempfile::tempdir()?;
+    let directory = parent.path().join("libvirt");
+    fs::create_dir(&directory)?;
+    let mounted = fs::File::open(&directory)?;
+    let uri = format!(
+        "qemu+unix:///system?socket=/proc/{}/fd/{}/libvirt-sock",
+        std::process::id(),
+        mounted.as_raw_fd()
+    );
+    let mut daemon = Daemon::start(&uri, &[]).await?;
+    assert_eq!(daemon.get("/healthz")?.status, 200);
+    fs::remove_dir(&directory)?;
+    fs::create_dir(&directory)?;
+    let status = daemon.ended().await?;
+    assert!(!status.success(), "{status}");
+    let log = format!("{:?}", daemon.log());
+    ensure!(log.contains("was deleted on the host"), "{log}");
     Ok(())
 }
 

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, ensure};
 use virtnode::cluster::Cluster;
 use virtnode::label::LabelSet;
-use virtnode::publish::node::{NodePublisherOptions, Retry};
+use virtnode::publish::node::{NodePublisherOptions, Retry, SyncProblem};
 
 use crate::support::eventually;
 use crate::support::fake_api::{FakeApi, Fault};
@@ -144,6 +144,39 @@ async fn set_is_applied_changed_and_kept_after_a_stop() -> anyhow::Result<()> {
 
     it.publisher.stop().await?;
     assert_eq!(api.look(|node| node.labels.len()), 2);
+    Ok(())
+}
+
+#[tokio::test]
+async fn of_two_daemons_on_one_node_the_first_stands_back() -> anyhow::Result<()> {
+    let api = FakeApi::with_node();
+    let mut first = start(&api, &[(X, "240"), (Y, "1")]);
+    first.state(|state| state.synced).await?;
+    let mut second = start(&api, &[(X, "288")]);
+    let is_told = |problem: &Option<SyncProblem>| {
+        let problem = problem.as_ref();
+        problem.is_some_and(|it| it.code == "another-daemon" && it.message.contains("stands back"))
+    };
+    let state = first.state(|state| is_told(&state.problem)).await?;
+    assert!(!state.synced, "it is not ready");
+    assert_eq!(first.failures("another-daemon"), 1);
+    until(|| {
+        api.events()
+            .iter()
+            .any(|note| note.contains("another virtnode daemon"))
+    })
+    .await?;
+    second
+        .state(|state| state.synced && state.problem.is_none())
+        .await?;
+    second.shows(&[(X, Some("288")), (Y, None)]).await?;
+    let writes = api.asked("patch");
+    assert!(writes <= 4, "{writes} writes");
+    // Neither a new set nor the other's write makes it write again.
+    first.publish(&[(X, "300")]);
+    second.publish(&[(X, "289")]);
+    second.shows(&[(X, Some("289"))]).await?;
+    assert_eq!(api.asked("patch"), writes + 1);
     Ok(())
 }
 

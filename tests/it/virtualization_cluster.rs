@@ -261,3 +261,37 @@ async fn time_of_the_probe_is_refreshed_after_an_hour() -> anyhow::Result<()> {
     assert_eq!(writes(&server).await?, 2);
     Ok(())
 }
+
+#[tokio::test]
+async fn object_that_another_client_keeps_writing_is_left_to_it() -> anyhow::Result<()> {
+    let server = KubeServer::start().await?;
+    server.apply_manifest(RIGHTS).await?;
+    server.apply_manifest(CRDS).await?;
+    server.create_node("n1").await?;
+    let objects: Api<NodeVirtualization> = Api::all(server.client());
+    let writer = Writer::start(&server, "n1", options()).await?;
+    writer.probe(288, Vec::new());
+    let is_own = |object: &NodeVirtualization| object.spec.facts.max_vcpus == Some(288);
+    shown(&objects, is_own).await?;
+    let foreign = Patch::Merge(json!({"status": {"maxVcpus": 1}}));
+    for _ in 0..3 {
+        objects
+            .patch("n1", &PatchParams::default(), &foreign)
+            .await?;
+        shown(&objects, is_own).await?;
+    }
+    objects
+        .patch("n1", &PatchParams::default(), &foreign)
+        .await?;
+    let failures = &writer.metrics.virtualization.failures;
+    let left = failures.with_label_values(&["another-daemon"]);
+    eventually(SOON, async || {
+        ensure!(left.get() == 1, "not reported");
+        Ok(())
+    })
+    .await?;
+    writer.probe(289, Vec::new());
+    assert_eq!(writes(&server).await?, 4);
+    assert!(!is_own(&objects.get("n1").await?));
+    Ok(())
+}

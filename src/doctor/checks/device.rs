@@ -2,8 +2,10 @@
 
 use super::accounts::{self, Account, KVM, permissions};
 use super::finding::{Check, DoctorReport, Place, Remedy, Severity, quoted};
+use super::libvirt::restart;
 use super::observed::{DeviceNode, HostSurvey, Observed, OpenError};
 use super::processor::{self, Extensions, extensions};
+use crate::capability::Accelerator;
 
 /// Major and minor number of KVM's device (`KVM_MINOR`, linux/miscdevice.h).
 const KVM_DEVICE: (u64, u64) = (10, 232);
@@ -18,6 +20,10 @@ pub(super) fn check(observed: &Observed, report: &mut DoctorReport) {
         DeviceNode::Hidden(why) => {
             report.unseen(CHECK, format!("/dev/kvm cannot be inspected: {why}"), None);
         }
+        DeviceNode::Missing if observed.facts.accelerator() == Some(Accelerator::Kvm) => report.ok(
+            CHECK,
+            "not visible here; libvirt offers KVM, so QEMU can open it",
+        ),
         DeviceNode::Missing => check_missing(host, report),
         DeviceNode::NoDevice => report_wrong("is not a device", report),
         DeviceNode::Node { number, .. } if *number != KVM_DEVICE => {
@@ -147,6 +153,23 @@ fn check_permissions(
             )),
         );
     };
+    if qemu.may_open(mode, uid, gid) && observed.facts.accelerator() == Some(Accelerator::Tcg) {
+        return report.problem(
+            CHECK,
+            Severity::Warning,
+            format!(
+                "{seen}; QEMU's user {} can open it, but libvirt offers no KVM, and the label \
+                 virtnode.io/accelerator is tcg",
+                qemu.name
+            ),
+            EMULATED,
+            Remedy::on_host(
+                [restart(host)],
+                "libvirt then asks QEMU again. If it still offers no KVM, QEMU's own error is in \
+                 libvirt's log, or QEMU was built without KVM.",
+            ),
+        );
+    }
     if qemu.may_open(mode, uid, gid) {
         return report.ok(
             CHECK,

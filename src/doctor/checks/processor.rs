@@ -2,6 +2,7 @@
 
 use super::finding::{Check, DoctorReport, Place, Remedy, Severity};
 use super::observed::{CpuInfo, DeviceNode, HostSurvey, Observed};
+use crate::capability::Accelerator;
 
 /// Virtualization extensions of the CPU, each with the reason as text.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -86,9 +87,12 @@ pub(super) fn module(host: &HostSurvey) -> Option<&'static str> {
     }
 }
 
-/// True if KVM answered, or the kernel has its device, which a kernel without KVM does not create.
-fn has_kvm(host: &HostSurvey) -> bool {
-    host.kvm.max_vcpus.is_some()
+/// True if libvirt offers KVM, as the label `virtnode.io/accelerator` says, KVM answered, or the
+/// kernel has its device, which a kernel without KVM does not create.
+pub(super) fn has_kvm(observed: &Observed) -> bool {
+    let host = &observed.host;
+    observed.facts.accelerator() == Some(Accelerator::Kvm)
+        || host.kvm.max_vcpus.is_some()
         || (host.kvm.registered && matches!(host.kvm.device, DeviceNode::Node { .. }))
 }
 
@@ -105,7 +109,7 @@ pub(super) fn check_extensions(observed: &Observed, report: &mut DoctorReport) {
             check,
             format!("KVM answers: up to {maximum} vCPUs in a domain{guest}"),
         ),
-        _ if has_kvm(host) => report.ok(
+        _ if has_kvm(observed) => report.ok(
             check,
             format!("KVM is available, whatever the CPU shows{guest}"),
         ),
@@ -135,7 +139,7 @@ pub(super) fn check_module(observed: &Observed, report: &mut DoctorReport) {
     let host = &observed.host;
     let is_loaded = |name: &&str| host.kvm.modules.contains(*name);
     let own = module(host).filter(is_loaded);
-    if own.is_some() || has_kvm(host) {
+    if own.is_some() || has_kvm(observed) {
         let modules = ["kvm_intel", "kvm_amd", "kvm_hv", "kvm_pr", "kvm"];
         let what = match own.or_else(|| modules.into_iter().find(is_loaded)) {
             Some(name) => format!("{name} is loaded"),

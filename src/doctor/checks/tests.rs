@@ -137,6 +137,46 @@ fn healthy_node_has_only_ok_findings() {
     assert_eq!(checks, Check::ALL);
 }
 
+/// As where KVM needs no vmx and svm of the CPU, or the process sees neither flags nor /dev/kvm.
+#[test]
+fn kvm_that_libvirt_offers_overrides_what_the_cpu_shows() {
+    let mut observed = healthy_host();
+    observed.host.cpu = Some(CpuInfo::default());
+    observed.host.kvm = Kvm {
+        device: DeviceNode::Missing,
+        registered: false,
+        ..Kvm::default()
+    };
+    for check in [
+        Check::VirtualizationExtensions,
+        Check::KvmModule,
+        Check::KvmDevice,
+    ] {
+        let finding = of(&observed, check);
+        assert_eq!(finding.severity, Severity::Ok, "{finding:#?}");
+        assert!(
+            !finding.what.contains("no virtualization extensions"),
+            "{finding:#?}"
+        );
+    }
+}
+
+#[test]
+fn kvm_that_libvirt_does_not_offer_is_a_warning() {
+    let mut observed = healthy_host();
+    let capabilities =
+        include_str!("../../../tests/fixtures/debian13-libvirt-11.3.0-qemu-10.0/capabilities.xml");
+    let without = capabilities.replace("<domain type='kvm'/>", "");
+    let capabilities = Capabilities::parse("c", without.as_bytes()).unwrap();
+    Arc::make_mut(&mut observed.facts).capabilities = Some(capabilities);
+    let finding = of(&observed, Check::KvmDevice);
+    assert_eq!(finding.severity, Severity::Warning, "{finding:#?}");
+    assert!(
+        finding.what.contains("virtnode.io/accelerator is tcg"),
+        "{finding:#?}"
+    );
+}
+
 /// libvirt's own answer (`+64055:+64055`) takes precedence. After the remedy the check is ok.
 #[test]
 fn closed_kvm_device_is_an_error_until_its_group_may_open_it() {

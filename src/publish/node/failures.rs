@@ -6,7 +6,10 @@ use tokio::time::Instant;
 
 use super::report::SyncProblem;
 use super::{NodePublisher, NodeWatch};
-use crate::cluster::ClusterError;
+use crate::cluster::{ClusterError, EventKind};
+
+/// The fixed metrics label of standing back.
+const ANOTHER_DAEMON: &str = "another-daemon";
 
 /// Consecutive failures.
 pub(super) struct PublishFailures {
@@ -46,6 +49,40 @@ impl NodePublisher {
                 ..NodeWatch::new(&self.cluster)
             };
         }
+    }
+
+    /// Reports that another process wrote labels as virtnode.
+    pub(super) fn rival_seen(&self) {
+        tracing::warn!(
+            node = self.cluster.node(),
+            "another process wrote labels of this Node as virtnode; writing the own ones again"
+        );
+    }
+
+    /// Ends publishing, because another daemon publishes to the Node.
+    pub(super) fn stand_back(&mut self) {
+        if std::mem::replace(&mut self.stands_back, true) {
+            return;
+        }
+        let message = "another virtnode daemon publishes labels to this Node, and this one stands back \
+                       until its next start: run one daemon for each Node (a package and a DaemonSet, \
+                       or two with the same node name?)";
+        tracing::error!(node = self.cluster.node(), "{message}");
+        let failures = &self.metrics.failures;
+        failures.with_label_values(&[ANOTHER_DAEMON]).inc();
+        self.record_event(
+            EventKind::Warning,
+            "AnotherDaemon",
+            "StandBack",
+            message.to_owned(),
+        );
+        self.state.send_modify(|state| {
+            state.synced = false;
+            state.problem = Some(SyncProblem {
+                code: ANOTHER_DAEMON,
+                message: message.to_owned(),
+            });
+        });
     }
 
     /// Returns the delay of the retry.

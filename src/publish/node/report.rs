@@ -62,7 +62,13 @@ impl NodePublisher {
         });
     }
 
-    fn record_event(&self, kind: EventKind, reason: &str, action: &'static str, note: String) {
+    pub(super) fn record_event(
+        &self,
+        kind: EventKind,
+        reason: &str,
+        action: &'static str,
+        note: String,
+    ) {
         self.events.record(ObjectEvent {
             about: self.cluster.node_reference(),
             related: None,
@@ -122,8 +128,11 @@ impl NodePublisher {
             let labels = list(&decision.forced);
             tracing::warn!(node, %labels, "labels taken from their owners, as configured");
         }
-        for key in &decision.new_conflicts {
+        for key in decision.new_conflicts.iter().take(LISTED) {
             tracing::warn!(node, label = %key, "label left to its owner: {}", describe(key, decision));
+        }
+        if let Some(more) = decision.new_conflicts.len().checked_sub(LISTED + 1) {
+            tracing::warn!(node, labels = more + 1, "more labels left to their owners");
         }
         if !decision.ended_conflicts.is_empty() {
             let labels = list(&decision.ended_conflicts);
@@ -159,12 +168,35 @@ fn reuse<T: Clone + PartialEq>(old: &Arc<T>, new: &T) -> Arc<T> {
     }
 }
 
+/// Maximum number of labels in one line of the log or one Event, which has room for about ten. A Node
+/// has hundreds of labels.
+const LISTED: usize = 12;
+
+/// Lists the first [`LISTED`] items and the number of the others.
 fn list<T: Display>(items: &[T]) -> String {
     let mut text = String::new();
-    for item in items {
+    for item in items.iter().take(LISTED) {
         let separator = if text.is_empty() { "" } else { ", " };
         // Writing to a String cannot fail.
         let _ok = write!(text, "{separator}{item}");
     }
+    if items.len() > LISTED {
+        let _ok = write!(text, " and {} more", items.len() - LISTED);
+    }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn long_list_is_cut_and_counts_the_rest() {
+        let items: Vec<u32> = (1..=14).collect();
+        assert_eq!(
+            list(&items),
+            "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12 and 2 more"
+        );
+        assert_eq!(list(&items[..2]), "1, 2");
+    }
 }

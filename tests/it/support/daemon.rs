@@ -228,6 +228,14 @@ impl Daemon {
         Ok(std::mem::replace(&mut self.directory, tempfile::tempdir()?))
     }
 
+    /// Waits until the daemon ends by itself.
+    pub(crate) async fn ended(&mut self) -> anyhow::Result<ExitStatus> {
+        eventually(LONG, async || {
+            self.child.try_wait()?.context("still running")
+        })
+        .await
+    }
+
     /// Stops the daemon with `SIGTERM`, and returns its state directory for the next one.
     pub(crate) async fn stop(mut self) -> anyhow::Result<(ExitStatus, TempDir)> {
         kill(self.pid()?, Signal::SIGTERM)?;
