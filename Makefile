@@ -6,6 +6,8 @@ export PATH := $(PATH):$(HOME)/.cargo/bin
 
 # For one test: make test TEST=name-or-part-of-it
 TEST ?=
+# The Kubernetes of the tests: a current one, or 1.20 for the oldest supported one.
+export KUBE ?=
 SCRIPTS := .ci/run $(wildcard scripts/*.sh tests/*/*.sh)
 TEST_CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/virtnode-test
 
@@ -21,7 +23,7 @@ demo: ## install what is missing, run the daemon on this machine's libvirt, show
 # process, so a test that depends on libvirt's process-wide state (event loop, error handler) starts
 # the binary `virtnode` as its own process. Doc tests run first, so that the last lines are the
 # summary of the integration tests. Without a Kubernetes API server all tests still run; those that
-# need one fail and name the variable to set.
+# need one fail and name the variable to set. The first run builds the server, which takes minutes.
 .PHONY: test
 test: ## install what the tests need and run them all
 	@scripts/install-deps.sh test
@@ -83,5 +85,5 @@ image-test: ## build the image without a registry and run it (as root, with buil
 	@scripts/image-test.sh
 
 .PHONY: clean-test-cache
-clean-test-cache: ## remove the API server that `make test` built (it is rebuilt when needed)
+clean-test-cache: ## remove the API servers that `make test` built (they are rebuilt when needed)
 	rm -rf -- "$(TEST_CACHE)"

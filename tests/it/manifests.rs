@@ -8,7 +8,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use k8s_openapi::api::core::v1::{Node, Pod};
+use k8s_openapi::api::core::v1::{Namespace, Node, Pod};
 use kube::Client;
 use kube::api::{
     Api, ApiResource, DeleteParams, DynamicObject, GroupVersionKind, Patch, PatchParams, PostParams,
@@ -24,9 +24,10 @@ use crate::support::kustomize::{only, render};
 use crate::support::libvirtd::Libvirtd;
 
 const LONG: Duration = Duration::from_secs(60);
-/// The first API server version with them. With an older one `kubectl apply` reports an unknown kind and
-/// applies the rest.
+/// The first API server version with them.
 const ADMISSION_POLICIES: (u32, u32) = (1, 30);
+/// The first API server version with them: before, kubectl rejects the definitions unless told not to.
+const SELECTABLE_FIELDS: (u32, u32) = (1, 30);
 const OVERLAYS: [&str; 4] = [
     ".",
     "overlays/kubevirt-labels",
@@ -244,6 +245,94 @@ async fn every_overlay_applies_and_the_daemon_runs_under_its_account() -> anyhow
         let at_once = DeleteParams::default().grace_period(0);
         pods.delete(&format!("virtnode-{number}"), &at_once).await?;
     }
+    Ok(())
+}
+
+/// Runs a command of the documents, such as `kubectl apply -k manifests`. Returns whether it succeeded,
+/// and what it printed.
+async fn documented(
+    server: &KubeServer,
+    page: &str,
+    command: &str,
+) -> anyhow::Result<(bool, String)> {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let text = fs::read_to_string(directory.join("docs").join(page))?;
+    anyhow::ensure!(
+        text.contains(command),
+        "docs/{page} does not have: {command}"
+    );
+    let arguments = command.split_whitespace().skip(1).map(str::to_owned);
+    let mut kubectl = server.kubectl()?;
+    kubectl.current_dir(directory).args(arguments);
+    let output = tokio::task::spawn_blocking(move || kubectl.output()).await??;
+    let printed = [output.stdout, output.stderr].concat();
+    Ok((
+        output.status.success(),
+        String::from_utf8_lossy(&printed).into_owned(),
+    ))
+}
+
+/// Deletes the namespace when that is asked for, as its controller would.
+async fn finalize_namespace(client: Client) -> anyhow::Result<()> {
+    let namespaces: Api<Namespace> = Api::all(client.clone());
+    eventually(LONG, async || {
+        let mut namespace = namespaces.get("virtnode").await?;
+        anyhow::ensure!(namespace.metadata.deletion_timestamp.is_some(), "it exists");
+        namespace.spec = None;
+        let request = http::Request::put("/api/v1/namespaces/virtnode/finalize")
+            .header("content-type", "application/json")
+            .body(serde_json::to_vec(&namespace)?)?;
+        client.request_text(request).await?;
+        Ok(())
+    })
+    .await
+}
+
+/// On an API server without admission policies everything else is applied by the documented command,
+/// which names them.
+#[tokio::test]
+async fn documented_commands_install_and_uninstall() -> anyhow::Result<()> {
+    let server = KubeServer::start().await?;
+    let has_policies = server.version() >= ADMISSION_POLICIES;
+    let apply = if server.version() >= SELECTABLE_FIELDS {
+        "kubectl apply -k manifests"
+    } else {
+        "kubectl apply -k manifests --validate=false"
+    };
+    let (succeeded, printed) = documented(&server, "kubernetes.md", apply).await?;
+    assert_eq!(succeeded, has_policies, "{printed}");
+    for object in manifests(".")? {
+        let kind = object["kind"].as_str().context("no kind")?;
+        let name = object["metadata"]["name"].as_str().context("no name")?;
+        let is_policy = kind.starts_with("ValidatingAdmissionPolicy");
+        let is_created = printed.lines().any(|line| {
+            let line = line.to_lowercase();
+            line.starts_with(&kind.to_lowercase()) && line.ends_with(&format!("/{name} created"))
+        });
+        assert_eq!(
+            is_created,
+            has_policies || !is_policy,
+            "{kind} {name}: {printed}"
+        );
+    }
+
+    let page = "upgrade.md";
+    let stop = "kubectl -n virtnode delete daemonset virtnode";
+    let (succeeded, printed) = documented(&server, page, stop).await?;
+    assert!(succeeded, "{printed}");
+    let delete = "kubectl delete -k manifests --ignore-not-found";
+    let (deleted, ()) = tokio::try_join!(
+        documented(&server, page, delete),
+        finalize_namespace(server.client())
+    )?;
+    let (succeeded, printed) = deleted;
+    assert_eq!(succeeded, has_policies, "{printed}");
+    assert!(!printed.contains("NotFound"), "{printed}");
+    let mut left = server.kubectl()?;
+    left.args(["get", "crd,clusterrole,namespace", "-o", "name"]);
+    let left = tokio::task::spawn_blocking(move || left.output()).await??;
+    let left = String::from_utf8(left.stdout)?;
+    assert!(!left.contains("virtnode"), "{left}");
     Ok(())
 }
 

@@ -5,28 +5,29 @@
 #   1. KUBEBUILDER_ASSETS, if it names a directory with kube-apiserver and etcd
 #      (as created by setup-envtest);
 #   2. the cache, filled by an earlier run;
-#   3. Debian 12's source package, which contains upstream's complete source with
-#      vendored dependencies, although Debian builds only kubectl from it. The build
-#      takes about five minutes and 3 GB of scratch space on two cores.
+#   3. a current Kubernetes, built from Go modules (modules.sh);
+#   4. Kubernetes 1.20.2, built from Debian 12's source package (debian.sh).
 #
-# Writes only to the cache and installs nothing: apt downloads the packages with a private
-# state, and they are unpacked, so root is not required. (Installing etcd-server would also
-# start a service.)
+# KUBE=1.36 (or another prefix of the current version) allows 2 and 3 only, KUBE=1.20 2 and 4 only.
+#
+# Writes only to the cache and installs nothing: packages and modules are unpacked below it, so root
+# is not required. (Installing etcd-server would also start a service.)
 #
 # stdout: the directory and nothing else. stderr: progress and errors.
 set -euo pipefail
 
-readonly VERSION=1.20.2
-readonly GO_PACKAGE=golang-1.19-go
-readonly GO_ROOT=usr/lib/go-1.19
-readonly BINARIES=(kube-apiserver kube-scheduler etcd kubectl)
+readonly HERE=${BASH_SOURCE[0]%/*}
+SERVER=$(cd "$HERE/server" && pwd)
+CURRENT_VERSION=$(sed -nE 's/^.*k8s\.io\/kubernetes v([0-9.]+)$/\1/p' "$SERVER/go.mod")
+readonly SERVER CURRENT_VERSION
+readonly DEBIAN_VERSION=1.20.2
 
 readonly CACHE="${XDG_CACHE_HOME:-$HOME/.cache}/virtnode-test"
-readonly TARGET="$CACHE/kubernetes-$VERSION"
 # A fixed name, so that a run under the lock can remove the leftovers of a killed one.
-readonly SCRATCH="$CACHE/kubernetes-$VERSION.building"
-readonly SOURCE="$SCRATCH/go/src/k8s.io/kubernetes" # where GOPATH mode looks for it
+readonly SCRATCH="$CACHE/kubernetes.building"
 readonly UNPACKED="$SCRATCH/unpacked"
+# Minutes for which a failure to build the current version is remembered.
+readonly REMEMBERED=60
 
 say() { printf '%s: %s\n' "${0##*/}" "$*" >&2; }
 
@@ -35,10 +36,12 @@ die() {
   exit 1
 }
 
-die_without_source() { # subject of the message
-  die "$* no source of Kubernetes $VERSION with a Go that builds it: set KUBEBUILDER_ASSETS" \
-    "to a directory with kube-apiserver and etcd, as created by setup-envtest"
-}
+# shellcheck source=tests/kube/apt.sh
+. "$HERE/apt.sh"
+# shellcheck source=tests/kube/modules.sh
+. "$HERE/modules.sh"
+# shellcheck source=tests/kube/debian.sh
+. "$HERE/debian.sh"
 
 has_binaries() { # directory name...
   local directory=$1 name
@@ -48,146 +51,64 @@ has_binaries() { # directory name...
   done
 }
 
-# apt with the machine's sources and keys, and a private state. As root it would otherwise
-# switch to the user _apt, which cannot enter a cache below root's home.
-private_apt() { # apt tool and arguments
-  local tool=$1
-  shift
-  "$tool" -qq \
-    -o Dir::Etc::sourcelist=/dev/null \
-    -o Dir::Etc::sourceparts="$SCRATCH/apt/sources" \
-    -o Dir::State::lists="$SCRATCH/apt/lists" \
-    -o Dir::Cache="$SCRATCH/apt/cache" \
-    -o Acquire::Languages=none \
-    -o APT::Sandbox::User=root \
-    "$@"
+cached() { # version
+  has_binaries "$CACHE/kubernetes-$1" kube-apiserver kube-scheduler etcd kubectl
 }
 
-# The machine's sources, with source packages enabled, in both of apt's formats.
-copy_sources_with_source_packages() {
-  local file
-  mkdir -p "$SCRATCH"/apt/{sources,lists/partial,cache/archives/partial}
-  for file in /etc/apt/sources.list.d/*.sources; do
-    [[ -r "$file" ]] || continue
-    sed -E 's/^Types:.*/Types: deb deb-src/I' "$file" >"$SCRATCH/apt/sources/${file##*/}"
-  done
-  for file in /etc/apt/sources.list /etc/apt/sources.list.d/*.list; do
-    [[ -r "$file" ]] || continue
-    sed -nE 's/^[[:space:]]*deb[[:space:]]+(.*)/deb \1\ndeb-src \1/p' "$file" \
-      >"$SCRATCH/apt/sources/${file##*/}"
-  done
+# Puts the result in its place.
+keep() { # version
+  local target=$CACHE/kubernetes-$1
+  "$SCRATCH/result/kube-apiserver" --version | grep -qx "Kubernetes v$1" ||
+    die "the built server does not report version $1"
+  # Renamed last, so that a directory with this name is always complete.
+  rm -rf "$target"
+  mv -T "$SCRATCH/result" "$target" || die "$target cannot be written"
+  say "built Kubernetes $1 in ${SECONDS} s"
 }
 
-# All versions of the source package in apt's lists, possibly none.
-source_versions() {
-  private_apt apt-cache showsrc --only-source kubernetes 2>/dev/null |
-    sed -n 's/^Version: //p'
-}
-
-download() {
-  local source_version
-  copy_sources_with_source_packages
-  # Not fatal: an unrelated third-party source may be unreachable.
-  private_apt apt-get update >&2 || say "apt-get update had errors"
-  source_version=$(source_versions | grep -F "really$VERSION-" | sort -V | tail -n 1) ||
-    die_without_source "apt finds"
-  private_apt apt-cache show "$GO_PACKAGE" >/dev/null 2>&1 ||
-    die_without_source "apt finds"
-
-  mkdir -p "$SCRATCH/packages"
-  (
-    cd "$SCRATCH/packages"
-    private_apt apt-get source --download-only "kubernetes=$source_version"
-    private_apt apt-get download "$GO_PACKAGE" "${GO_PACKAGE/%-go/-src}" \
-      golang-github-modern-go-reflect2-dev etcd-server kubernetes-client
-  ) >&2
-}
-
-# Without Debian's patches, which only change kubectl; kubectl comes from its package.
-unpack() {
-  local package
-  mkdir -p "$SOURCE" "$UNPACKED"
-  tar -xzf "$SCRATCH"/packages/kubernetes_*.orig.tar.gz -C "$SOURCE" --strip-components=1
-  for package in "$SCRATCH"/packages/*.deb; do
-    dpkg-deb -x "$package" "$UNPACKED"
-  done
-}
-
-# The vendored reflect2 1.0.1 depends on internals of Go's runtime that changed in Go 1.18: the server
-# would build and become ready, but panic at every write with a JSON map.
-replace_reflect2() {
-  local vendored="$SOURCE/vendor/github.com/modern-go/reflect2"
-  rm -r "$vendored"
-  cp -r "$UNPACKED/usr/share/gocode/src/github.com/modern-go/reflect2" "$vendored"
-}
-
-# GOPATH mode, since the source has no module cache; pure Go, since a C compiler may be missing.
-go_in_source() { # arguments of go
-  (
-    cd "$SOURCE"
-    env -u GOFLAGS -u GOBIN -u GOOS -u GOARCH \
-      GOROOT="$UNPACKED/$GO_ROOT" GOPATH="$SCRATCH/go" GOCACHE="$SCRATCH/go-cache" \
-      GOTMPDIR="$SCRATCH" GOENV=off GO111MODULE=off CGO_ENABLED=0 \
-      "$UNPACKED/$GO_ROOT/bin/go" "$@"
-  )
-}
-
-# The only generated file that is not in upstream's source.
-generate_openapi() {
-  local packages
-  packages=$(
-    cd "$SOURCE"
-    grep -lR --include='*.go' '^// *+k8s:openapi-gen=' pkg vendor/k8s.io |
-      grep -vE '^vendor/k8s.io/(code-generator|sample-apiserver)/' |
-      sed -E 's|^|k8s.io/kubernetes/|; s|/[^/]*$||' |
-      LC_ALL=C sort -u | paste -sd,
-  )
-  go_in_source run ./vendor/k8s.io/kube-openapi/cmd/openapi-gen \
-    --input-dirs "$packages" \
-    --output-package k8s.io/kubernetes/pkg/generated/openapi \
-    --output-file-base zz_generated.openapi \
-    --go-header-file vendor/k8s.io/code-generator/hack/boilerplate.go.txt \
-    --report-filename "$SCRATCH/openapi-violations" >&2
-}
-
-# Without these flags the server's version is v0.0.0-master+$Format:%h$.
-version_flags() {
-  local package major minor
-  IFS=. read -r major minor _ <<<"$VERSION"
-  for package in component-base/version client-go/pkg/version; do
-    package="k8s.io/kubernetes/vendor/k8s.io/$package"
-    printf -- '-X %s.gitVersion=v%s -X %s.gitMajor=%s -X %s.gitMinor=%s ' \
-      "$package" "$VERSION" "$package" "$major" "$package" "$minor"
-  done
-}
-
-build() {
+# Takes the lock of the cache until the end. A waiting caller uses the result of the other one.
+lock() {
+  mkdir -p "$CACHE"
+  exec 9>"$CACHE/kubernetes.lock"
+  flock -n 9 || {
+    say "waiting for another process that builds Kubernetes"
+    flock 9
+  }
+  trap 'rm -rf "$SCRATCH"' EXIT
   rm -rf "$SCRATCH"
   mkdir -p "$SCRATCH/result"
-  trap 'rm -rf "$SCRATCH"' EXIT
+}
 
-  say "downloading the parts of Kubernetes $VERSION"
-  download
-  say "unpacking"
-  unpack
-  replace_reflect2
-  say "generating the OpenAPI definitions"
-  generate_openapi
-  say "building kube-apiserver and kube-scheduler, which takes minutes"
-  go_in_source build -ldflags "-s -w $(version_flags)" -o "$SCRATCH/result/" \
-    ./cmd/kube-apiserver ./cmd/kube-scheduler >&2
-  cp "$UNPACKED/usr/bin/etcd" "$UNPACKED/usr/bin/kubectl" "$SCRATCH/result/"
+# False, after a sentence that names the reason, if this machine cannot build it.
+provide_current() {
+  local failed=$CACHE/kubernetes-$CURRENT_VERSION.failed
+  cached "$CURRENT_VERSION" && return
+  if [[ $1 != asked && -n $(find "$failed" -mmin -$REMEMBERED 2>/dev/null) ]]; then
+    say "$(<"$failed")"
+    return 1
+  fi
+  lock
+  cached "$CURRENT_VERSION" && return
+  if ! can_build_from_modules; then
+    printf 'Kubernetes %s could not be built less than %s minutes ago; KUBE=%s tries again\n' \
+      "$CURRENT_VERSION" "$REMEMBERED" "${CURRENT_VERSION%.*}" >"$failed"
+    return 1
+  fi
+  build_from_modules || die "Kubernetes $CURRENT_VERSION could not be built: see above"
+  keep "$CURRENT_VERSION"
+}
 
-  "$SCRATCH/result/kube-apiserver" --version | grep -qx "Kubernetes v$VERSION" ||
-    die "the built server does not report version $VERSION"
-  # Renamed last, so that a directory with this name is always complete.
-  rm -rf "$TARGET"
-  mv -T "$SCRATCH/result" "$TARGET"
-  say "built Kubernetes $VERSION in ${SECONDS} s"
+provide_debian() {
+  cached "$DEBIAN_VERSION" && return
+  check_distribution
+  lock
+  cached "$DEBIAN_VERSION" && return
+  build_from_debian
+  keep "$DEBIAN_VERSION"
 }
 
 main() {
-  local assets=${KUBEBUILDER_ASSETS:-}
+  local assets=${KUBEBUILDER_ASSETS:-} version=$CURRENT_VERSION
   if [[ -n "$assets" ]]; then
     if has_binaries "$assets" kube-apiserver etcd; then
       printf '%s\n' "$assets"
@@ -196,20 +117,26 @@ main() {
     say "KUBEBUILDER_ASSETS has no kube-apiserver and etcd: looking elsewhere"
   fi
 
-  if ! has_binaries "$TARGET" "${BINARIES[@]}"; then
-    # Checked before apt, so that tests fail at once on other distributions.
-    grep -qs '^VERSION_CODENAME=bookworm$' /etc/os-release ||
-      die_without_source "this distribution has"
-    mkdir -p "$CACHE"
-    exec 9>"$TARGET.lock"
-    # A waiting caller uses the result of the other one.
-    flock -n 9 || {
-      say "waiting for another process that builds Kubernetes $VERSION"
-      flock 9
-    }
-    has_binaries "$TARGET" "${BINARIES[@]}" || build
-  fi
-  printf '%s\n' "$TARGET"
+  case ${KUBE:-} in
+  '')
+    if ! provide_current if-possible; then
+      version=$DEBIAN_VERSION
+      say "testing with Kubernetes $version instead, which has no admission policies, no CEL rules," \
+        "no selectable fields and no watch lists: what depends on them is NOT TESTED"
+      provide_debian
+    fi
+    ;;
+  "$DEBIAN_VERSION" | "${DEBIAN_VERSION%.*}")
+    version=$DEBIAN_VERSION
+    provide_debian
+    ;;
+  "$CURRENT_VERSION" | "${CURRENT_VERSION%.*}") provide_current asked || exit ;;
+  *)
+    die "KUBE=$KUBE: this builds ${CURRENT_VERSION%.*} and ${DEBIAN_VERSION%.*};" \
+      "for another version set KUBEBUILDER_ASSETS"
+    ;;
+  esac
+  printf '%s\n' "$CACHE/kubernetes-$version"
 }
 
 main "$@"

@@ -120,6 +120,22 @@ impl KubeServer {
         &self.admin_config
     }
 
+    /// Returns a kubectl with all rights, to be given arguments.
+    pub(crate) fn kubectl(&self) -> anyhow::Result<Command> {
+        let program = self.binaries.dir.join("kubectl");
+        ensure!(
+            program.exists(),
+            "{} does not exist: put kubectl beside kube-apiserver, as setup-envtest does",
+            program.display()
+        );
+        let mut command = Command::new(program);
+        command
+            .env("KUBECONFIG", self.kubeconfig())
+            .env("HOME", self.dir.path())
+            .stdin(Stdio::null());
+        Ok(command)
+    }
+
     /// Kills the API server: connections break and new ones are refused.
     pub(crate) fn stop_api(&mut self) {
         self.api_server = None;
