@@ -28,6 +28,38 @@ fn files_in(directory: &Path) -> anyhow::Result<Vec<PathBuf>> {
     Ok(files)
 }
 
+/// A version in a command or manifest that is forgotten is an image that nobody has.
+#[test]
+fn version_is_the_same_in_manifests_documents_and_changelog() -> anyhow::Result<()> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let version = env!("CARGO_PKG_VERSION");
+    for file in [
+        "README.md",
+        "Containerfile",
+        "docs/kubernetes.md",
+        "manifests/base/daemonset.yaml",
+        "manifests/overlays/kubevirt/daemonset.yaml",
+    ] {
+        let text = text(&root.join(file))?;
+        let versions = ["virtnode:", "virtnode_"].into_iter().flat_map(|name| {
+            let rest = text.split(name).skip(1);
+            rest.filter(|rest| rest.starts_with(|c: char| c.is_ascii_digit()))
+        });
+        let versions: Vec<_> = versions.collect();
+        ensure!(!versions.is_empty(), "{file} names no version");
+        for found in versions {
+            let found: String = found.chars().take(20).collect();
+            ensure!(found.starts_with(version), "{file}: {found}, not {version}");
+        }
+    }
+    let changelog = text(&root.join("CHANGELOG.md"))?;
+    ensure!(
+        changelog.contains(&format!("\n## [{version}] - 20")),
+        "CHANGELOG.md has no section with a date for {version}"
+    );
+    Ok(())
+}
+
 #[test]
 fn distribution_is_reproducible_and_works() -> anyhow::Result<()> {
     let scratch = tempfile::tempdir()?;

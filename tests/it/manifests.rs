@@ -28,6 +28,8 @@ const LONG: Duration = Duration::from_secs(60);
 const ADMISSION_POLICIES: (u32, u32) = (1, 30);
 /// The first API server version with them: before, kubectl rejects the definitions unless told not to.
 const SELECTABLE_FIELDS: (u32, u32) = (1, 30);
+/// The first version of kubectl that takes directories as bases.
+const KUSTOMIZE_OF_DIRECTORIES: (u32, u32) = (1, 21);
 const OVERLAYS: [&str; 4] = [
     ".",
     "overlays/kubevirt-labels",
@@ -261,6 +263,17 @@ async fn documented(
         text.contains(command),
         "docs/{page} does not have: {command}"
     );
+    // Its kustomize does not read them: the documents require a newer one. It is beside the old server.
+    let rendered = tempfile::NamedTempFile::with_suffix(".json")?;
+    let mut command = command.to_owned();
+    if server.version() < KUSTOMIZE_OF_DIRECTORIES {
+        let mut items = manifests(".")?;
+        items.sort_by_key(|object| object["kind"] != "Namespace");
+        let list = json!({"apiVersion": "v1", "kind": "List", "items": items});
+        fs::write(&rendered, list.to_string())?;
+        let file = format!("-f {}", path(rendered.path())?);
+        command = command.replace("-k manifests", &file);
+    }
     let arguments = command.split_whitespace().skip(1).map(str::to_owned);
     let mut kubectl = server.kubectl()?;
     kubectl.current_dir(directory).args(arguments);
