@@ -10,6 +10,10 @@ use thiserror::Error;
 
 use super::fault::AnswerFault;
 use crate::label::ownership::FieldManager;
+use crate::units::shortened;
+
+/// Maximum characters of an API server's message: one about all labels of a Node has over 10,000.
+const MESSAGE_MAX: usize = 600;
 
 /// The object of a call to the API server.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -203,6 +207,7 @@ impl ClusterError {
         // A policy denies with status 422 from 1.30 on, a webhook with any status it likes.
         let is_denied =
             message.contains("denied the request") || message.contains("denied request");
+        let message = shortened(&message, MESSAGE_MAX);
         match status {
             _ if is_denied => Self::Denied {
                 verb,
@@ -245,7 +250,7 @@ impl ClusterError {
         Self::Rejected {
             verb,
             object,
-            message,
+            message: shortened(&message, MESSAGE_MAX),
             retry_after: None,
         }
     }
@@ -274,7 +279,7 @@ fn innermost(error: &dyn Error) -> String {
     while let Some(source) = innermost.source() {
         innermost = source;
     }
-    innermost.to_string()
+    shortened(&innermost.to_string(), MESSAGE_MAX)
 }
 
 #[cfg(test)]

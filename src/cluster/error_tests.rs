@@ -75,3 +75,36 @@ fn busy_server_yields_its_retry_after() {
     };
     assert_eq!(retry_after, Some(Duration::from_secs(7)));
 }
+
+#[test]
+fn long_message_of_the_api_server_is_cut() {
+    let conflicts: Vec<_> = (0..168)
+        .map(|number| {
+            format!("conflict with \"other\": .metadata.labels.cpu-feature.virtnode.io/{number}")
+        })
+        .collect();
+    let message = format!(
+        "Apply failed with 168 conflicts: {}",
+        conflicts.join("\n- ")
+    );
+    assert!(message.len() > 10_000);
+    for (code, reason) in [
+        (409, "Conflict"),
+        (403, "Forbidden"),
+        (422, "Invalid"),
+        (500, ""),
+    ] {
+        let status = Status {
+            code,
+            message: message.clone(),
+            reason: reason.to_owned(),
+            ..Status::default()
+        };
+        let error = ClusterError::from_status("patch", ApiObject::node("n1"), status);
+        let text = error.to_string();
+        assert!(
+            text.len() < 1000 && text.contains("168 conflicts"),
+            "{text}"
+        );
+    }
+}
