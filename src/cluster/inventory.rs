@@ -40,6 +40,8 @@ pub struct NodeSummary {
 pub struct NodeInventory {
     pub nodes: Vec<NodeSummary>,
     pub virtualizations: Virtualizations,
+    /// Errors about items of lists that were skipped.
+    pub skipped: Vec<String>,
 }
 
 /// The status of each `NodeVirtualization` by name of the node, or the error if it cannot be parsed.
@@ -224,8 +226,9 @@ struct Item<'t> {
     /// Parsed later: most of a Node's status is its list of images.
     #[serde(borrow)]
     status: Option<&'t RawValue>,
+    /// Parsed one by one, so that a malformed one does not affect the others.
     #[serde(borrow)]
-    items: Vec<Item<'t>>,
+    items: Vec<&'t RawValue>,
 }
 
 #[derive(Default, Deserialize)]
@@ -267,8 +270,8 @@ impl NodeInventory {
     /// json`, of both in sequence, or the API server's own lists.
     ///
     /// # Errors
-    /// Text that is not JSON of this shape, with the position. A malformed NodeVirtualization is not
-    /// an error: see [`NodeInventory::virtualizations`].
+    /// Text that is not JSON of this shape, with the position. A malformed item of a list is not an
+    /// error: see [`NodeInventory::skipped`]; nor is a malformed status of a NodeVirtualization.
     pub fn parse(json: &[u8]) -> Result<Self, serde_json::Error> {
         let mut inventory = Self::default();
         for item in serde_json::Deserializer::from_slice(json).into_iter() {
@@ -306,8 +309,13 @@ impl NodeInventory {
             }
             list => {
                 let kind = list.strip_suffix("List").unwrap_or_default().to_owned();
-                for item in item.items {
-                    self.add(item, &kind)?;
+                for (number, text) in item.items.into_iter().enumerate() {
+                    let added = serde_json::from_str::<Item<'_>>(text.get())
+                        .and_then(|item| self.add(item, &kind));
+                    if let Err(error) = added {
+                        self.skipped
+                            .push(format!("item {number} of the list: {error}"));
+                    }
                 }
             }
         }
@@ -365,6 +373,26 @@ mod tests {
         assert!(inventory.virtualizations["b"].is_err());
         assert!(inventory.virtualizations["a"].is_ok());
         assert_eq!(inventory.nodes.len(), 1);
+    }
+
+    #[test]
+    fn malformed_items_of_a_list_are_skipped_and_counted() {
+        let list = format!(
+            r#"{{"kind": "List", "items": [{{"kind": "Node", "metadata": {{}}}}, {NODE},
+               {{"kind": "Node", "metadata": {{"labels": {{"x": 1}}}}}}, 7, {VIRTUALIZATION}]}}"#
+        );
+        let inventory = NodeInventory::parse(list.as_bytes()).unwrap();
+        assert_eq!(inventory.nodes.len(), 1);
+        assert!(inventory.virtualizations["a"].is_ok());
+        let skipped: Vec<&str> = inventory.skipped.iter().map(|it| &it[..19]).collect();
+        assert_eq!(
+            skipped,
+            [
+                "item 0 of the list:",
+                "item 2 of the list:",
+                "item 3 of the list:"
+            ]
+        );
     }
 
     #[rstest]
