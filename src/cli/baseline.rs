@@ -113,24 +113,26 @@ impl BaselineCommand {
         for line in lines.lines() {
             complain(&format!("virtnode: {}", line.trim_start()));
         }
+        if let Some(warning) = vendor_warning(baseline) {
+            complain(&format!("virtnode: {warning}"));
+        }
         let Some(best) = &baseline.best else {
             return Err(Failure::new(Exit::Unknown, without_cpu(baseline)).into());
         };
         match format {
             CpuFormat::Libvirt => print(&best.to_libvirt_xml())?,
-            CpuFormat::Kubevirt if best.kind == ProposalKind::Reduced => {
-                return Err(Failure::new(
-                    Exit::Unknown,
-                    format!(
+            CpuFormat::Kubevirt => {
+                let mut proposals = std::iter::once(best).chain(&baseline.alternatives);
+                let usable = proposals.find(|proposal| proposal.kind == ProposalKind::Usable);
+                let Some(usable) = usable else {
+                    let reason = format!(
                         "no model is usable on every node, and KubeVirt schedules by the label of a \
                          usable model; for libvirt {} without some of its features would do",
                         best.model
-                    ),
-                )
-                .into());
-            }
-            CpuFormat::Kubevirt => {
-                let cpu = BTreeMap::from([("cpu", best.to_kubevirt())]);
+                    );
+                    return Err(Failure::new(Exit::Unknown, reason).into());
+                };
+                let cpu = BTreeMap::from([("cpu", usable.to_kubevirt())]);
                 let spec = BTreeMap::from([("spec", BTreeMap::from([("domain", cpu)]))]);
                 print(&serde_saphyr::to_string(&spec).context("cannot write YAML")?)?;
             }
@@ -182,6 +184,10 @@ fn show(found: &CpuInventory, baseline: &CpuBaseline) -> String {
         });
         let header = ["MODEL", "FEATURES", "REQUIRE", "DISABLE", "REMARK"];
         text.push_str(&table(&header, rows));
+    }
+    if let Some(warning) = vendor_warning(baseline) {
+        text.push('\n');
+        wrap(&mut text, "", "", &format!("{warning}."));
     }
     show_costs(&mut text, baseline);
     show_uncommon(&mut text, &baseline.uncommon);
@@ -257,6 +263,17 @@ fn show_best(text: &mut String, found: &CpuInventory, baseline: &CpuBaseline, be
     );
 }
 
+/// Returns the warning about nodes of several vendors.
+fn vendor_warning(baseline: &CpuBaseline) -> Option<String> {
+    (baseline.vendors.len() > 1).then(|| {
+        format!(
+            "the CPUs are of different vendors ({}): libvirt calls them incompatible, and a live \
+             migration between them may stop the guest; choose the nodes of one vendor",
+            plain(&baseline.vendors.join(", "))
+        )
+    })
+}
+
 fn platform(word: &Option<String>) -> String {
     word.as_deref().map(plain).unwrap_or_default()
 }
@@ -292,7 +309,7 @@ fn show_costs(text: &mut String, baseline: &CpuBaseline) {
     if baseline.costs.is_empty() {
         if baseline.classes.len() > 1 {
             text.push_str(
-                "\nNo single kind of node costs anything: at least two lack each other feature.\n",
+                "\nNo kind of node stands in the way alone: at least two lack each other feature.\n",
             );
         }
         return;

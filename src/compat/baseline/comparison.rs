@@ -35,7 +35,7 @@ pub struct CpuDifference {
     pub directions: [CpuDirection; 2],
 }
 
-/// What a domain with the CPU of one node meets on another.
+/// The fate of a domain with the CPU of one node on another.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct CpuDirection {

@@ -134,7 +134,7 @@ pub struct CpuClass {
     pub complete: bool,
 }
 
-/// What the other nodes could have without those of one CPU.
+/// The gain of the other nodes without those of one CPU.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct CpuCost {
@@ -169,6 +169,9 @@ pub struct CpuBaseline {
     pub architecture: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub accelerator: Option<String>,
+    /// The vendors of the nodes' CPUs. If there are several, libvirt calls the CPUs incompatible, and
+    /// QEMU does not support migration between them, whatever the model.
+    pub vendors: Vec<String>,
     /// Absent if no model is known to run on every node.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub best: Option<CpuProposal>,
@@ -231,6 +234,7 @@ pub fn find_baseline(nodes: &[CpuCandidate]) -> CpuBaseline {
         features,
         proposals,
     } = tally.solve();
+    let vendors = owned(&tally.vendors());
     let common = features.iter().map(|name| (*name).to_owned()).collect();
     let mut proposals = proposals.into_iter();
     let best = proposals.next();
@@ -246,6 +250,7 @@ pub fn find_baseline(nodes: &[CpuCandidate]) -> CpuBaseline {
     CpuBaseline {
         architecture: Some((*architecture).to_owned()),
         accelerator: Some((*accelerator).to_owned()),
+        vendors,
         best,
         alternatives: proposals.collect(),
         common,

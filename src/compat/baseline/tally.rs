@@ -90,6 +90,12 @@ impl<'c> Tally<'c> {
         }
     }
 
+    /// Returns the known vendors of the CPUs.
+    pub(super) fn vendors(&self) -> Vec<&'c str> {
+        let vendors = self.vendors.iter().filter(|(_, count)| **count > 0);
+        vendors.filter_map(|(vendor, _)| *vendor).collect()
+    }
+
     /// Returns the features that some but not all CPUs support, with the number of those without.
     pub(super) fn not_common(&self) -> impl Iterator<Item = (&'c str, usize)> {
         let partly = |(name, count): (&&'c str, &usize)| {
@@ -120,18 +126,18 @@ impl<'c> Tally<'c> {
         };
         let listed = all(&self.listed);
         let features = all(&self.supported);
-        let mut vendors = self.vendors.iter().filter(|(_, count)| **count > 0);
-        let vendor = vendors.next().and_then(|(vendor, _)| *vendor);
-        let vendor = vendor.filter(|_| vendors.next().is_none());
+        let vendors = self.vendors();
+        let vendor = vendors.first().copied().filter(|_| vendors.len() == 1);
         let mut candidates: Vec<(Rank<'_>, CpuProposal)> = self
             .models
             .iter()
             .filter_map(|(name, model)| {
                 let proposal = self.proposal(name, model, &listed, &features)?;
-                Some((
-                    Rank::new(self.architecture, name, vendor, &proposal),
-                    proposal,
-                ))
+                let mut rank = Rank::new(self.architecture, name, vendor, &proposal);
+                rank.is_32_bit = features.contains("lm")
+                    && features_of(self.architecture, name)
+                        .is_some_and(|known| !known.features.contains("lm"));
+                Some((rank, proposal))
             })
             .collect();
         // A model of another vendor is a last resort: the guest would find a CPU that does not exist.
@@ -211,6 +217,8 @@ impl<'c> Tally<'c> {
 /// The order of proposals: the first is the best.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Rank<'n> {
+    /// A model without 64 bits where all nodes have them: few guests expect one with them added.
+    is_32_bit: bool,
     /// A model that needs nothing disabled also has a label on each node.
     kind: ProposalKind,
     deprecated: bool,
@@ -245,6 +253,7 @@ impl<'n> Rank<'n> {
             // Only base models are the same in every QEMU.
             .map(|(generation, is_base)| (generation + if is_base { 1000 } else { 0 }, is_base));
         Self {
+            is_32_bit: false,
             kind: proposal.kind,
             deprecated: proposal.deprecated,
             vendor: match (&proposal.vendor, vendor) {
