@@ -158,7 +158,8 @@ pub(super) fn is_versioned(name: &str) -> bool {
 
 /// Returns the position of an s390x model in the order of generations; `None` for other models.
 ///
-/// The names are those of QEMU (target/s390x/cpu_models.c). A `-base` model has the same features in
+/// The names are those of QEMU (target/s390x/cpu_models.c); of one generation the larger machine counts as
+/// newer. A `-base` model has the same features in
 /// every QEMU, so libvirt's own baseline uses no other.
 pub(super) fn s390x_generation(name: &str) -> Option<(usize, bool)> {
     const GENERATIONS: [&str; 33] = [
@@ -168,7 +169,7 @@ pub(super) fn s390x_generation(name: &str) -> Option<(usize, bool)> {
         "z13", "z13.2", "z13s", "z14", "z14.2",
     ];
     const LATER: [&str; 7] = [
-        "z14ZR1", "gen15a", "gen15b", "gen16a", "gen16b", "gen17a", "gen17b",
+        "z14ZR1", "gen15b", "gen15a", "gen16b", "gen16a", "gen17b", "gen17a",
     ];
     let (name, is_base) = match name.strip_suffix("-base") {
         Some(name) => (name, true),
