@@ -226,9 +226,17 @@ struct Item<'t> {
     /// Parsed later: most of a Node's status is its list of images.
     #[serde(borrow)]
     status: Option<&'t RawValue>,
-    /// Parsed one by one, so that a malformed one does not affect the others.
     #[serde(borrow)]
-    items: Vec<&'t RawValue>,
+    items: Vec<Item<'t>>,
+}
+
+/// A list whose items are parsed one by one.
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct LooseList<'t> {
+    kind: String,
+    #[serde(borrow)]
+    items: Option<Vec<&'t RawValue>>,
 }
 
 #[derive(Default, Deserialize)]
@@ -273,11 +281,44 @@ impl NodeInventory {
     /// Text that is not JSON of this shape, with the position. A malformed item of a list is not an
     /// error: see [`NodeInventory::skipped`]; nor is a malformed status of a NodeVirtualization.
     pub fn parse(json: &[u8]) -> Result<Self, serde_json::Error> {
+        // Almost every list is well-formed, and parsing it item by item takes one pass more.
+        Self::parse_strictly(json).or_else(|_| Self::parse_item_by_item(json))
+    }
+
+    fn parse_strictly(json: &[u8]) -> Result<Self, serde_json::Error> {
         let mut inventory = Self::default();
         for item in serde_json::Deserializer::from_slice(json).into_iter() {
             inventory.add(item?, "")?;
         }
         Ok(inventory)
+    }
+
+    /// Parses text with a malformed item: other items of its list are not affected.
+    fn parse_item_by_item(json: &[u8]) -> Result<Self, serde_json::Error> {
+        let mut inventory = Self::default();
+        for text in serde_json::Deserializer::from_slice(json).into_iter::<&RawValue>() {
+            let text = text?.get();
+            match serde_json::from_str::<LooseList<'_>>(text) {
+                Ok(LooseList {
+                    kind,
+                    items: Some(items),
+                }) => inventory.add_each(&kind, &items),
+                _ => inventory.add(serde_json::from_str(text)?, "")?,
+            }
+        }
+        Ok(inventory)
+    }
+
+    fn add_each(&mut self, list: &str, items: &[&RawValue]) {
+        let kind = list.strip_suffix("List").unwrap_or_default();
+        for (number, text) in items.iter().enumerate() {
+            let added =
+                serde_json::from_str::<Item<'_>>(text.get()).and_then(|item| self.add(item, kind));
+            if let Err(error) = added {
+                self.skipped
+                    .push(format!("item {number} of the list: {error}"));
+            }
+        }
     }
 
     /// Objects in the API server's own lists have no kind; `list_kind` is the kind of the list.
@@ -309,13 +350,8 @@ impl NodeInventory {
             }
             list => {
                 let kind = list.strip_suffix("List").unwrap_or_default().to_owned();
-                for (number, text) in item.items.into_iter().enumerate() {
-                    let added = serde_json::from_str::<Item<'_>>(text.get())
-                        .and_then(|item| self.add(item, &kind));
-                    if let Err(error) = added {
-                        self.skipped
-                            .push(format!("item {number} of the list: {error}"));
-                    }
+                for item in item.items {
+                    self.add(item, &kind)?;
                 }
             }
         }
