@@ -1,5 +1,5 @@
-//! Run time of the process `virtnode targets` with 5,000 nodes: from a file written by kubectl, and
-//! from a real API server.
+//! Run time of the processes `virtnode targets` and `virtnode baseline` with 5,000 nodes: from a file
+//! written by kubectl, and from a real API server.
 //!
 //! Each Node has the labels of a real one and a status of typical size, with fifty images. The output
 //! has the format of `daemon.rs`.
@@ -24,8 +24,11 @@ use futures::StreamExt as _;
 use k8s_openapi::api::core::v1::Node;
 use kube::api::{Api, PostParams};
 use serde_json::{Value, json};
-use virtnode::capability::{Capabilities, DomainCapabilities, NodeFacts, Version};
+use virtnode::capability::{Capabilities, CpuDefinition, DomainCapabilities, NodeFacts, Version};
+use virtnode::hypervisor::ConnectionState;
 use virtnode::label::{Policy, derive};
+use virtnode::probe::Reading;
+use virtnode::publish::virtualization::Snapshot;
 
 use parts::{median, ms, progress, report, virtnode};
 use support::kube::KubeServer;
@@ -61,6 +64,7 @@ async fn measure() -> anyhow::Result<()> {
         &domain,
         &["--nodes".as_ref(), file.as_path()],
     )?;
+    baseline(&directory.path().join("objects.json"))?;
 
     let server = KubeServer::start().await?;
     progress(&format!("creating {NODES} Nodes"));
@@ -115,6 +119,79 @@ fn figure(what: &str, runs: usize, domain: &Path, source: &[&Path]) -> anyhow::R
         "",
     );
     Ok(())
+}
+
+/// Measures `virtnode baseline` with the NodeVirtualizations of as many nodes, which have three CPUs.
+fn baseline(file: &Path) -> anyhow::Result<()> {
+    let kinds = [
+        ("debian13-libvirt-11.3.0-qemu-10.0", "x86_64-q35-kvm"),
+        ("debian13-libvirt-11.3.0-qemu-10.0", "x86_64-pc-kvm"),
+        ("debian12-libvirt-9.0.0-qemu-7.2", "x86_64-q35-kvm"),
+    ];
+    let kinds = kinds.map(|(folder, name)| status(folder, name));
+    let kinds: Vec<Value> = kinds.into_iter().collect::<anyhow::Result<_>>()?;
+    let items: Vec<Value> = (0..NODES)
+        .map(|number| {
+            json!({"apiVersion": "virtnode.io/v1alpha1", "kind": "NodeVirtualization",
+                "metadata": {"name": format!("node-{number:04}")},
+                "status": kinds[number % kinds.len()]})
+        })
+        .collect();
+    let list = json!({"apiVersion": "v1", "kind": "List", "items": items});
+    fs::write(file, serde_json::to_vec_pretty(&list)?)?;
+    let size = fs::metadata(file)?.len() / 1_000_000;
+    let what = format!("virtnode baseline, whole process, {NODES} objects in a file of {size} MB");
+    progress(&what);
+    let mut times = Vec::new();
+    for _ in 0..=10 {
+        let begun = Instant::now();
+        let output = Command::new(virtnode())
+            .env_clear()
+            .args(["baseline", "--output", "json", "--nodes"])
+            .arg(file)
+            .stdin(Stdio::null())
+            .output()?;
+        times.push(begun.elapsed());
+        let answer: Value = serde_json::from_slice(&output.stdout)
+            .with_context(|| String::from_utf8_lossy(&output.stderr).into_owned())?;
+        ensure!(answer["nodes"] == NODES, "{} nodes", answer["nodes"]);
+    }
+    times.remove(0);
+    let middle = median(&mut times);
+    let last = times.last().copied().unwrap_or_default();
+    report(
+        &format!("{what} (10 times)"),
+        &format!("{}, at most {}", ms(middle), ms(last)),
+        "<= 1 s",
+        middle <= GOAL,
+        "",
+    );
+    Ok(())
+}
+
+/// Returns the status of a NodeVirtualization that a daemon writes on a captured host.
+fn status(folder: &str, name: &str) -> anyhow::Result<Value> {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/fixtures")
+        .join(folder);
+    let read = |file: &str| fs::read(directory.join(file));
+    let document = DomainCapabilities::parse("dc", &read(&format!("dc-{name}.xml"))?)?;
+    let features = CpuDefinition::parse("cpu", &read(&format!("features-{name}.xml"))?)?;
+    let reading = Reading {
+        facts: NodeFacts {
+            libvirt_version: Some(Version::new(11, 3, 0)),
+            hypervisor_version: Some(Version::new(10, 0, 2)),
+            capabilities: Some(Capabilities::parse("caps", &read("capabilities.xml")?)?),
+            domain_capabilities: vec![document],
+            baseline_cpu: Some(features),
+            ..NodeFacts::default()
+        },
+        ..Reading::default()
+    };
+    let at = k8s_openapi::jiff::Timestamp::now();
+    let status = Snapshot::new(&reading, &[], &[], at);
+    let status = status.status(&Default::default(), ConnectionState::Up(1), at);
+    Ok(serde_json::to_value(status)?)
 }
 
 /// Returns the labels of a node with Debian 13 and KVM.

@@ -1,5 +1,11 @@
 //! Turns the nodes of a cluster into candidates for a domain, for `virtnode targets`;
-//! [`crate::compat::find_targets`] assesses them.
+//! [`crate::compat::find_targets`] assesses them. [`cpus`] does so for one CPU.
+
+mod cpus;
+mod selector;
+
+pub use self::cpus::{ChosenNodes, CpuInventory, cpu_candidates};
+pub use self::selector::Selector;
 
 use std::collections::BTreeMap;
 
@@ -28,13 +34,10 @@ pub fn candidates(
     let NodeInventory {
         nodes,
         mut virtualizations,
+        ..
     } = inventory;
     let candidate = |node: NodeSummary| {
         let status = virtualizations.remove(&node.name);
-        let is_cut_off = |status: &NodeVirtualizationStatus| {
-            let connected = Condition::find(&status.conditions, HYPERVISOR_CONNECTED);
-            connected.is_some_and(|condition| condition.status == "False")
-        };
         let cut_off = matches!(&status, Some(Ok(status)) if is_cut_off(status));
         let reported = match status {
             None => ReportedOffer::None,
@@ -55,6 +58,12 @@ pub fn candidates(
         }
     };
     nodes.into_iter().map(candidate).collect()
+}
+
+/// True if the node's daemon reports that it has no connection to libvirt.
+fn is_cut_off(status: &NodeVirtualizationStatus) -> bool {
+    let connected = Condition::find(&status.conditions, HYPERVISOR_CONNECTED);
+    connected.is_some_and(|condition| condition.status == "False")
 }
 
 /// An object that was never completed has no time, and no facts that could be stale.

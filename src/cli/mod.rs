@@ -2,16 +2,18 @@
 //!
 //! ```text
 //! main → parse → run          no configuration: crd, completions, man, sockets
-//!                 └ load Config ┬ one-shot libvirt connection: labels, capabilities, check, targets, doctor
+//!                 └ load Config ┬ one-shot libvirt connection: labels, capabilities, check, targets, compare, doctor
 //!                               ├ daemon's local API (`api_client`): hotplug, operations, doctor
 //!                               └ daemon: run
 //! ```
 //! A command returns an [`Exit`] or an error; [`main`] prints the error and picks its exit code.
 
 mod api_client;
+mod baseline;
 mod capabilities;
 mod check;
 mod cleanup;
+mod compare;
 mod crd;
 mod doctor;
 mod exit;
@@ -19,6 +21,7 @@ mod generate;
 mod hotplug;
 mod input;
 mod labels;
+mod nodes;
 mod offline;
 mod operations;
 mod options;
@@ -82,6 +85,10 @@ enum CliCommand {
     Doctor(doctor::DoctorCommand),
     /// List the cluster's nodes that can run a domain, and the node affinity for its pod
     Targets(targets::TargetsCommand),
+    /// Find the best CPU that all of the chosen nodes can give, and what each node costs
+    Baseline(baseline::BaselineCommand),
+    /// Compare the CPUs of two nodes, or what a domain needs with a node
+    Compare(compare::CompareCommand),
     /// Serve the sockets of KubeVirt's launchers for reading, to a daemon without access to them
     Sockets(sockets::SocketsCommand),
     /// Remove everything that virtnode published
@@ -160,6 +167,8 @@ impl Cli {
             CliCommand::Operations(arguments) => arguments.run(&config()?),
             CliCommand::Doctor(arguments) => arguments.run(&config()?),
             CliCommand::Targets(arguments) => arguments.run(&config()?),
+            CliCommand::Baseline(arguments) => arguments.run(&config()?),
+            CliCommand::Compare(arguments) => arguments.run(&config()?),
             CliCommand::Cleanup => cleanup::run(&config()?),
         }
     }

@@ -73,7 +73,8 @@ fn is_effective(command: &str, option: &str) -> bool {
             "probe_interval_seconds",
             "listen",
         ],
-        "targets" => &[
+        "baseline" => &["config", "node_name", "kubeconfig", "context"],
+        "targets" | "compare" => &[
             "config",
             "connect",
             "call_deadline_seconds",

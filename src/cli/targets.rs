@@ -1,18 +1,17 @@
 //! `virtnode targets`.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::{Context, bail};
 use clap::Args;
-use k8s_openapi::jiff::Timestamp;
 use serde::Serialize;
 
 use super::check::{CheckedDomain, running};
-use super::input::{DocumentInput, ensure_one_stdin};
+use super::input::ensure_one_stdin;
+use super::nodes::{NodesOption, WithoutObject, few};
 use super::output::{OutputOption, complain, table};
 use super::{Exit, Failure, no_libvirt, runtime};
-use crate::cluster::{Cluster, ClusterError, NodeInventory, Virtualizations};
 use crate::compat::{
     Affinity, CandidateState, Feasibility, NodeAssessment, Placement, Requirement, RuleSeverity,
     find_targets,
@@ -23,9 +22,6 @@ use crate::daemon::{cluster_config, one_shot_libvirt_config};
 use crate::domain::plain;
 use crate::hypervisor::Libvirt;
 use crate::targets::candidates;
-
-/// Maximum size of a list of nodes: four times that of 5,000 Nodes.
-const LIST_MAX_BYTES: u64 = 1024 * 1024 * 1024;
 
 /// Maximum number of nodes in the table, which fits on a terminal. The others are summarized.
 const MAX_LISTED: usize = 40;
@@ -39,10 +35,8 @@ pub(super) struct TargetsCommand {
     #[arg(long, value_name = "FILE", conflicts_with = "domain")]
     domain_xml: Option<PathBuf>,
 
-    /// Nodes from a file instead of the cluster: the output of `kubectl get
-    /// nodes,nodevirtualizations -o json`; - reads standard input
-    #[arg(long, value_name = "FILE")]
-    nodes: Option<PathBuf>,
+    #[command(flatten)]
+    nodes: NodesOption,
 
     /// Print only the affinity, for the `spec:` of a pod
     #[arg(long, help_heading = heading::OUTPUT)]
@@ -73,7 +67,7 @@ impl TargetsCommand {
             .into());
         }
         let definition = self.domain_xml.as_deref();
-        let nodes = self.nodes.as_deref();
+        let nodes = self.nodes.path();
         ensure_one_stdin(
             [("--domain-xml", definition), ("--nodes", nodes)]
                 .into_iter()
@@ -81,11 +75,7 @@ impl TargetsCommand {
         )?;
         let domain = self.requirement(config)?;
         // The age of a file's contents is unknown, so its objects are not checked for staleness.
-        let (inventory, now) = match nodes {
-            Some(path) => (read_nodes(path)?, None),
-            None => (list(config)?, Some(Timestamp::now())),
-        };
-        complain_of(&inventory.virtualizations);
+        let (inventory, now) = self.nodes.read(config, WithoutObject::ByLabels)?;
         // Without a name in the configuration, this node counts only if the domain runs on it.
         let own = match (&self.domain, &config.node_name) {
             (Some(_), _) => cluster_config(config).ok().map(|config| config.node_name),
@@ -134,57 +124,6 @@ impl TargetsCommand {
             let libvirt = Libvirt::start(options, metrics);
             Ok(running(name, &libvirt).await?.requirement)
         })
-    }
-}
-
-fn read_nodes(path: &Path) -> anyhow::Result<NodeInventory> {
-    let DocumentInput { name, bytes } = DocumentInput::read(path, LIST_MAX_BYTES)?;
-    let inventory = NodeInventory::parse(&bytes)
-        .with_context(|| format!("{name}: is not the output of `kubectl get nodes -o json`"))?;
-    if inventory.nodes.is_empty() {
-        bail!("{name}: contains no Node objects; `kubectl get nodes -o json` prints them");
-    }
-    Ok(inventory)
-}
-
-/// Lists all nodes of the cluster. Without a `NodeVirtualization`, a node is judged by its labels.
-fn list(config: &Config) -> anyhow::Result<NodeInventory> {
-    runtime()?.block_on(async {
-        let cluster = Cluster::connect(cluster_config(config)?).await?;
-        let (nodes, virtualizations) =
-            tokio::join!(cluster.list_nodes(), cluster.list_virtualizations());
-        let nodes = nodes?;
-        let virtualizations = match virtualizations {
-            Ok(virtualizations) => virtualizations,
-            Err(error @ (ClusterError::NotFound { .. } | ClusterError::Forbidden { .. })) => {
-                complain(&format!("virtnode: using labels alone: {error}"));
-                BTreeMap::new()
-            }
-            Err(error) => return Err(error.into()),
-        };
-        Ok(NodeInventory {
-            nodes,
-            virtualizations,
-        })
-    })
-}
-
-/// Prints why NodeVirtualizations cannot be read.
-fn complain_of(virtualizations: &Virtualizations) {
-    const SHOWN: usize = 3;
-    let unreadable = virtualizations
-        .iter()
-        .filter_map(|(name, facts)| Some((name, facts.as_ref().err()?)));
-    for (name, problem) in unreadable.clone().take(SHOWN) {
-        let name = plain(name);
-        complain(&format!(
-            "virtnode: cannot read NodeVirtualization {name}, using the node's labels alone: {}",
-            plain(problem)
-        ));
-    }
-    let rest = unreadable.count().saturating_sub(SHOWN);
-    if rest > 0 {
-        complain(&format!("virtnode: nor those of {rest} more nodes"));
     }
 }
 
@@ -342,15 +281,4 @@ fn why(node: &NodeAssessment) -> String {
         .take(2);
     let words: Vec<String> = marks.chain(reasons).map(|w| plain(w).to_string()).collect();
     words.join("; ")
-}
-
-fn few(names: &[&str]) -> String {
-    const SHOWN: usize = 5;
-    let (shown, rest) = names.split_at(names.len().min(SHOWN));
-    let list = shown.join(", ");
-    if rest.is_empty() {
-        list
-    } else {
-        format!("{list} and {} more", rest.len())
-    }
 }

@@ -40,6 +40,8 @@ pub struct NodeSummary {
 pub struct NodeInventory {
     pub nodes: Vec<NodeSummary>,
     pub virtualizations: Virtualizations,
+    /// Errors about items of lists that were skipped.
+    pub skipped: Vec<String>,
 }
 
 /// The status of each `NodeVirtualization` by name of the node, or the error if it cannot be parsed.
@@ -228,6 +230,15 @@ struct Item<'t> {
     items: Vec<Item<'t>>,
 }
 
+/// A list whose items are parsed one by one.
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct LooseList<'t> {
+    kind: String,
+    #[serde(borrow)]
+    items: Option<Vec<&'t RawValue>>,
+}
+
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct Metadata {
@@ -267,14 +278,47 @@ impl NodeInventory {
     /// json`, of both in sequence, or the API server's own lists.
     ///
     /// # Errors
-    /// Text that is not JSON of this shape, with the position. A malformed NodeVirtualization is not
-    /// an error: see [`NodeInventory::virtualizations`].
+    /// Text that is not JSON of this shape, with the position. A malformed item of a list is not an
+    /// error: see [`NodeInventory::skipped`]; nor is a malformed status of a NodeVirtualization.
     pub fn parse(json: &[u8]) -> Result<Self, serde_json::Error> {
+        // Almost every list is well-formed, and parsing it item by item takes one pass more.
+        Self::parse_strictly(json).or_else(|_| Self::parse_item_by_item(json))
+    }
+
+    fn parse_strictly(json: &[u8]) -> Result<Self, serde_json::Error> {
         let mut inventory = Self::default();
         for item in serde_json::Deserializer::from_slice(json).into_iter() {
             inventory.add(item?, "")?;
         }
         Ok(inventory)
+    }
+
+    /// Parses text with a malformed item: other items of its list are not affected.
+    fn parse_item_by_item(json: &[u8]) -> Result<Self, serde_json::Error> {
+        let mut inventory = Self::default();
+        for text in serde_json::Deserializer::from_slice(json).into_iter::<&RawValue>() {
+            let text = text?.get();
+            match serde_json::from_str::<LooseList<'_>>(text) {
+                Ok(LooseList {
+                    kind,
+                    items: Some(items),
+                }) => inventory.add_each(&kind, &items),
+                _ => inventory.add(serde_json::from_str(text)?, "")?,
+            }
+        }
+        Ok(inventory)
+    }
+
+    fn add_each(&mut self, list: &str, items: &[&RawValue]) {
+        let kind = list.strip_suffix("List").unwrap_or_default();
+        for (number, text) in items.iter().enumerate() {
+            let added =
+                serde_json::from_str::<Item<'_>>(text.get()).and_then(|item| self.add(item, kind));
+            if let Err(error) = added {
+                self.skipped
+                    .push(format!("item {number} of the list: {error}"));
+            }
+        }
     }
 
     /// Objects in the API server's own lists have no kind; `list_kind` is the kind of the list.
@@ -365,6 +409,26 @@ mod tests {
         assert!(inventory.virtualizations["b"].is_err());
         assert!(inventory.virtualizations["a"].is_ok());
         assert_eq!(inventory.nodes.len(), 1);
+    }
+
+    #[test]
+    fn malformed_items_of_a_list_are_skipped_and_counted() {
+        let list = format!(
+            r#"{{"kind": "List", "items": [{{"kind": "Node", "metadata": {{}}}}, {NODE},
+               {{"kind": "Node", "metadata": {{"labels": {{"x": 1}}}}}}, 7, {VIRTUALIZATION}]}}"#
+        );
+        let inventory = NodeInventory::parse(list.as_bytes()).unwrap();
+        assert_eq!(inventory.nodes.len(), 1);
+        assert!(inventory.virtualizations["a"].is_ok());
+        let skipped: Vec<&str> = inventory.skipped.iter().map(|it| &it[..19]).collect();
+        assert_eq!(
+            skipped,
+            [
+                "item 0 of the list:",
+                "item 2 of the list:",
+                "item 3 of the list:"
+            ]
+        );
     }
 
     #[rstest]

@@ -17,6 +17,7 @@
 //! that makes Kubernetes' scheduler choose the same nodes.
 
 mod affinity;
+mod baseline;
 mod confirmation;
 mod definition;
 mod dry_run;
@@ -28,6 +29,11 @@ mod rules;
 mod tree;
 
 pub use affinity::{Affinity, Expression, Operator, Term};
+pub use baseline::{
+    CpuBaseline, CpuCandidate, CpuClass, CpuCost, CpuDifference, CpuDirection, CpuExclusion,
+    CpuProposal, CpuRelation, ExcludedNode, FeatureOrigin, KubevirtCpu, KubevirtFeature, NodeCpu,
+    NodeModel, OriginatedFeature, ProposalKind, UncommonFeature, find_baseline,
+};
 pub use confirmation::{Confirmation, CpuComparison, DryRun, Trial, confirm};
 pub use definition::MinimalDefinition;
 pub use dry_run::{DefinitionCopy, dry_run_copy, trial_copy};

@@ -445,7 +445,7 @@ const DOMAIN: &str = "domain-xml domain machine arch domain-type vcpus current-v
 const HOTPLUG: &str = "socket state-directory";
 
 /// Every command with the options in its help.
-const COMMANDS: [(&str, &[&str]); 16] = [
+const COMMANDS: [(&str, &[&str]); 18] = [
     ("", &["config"]),
     (
         "run",
@@ -497,6 +497,14 @@ const COMMANDS: [(&str, &[&str]); 16] = [
     (
         "targets",
         &[CONNECTION, KUBERNETES, "domain-xml nodes affinity output"],
+    ),
+    (
+        "baseline",
+        &[KUBERNETES, "config selector nodes format output"],
+    ),
+    (
+        "compare",
+        &[CONNECTION, KUBERNETES, "domain-xml domain nodes output"],
     ),
     (
         "cleanup",
@@ -629,6 +637,7 @@ fn documents_are_read_from_standard_input_once() {
         ],
         &["check", "--capabilities", "-", "--domain-xml", "-"],
         &["targets", "--nodes", "-", "--domain-xml", "-"],
+        &["compare", "a", "--nodes", "-", "--domain-xml", "-"],
     ] {
         let (code, out, err) = run(arguments);
         assert_eq!((code, out.as_str()), (2, ""), "{arguments:?}: {err}");

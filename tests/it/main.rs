@@ -17,6 +17,8 @@ mod cluster;
 mod contract;
 mod control;
 mod controller;
+mod cpu_baseline;
+mod cpu_libvirt;
 mod daemon;
 mod daemon_on_a_node;
 mod daemon_trouble;
